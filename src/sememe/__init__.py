@@ -1,0 +1,13 @@
+"""Sememe: a pretrained causal language model that works on concept tokens of its own.
+
+`import sememe` makes `AutoModelForCausalLM.from_pretrained(RUN/model)` work.
+"""
+
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# The command line imports what each sub-command needs, so that `sememe --help` and `sememe report` start without torch.
+if Path(sys.argv[0]).name != "sememe":
+    import sememe.models  # noqa: F401  (registers the models with transformers)

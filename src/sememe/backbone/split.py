@@ -1,0 +1,126 @@
+"""Slices of any decoder: ids → embeddings → layers first…last → logits, on the base's own modules.
+
+Layers are called, never copied, so one path serves every family whose layers sit in one list. What a family does
+differently (embedding scale, logit caps, hybrid layers, …) is caught by `self_check`: the base against this loop.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sememe.errors import BaseError
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+Rope = dict[str, tuple[Tensor, Tensor]]
+
+
+class Spine:
+    """A view on a causal LM as embed / rope / run / logits. Holds no parameters of its own."""
+
+    def __init__(self, base: nn.Module):
+        self.base = base
+        self.decoder = base.get_decoder()
+        for name in ("layers", "norm", "rotary_emb", "embed_tokens"):
+            if not hasattr(self.decoder, name):
+                raise BaseError(
+                    f"{type(base).__name__} has no decoder.{name}: need a decoder-only model whose layers sit in one "
+                    "list. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
+                )
+        config = self.decoder.config
+        self.kinds = self._layer_kinds(config)
+        self.window = getattr(config, "sliding_window", None) if SLIDING in self.kinds else None
+        takes_kind = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
+        self._rope_kinds = sorted(set(self.kinds)) if takes_kind else None
+
+    @staticmethod
+    def _layer_kinds(config) -> list[str]:
+        """One of full / sliding for each layer; Mistral says it by `sliding_window` alone."""
+        plain = SLIDING if getattr(config, "sliding_window", None) and config.model_type == "mistral" else FULL
+        kinds = list(getattr(config, "layer_types", None) or [plain] * config.num_hidden_layers)
+        unknown = sorted(set(kinds) - {FULL, SLIDING})
+        if unknown:
+            raise BaseError(
+                f"this base ({config.model_type}) has layers of kind {', '.join(unknown)}: need full or sliding "
+                "attention in every layer. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
+            )
+        return kinds
+
+    def __len__(self) -> int:
+        return len(self.decoder.layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) ids → (B, T, D)."""
+        return self.decoder.embed_tokens(ids)
+
+    def rope(self, h: Tensor, position_ids: Tensor) -> Rope:
+        """cos and sin for every position of a chunk. Gather them for a subset: longrope and dynamic rope choose
+        their base by the largest position that they see."""
+        if self._rope_kinds is None:
+            return dict.fromkeys(set(self.kinds), self.decoder.rotary_emb(h, position_ids))
+        return {kind: self.decoder.rotary_emb(h, position_ids, kind) for kind in self._rope_kinds}
+
+    def run(self, first: int, last: int, h: Tensor, position_ids: Tensor, rope: Rope,
+            mask: Callable[[int | None], Tensor | None], cache=None) -> Tensor:
+        """Layers first … last-1 over (B, n, D). `mask(window)` gives each kind of layer its mask."""
+        masks: dict[str, Tensor | None] = {}
+        for kind, layer in zip(self.kinds[first:last], self.decoder.layers[first:last], strict=True):
+            if kind not in masks:
+                masks[kind] = mask(self.window if kind == SLIDING else None)
+            out = layer(h, attention_mask=masks[kind], position_ids=position_ids, position_embeddings=rope[kind],
+                        past_key_values=cache, use_cache=cache is not None)
+            h = out[0] if isinstance(out, tuple) else out
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(B, n, D) → (B, n, V)."""
+        return self.base.lm_head(self.decoder.norm(h))
+
+
+def causal_mask(position_ids: Tensor, window: int | None, attn_implementation: str) -> Tensor | None:
+    """Plain causal attention for texts without padding: None where the kernel's own causal path does it."""
+    if attn_implementation == "sdpa" and (window is None or position_ids.shape[-1] <= window):
+        return None
+    i, j = position_ids[:, :, None], position_ids[:, None, :]
+    allowed = j <= i if window is None else (j <= i) & (i - j < window)
+    if attn_implementation == "sdpa":
+        return allowed.unsqueeze(1)
+    floor = torch.finfo(torch.float32).min
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, floor).unsqueeze(1)
+
+
+@torch.no_grad()
+def self_check(base: nn.Module, tokens: int = 12) -> float:
+    """Base against the loop over its layers, on a few tokens. Returns the largest logit difference.
+
+    Raises BaseError where they differ: the family does something between its layers that the loop does not.
+    The tolerance is relative: exact for every supported family in fp32 (0.0 seen); a wrong scale or cap gives > 1e-2.
+    """
+    spine = Spine(base)
+    was_training = base.training
+    base.eval()
+    device = next(base.parameters()).device
+    ids = torch.arange(1, tokens + 1, device=device)[None] % spine.decoder.config.vocab_size
+    try:
+        want = base(input_ids=ids, use_cache=False).logits
+        position_ids = torch.arange(tokens, device=device)[None]
+        h = spine.embed(ids)
+        attention = spine.decoder.config._attn_implementation
+        got = spine.logits(
+            spine.run(0, len(spine), h, position_ids, spine.rope(h, position_ids),
+                      lambda window: causal_mask(position_ids, window, attention))
+        )
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise BaseError(
+            f"the layers of this base ({spine.decoder.config.model_type}) cannot be called one by one ({error}): "
+            "need a plain decoder. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
+        ) from error
+    base.train(was_training)
+    difference = float((want - got).abs().max() / want.abs().max().clamp(min=1e-6))
+    if not difference < 1e-3:
+        raise BaseError(
+            f"this base ({spine.decoder.config.model_type}) differs from the loop over its own layers by "
+            f"{difference:.1e} of its logits: need 0. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
+        )
+    return difference

@@ -1,0 +1,111 @@
+"""Rate control: (B, T) scores → (B, T) write decisions at a wanted concept rate, one causal pass.
+
+Three things hold the number of concepts and the run of NULLs (system.md, the note's two "tricks"):
+a threshold read off the tracked distribution of scores, a small correction by what the row owes so far
+(so that a text unlike the training text, or one that the model writes itself, still realises the rate),
+and a forced concept after `max_tail` NULLs in a row. Decisions at `t` use scores ≤ `t` only.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+GRID = 129  # points of the tracked score distribution: 0.8 % of probability apart
+
+
+@dataclass
+class GateState:
+    """What a row must remember between chunks; (B,) integer arrays on the host."""
+
+    tokens: np.ndarray
+    concepts: np.ndarray
+    run: np.ndarray
+
+    @classmethod
+    def start(cls, batch: int) -> "GateState":
+        return cls(*(np.zeros(batch, np.int64) for _ in range(3)))
+
+    def select(self, rows: np.ndarray) -> "GateState":
+        return GateState(self.tokens[rows], self.concepts[rows], self.run[rows])
+
+
+def decide(
+    score_BT: np.ndarray,
+    valid_BT: np.ndarray,
+    *,
+    rate: float,
+    max_tail: int,
+    threshold: float,
+    gain: float,
+    state: GateState,
+) -> tuple[np.ndarray, GateState]:
+    """Which positions write a concept. Host arrays: the loop is sequential in T and costs microseconds a token.
+
+    A row that owes concepts (`rate · tokens > concepts`) gets a threshold lower by `gain` per concept owed.
+    With equal scores this writes at a fixed stride of 1 / rate.
+    """
+    tokens, concepts, run = state.tokens.copy(), state.concepts.copy(), state.run.copy()
+    written_BT = np.zeros(valid_BT.shape, bool)
+    for t in range(valid_BT.shape[1]):
+        valid = valid_BT[:, t]
+        owed = rate * tokens - concepts
+        write = (score_BT[:, t] > threshold - gain * owed) | (tokens == 0) | (run >= max_tail)
+        write = valid & (write | (rate >= 1.0))
+        written_BT[:, t] = write
+        tokens += valid
+        concepts += write
+        run = np.where(write, 0, run + valid)
+    return written_BT, GateState(tokens, concepts, run)
+
+
+class RateGate(nn.Module):
+    """Turns scores into decisions and tracks their distribution, so that one dial `rate` serves every setting.
+
+    Args:
+        momentum: share of a training batch in the tracked quantiles.
+        feedback: threshold shift per concept owed, in half-widths of the score distribution. 0.1 lets a shift of
+            half a standard deviation between texts settle at a debt of five concepts.
+    """
+
+    def __init__(self, boundary: str, momentum: float = 0.1, feedback: float = 0.1):
+        super().__init__()
+        self.boundary, self.momentum, self.feedback = boundary, momentum, feedback
+        self.register_buffer("quantiles", torch.linspace(-1, 1, GRID))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def track(self, score_N: Tensor) -> None:
+        """Folds a batch of scores, over all ranks, into the tracked quantiles."""
+        if score_N.numel() == 0:
+            score_N = self.quantiles
+        grid = torch.linspace(0, 1, GRID, device=score_N.device)
+        new = torch.quantile(score_N.detach().float(), grid)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(new)
+            new /= torch.distributed.get_world_size()
+        share = 1.0 if self.batches == 0 else self.momentum
+        self.quantiles.lerp_(new, share)
+        self.batches += 1
+
+    def threshold(self, rate: float) -> tuple[float, float]:
+        """(threshold, gain) in units of the score, for a wanted concept rate."""
+        if self.boundary == "fixed":
+            return -1e-6, 1.0  # no score: a concept whenever one is owed; 1e-6 absorbs rounding of rate · tokens
+        q = self.quantiles.float().cpu().numpy()
+        threshold = float(np.interp(1.0 - rate, np.linspace(0, 1, GRID), q))
+        half_width = float(np.interp(0.84, np.linspace(0, 1, GRID), q) - np.interp(0.16, np.linspace(0, 1, GRID), q)) / 2
+        return threshold, self.feedback * max(half_width, 1e-6)
+
+    def forward(
+        self, score_BT: Tensor, valid_BT: Tensor, *, rate: float, max_tail: int, state: GateState | None = None
+    ) -> tuple[Tensor, GateState]:
+        """(B, T) bool decisions on the scores' device, and the state to go on from."""
+        state = state or GateState.start(score_BT.shape[0])
+        score = np.zeros(score_BT.shape, np.float32) if self.boundary == "fixed" else score_BT.detach().float().cpu().numpy()
+        threshold, gain = self.threshold(rate)
+        written, state = decide(
+            score, valid_BT.cpu().numpy(), rate=rate, max_tail=max_tail, threshold=threshold, gain=gain, state=state
+        )
+        return torch.from_numpy(written).to(score_BT.device), state

@@ -1,0 +1,56 @@
+"""Who may see whom: query `i` attends to key `j ≤ i` iff `j` is a concept or no concept lies in `(j, i]`.
+
+That one rule is concept→concept causal, tail→concept, tail→tail causal, concept→tail never. With every position
+a concept it is plain causal attention; with none it is too.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Lane(NamedTuple):
+    """What the rule needs to know of a row of queries or keys. All fields are (B, n)."""
+
+    position: Tensor  # place in the text, counted from the first real token
+    written: Tensor  # number of concepts written at or before this place
+    concept: Tensor  # bool: is this entry a concept
+    valid: Tensor  # bool: False on padding and on empty cache slots
+
+    def pack(self, packing) -> "Lane":
+        """The lane of the packed concepts alone."""
+        return Lane(*(packing.pack(field) for field in self[:3]), packing.valid_BC)
+
+
+def segment_mask(query: Lane, key: Lane, window: int | None = None) -> Tensor:
+    """(B, 1, Q, S) bool, True where attention is allowed.
+
+    `window` adds a sliding window of that many places (the key's own place included), as Mistral and Gemma have it.
+    A query on padding sees everything: its output is never used, and a row without any key would give NaN.
+    """
+    i, j = query.position[:, :, None], key.position[:, None, :]
+    allowed = (j <= i) & key.valid[:, None, :]
+    allowed &= key.concept[:, None, :] | (query.written[:, :, None] == key.written[:, None, :])
+    if window is not None:
+        allowed &= i - j < window
+    return (allowed | ~query.valid[:, :, None]).unsqueeze(1)
+
+
+def naive_segment_rule(written_T: list[bool]) -> list[list[bool]]:
+    """The specification: the rule as a double loop over one text without padding."""
+    allowed = []
+    for i in range(len(written_T)):
+        row = []
+        for j in range(len(written_T)):
+            no_concept_between = not any(written_T[j + 1 : i + 1])
+            row.append(j <= i and (written_T[j] or no_concept_between))
+        allowed.append(row)
+    return allowed
+
+
+def allow(mask: Tensor | None, dtype: torch.dtype, attn_implementation: str) -> Tensor | None:
+    """The mask in the form that the attention kernel takes: bool for sdpa, additive for eager."""
+    if mask is None or attn_implementation == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

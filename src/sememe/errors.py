@@ -1,0 +1,28 @@
+"""What goes wrong because of the input: one sentence that says got, need, try."""
+
+
+class SememeError(Exception):
+    """A fault that the user can mend. The command line prints it without a traceback and exits with 1.
+
+    Write the message as one sentence that names what was got, what is needed and what to try.
+    """
+
+
+class RecipeError(SememeError):
+    """A recipe, or an override of it, that cannot be run."""
+
+
+class DataError(SememeError):
+    """A text file that is missing, empty or unreadable."""
+
+
+class BaseError(SememeError):
+    """A base model that cannot be had, or that this design cannot split."""
+
+
+class CheckpointError(SememeError):
+    """A saved model or run that is incomplete, corrupt or of another base."""
+
+
+class TrainingError(SememeError):
+    """A run that must stop: a non-finite loss, a full disk."""

@@ -1,0 +1,203 @@
+"""Shared by the systems: a frozen base with LoRA, saved as a few MB that name their base, or merged whole."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+
+from sememe.backbone.adapters import add_lora, merge_lora
+from sememe.backbone.bases import fingerprint, load_base, resolve
+from sememe.backbone.split import self_check
+from sememe.errors import CheckpointError
+
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+KERNELS = ("sdpa", "eager")
+
+
+class AdaptedModel(PreTrainedModel, GenerationMixin):
+    """A causal LM around `self.backbone`. Sub-classes add modules and `forward`."""
+
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config, backbone: PreTrainedModel | None = None):
+        attention = config._attn_implementation or "sdpa"
+        if attention not in KERNELS:
+            raise CheckpointError(f"attn_implementation = {attention!r}: need one of {', '.join(KERNELS)}. try: sdpa")
+        config._attn_implementation = attention
+        super().__init__(config)
+        if backbone is None:
+            # A nested live config loses its attention kernel: pass it on.
+            backbone = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=attention)
+        self.backbone = backbone
+
+    def finish(self) -> None:
+        """Last line of a sub-class's `__init__`. LoRA comes after `post_init`, which would draw its weights anew."""
+        self.post_init()
+        self.generation_config = self.backbone.generation_config
+        if self.config.base is not None:
+            config = self.config
+            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout)
+
+    def _init_weights(self, module) -> None:
+        """New modules start from `start` (k-means) or from zero; the base brings its own weights."""
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value) -> None:
+        self.backbone.set_output_embeddings(value)
+
+    @classmethod
+    def from_base(cls, config, dtype: torch.dtype = torch.float32, attention: str = "sdpa", folder: Path | None = None):
+        """The base with fresh adapters. Fills in the configuration's `text_config` and `base_sha256`.
+
+        Raises:
+            BaseError: the base cannot be had, or its layers cannot be called one by one.
+            CheckpointError: `config` names the hash of another base.
+        """
+        folder = folder or resolve(config.base)
+        found = fingerprint(folder)
+        if config.base_sha256 not in (None, found):
+            raise CheckpointError(
+                f"this model was trained on base {config.base!r} with sha256 {config.base_sha256[:12]}…, but the base "
+                f"found at {folder} has {found[:12]}…: need the same weights. try: sememe pull, or base=FOLDER"
+            )
+        backbone = load_base(folder, dtype=dtype, attn_implementation=attention)
+        self_check(backbone)
+        config.text_config, config.base_sha256 = backbone.config, found
+        config._attn_implementation = attention
+        return cls(config, backbone)
+
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """What is not the base's: LoRA, new modules and their buffers."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {
+            name: value.detach().contiguous()
+            for name, value in self.state_dict().items()
+            if name in trained or "lora_" in name or not name.startswith("backbone.")
+        }
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs) -> None:
+        """Writes config, weights and manifest. An adapted model saves its own few MB; a merged one everything."""
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.config
+        config.architectures = [type(self).__name__]
+        config.dtype = str(self.dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        if config.base is None:
+            state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+            tied = self.get_output_embeddings().weight is self.get_input_embeddings().weight
+            if tied:
+                state.pop("backbone.lm_head.weight", None)
+        else:
+            state = self.own_state()
+        metadata = {"format": "pt", "base": config.base or "", "base_sha256": config.base_sha256 or ""}
+        write_weights(state, folder, metadata)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """Loads a saved folder: the adapters over their base, which is resolved by name and checked by hash.
+
+        Args:
+            base: another place to take the same base from (keyword).
+            dtype, attn_implementation, device_map: as in transformers; device_map takes one device.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        base = kwargs.pop("base", None)
+        config = config if config is not None else cls.config_class.from_pretrained(folder)
+        check_manifest(folder)
+        if config.base is None:
+            return super().from_pretrained(folder, *args, config=config, **kwargs)
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
+        dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        attention = kwargs.pop("attn_implementation", None) or config._attn_implementation or "sdpa"
+        model = cls.from_base(config, dtype, attention, folder=resolve(base) if base else None)
+        model.load_own_state(folder)
+        model.to(dtype)
+        device = kwargs.pop("device_map", None)
+        if device is not None:
+            model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+        return model.eval()
+
+    def load_own_state(self, folder: Path) -> None:
+        """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does not."""
+        try:
+            state = load_file(folder / WEIGHTS)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"cannot read {folder / WEIGHTS} ({error}): need a whole safetensors file. try: save or train it again"
+            ) from error
+        want = self.own_state()
+        wrong = sorted(set(want) ^ set(state)) + [k for k in want if k in state and want[k].shape != state[k].shape]
+        if wrong:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} does not fit its configuration ({len(wrong)} tensors, first {wrong[0]}): need the "
+                "config.json that was saved with it. try: the folder's own pair of files"
+            )
+        self.load_state_dict(state, strict=False)
+
+    def merged(self):
+        """Folds LoRA into the base in place; the model then saves whole and needs no base."""
+        merge_lora(self.backbone)
+        self.config.base = self.config.base_sha256 = None
+        self.config.lora_rank = 0
+        return self
+
+
+def write_weights(state: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:
+    """Safetensors and then its manifest, each whole or not at all.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written to.
+    """
+    temporary = folder / (WEIGHTS + ".tmp")
+    try:
+        save_file(state, temporary, metadata=metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(temporary, folder / WEIGHTS)
+        manifest = folder / (MANIFEST + ".tmp")
+        manifest.write_text(json.dumps({WEIGHTS: digest, **metadata}, indent=2))
+        os.replace(manifest, folder / MANIFEST)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"could not write {folder / WEIGHTS} ({error}): need free space and write permission. try: another --out"
+        ) from error
+
+
+def check_manifest(folder: Path) -> None:
+    """One flipped bit in a safetensors file goes unnoticed nearly always: compare with the hash beside it."""
+    if not (folder / WEIGHTS).is_file() or not (folder / MANIFEST).is_file():
+        missing = WEIGHTS if not (folder / WEIGHTS).is_file() else MANIFEST
+        raise CheckpointError(f"{folder} holds no {missing}: need a finished model. try: RUN/model of a finished run")
+    want = json.loads((folder / MANIFEST).read_text()).get(WEIGHTS)
+    with (folder / WEIGHTS).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if want != found:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is corrupt (sha256 {found[:12]}…, the manifest says {str(want)[:12]}…): need the file "
+            "as it was saved. try: copy it again, or train again"
+        )
+
+
+__all__ = ["AdaptedModel", "AutoConfig", "check_manifest", "write_weights"]

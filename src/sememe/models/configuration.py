@@ -1,0 +1,104 @@
+"""Model configurations: a base's own configuration, how it was adapted, and what the concepts need."""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from sememe.concepts.head import HEADS
+from sememe.errors import RecipeError
+
+BOUNDARIES = ("null", "fixed")
+
+
+class AdaptedConfig(PreTrainedConfig):
+    """What every system shares: the base inside (`text_config`), its name and hash, and the LoRA on it.
+
+    Args:
+        text_config: configuration of the base, or its dict.
+        base: known base, local folder or Hub id that the weights come from; None once merged.
+        base_sha256: hash of the base's safetensors files; loading over another base is refused.
+        lora_rank, lora_alpha, lora_dropout: LoRA on all linears of the decoder layers; rank 0 for none.
+    """
+
+    model_type = "sememe"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(self, text_config=None, base: str | None = None, base_sha256: str | None = None, lora_rank: int = 8,
+                 lora_alpha: float = 16.0, lora_dropout: float = 0.0, **kwargs):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config if text_config is not None else AutoConfig.for_model("llama")
+        self.base, self.base_sha256 = base, base_sha256
+        self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
+        kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+
+
+class OnlineConfig(AdaptedConfig):
+    """Online concept compression (system.md §1).
+
+    Args:
+        split: layers in the shallow, middle and deep slice.
+        rate: concepts per normal token, 0 < rate ≤ 1.
+        max_tail: longest run of normal tokens; then a concept is forced.
+        num_concepts: size K of the codebook.
+        head: `factored` (whether apart from which) or `joint` (one softmax over K + 1).
+        boundary: `null` (the head decides) or `fixed` (every 1 / rate tokens).
+        quantise: share of the code in a concept's state: 0 carries the state itself, 1 the code alone.
+        temperature, gumbel: of the straight-through softmax in training; gumbel scales the noise, 0 for none.
+    """
+
+    model_type = "sememe-online"
+
+    def __init__(self, text_config=None, split=(4, 22, 4), rate: float = 0.25, max_tail: int = 16,
+                 num_concepts: int = 4096, head: str = "factored", boundary: str = "null", quantise: float = 1.0,
+                 temperature: float = 1.0, gumbel: float = 0.0, **kwargs):
+        self.split = list(split)
+        self.rate, self.max_tail, self.num_concepts = rate, max_tail, num_concepts
+        self.head, self.boundary, self.quantise = head, boundary, quantise
+        self.temperature, self.gumbel = temperature, gumbel
+        super().__init__(text_config=text_config, **kwargs)
+
+    def check(self) -> None:
+        """Raises RecipeError where a value cannot be run."""
+        check_split(self.split, self.text_config.num_hidden_layers)
+        if not 0 < self.rate <= 1:
+            raise RecipeError(f"rate = {self.rate}: need concepts per token in (0, 1]. try: rate=0.25")
+        if self.rate * (self.max_tail + 1) < 1 - 1e-9:
+            raise RecipeError(
+                f"max_tail = {self.max_tail} forces more than rate = {self.rate} concepts per token: need max_tail ≥ "
+                f"{round(1 / self.rate) - 1}. try: max_tail={4 * round(1 / self.rate)}"
+            )
+        for name, value, known in (("head", self.head, tuple(HEADS)), ("boundary", self.boundary, BOUNDARIES)):
+            if value not in known:
+                raise RecipeError(f"{name} = {value!r}: need one of {', '.join(known)}. try: {name}={known[-1]}")
+        if self.num_concepts < 2:
+            raise RecipeError(f"num_concepts = {self.num_concepts}: need at least 2. try: num_concepts=4096")
+
+
+class ControlConfig(AdaptedConfig):
+    """The control: the base with the same LoRA and no concepts; with `skipped`, without those layers as well.
+
+    Args:
+        skipped: [first, last) layers taken out of the base ("skip the middle slice + LoRA"); empty for the control.
+    """
+
+    model_type = "sememe-control"
+
+    def __init__(self, text_config=None, skipped=(), **kwargs):
+        self.skipped = list(skipped)
+        super().__init__(text_config=text_config, **kwargs)
+
+
+def check_split(split, layers: int) -> None:
+    """Raises RecipeError unless the three slices fill the base's layers."""
+    shallow, middle, deep = split
+    if min(split) < 0 or shallow < 1 or deep < 1:
+        raise RecipeError(
+            f"split {shallow}/{middle}/{deep}: need at least 1 shallow and 1 deep layer. try: split.shallow=1 split.deep=1"
+        )
+    if sum(split) != layers:
+        raise RecipeError(
+            f"shallow + middle + deep = {sum(split)}, but this base has {layers} layers: need {layers}. "
+            f"try: split.middle={layers - shallow - deep}"
+        )

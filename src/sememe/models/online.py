@@ -1,0 +1,348 @@
+"""Online concepts: (B, T) ids → (B, T, V) logits, with part of the layers on the concepts alone (system.md §1).
+
+    ids ─ embed ─ shallow (all tokens) ─ h ─┬─ head ─ z or NULL ─ code ─ e ─ middle (concepts only) ─ c
+                                            └─ deep over [concepts ≤ t ; tail(t)] ─ norm ─ lm_head ─ p(x_{t+1})
+
+One forward serves training, prefill, chunks and decoding; without a cache it costs T shallow, T · rate middle and
+T deep layer applications. Suffixes as in `concepts`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from sememe.backbone.cache import ConceptCache
+from sememe.backbone.split import Rope, Spine
+from sememe.concepts.codebook import ConceptEmbedding, gumbel_like, start_from_states
+from sememe.concepts.gate import GateState, RateGate
+from sememe.concepts.head import HEADS
+from sememe.concepts.masks import Lane, allow, segment_mask
+from sememe.concepts.segments import Packing, packing
+from sememe.models.adapted import AdaptedModel
+from sememe.models.configuration import OnlineConfig
+
+NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K-1
+ABLATIONS = ("zero", "shuffle", "random")
+
+
+@dataclass
+class OnlineOutput(CausalLMOutputWithPast):
+    """`concept_ids` (B, T): the id written at each position; NULL -1, unquantised (the sink) -2."""
+
+    concept_ids: Tensor | None = None
+
+
+@dataclass
+class Step:
+    """What the slices of one forward share."""
+
+    position_BT: Tensor
+    rope: Rope
+    valid_BT: Tensor
+    plain: bool  # no padding, nothing cached and a concept everywhere: ordinary causal attention throughout
+    padded: bool
+    cache: ConceptCache | None
+    written_before: np.ndarray  # (B,) concepts already in the cache
+
+
+class OnlineForCausalLM(AdaptedModel):
+    """The base, split in three, with a ConceptHead, a ConceptEmbedding and a RateGate between the slices."""
+
+    config_class = OnlineConfig
+
+    def __init__(self, config: OnlineConfig, backbone=None):
+        super().__init__(config, backbone)
+        config.check()
+        width = config.text_config.hidden_size
+        self.head = HEADS[config.head](width, config.num_concepts)
+        self.codes = ConceptEmbedding(config.num_concepts, width)
+        self.gate = RateGate(config.boundary)
+        self.finish()
+
+    @property
+    def spine(self) -> Spine:
+        return Spine(self.backbone)
+
+    # ---- forward ----
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, past_key_values: ConceptCache | None = None,
+                inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+                logits_to_keep: int = 0, ablation: str | None = None, **kwargs) -> OnlineOutput:
+        """Logits of the next token at every position.
+
+        Args:
+            input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D).
+            attention_mask: (B, past + T), 0 on padding; left and right padding both work.
+            position_ids: (B, T); default: counted from the first real token.
+            past_key_values: a ConceptCache (`new_cache`), grown in place.
+            labels: (B, T) targets, -100 ignored; shifted inside, as in transformers.
+            logits_to_keep: logits of the last n positions only; 0 for all.
+            ablation: replace the codes by `zero`, `shuffle` (across the batch) or `random` ones.
+        """
+        spine = self.spine
+        h_BTD = spine.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = self.new_cache(h_BTD.shape[0])
+        step = self._step(spine, h_BTD, attention_mask, position_ids, cache)
+        h_BTD = self._shallow(spine, h_BTD, step)
+
+        x_BTD = self.codes.normalise(h_BTD)
+        previous_BTD = self._previous(x_BTD, cache)
+        written_BT, score_BT, state, threshold = self._decide(x_BTD, previous_BTD, step)
+        pack = packing(written_BT)
+        first_BT = step.valid_BT & (step.valid_BT.cumsum(1) == 1)
+        if cache is not None:
+            first_BT &= torch.from_numpy(cache.gate_state.tokens == 0).to(first_BT.device)[:, None]
+        e_BCD, ids_BC = self._write(x_BTD, h_BTD, pack, first_BT, ablation)
+        c_BCD = self._middle(spine, e_BCD, pack, written_BT, step)
+        if self.training:
+            c_BCD = self._confidence(c_BCD, h_BTD, score_BT - threshold, pack, first_BT)
+        d_BTD = pack.unpack(c_BCD, written_BT, h_BTD)
+        d_BTD = self._deep(spine, d_BTD, written_BT, step, state)
+
+        ids_BT = torch.full_like(step.position_BT.expand(written_BT.shape), NULL)
+        ids_BT = ids_BT.scatter(1, pack.index_BC, torch.where(pack.valid_BC, ids_BC, NULL))
+        if cache is not None:
+            cache.gate_state, cache.last_hidden_BD = state, h_BTD[:, -1].detach()
+            cache.record(ids_BT)
+        logits = spine.logits(d_BTD[:, -logits_to_keep:] if logits_to_keep else d_BTD)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        return OnlineOutput(loss=loss, logits=logits, past_key_values=cache, concept_ids=ids_BT)
+
+    def _step(self, spine: Spine, h_BTD: Tensor, attention_mask, position_ids, cache) -> Step:
+        batch, length = h_BTD.shape[:2]
+        before = 0 if cache is None else cache.get_seq_length()
+        if attention_mask is None or bool(attention_mask[:, -length:].all()):
+            valid_BT = torch.ones(batch, length, dtype=torch.bool, device=h_BTD.device)
+            padded = cache is not None and cache.padded
+        else:
+            valid_BT = attention_mask[:, -length:].bool().to(h_BTD.device)
+            padded = True
+        if cache is not None:
+            cache.padded = padded
+        if position_ids is None:
+            position_BT = (valid_BT.cumsum(1) - 1).clamp(min=0)
+            if cache is not None:
+                position_BT = position_BT + torch.from_numpy(cache.gate_state.tokens).to(position_BT)[:, None]
+        else:
+            position_BT = position_ids.to(h_BTD.device).expand(batch, length)
+        plain = self.config.rate >= 1 and not padded and before == 0
+        written_before = np.zeros(batch, np.int64) if cache is None else cache.concepts
+        return Step(position_BT, spine.rope(h_BTD, position_BT), valid_BT, plain, padded, cache, written_before)
+
+    def _shallow(self, spine: Spine, h_BTD: Tensor, step: Step) -> Tensor:
+        """All tokens, causal."""
+        split, cache, length = self.config.split, step.cache, h_BTD.shape[1]
+        query = _all_concepts(step.position_BT, step.valid_BT)
+        key = query
+        if cache is not None:
+            lane, end = cache.shallow, cache.get_seq_length() + length
+            slot = torch.arange(end - length, end, device=h_BTD.device).expand(h_BTD.shape[:2])
+            lane.plan(slot, step.position_BT, end)
+            lane.valid[:, end - length : end] = step.valid_BT
+            key = _all_concepts(lane.position[:, :end], lane.valid[:, :end])
+        free = not step.padded and (length == 1 or key is query)
+        return spine.run(0, split[0], h_BTD, step.position_BT, step.rope, self._mask(query, key, free), cache)
+
+    def _previous(self, x_BTD: Tensor, cache: ConceptCache | None) -> Tensor:
+        first = x_BTD[:, :1] if cache is None else self.codes.normalise(cache.last_hidden_BD).unsqueeze(1)
+        return torch.cat([first, x_BTD[:, :-1]], 1)
+
+    def _decide(self, x_BTD: Tensor, previous_BTD: Tensor, step: Step):
+        """Which positions write. Training folds the scores into the gate's tracked distribution."""
+        config, cache = self.config, step.cache
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            score_BT = self.head.score(x_BTD, previous_BTD)
+        state = GateState.start(len(x_BTD)) if cache is None else cache.gate_state
+        written_BT, state = self.gate(
+            score_BT, step.valid_BT, rate=config.rate, max_tail=config.max_tail, state=state
+        )
+        threshold = self.gate.threshold(config.rate)[0]
+        if self.training and torch.is_grad_enabled():
+            inner = step.valid_BT & (step.position_BT > 0)
+            self.gate.track(score_BT[inner])
+        return written_BT, score_BT, state, threshold
+
+    def _write(self, x_BTD: Tensor, h_BTD: Tensor, pack: Packing, first_BT: Tensor, ablation: str | None):
+        """(B, C, D) concept states and (B, C) ids. The sink, and everything while `quantise` is 0, stays a state."""
+        config = self.config
+        h_BCD = pack.pack(h_BTD)
+        unquantised = torch.full_like(pack.index_BC, UNQUANTISED)
+        if config.quantise == 0:
+            return h_BCD, unquantised
+        with torch.autocast(h_BTD.device.type, enabled=False):
+            logits_BCK = self.head.code_logits(pack.pack(x_BTD))
+            noise = config.gumbel * gumbel_like(logits_BCK) if self.training and config.gumbel > 0 else None
+            ids_BC = (logits_BCK if noise is None else logits_BCK + noise).argmax(-1)
+            coded_BC = pack.valid_BC & ~first_BT.gather(1, pack.index_BC)
+            if ablation is not None:
+                ids_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts)
+            if self.training:
+                e_BCD = self.codes.straight_through(logits_BCK, ids_BC, config.temperature, noise)
+            else:
+                e_BCD = self.codes(ids_BC)
+            if ablation == "zero":
+                e_BCD = torch.zeros_like(e_BCD)
+            e_BCD = e_BCD.to(h_BCD.dtype)
+        if config.quantise < 1:
+            e_BCD = h_BCD + config.quantise * (e_BCD - h_BCD)
+        e_BCD = torch.where(coded_BC.unsqueeze(-1), e_BCD, h_BCD)
+        return e_BCD, torch.where(coded_BC, ids_BC, unquantised)
+
+    def _middle(self, spine: Spine, e_BCD: Tensor, pack: Packing, written_BT: Tensor, step: Step) -> Tensor:
+        """Concepts only, causal, each at its own place in the text."""
+        first, last = self.config.split[0], sum(self.config.split[:2])
+        cache, rows = step.cache, None
+        position_BC = pack.pack(step.position_BT)
+        rope = {kind: tuple(pack.pack(x.expand(len(e_BCD), -1, -1)) for x in pair) for kind, pair in step.rope.items()}
+        query = key = _all_concepts(position_BC, pack.valid_BC)
+        ragged = step.padded or len(e_BCD) > 1
+        if cache is not None:
+            count_B = step.written_before + written_BT.sum(1).cpu().numpy()
+            wrote = np.flatnonzero(count_B > step.written_before)
+            if len(wrote) == 0:
+                return e_BCD
+            if written_BT.shape[1] == 1 and len(wrote) < len(count_B):
+                rows = torch.from_numpy(wrote).to(e_BCD.device)
+            before = torch.from_numpy(step.written_before).to(e_BCD.device)
+            rank_BC = torch.arange(e_BCD.shape[1], device=e_BCD.device)
+            slot = torch.where(pack.valid_BC, before[:, None] + rank_BC, -1)
+            every, lane = e_BCD, cache.middle
+            if rows is not None:
+                slot, position_BC, e_BCD = slot[rows], position_BC[rows], e_BCD[rows]
+                rope = {kind: tuple(x[rows] for x in pair) for kind, pair in rope.items()}
+                query = Lane(*(field[rows] for field in query))
+            lane.plan(slot, position_BC, int(count_B.max()), rows, length_B=count_B)
+            some = slice(None) if rows is None else rows
+            key = _all_concepts(lane.position[some, : lane.used], lane.valid[some, : lane.used])
+        free = not ragged and (e_BCD.shape[1] == 1 or cache is None or int(step.written_before.max()) == 0)
+        free = free or step.plain
+        c_BCD = spine.run(first, last, e_BCD, position_BC, rope, self._mask(query, key, free), cache)
+        return c_BCD if rows is None else every.index_copy(0, rows, c_BCD)
+
+    def _confidence(self, c_BCD: Tensor, h_BTD: Tensor, margin_BT: Tensor, pack: Packing, first_BT: Tensor) -> Tensor:
+        """Gradient for the gate: forward c, backward p · c + (1 - p) · h with p the probability of writing.
+
+        Interpolated after the middle layers so that what they read stays discrete (ConceptMoE, arXiv 2601.21420).
+        The new modules' zero term keeps every rank's gradients in step when its batch used no code.
+        """
+        zero = sum(p.float().sum() for module in (self.head, self.codes) for p in module.parameters()) * 0.0
+        c_BCD = c_BCD + zero.to(c_BCD.dtype)
+        if self.config.rate >= 1 or self.config.boundary != "null":
+            return c_BCD
+        p_BC1 = torch.sigmoid(pack.pack(margin_BT)).unsqueeze(-1)
+        sink_BC1 = first_BT.gather(1, pack.index_BC).unsqueeze(-1)
+        p_BC1 = torch.where(sink_BC1, p_BC1.detach(), p_BC1)
+        return c_BCD + (p_BC1 - p_BC1.detach()) * (c_BCD - pack.pack(h_BTD)).detach()
+
+    def _deep(self, spine: Spine, d_BTD: Tensor, written_BT: Tensor, step: Step, state: GateState) -> Tensor:
+        """One state per position: concepts ≤ t and the tail of t."""
+        split, cache, length = self.config.split, step.cache, d_BTD.shape[1]
+        before = torch.from_numpy(step.written_before).to(d_BTD.device)[:, None]
+        query = key = Lane(step.position_BT, before + written_BT.cumsum(1), written_BT, step.valid_BT)
+        free = step.plain
+        if cache is not None:
+            lane, written = cache.deep, written_BT.cpu().numpy()
+            slot, tail = _deep_slots(written, step.valid_BT.cpu().numpy(), step.written_before, cache.tail)
+            total_B = state.concepts + tail
+            keep_before = length > 1
+            old_position, old_valid = lane.position[:, : lane.used].clone(), lane.valid[:, : lane.used]
+            lane.plan(torch.from_numpy(slot).to(d_BTD.device), step.position_BT, int(total_B.max()), None, keep_before,
+                      length_B=total_B)
+            cache.tail = tail
+            if keep_before:
+                old_concept = torch.arange(old_position.shape[1], device=d_BTD.device) < before
+                old = Lane(old_position, before.expand(old_position.shape), old_concept, old_valid)
+                key = Lane(*(torch.cat([a, b], 1) for a, b in zip(old, query, strict=True)))
+            else:
+                key = _all_concepts(lane.position[:, : lane.used], lane.valid[:, : lane.used])
+                free = len(d_BTD) == 1 and not step.padded
+        return spine.run(split[0] + split[1], sum(split), d_BTD, step.position_BT, step.rope,
+                         self._mask(query, key, free), cache)
+
+    def _mask(self, query: Lane, key: Lane, free: bool):
+        """Mask of one slice for each sliding window. `free`: plain causal, or a single query that may see all."""
+        attention = self.backbone.config._attn_implementation
+
+        def make(window: int | None) -> Tensor | None:
+            if free and attention == "sdpa" and (window is None or int(key.position.max()) < window):
+                return None
+            return allow(segment_mask(query, key, window), self.dtype, attention)
+
+        return make
+
+    # ---- life cycle ----
+
+    @torch.no_grad()
+    def start_codes(self, input_ids: Tensor, seed: int = 0, batch: int = 4) -> dict[str, float]:
+        """Initial codebook, head and gate from the base's own shallow states on (N, T) blocks of text."""
+        spine, states, scores = self.spine, [], []
+        was_training = self.training
+        self.eval()
+        for ids_BT in input_ids.to(self.device).split(batch):
+            h_BTD = spine.embed(ids_BT)
+            step = self._step(spine, h_BTD, None, None, None)
+            states.append(self._shallow(spine, h_BTD, step).float())
+        h_NTD = torch.cat(states)
+        found = start_from_states(self.codes, self.head, h_NTD[:, 1:].flatten(0, 1), seed=seed)
+        for h_BTD in h_NTD.split(batch):
+            x_BTD = self.codes.normalise(h_BTD)
+            scores.append(self.head.score(x_BTD, self._previous(x_BTD, None))[:, 1:].flatten())
+        self.gate.batches.zero_()
+        self.gate.track(torch.cat(scores))
+        self.train(was_training)
+        return found
+
+    def new_cache(self, batch: int) -> ConceptCache:
+        """An empty cache for `batch` rows."""
+        return ConceptCache(tuple(self.config.split), batch, self.device, GateState.start(batch),
+                            self.config.text_config.hidden_size)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, *args
+            )
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation = {generation_config.cache_implementation!r}: the concept cache is the only one "
+                "that fits this model. try: leave it out"
+            )
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        model_kwargs["past_key_values"] = self.new_cache(rows)
+
+
+def _all_concepts(position: Tensor, valid: Tensor) -> Lane:
+    """A lane on which the segment rule is plain causal attention."""
+    return Lane(position, torch.zeros_like(position), torch.ones_like(valid), valid)
+
+
+def _deep_slots(written: np.ndarray, valid: np.ndarray, concepts: np.ndarray, tail: np.ndarray):
+    """Deep-cache slots of a chunk, (B, T), -1 where an entry dies before the chunk ends; and the tails after it."""
+    rank = concepts[:, None] + np.cumsum(written, 1) - 1
+    after_last = np.cumsum(written[:, ::-1], 1)[:, ::-1] == 0  # no concept at or after this place
+    normal = valid & after_last
+    any_written = written.any(1)
+    start = rank[:, -1:] + 1 + np.where(any_written, 0, tail)[:, None]
+    slot = np.where(written, rank, np.where(normal, start + np.cumsum(normal, 1) - 1, -1))
+    return slot, np.where(any_written, 0, tail) + normal.sum(1)
+
+
+def ablate(ids_BC: Tensor, coded_BC: Tensor, kind: str, num_concepts: int) -> Tensor:
+    """Ids with the coded ones shuffled over the whole batch, or drawn at random. `zero` is applied to the states."""
+    if kind not in ABLATIONS:
+        raise ValueError(f"ablation = {kind!r}: need one of {', '.join(ABLATIONS)}")
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    out, count = ids_BC.clone(), int(coded_BC.sum())
+    if kind == "shuffle":
+        out[coded_BC] = ids_BC[coded_BC][torch.randperm(count, generator=generator).to(ids_BC.device)]
+    elif kind == "random":
+        out[coded_BC] = torch.randint(num_concepts, (count,), generator=generator).to(ids_BC.device)
+    return out

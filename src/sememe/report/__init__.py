@@ -1,0 +1,5 @@
+"""Run folder → one self-contained HTML page. Reads files only; imports neither torch nor transformers."""
+
+from sememe.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,108 @@
+"""The page itself: files → figures → template → RUN/report.html, written all or nothing."""
+
+import os
+import shlex
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from sememe.errors import CheckpointError
+from sememe.report import meanings, plots
+from sememe.report.files import Run, read_run
+from sememe.report.samples import read_samples
+from sememe.report.tiles import tiles, verdict
+from sememe.report.values import show
+
+HERE = Path(__file__).parent
+
+
+def write_report(run: Path, control: Path | None = None) -> Path:
+    """Write RUN/report.html from the files of `run` and return its path.
+
+    `control`: the folder of the control run whose curves are drawn beside; None takes the sibling folder
+    `<run>-control` where there is one.
+    """
+    run = Path(run)
+    html = render(read_run(run, Path(control) if control is not None else None))
+    page = run / "report.html"
+    part = run / f".report.html.{os.getpid()}"
+    try:
+        with part.open("w", encoding="utf-8", errors="replace") as out:
+            out.write(html)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, page)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"got {error.strerror} when writing {page}; need a folder with room that can be written to. "
+            "try: free some space, or copy the run folder to where you may write"
+        ) from error
+    return page
+
+
+def render(run: Run) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    evaluate, benchmark = run.evaluate.figures, run.benchmark.figures
+    latest = run.metrics.latest()
+    return environment.get_template("page.html").render(
+        run=run,
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),  # ours, so not escaped
+        name=run.path.resolve().name,
+        folder=shlex.quote(str(run.path)),  # commands on the page can be copied
+        facts=_facts(run, latest),
+        tiles=tiles(evaluate, benchmark, latest.get("target_rate")),
+        verdict=verdict(evaluate),
+        training_plots=_drawn(plots.loss_plot(run.metrics, run.control), plots.rate_plot(run.metrics)),
+        evaluate_plots=_drawn(plots.position_plot(evaluate), plots.code_plot(evaluate)),
+        samples=read_samples(evaluate),
+        latest_rows=meanings.rows(latest, meanings.METRICS),
+        evaluate_rows=meanings.rows(evaluate, meanings.EVALUATE, skip=meanings.EVALUATE_DRAWN),
+        side_rows=_side_rows(benchmark),
+        benchmark_rows=meanings.rows(benchmark, meanings.BENCHMARK, skip=meanings.BENCHMARK_APART),
+        settings=_settings(benchmark),
+    )
+
+
+def _drawn(*found: plots.Plot | None) -> list[dict]:
+    # The SVG is ours and matplotlib has escaped its text.
+    return [{"title": p.title, "svg": Markup(p.svg), "caption": p.caption} for p in found if p is not None]
+
+
+def _facts(run: Run, latest: dict) -> list[str]:
+    facts = [f"{show(latest['step'], 'count')} steps"]
+    if "tokens" in latest:
+        facts.append(f"{show(latest['tokens'], 'count')} tokens")
+    if "seconds" in latest:
+        facts.append(show(latest["seconds"], "time"))
+    control = run.control_path.resolve().name if run.control_path else "none beside"
+    facts.append(f"control: {control}")
+    if run.metrics.damaged:
+        facts.append(f"{run.metrics.damaged} unreadable lines of metrics.jsonl skipped")
+    return facts
+
+
+def _side_rows(benchmark: dict) -> list[tuple[str, str, str, str]]:
+    """(key, concept model, base, meaning), for the keys that either side has."""
+    sides = (benchmark.get("concept"), benchmark.get("base"))
+    concept, base = (side if isinstance(side, dict) else {} for side in sides)
+    known = meanings.BENCHMARK_SIDES
+    keys = [key for key in known if key in concept or key in base]
+    keys += [key for key in {**concept, **base} if key not in known]
+    found = []
+    for key in keys:
+        kind, meaning = known.get(key, ("", meanings.UNDESCRIBED))
+        found.append((key, show(concept.get(key), kind), show(base.get(key), kind), meaning))
+    return found
+
+
+def _settings(benchmark: dict) -> list[tuple[str, str]]:
+    settings = benchmark.get("settings")
+    return [(str(k), show(v)) for k, v in settings.items()] if isinstance(settings, dict) else []

@@ -1,0 +1,49 @@
+"""Tiny random bases of several families, and online models over them."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sememe.models import OnlineConfig, OnlineForCausalLM
+
+COMMON = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0, "initializer_range": 0.2,
+}
+# A window of 6 places is shorter than every text in the tests, so a wrong window mask cannot hide.
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 6},
+    "olmo2": {},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "smollm3": {},
+    "phi3": {"pad_token_id": 0},
+}
+
+
+def tiny_base(family: str = "llama", seed: int = 0, attention: str = "sdpa", **changes):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def tiny_online(family: str = "llama", seed: int = 0, attention: str = "sdpa", **changes) -> OnlineForCausalLM:
+    """An online model over a tiny base, with LoRA, codes and gate off their starting points so that nothing is 0."""
+    base = tiny_base(family, seed, attention)
+    settings = {"split": (1, 2, 1), "rate": 0.4, "max_tail": 5, "num_concepts": 16, "base": "tiny", "lora_rank": 4}
+    config = OnlineConfig(text_config=base.config, **{**settings, **changes})
+    config._attn_implementation = attention
+    model = OnlineForCausalLM(config, base)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or name.endswith("head.linear"):
+                p.copy_(0.05 * torch.randn(p.shape, generator=generator))
+    model.start_codes(torch.randint(3, 97, (16, 24), generator=generator))
+    return model.eval()
+
+
+def text(batch: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
