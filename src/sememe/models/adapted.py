@@ -26,6 +26,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    _own_dtype = torch.float32
 
     def __init__(self, config, backbone: PreTrainedModel | None = None):
         attention = config._attn_implementation or "sdpa"
@@ -84,12 +85,20 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
     def own_state(self) -> dict[str, torch.Tensor]:
         """What is not the base's: LoRA, new modules and their buffers."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        weights = {name for name, _ in self.named_parameters()}
         return {
-            name: value.detach().contiguous()
+            name: value.detach().to(self._own_dtype if name in weights else value.dtype).contiguous()
             for name, value in self.state_dict().items()
-            if name in trained or "lora_" in name or not name.startswith("backbone.")
+            if "lora_" in name or not name.startswith("backbone.")
         }
+
+    @torch.no_grad()
+    def round_own_weights(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Rounds LoRA and new modules to `dtype` in place; they are saved in it from now on. Buffers stay as they are."""
+        for p in self.parameters():
+            if p.requires_grad:
+                p.copy_(p.to(dtype))
+        self._own_dtype = dtype
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs) -> None:
         """Writes config, weights and manifest. An adapted model saves its own few MB; a merged one everything."""
@@ -131,7 +140,9 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         attention = kwargs.pop("attn_implementation", None) or config._attn_implementation or "sdpa"
         model = cls.from_base(config, dtype, attention, folder=resolve(base) if base else None)
         model.load_own_state(folder)
-        model.to(dtype)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data = p.data.to(dtype)  # codes, head and rotary buffers keep fp32
         device = kwargs.pop("device_map", None)
         if device is not None:
             model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)

@@ -45,18 +45,18 @@ class OnlineConfig(AdaptedConfig):
         head: `factored` (whether apart from which) or `joint` (one softmax over K + 1).
         boundary: `null` (the head decides) or `fixed` (every 1 / rate tokens).
         quantise: share of the code in a concept's state: 0 carries the state itself, 1 the code alone.
-        temperature, gumbel: of the straight-through softmax in training; gumbel scales the noise, 0 for none.
+        code_temperature, gumbel: of the straight-through softmax in training; gumbel scales the noise, 0 for none.
     """
 
     model_type = "sememe-online"
 
     def __init__(self, text_config=None, split=(4, 22, 4), rate: float = 0.25, max_tail: int = 16,
                  num_concepts: int = 4096, head: str = "factored", boundary: str = "null", quantise: float = 1.0,
-                 temperature: float = 1.0, gumbel: float = 0.0, **kwargs):
+                 code_temperature: float = 1.0, gumbel: float = 0.0, **kwargs):
         self.split = list(split)
         self.rate, self.max_tail, self.num_concepts = rate, max_tail, num_concepts
         self.head, self.boundary, self.quantise = head, boundary, quantise
-        self.temperature, self.gumbel = temperature, gumbel
+        self.code_temperature, self.gumbel = code_temperature, gumbel
         super().__init__(text_config=text_config, **kwargs)
 
     def check(self) -> None:

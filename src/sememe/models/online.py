@@ -185,7 +185,7 @@ class OnlineForCausalLM(AdaptedModel):
             if ablation is not None:
                 ids_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts)
             if self.training:
-                e_BCD = self.codes.straight_through(logits_BCK, ids_BC, config.temperature, noise)
+                e_BCD = self.codes.straight_through(logits_BCK, ids_BC, config.code_temperature, noise)
             else:
                 e_BCD = self.codes(ids_BC)
             if ablation == "zero":

@@ -20,7 +20,7 @@ def number(value: object) -> float | None:
 
 def show(value: object, kind: str = "") -> str:
     """`value` as `kind` reads best: nats, delta, ratio, share, count, bytes, speed, time or '' (general)."""
-    if value is None or isinstance(value, float) and not math.isfinite(value):
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NOT_AVAILABLE
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -1,0 +1,124 @@
+"""Held-out quality: NLL, bits per byte, realised rate, code use, and what ablating the codes costs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sememe.errors import DataError
+from sememe.models.online import ABLATIONS, NULL, OnlineForCausalLM
+
+BUCKET = 64  # positions per bucket of `nll_by_position`
+
+
+@torch.no_grad()
+def token_nll(model, ids_NT: Tensor, batch: int = 4, ablation: str | None = None, tick: Callable[[int], None] = lambda n: None):
+    """Per-token NLL in nats (N, T-1), on the host, and the concept ids (N, T) (None for a model without concepts)."""
+    nll, ids = [], []
+    extra = {"ablation": ablation} if ablation else {}
+    for part_BT in ids_NT.split(batch):
+        part_BT = part_BT.to(model.device)
+        out = model(input_ids=part_BT, use_cache=False, **extra)
+        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), part_BT[:, 1:].flatten(), reduction="none")
+        nll.append(loss.view(len(part_BT), -1).cpu())
+        if getattr(out, "concept_ids", None) is not None:
+            ids.append(out.concept_ids.cpu())
+        tick(part_BT.numel())
+    return torch.cat(nll), torch.cat(ids) if ids else None
+
+
+def rate_and_codes(ids_NT: Tensor, num_concepts: int) -> dict[str, Any]:
+    """Realised rate and code use of (N, T) concept ids. Padding-free rows; every row's first token is the sink."""
+    written = ids_NT != NULL
+    codes = ids_NT[ids_NT >= 0]
+    counts = torch.bincount(codes, minlength=num_concepts).float()
+    share = counts[counts > 0] / counts.sum().clamp(min=1)
+    rate = float(written.float().mean())
+    return {
+        "concept_rate": rate,
+        "compression_ratio": 1 / rate,
+        "longest_tail": longest_tail(written),
+        "code_perplexity": float(torch.exp(-(share * share.log()).sum())) if len(share) else None,
+        "codes_used": int((counts > 0).sum()),
+        "largest_code_share": float(share.max()) if len(share) else None,
+        "code_counts": sorted((int(c) for c in counts[counts > 0]), reverse=True),
+        "num_concepts": num_concepts,
+    }
+
+
+def longest_tail(written_NT: Tensor) -> int:
+    """Longest run of normal tokens in any row."""
+    run, longest = torch.zeros(len(written_NT), dtype=torch.long), 0
+    for written in written_NT.T:
+        run = torch.where(written, 0, run + 1)
+        longest = max(longest, int(run.max()))
+    return longest
+
+
+def text_bytes(ids_NT: Tensor, tokenizer) -> int:
+    """UTF-8 bytes of the predicted tokens (all but each row's first)."""
+    return sum(len(tokenizer.decode(row[1:]).encode()) for row in ids_NT)
+
+
+def by_position(nll_NT: Tensor, control_NT: Tensor | None) -> list[dict[str, float | None]]:
+    """Mean NLL in buckets of the predicted token's position."""
+    buckets = []
+    for start in range(0, nll_NT.shape[1], BUCKET):
+        part = slice(start, start + BUCKET)
+        buckets.append({
+            "from": start, "to": min(start + BUCKET, nll_NT.shape[1]), "nll": float(nll_NT[:, part].mean()),
+            "control_nll": None if control_NT is None else float(control_NT[:, part].mean()),
+        })
+    return buckets
+
+
+def evaluate(model, tokenizer, ids_NT: Tensor, control=None, batch: int = 4, samples: int = 2,
+             tick: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
+    """All quality figures of a model on (N, T) held-out blocks, the gate running free.
+
+    Deltas are to the model's own NLL (ablations: positive = the codes matter) or to the control's (`delta_nll_control`,
+    positive = worse than the control). Raises DataError for ids outside the vocabulary or a non-finite NLL.
+    """
+    vocab = model.config.get_text_config().vocab_size
+    if int(ids_NT.max()) >= vocab or int(ids_NT.min()) < 0:
+        raise DataError(f"token id {int(ids_NT.max())} is outside this model's vocabulary of {vocab}: need its own "
+                        "tokenizer. try: the tokenizer saved beside the model")
+    nll_NT, concepts_NT = token_nll(model, ids_NT, batch, tick=tick)
+    nll = float(nll_NT.mean())
+    if not torch.isfinite(nll_NT).all():
+        raise DataError(f"the NLL is {nll}: need finite logits. try: another checkpoint, or float32")
+    control_NT = token_nll(control, ids_NT, batch, tick=tick)[0] if control is not None else None
+    result: dict[str, Any] = {
+        "tokens": nll_NT.numel(), "nll": nll,
+        "bits_per_byte": float(nll_NT.double().sum()) / text_bytes(ids_NT, tokenizer) / torch.log(torch.tensor(2.0)).item(),
+        **dict.fromkeys((
+            "concept_rate", "compression_ratio", "nll_at_concepts", "nll_in_tail", "longest_tail", "delta_nll_control",
+            "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_perplexity", "codes_used",
+            "largest_code_share",
+        )),
+        "nll_by_position": by_position(nll_NT, control_NT), "sequence_length": ids_NT.shape[1],
+    }
+    if control_NT is not None:
+        result["control_nll"] = float(control_NT.mean())
+        result["delta_nll_control"] = nll - result["control_nll"]
+    if not isinstance(model, OnlineForCausalLM):
+        return result
+    result |= rate_and_codes(concepts_NT, model.config.num_concepts)
+    wrote = concepts_NT[:, :-1] != NULL
+    result["nll_at_concepts"] = float(nll_NT[wrote].mean())
+    result["nll_in_tail"] = float(nll_NT[~wrote].mean()) if (~wrote).any() else None
+    for kind in ABLATIONS:
+        result[f"delta_nll_{kind}"] = float(token_nll(model, ids_NT, batch, kind, tick)[0].mean()) - nll
+    result["samples"] = [sample(ids, concepts, tokenizer) for ids, concepts in zip(ids_NT[:samples], concepts_NT, strict=False)]
+    return result
+
+
+def sample(ids_T: Tensor, concepts_T: Tensor, tokenizer) -> dict[str, Any]:
+    """One text as pieces (one per token) with the concept that each token wrote, if any."""
+    pieces = []
+    for i, (token, concept) in enumerate(zip(ids_T.tolist(), concepts_T.tolist(), strict=True)):
+        pieces.append({"text": tokenizer.decode([token]), "concept": concept if concept >= 0 else None,
+                       "sink": i == 0 and concept < NULL})
+    return {"pieces": pieces}

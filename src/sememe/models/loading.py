@@ -1,0 +1,57 @@
+"""A model for use: from a run folder, a saved model folder, or a plain base."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sememe.backbone.bases import load_base, load_tokenizer, resolve
+from sememe.errors import CheckpointError
+from sememe.models.adapted import AdaptedModel, check_manifest
+from sememe.models.configuration import AdaptedConfig
+
+
+def model_folder(model: str | Path) -> Path | None:
+    """The folder of a saved model: RUN/model, or the folder itself; None where `model` is not one of ours.
+
+    Raises:
+        CheckpointError: a run that has not finished, or an empty folder.
+    """
+    path = Path(model)
+    if (path / "recipe.yaml").is_file():
+        if not (path / "model" / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} is a run that has not finished: need RUN/model. try: sememe train {path}/recipe.yaml --out {path}"
+            )
+        return path / "model"
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no model: need a run folder or a saved model. try: sememe train … --out {path}")
+    return path if path.is_dir() else None
+
+
+def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32, attention: str = "sdpa",
+               base: str | None = None) -> tuple[PreTrainedModel, object]:
+    """(model in eval mode, tokenizer). `merge` folds LoRA into the weights: the same function with fewer matmuls.
+
+    Raises:
+        CheckpointError: not a model, corrupt, or over another base.
+        BaseError: `model` is neither a folder nor a base that can be had.
+    """
+    folder = model_folder(model)
+    if folder is None:
+        folder = resolve(str(model))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}/config.json cannot be read ({str(error).splitlines()[0]}): need a saved model. try: RUN/model"
+        ) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(config, AdaptedConfig):
+        return load_base(folder, dtype=dtype, attn_implementation=attention).to(device).eval(), load_tokenizer(folder)
+    check_manifest(folder)
+    extra = {"base": base} if base else {}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **extra)
+    if merge and isinstance(loaded, AdaptedModel) and loaded.config.base is not None:
+        loaded.merged()
+    return loaded.to(device).eval(), load_tokenizer(folder)

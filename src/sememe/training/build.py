@@ -1,0 +1,68 @@
+"""Recipe → model and token blocks."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from sememe.backbone.bases import load_tokenizer, resolve
+from sememe.data import block_order, read_texts, token_blocks
+from sememe.errors import DataError
+from sememe.models import MODELS, ControlConfig, OnlineConfig
+from sememe.models.adapted import AdaptedModel
+from sememe.models.configuration import check_split
+from sememe.training.recipe import Recipe
+
+
+def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
+    """The recipe's system over its base, untrained: identical to the base. `online` still lacks its codes."""
+    layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
+    split = recipe.split.resolve(layers)
+    check_split(split, layers)
+    shared = {
+        "base": recipe.base, "lora_rank": recipe.lora.rank, "lora_alpha": recipe.lora.alpha,
+        "lora_dropout": recipe.lora.dropout,
+    }
+    if recipe.system == "online":
+        config = OnlineConfig(
+            split=split, rate=recipe.rate, max_tail=recipe.max_tail, num_concepts=recipe.num_concepts,
+            head=recipe.head, boundary=recipe.boundary, code_temperature=recipe.code_temperature, gumbel=recipe.gumbel, **shared,
+        )
+    else:
+        skipped = (split[0], split[0] + split[1]) if recipe.system == "skip" else ()
+        config = ControlConfig(skipped=skipped, **shared)
+    torch.manual_seed(recipe.seed)
+    return MODELS[recipe.system].from_base(config, folder=folder)
+
+
+def build_blocks(recipe: Recipe, tokenizer) -> tuple[Tensor, Tensor]:
+    """(steps · batch_size, T) training blocks in their order, and (N, T) held-out blocks.
+
+    Raises:
+        DataError: missing, empty or too short text; held-out text that is the training text.
+    """
+    if _same_text(recipe.data.train, recipe.data.heldout):
+        raise DataError(
+            f"{recipe.data.heldout} holds the same bytes as {recipe.data.train}: need held-out text that is never "
+            "trained on. try: another file for data.heldout"
+        )
+    length, wanted = recipe.sequence_length, recipe.steps * recipe.batch_size
+    train = token_blocks(read_texts(recipe.data.train), tokenizer, length, limit=wanted * length)
+    heldout = token_blocks(read_texts(recipe.data.heldout), tokenizer, length, limit=max(recipe.heldout_tokens, length))
+    order = block_order(len(train), recipe.steps, recipe.batch_size, recipe.seed)
+    return train[order], heldout
+
+
+def _same_text(a: str, b: str) -> bool:
+    paths = [Path(x.split("#")[0]) for x in (a, b)]
+    if not all(path.is_file() for path in paths) or paths[0].stat().st_size != paths[1].stat().st_size:
+        return False
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
+    return digests[0] == digests[1] and a.partition("#")[2] == b.partition("#")[2]
+
+
+def base_and_tokenizer(recipe: Recipe, say) -> tuple[Path, object]:
+    folder = resolve(recipe.base, say=say)
+    return folder, load_tokenizer(folder)

@@ -1,0 +1,131 @@
+"""What happens around the steps: schedule, finite gradients, metrics, Ctrl-C, checkpoint manifests."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from sememe.errors import TrainingError
+from sememe.evaluation.quality import token_nll
+from sememe.models.online import NULL
+from sememe.training.checkpoints import seal
+from sememe.training.instruments import ConceptMeter
+from sememe.training.recipe import Recipe
+
+
+class Schedule(TrainerCallback):
+    """Sets the model's concept rate and quantisation before each step; the end of the run is the recipe's own."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.config.rate, model.config.quantise = self.recipe.schedule.at(
+            state.global_step / max(1, self.recipe.steps - 1), self.recipe.rate
+        )
+
+
+class Finite(TrainerCallback):
+    """A gradient that is not finite must not reach the optimizer either."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        if bad:
+            raise TrainingError(
+                f"the gradient of {bad[0]} is not finite at step {state.global_step + 1}: the step was not taken and the "
+                "last checkpoint stands. try: learning_rate=1e-4, or precision=fp32"
+            )
+
+
+class Recorder(TrainerCallback):
+    """One line of metrics.jsonl per log, with held-out figures beside it, and the progress bar."""
+
+    def __init__(self, recipe: Recipe, path: Path, heldout_NT: Tensor, meter: ConceptMeter | None, show: bool):
+        self.recipe, self.path, self.heldout_NT, self.meter, self.show = recipe, path, heldout_NT, meter, show
+        self.bar = None
+        self.heldout: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic()
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"train {self.recipe.system}",
+                            unit="step", disable=not self.show)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.bar is not None:
+            self.bar.update(1)
+        last = state.global_step >= state.max_steps
+        due = state.global_step % self.recipe.heldout_every == 0 or last
+        if due and state.is_world_process_zero:
+            self.heldout = self._measure(model)
+        control.should_log |= due
+
+    def _measure(self, model) -> dict[str, float]:
+        model.eval()
+        nll_NT, concepts_NT = token_nll(model, self.heldout_NT)
+        model.train()
+        figures = {"heldout_nll": float(nll_NT.mean())}
+        if concepts_NT is not None:
+            figures["heldout_rate"] = float((concepts_NT != NULL).float().mean())
+        return figures
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        tokens = state.global_step * self.recipe.batch_size * self.recipe.sequence_length
+        line = {"step": state.global_step, "tokens": tokens, "seconds": round(time.monotonic() - self.started, 2)}
+        line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+        if self.meter is not None:
+            line |= self.meter.read()
+            line |= {"target_rate": model.config.rate, "quantise": model.config.quantise}
+        line |= self.heldout
+        self.heldout = {}
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            if self.bar is not None:
+                shown = {k: f"{line[k]:.3f}" for k in ("loss", "heldout_nll", "rate") if k in line}
+                self.bar.set_postfix(shown)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C (or SIGTERM) ends the run after the step in progress, with a checkpoint; a second one at once."""
+
+    def __init__(self):
+        self.asked = False
+        self._old: dict[int, object] = {}
+
+    def on_train_begin(self, *args, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, *args, **kwargs):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+class Seal(TrainerCallback):
+    """Writes a checkpoint's manifest last: one without it was cut off while saving and is not resumed from."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -1,0 +1,200 @@
+"""A recipe: one YAML file = one experiment; typed, validated, printed, and saved beside its run."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sememe.errors import RecipeError
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Data(Strict):
+    train: str
+    """Text to train on: .txt, .jsonl, .parquet (a field may be named: `file.jsonl#body`), or a datasets id."""
+    heldout: str
+    """Text that is never trained on; measured during the run and by `sememe evaluate`."""
+
+
+class Split(Strict):
+    """Layers in each slice. Any two fix the third; none at all: 2/15 shallow, 2/15 deep, a thick middle."""
+
+    shallow: int | None = Field(None, ge=1)
+    middle: int | None = Field(None, ge=0)
+    deep: int | None = Field(None, ge=1)
+
+    def resolve(self, layers: int) -> tuple[int, int, int]:
+        """The three counts for a base of `layers`. What is left open is filled; what does not fit is for the model's
+        configuration to refuse."""
+        edge = max(1, round(layers * 2 / 15))
+        shallow, middle, deep = self.shallow, self.middle, self.deep
+        if shallow is None:
+            shallow = edge if middle is None or deep is None else layers - middle - deep
+        if deep is None:
+            deep = edge if middle is None else layers - middle - shallow
+        if middle is None:
+            middle = layers - shallow - deep
+        return shallow, middle, deep
+
+
+class Lora(Strict):
+    rank: int = Field(8, ge=0)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Schedule(Strict):
+    """Identity → concepts, as shares of the run. Before the ramps the model is its base, exactly."""
+
+    rate: tuple[float, float] = (0.05, 0.4)
+    """The concept rate falls from 1 to `rate` between these shares, geometrically."""
+    quantise: tuple[float, float] = (0.4, 0.7)
+    """The code's share in a concept's state rises from 0 to 1 between these shares."""
+
+    @field_validator("rate", "quantise")
+    @classmethod
+    def _ordered(cls, ramp: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= ramp[0] <= ramp[1] <= 1:
+            raise ValueError("needs 0 ≤ start ≤ end ≤ 1, shares of the run")
+        return ramp
+
+    def at(self, progress: float, rate: float) -> tuple[float, float]:
+        """(concept rate, quantise) at a share of the run done."""
+        lowered, coded = (_ramp(progress, *ramp) for ramp in (self.rate, self.quantise))
+        return rate**lowered, coded
+
+
+def _ramp(x: float, start: float, end: float) -> float:
+    if x >= end:
+        return 1.0
+    return 0.0 if x <= start else (x - start) / (end - start)
+
+
+class Recipe(Strict):
+    """Every key of a recipe, with its default."""
+
+    system: Literal["online", "control", "skip"]
+    """`online`, or a baseline on the same batches: `control` (same LoRA, no concepts), `skip` (no middle slice)."""
+    base: str
+    """Known base (`sememe pull` lists them), local folder, or Hub id."""
+    data: Data
+    steps: int = Field(ge=1)
+    sequence_length: int = Field(256, ge=8)
+    batch_size: int = Field(2, ge=1)
+    """Sequences per optimizer step, over all processes."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Parts that `batch_size` is computed in."""
+    rate: float = Field(0.25, gt=0, le=1)
+    """Concepts per normal token; the compression ratio R is 1 / rate."""
+    split: Split = Split()
+    max_tail: int = Field(16, ge=0)
+    """Longest run of normal tokens; then a concept is forced."""
+    head: Literal["factored", "joint"] = "factored"
+    boundary: Literal["null", "fixed"] = "null"
+    num_concepts: int = Field(4096, ge=2)
+    schedule: Schedule = Schedule()
+    code_temperature: float = Field(1.0, gt=0)
+    gumbel: float = Field(0.0, ge=0)
+    lora: Lora = Lora()
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of LoRA; warmed up over the first 5 % of the steps, then cosine to 10 %."""
+    concept_learning_rate: float = Field(1e-3, gt=0)
+    """Of head and codebook."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 where the hardware has it, GPU or CPU."""
+    gradient_checkpointing: bool = False
+    log_every: int = Field(5, ge=1)
+    heldout_every: int = Field(50, ge=1)
+    heldout_tokens: int = Field(2048, ge=8)
+    save_every: int = Field(50, ge=1)
+    calibration_tokens: int = Field(32768, ge=64)
+    """Training tokens whose shallow states start the codebook and the gate."""
+    seed: int = Field(0, ge=0)
+
+    @field_validator("boundary", mode="before")
+    @classmethod
+    def _yaml_null(cls, value: Any) -> Any:
+        return "null" if value is None else value  # `boundary: null` is YAML's None
+
+    @field_validator("data", mode="after")
+    @classmethod
+    def _different(cls, data: Data) -> Data:
+        if data.train == data.heldout:
+            raise ValueError("train and heldout are the same text; held-out text is never trained on")
+        return data
+
+    @model_validator(mode="after")
+    def _tail_fits(self) -> "Recipe":
+        if self.system == "online" and self.rate * (self.max_tail + 1) < 1 - 1e-9:
+            raise ValueError(f"max_tail = {self.max_tail} forces a concept more often than rate = {self.rate}")
+        return self
+
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe and applies dotted `key=value` overrides.
+
+    Raises:
+        RecipeError: file missing or not YAML, an unknown key, a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = str(path.parent / near[0]) if near else "recipes/tiny-cpu.yaml"
+        raise RecipeError(f"no recipe at {path}: need a YAML file. try: {hint}")
+    bad = [word for word in overrides if "=" not in word or word.startswith("=")]
+    if bad:
+        raise RecipeError(f"override {bad[0]!r}: need key=value. try: rate=0.5")
+    try:
+        loaded = OmegaConf.load(path)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(f"{path} cannot be read as a recipe ({first}): need YAML key: value pairs. try: recipes/") from error
+    return check_recipe(values, str(path))
+
+
+def check_recipe(values: Any, where: str) -> Recipe:
+    """A Recipe from plain values; every fault becomes one sentence."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} holds no key: value pairs: need a recipe. try: recipes/tiny-cpu.yaml")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_sentence(error)}") from error
+
+
+def _sentence(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), 1, 0.4)
+        hint = f"try: {near[0]}" if near else "try: sememe train --help"
+        return f"unknown key {key!r}: need one of a recipe's keys. {hint}{more}"
+    if fault["type"] == "missing":
+        return f"key {key!r} is missing: need a value. try: {key}=…{more}"
+    got = fault.get("input")
+    said = fault["msg"].removeprefix("Value error, ")
+    named = f"{key} = {got!r}: {said}" if key and not isinstance(got, dict) else f"{key + ': ' if key else ''}{said}"
+    return f"{named}. try: another value{f' for {key}' if key else ''}{more}"
+
+
+def known_keys() -> list[str]:
+    """All dotted keys of a recipe."""
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        inner = field.annotation
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
+        keys += [f"{name}.{sub}" for sub in inner.model_fields] if nested else [name]
+    return keys

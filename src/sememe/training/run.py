@@ -1,0 +1,165 @@
+"""Recipe → run folder: build, train or resume, save the finished model.
+
+RUN/{recipe.yaml, env.json, metrics.jsonl, checkpoints/checkpoint-N/, model/, tensorboard/}
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from safetensors import SafetensorError
+from transformers import TrainingArguments
+
+from sememe.errors import CheckpointError, RecipeError, SememeError, TrainingError
+from sememe.models.online import OnlineForCausalLM
+from sememe.training.build import base_and_tokenizer, build_blocks, build_model
+from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop
+from sememe.training.checkpoints import last_checkpoint
+from sememe.training.instruments import ConceptMeter
+from sememe.training.recipe import Recipe, check_recipe
+from sememe.training.trainer import ConceptTrainer
+
+
+class Interrupted(SememeError):
+    """The user stopped the run; the same command goes on from the checkpoint."""
+
+
+def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: bool = True) -> Path:
+    """Trains `recipe` into `run` and returns RUN/model. A finished run is left as it is; an unfinished one resumes.
+
+    Raises:
+        RecipeError: `run` holds another recipe, or batch_size does not divide among processes and parts.
+        TrainingError: a non-finite loss or gradient, or a disk that cannot take the checkpoint.
+        Interrupted: Ctrl-C; a checkpoint was written.
+    """
+    if same_run(recipe, run):
+        say(f"{run} is finished: nothing to train")
+        return run / "model"
+    first = int(os.environ.get("RANK", "0")) == 0
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.batch_size % (world * recipe.gradient_accumulation):
+        raise RecipeError(
+            f"batch_size = {recipe.batch_size} does not divide into {world} processes × {recipe.gradient_accumulation} "
+            f"parts: need a multiple. try: batch_size={world * recipe.gradient_accumulation}"
+        )
+    folder, tokenizer = base_and_tokenizer(recipe, say)
+    blocks_NT, heldout_NT = build_blocks(recipe, tokenizer)
+    model = build_model(recipe, folder)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if first:
+        _open_run(recipe, run)
+    checkpoint = last_checkpoint(run / "checkpoints") if first else None
+    meter = None
+    if isinstance(model, OnlineForCausalLM):
+        meter = ConceptMeter(recipe.num_concepts)
+        if checkpoint is None:
+            count = max(1, recipe.calibration_tokens // recipe.sequence_length)
+            found = model.start_codes(blocks_NT[:count], recipe.seed)
+            say(f"codebook: k-means of {found['states']:.0f} shallow states leaves {found['variance_left']:.0%} of "
+                "their variance")
+    stop = Stop()
+    callbacks = [Schedule(recipe), Finite(), stop, Seal()] if meter is not None else [Finite(), stop, Seal()]
+    recorder = Recorder(recipe, run / "metrics.jsonl", heldout_NT, meter, show)
+    trainer = ConceptTrainer(recipe, model, _arguments(recipe, run, world), blocks_NT, meter, [*callbacks, recorder])
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.ProgressCallback)
+    try:
+        with trainer.args.main_process_first(desc="find the last checkpoint"):
+            checkpoint = last_checkpoint(run / "checkpoints")
+        if checkpoint is not None:
+            say(f"resuming from step {checkpoint.name.split('-')[1]} of {recipe.steps}")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < recipe.steps:
+            raise Interrupted(
+                f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command goes on from there"
+            )
+        if first:
+            _finish(recipe, model, tokenizer, run)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise TrainingError(
+            f"could not write to {run} ({error}): need free space and write permission; whole checkpoints stand. "
+            "try: free some space and run the same command again"
+        ) from error
+    return run / "model"
+
+
+def same_run(recipe: Recipe, run: Path) -> bool:
+    """True where `run` is a finished run of this recipe; False where it is new or unfinished.
+
+    Raises RecipeError where it holds another recipe.
+    """
+    if not (run / "recipe.yaml").is_file():
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise RecipeError(f"{run} is there and is no run folder: need an empty or new one. try: another --out")
+        return False
+    held = check_recipe(yaml.safe_load((run / "recipe.yaml").read_text()), str(run / "recipe.yaml"))
+    if held != recipe:
+        a, b = held.model_dump(), recipe.model_dump()
+        key = next(k for k in a if a[k] != b[k])
+        raise RecipeError(
+            f"{run} holds a run with {key} = {a[key]}, not {b[key]}: need the same recipe to resume. try: another --out"
+        )
+    return (run / "model" / "manifest.json").is_file()
+
+
+def _open_run(recipe: Recipe, run: Path) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    packages = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensors")
+    environment = {
+        "python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "precision": precision(recipe), **{name: importlib.metadata.version(name) for name in packages},
+    }
+    for name, text in (("env.json", json.dumps(environment, indent=2)), ("recipe.yaml", recipe.yaml())):
+        (run / f"{name}.tmp").write_text(text)
+        os.replace(run / f"{name}.tmp", run / name)
+
+
+def precision(recipe: Recipe) -> str:
+    """fp32 or bf16: what `auto` means on this machine."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def _arguments(recipe: Recipe, run: Path, world: int) -> TrainingArguments:
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard"))
+    return TrainingArguments(
+        output_dir=str(run / "checkpoints"), max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size // (world * recipe.gradient_accumulation),
+        gradient_accumulation_steps=recipe.gradient_accumulation, max_grad_norm=1.0,
+        bf16=precision(recipe) == "bf16",
+        logging_steps=recipe.log_every, logging_nan_inf_filter=False, save_strategy="steps",
+        save_steps=recipe.save_every, save_total_limit=2, seed=recipe.seed, report_to=["tensorboard"],
+        disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False, ignore_data_skip=False,
+    )
+
+
+def _finish(recipe: Recipe, model, tokenizer, run: Path) -> None:
+    """RUN/model, whole or not at all. Own weights are rounded to bf16 first, so that what is saved is what is
+    evaluated and the file is half as large."""
+    temporary = run / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    if isinstance(model, OnlineForCausalLM):
+        model.config.rate, model.config.quantise = recipe.rate, 1.0
+    model.round_own_weights()
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, run / "model")
+    except (OSError, CheckpointError):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

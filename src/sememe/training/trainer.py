@@ -1,0 +1,77 @@
+"""The Hugging Face Trainer with a fixed batch order, two learning rates, a schedule, and no non-finite step."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from sememe.errors import TrainingError
+from sememe.training.instruments import ConceptMeter
+from sememe.training.recipe import Recipe
+
+
+class Blocks(Dataset):
+    """(N, T) token blocks as language-model examples, in a fixed order."""
+
+    def __init__(self, ids_NT: Tensor):
+        self.ids_NT = ids_NT
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids_NT[i], "labels": self.ids_NT[i]}
+
+
+class ConceptTrainer(Trainer):
+    """Same blocks in the same order for every system: the order is in the data set, not in a sampler's random state."""
+
+    def __init__(self, recipe: Recipe, model, arguments: TrainingArguments, blocks: Tensor,
+                 meter: ConceptMeter | None, callbacks: list):
+        self.recipe, self.meter = recipe, meter
+        super().__init__(model=model, args=arguments, train_dataset=Blocks(blocks), callbacks=callbacks)
+
+    def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *args, **kwargs):
+        """LoRA and new modules apart; no weight decay, since zero is no better a code than another."""
+        if self.optimizer is None:
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for n, p in named if "lora_" in n], "lr": self.recipe.learning_rate},
+                {"params": [p for n, p in named if "lora_" not in n], "lr": self.recipe.concept_learning_rate},
+            ]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Linear warm-up over 5 % of the steps, cosine to 10 %."""
+        warm = max(1, num_training_steps // 20)
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / warm
+            done = (step - warm) / max(1, num_training_steps - warm)
+            return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Refuses a loss that is not finite before it reaches the gradients, on every rank at once."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finite = torch.isfinite(loss.detach()).float()
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        if not bool(finite):
+            raise TrainingError(
+                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}: need a finite one; nothing was "
+                "changed and the last checkpoint stands. try: learning_rate=1e-4, or precision=fp32"
+            )
+        if self.meter is not None:
+            self.meter.add(outputs.concept_ids)
+        return (loss, outputs) if return_outputs else loss
