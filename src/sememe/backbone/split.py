@@ -80,7 +80,7 @@ class Spine:
 
 def causal_mask(position_ids: Tensor, window: int | None, attn_implementation: str) -> Tensor | None:
     """Plain causal attention for texts without padding: None where the kernel's own causal path does it."""
-    if attn_implementation == "sdpa" and (window is None or position_ids.shape[-1] <= window):
+    if attn_implementation == "sdpa" and (window is None or int(position_ids.max()) < window):
         return None
     i, j = position_ids[:, :, None], position_ids[:, None, :]
     allowed = j <= i if window is None else (j <= i) & (i - j < window)

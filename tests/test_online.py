@@ -1,0 +1,174 @@
+"""The online model: identity at birth, fast = specification, cached = parallel, causality, ablations."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, text, tiny_base, tiny_online
+from reference import per_step_logits
+
+from sememe.backbone.split import self_check
+from sememe.errors import BaseError, RecipeError
+from sememe.models import OnlineConfig, OnlineForCausalLM
+
+# Logits here are of order 10. fp32 rounding through 4 layers was 1e-5 at worst (ragged shapes change the order of
+# sums); a wrong mask, position or slot changed logits by 0.1 and more.
+CLOSE = {"atol": 2e-4, "rtol": 0}
+LEFT_PAD = torch.tensor([[0] * 4 + [1] * 16, [1] * 20])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_identity_at_birth(family, attention):
+    """Rate 1, codes bypassed, fresh LoRA: the base's logits, with and without left padding."""
+    base, ids = tiny_base(family, attention=attention), text()
+    want, want_padded = base(ids).logits, base(ids, attention_mask=LEFT_PAD, position_ids=positions(LEFT_PAD)).logits
+    config = OnlineConfig(text_config=base.config, split=(1, 2, 1), rate=1.0, quantise=0.0, num_concepts=8, base="tiny")
+    config._attn_implementation = attention
+    model = OnlineForCausalLM(config, base).eval()
+    torch.testing.assert_close(model(ids).logits, want, **CLOSE)
+    got = model(ids, attention_mask=LEFT_PAD).logits
+    torch.testing.assert_close(got[LEFT_PAD.bool()], want_padded[LEFT_PAD.bool()], **CLOSE)
+
+
+def positions(mask):
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_check_accepts_the_families(family):
+    assert self_check(tiny_base(family)) < 1e-5
+
+
+def test_self_check_refuses_what_it_cannot_split():
+    base = tiny_base()
+    base.lm_head.register_forward_hook(lambda module, args, out: 2 * out if base.model.layers[0].training else out)
+    base.model.register_forward_hook(lambda m, a, k, out: type(out)(out[0] * 1.5), with_kwargs=True)
+    with pytest.raises(BaseError, match="differs from the loop"):
+        self_check(base)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"head": "joint"}, {"boundary": "fixed", "rate": 0.25}, {"quantise": 0.5}, {"quantise": 0.0},
+    {"rate": 1.0}, {"family": "gemma3_text"}, {"family": "mistral", "split": (2, 1, 1)}, {"attention": "eager"},
+    {"split": (1, 0, 3)},
+], ids=str)
+def test_fast_forward_is_the_specification(settings):
+    """Logits, ids and gradients of the fast path against the per-step reading, on ragged rows of T = 20."""
+    model, ids = tiny_online(**settings), text(3)
+    out = model(ids)
+    for row in range(3):
+        want, want_ids = per_step_logits(model, ids[row])
+        torch.testing.assert_close(out.logits[row], want, **CLOSE)
+        assert out.concept_ids[row].tolist() == want_ids
+    if model.config.rate < 1 and model.config.boundary == "null":
+        assert len({int((row != -1).sum()) for row in out.concept_ids}) > 1, "rows must be ragged for this to test packing"
+
+    slow = copy.deepcopy(model).train()
+    logits = torch.stack([per_step_logits(slow, row)[0] for row in ids])
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    want_grads = {n: p.grad for n, p in slow.named_parameters() if p.grad is not None}
+    assert want_grads
+    for name, p in model.named_parameters():
+        if name in want_grads:
+            torch.testing.assert_close(p.grad, want_grads[name], atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def chunked(model, ids, cuts, mask=None):
+    cache, outs, start = model.new_cache(len(ids)), [], 0
+    for cut in [*cuts, ids.shape[1]]:
+        out = model(ids[:, start:cut], attention_mask=None if mask is None else mask[:, :cut], past_key_values=cache)
+        outs.append(out.logits)
+        start = cut
+    return torch.cat(outs, 1), cache
+
+
+@pytest.mark.parametrize("cuts", [list(range(1, 20)), [7, 8, 9, 14, 15, 16, 17, 18], [3, 10], [19]], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_cached_is_parallel(cuts, padded, batch):
+    model, ids = tiny_online(), text(batch)
+    mask = None
+    if padded:
+        mask = torch.ones_like(ids)
+        for row in range(batch):
+            mask[row, : 2 + 2 * (row % 3)] = 0
+    full = model(ids, attention_mask=mask)
+    logits, cache = chunked(model, ids, cuts, mask)
+    seen = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    torch.testing.assert_close(logits[seen], full.logits[seen], **CLOSE)
+    assert torch.equal(cache.concept_ids, full.concept_ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_is_parallel_in_every_family(family):
+    model, ids = tiny_online(family), text(2)
+    torch.testing.assert_close(chunked(model, ids, [7, 8, 9, 14])[0], model(ids).logits, **CLOSE)
+
+
+def test_batch_is_singles_and_padding_changes_nothing():
+    model, ids = tiny_online(), text(4)
+    together = model(ids).logits
+    for row in range(4):
+        torch.testing.assert_close(model(ids[row : row + 1]).logits[0], together[row], **CLOSE)
+    short = ids[:1, 4:]
+    for mask, padded in ((LEFT_PAD[:1], ids[:1]), (LEFT_PAD[:1].flip(1), torch.cat([short, ids[:1, :4]], 1))):
+        got = model(padded, attention_mask=mask).logits[mask.bool()]
+        torch.testing.assert_close(got, model(short).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("head", ["factored", "joint"])
+def test_causality_by_perturbation(family, head):
+    """Change any token: the ids before it are the same, and so are the logits but for the last bit (a changed number
+    of concepts changes the shape of the packed matmuls: 4e-6 seen; a leak of one future token gives > 0.1)."""
+    model, ids = tiny_online(family, head=head), text(1, 18)
+    model.train()  # the gate's threshold must be causal in training too; no dropout here
+    frozen = copy.deepcopy(model.state_dict())
+    before = model(ids)
+    for t in range(1, 18):
+        changed = ids.clone()
+        changed[0, t] = (changed[0, t] + 17) % 90 + 3
+        model.load_state_dict(frozen)
+        after = model(changed)
+        assert torch.equal(after.concept_ids[:, :t], before.concept_ids[:, :t])
+        torch.testing.assert_close(after.logits[:, :t], before.logits[:, :t], atol=2e-5, rtol=0)
+        assert not torch.allclose(after.logits[:, t:], before.logits[:, t:], atol=1e-3), "a change must be felt from t on"
+
+
+def test_tail_is_bounded_in_prefill_and_decoding():
+    model, ids = tiny_online(rate=0.2, max_tail=4), text(2, 40)
+    model.gate.quantiles += 100  # a gate that never wants to write
+    for concept_ids in (model(ids).concept_ids, chunked(model, ids, list(range(5, 40)))[1].concept_ids):
+        assert [t for t, z in enumerate(concept_ids[0].tolist()) if z != -1] == list(range(0, 40, 5))
+
+
+def test_the_first_real_token_is_an_unquantised_concept():
+    model, ids = tiny_online(), text(2)
+    written = model(ids, attention_mask=LEFT_PAD).concept_ids
+    assert written[0].tolist()[:5] == [-1, -1, -1, -1, -2]
+    assert int(written[1, 0]) == -2
+    assert (written[:, 5:] != -2).all()
+
+
+def test_ablations_change_codes_and_nothing_else():
+    model, ids = tiny_online(), text(2)
+    plain = model(ids)
+    for kind in ("zero", "shuffle", "random"):
+        out = model(ids, ablation=kind)
+        assert torch.equal(out.concept_ids == -1, plain.concept_ids == -1), "the same positions write"
+        assert not torch.allclose(out.logits, plain.logits)
+    shuffled = model(ids, ablation="shuffle").concept_ids
+    assert torch.equal(shuffled[shuffled >= 0].sort().values, plain.concept_ids[plain.concept_ids >= 0].sort().values)
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"split": (1, 1, 1)}, "= 3, but this base has 4 layers"), ({"rate": 0.0}, "rate = 0"),
+    ({"rate": 0.1, "max_tail": 3}, "need max_tail ≥ 9"), ({"head": "x"}, "head = 'x'"),
+    ({"boundary": "x"}, "boundary = 'x'"), ({"num_concepts": 1}, "num_concepts = 1"),
+])
+def test_configurations_that_cannot_run_are_refused(changes, said):
+    with pytest.raises(RecipeError, match=said):
+        tiny_online(**changes)
