@@ -1,5 +1,6 @@
 """A model for use: from a run folder, a saved model folder, or a plain base."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -55,3 +56,26 @@ def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = to
     if merge and isinstance(loaded, AdaptedModel) and loaded.config.base is not None:
         loaded.merged()
     return loaded.to(device).eval(), load_tokenizer(folder)
+
+
+def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[Path, int]:
+    """Writes the merged model and its tokenizer to a new folder; returns it and its bytes."""
+    if to.exists() and any(to.iterdir()):
+        raise CheckpointError(f"{to} is not empty: need a new folder. try: --to {to}-2")
+    loaded, tokenizer = load_model(model, base=base)
+    if not isinstance(loaded, AdaptedModel):
+        raise CheckpointError(f"{model} is a plain base: need a trained model to merge. try: runs/demo")
+    temporary = to.with_name(to.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        loaded.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if to.exists():
+            to.rmdir()
+        temporary.rename(to)
+    except (OSError, CheckpointError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"could not write {to} ({error.strerror}): need free space. try: another --to") from error
+    return to, sum(p.stat().st_size for p in to.iterdir())

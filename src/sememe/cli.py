@@ -1,0 +1,253 @@
+"""The command line. Each sub-command imports what it needs when it runs, so that `--help` is instant."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sememe.errors import SememeError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    help="Concept-token language models: part of a pretrained LM works on discrete concepts that it writes for itself.",
+)
+out = Console()
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the same as JSON.")]
+Model = Annotated[str, typer.Argument(help="A run folder, a saved model folder, or a base.")]
+
+
+def main() -> None:
+    """Entry point: a fault of the input is one sentence and exit code 1, never a traceback."""
+    try:
+        app()
+    except SememeError as error:
+        code = 130 if type(error).__name__ == "Interrupted" else 1
+        print(f"{'' if code == 130 else 'error: '}{error}", file=sys.stderr)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Whole or not at all; a path that cannot be written is a user fault."""
+    if path is None:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SememeError(f"could not write {path} ({error.strerror}): need a folder that can be written to. try: --json out.json") from error
+
+
+def table(rows: list[tuple], title: str, columns: tuple[str, ...]) -> None:
+    made = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        made.add_row(*(figure(cell) for cell in row))
+    out.print(made)
+
+
+def figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@app.command()
+def pull(
+    name: Annotated[str | None, typer.Argument(help="A known base; without it, all are listed.")] = None,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to put it in, instead of the cache.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Get a base model and keep it: verified, dequantised to safetensors once.
+
+    Example: `sememe pull smollm2-135m`
+    """
+    from sememe.backbone import bases
+
+    if name is None:
+        rows = [(n, b.layers, b.licence, b.description) for n, b in bases.KNOWN.items()]
+        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", ("name", "layers", "licence", "what"))
+        write_json(json_file, [dict(zip(("name", "layers", "licence", "description"), row, strict=True)) for row in rows])
+        return
+    folder = bases.pull(name, to=to, say=out.print)
+    out.print(f"{name} is at {folder}", soft_wrap=True)
+    write_json(json_file, {"name": name, "folder": str(folder), "sha256": bases.fingerprint(folder)})
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")] = None,
+    run: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder: new, or an unfinished run to resume.")] = Path("runs/last"),
+    json_file: Json = None,
+) -> None:
+    """Train a recipe into a run folder. The same command resumes after Ctrl-C.
+
+    Example: `sememe train recipes/smollm2-135m-online-r4.yaml steps=200 --out runs/r4`
+
+    Its control, on the same batches: `sememe train recipes/smollm2-135m-online-r4.yaml steps=200 system=control
+    --out runs/r4-control`
+    """
+    from sememe.training.recipe import load_recipe
+    from sememe.training.run import same_run
+    from sememe.training.run import train as run_training
+
+    loaded = load_recipe(recipe, overrides or [])
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first and not same_run(loaded, run):
+        out.print(loaded.yaml(), style="dim", highlight=False)
+    model = run_training(loaded, run, say=out.print if first else lambda line: None)
+    if first:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        last = {k: v for line in lines for k, v in line.items()}
+        table([(k, v) for k, v in last.items()], f"{run}", ("measure", "last"))
+        out.print(f"model: {model}", soft_wrap=True)
+        write_json(json_file, {"run": str(run), "model": str(model), **last})
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Held-out text: .txt, .jsonl[#field], .parquet[#field] or a datasets id.")],
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens to measure on.")] = 8192,
+    control: Annotated[str | None, typer.Option(metavar="MODEL2", help="Same LoRA without concepts.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Default: that of the run, or 512.")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Held-out quality, the gate running free: NLL, realised rate, code use, and what ablating the codes costs.
+
+    Example: `sememe evaluate runs/demo --data data/heldout.txt --control runs/demo-control`
+    """
+    from sememe.evaluation.files import evaluate_files
+
+    result = evaluate_files(model, data, tokens, control, sequence_length, batch, base)
+    show_quality(result)
+    write_json(json_file, result)
+
+
+def show_quality(result: dict[str, Any]) -> None:
+    from sememe.evaluation.files import CONTRACT
+
+    table([(key, result[key]) for key in CONTRACT], f"{result['model']} on {result['data']}", ("measure", "value"))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    show_concepts: Annotated[bool, typer.Option("--show-concepts", help="Mark each segment and its concept id.")] = False,
+    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Stream a continuation of a prompt.
+
+    Example: `sememe generate runs/demo --prompt "The old detective" --show-concepts`
+    """
+    from sememe.show import generate_text
+
+    write_json(json_file, generate_text(model, prompt, max_new_tokens, temperature, top_p, seed, show_concepts, out, base))
+
+
+@app.command()
+def benchmark(
+    model: Model,
+    prompt_tokens: Annotated[int, typer.Option(min=2)] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Counted rounds; the median is reported.")] = 5,
+    training: Annotated[bool, typer.Option(help="Time the training step too.")] = True,
+    data: Annotated[str | None, typer.Option(help="Text for the prompts; default: the run's held-out text.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for both.")] = "float32",
+    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Speed and cache beside the unmodified base: one process, same dtype and kernel, alternating, medians.
+
+    Example: `sememe benchmark runs/demo --prompt-tokens 512 --new-tokens 128`
+    """
+    from sememe.evaluation.files import benchmark_files
+
+    result = benchmark_files(model, prompt_tokens, new_tokens, batch, repeats, training, data, dtype, base)
+    show_speed(result)
+    write_json(json_file, result)
+
+
+def show_speed(result: dict[str, Any]) -> None:
+    keys = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes", "train_tokens_per_s")
+    rows = [(key, result["concept"][key], result["base"][key]) for key in keys]
+    table(rows, f"{result['model']} beside its base", ("measure", "concept", "base"))
+    ratios = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction", "train_step_ratio", "realised_rate")
+    table([(key, result.get(key)) for key in ratios], "ratios to the base", ("measure", "value"))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    control: Annotated[Path | None, typer.Option(metavar="RUN2", help="Default: RUN-control, where it is there.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Draw a run as one self-contained HTML page: curves, code use, coloured samples, all figures.
+
+    Example: `sememe report runs/demo`
+    """
+    from sememe.report import write_report
+
+    page = write_report(run, control)
+    out.print(f"report: {page}", soft_wrap=True)
+    write_json(json_file, {"report": str(page)})
+
+
+@app.command()
+def export(
+    model: Model,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New folder for the merged model.")],
+    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Write a merged, self-contained model: LoRA folded into the weights, no base needed.
+
+    Example: `sememe export runs/demo --to exported`
+    """
+    from sememe.models.loading import export_model
+
+    folder, size = export_model(model, to, base)
+    out.print(f"merged model: {folder} ({size / 1e6:.0f} MB)", soft_wrap=True)
+    write_json(json_file, {"folder": str(folder), "bytes": size})
+
+
+@app.command()
+def demo(
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs go.")] = Path("runs"),
+    recipe: Annotated[Path, typer.Option(help="Recipe of the demo.")] = Path("recipes/demo.yaml"),
+    json_file: Json = None,
+) -> None:
+    """The whole path on bundled text: pull, control, train, evaluate, generate, benchmark, report (`make demo`).
+
+    Example: `sememe demo`
+    """
+    from sememe.demo import run_demo
+
+    write_json(json_file, run_demo(recipe, runs, out))

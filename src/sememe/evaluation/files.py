@@ -1,0 +1,128 @@
+"""Models and text by name → figures, beside the run they belong to (RUN/evaluate.json, RUN/benchmark.json)."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+from sememe.data import read_texts, token_blocks
+from sememe.errors import CheckpointError, SememeError
+from sememe.evaluation.quality import evaluate
+from sememe.evaluation.speed import benchmark_training, benchmark_use
+from sememe.models import ControlConfig, ControlForCausalLM
+from sememe.models.adapted import AdaptedModel
+from sememe.models.loading import load_base, load_model, load_tokenizer, model_folder, resolve
+from sememe.models.online import OnlineForCausalLM
+
+CONTRACT = (
+    "tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "nll_at_concepts", "nll_in_tail",
+    "longest_tail", "delta_nll_control", "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_perplexity",
+    "codes_used", "largest_code_share",
+)
+
+
+def run_recipe(model: str | Path) -> dict[str, Any]:
+    """The recipe of a run folder as plain values; empty for anything else."""
+    path = Path(model) / "recipe.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def keep(model: str | Path, name: str, value: dict[str, Any]) -> None:
+    """Puts the figures beside the run, whole or not at all."""
+    if not run_recipe(model):
+        return
+    path = Path(model) / name
+    try:
+        path.with_suffix(".tmp").write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        raise SememeError(f"could not write {path} ({error.strerror}): need free space. try: --json elsewhere") from error
+
+
+def evaluate_files(model: str, data: str, tokens: int = 8192, control: str | None = None,
+                   sequence_length: int | None = None, batch: int = 4, base: str | None = None) -> dict[str, Any]:
+    """`evaluation.quality.evaluate` on a saved model and a text file; kept as RUN/evaluate.json.
+
+    Raises:
+        DataError: the text is missing, too short, or the one that the run was trained on.
+        CheckpointError: `model` or `control` cannot be loaded, or their tokenizers differ.
+    """
+    recipe = run_recipe(model)
+    if recipe and Path(recipe["data"]["train"]).resolve() == Path(data).resolve() and Path(data).exists():
+        raise SememeError(f"{data} is what {model} was trained on: need held-out text. try: {recipe['data']['heldout']}")
+    texts = read_texts(data)
+    loaded, tokenizer = load_model(model, base=base)
+    length = sequence_length or min(recipe.get("sequence_length", 512), loaded.config.get_text_config().max_position_embeddings)
+    ids_NT = token_blocks(texts, tokenizer, length, limit=max(tokens, length))
+    other = None
+    if control is not None:
+        other, other_tokenizer = load_model(control, base=base)
+        if other_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise CheckpointError(f"{control} has another tokenizer than {model}: need the same base. try: its own control")
+    passes = (4 if isinstance(loaded, OnlineForCausalLM) else 1) + (other is not None)
+    with tqdm(total=passes * ids_NT.numel(), desc="evaluate", unit="token", mininterval=1) as bar:
+        result = evaluate(loaded, tokenizer, ids_NT, other, batch, tick=bar.update)
+    result |= {"model": str(model), "data": str(data), "control": control}
+    keep(model, "evaluate.json", result)
+    return result
+
+
+def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, batch: int = 1, repeats: int = 5,
+                    training: bool = True, data: str | None = None, dtype: str = "float32",
+                    base: str | None = None) -> dict[str, Any]:
+    """`evaluation.speed` on a saved model beside its base; kept as RUN/benchmark.json.
+
+    Raises CheckpointError where `model` has no concepts or its base is not known any more.
+    """
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise SememeError(f"dtype = {dtype!r}: need one of {', '.join(kinds)}. try: float32")
+    folder, recipe = model_folder(model), run_recipe(model)
+    loaded, tokenizer = load_model(model, merge=False, dtype=kinds[dtype], base=base)
+    if not isinstance(loaded, OnlineForCausalLM):
+        raise CheckpointError(f"{model} has no concepts: need a run of system: online. try: runs/demo")
+    named = base or loaded.config.base
+    if named is None:
+        raise CheckpointError(f"{model} is merged and does not name its base any more: need it to compare. try: --base NAME")
+    source = resolve(named)
+    ids_BT = prompts(data or recipe.get("data", {}).get("heldout"), load_tokenizer(source), prompt_tokens, batch)
+    ids_BT = ids_BT.to(loaded.device)
+    rounds = (repeats + 1) * (6 if training and loaded.config.base else 4)
+    with tqdm(total=rounds, desc="benchmark", unit="run") as bar:
+        trained: dict[str, Any] = {}
+        if training and loaded.config.base:
+            trained = _training(loaded, ids_BT, repeats, kinds[dtype], source, lambda: bar.update(1))
+        if loaded.config.base:
+            loaded.merged()
+        plain = load_base(source, dtype=kinds[dtype]).to(loaded.device).eval()
+        result = benchmark_use(loaded.eval(), plain, ids_BT, new_tokens, repeats, lambda: bar.update(1))
+    for name in ("concept", "base"):
+        result[name] |= trained.pop(name, {})
+    result |= {"train_step_ratio": None} | trained
+    result |= {"model": str(model), "base_name": named, "settings": {
+        "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats, "dtype": dtype,
+        "attention": "sdpa", "threads": torch.get_num_threads(), "device": str(loaded.device),
+        "prompts": "text" if data or recipe else "random tokens", "model_folder": str(folder),
+    }}
+    keep(model, "benchmark.json", result)
+    return result
+
+
+def prompts(data: str | None, tokenizer, length: int, batch: int) -> torch.Tensor:
+    """(B, T) prompts: different blocks of a text, or random tokens where there is none."""
+    if data is None:
+        return torch.randint(3, len(tokenizer), (batch, length), generator=torch.Generator().manual_seed(0))
+    blocks = token_blocks(read_texts(data), tokenizer, length, limit=length * batch)
+    return blocks[torch.arange(batch) % len(blocks)]
+
+
+def _training(loaded: AdaptedModel, ids_BT: torch.Tensor, repeats: int, dtype: torch.dtype, source: Path, tick) -> dict:
+    config = loaded.config
+    control = ControlForCausalLM.from_base(
+        ControlConfig(base=config.base, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha), dtype, folder=source
+    ).to(loaded.device)
+    return benchmark_training(loaded, control, ids_BT, repeats, autocast=False, tick=tick)

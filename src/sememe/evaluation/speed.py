@@ -1,0 +1,128 @@
+"""Speed and cache beside the unmodified base: same process, dtype and kernel, alternating, medians."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from sememe.backbone.adapters import linear_names
+from sememe.errors import CheckpointError
+from sememe.models.online import OnlineConfig, OnlineForCausalLM
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def alternate(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, tick=lambda: None) -> dict[str, dict]:
+    """Seconds of each job: median, minimum and maximum over `repeats` rounds in turn, after one round not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(repeats + 1):
+        for name, job in jobs.items():
+            start = clock(device)
+            job()
+            if turn:
+                seconds[name].append(clock(device) - start)
+            tick()
+    return {n: {"median": statistics.median(s), "min": min(s), "max": max(s)} for n, s in seconds.items()}
+
+
+def layer_macs(base: nn.Module) -> tuple[int, int]:
+    """Multiply-accumulates per token of one decoder layer's linears (mean over layers), and of the lm_head."""
+    decoder = base.get_decoder()
+    names = set(linear_names(decoder))
+    total = sum(m.weight.numel() for n, m in decoder.layers.named_modules()
+                if n.rsplit(".", 1)[-1] in names and isinstance(m, nn.Linear))
+    return total // len(decoder.layers), base.lm_head.weight.numel()
+
+
+def ceiling_decode(base: nn.Module, config: OnlineConfig, rate: float) -> float:
+    """Decode speed-up that the layer arithmetic allows at a realised rate; attention and overheads left out."""
+    layer, head = layer_macs(base)
+    shallow, middle, deep = config.split
+    codes = config.num_concepts * config.text_config.hidden_size * (rate if config.head == "factored" else 1.0)
+    return (sum(config.split) * layer + head) / ((shallow + deep + middle * rate) * layer + head + codes)
+
+
+@torch.no_grad()
+def prefill(model, ids_BT: Tensor):
+    return model(input_ids=ids_BT, use_cache=True, logits_to_keep=1)
+
+
+def generate(model, ids_BT: Tensor, new_tokens: int, cache):
+    return model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new_tokens, use_cache=True,
+                          min_new_tokens=new_tokens, do_sample=False, past_key_values=cache, pad_token_id=0)
+
+
+def cache_bytes(cache) -> int:
+    """Bytes of all keys and values, summed from the tensors."""
+    if hasattr(cache, "bytes"):
+        return cache.bytes()
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
+
+
+def train_step(model, ids_BT: Tensor) -> None:
+    """Forward and backward; the optimizer's share is the same for both."""
+    model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, tick=lambda: None) -> dict[str, Any]:
+    """Prefill, decode and cache figures of a (merged) concept model beside its base.
+
+    Raises CheckpointError where `model` has no concepts.
+    """
+    if not isinstance(model, OnlineForCausalLM):
+        raise CheckpointError("this model has no concepts: need a run of system: online. try: runs/demo")
+    batch, length = ids_BT.shape
+    caches: dict[str, Any] = {}
+
+    def decode(name: str, one) -> Callable[[], None]:
+        def job():
+            caches[name] = one.new_cache(batch) if name == "concept" else DynamicCache(config=one.config)
+            generate(one, ids_BT, new_tokens, caches[name])
+        return job
+
+    pair = {"concept": model, "base": base}
+    fill = alternate({n: lambda m=m: prefill(m, ids_BT) for n, m in pair.items()}, repeats, ids_BT.device, tick)
+    whole = alternate({n: decode(n, m) for n, m in pair.items()}, repeats, ids_BT.device, tick)
+    cache = caches["concept"]
+    rate = float(cache.concepts.sum() / cache.gate_state.tokens.sum())
+    result: dict[str, Any] = {}
+    for name in pair:
+        decoding = max(whole[name]["median"] - fill[name]["median"], 1e-9)
+        result[name] = {
+            "prefill_tokens_per_s": batch * length / fill[name]["median"],
+            "decode_tokens_per_s": batch * (new_tokens - 1) / decoding,
+            "cache_bytes": cache_bytes(caches[name]), "train_tokens_per_s": None,
+            "prefill_seconds": fill[name], "generate_seconds": whole[name],
+        }
+    concept, plain = result["concept"], result["base"]
+    return result | {
+        "prefill_speedup": concept["prefill_tokens_per_s"] / plain["prefill_tokens_per_s"],
+        "decode_speedup": concept["decode_tokens_per_s"] / plain["decode_tokens_per_s"],
+        "cache_reduction": plain["cache_bytes"] / concept["cache_bytes"],
+        "ceiling_decode_speedup": ceiling_decode(base, model.config, rate),
+        "realised_rate": rate,
+    }
+
+
+def benchmark_training(model, control, ids_BT: Tensor, repeats: int, autocast: bool, tick=lambda: None) -> dict[str, Any]:
+    """Training step of the concept model against the same base with the same LoRA and no concepts."""
+    pair = {"concept": model.train(), "base": control.train()}
+
+    def job(one):
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=autocast):
+            train_step(one, ids_BT)
+
+    seconds = alternate({n: lambda m=m: job(m) for n, m in pair.items()}, repeats, ids_BT.device, tick)
+    return {
+        **{n: {"train_tokens_per_s": ids_BT.numel() / s["median"], "train_seconds": s} for n, s in seconds.items()},
+        "train_step_ratio": seconds["concept"]["median"] / seconds["base"]["median"],
+    }

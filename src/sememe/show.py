@@ -1,0 +1,97 @@
+"""Text on a terminal with its concepts: each segment in a colour, the id that closed it behind it."""
+
+from rich.console import Console
+from rich.text import Text
+from transformers.generation.streamers import BaseStreamer
+
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+
+
+def colour(concept: int) -> str:
+    """The same id has the same colour everywhere."""
+    return COLOURS[(concept * 2654435761 >> 8) % len(COLOURS)]
+
+
+class ConceptStreamer(BaseStreamer):
+    """Prints tokens as they come; a token's concept is known one step later, when the model has read it."""
+
+    def __init__(self, tokenizer, console: Console, cache=None):
+        self.tokenizer, self.console, self.cache = tokenizer, console, cache
+        self.segment: list[int] = []
+        self.seen = 0
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def put(self, value) -> None:
+        self.ids += value.flatten().tolist()
+        if self.cache is None:
+            self._plain()
+            return
+        read = self.cache.concept_ids[0].tolist()
+        while self.seen < len(read):
+            self.segment.append(self.ids[self.seen])
+            if read[self.seen] != -1:
+                self._close(read[self.seen])
+            self.seen += 1
+
+    def _plain(self) -> None:
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a multi-byte character
+            self.console.print(text[len(self.shown):], end="", markup=False, highlight=False, soft_wrap=True)
+            self.shown = text
+
+    def _close(self, concept: int | None) -> None:
+        text = self.tokenizer.decode(self.segment)
+        style = "dim" if concept is None or concept < 0 else colour(concept)
+        mark = "" if concept is None else "⟨sink⟩" if concept < 0 else f"⟨{concept}⟩"
+        self.console.print(Text(text, style=style) + Text(mark, style="dim"), end="", soft_wrap=True)
+        self.segment = []
+
+    def end(self) -> None:
+        if self.cache is not None:
+            self.segment += self.ids[self.seen :]
+            if self.segment:
+                self._close(None)
+        self.console.print()
+
+
+def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
+                  show_concepts: bool, console: Console, base: str | None = None) -> dict:
+    """Streams a continuation and returns prompt, text, and (for an online model) one concept id per token.
+
+    Raises:
+        DataError: an empty prompt, or one longer than the model's context.
+        CheckpointError: `show_concepts` for a model without concepts.
+    """
+    import torch
+
+    from sememe.errors import CheckpointError, DataError
+    from sememe.models.loading import load_model
+    from sememe.models.online import OnlineForCausalLM
+
+    if not prompt.strip():
+        raise DataError("the prompt is empty: need some text to go on from. try: --prompt \"Once upon a time\"")
+    loaded, tokenizer = load_model(model, base=base)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
+    longest = loaded.config.get_text_config().max_position_embeddings
+    if ids.shape[1] + max_new_tokens > longest:
+        raise DataError(
+            f"the prompt has {ids.shape[1]} tokens and {max_new_tokens} are to follow: need at most {longest} together. "
+            "try: a shorter prompt or a smaller --max-new-tokens"
+        )
+    online = isinstance(loaded, OnlineForCausalLM)
+    if show_concepts and not online:
+        raise CheckpointError(f"{model} has no concepts to show: need a run of system: online. try: without --show-concepts")
+    cache = loaded.new_cache(1) if online else None
+    streamer = ConceptStreamer(tokenizer, console, cache if show_concepts else None)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    made = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
+                           past_key_values=cache, pad_token_id=pad, **sampling)
+    new = made[0, ids.shape[1] :]
+    result = {"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "new_tokens": len(new)}
+    if online:
+        result |= {"concept_ids": cache.concept_ids[0].tolist(),
+                   "concept_rate": float(cache.concepts[0] / cache.gate_state.tokens[0])}
+    return result
