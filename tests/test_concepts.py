@@ -75,7 +75,7 @@ def test_gate_realises_the_rate_and_bounds_the_tail(rate):
     """Within 5 % relative on unseen scores, also when they are shifted by half a standard deviation."""
     torch.manual_seed(0)
     gate = RateGate("null")
-    gate.track(torch.randn(50_000))
+    gate.calibrate(torch.randn(50_000))
     valid = torch.ones(8, 1024, dtype=torch.bool)
     for shift in (0.0, 0.5):
         written, _ = gate(torch.randn(8, 1024) + shift, valid, rate=rate, max_tail=int(4 / rate))

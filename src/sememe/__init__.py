@@ -9,5 +9,5 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 # The command line imports what each sub-command needs, so that `sememe --help` and `sememe report` start without torch.
-if Path(sys.argv[0]).name != "sememe":
+if Path(sys.argv[0]).name != "sememe" and sys.argv[0] != "-m":
     import sememe.models  # noqa: F401  (registers the models with transformers)

@@ -207,7 +207,7 @@ def resolve(base: str, pull_missing: bool = True, say: Say = _tell) -> Path:
             raise BaseError(f"base {base!r} is not on this machine: need it pulled. try: sememe pull {base}")
         return pull(base, say=say)
     path = Path(base).expanduser()
-    if path.is_dir():
+    if base and path.is_dir():  # Path('') is the current folder
         return _checked(path)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII):
         raise BaseError(f"base {base!r} is neither a known base, nor a local folder, nor a Hub id like "
@@ -237,7 +237,7 @@ def _from_hub(repo: str, download: bool, say: Say) -> Path:
         return Path(hub.snapshot_download(repo, local_files_only=True, **wanted))
     except Exception as fault:
         raise BaseError(f"base {repo!r} is neither a known base, nor a local folder, and the Hub could not "
-                        f"be read ({why}): need a network connection or a cached copy. "
+                        f"be reached ({why}): need a network connection or a cached copy. "
                         f"try: sememe pull {next(iter(KNOWN))}, or base=/path/to/folder") from fault
 
 

@@ -281,24 +281,30 @@ class OnlineForCausalLM(AdaptedModel):
     # ---- life cycle ----
 
     @torch.no_grad()
-    def start_codes(self, input_ids: Tensor, seed: int = 0, batch: int = 4) -> dict[str, float]:
+    def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
         """Initial codebook, head and gate from the base's own shallow states on (N, T) blocks of text."""
-        spine, states, scores = self.spine, [], []
-        was_training = self.training
-        self.eval()
-        for ids_BT in input_ids.to(self.device).split(batch):
-            h_BTD = spine.embed(ids_BT)
-            step = self._step(spine, h_BTD, None, None, None)
-            states.append(self._shallow(spine, h_BTD, step).float())
-        h_NTD = torch.cat(states)
-        found = start_from_states(self.codes, self.head, h_NTD[:, 1:].flatten(0, 1), seed=seed)
-        for h_BTD in h_NTD.split(batch):
+        states = torch.cat([h_BTD[:, 1:].flatten(0, 1).float() for h_BTD in self._shallow_states(ids_NT)])
+        found = start_from_states(self.codes, self.head, states, seed=seed)
+        self.calibrate_gate(ids_NT)
+        return found
+
+    @torch.no_grad()
+    def calibrate_gate(self, ids_NT: Tensor) -> None:
+        """Sets the gate's score distribution to that of (N, T) blocks of text."""
+        scores = []
+        for h_BTD in self._shallow_states(ids_NT):
             x_BTD = self.codes.normalise(h_BTD)
             scores.append(self.head.score(x_BTD, self._previous(x_BTD, None))[:, 1:].flatten())
-        self.gate.batches.zero_()
-        self.gate.track(torch.cat(scores))
+        self.gate.calibrate(torch.cat(scores))
+
+    def _shallow_states(self, ids_NT: Tensor, batch: int = 4):
+        """(B, T, D) outputs of the shallow slice, batch by batch."""
+        spine, was_training = self.spine, self.training
+        self.eval()
+        for ids_BT in ids_NT.to(self.device).split(batch):
+            h_BTD = spine.embed(ids_BT)
+            yield self._shallow(spine, h_BTD, self._step(spine, h_BTD, None, None, None))
         self.train(was_training)
-        return found
 
     def new_cache(self, batch: int) -> ConceptCache:
         """An empty cache for `batch` rows."""

@@ -158,7 +158,7 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         loaded = OmegaConf.load(path)
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise RecipeError(f"{path} cannot be read as a recipe ({first}): need YAML key: value pairs. try: recipes/") from error
     return check_recipe(values, str(path))

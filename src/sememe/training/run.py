@@ -82,7 +82,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
                 f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command goes on from there"
             )
         if first:
-            _finish(recipe, model, tokenizer, run)
+            _finish(recipe, model, tokenizer, run, blocks_NT)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
@@ -148,14 +148,16 @@ def _arguments(recipe: Recipe, run: Path, world: int) -> TrainingArguments:
     )
 
 
-def _finish(recipe: Recipe, model, tokenizer, run: Path) -> None:
+def _finish(recipe: Recipe, model, tokenizer, run: Path, blocks_NT) -> None:
     """RUN/model, whole or not at all. Own weights are rounded to bf16 first, so that what is saved is what is
-    evaluated and the file is half as large."""
+    evaluated and the file is half as large; then the gate is calibrated once more, on training text."""
     temporary = run / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     if isinstance(model, OnlineForCausalLM):
         model.config.rate, model.config.quantise = recipe.rate, 1.0
     model.round_own_weights()
+    if isinstance(model, OnlineForCausalLM):
+        model.calibrate_gate(blocks_NT[-max(1, recipe.calibration_tokens // recipe.sequence_length) :])
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

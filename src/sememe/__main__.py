@@ -1,0 +1,5 @@
+"""`python -m sememe` is the command line."""
+
+from sememe.cli import main
+
+main()

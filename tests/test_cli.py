@@ -1,0 +1,140 @@
+"""The command line as a user meets it: help, the whole path on a tiny base, and one sentence for bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from sememe import cli
+from sememe.errors import SememeError
+
+COMMANDS = ("pull", "train", "evaluate", "generate", "benchmark", "report", "export", "demo")
+
+
+def sememe(*words, code: int = 0) -> str:
+    """Runs `main` in this process; returns what was printed."""
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    if isinstance(result.exception, SememeError):
+        assert code == 1, result.exception
+        return str(result.exception)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, base_folder, texts):
+    """A finished online run and its control."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump({
+        "system": "online", "base": str(base_folder), "data": {"train": str(texts[0]), "heldout": str(texts[1])},
+        "steps": 6, "sequence_length": 32, "batch_size": 2, "rate": 0.5, "num_concepts": 32, "precision": "fp32",
+        "split": {"shallow": 1, "middle": 2, "deep": 1}, "log_every": 2, "heldout_tokens": 64, "calibration_tokens": 256,
+    }))
+    sememe("train", recipe, "--out", folder / "r", "--json", folder / "train.json")
+    sememe("train", recipe, "system=control", "--out", folder / "r-control")
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command):
+    assert "Example:" in sememe(command, "--help")
+
+
+def test_help_and_report_start_without_torch():
+    program = "import sys; sys.argv[0] = 'sememe'; import sememe.cli, sememe.report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_train_writes_its_figures_and_is_not_repeated(runs):
+    figures = json.loads((runs / "train.json").read_text())
+    assert figures["step"] == 6 and figures["model"].endswith("model")
+    assert "nothing to train" in sememe("train", runs / "tiny.yaml", "--out", runs / "r")
+
+
+def test_evaluate_gives_the_contract(runs, texts):
+    printed = sememe("evaluate", runs / "r", "--data", texts[1], "--tokens", 512, "--control", runs / "r-control",
+                     "--json", runs / "e.json")
+    result = json.loads((runs / "e.json").read_text())
+    for key in ("tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "nll_at_concepts", "nll_in_tail",
+                "longest_tail", "delta_nll_control", "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random",
+                "code_perplexity", "codes_used", "largest_code_share"):
+        assert isinstance(result[key], (int, float)), key
+        assert key in printed
+    assert result["tokens"] == 16 * 31
+    assert result["concept_rate"] == pytest.approx(1 / result["compression_ratio"])
+    assert json.loads((runs / "r" / "evaluate.json").read_text()) == result
+    control = sememe("evaluate", runs / "r-control", "--data", texts[1], "--tokens", 512, "--json", runs / "c.json")
+    assert "nll" in control
+    alone = json.loads((runs / "c.json").read_text())
+    assert alone["concept_rate"] is None
+    assert result["delta_nll_control"] == pytest.approx(result["nll"] - alone["nll"], abs=1e-5)
+
+
+def test_generate_streams_and_marks_concepts(runs):
+    printed = sememe("generate", runs / "r", "--prompt", "the cat sat", "--max-new-tokens", 8, "--show-concepts",
+                     "--json", runs / "g.json")
+    result = json.loads((runs / "g.json").read_text())
+    assert "⟨sink⟩" in printed and "the cat" not in result["text"]
+    assert result["new_tokens"] <= 8 and len(result["concept_ids"]) >= 11
+    for concept in result["concept_ids"]:
+        assert concept < 0 or f"⟨{concept}⟩" in printed.replace("\n", "")
+    plain = sememe("generate", runs / "r-control", "--prompt", "the cat", "--max-new-tokens", 4, "--temperature", 0.8)
+    assert plain.startswith("the cat") and "⟨" not in plain
+
+
+def test_benchmark_gives_the_contract(runs):
+    sememe("benchmark", runs / "r", "--prompt-tokens", 32, "--new-tokens", 8, "--repeats", 1, "--json", runs / "b.json")
+    result = json.loads((runs / "b.json").read_text())
+    for side in ("concept", "base"):
+        for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes", "train_tokens_per_s"):
+            assert result[side][key] > 0, (side, key)
+    for key in ("prefill_speedup", "decode_speedup", "cache_reduction", "ceiling_decode_speedup", "train_step_ratio"):
+        assert result[key] > 0, key
+    assert 0.4 < result["realised_rate"] < 0.65
+
+
+def test_report_is_written(runs):
+    assert "report: " in sememe("report", runs / "r", "--json", runs / "p.json")
+    assert "<html" in (runs / "r" / "report.html").read_text()
+
+
+def test_export_needs_no_base(runs):
+    sememe("export", runs / "r", "--to", runs / "merged")
+    assert "sat" in sememe("generate", runs / "merged", "--prompt", "the cat sat", "--max-new-tokens", 2)
+
+
+@pytest.mark.parametrize("words, said", [
+    (("train", "missing.yaml"), "no recipe at missing.yaml"),
+    (("evaluate", "RUNS/r", "--data", "missing.txt"), "missing.txt"),
+    (("evaluate", "RUNS/r", "--data", "TRAIN"), "is what .* was trained on"),
+    (("evaluate", "RUNS/nowhere/at/all", "--data", "HELD"), "neither a known base"),
+    (("evaluate", "RUNS/r", "--data", "HELD", "--control", "RUNS"), "holds no model"),
+    (("generate", "RUNS/r", "--prompt", "  "), "the prompt is empty"),
+    (("generate", "RUNS/r", "--prompt", "cat", "--max-new-tokens", "9999"), "need at most 256"),
+    (("generate", "RUNS/r-control", "--prompt", "cat", "--show-concepts"), "has no concepts"),
+    (("benchmark", "RUNS/r-control"), "has no concepts"),
+    (("benchmark", "RUNS/r", "--dtype", "float8"), "need one of float32"),
+    (("report", "RUNS/nowhere"), "nowhere"),
+    (("pull", "smollm"), "smollm2-135m"),
+    (("export", "RUNS/r", "--to", "RUNS"), "is not empty"),
+    (("evaluate", "RUNS/r", "--data", "HELD", "--tokens", "64", "--json", "RUNS/no/such/e.json"), "could not write"),
+])
+def test_bad_input_is_one_sentence(runs, texts, words, said):
+    import re
+
+    known = {"RUNS": str(runs), "TRAIN": str(texts[0]), "HELD": str(texts[1])}
+    words = [known.get(word, word.replace("RUNS", str(runs))) for word in words]
+    message = sememe(*words, code=1)
+    assert re.search(said, message), message
+    assert "try: " in message and "\n" not in message
+
+
+def test_a_fault_ends_with_one_line_and_code_1(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "sememe", "train", "nowhere.yaml"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no recipe at") and len(done.stderr.splitlines()) == 1

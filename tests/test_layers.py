@@ -1,0 +1,70 @@
+"""Imports point downward, and no file grows without a reason."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "sememe"
+# Each part may import itself and what is listed. `report` reads files only.
+ALLOWED = {
+    "errors": set(), "concepts": {"errors"}, "backbone": {"errors"}, "data": {"errors"},
+    "models": {"concepts", "backbone", "errors"},
+    "evaluation": {"models", "backbone", "data", "errors"},
+    "training": {"evaluation", "models", "backbone", "data", "errors"},
+    "report": {"errors"},
+    "show": {"models", "errors"},
+    "cli": {"errors", "backbone", "models", "training", "evaluation", "report", "show", "demo"},
+    "demo": {"errors", "backbone", "models", "training", "evaluation", "report", "show", "cli"},
+    "__init__": {"models"},
+}
+HEAVY = {"concepts": {"transformers", "peft", "datasets"}, "report": {"torch", "transformers", "peft"}}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "sememe" else {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_downward(path):
+    here = part(path)
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "sememe" and rest:
+            there = rest.split(".")[0]
+            assert there == here or there in ALLOWED[here], f"{here} imports {there}"
+        assert top not in HEAVY.get(here, set()), f"{here} imports {top}"
+
+
+def test_systems_do_not_import_each_other():
+    systems = {"sememe.models.online", "sememe.models.control"}
+    for name in systems:
+        path = SOURCE / Path(*name.split(".")[1:]).with_suffix(".py")
+        assert not imports(path) & (systems - {name})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_no_registry_host_and_no_machine_path_in_the_tree():
+    words = ("pypi" + ".org", "pythonhosted" + ".org", "registry.npmjs" + ".org", "/work" + "/", "download.pytorch" + ".org")
+    root = SOURCE.parents[1]
+    for folder in ("src", "tests", "docs", "recipes", "examples", "."):
+        for path in (root / folder).glob("**/*" if folder != "." else "*"):
+            if path.is_file() and path.suffix in {".py", ".md", ".yaml", ".toml", ".html", ".css", ""} and path.name != ".git":
+                text = path.read_text(errors="ignore")
+                assert not [w for w in words if w in text], path
