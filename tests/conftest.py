@@ -6,9 +6,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from families import tiny_base
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from families import tiny_base
 
 torch.set_num_threads(1)  # the models are tiny; threads that wait for each other cost more than they bring
 

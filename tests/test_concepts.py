@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import naive_decisions
 
+from reference import naive_decisions
 from sememe.concepts.codebook import ConceptEmbedding, assign, gumbel_like, kmeans, start_from_states
 from sememe.concepts.gate import GateState, RateGate, decide
 from sememe.concepts.head import HEADS, log_probs

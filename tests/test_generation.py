@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from families import text, tiny_online
 from transformers.generation.streamers import BaseStreamer
+
+from families import text, tiny_online
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
@@ -94,7 +95,7 @@ def test_cache_holds_what_the_formula_says(model):
 
 @pytest.mark.parametrize("settings", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])
 def test_what_cannot_work_is_refused(model, settings):
-    with pytest.raises(ValueError, match="try:|not support"):
+    with pytest.raises(ValueError, match=r"try:|not support"):
         model.generate(text(1, 8), **GREEDY, **settings)
 
 

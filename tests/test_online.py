@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+
 from families import FAMILIES, text, tiny_base, tiny_online
 from reference import per_step_logits
-
 from sememe.backbone.split import self_check
 from sememe.errors import BaseError, RecipeError
 from sememe.models import OnlineConfig, OnlineForCausalLM

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from families import tiny_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sememe  # noqa: F401
+from families import tiny_base
 from sememe.errors import CheckpointError
 from sememe.models import ControlConfig, ControlForCausalLM, OnlineConfig, OnlineForCausalLM
 from sememe.models import adapted as adapted_module

@@ -82,7 +82,7 @@ def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, 
     if dtype not in kinds:
         raise SememeError(f"dtype = {dtype!r}: need one of {', '.join(kinds)}. try: float32")
     folder, recipe = model_folder(model), run_recipe(model)
-    loaded, tokenizer = load_model(model, merge=False, dtype=kinds[dtype], base=base)
+    loaded, _ = load_model(model, merge=False, dtype=kinds[dtype], base=base)
     if not isinstance(loaded, OnlineForCausalLM):
         raise CheckpointError(f"{model} has no concepts: need a run of system: online. try: runs/demo")
     named = base or loaded.config.base
