@@ -1,7 +1,6 @@
 # The two commands of a newcomer: make demo, make test. Everything they need goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread per process where several run at once would only wait for each other; the demo uses all cores.
 .PHONY: demo test lint clean
 
 demo: .venv/.ready

@@ -41,6 +41,7 @@ def tiny_online(family: str = "llama", seed: int = 0, attention: str = "sdpa", *
         for name, p in model.named_parameters():
             if "lora_B" in name or name.endswith("head.linear"):
                 p.copy_(0.05 * torch.randn(p.shape, generator=generator))
+    model.gate.feedback = 0.1  # lets rows differ in their number of concepts
     model.start_codes(torch.randint(3, 97, (16, 24), generator=generator))
     return model.eval()
 

@@ -16,7 +16,7 @@ ALLOWED = {
     "show": {"models", "errors"},
     "cli": {"errors", "backbone", "models", "training", "evaluation", "report", "show", "demo"},
     "demo": {"errors", "backbone", "models", "training", "evaluation", "report", "show", "cli"},
-    "__init__": {"models"},
+    "__init__": {"models"}, "__main__": {"cli"},
 }
 HEAVY = {"concepts": {"transformers", "peft", "datasets"}, "report": {"torch", "transformers", "peft"}}
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -34,12 +34,6 @@ def main() -> None:
         code = 130 if type(error).__name__ == "Interrupted" else 1
         print(f"{'' if code == 130 else 'error: '}{error}", file=sys.stderr)
         sys.exit(code)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def write_json(path: Path | None, value: Any) -> None:
@@ -51,7 +45,9 @@ def write_json(path: Path | None, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         os.replace(temporary, path)
     except OSError as error:
-        raise SememeError(f"could not write {path} ({error.strerror}): need a folder that can be written to. try: --json out.json") from error
+        raise SememeError(
+            f"could not write {path} ({error.strerror}): need a folder that can be written to. try: --json out.json"
+        ) from error
 
 
 def table(rows: list[tuple], title: str, columns: tuple[str, ...]) -> None:
@@ -95,7 +91,9 @@ def pull(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")] = None,
-    run: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder: new, or an unfinished run to resume.")] = Path("runs/last"),
+    run: Annotated[
+        Path, typer.Option("--out", metavar="RUN", help="Run folder: new, or an unfinished run to resume.")
+    ] = Path("runs/last"),
     json_file: Json = None,
 ) -> None:
     """Train a recipe into a run folder. The same command resumes after Ctrl-C.
@@ -105,6 +103,7 @@ def train(
     Its control, on the same batches: `sememe train recipes/smollm2-135m-online-r4.yaml steps=200 system=control
     --out runs/r4-control`
     """
+    from sememe.training.callbacks import read_metrics
     from sememe.training.recipe import load_recipe
     from sememe.training.run import same_run
     from sememe.training.run import train as run_training
@@ -115,8 +114,7 @@ def train(
         out.print(loaded.yaml(), style="dim", highlight=False)
     model = run_training(loaded, run, say=out.print if first else lambda line: None)
     if first:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        last = {k: v for line in lines for k, v in line.items()}
+        last = {k: v for line in read_metrics(run / "metrics.jsonl") for k, v in line.items()}
         table([(k, v) for k, v in last.items()], f"{run}", ("measure", "last"))
         out.print(f"model: {model}", soft_wrap=True)
         write_json(json_file, {"run": str(run), "model": str(model), **last})
@@ -199,7 +197,8 @@ def show_speed(result: dict[str, Any]) -> None:
     keys = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes", "train_tokens_per_s")
     rows = [(key, result["concept"][key], result["base"][key]) for key in keys]
     table(rows, f"{result['model']} beside its base", ("measure", "concept", "base"))
-    ratios = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction", "train_step_ratio", "realised_rate")
+    ratios = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction", "train_step_ratio",
+              "realised_rate")
     table([(key, result.get(key)) for key in ratios], "ratios to the base", ("measure", "value"))
 
 

@@ -41,7 +41,7 @@ def run_demo(recipe_path: Path, runs: Path, out: Console) -> dict:
     train(load_recipe(recipe_path, [f"steps={steps}", "system=control"]), control, say=out.print)
     train(recipe, run, say=out.print)
 
-    figures = _kept(run, "evaluate.json") or evaluate_files(str(run), recipe.data.heldout, 8192, str(control))
+    figures = _kept(run, "evaluate.json", data=recipe.data.heldout, control=str(control)) or evaluate_files(str(run), recipe.data.heldout, 8192, str(control))
     out.rule("generate")
     generate_text(str(run), PROMPT, 48, 0.7, 0.9, 0, True, out)
     speed = _kept(run, "benchmark.json") or benchmark_files(str(run), 256, 48, 1, 3)
@@ -72,7 +72,7 @@ def _step_seconds(recipe: Recipe, folder: Path) -> float:
     from sememe.models import ControlConfig, ControlForCausalLM
 
     model = ControlForCausalLM.from_base(ControlConfig(base=recipe.base, lora_rank=recipe.lora.rank), folder=folder)
-    ids = torch.randint(3, 1000, (1, recipe.sequence_length))
+    ids = torch.randint(3, model.config.text_config.vocab_size, (1, recipe.sequence_length))
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -82,14 +82,15 @@ def _step_seconds(recipe: Recipe, folder: Path) -> float:
     return min(times) * recipe.batch_size
 
 
-def _kept(run: Path, name: str) -> dict | None:
-    """Figures of this very model, measured before: newer than its weights."""
+def _kept(run: Path, name: str, **same) -> dict | None:
+    """Figures of this very model, measured before (newer than its weights) and in the same way."""
     path, weights = run / name, run / "model" / "model.safetensors"
     if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
         return None
     try:
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
+    return kept if all(kept.get(key) == value for key, value in same.items()) else None
 
 

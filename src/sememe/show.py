@@ -8,7 +8,7 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 
 def colour(concept: int) -> str:
-    """The same id has the same colour everywhere."""
+    """The same id has the same colour in every text."""
     return COLOURS[(concept * 2654435761 >> 8) % len(COLOURS)]
 
 
@@ -57,7 +57,8 @@ class ConceptStreamer(BaseStreamer):
 
 def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
                   show_concepts: bool, console: Console, base: str | None = None) -> dict:
-    """Streams a continuation and returns prompt, text, and (for an online model) one concept id per token.
+    """Streams a continuation and returns prompt, text, and (for an online model) the concept id of every
+    token that the model read: all but the last new one.
 
     Raises:
         DataError: an empty prompt, or one longer than the model's context.

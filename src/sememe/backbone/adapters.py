@@ -16,7 +16,7 @@ def linear_names(decoder: nn.Module) -> list[str]:
 
 
 def add_lora(base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
-    """Puts LoRA into `base` in place. Its weights are fp32 and trainable, everything else is frozen."""
+    """Puts LoRA into `base` in place. Its weights are trainable, everything else is frozen."""
     base.requires_grad_(False)
     if rank == 0:
         return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-GROWTH = 128  # slots added when a buffer is full
+GROWTH = 32  # slots added when a buffer is full: one copy in 32 tokens, and few slots in reserve
 
 
 class SlotLayer(CacheLayerMixin):

@@ -1,6 +1,6 @@
 """Rate control: (B, T) scores → (B, T) write decisions at a wanted concept rate, one causal pass.
 
-Three things hold the number of concepts and the run of NULLs (system.md, the note's two "tricks"):
+Three things hold the number of concepts and the run of NULLs:
 a threshold read off the tracked distribution of scores, a small correction by what the row owes so far
 (so that a text unlike the training text, or one that the model writes itself, still realises the rate),
 and a forced concept after `max_tail` NULLs in a row. Decisions at `t` use scores ≤ `t` only.

@@ -10,7 +10,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from sememe.data import read_texts, token_blocks
-from sememe.errors import CheckpointError, SememeError
+from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.quality import evaluate
 from sememe.evaluation.speed import benchmark_training, benchmark_use
 from sememe.models import ControlConfig, ControlForCausalLM
@@ -53,7 +53,7 @@ def evaluate_files(model: str, data: str, tokens: int = 8192, control: str | Non
     """
     recipe = run_recipe(model)
     if recipe and Path(recipe["data"]["train"]).resolve() == Path(data).resolve() and Path(data).exists():
-        raise SememeError(f"{data} is what {model} was trained on: need held-out text. try: {recipe['data']['heldout']}")
+        raise DataError(f"{data} is what {model} was trained on: need held-out text. try: {recipe['data']['heldout']}")
     texts = read_texts(data)
     loaded, tokenizer = load_model(model, base=base)
     length = sequence_length or min(recipe.get("sequence_length", 512), loaded.config.get_text_config().max_position_embeddings)
@@ -121,8 +121,10 @@ def prompts(data: str | None, tokenizer, length: int, batch: int) -> torch.Tenso
 
 
 def _training(loaded: AdaptedModel, ids_BT: torch.Tensor, repeats: int, dtype: torch.dtype, source: Path, tick) -> dict:
-    config = loaded.config
-    control = ControlForCausalLM.from_base(
-        ControlConfig(base=config.base, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha), dtype, folder=source
-    ).to(loaded.device)
-    return benchmark_training(loaded, control, ids_BT, repeats, autocast=False, tick=tick)
+    """Training-step figures. The gate follows what it sees in training, so it is put back afterwards."""
+    config, gate = loaded.config, {k: v.clone() for k, v in loaded.gate.state_dict().items()}
+    lora = {name: getattr(config, name) for name in ("lora_rank", "lora_alpha", "lora_dropout")}
+    control = ControlForCausalLM.from_base(ControlConfig(base=config.base, **lora), dtype, folder=source)
+    found = benchmark_training(loaded, control.to(loaded.device), ids_BT, repeats, tick=tick)
+    loaded.gate.load_state_dict(gate)
+    return found

@@ -113,15 +113,10 @@ def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, ti
     }
 
 
-def benchmark_training(model, control, ids_BT: Tensor, repeats: int, autocast: bool, tick=lambda: None) -> dict[str, Any]:
+def benchmark_training(model, control, ids_BT: Tensor, repeats: int, tick=lambda: None) -> dict[str, Any]:
     """Training step of the concept model against the same base with the same LoRA and no concepts."""
     pair = {"concept": model.train(), "base": control.train()}
-
-    def job(one):
-        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=autocast):
-            train_step(one, ids_BT)
-
-    seconds = alternate({n: lambda m=m: job(m) for n, m in pair.items()}, repeats, ids_BT.device, tick)
+    seconds = alternate({n: lambda m=m: train_step(m, ids_BT) for n, m in pair.items()}, repeats, ids_BT.device, tick)
     return {
         **{n: {"train_tokens_per_s": ids_BT.numel() / s["median"], "train_seconds": s} for n, s in seconds.items()},
         "train_step_ratio": seconds["concept"]["median"] / seconds["base"]["median"],

@@ -1,4 +1,4 @@
-"""Three systems, three files. Importing this package registers them with transformers' Auto classes."""
+"""One file a system. Importing this package registers them with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 

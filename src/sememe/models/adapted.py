@@ -75,17 +75,18 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         if config.base_sha256 not in (None, found):
             raise CheckpointError(
                 f"this model was trained on base {config.base!r} with sha256 {config.base_sha256[:12]}…, but the base "
-                f"found at {folder} has {found[:12]}…: need the same weights. try: sememe pull, or base=FOLDER"
+                f"found at {folder} has {found[:12]}…: need the same weights. try: --base FOLDER with those"
             )
         backbone = load_base(folder, dtype=dtype, attn_implementation=attention)
         self_check(backbone)
-        config.text_config, config.base_sha256 = backbone.config, found
+        config.adopt(backbone.config)
+        config.base_sha256 = found
         config._attn_implementation = attention
         return cls(config, backbone)
 
     def own_state(self) -> dict[str, torch.Tensor]:
         """What is not the base's: LoRA, new modules and their buffers."""
-        weights = {name for name, _ in self.named_parameters()}
+        weights = {name for name, p in self.named_parameters() if p.dim() > 1}
         return {
             name: value.detach().to(self._own_dtype if name in weights else value.dtype).contiguous()
             for name, value in self.state_dict().items()
@@ -94,9 +95,10 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def round_own_weights(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Rounds LoRA and new modules to `dtype` in place; they are saved in it from now on. Buffers stay as they are."""
+        """Rounds the matrices of LoRA and new modules to `dtype` in place; they are saved in it from now on. Vectors and
+        buffers stay as they are: a code's bias is near 100, where bf16 has steps of 0.5."""
         for p in self.parameters():
-            if p.requires_grad:
+            if p.requires_grad and p.dim() > 1:
                 p.copy_(p.to(dtype))
         self._own_dtype = dtype
 
@@ -201,7 +203,12 @@ def check_manifest(folder: Path) -> None:
     if not (folder / WEIGHTS).is_file() or not (folder / MANIFEST).is_file():
         missing = WEIGHTS if not (folder / WEIGHTS).is_file() else MANIFEST
         raise CheckpointError(f"{folder} holds no {missing}: need a finished model. try: RUN/model of a finished run")
-    want = json.loads((folder / MANIFEST).read_text()).get(WEIGHTS)
+    try:
+        want = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[WEIGHTS]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} cannot be read: need the manifest that was saved with the model. try: copy it again"
+        ) from error
     with (folder / WEIGHTS).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if want != found:

@@ -25,17 +25,21 @@ class AdaptedConfig(PreTrainedConfig):
                  lora_alpha: float = 16.0, lora_dropout: float = 0.0, **kwargs):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config if text_config is not None else AutoConfig.for_model("llama")
         self.base, self.base_sha256 = base, base_sha256
         self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            kwargs.setdefault(name, getattr(self.text_config, name, None))
-        kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
+        self.adopt(text_config if text_config is not None else AutoConfig.for_model("llama"))
+
+    def adopt(self, text_config) -> None:
+        """Takes over the base's configuration, and what transformers looks for at the top."""
+        self.text_config = text_config
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self, name, getattr(text_config, name, None))
+        self.tie_word_embeddings = getattr(text_config, "tie_word_embeddings", False)
 
 
 class OnlineConfig(AdaptedConfig):
-    """Online concept compression (system.md §1).
+    """Online concept compression (docs/concepts.md).
 
     Args:
         split: layers in the shallow, middle and deep slice.

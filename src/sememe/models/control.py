@@ -33,6 +33,7 @@ class ControlForCausalLM(AdaptedModel):
             text.layer_types = [text.layer_types[i] for i in kept]
         text._attn_implementation = self.config._attn_implementation
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        """As the base's own forward."""
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+    def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
+        """As the base's own forward. Its arguments are named because `generate` and the Trainer look for them."""
+        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels,
+                             logits_to_keep=logits_to_keep, **kwargs)

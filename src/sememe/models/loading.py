@@ -60,8 +60,8 @@ def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = to
 
 def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[Path, int]:
     """Writes the merged model and its tokenizer to a new folder; returns it and its bytes."""
-    if to.exists() and any(to.iterdir()):
-        raise CheckpointError(f"{to} is not empty: need a new folder. try: --to {to}-2")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise CheckpointError(f"{to} is not empty: need a new or empty folder. try: --to {to}-2")
     loaded, tokenizer = load_model(model, base=base)
     if not isinstance(loaded, AdaptedModel):
         raise CheckpointError(f"{model} is a plain base: need a trained model to merge. try: runs/demo")

@@ -1,4 +1,4 @@
-"""Online concepts: (B, T) ids → (B, T, V) logits, with part of the layers on the concepts alone (system.md §1).
+"""Online concepts: (B, T) ids → (B, T, V) logits, with part of the layers on the concepts alone (docs/concepts.md).
 
     ids ─ embed ─ shallow (all tokens) ─ h ─┬─ head ─ z or NULL ─ code ─ e ─ middle (concepts only) ─ c
                                             └─ deep over [concepts ≤ t ; tail(t)] ─ norm ─ lm_head ─ p(x_{t+1})
@@ -228,7 +228,7 @@ class OnlineForCausalLM(AdaptedModel):
         return c_BCD if rows is None else every.index_copy(0, rows, c_BCD)
 
     def _confidence(self, c_BCD: Tensor, h_BTD: Tensor, margin_BT: Tensor, pack: Packing, first_BT: Tensor) -> Tensor:
-        """Gradient for the gate: forward c, backward p · c + (1 - p) · h with p the probability of writing.
+        """Gradient for the gate: forward c; backward, p gets that of `p · c + (1 - p) · h`, p the probability of writing.
 
         Interpolated after the middle layers so that what they read stays discrete (ConceptMoE, arXiv 2601.21420).
         The new modules' zero term keeps every rank's gradients in step when its batch used no code.

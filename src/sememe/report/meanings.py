@@ -28,12 +28,16 @@ EVALUATE: dict[str, tuple[str, str]] = {
     "longest_tail": ("count", "the longest stretch of tokens without a concept"),
     "delta_nll_control": ("delta", "NLL minus that of the control (same training, no concepts)"),
     "delta_nll_zero": ("delta", "what NLL rises by when all concepts are set to zero"),
-    "delta_nll_shuffle": ("delta", "what NLL rises by when concepts are swapped for those of other texts"),
+    "delta_nll_shuffle": ("delta", "what NLL rises by when concepts are shuffled over the whole batch"),
     "delta_nll_random": ("delta", "what NLL rises by when concepts are replaced by random ones"),
     "code_perplexity": ("", "as varied as this many codes used equally often"),
     "codes_used": ("count", "different codes that occur at least once"),
     "num_concepts": ("count", "codes there are to choose from"),
     "largest_code_share": ("share", "share of the most frequent code among all concepts"),
+    "control_nll": ("nats", "NLL of the control"),
+    "sequence_length": ("count", "tokens in each text block that was evaluated"),
+    "model": ("", "the model that was evaluated"),
+    "control": ("", "the control that it was compared with"),
 }
 
 # Drawn as plots or sample texts, not as table rows.
@@ -46,7 +50,7 @@ BENCHMARK_SIDES: dict[str, tuple[str, str]] = {
     "prefill_tokens_per_s": ("speed", "reading a prompt"),
     "decode_tokens_per_s": ("speed", "writing new tokens one after another"),
     "cache_bytes": ("bytes", "memory of the cache at the end"),
-    "train_tokens_per_s": ("speed", "training, forward and backward"),
+    "train_tokens_per_s": ("speed", "training, forward and backward; the base with the same LoRA"),
 }
 
 BENCHMARK: dict[str, tuple[str, str]] = {
@@ -54,7 +58,10 @@ BENCHMARK: dict[str, tuple[str, str]] = {
     "decode_speedup": ("ratio", "writing speed over that of the unmodified base"),
     "ceiling_decode_speedup": ("ratio", "the most that the layer arithmetic allows at this split and rate"),
     "cache_reduction": ("ratio", "how many times smaller the cache is than that of the base"),
-    "train_step_ratio": ("ratio", "time of a training step over that of the base; below 1 is faster"),
+    "train_step_ratio": ("ratio", "time of a training step over that of the control (same LoRA, no concepts); below 1 is faster"),
+    "realised_rate": ("share", "concepts per token in the timed generation"),
+    "model": ("", "the model that was timed"),
+    "base_name": ("", "the unmodified base beside it"),
 }
 
 METRICS: dict[str, tuple[str, str]] = {

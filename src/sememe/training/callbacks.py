@@ -1,5 +1,6 @@
 """What happens around the steps: schedule, finite gradients, metrics, Ctrl-C, checkpoint manifests."""
 
+import contextlib
 import json
 import signal
 import time
@@ -42,6 +43,15 @@ class Finite(TrainerCallback):
             )
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; one that a crash cut off is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
 class Recorder(TrainerCallback):
     """One line of metrics.jsonl per log, with held-out figures beside it, and the progress bar."""
 
@@ -51,10 +61,15 @@ class Recorder(TrainerCallback):
         self.heldout: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.monotonic()
+        self.started = time.monotonic() - self._before()
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"train {self.recipe.system}",
                             unit="step", disable=not self.show)
+
+    def _before(self) -> float:
+        """Seconds that earlier parts of this run took."""
+        lines = read_metrics(self.path)
+        return lines[-1].get("seconds", 0.0) if lines else 0.0
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.bar is not None:
@@ -118,7 +133,8 @@ class Stop(TrainerCallback):
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, *args, **kwargs):
+    def restore(self) -> None:
+        """Gives the signals back, however the run ended."""
         for number, handler in self._old.items():
             signal.signal(number, handler)
 

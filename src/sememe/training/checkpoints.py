@@ -21,13 +21,14 @@ def seal(folder: Path) -> None:
     os.replace(temporary, folder / SEAL)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint. Unsealed or damaged ones are removed."""
+def last_checkpoint(folder: Path, clean: bool = True) -> Path | None:
+    """The newest whole checkpoint. Unsealed or damaged ones are passed over, and removed with `clean`."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for path in found:
         if _whole(path):
             return path
-        shutil.rmtree(path)
+        if clean:
+            shutil.rmtree(path)
     return None
 
 

@@ -31,9 +31,10 @@ class ConceptMeter:
         totals = torch.cat([torch.tensor([self.written, self.tokens], dtype=torch.float32), self.counts])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            totals = totals.to(device)
+            totals, longest = totals.to(device), torch.tensor(float(self.longest), device=device)
             torch.distributed.all_reduce(totals)
-            totals = totals.cpu()
+            torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
+            totals, self.longest = totals.cpu(), int(longest)
         written, tokens, counts = totals[0], totals[1], totals[2:]
         figures = {"rate": float(written / tokens.clamp(min=1)), "longest_tail": self.longest}
         if counts.sum() > 0:

@@ -53,9 +53,9 @@ class Lora(Strict):
 class Schedule(Strict):
     """Identity → concepts, as shares of the run. Before the ramps the model is its base, exactly."""
 
-    rate: tuple[float, float] = (0.05, 0.4)
+    rate: tuple[float, float] = (0.0, 0.1)
     """The concept rate falls from 1 to `rate` between these shares, geometrically."""
-    quantise: tuple[float, float] = (0.4, 0.7)
+    quantise: tuple[float, float] = (0.3, 0.6)
     """The code's share in a concept's state rises from 0 to 1 between these shares."""
 
     @field_validator("rate", "quantise")

@@ -44,6 +44,8 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
         return run / "model"
     first = int(os.environ.get("RANK", "0")) == 0
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.system != "online" and recipe.lora.rank == 0:
+        raise RecipeError(f"system = {recipe.system} with lora.rank = 0: need something to train. try: lora.rank=8")
     if recipe.batch_size % (world * recipe.gradient_accumulation):
         raise RecipeError(
             f"batch_size = {recipe.batch_size} does not divide into {world} processes × {recipe.gradient_accumulation} "
@@ -56,7 +58,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
         model.gradient_checkpointing_enable()
     if first:
         _open_run(recipe, run)
-    checkpoint = last_checkpoint(run / "checkpoints") if first else None
+    checkpoint = last_checkpoint(run / "checkpoints", clean=first)
     meter = None
     if isinstance(model, OnlineForCausalLM):
         meter = ConceptMeter(recipe.num_concepts)
@@ -72,8 +74,6 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
     try:
-        with trainer.args.main_process_first(desc="find the last checkpoint"):
-            checkpoint = last_checkpoint(run / "checkpoints")
         if checkpoint is not None:
             say(f"resuming from step {checkpoint.name.split('-')[1]} of {recipe.steps}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -83,13 +83,15 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
             )
         if first:
             _finish(recipe, model, tokenizer, run, blocks_NT)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, CheckpointError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         raise TrainingError(
             f"could not write to {run} ({error}): need free space and write permission; whole checkpoints stand. "
             "try: free some space and run the same command again"
         ) from error
+    finally:
+        stop.restore()
     return run / "model"
 
 
@@ -135,7 +137,7 @@ def precision(recipe: Recipe) -> str:
 
 
 def _arguments(recipe: Recipe, run: Path, world: int) -> TrainingArguments:
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
     return TrainingArguments(
         output_dir=str(run / "checkpoints"), max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size // (world * recipe.gradient_accumulation),
@@ -161,6 +163,7 @@ def _finish(recipe: Recipe, model, tokenizer, run: Path, blocks_NT) -> None:
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        shutil.rmtree(run / "model", ignore_errors=True)  # one without its manifest: cut off, or taken apart
         os.replace(temporary, run / "model")
     except (OSError, CheckpointError):
         shutil.rmtree(temporary, ignore_errors=True)
