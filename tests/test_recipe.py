@@ -48,7 +48,7 @@ def test_missing_and_unreadable_files(path, tmp_path):
     with pytest.raises(RecipeError, match="cannot be read as a recipe"):
         load_recipe(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(RecipeError, match="holds no key|cannot be read"):
+    with pytest.raises(RecipeError, match=r"holds no key|cannot be read"):
         load_recipe(tmp_path / "list.yaml")
 
 

@@ -41,7 +41,8 @@ def run_demo(recipe_path: Path, runs: Path, out: Console) -> dict:
     train(load_recipe(recipe_path, [f"steps={steps}", "system=control"]), control, say=out.print)
     train(recipe, run, say=out.print)
 
-    figures = _kept(run, "evaluate.json", data=recipe.data.heldout, control=str(control)) or evaluate_files(str(run), recipe.data.heldout, 8192, str(control))
+    measured = {"data": recipe.data.heldout, "control": str(control)}
+    figures = _kept(run, "evaluate.json", **measured) or evaluate_files(str(run), tokens=8192, **measured)
     out.rule("generate")
     generate_text(str(run), PROMPT, 48, 0.7, 0.9, 0, True, out)
     speed = _kept(run, "benchmark.json") or benchmark_files(str(run), 256, 48, 1, 3)
