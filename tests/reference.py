@@ -40,7 +40,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
     h = run(0, shallow, list(spine.embed(ids_T[None])[0]), everything)
     x = [model.codes.normalise(state) for state in h]
     scores = [model.head.score(x[t], x[max(t - 1, 0)]) for t in everything]
-    plain = [0.0 if config.boundary == "fixed" else float(s) for s in scores]
+    plain = [float(s) if config.boundary == "null" else 0.0 for s in scores]
     written = naive_decisions(plain, config.rate, config.max_tail, threshold, gain)
     ids, concepts = [], []
     for t in everything:

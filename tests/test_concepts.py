@@ -86,7 +86,9 @@ def test_gate_realises_the_rate_and_bounds_the_tail(rate):
 
 
 def test_gate_without_score_is_a_fixed_stride():
-    written, _ = RateGate("fixed")(torch.randn(2, 33), torch.ones(2, 33, dtype=torch.bool), rate=0.25, max_tail=16)
+    gate, x = RateGate("fixed"), torch.randn(2, 33, 8)
+    score = gate.boundary.score(HEADS["factored"](8, 5), x, x.roll(1, 1))
+    written, _ = gate(score, torch.ones(2, 33, dtype=torch.bool), rate=0.25, max_tail=16)
     assert written[1].nonzero().flatten().tolist() == list(range(0, 33, 4))
 
 

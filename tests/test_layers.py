@@ -11,7 +11,7 @@ ALLOWED = {
     "errors": set(), "concepts": {"errors"}, "backbone": {"errors"}, "data": {"errors"},
     "models": {"concepts", "backbone", "errors"},
     "evaluation": {"models", "backbone", "data", "errors"},
-    "training": {"evaluation", "models", "backbone", "data", "errors"},
+    "training": {"evaluation", "models", "concepts", "backbone", "data", "errors"},
     "report": {"errors"},
     "show": {"models", "errors"},
     "cli": {"errors", "backbone", "models", "training", "evaluation", "report", "show", "demo"},

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sememe.concepts.boundary import BOUNDARIES
+
 GRID = 129  # points of the tracked score distribution: 0.8 % of probability apart
 
 
@@ -44,7 +46,6 @@ def decide(
     """Which positions write a concept. Host arrays: the loop is sequential in T and costs microseconds a token.
 
     A row that owes concepts (`rate · tokens > concepts`) gets a threshold lower by `gain` per concept owed.
-    With equal scores this writes at a fixed stride of 1 / rate.
     """
     tokens, concepts, run = state.tokens.copy(), state.concepts.copy(), state.run.copy()
     written_BT = np.zeros(valid_BT.shape, bool)
@@ -72,7 +73,7 @@ class RateGate(nn.Module):
 
     def __init__(self, boundary: str, momentum: float = 0.5, feedback: float = 0.5):
         super().__init__()
-        self.boundary, self.momentum, self.feedback = boundary, momentum, feedback
+        self.boundary, self.momentum, self.feedback = BOUNDARIES[boundary](), momentum, feedback
         self.register_buffer("quantiles", torch.linspace(-1, 1, GRID))
 
     @torch.no_grad()
@@ -94,19 +95,14 @@ class RateGate(nn.Module):
 
     def threshold(self, rate: float) -> tuple[float, float]:
         """(threshold, gain) in units of the score, for a wanted concept rate."""
-        if self.boundary == "fixed":
-            return -1e-6, 1.0  # no score: a concept whenever one is owed; 1e-6 absorbs rounding of rate · tokens
-        q = self.quantiles.float().cpu().numpy()
-        threshold = float(np.interp(1.0 - rate, np.linspace(0, 1, GRID), q))
-        half_width = float(np.interp(0.84, np.linspace(0, 1, GRID), q) - np.interp(0.16, np.linspace(0, 1, GRID), q)) / 2
-        return threshold, self.feedback * max(half_width, 1e-6)
+        return self.boundary.threshold(self.quantiles.float().cpu().numpy(), rate, self.feedback)
 
     def forward(
         self, score_BT: Tensor, valid_BT: Tensor, *, rate: float, max_tail: int, state: GateState | None = None
     ) -> tuple[Tensor, GateState]:
         """(B, T) bool decisions on the scores' device, and the state to go on from."""
         state = state or GateState.start(score_BT.shape[0])
-        score = np.zeros(score_BT.shape, np.float32) if self.boundary == "fixed" else score_BT.detach().float().cpu().numpy()
+        score = score_BT.detach().float().cpu().numpy()
         threshold, gain = self.threshold(rate)
         written, state = decide(
             score, valid_BT.cpu().numpy(), rate=rate, max_tail=max_tail, threshold=threshold, gain=gain, state=state

@@ -64,7 +64,7 @@ class FactoredHead(nn.Module):
         self.codes.bias.copy_(bias_K)
 
 
-HEADS = {"joint": JointHead, "factored": FactoredHead}
+HEADS = {"factored": FactoredHead, "joint": JointHead}
 
 
 def log_probs(head: nn.Module, x: Tensor, previous: Tensor, threshold: float = 0.0) -> Tensor:

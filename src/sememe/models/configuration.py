@@ -2,10 +2,9 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
 from sememe.errors import RecipeError
-
-BOUNDARIES = ("null", "fixed")
 
 
 class AdaptedConfig(PreTrainedConfig):
@@ -73,9 +72,9 @@ class OnlineConfig(AdaptedConfig):
                 f"max_tail = {self.max_tail} forces more than rate = {self.rate} concepts per token: need max_tail ≥ "
                 f"{round(1 / self.rate) - 1}. try: max_tail={4 * round(1 / self.rate)}"
             )
-        for name, value, known in (("head", self.head, tuple(HEADS)), ("boundary", self.boundary, BOUNDARIES)):
+        for name, value, known in (("head", self.head, HEADS), ("boundary", self.boundary, BOUNDARIES)):
             if value not in known:
-                raise RecipeError(f"{name} = {value!r}: need one of {', '.join(known)}. try: {name}={known[-1]}")
+                raise RecipeError(f"{name} = {value!r}: need one of {', '.join(known)}. try: {name}={next(iter(known))}")
         if self.num_concepts < 2:
             raise RecipeError(f"num_concepts = {self.num_concepts}: need at least 2. try: num_concepts=4096")
 

@@ -159,7 +159,7 @@ class OnlineForCausalLM(AdaptedModel):
         """Which positions write. Training folds the scores into the gate's tracked distribution."""
         config, cache = self.config, step.cache
         with torch.autocast(x_BTD.device.type, enabled=False):
-            score_BT = self.head.score(x_BTD, previous_BTD)
+            score_BT = self.gate.boundary.score(self.head, x_BTD, previous_BTD)
         state = GateState.start(len(x_BTD)) if cache is None else cache.gate_state
         written_BT, state = self.gate(
             score_BT, step.valid_BT, rate=config.rate, max_tail=config.max_tail, state=state
@@ -235,7 +235,7 @@ class OnlineForCausalLM(AdaptedModel):
         """
         zero = sum(p.float().sum() for module in (self.head, self.codes) for p in module.parameters()) * 0.0
         c_BCD = c_BCD + zero.to(c_BCD.dtype)
-        if self.config.rate >= 1 or self.config.boundary != "null":
+        if self.config.rate >= 1 or not self.gate.boundary.learned:
             return c_BCD
         p_BC1 = torch.sigmoid(pack.pack(margin_BT)).unsqueeze(-1)
         sink_BC1 = first_BT.gather(1, pack.index_BC).unsqueeze(-1)
@@ -294,7 +294,7 @@ class OnlineForCausalLM(AdaptedModel):
         scores = []
         for h_BTD in self._shallow_states(ids_NT):
             x_BTD = self.codes.normalise(h_BTD)
-            scores.append(self.head.score(x_BTD, self._previous(x_BTD, None))[:, 1:].flatten())
+            scores.append(self.gate.boundary.score(self.head, x_BTD, self._previous(x_BTD, None))[:, 1:].flatten())
         self.gate.calibrate(torch.cat(scores))
 
     def _shallow_states(self, ids_NT: Tensor, batch: int = 4):

@@ -7,8 +7,10 @@ from typing import Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from sememe.concepts.boundary import BOUNDARIES
+from sememe.concepts.head import HEADS
 from sememe.errors import RecipeError
 
 
@@ -96,8 +98,9 @@ class Recipe(Strict):
     split: Split = Split()
     max_tail: int = Field(16, ge=0)
     """Longest run of normal tokens; then a concept is forced."""
-    head: Literal["factored", "joint"] = "factored"
-    boundary: Literal["null", "fixed"] = "null"
+    head: str = "factored"
+    boundary: str = "null"
+    """How segments close; see `concepts/boundary.py`."""
     num_concepts: int = Field(4096, ge=2)
     schedule: Schedule = Schedule()
     code_temperature: float = Field(1.0, gt=0)
@@ -129,6 +132,14 @@ class Recipe(Strict):
         if data.train == data.heldout:
             raise ValueError("train and heldout are the same text; held-out text is never trained on")
         return data
+
+    @field_validator("head", "boundary")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        known = {"head": HEADS, "boundary": BOUNDARIES}[info.field_name]
+        if value not in known:
+            raise ValueError(f"needs one of {', '.join(known)}")
+        return value
 
     @model_validator(mode="after")
     def _tail_fits(self) -> "Recipe":
