@@ -128,11 +128,11 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         """Loads a saved folder: the adapters over their base, which is resolved by name and checked by hash.
 
         Args:
-            base: another place to take the same base from (keyword).
+            base_from: another place to take the same base from (keyword).
             dtype, attn_implementation, device_map: as in transformers; device_map takes one device.
         """
         folder = Path(pretrained_model_name_or_path)
-        base = kwargs.pop("base", None)
+        base = kwargs.pop("base_from", None)
         config = config if config is not None else cls.config_class.from_pretrained(folder)
         check_manifest(folder)
         if config.base is None:

@@ -51,7 +51,7 @@ def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = to
     if not isinstance(config, AdaptedConfig):
         return load_base(folder, dtype=dtype, attn_implementation=attention).to(device).eval(), load_tokenizer(folder)
     check_manifest(folder)
-    extra = {"base": base} if base else {}
+    extra = {"base_from": base} if base else {}
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **extra)
     if merge and isinstance(loaded, AdaptedModel) and loaded.config.base is not None:
         loaded.merged()

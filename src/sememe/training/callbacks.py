@@ -108,7 +108,8 @@ class Recorder(TrainerCallback):
                 shown = {k: f"{line[k]:.3f}" for k in ("loss", "heldout_nll", "rate") if k in line}
                 self.bar.set_postfix(shown)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self) -> None:
+        """Ends the progress bar's line, however the run ended."""
         if self.bar is not None:
             self.bar.close()
 

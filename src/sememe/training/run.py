@@ -86,11 +86,13 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     except (OSError, CheckpointError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
+        last_checkpoint(run / "checkpoints", clean=first)  # takes the one that was cut off away
         raise TrainingError(
-            f"could not write to {run} ({error}): need free space and write permission; whole checkpoints stand. "
+            f"could not write to {run} ({error.__cause__ or error}): need free space and write permission; whole checkpoints stand. "
             "try: free some space and run the same command again"
         ) from error
     finally:
+        recorder.close()
         stop.restore()
     return run / "model"
 
