@@ -39,11 +39,12 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
         TrainingError: a non-finite loss or gradient, or a disk that cannot take the checkpoint.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
-    if same_run(recipe, run):
-        say(f"{run} is finished: nothing to train")
-        return run / "model"
     first = int(os.environ.get("RANK", "0")) == 0
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    # The other ranks look only at a finished run: an unfinished one is being opened by the first at this moment.
+    if (first or (run / "model" / "manifest.json").is_file()) and same_run(recipe, run):
+        say(f"{run} is finished: nothing to train")
+        return run / "model"
     if recipe.system != "online" and recipe.lora.rank == 0:
         raise RecipeError(f"system = {recipe.system} with lora.rank = 0: need something to train. try: lora.rank=8")
     if recipe.batch_size % (world * recipe.gradient_accumulation):
@@ -88,8 +89,8 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
             raise
         last_checkpoint(run / "checkpoints", clean=first)  # takes the one that was cut off away
         raise TrainingError(
-            f"could not write to {run} ({error.__cause__ or error}): need free space and write permission; whole checkpoints stand. "
-            "try: free some space and run the same command again"
+            f"could not write to {run} ({error.__cause__ or error}): need free space and write permission; whole "
+            "checkpoints stand. try: free some space and run the same command again"
         ) from error
     finally:
         recorder.close()
