@@ -20,7 +20,10 @@ RUNS = {
     "control": ["system=control"], "skip": ["system=skip"], "concepts R=2": ["system=online", "rate=0.5"],
     "concepts R=4": ["system=online", "rate=0.25"],
 }
-SHOWN = ("nll", "delta_nll_control", "compression_ratio", "delta_nll_zero", "delta_nll_shuffle", "code_perplexity")
+SHOWN = {
+    "nll": "NLL", "delta_nll_control": "Δ control", "compression_ratio": "R", "delta_nll_zero": "Δ zero",
+    "delta_nll_shuffle": "Δ shuffle", "code_perplexity": "code ppl",
+}
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
         control = None if name == "control" else str(asked.out / "control")
         results[name] = evaluate_files(str(run), recipe.data.heldout, asked.tokens, control)
     table = Table(title=f"held-out NLL after {recipe.steps * recipe.batch_size * recipe.sequence_length:,} tokens")
-    for column in ("run", *SHOWN):
+    for column in ("run", *SHOWN.values()):
         table.add_column(column)
     for name, result in results.items():
         table.add_row(name, *("–" if result[k] is None else f"{result[k]:.4g}" for k in SHOWN))
