@@ -42,7 +42,9 @@ def tiny_online(family: str = "llama", seed: int = 0, attention: str = "sdpa", *
             if "lora_B" in name or name.endswith("head.linear"):
                 p.copy_(0.05 * torch.randn(p.shape, generator=generator))
     model.gate.feedback = 0.1  # lets rows differ in their number of concepts
-    model.start_codes(torch.randint(3, 97, (16, 24), generator=generator))
+    blocks = torch.randint(3, 97, (16, 24), generator=generator)
+    model.start_frame(blocks)
+    model.start_codes(blocks)
     return model.eval()
 
 

@@ -53,7 +53,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
         code = model.codes(torch.tensor(ids[-1]))
         if model.training:
             soft = model.codes.mean + model.codes.scale * (logits / config.code_temperature).softmax(-1) @ model.codes.weight
-            code = code + (soft - soft.detach())
+            code = code.detach() + (soft - soft.detach())
         concepts.append(h[t] + config.quantise * (code - h[t]))
 
     out = []

@@ -149,6 +149,7 @@ def test_kmeans_covers_separated_clusters_and_leaves_no_code_empty():
 def test_head_starts_as_nearest_centroid(name):
     torch.manual_seed(0)
     codes, head, states = ConceptEmbedding(7, 8), HEADS[name](8, 7), 3 + 2 * torch.randn(500, 8)
+    codes.start_frame(states)
     found = start_from_states(codes, head, states)
     x = codes.normalise(states)
     assert torch.equal(head.code_logits(x).argmax(-1), assign(x, codes.weight.detach())[0])

@@ -27,6 +27,7 @@ def model(base_folder):
         for name, p in made.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.05)
+    made.start_frame(IDS)
     made.start_codes(IDS)
     return made.eval()
 

@@ -16,6 +16,12 @@ class ConceptEmbedding(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(()))
 
+    @torch.no_grad()
+    def start_frame(self, h_ND: Tensor) -> None:
+        """Sets mean and scale to those of (N, D) states."""
+        self.mean.copy_(h_ND.float().mean(0))
+        self.scale.copy_((h_ND.float() - self.mean).square().mean().sqrt())
+
     def normalise(self, h: Tensor) -> Tensor:
         """(…, D) hidden states → (…, D) fp32 coordinates in which codes and heads work."""
         return (h.float() - self.mean.float()) / self.scale.float()
@@ -30,7 +36,7 @@ class ConceptEmbedding(nn.Module):
         `hard + (soft - soft.detach())`: written the other way round the forward value is not exact in fp32.
         Source: Jang et al., arXiv 1611.01144.
         """
-        hard = self(ids_n)
+        hard = self(ids_n).detach()
         noisy = logits_nK if noise_nK is None else logits_nK + noise_nK
         soft = self.mean.float() + self.scale.float() * (torch.softmax(noisy / temperature, -1) @ self.weight.float())
         return hard + (soft - soft.detach())
@@ -81,12 +87,10 @@ def assign(x_ND: Tensor, centroid_KD: Tensor, chunk: int = 4096) -> tuple[Tensor
 
 @torch.no_grad()
 def start_from_states(codes: ConceptEmbedding, head: nn.Module, h_ND: Tensor, seed: int = 0) -> dict[str, float]:
-    """Initial codebook and head from the base's own shallow states: k-means, and its nearest-centroid classifier.
+    """Codebook and head from the model's own shallow states: k-means, and its nearest-centroid classifier.
 
     Returns the share of the states' variance that the codes leave, and the number of states used.
     """
-    codes.mean.copy_(h_ND.float().mean(0))
-    codes.scale.copy_((h_ND.float() - codes.mean).square().mean().sqrt())
     x_ND = codes.normalise(h_ND)
     centroid_KD, nearest_N = kmeans(x_ND, codes.weight.shape[0], seed=seed)
     codes.weight.copy_(centroid_KD)

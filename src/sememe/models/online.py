@@ -281,10 +281,19 @@ class OnlineForCausalLM(AdaptedModel):
     # ---- life cycle ----
 
     @torch.no_grad()
+    def start_frame(self, ids_NT: Tensor) -> None:
+        """Sets the frame of the codes and the gate's threshold from the shallow states of (N, T) blocks of text."""
+        self.codes.start_frame(self._inner_states(ids_NT))
+        self.calibrate_gate(ids_NT)
+
+    @torch.no_grad()
     def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
-        """Initial codebook, head and gate from the base's own shallow states on (N, T) blocks of text."""
-        states = torch.cat([h_BTD[:, 1:].flatten(0, 1).float() for h_BTD in self._shallow_states(ids_NT)])
-        found = start_from_states(self.codes, self.head, states, seed=seed)
+        """Codebook and head by k-means of the shallow states of (N, T) blocks of text, in the frame as it is.
+
+        To be called when quantisation begins: LoRA moves the states, and a codebook of the untouched base would not
+        fit them any more (docs/log.md).
+        """
+        found = start_from_states(self.codes, self.head, self._inner_states(ids_NT), seed=seed)
         self.calibrate_gate(ids_NT)
         return found
 
@@ -296,6 +305,10 @@ class OnlineForCausalLM(AdaptedModel):
             x_BTD = self.codes.normalise(h_BTD)
             scores.append(self.gate.boundary.score(self.head, x_BTD, self._previous(x_BTD, None))[:, 1:].flatten())
         self.gate.calibrate(torch.cat(scores))
+
+    def _inner_states(self, ids_NT: Tensor) -> Tensor:
+        """(n, D) shallow states of all positions but the sinks, which are never quantised."""
+        return torch.cat([h_BTD[:, 1:].flatten(0, 1).float() for h_BTD in self._shallow_states(ids_NT)])
 
     def _shallow_states(self, ids_NT: Tensor, batch: int = 4):
         """(B, T, D) outputs of the shallow slice, batch by batch."""

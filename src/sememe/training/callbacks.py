@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,15 +21,27 @@ from sememe.training.recipe import Recipe
 
 
 class Schedule(TrainerCallback):
-    """Sets the model's concept rate and quantisation before each step; the end of the run is the recipe's own."""
+    """Sets the model's concept rate and quantisation before each step; the end of the run is the recipe's own.
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    The codebook starts with the first step that is quantised, from the states as they are then.
+    """
+
+    def __init__(self, recipe: Recipe, calibration_NT: Tensor, say: Callable[[str], None]):
+        self.recipe, self.calibration_NT, self.say = recipe, calibration_NT, say
+
+    def _at(self, step: int) -> tuple[float, float]:
+        return self.recipe.schedule.at(step / max(1, self.recipe.steps - 1), self.recipe.rate)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        model.config.rate, model.config.quantise = self.recipe.schedule.at(
-            state.global_step / max(1, self.recipe.steps - 1), self.recipe.rate
-        )
+        step = state.global_step
+        model.config.rate, model.config.quantise = self._at(step)
+        if model.config.quantise > 0 and (step == 0 or self._at(step - 1)[1] == 0):
+            found = model.start_codes(self.calibration_NT, self.recipe.seed)
+            self.say(f"codebook: k-means of {found['states']:.0f} shallow states leaves {found['variance_left']:.0%} of "
+                     "their variance")
+            if args.world_size > 1:  # equal on equal machines; made sure of on others
+                for value in (*model.head.state_dict().values(), *model.codes.state_dict().values()):
+                    torch.distributed.broadcast(value, 0)
 
 
 class Finite(TrainerCallback):

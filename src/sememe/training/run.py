@@ -60,16 +60,14 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     if first:
         _open_run(recipe, run)
     checkpoint = last_checkpoint(run / "checkpoints", clean=first)
-    meter = None
+    meter, stop = None, Stop()
+    callbacks = [Finite(), stop, Seal()]
+    calibration_NT = blocks_NT[: max(1, recipe.calibration_tokens // recipe.sequence_length)]
     if isinstance(model, OnlineForCausalLM):
         meter = ConceptMeter(recipe.num_concepts)
         if checkpoint is None:
-            count = max(1, recipe.calibration_tokens // recipe.sequence_length)
-            found = model.start_codes(blocks_NT[:count], recipe.seed)
-            say(f"codebook: k-means of {found['states']:.0f} shallow states leaves {found['variance_left']:.0%} of "
-                "their variance")
-    stop = Stop()
-    callbacks = [Schedule(recipe), Finite(), stop, Seal()] if meter is not None else [Finite(), stop, Seal()]
+            model.start_frame(calibration_NT)
+        callbacks.insert(0, Schedule(recipe, calibration_NT, say))
     recorder = Recorder(recipe, run / "metrics.jsonl", heldout_NT, meter, show)
     trainer = ConceptTrainer(recipe, model, _arguments(recipe, run, world), blocks_NT, meter, [*callbacks, recorder])
     trainer.remove_callback(transformers.PrinterCallback)
@@ -83,7 +81,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
                 f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command goes on from there"
             )
         if first:
-            _finish(recipe, model, tokenizer, run, blocks_NT)
+            _finish(recipe, model, tokenizer, run, calibration_NT)
     except (OSError, CheckpointError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
@@ -153,7 +151,7 @@ def _arguments(recipe: Recipe, run: Path, world: int) -> TrainingArguments:
     )
 
 
-def _finish(recipe: Recipe, model, tokenizer, run: Path, blocks_NT) -> None:
+def _finish(recipe: Recipe, model, tokenizer, run: Path, calibration_NT) -> None:
     """RUN/model, whole or not at all. Own weights are rounded to bf16 first, so that what is saved is what is
     evaluated and the file is half as large; then the gate is calibrated once more, on training text."""
     temporary = run / "model.tmp"
@@ -162,7 +160,7 @@ def _finish(recipe: Recipe, model, tokenizer, run: Path, blocks_NT) -> None:
         model.config.rate, model.config.quantise = recipe.rate, 1.0
     model.round_own_weights()
     if isinstance(model, OnlineForCausalLM):
-        model.calibrate_gate(blocks_NT[-max(1, recipe.calibration_tokens // recipe.sequence_length) :])
+        model.calibrate_gate(calibration_NT)
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
