@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(recipe_values, tmp_path):
     values = {**recipe_values, "steps": 4000, "save_every": 1000, "heldout_every": 1000}
     process = launch(values, tmp_path / "r")
     while process.poll() is None and not (tmp_path / "r" / "metrics.jsonl").exists():
-        pass
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 130, said[-2000:]

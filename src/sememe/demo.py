@@ -35,7 +35,7 @@ def run_demo(recipe_path: Path, runs: Path, out: Console) -> dict:
     recipe = load_recipe(recipe_path, [f"steps={steps}"])
     reused = [str(p) for p in (run, control) if (p / "model" / "manifest.json").is_file()]
     out.print(
-        f"about {max(1, round(seconds / 60))} minutes from here: {steps} steps of control and concept model each "
+        f"{'less than a minute' if seconds < 60 else f'about {round(seconds / 60)} minutes'} from here: {steps} steps of control and concept model each "
         f"({precision(recipe)}, {torch.get_num_threads()} threads)" + (f"; reusing {', '.join(reused)}" if reused else "")
     )
     train(load_recipe(recipe_path, [f"steps={steps}", "system=control"]), control, say=out.print)
@@ -60,7 +60,7 @@ def plan(recipe: Recipe, folder: Path, run: Path, control: Path) -> tuple[int, f
     begun = [p for p in (control, run) if (p / "recipe.yaml").is_file()]
     left = [p for p in (control, run) if not (p / "model" / "manifest.json").is_file()]
     if begun and not left:
-        return load_recipe(begun[0] / "recipe.yaml").steps, 60.0
+        return load_recipe(begun[0] / "recipe.yaml").steps, 20.0
     per_step = _step_seconds(recipe, folder)
     steps = load_recipe(begun[0] / "recipe.yaml").steps if begun else int(BUDGET_S / 2 / per_step)
     if not begun:
