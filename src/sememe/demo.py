@@ -34,8 +34,9 @@ def run_demo(recipe_path: Path, runs: Path, out: Console) -> dict:
     steps, seconds = plan(load_recipe(recipe_path), folder, run, control)
     recipe = load_recipe(recipe_path, [f"steps={steps}"])
     reused = [str(p) for p in (run, control) if (p / "model" / "manifest.json").is_file()]
+    left = "less than a minute" if seconds < 60 else f"about {round(seconds / 60)} minutes"
     out.print(
-        f"{'less than a minute' if seconds < 60 else f'about {round(seconds / 60)} minutes'} from here: {steps} steps of control and concept model each "
+        f"{left} from here: {steps} steps of control and concept model each "
         f"({precision(recipe)}, {torch.get_num_threads()} threads)" + (f"; reusing {', '.join(reused)}" if reused else "")
     )
     train(load_recipe(recipe_path, [f"steps={steps}", "system=control"]), control, say=out.print)
