@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "sememe"
 ALLOWED = {
     "errors": set(), "concepts": {"errors"}, "backbone": {"errors"}, "data": {"errors"},
     "models": {"concepts", "backbone", "errors"},
-    "evaluation": {"models", "backbone", "data", "errors"},
+    "evaluation": {"models", "concepts", "backbone", "data", "errors"},
     "training": {"evaluation", "models", "concepts", "backbone", "data", "errors"},
     "report": {"errors"},
     "show": {"models", "errors"},

@@ -192,3 +192,14 @@ class ConceptCache(Cache):
 
     def reset(self) -> None:
         raise ValueError("a concept cache cannot be reset. try: start from past_key_values=None")
+
+
+def deep_slots(written: np.ndarray, valid: np.ndarray, concepts: np.ndarray, tail: np.ndarray):
+    """Deep-cache slots of a chunk, (B, T), -1 where an entry dies before the chunk ends; and the tails after it."""
+    rank = concepts[:, None] + np.cumsum(written, 1) - 1
+    after_last = np.cumsum(written[:, ::-1], 1)[:, ::-1] == 0  # no concept at or after this place
+    normal = valid & after_last
+    any_written = written.any(1)
+    start = rank[:, -1:] + 1 + np.where(any_written, 0, tail)[:, None]
+    slot = np.where(written, rank, np.where(normal, start + np.cumsum(normal, 1) - 1, -1))
+    return slot, np.where(any_written, 0, tail) + normal.sum(1)

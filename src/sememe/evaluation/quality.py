@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sememe.concepts.ablation import ABLATIONS
+from sememe.concepts.segments import tail_lengths
 from sememe.errors import DataError
-from sememe.models.online import ABLATIONS, NULL, OnlineForCausalLM
+from sememe.models.online import NULL, OnlineForCausalLM
 
 BUCKET = 64  # positions per bucket of `nll_by_position`
 
@@ -40,7 +42,7 @@ def rate_and_codes(ids_NT: Tensor, num_concepts: int) -> dict[str, Any]:
         "concept_rate": rate,
         "compression_ratio": 1 / rate,
         "longest_tail": longest_tail(written),
-        "code_perplexity": float(torch.exp(-(share * share.log()).sum())) if len(share) else None,
+        "code_perplexity": perplexity(counts) if len(share) else None,
         "codes_used": int((counts > 0).sum()),
         "largest_code_share": float(share.max()) if len(share) else None,
         "code_counts": sorted((int(c) for c in counts[counts > 0]), reverse=True),
@@ -48,13 +50,15 @@ def rate_and_codes(ids_NT: Tensor, num_concepts: int) -> dict[str, Any]:
     }
 
 
+def perplexity(counts_K: Tensor) -> float:
+    """exp of the entropy of the codes that were counted; at least one must have been."""
+    share = counts_K[counts_K > 0] / counts_K.sum()
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
 def longest_tail(written_NT: Tensor) -> int:
     """Longest run of normal tokens in any row."""
-    run, longest = torch.zeros(len(written_NT), dtype=torch.long), 0
-    for written in written_NT.T:
-        run = torch.where(written, 0, run + 1)
-        longest = max(longest, int(run.max()))
-    return longest
+    return int(tail_lengths(written_NT, torch.ones_like(written_NT)).max())
 
 
 def text_bytes(ids_NT: Tensor, tokenizer) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from sememe.backbone.adapters import add_lora, merge_lora
 from sememe.backbone.bases import fingerprint, load_base, resolve
@@ -216,6 +216,3 @@ def check_manifest(folder: Path) -> None:
             f"{folder / WEIGHTS} is corrupt (sha256 {found[:12]}…, the manifest says {str(want)[:12]}…): need the file "
             "as it was saved. try: copy it again, or train again"
         )
-
-
-__all__ = ["AdaptedModel", "AutoConfig", "check_manifest", "write_weights"]

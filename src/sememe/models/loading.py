@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sememe.backbone.bases import load_base, load_tokenizer, resolve
 from sememe.errors import CheckpointError
-from sememe.models.adapted import AdaptedModel, check_manifest
+from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import AdaptedConfig
 
 
@@ -50,7 +50,6 @@ def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = to
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(config, AdaptedConfig):
         return load_base(folder, dtype=dtype, attn_implementation=attention).to(device).eval(), load_tokenizer(folder)
-    check_manifest(folder)
     extra = {"base_from": base} if base else {}
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **extra)
     if merge and isinstance(loaded, AdaptedModel) and loaded.config.base is not None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sememe.backbone.cache import ConceptCache
+from sememe.backbone.cache import ConceptCache, deep_slots
 from sememe.backbone.split import Rope, Spine
+from sememe.concepts.ablation import ablate
 from sememe.concepts.codebook import ConceptEmbedding, gumbel_like, start_from_states
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
@@ -25,7 +26,6 @@ from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
 
 NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K-1
-ABLATIONS = ("zero", "shuffle", "random")
 
 
 @dataclass
@@ -250,7 +250,7 @@ class OnlineForCausalLM(AdaptedModel):
         free = step.plain
         if cache is not None:
             lane, written = cache.deep, written_BT.cpu().numpy()
-            slot, tail = _deep_slots(written, step.valid_BT.cpu().numpy(), step.written_before, cache.tail)
+            slot, tail = deep_slots(written, step.valid_BT.cpu().numpy(), step.written_before, cache.tail)
             total_B = state.concepts + tail
             keep_before = length > 1
             old_position, old_valid = lane.position[:, : lane.used].clone(), lane.valid[:, : lane.used]
@@ -341,27 +341,3 @@ class OnlineForCausalLM(AdaptedModel):
 def _all_concepts(position: Tensor, valid: Tensor) -> Lane:
     """A lane on which the segment rule is plain causal attention."""
     return Lane(position, torch.zeros_like(position), torch.ones_like(valid), valid)
-
-
-def _deep_slots(written: np.ndarray, valid: np.ndarray, concepts: np.ndarray, tail: np.ndarray):
-    """Deep-cache slots of a chunk, (B, T), -1 where an entry dies before the chunk ends; and the tails after it."""
-    rank = concepts[:, None] + np.cumsum(written, 1) - 1
-    after_last = np.cumsum(written[:, ::-1], 1)[:, ::-1] == 0  # no concept at or after this place
-    normal = valid & after_last
-    any_written = written.any(1)
-    start = rank[:, -1:] + 1 + np.where(any_written, 0, tail)[:, None]
-    slot = np.where(written, rank, np.where(normal, start + np.cumsum(normal, 1) - 1, -1))
-    return slot, np.where(any_written, 0, tail) + normal.sum(1)
-
-
-def ablate(ids_BC: Tensor, coded_BC: Tensor, kind: str, num_concepts: int) -> Tensor:
-    """Ids with the coded ones shuffled over the whole batch, or drawn at random. `zero` is applied to the states."""
-    if kind not in ABLATIONS:
-        raise ValueError(f"ablation = {kind!r}: need one of {', '.join(ABLATIONS)}")
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    out, count = ids_BC.clone(), int(coded_BC.sum())
-    if kind == "shuffle":
-        out[coded_BC] = ids_BC[coded_BC][torch.randperm(count, generator=generator).to(ids_BC.device)]
-    elif kind == "random":
-        out[coded_BC] = torch.randint(num_concepts, (count,), generator=generator).to(ids_BC.device)
-    return out

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sememe.evaluation.quality import longest_tail
+from sememe.evaluation.quality import longest_tail, perplexity
 from sememe.models.online import NULL
 
 
@@ -38,8 +38,7 @@ class ConceptMeter:
         written, tokens, counts = totals[0], totals[1], totals[2:]
         figures = {"rate": float(written / tokens.clamp(min=1)), "longest_tail": self.longest}
         if counts.sum() > 0:
-            share = counts[counts > 0] / counts.sum()
-            figures["code_perplexity"] = float(torch.exp(-(share * share.log()).sum()))
+            figures["code_perplexity"] = perplexity(counts)
             figures["codes_used"] = int((counts > 0).sum())
         self.clear()
         return figures
