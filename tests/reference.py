@@ -9,10 +9,15 @@ from torch import Tensor
 from sememe.backbone.split import causal_mask
 
 
-def naive_decisions(scores: list[float], rate: float, max_tail: int, threshold: float, gain: float) -> list[bool]:
+def naive_decisions(scores: list[float], rate: float, max_tail: int, threshold: float, gain: float,
+                    accumulates: bool = False) -> list[bool]:
     """The rate gate as one would say it."""
     written: list[bool] = []
+    total = 0.0
     for t, score in enumerate(scores):
+        if accumulates:
+            total += score if t > 0 else 0.0
+            score = total
         tail = 0
         for wrote in reversed(written):
             if wrote:
@@ -20,6 +25,8 @@ def naive_decisions(scores: list[float], rate: float, max_tail: int, threshold: 
             tail += 1
         owed = rate * t - sum(written)
         written.append(t == 0 or rate >= 1 or tail >= max_tail or score > threshold - gain * owed)
+        if accumulates and written[-1]:
+            total = max(total - threshold, 0.0)
     return written
 
 
@@ -39,31 +46,46 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
     everything = list(range(len(ids_T)))
     h = run(0, shallow, list(spine.embed(ids_T[None])[0]), everything)
     x = [model.codes.normalise(state) for state in h]
-    scores = [model.head.score(x[t], x[max(t - 1, 0)]) for t in everything]
-    plain = [float(s) if config.boundary == "null" else 0.0 for s in scores]
-    written = naive_decisions(plain, config.rate, config.max_tail, threshold, gain)
+    scores = [model.gate.boundary.score(model.head, x[t], x[max(t - 1, 0)]) for t in everything]
+    written = naive_decisions([float(s) for s in scores], config.rate, config.max_tail, threshold, gain,
+                              config.boundary == "threshold")
+    read = list(h)
+    if config.boundary == "threshold":
+        for t in everything:
+            begin = next((j + 1 for j in range(t - 1, -1, -1) if written[j]), 0)
+            weights = torch.stack(scores[begin : t + 1])
+            read[t] = (weights[:, None] * torch.stack(h[begin : t + 1])).sum(0) / weights.sum()
     ids, concepts = [], []
     for t in everything:
         if not written[t] or t == 0 or config.quantise == 0:
             ids.append(-2 if written[t] else -1)
-            concepts.append(h[t])
+            concepts.append(read[t])
             continue
-        logits = model.head.code_logits(x[t])
+        logits = model.head.code_logits(model.codes.normalise(read[t]))
         ids.append(int(logits.argmax()))
         code = model.codes(torch.tensor(ids[-1]))
         if model.training:
             soft = model.codes.mean + model.codes.scale * (logits / config.code_temperature).softmax(-1) @ model.codes.weight
             code = code.detach() + (soft - soft.detach())
-        concepts.append(h[t] + config.quantise * (code - h[t]))
+        concepts.append(read[t] + config.quantise * (code - read[t]))
 
     out = []
     for t in everything:
         z = [j for j in range(t + 1) if written[j]]
         c = run(shallow, shallow + middle, [concepts[j] for j in z], z)
+        known = {j: None if j == 0 else state for j, state in zip(z, c, strict=True)}  # the sink says nothing
         if model.training and config.rate < 1 and config.boundary == "null":
-            p = [torch.sigmoid(scores[j] - threshold) for j in z]
-            c = [s if j == 0 else s + (q - q.detach()) * (s - h[j]).detach() for s, q, j in zip(c, p, z, strict=True)]
+            for k, j in enumerate(z[1:], 1):
+                p = torch.sigmoid(scores[j] - threshold)
+                c[k] = c[k] + (p - p.detach()) * (c[k] - tail_state(model, h[j], known[z[k - 1]])).detach()
         tail = list(range(z[-1] + 1, t + 1))
-        d = run(shallow + middle, sum(config.split), c + [h[j] for j in tail], z + tail)
+        d = run(shallow + middle, sum(config.split), c + [tail_state(model, h[j], known[z[-1]]) for j in tail], z + tail)
         out.append(spine.logits(d[-1][None, None])[0, 0])
     return torch.stack(out), ids
+
+
+def tail_state(model, h_D: Tensor, last_D: Tensor | None) -> Tensor:
+    """What a normal token brings to the deep slice: its shallow state, bridged if the model has a bridge."""
+    if model.bridge is None:
+        return h_D
+    return model.bridge(h_D, model.bridge.concept_mean if last_D is None else last_D)

@@ -74,7 +74,7 @@ def test_gate_is_the_naive_gate(stride, extra, threshold, seed):
 def test_gate_realises_the_rate_and_bounds_the_tail(rate):
     """Within 5 % relative on unseen scores, also when they are shifted by half a standard deviation."""
     torch.manual_seed(0)
-    gate = RateGate("null")
+    gate = RateGate("null", 8)
     gate.calibrate(torch.randn(50_000))
     valid = torch.ones(8, 1024, dtype=torch.bool)
     for shift in (0.0, 0.5):
@@ -86,14 +86,14 @@ def test_gate_realises_the_rate_and_bounds_the_tail(rate):
 
 
 def test_gate_without_score_is_a_fixed_stride():
-    gate, x = RateGate("fixed"), torch.randn(2, 33, 8)
+    gate, x = RateGate("fixed", 8), torch.randn(2, 33, 8)
     score = gate.boundary.score(HEADS["factored"](8, 5), x, x.roll(1, 1))
     written, _ = gate(score, torch.ones(2, 33, dtype=torch.bool), rate=0.25, max_tail=16)
     assert written[1].nonzero().flatten().tolist() == list(range(0, 33, 4))
 
 
 def test_gate_goes_on_from_its_state():
-    gate = RateGate("null")
+    gate = RateGate("null", 8)
     scores, valid = torch.randn(3, 40), torch.ones(3, 40, dtype=torch.bool)
     whole, _ = gate(scores, valid, rate=0.3, max_tail=8)
     first, state = gate(scores[:, :13], valid[:, :13], rate=0.3, max_tail=8)

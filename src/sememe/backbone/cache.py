@@ -125,7 +125,8 @@ class SliceCache:
 
 class ConceptCache(Cache):
     """The online model's cache. Row state that decides about the next token lives here too, so that beams, batches
-    and continued generation carry it along: the gate's counters, the last shallow state, the ids written so far.
+    and continued generation carry it along: the gate's counters, the last shallow and concept states, what the open
+    segment has summed up, the ids written so far.
     """
 
     def __init__(self, split: tuple[int, int, int], batch: int, device: torch.device, gate_state, width: int):
@@ -134,6 +135,8 @@ class ConceptCache(Cache):
         self.gate_state = gate_state
         self.tail = np.zeros(batch, np.int64)  # normal tokens in each row's deep tail
         self.last_hidden_BD = torch.zeros(batch, width, device=device)
+        self.last_concept_BD = torch.zeros(batch, width, device=device)  # its middle state, for the bridge
+        self.open_segment = torch.zeros(batch, width, device=device), torch.zeros(batch, device=device)
         self.padded = False
         self._ids = torch.empty(batch, 0, dtype=torch.int32, device=device)
         self._columns = 0
@@ -172,7 +175,9 @@ class ConceptCache(Cache):
         for lane in (self.shallow, self.middle, self.deep):
             lane.take_rows(rows)
         self.gate_state = self.gate_state.select(host)
-        self.tail, self.last_hidden_BD, self._ids = self.tail[host], self.last_hidden_BD[rows], self._ids[rows]
+        self.tail, self._ids = self.tail[host], self._ids[rows]
+        self.last_hidden_BD, self.last_concept_BD = self.last_hidden_BD[rows], self.last_concept_BD[rows]
+        self.open_segment = tuple(x[rows] for x in self.open_segment)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._take_rows(beam_idx.to(self._ids.device))

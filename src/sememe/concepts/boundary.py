@@ -1,21 +1,30 @@
 """How segments close: (…, D) states → scores, and scores → the threshold that realises a rate.
 
-A strategy is a class with `learned`, `score` and `threshold`, and its line in BOUNDARIES.
+A strategy is a module with `score` and `threshold`, and its line in BOUNDARIES. It says of itself:
+`learned`: the written concepts teach the score, through a straight-through confidence.
+`accumulates`: scores are summed since the last concept, and the concept is read from the states so weighted.
+`fitted`: `start` needs the base's next-token entropies.
 """
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sememe.concepts.bridge import ridge
 
-class Null:
-    """The head's own decision for or against NULL; it gets gradient through the written concepts."""
 
-    learned = True
+class Boundary(nn.Module):
+    """A strategy over states of `width` coordinates; the base of all."""
+
+    learned = accumulates = fitted = False
+
+    def __init__(self, width: int):
+        super().__init__()
 
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
-        """(…,) log-odds of writing. `previous` is the state one position earlier."""
-        return head.score(x, previous)
+        """(…,) fp32: the higher, the sooner a concept is written. `previous` is the state one position earlier."""
+        raise NotImplementedError
 
     def threshold(self, quantiles: np.ndarray, rate: float, feedback: float) -> tuple[float, float]:
         """(threshold, its shift per concept owed), from equally spaced quantiles of the scores."""
@@ -24,13 +33,34 @@ class Null:
         return float(threshold), feedback * max(float(high - low) / 2, 1e-6)
 
 
-class Fixed:
-    """Every 1 / rate tokens: without a score the gate writes whenever a concept is owed."""
+class Null(Boundary):
+    """The head's own decision for or against NULL: log-odds of writing."""
 
-    learned = False
+    learned = True
 
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
-        """(…,) zeros."""
+        return head.score(x, previous)
+
+
+class Threshold(Boundary):
+    """Integrate and fire (CIF, arXiv 1905.11235): non-negative scores are summed, and when the sum passes the threshold
+    a concept is written from the states weighted by them; what is over is carried on. The weights get the gradient."""
+
+    accumulates = True
+
+    def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
+        return F.softplus(head.score(x, previous))
+
+    def threshold(self, quantiles: np.ndarray, rate: float, feedback: float) -> tuple[float, float]:
+        """The mean score of 1 / rate tokens; half a concept's worth of it per concept owed."""
+        threshold = float((quantiles[1:] + quantiles[:-1]).mean()) / 2 / rate
+        return threshold, feedback * threshold
+
+
+class Fixed(Boundary):
+    """Every 1 / rate tokens (M of N where the rate is M / N): without a score the gate writes when a concept is owed."""
+
+    def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
         return torch.zeros(x.shape[:-1], device=x.device)
 
     def threshold(self, quantiles: np.ndarray, rate: float, feedback: float) -> tuple[float, float]:
@@ -38,4 +68,30 @@ class Fixed:
         return -1e-6, 1.0
 
 
-BOUNDARIES = {"null": Null, "fixed": Fixed}
+class Entropy(Boundary):
+    """Where the next token is hard: a linear estimate of the base's next-token entropy, fitted once and never trained.
+
+    The estimate reads the shallow states at t and t-1, so it is causal and costs 2 D multiplications; a shallow exit
+    through the base's own lm_head would cost a fifth of the whole forward (docs/log.md).
+    """
+
+    fitted = True
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.register_buffer("weight", torch.zeros(2 * width))
+
+    def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
+        return torch.cat([x, previous], -1) @ self.weight.float()
+
+    @torch.no_grad()
+    def start(self, x_ND: Tensor, previous_ND: Tensor, entropy_N: Tensor) -> float:
+        """Fits (N,) entropies in nats. Returns the share of their variance explained."""
+        both = torch.cat([x_ND, previous_ND], -1).double()
+        features, wanted = both - both.mean(0), (entropy_N - entropy_N.mean()).double()
+        weight = ridge(features, wanted.unsqueeze(1), 0.03).squeeze(1)
+        self.weight.copy_(weight)
+        return float(1 - (wanted - features @ weight).square().sum() / wanted.square().sum().clamp(min=1e-12))
+
+
+BOUNDARIES = {"null": Null, "threshold": Threshold, "fixed": Fixed, "entropy": Entropy}

@@ -19,18 +19,19 @@ GRID = 129  # points of the tracked score distribution: 0.8 % of probability apa
 
 @dataclass
 class GateState:
-    """What a row must remember between chunks; (B,) integer arrays on the host."""
+    """What a row must remember between chunks; (B,) arrays on the host. `sum`: of the scores since the last concept."""
 
     tokens: np.ndarray
     concepts: np.ndarray
     run: np.ndarray
+    sum: np.ndarray
 
     @classmethod
     def start(cls, batch: int) -> "GateState":
-        return cls(*(np.zeros(batch, np.int64) for _ in range(3)))
+        return cls(*(np.zeros(batch, np.int64) for _ in range(3)), np.zeros(batch))
 
     def select(self, rows: np.ndarray) -> "GateState":
-        return GateState(self.tokens[rows], self.concepts[rows], self.run[rows])
+        return GateState(self.tokens[rows], self.concepts[rows], self.run[rows], self.sum[rows])
 
 
 def decide(
@@ -42,38 +43,46 @@ def decide(
     threshold: float,
     gain: float,
     state: GateState,
+    accumulates: bool = False,
 ) -> tuple[np.ndarray, GateState]:
     """Which positions write a concept. Host arrays: the loop is sequential in T and costs microseconds a token.
 
     A row that owes concepts (`rate · tokens > concepts`) gets a threshold lower by `gain` per concept owed.
+    `accumulates`: the scores since the last concept are summed, and what is over the threshold is carried on.
     """
-    tokens, concepts, run = state.tokens.copy(), state.concepts.copy(), state.run.copy()
+    tokens, concepts, run, total = state.tokens.copy(), state.concepts.copy(), state.run.copy(), state.sum.copy()
     written_BT = np.zeros(valid_BT.shape, bool)
     for t in range(valid_BT.shape[1]):
         valid = valid_BT[:, t]
-        owed = rate * tokens - concepts
-        write = (score_BT[:, t] > threshold - gain * owed) | (tokens == 0) | (run >= max_tail)
+        owed, score = rate * tokens - concepts, score_BT[:, t]
+        if accumulates:
+            total += np.where(valid & (tokens > 0), score, 0.0)
+            score = total
+        write = (score > threshold - gain * owed) | (tokens == 0) | (run >= max_tail)
         write = valid & (write | (rate >= 1.0))
         written_BT[:, t] = write
+        total = np.where(write, np.maximum(total - threshold, 0.0), total) if accumulates else total
         tokens += valid
         concepts += write
         run = np.where(write, 0, run + valid)
-    return written_BT, GateState(tokens, concepts, run)
+    return written_BT, GateState(tokens, concepts, run, total)
 
 
 class RateGate(nn.Module):
     """Turns scores into decisions and tracks their distribution, so that one dial `rate` serves every setting.
 
     Args:
+        noise: in training, decisions are samples of Bernoulli(sigmoid((score - threshold) / noise)): 1 is the head's own
+            probability, below 1 a sharpened one, 0 the threshold, as in evaluation (ConceptMoE, arXiv 2601.21420).
         momentum: share of a training batch in the tracked quantiles. Scores move while the gate learns: at 0.1 the
             lag halved the realised rate of a fast-learning tiny run (docs/log.md).
         feedback: threshold shift per concept owed, in half-widths of the score distribution. 0.5 lets a shift of
             half a standard deviation between texts settle at a debt of one concept.
     """
 
-    def __init__(self, boundary: str, momentum: float = 0.5, feedback: float = 0.5):
+    def __init__(self, boundary: str, width: int, noise: float = 0.0, momentum: float = 0.5, feedback: float = 0.5):
         super().__init__()
-        self.boundary, self.momentum, self.feedback = BOUNDARIES[boundary](), momentum, feedback
+        self.boundary, self.noise, self.momentum, self.feedback = BOUNDARIES[boundary](width), noise, momentum, feedback
         self.register_buffer("quantiles", torch.linspace(-1, 1, GRID))
 
     @torch.no_grad()
@@ -95,16 +104,29 @@ class RateGate(nn.Module):
 
     def threshold(self, rate: float) -> tuple[float, float]:
         """(threshold, gain) in units of the score, for a wanted concept rate."""
-        return self.boundary.threshold(self.quantiles.float().cpu().numpy(), rate, self.feedback)
+        quantiles = self.quantiles.float().cpu().numpy()
+        if self.samples:  # the scores with their noise must realise the rate too: quantiles of the sum
+            p = (np.arange(64) + 0.5) / 64
+            both = quantiles[:, None] + self.noise * np.log(p / (1 - p))
+            quantiles = np.quantile(both, np.linspace(0, 1, len(quantiles)))
+        return self.boundary.threshold(quantiles, rate, self.feedback)
+
+    @property
+    def samples(self) -> bool:
+        """Whether decisions are sampled now."""
+        return self.training and self.noise > 0 and self.boundary.learned
 
     def forward(
         self, score_BT: Tensor, valid_BT: Tensor, *, rate: float, max_tail: int, state: GateState | None = None
     ) -> tuple[Tensor, GateState]:
         """(B, T) bool decisions on the scores' device, and the state to go on from."""
         state = state or GateState.start(score_BT.shape[0])
+        if self.samples:  # logistic noise on the log-odds is a Bernoulli sample
+            score_BT = score_BT + self.noise * torch.logit(torch.rand_like(score_BT), 1e-6)
         score = score_BT.detach().float().cpu().numpy()
         threshold, gain = self.threshold(rate)
         written, state = decide(
-            score, valid_BT.cpu().numpy(), rate=rate, max_tail=max_tail, threshold=threshold, gain=gain, state=state
+            score, valid_BT.cpu().numpy(), rate=rate, max_tail=max_tail, threshold=threshold, gain=gain, state=state,
+            accumulates=self.boundary.accumulates,
         )
         return torch.from_numpy(written).to(score_BT.device), state

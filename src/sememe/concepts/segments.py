@@ -25,9 +25,37 @@ class Packing(NamedTuple):
 
     def unpack(self, c_BCD: Tensor, written_BT: Tensor, h_BTD: Tensor) -> Tensor:
         """(B, C, D) → (B, T, D): the concept's state where one was written, `h_BTD` elsewhere."""
-        rank_BT = (written_BT.cumsum(1) - 1).clamp(min=0)
-        back_BTD = c_BCD.gather(1, rank_BT.unsqueeze(-1).expand(-1, -1, c_BCD.shape[-1]))
-        return torch.where(written_BT.unsqueeze(-1), back_BTD.to(h_BTD.dtype), h_BTD)
+        return torch.where(written_BT.unsqueeze(-1), self.last(c_BCD, written_BT).to(h_BTD.dtype), h_BTD)
+
+    def last(self, c_BCD: Tensor, written_BT: Tensor, before_BD: Tensor | None = None) -> Tensor:
+        """(B, C, D) → (B, T, D): the state of the last concept at or before each position, `before_BD` ahead of the
+        first (some other state without it)."""
+        rank_BT = written_BT.cumsum(1) - 1
+        last_BTD = c_BCD.gather(1, rank_BT.clamp(min=0).unsqueeze(-1).expand(-1, -1, c_BCD.shape[-1]))
+        if before_BD is None:
+            return last_BTD
+        return torch.where(rank_BT.unsqueeze(-1) >= 0, last_BTD, before_BD.unsqueeze(1).to(last_BTD.dtype))
+
+    def pool(self, x_BTD: Tensor, weight_BT: Tensor, written_BT: Tensor, before: tuple[Tensor, Tensor] | None = None):
+        """Weighted mean of each segment's states, (B, C, D) fp32, and the open segment's (sum (B, D), weight (B,)).
+
+        Segment k ends with the k-th concept. `before` is what an earlier chunk left open. Sums go by segment, not by
+        differences of running sums: those lose digits on long texts, and chunks would not equal one pass.
+        """
+        batch, _, width = x_BTD.shape
+        count_B = written_BT.sum(1)
+        segment_BT = written_BT.cumsum(1) - written_BT.long()
+        slots = self.index_BC.shape[1] + 1
+        weight_BT = weight_BT.float()
+        total_BSD = x_BTD.new_zeros(batch, slots, width, dtype=torch.float32)
+        total_BSD = total_BSD.scatter_add(1, segment_BT.unsqueeze(-1).expand(-1, -1, width), weight_BT.unsqueeze(-1) * x_BTD.float())
+        weight_BS = weight_BT.new_zeros(batch, slots).scatter_add(1, segment_BT, weight_BT)
+        if before is not None:
+            total_BSD = torch.cat([total_BSD[:, :1] + before[0].unsqueeze(1), total_BSD[:, 1:]], 1)
+            weight_BS = torch.cat([weight_BS[:, :1] + before[1].unsqueeze(1), weight_BS[:, 1:]], 1)
+        row_B = torch.arange(batch, device=x_BTD.device)
+        left = total_BSD[row_B, count_B], weight_BS[row_B, count_B]
+        return total_BSD[:, :-1] / weight_BS[:, :-1].clamp(min=1e-6).unsqueeze(-1), left
 
 
 def packing(written_BT: Tensor) -> Packing:

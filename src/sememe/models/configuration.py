@@ -46,7 +46,10 @@ class OnlineConfig(AdaptedConfig):
         max_tail: longest run of normal tokens; then a concept is forced.
         num_concepts: size K of the codebook.
         head: `factored` (whether apart from which) or `joint` (one softmax over K + 1).
-        boundary: `null` (the head decides) or `fixed` (every 1 / rate tokens).
+        boundary: how segments close, see `concepts/boundary.py`.
+        bridge: tail states get a linear guess of what the middle slice would have added (`concepts/bridge.py`).
+        gate_noise: in training, writing is sampled with the gate's log-odds divided by this; 0 for the threshold.
+        concept_dropout: share of the coded concepts that carry nothing, in training.
         quantise: share of the code in a concept's state: 0 carries the state itself, 1 the code alone.
         code_temperature, gumbel: of the straight-through softmax in training; gumbel scales the noise, 0 for none.
     """
@@ -55,11 +58,13 @@ class OnlineConfig(AdaptedConfig):
 
     def __init__(self, text_config=None, split=(4, 22, 4), rate: float = 0.25, max_tail: int = 16,
                  num_concepts: int = 4096, head: str = "factored", boundary: str = "null", quantise: float = 1.0,
-                 code_temperature: float = 1.0, gumbel: float = 0.0, **kwargs):
+                 code_temperature: float = 1.0, gumbel: float = 0.0, bridge: bool = False, gate_noise: float = 0.0,
+                 concept_dropout: float = 0.0, **kwargs):
         self.split = list(split)
         self.rate, self.max_tail, self.num_concepts = rate, max_tail, num_concepts
         self.head, self.boundary, self.quantise = head, boundary, quantise
         self.code_temperature, self.gumbel = code_temperature, gumbel
+        self.bridge, self.gate_noise, self.concept_dropout = bridge, gate_noise, concept_dropout
         super().__init__(text_config=text_config, **kwargs)
 
     def check(self) -> None:

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sememe.backbone.bases import load_base, load_tokenizer, resolve
-from sememe.errors import CheckpointError
+from sememe.errors import CheckpointError, RecipeError
 from sememe.models.adapted import AdaptedModel
-from sememe.models.configuration import AdaptedConfig
+from sememe.models.configuration import AdaptedConfig, OnlineConfig
 
 
 def model_folder(model: str | Path) -> Path | None:
@@ -31,11 +31,13 @@ def model_folder(model: str | Path) -> Path | None:
 
 
 def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32, attention: str = "sdpa",
-               base: str | None = None) -> tuple[PreTrainedModel, object]:
+               base: str | None = None, rate: float | None = None) -> tuple[PreTrainedModel, object]:
     """(model in eval mode, tokenizer). `merge` folds LoRA into the weights: the same function with fewer matmuls.
+    `rate` is the dial: concepts per token to run at, instead of the rate that was trained for.
 
     Raises:
-        CheckpointError: not a model, corrupt, or over another base.
+        CheckpointError: not a model, corrupt, over another base, or without concepts where `rate` is given.
+        RecipeError: a rate that this model cannot hold.
         BaseError: `model` is neither a folder nor a base that can be had.
     """
     folder = model_folder(model)
@@ -47,6 +49,8 @@ def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = to
         raise CheckpointError(
             f"{folder}/config.json cannot be read ({str(error).splitlines()[0]}): need a saved model. try: RUN/model"
         ) from error
+    if rate is not None:
+        set_rate(config, rate, model)  # refused before anything large is read
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(config, AdaptedConfig):
         return load_base(folder, dtype=dtype, attn_implementation=attention).to(device).eval(), load_tokenizer(folder)
@@ -54,7 +58,28 @@ def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = to
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **extra)
     if merge and isinstance(loaded, AdaptedModel) and loaded.config.base is not None:
         loaded.merged()
+    if rate is not None:
+        set_rate(loaded.config, rate, model)
     return loaded.to(device).eval(), load_tokenizer(folder)
+
+
+def set_rate(config, rate: float, model: str | Path) -> None:
+    """Turns the dial of a loaded model: the gate holds any rate from the scores it has (`concepts/gate.py`).
+
+    Raises:
+        CheckpointError: `config` is that of a model without concepts.
+        RecipeError: a rate outside (0, 1], or below what the forced concepts alone make.
+    """
+    if not isinstance(config, OnlineConfig):
+        raise CheckpointError(f"{model} has no concepts to set a rate for: need a run of system: online. try: without --rate")
+    least = 1 / (config.max_tail + 1)
+    if not least - 1e-9 <= rate <= 1:
+        raise RecipeError(
+            f"rate = {rate:g}: need from {least:.3g} to 1 concepts per token, because {model} forces one after max_tail = "
+            f"{config.max_tail} tokens without. try: --rate {max(config.rate, least):.3g}"
+        )
+    config.rate = rate
+    config.check()
 
 
 def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[Path, int]:

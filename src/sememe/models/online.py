@@ -17,13 +17,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sememe.backbone.cache import ConceptCache, deep_slots
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.ablation import ablate
-from sememe.concepts.codebook import ConceptEmbedding, gumbel_like, start_from_states
+from sememe.concepts.bridge import TailBridge
+from sememe.concepts.codebook import ConceptEmbedding, gumbel_like
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
 from sememe.concepts.masks import Lane, allow, segment_mask
 from sememe.concepts.segments import Packing, packing
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
+from sememe.models.starting import Starting
 
 NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K-1
 
@@ -48,7 +50,7 @@ class Step:
     written_before: np.ndarray  # (B,) concepts already in the cache
 
 
-class OnlineForCausalLM(AdaptedModel):
+class OnlineForCausalLM(Starting, AdaptedModel):
     """The base, split in three, with a ConceptHead, a ConceptEmbedding and a RateGate between the slices."""
 
     config_class = OnlineConfig
@@ -59,7 +61,8 @@ class OnlineForCausalLM(AdaptedModel):
         width = config.text_config.hidden_size
         self.head = HEADS[config.head](width, config.num_concepts)
         self.codes = ConceptEmbedding(config.num_concepts, width)
-        self.gate = RateGate(config.boundary)
+        self.gate = RateGate(config.boundary, width, config.gate_noise)
+        self.bridge = TailBridge(width) if config.bridge else None
         self.finish()
 
     @property
@@ -81,7 +84,8 @@ class OnlineForCausalLM(AdaptedModel):
             past_key_values: a ConceptCache (`new_cache`), grown in place.
             labels: (B, T) targets, -100 ignored; shifted inside, as in transformers.
             logits_to_keep: logits of the last n positions only; 0 for all.
-            ablation: replace the codes by `zero`, `shuffle` (across the batch) or `random` ones.
+            ablation: replace the codes, see `concepts/ablation.py`: `zero`, `shuffle` (across the batch), `random`,
+                `swap` (with the next row) or `drop:SHARE`; `@SEED` behind it for another draw.
         """
         spine = self.spine
         h_BTD = spine.embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -98,17 +102,20 @@ class OnlineForCausalLM(AdaptedModel):
         first_BT = step.valid_BT & (step.valid_BT.cumsum(1) == 1)
         if cache is not None:
             first_BT &= torch.from_numpy(cache.gate_state.tokens == 0).to(first_BT.device)[:, None]
-        e_BCD, ids_BC = self._write(x_BTD, h_BTD, pack, first_BT, ablation)
+        h_BCD, open_segment = self._read_out(h_BTD, score_BT, pack, written_BT, step)
+        e_BCD, ids_BC = self._write(h_BCD, pack, first_BT, ablation)
         c_BCD = self._middle(spine, e_BCD, pack, written_BT, step)
+        tail_BTD, last_BD = self._tail(h_BTD, c_BCD, pack, written_BT, first_BT, cache)
         if self.training:
             c_BCD = self._confidence(c_BCD, h_BTD, score_BT - threshold, pack, first_BT)
-        d_BTD = pack.unpack(c_BCD, written_BT, h_BTD)
+        d_BTD = pack.unpack(c_BCD, written_BT, tail_BTD)
         d_BTD = self._deep(spine, d_BTD, written_BT, step, state)
 
         ids_BT = torch.full_like(step.position_BT.expand(written_BT.shape), NULL)
         ids_BT = ids_BT.scatter(1, pack.index_BC, torch.where(pack.valid_BC, ids_BC, NULL))
         if cache is not None:
             cache.gate_state, cache.last_hidden_BD = state, h_BTD[:, -1].detach()
+            cache.last_concept_BD, cache.open_segment = last_BD, open_segment
             cache.record(ids_BT)
         logits = spine.logits(d_BTD[:, -logits_to_keep:] if logits_to_keep else d_BTD)
         loss = None
@@ -170,29 +177,50 @@ class OnlineForCausalLM(AdaptedModel):
             self.gate.track(score_BT[inner])
         return written_BT, score_BT, state, threshold
 
-    def _write(self, x_BTD: Tensor, h_BTD: Tensor, pack: Packing, first_BT: Tensor, ablation: str | None):
+    def _read_out(self, h_BTD: Tensor, score_BT: Tensor, pack: Packing, written_BT: Tensor, step: Step):
+        """(B, C, D) states that the codes are read from, and what the open segment has summed up so far: the state at
+        the writing position, or where scores accumulate the segment's states, weighted by their scores."""
+        before = None if step.cache is None else step.cache.open_segment
+        if not self.gate.boundary.accumulates:
+            return pack.pack(h_BTD), before
+        h_BCD, left = pack.pool(h_BTD, score_BT * step.valid_BT, written_BT, before)
+        return h_BCD.to(h_BTD.dtype), left
+
+    def _tail(self, h_BTD: Tensor, c_BCD: Tensor, pack: Packing, written_BT: Tensor, first_BT: Tensor, cache):
+        """(B, T, D) states of tail positions, and (B, D) the last concept's for the next chunk."""
+        if self.bridge is None:
+            return h_BTD, None if cache is None else cache.last_concept_BD
+        none_D = self.bridge.concept_mean.to(c_BCD.dtype)
+        sink_BC1 = first_BT.gather(1, pack.index_BC).unsqueeze(-1)
+        before_BD = none_D.expand(len(h_BTD), -1) if cache is None else cache.last_concept_BD
+        last_BTD = pack.last(torch.where(sink_BC1, none_D, c_BCD), written_BT, before_BD)
+        return self.bridge(h_BTD, last_BTD), last_BTD[:, -1].detach()
+
+    def _write(self, h_BCD: Tensor, pack: Packing, first_BT: Tensor, ablation: str | None):
         """(B, C, D) concept states and (B, C) ids. The sink, and everything while `quantise` is 0, stays a state."""
         config = self.config
-        h_BCD = pack.pack(h_BTD)
         unquantised = torch.full_like(pack.index_BC, UNQUANTISED)
         if config.quantise == 0:
             return h_BCD, unquantised
-        with torch.autocast(h_BTD.device.type, enabled=False):
-            logits_BCK = self.head.code_logits(pack.pack(x_BTD))
+        with torch.autocast(h_BCD.device.type, enabled=False):
+            logits_BCK = self.head.code_logits(self.codes.normalise(h_BCD))
             noise = config.gumbel * gumbel_like(logits_BCK) if self.training and config.gumbel > 0 else None
             ids_BC = (logits_BCK if noise is None else logits_BCK + noise).argmax(-1)
             coded_BC = pack.valid_BC & ~first_BT.gather(1, pack.index_BC)
             if ablation is not None:
-                ids_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts)
+                ids_BC, dropped_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts)
             if self.training:
                 e_BCD = self.codes.straight_through(logits_BCK, ids_BC, config.code_temperature, noise)
             else:
                 e_BCD = self.codes(ids_BC)
-            if ablation == "zero":
-                e_BCD = torch.zeros_like(e_BCD)
+            if ablation is not None:
+                e_BCD = e_BCD.masked_fill(dropped_BC.unsqueeze(-1), 0.0)
             e_BCD = e_BCD.to(h_BCD.dtype)
         if config.quantise < 1:
             e_BCD = h_BCD + config.quantise * (e_BCD - h_BCD)
+        if self.training and config.concept_dropout > 0:
+            lost_BC1 = torch.rand(coded_BC.shape, device=coded_BC.device).unsqueeze(-1) < config.concept_dropout
+            e_BCD = torch.where(lost_BC1, self.codes.mean.to(e_BCD.dtype), e_BCD)
         e_BCD = torch.where(coded_BC.unsqueeze(-1), e_BCD, h_BCD)
         return e_BCD, torch.where(coded_BC, ids_BC, unquantised)
 
@@ -228,19 +256,26 @@ class OnlineForCausalLM(AdaptedModel):
         return c_BCD if rows is None else every.index_copy(0, rows, c_BCD)
 
     def _confidence(self, c_BCD: Tensor, h_BTD: Tensor, margin_BT: Tensor, pack: Packing, first_BT: Tensor) -> Tensor:
-        """Gradient for the gate: forward c; backward, p gets that of `p · c + (1 - p) · h`, p the probability of writing.
+        """Gradient for the gate: forward c; backward, p gets that of `p · c + (1 - p) · tail`, with p the probability
+        of writing and `tail` the state that the position would have had as a normal token.
 
         Interpolated after the middle layers so that what they read stays discrete (ConceptMoE, arXiv 2601.21420).
         The new modules' zero term keeps every rank's gradients in step when its batch used no code.
         """
-        zero = sum(p.float().sum() for module in (self.head, self.codes) for p in module.parameters()) * 0.0
-        c_BCD = c_BCD + zero.to(c_BCD.dtype)
+        new = [p for name, p in self.named_parameters() if p.requires_grad and "lora_" not in name]
+        c_BCD = c_BCD + (sum(p.float().sum() for p in new) * 0.0).to(c_BCD.dtype)
         if self.config.rate >= 1 or not self.gate.boundary.learned:
             return c_BCD
         p_BC1 = torch.sigmoid(pack.pack(margin_BT)).unsqueeze(-1)
         sink_BC1 = first_BT.gather(1, pack.index_BC).unsqueeze(-1)
         p_BC1 = torch.where(sink_BC1, p_BC1.detach(), p_BC1)
-        return c_BCD + (p_BC1 - p_BC1.detach()) * (c_BCD - pack.pack(h_BTD)).detach()
+        with torch.no_grad():
+            tail_BCD = pack.pack(h_BTD)
+            if self.bridge is not None:
+                none_D = self.bridge.concept_mean.to(c_BCD.dtype)
+                known_BCD = torch.where(sink_BC1, none_D, c_BCD)
+                tail_BCD = self.bridge(tail_BCD, torch.cat([none_D.expand(len(c_BCD), 1, -1), known_BCD[:, :-1]], 1))
+        return c_BCD + (p_BC1 - p_BC1.detach()) * (c_BCD - tail_BCD).detach()
 
     def _deep(self, spine: Spine, d_BTD: Tensor, written_BT: Tensor, step: Step, state: GateState) -> Tensor:
         """One state per position: concepts ≤ t and the tail of t."""
@@ -278,51 +313,13 @@ class OnlineForCausalLM(AdaptedModel):
 
         return make
 
-    # ---- life cycle ----
-
-    @torch.no_grad()
-    def start_frame(self, ids_NT: Tensor) -> None:
-        """Sets the frame of the codes and the gate's threshold from the shallow states of (N, T) blocks of text."""
-        self.codes.start_frame(self._inner_states(ids_NT))
-        self.calibrate_gate(ids_NT)
-
-    @torch.no_grad()
-    def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
-        """Codebook and head by k-means of the shallow states of (N, T) blocks of text, in the frame as it is.
-
-        To be called when quantisation begins: LoRA moves the states, and a codebook of the untouched base would not
-        fit them any more (docs/log.md).
-        """
-        found = start_from_states(self.codes, self.head, self._inner_states(ids_NT), seed=seed)
-        self.calibrate_gate(ids_NT)
-        return found
-
-    @torch.no_grad()
-    def calibrate_gate(self, ids_NT: Tensor) -> None:
-        """Sets the gate's score distribution to that of (N, T) blocks of text."""
-        scores = []
-        for h_BTD in self._shallow_states(ids_NT):
-            x_BTD = self.codes.normalise(h_BTD)
-            scores.append(self.gate.boundary.score(self.head, x_BTD, self._previous(x_BTD, None))[:, 1:].flatten())
-        self.gate.calibrate(torch.cat(scores))
-
-    def _inner_states(self, ids_NT: Tensor) -> Tensor:
-        """(n, D) shallow states of all positions but the sinks, which are never quantised."""
-        return torch.cat([h_BTD[:, 1:].flatten(0, 1).float() for h_BTD in self._shallow_states(ids_NT)])
-
-    def _shallow_states(self, ids_NT: Tensor, batch: int = 4):
-        """(B, T, D) outputs of the shallow slice, batch by batch."""
-        spine, was_training = self.spine, self.training
-        self.eval()
-        for ids_BT in ids_NT.to(self.device).split(batch):
-            h_BTD = spine.embed(ids_BT)
-            yield self._shallow(spine, h_BTD, self._step(spine, h_BTD, None, None, None))
-        self.train(was_training)
-
     def new_cache(self, batch: int) -> ConceptCache:
         """An empty cache for `batch` rows."""
-        return ConceptCache(tuple(self.config.split), batch, self.device, GateState.start(batch),
-                            self.config.text_config.hidden_size)
+        cache = ConceptCache(tuple(self.config.split), batch, self.device, GateState.start(batch),
+                             self.config.text_config.hidden_size)
+        if self.bridge is not None:
+            cache.last_concept_BD = self.bridge.concept_mean.expand(batch, -1)
+        return cache
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:

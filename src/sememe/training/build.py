@@ -28,7 +28,8 @@ def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
     if recipe.system == "online":
         config = OnlineConfig(
             split=split, rate=recipe.rate, max_tail=recipe.max_tail, num_concepts=recipe.num_concepts,
-            head=recipe.head, boundary=recipe.boundary, code_temperature=recipe.code_temperature, gumbel=recipe.gumbel, **shared,
+            head=recipe.head, boundary=recipe.boundary, code_temperature=recipe.code_temperature, gumbel=recipe.gumbel,
+            bridge=recipe.bridge, gate_noise=recipe.gate_noise, concept_dropout=recipe.concept_dropout, **shared,
         )
     else:
         skipped = (split[0], split[0] + split[1]) if recipe.system == "skip" else ()

@@ -66,7 +66,9 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     if isinstance(model, OnlineForCausalLM):
         meter = ConceptMeter(recipe.num_concepts)
         if checkpoint is None:
-            model.start_frame(calibration_NT)
+            found = model.start_frame(calibration_NT, recipe.rate)
+            for name, share in found.items():
+                say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
         callbacks.insert(0, Schedule(recipe, calibration_NT, say))
     recorder = Recorder(recipe, run / "metrics.jsonl", heldout_NT, meter, show)
     trainer = ConceptTrainer(recipe, model, _arguments(recipe, run, world), blocks_NT, meter, [*callbacks, recorder])

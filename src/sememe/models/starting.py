@@ -1,0 +1,99 @@
+"""How an online model starts: everything new that a base's own states on a little text can already tell.
+
+Frame of the codes, threshold of the gate, codebook and head by k-means, bridge and entropy estimate by least squares.
+All take (N, T) blocks of training text and one or two forwards over them, no gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sememe.concepts.codebook import start_from_states
+from sememe.concepts.gate import GateState
+from sememe.concepts.segments import packing
+
+
+class Starting:
+    """Mixin of OnlineForCausalLM."""
+
+    @torch.no_grad()
+    def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
+        """Sets the frame of the codes, the gate's scores and threshold, and the bridge as it fits `rate`."""
+        self.codes.start_frame(self._inner_states(ids_NT))
+        found = self._start_entropy(ids_NT) if self.gate.boundary.fitted else {}
+        self.calibrate_gate(ids_NT)
+        return found | (self._start_bridge(ids_NT, rate or self.config.rate) if self.bridge is not None else {})
+
+    @torch.no_grad()
+    def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
+        """Codebook and head by k-means of the shallow states of (N, T) blocks of text, in the frame as it is.
+
+        To be called when quantisation begins: LoRA moves the states, and a codebook of the untouched base would not
+        fit them any more (docs/log.md).
+        """
+        found = start_from_states(self.codes, self.head, self._inner_states(ids_NT), seed=seed)
+        self.calibrate_gate(ids_NT)
+        return found
+
+    @torch.no_grad()
+    def calibrate_gate(self, ids_NT: Tensor) -> None:
+        """Sets the gate's score distribution to that of (N, T) blocks of text."""
+        scores = []
+        for _, h_BTD in self._shallow_states(ids_NT):
+            x_BTD = self.codes.normalise(h_BTD)
+            scores.append(self.gate.boundary.score(self.head, x_BTD, self._previous(x_BTD, None))[:, 1:].flatten())
+        self.gate.calibrate(torch.cat(scores))
+
+    def _start_bridge(self, ids_NT: Tensor, rate: float, tokens: int = 16384) -> dict[str, float]:
+        """Least squares from the shallow states and last concepts of tail positions to the states that the base itself
+        would enter the deep slice with. Concepts are continuous here; LoRA is still zero, so the base is the teacher."""
+        config, spine, (shallow, middle, _) = self.config, self.spine, self.config.split
+        asked, config.rate = config.rate, rate
+        states, lasts, targets = [], [], []
+        for step, h_BTD in self._shallow_states(ids_NT[: max(1, tokens // ids_NT.shape[1])]):
+            x_BTD = self.codes.normalise(h_BTD)
+            written_BT, score_BT, *_ = self._decide(x_BTD, self._previous(x_BTD, None), step)
+            pack = packing(written_BT)
+            h_BCD, _ = self._read_out(h_BTD, score_BT, pack, written_BT, step)
+            last_BTD = pack.last(self._middle(spine, h_BCD, pack, written_BT, step), written_BT)
+            everywhere = torch.ones_like(written_BT)
+            target_BTD = self._middle(spine, h_BTD, packing(everywhere), everywhere, step)
+            tail_BT = ~written_BT & (written_BT.cumsum(1) > 1)  # behind the sink alone there is no concept to read
+            for kept, x in ((states, h_BTD), (lasts, last_BTD), (targets, target_BTD)):
+                kept.append(x[tail_BT].float())
+        config.rate = asked
+        if sum(map(len, states)) == 0:
+            return {}
+        return {"bridge_explains": self.bridge.start(torch.cat(states), torch.cat(lasts), torch.cat(targets))}
+
+    def _start_entropy(self, ids_NT: Tensor, tokens: int = 16384) -> dict[str, float]:
+        """Fits the boundary's estimate of the base's next-token entropy."""
+        spine, (shallow, middle, deep) = self.spine, self.config.split
+        now, before, entropies = [], [], []
+        for step, h_BTD in self._shallow_states(ids_NT[: max(1, tokens // ids_NT.shape[1])]):
+            everywhere = torch.ones_like(step.valid_BT)
+            c_BTD = self._middle(spine, h_BTD, packing(everywhere), everywhere, step)
+            asked, self.config.rate = self.config.rate, 1.0
+            d_BTD = self._deep(spine, c_BTD, everywhere, step, GateState.start(len(h_BTD)))
+            self.config.rate = asked
+            log_p_BTV = F.log_softmax(spine.logits(d_BTD).float(), -1)
+            x_BTD = self.codes.normalise(h_BTD)
+            now.append(x_BTD[:, 1:].flatten(0, 1))
+            before.append(x_BTD[:, :-1].flatten(0, 1))
+            entropies.append(-(log_p_BTV.exp() * log_p_BTV).sum(-1)[:, 1:].flatten())
+        explained = self.gate.boundary.start(torch.cat(now), torch.cat(before), torch.cat(entropies))
+        return {"entropy_explains": explained}
+
+    def _inner_states(self, ids_NT: Tensor) -> Tensor:
+        """(n, D) shallow states of all positions but the sinks, which are never quantised."""
+        return torch.cat([h_BTD[:, 1:].flatten(0, 1).float() for _, h_BTD in self._shallow_states(ids_NT)])
+
+    def _shallow_states(self, ids_NT: Tensor, batch: int = 4):
+        """(step, (B, T, D) outputs of the shallow slice), batch by batch."""
+        spine, was_training = self.spine, self.training
+        self.eval()
+        for ids_BT in ids_NT.to(self.device).split(batch):
+            h_BTD = spine.embed(ids_BT)
+            step = self._step(spine, h_BTD, None, None, None)
+            yield step, self._shallow(spine, h_BTD, step)
+        self.train(was_training)
