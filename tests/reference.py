@@ -61,13 +61,17 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             ids.append(-2 if written[t] else -1)
             concepts.append(read[t])
             continue
-        logits = model.head.code_logits(model.codes.normalise(read[t]))
-        ids.append(int(logits.argmax()))
-        code = model.codes(torch.tensor(ids[-1]))
-        if model.training:
-            soft = model.codes.mean + model.codes.scale * (logits / config.code_temperature).softmax(-1) @ model.codes.weight
-            code = code.detach() + (soft - soft.detach())
-        concepts.append(read[t] + config.quantise * (code - read[t]))
+        left, code, written_id = model.codes.normalise(read[t]), 0.0, 0
+        for g in range(config.codes_per_concept):
+            table = model.codes.weight[g] if model.codes.map is None else model.codes.weight[g] @ model.codes.map
+            logits = model.head.code_logits(left, table, g)
+            digit = int(logits.argmax())
+            soft = (logits / config.code_temperature).softmax(-1) @ table
+            code = code + (table[digit].detach() + (soft - soft.detach()) if model.training else table[digit])
+            left = left - table[digit].detach()
+            written_id += digit * config.num_concepts**g
+        ids.append(written_id)
+        concepts.append(read[t] + config.quantise * (model.codes.mean + model.codes.scale * code - read[t]))
 
     out = []
     for t in everything:

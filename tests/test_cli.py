@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from sememe import cli
 from sememe.errors import SememeError
 
-COMMANDS = ("pull", "train", "evaluate", "generate", "benchmark", "report", "export", "demo")
+COMMANDS = ("pull", "train", "evaluate", "ablate", "generate", "benchmark", "sweep", "report", "export", "demo")
 
 
 def sememe(*words, code: int = 0) -> str:
@@ -60,8 +60,8 @@ def test_evaluate_gives_the_contract(runs, texts):
     printed = sememe("evaluate", runs / "r", "--data", texts[1], "--tokens", 512, "--control", runs / "r-control",
                      "--json", runs / "e.json")
     result = json.loads((runs / "e.json").read_text())
-    for key in ("tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "nll_at_concepts", "nll_in_tail",
-                "longest_tail", "delta_nll_control", "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random",
+    for key in ("tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "layer_share", "nll_at_concepts",
+                "nll_in_tail", "longest_tail", "delta_nll_control", "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random",
                 "code_perplexity", "codes_used", "largest_code_share"):
         assert isinstance(result[key], (int, float)), key
         assert key in printed
@@ -71,7 +71,8 @@ def test_evaluate_gives_the_contract(runs, texts):
     control = sememe("evaluate", runs / "r-control", "--data", texts[1], "--tokens", 512, "--json", runs / "c.json")
     assert "nll" in control
     alone = json.loads((runs / "c.json").read_text())
-    assert alone["concept_rate"] is None
+    assert alone["concept_rate"] is None and alone["layer_share"] == 1.0
+    assert result["layer_share"] == pytest.approx((2 + 2 * result["concept_rate"]) / 4)
     assert result["delta_nll_control"] == pytest.approx(result["nll"] - alone["nll"], abs=1e-5)
 
 

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference import naive_decisions
-from sememe.concepts.codebook import ConceptEmbedding, assign, gumbel_like, kmeans, start_from_states
 from sememe.concepts.gate import GateState, RateGate, decide
 from sememe.concepts.head import HEADS, log_probs
+from sememe.concepts.kmeans import assign, kmeans
 from sememe.concepts.masks import Lane, allow, naive_segment_rule, segment_mask
+from sememe.concepts.quantise import gumbel_like
 from sememe.concepts.segments import packing, tail_lengths
 
 
@@ -104,27 +105,14 @@ def test_gate_goes_on_from_its_state():
 @pytest.mark.parametrize("name", HEADS)
 def test_head_gives_one_distribution_over_ids_and_null(name):
     head = HEADS[name](8, 5)
-    x, previous = torch.randn(3, 8), torch.randn(3, 8)
-    total = log_probs(head, x, previous).exp()
+    x, previous, table = torch.randn(3, 8), torch.randn(3, 8), torch.randn(5, 8)
+    total = log_probs(head, x, previous, table).exp()
     assert total.shape == (3, 6)
     assert torch.allclose(total.sum(-1), torch.ones(3), atol=1e-6)
     if name == "joint":  # the factored form of a joint softmax is that softmax
-        assert torch.allclose(log_probs(head, x, previous), head.logits(x).log_softmax(-1), atol=1e-6)
-    write_more = log_probs(head, x, previous, threshold=-2.0).exp()
+        assert torch.allclose(log_probs(head, x, previous, table), head.logits[0](x).log_softmax(-1), atol=1e-6)
+    write_more = log_probs(head, x, previous, table, threshold=-2.0).exp()
     assert (write_more[:, -1] < total[:, -1]).all(), "a lower threshold makes NULL less likely"
-
-
-def test_straight_through_is_hard_forward_and_soft_backward():
-    codes = ConceptEmbedding(6, 4)
-    logits = torch.randn(3, 6, requires_grad=True)
-    ids = logits.argmax(-1)
-    out = codes.straight_through(logits, ids, 0.7, None)
-    assert torch.equal(out, codes(ids)), "exactly the chosen rows"
-    out.square().sum().backward()
-    soft_logits = logits.detach().clone().requires_grad_()
-    soft = codes.mean + codes.scale * (soft_logits / 0.7).softmax(-1) @ codes.weight.detach()
-    soft.backward(2 * codes(ids).detach())
-    assert torch.allclose(logits.grad, soft_logits.grad, atol=1e-6)
 
 
 def test_gumbel_argmax_samples_the_softmax():
@@ -143,14 +131,3 @@ def test_kmeans_covers_separated_clusters_and_leaves_no_code_empty():
     assert len(nearest.unique()) == 15
     torch.testing.assert_close(assign(points, found)[1], (points - found[nearest]).square().sum(1), atol=1e-3, rtol=0)
     assert kmeans(points[:3], 5)[0].isfinite().all(), "fewer points than codes"
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_head_starts_as_nearest_centroid(name):
-    torch.manual_seed(0)
-    codes, head, states = ConceptEmbedding(7, 8), HEADS[name](8, 7), 3 + 2 * torch.randn(500, 8)
-    codes.start_frame(states)
-    found = start_from_states(codes, head, states)
-    x = codes.normalise(states)
-    assert torch.equal(head.code_logits(x).argmax(-1), assign(x, codes.weight.detach())[0])
-    assert 0 < found["variance_left"] < 1

@@ -52,7 +52,9 @@ def test_self_check_refuses_what_it_cannot_split():
     {}, {"head": "joint"}, {"boundary": "fixed", "rate": 0.25}, {"quantise": 0.5}, {"quantise": 0.0},
     {"rate": 1.0}, {"family": "gemma3_text"}, {"family": "mistral", "split": (2, 1, 1)}, {"attention": "eager"},
     {"split": (1, 0, 3)}, {"bridge": True}, {"boundary": "threshold"}, {"boundary": "entropy", "bridge": True},
-    {"boundary": "threshold", "bridge": True, "quantise": 0.0},
+    {"boundary": "threshold", "bridge": True, "quantise": 0.0}, {"codes_per_concept": 2}, {"head": "nearest"},
+    {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5}, {"shared_map": True},
+    {"head": "nearest", "codes_per_concept": 2, "shared_map": True, "quantise": 0.5},
 ], ids=str)
 def test_fast_forward_is_the_specification(settings):
     """Logits, ids and gradients of the fast path against the per-step reading, on ragged rows of T = 20."""
@@ -105,6 +107,7 @@ def test_cached_is_parallel(cuts, padded, batch):
 
 @pytest.mark.parametrize("settings", [{"family": family} for family in FAMILIES] + [
     {"boundary": "threshold"}, {"boundary": "threshold", "bridge": True}, {"boundary": "entropy", "bridge": True},
+    {"codes_per_concept": 3, "num_concepts": 4096}, {"head": "nearest", "codes_per_concept": 2, "shared_map": True},
 ], ids=str)
 def test_cached_is_parallel_in_every_family_and_boundary(settings):
     model, ids = tiny_online(**settings), text(2)
@@ -125,7 +128,7 @@ def test_batch_is_singles_and_padding_changes_nothing():
 
 @pytest.mark.parametrize("settings", [
     {}, {"family": "gemma3_text"}, {"head": "joint"}, {"bridge": True}, {"boundary": "threshold", "bridge": True},
-    {"boundary": "entropy"}, {"boundary": "fixed", "bridge": True},
+    {"boundary": "entropy"}, {"boundary": "fixed", "bridge": True}, {"head": "nearest", "codes_per_concept": 2},
 ], ids=str)
 def test_causality_by_perturbation(settings):
     """Change any token: the ids before it are the same, and so are the logits but for the last bit (a changed number
@@ -174,6 +177,8 @@ def test_ablations_change_codes_and_nothing_else():
     ({"split": (1, 1, 1)}, "= 3, but this base has 4 layers"), ({"rate": 0.0}, "rate = 0"),
     ({"rate": 0.1, "max_tail": 3}, "need max_tail ≥ 9"), ({"head": "x"}, "head = 'x'"),
     ({"boundary": "x"}, "boundary = 'x'"), ({"num_concepts": 1}, "num_concepts = 1"),
+    ({"codes_per_concept": 13}, "at most 48 bits"), ({"codes_per_concept": 0}, "codes_per_concept = 0"),
+    ({"estimator": "x"}, "estimator = 'x'"), ({"estimator": "identity"}, "try: head=nearest"),
 ])
 def test_configurations_that_cannot_run_are_refused(changes, said):
     with pytest.raises(RecipeError, match=said):

@@ -49,6 +49,21 @@ def test_auto_classes_load_the_same_model(model, base_folder, tmp_path):
     assert (folder / "model.safetensors").stat().st_size < small * 1.2 + 20_000, "own weights only"
 
 
+@pytest.mark.parametrize("changes", [
+    {"head": "nearest", "codes_per_concept": 2}, {"head": "joint", "codes_per_concept": 2, "shared_map": True},
+], ids=str)
+def test_every_codebook_round_trips(base_folder, tmp_path, changes):
+    config = OnlineConfig(split=(1, 2, 1), rate=0.4, max_tail=5, num_concepts=16, base=str(base_folder), **changes)
+    model = OnlineForCausalLM.from_base(config).eval()
+    model.start_frame(IDS)
+    model.start_codes(IDS)
+    model.codes.use.uniform_()
+    model.round_own_weights()
+    loaded = AutoModelForCausalLM.from_pretrained(saved(model, base_folder, tmp_path / "m"))
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits) and torch.equal(loaded.codes.use, model.codes.use)
+    assert torch.equal(loaded(IDS).concept_ids, model(IDS).concept_ids) and int(model(IDS).concept_ids.max()) >= 16
+
+
 def test_rounded_weights_are_what_is_saved(model, base_folder, tmp_path):
     before = model(IDS).logits
     model.round_own_weights()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sememe.errors import SememeError
 
@@ -24,6 +25,7 @@ out = Console()
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the same as JSON.")]
 Model = Annotated[str, typer.Argument(help="A run folder, a saved model folder, or a base.")]
+Rate = Annotated[float | None, typer.Option("--rate", metavar="R", help="The dial: concepts per token; default: as trained.")]
 
 
 def main() -> None:
@@ -53,10 +55,18 @@ def write_json(path: Path | None, value: Any) -> None:
 def table(rows: list[tuple], title: str, columns: tuple[str, ...]) -> None:
     made = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i == 0 else "right")
+        made.add_column(name, justify="right" if i and name else "left", overflow="ellipsis" if i else "fold")
     for row in rows:
         made.add_row(*(figure(cell) for cell in row))
     out.print(made)
+
+
+def numbers(text: str | None, option: str, example: str) -> list[float]:
+    """`0.25,0.5` → [0.25, 0.5]; nothing → []."""
+    try:
+        return [float(word) for word in text.split(",")] if text is not None else []
+    except ValueError as error:
+        raise SememeError(f"{option} {text!r}: need numbers with commas between them. try: {option} {example}") from error
 
 
 def figure(value: Any) -> str:
@@ -115,29 +125,67 @@ def train(
     model = run_training(loaded, run, say=out.print if first else lambda line: None)
     if first:
         last = {k: v for line in read_metrics(run / "metrics.jsonl") for k, v in line.items()}
-        table([(k, v) for k, v in last.items()], f"{run}", ("measure", "last"))
+        table([(k, v) for k, v in last.items() if not isinstance(v, list)], f"{run}", ("measure", "last"))
         out.print(f"model: {model}", soft_wrap=True)
         write_json(json_file, {"run": str(run), "model": str(model), **last})
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
+    grid: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=A,B,C]...", help="Dotted keys, values with commas in [] stay whole.")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder of the runs: new, or a sweep to go on with.")
+    ] = Path("runs/sweep"),
+    control: Annotated[bool, typer.Option("--control", help="Train control and skip too, and compare with them.")] = False,
+    tokens: Annotated[int, typer.Option(min=16, help="Held-out tokens to measure on.")] = 8192,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Text to measure on; default: data.heldout.")] = None,
+    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Train every point once for each seed.")] = "",
+    json_file: Json = None,
+) -> None:
+    """Train and measure a grid over recipe keys; one run folder a point, one table and one page.
+
+    Example: `sememe sweep recipes/demo.yaml rate=0.5,0.25 boundary=null,fixed steps=40 --control --out runs/rates`
+
+    The same command goes on after Ctrl-C; what is finished is read, not repeated.
+    """
+    from sememe.report import write_report
+    from sememe.training.sweep import as_table, check_faults, parse_seeds
+    from sememe.training.sweep import sweep as run_sweep
+
+    found = run_sweep(recipe, grid or [], folder, control, tokens, data, parse_seeds(seeds), say=out.print)
+    table(*as_table(found))
+    out.print(f"figures: {folder / 'sweep.json'}\nplot: {write_report(folder)}", soft_wrap=True)
+    write_json(json_file, found)
+    check_faults(found)
+
+
+@app.command()
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="Held-out text: .txt, .jsonl[#field], .parquet[#field] or a datasets id.")],
+    data: Annotated[list[str], typer.Option(help="Held-out text: .txt, .jsonl[#field], .parquet[#field] or a datasets id. "
+                                                 "May be given several times: each is measured on its own.")],
     tokens: Annotated[int, typer.Option(min=16, help="Tokens to measure on.")] = 8192,
     control: Annotated[str | None, typer.Option(metavar="MODEL2", help="Same LoRA without concepts.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Default: that of the run, or 512.")] = None,
     batch: Annotated[int, typer.Option(min=1)] = 4,
+    rate: Rate = None,
+    rates: Annotated[str | None, typer.Option(metavar="R,R,…", help="Table of these settings of the dial as well.")] = None,
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
     """Held-out quality, the gate running free: NLL, realised rate, code use, and what ablating the codes costs.
 
     Example: `sememe evaluate runs/demo --data data/heldout.txt --control runs/demo-control`
+
+    Over the dial: `sememe evaluate runs/demo --data data/heldout.txt --rates 0.25,0.33,0.5,1`
     """
     from sememe.evaluation.files import evaluate_files
 
-    result = evaluate_files(model, data, tokens, control, sequence_length, batch, base)
+    dial = numbers(rates, "--rates", "0.25,0.33,0.5,1")
+    result = evaluate_files(model, data, tokens, control, sequence_length, batch, base, rate, dial)
     show_quality(result)
     write_json(json_file, result)
 
@@ -146,6 +194,54 @@ def show_quality(result: dict[str, Any]) -> None:
     from sememe.evaluation.files import CONTRACT
 
     table([(key, result[key]) for key in CONTRACT], f"{result['model']} on {result['data']}", ("measure", "value"))
+    asked = {"target_rate": "rate asked", "concept_rate": "realised", "rate_error_percent": "error, %", "nll": "NLL",
+             "delta_nll_control": "Δ control"}
+    if "by_data" in result:
+        rows = [(one["data"], one["tokens"], *(one[key] for key in asked)) for one in result["by_data"]]
+        table(rows, f"{result['model']} on each text", ("data", "tokens", *asked.values()))
+    for one in result.get("by_data", [result]):
+        if "dial" in one:
+            rows = [tuple(line[key] for key in asked) for line in one["dial"]]
+            table(rows, f"the dial on {one['data']}", tuple(asked.values()))
+
+
+@app.command()
+def ablate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Held-out text, as for evaluate.")],
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens to measure on, about 36 times.")] = 4096,
+    shares: Annotated[str | None, typer.Option(metavar="P,P,…", help="Of the concepts to drop; default: 0,0.1,…,0.9.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of whatever is random; the mean is reported.")] = 3,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Default: that of the run, or 512.")] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Texts that shuffle and swap exchange codes among.")] = 4,
+    rate: Rate = None,
+    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
+    json_file: Json = None,
+) -> None:
+    """What the codes are worth: NLL over the share of concepts dropped, and with all zeroed, shuffled, random or swapped.
+
+    Example: `sememe ablate runs/demo --data data/heldout.txt`
+    """
+    from sememe.evaluation.ablation import SHARES, ablate_files
+
+    dropped = numbers(shares, "--shares", "0,0.25,0.5,0.75")
+    result = ablate_files(model, data, tokens, dropped or SHARES, seeds, sequence_length, batch, base, rate)
+    show_ablation(result)
+    write_json(json_file, result)
+
+
+def show_ablation(result: dict[str, Any]) -> None:
+    """A table whose last column is the curve."""
+    found = {f"drop {100 * one['share']:g} %": one for one in result["drop"]}
+    found |= {kind: result[kind] for kind in ("zero", "shuffle", "random", "swap")}
+    most = max(one["delta_nll"] for one in found.values())
+    rows = []
+    for name, one in found.items():
+        bar = "█" * round(32 * one["delta_nll"] / most) if most > 0 else ""
+        delta, low, high = (f"{one[key]:+.4f}" for key in ("delta_nll", "delta_nll_min", "delta_nll_max"))
+        rows.append((name, delta, low, high, bar))
+    title = f"{result['model']} on {result['data']}: NLL {result['nll']:.4f}; ΔNLL over {result['seeds']} seeds"
+    table(rows, title, ("ablation", "ΔNLL", "least", "most", ""))
 
 
 @app.command()
@@ -157,6 +253,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     show_concepts: Annotated[bool, typer.Option("--show-concepts", help="Mark each segment and its concept id.")] = False,
+    rate: Rate = None,
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -166,7 +263,8 @@ def generate(
     """
     from sememe.show import generate_text
 
-    write_json(json_file, generate_text(model, prompt, max_new_tokens, temperature, top_p, seed, show_concepts, out, base))
+    made = generate_text(model, prompt, max_new_tokens, temperature, top_p, seed, show_concepts, out, base, rate)
+    write_json(json_file, made)
 
 
 @app.command()
@@ -179,6 +277,7 @@ def benchmark(
     training: Annotated[bool, typer.Option(help="Time the training step too.")] = True,
     data: Annotated[str | None, typer.Option(help="Text for the prompts; default: the run's held-out text.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for both.")] = "float32",
+    rate: Rate = None,
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -188,7 +287,7 @@ def benchmark(
     """
     from sememe.evaluation.files import benchmark_files
 
-    result = benchmark_files(model, prompt_tokens, new_tokens, batch, repeats, training, data, dtype, base)
+    result = benchmark_files(model, prompt_tokens, new_tokens, batch, repeats, training, data, dtype, base, rate)
     show_speed(result)
     write_json(json_file, result)
 
@@ -204,19 +303,62 @@ def show_speed(result: dict[str, Any]) -> None:
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    runs: Annotated[list[Path], typer.Argument(
+        metavar="RUN_OR_SWEEP...", help="A run folder or a sweep's; more of them are drawn beside the first."
+    )],
     control: Annotated[Path | None, typer.Option(metavar="RUN2", help="Default: RUN-control, where it is there.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Draw a run as one self-contained HTML page: curves, code use, coloured samples, all figures.
+    """Draw a run as one self-contained HTML page: curves, instruments, code use, coloured samples, all figures; or a sweep:
+    quality against compute and training tokens.
 
     Example: `sememe report runs/demo`
+
+    Two runs and a sweep on the same axes: `sememe report runs/r2 runs/r4 runs/rates`
     """
     from sememe.report import write_report
 
-    page = write_report(run, control)
+    page = write_report(runs[0], control, runs[1:])
     out.print(f"report: {page}", soft_wrap=True)
     write_json(json_file, {"report": str(page)})
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    json_file: Json = None,
+) -> None:
+    """Say what is wrong with a run, by which figures, and what to change. Exit code 1 where something is.
+
+    Example: `sememe doctor runs/demo`
+    """
+    from sememe.report.doctor import examine
+
+    found = examine(run)
+    show_diagnosis(found)
+    write_json(json_file, found)
+    if not found["healthy"]:
+        raise typer.Exit(1)
+
+
+def show_diagnosis(found: dict[str, Any]) -> None:
+    """Findings first, then what was looked at in vain, then what could not be."""
+    made = Table(title=f"{found['run']}: {len(found['findings'])} findings at step {found['step']}", title_justify="left",
+                 show_lines=True)
+    for name in ("rule", "seen", "what to do", "try one of"):
+        made.add_column(name, overflow="fold")
+    for one in found["findings"]:
+        where = "evaluate.json" if one["step"] is None else f"step {one['step']}"
+        seen = [f"{key} {figure(value)}" for key, value in one["evidence"].items()]
+        cells = (one["rule"], "\n".join([*seen, where, one["sign"]]), one["advice"], "\n".join(one["try"]))
+        made.add_row(*(Text(cell) for cell in cells))
+    if found["findings"]:
+        out.print(made)
+    else:
+        out.print(f"{found['run']} is healthy at step {found['step']}")
+    out.print(f"nothing found by: {', '.join(found['passed']) or '–'}")
+    for one in found["unchecked"]:
+        out.print(f"not checked: {one['rule']} ({one['because']})")
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """`make demo`: the whole path on bundled text, within minutes on two cores, resumable at every step."""
 
-import json
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from rich.console import Console
 
 from sememe.backbone.bases import resolve
 from sememe.cli import show_quality, show_speed
-from sememe.evaluation.files import benchmark_files, evaluate_files
+from sememe.evaluation.files import benchmark_files, evaluate_files, kept
 from sememe.report import write_report
 from sememe.show import generate_text
 from sememe.training.recipe import Recipe, load_recipe
@@ -43,10 +42,10 @@ def run_demo(recipe_path: Path, runs: Path, out: Console) -> dict:
     train(recipe, run, say=out.print)
 
     measured = {"data": recipe.data.heldout, "control": str(control)}
-    figures = _kept(run, "evaluate.json", **measured) or evaluate_files(str(run), tokens=8192, **measured)
+    figures = kept(run, "evaluate.json", target_rate=recipe.rate, **measured) or evaluate_files(str(run), tokens=8192, **measured)
     out.rule("generate")
     generate_text(str(run), PROMPT, 48, 0.7, 0.9, 0, True, out)
-    speed = _kept(run, "benchmark.json") or benchmark_files(str(run), 256, 48, 1, 3)
+    speed = kept(run, "benchmark.json") or benchmark_files(str(run), 256, 48, 1, 3)
     page = write_report(run, control)
     out.rule("result")
     show_quality(figures)
@@ -82,17 +81,3 @@ def _step_seconds(recipe: Recipe, folder: Path) -> float:
             model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         times.append(time.perf_counter() - start)
     return min(times) * recipe.batch_size
-
-
-def _kept(run: Path, name: str, **same) -> dict | None:
-    """Figures of this very model, measured before (newer than its weights) and in the same way."""
-    path, weights = run / name, run / "model" / "model.safetensors"
-    if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
-        return None
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return kept if all(kept.get(key) == value for key, value in same.items()) else None
-
-

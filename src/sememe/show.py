@@ -56,7 +56,7 @@ class ConceptStreamer(BaseStreamer):
 
 
 def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
-                  show_concepts: bool, console: Console, base: str | None = None) -> dict:
+                  show_concepts: bool, console: Console, base: str | None = None, rate: float | None = None) -> dict:
     """Streams a continuation and returns prompt, text, and (for an online model) the concept id of every
     token that the model read: all but the last new one.
 
@@ -72,7 +72,7 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
 
     if not prompt.strip():
         raise DataError("the prompt is empty: need some text to go on from. try: --prompt \"Once upon a time\"")
-    loaded, tokenizer = load_model(model, base=base)
+    loaded, tokenizer = load_model(model, base=base, rate=rate)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
     longest = loaded.config.get_text_config().max_position_embeddings
     if ids.shape[1] + max_new_tokens > longest:

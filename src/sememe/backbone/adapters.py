@@ -1,5 +1,7 @@
 """LoRA on the attention and MLP linears of the decoder layers, through peft."""
 
+import contextlib
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,6 +28,19 @@ def add_lora(base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
                         target_modules=rf".*\.layers\.\d+\..*\.({'|'.join(names)})")
     inject_adapter_in_model(config, base)
+
+
+@contextlib.contextmanager
+def without_lora(base: nn.Module):
+    """`base` as it was before LoRA. peft's own switch would also turn the adapters' gradients off."""
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield base
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @torch.no_grad()

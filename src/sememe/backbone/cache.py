@@ -138,7 +138,7 @@ class ConceptCache(Cache):
         self.last_concept_BD = torch.zeros(batch, width, device=device)  # its middle state, for the bridge
         self.open_segment = torch.zeros(batch, width, device=device), torch.zeros(batch, device=device)
         self.padded = False
-        self._ids = torch.empty(batch, 0, dtype=torch.int32, device=device)
+        self._ids = torch.empty(batch, 0, dtype=torch.long, device=device)
         self._columns = 0
 
     @property
@@ -158,7 +158,7 @@ class ConceptCache(Cache):
     @property
     def concept_ids(self) -> Tensor:
         """(B, tokens seen) ids written so far, in text order."""
-        return self._ids[:, : self._columns].long()
+        return self._ids[:, : self._columns]
 
     def bytes(self) -> int:
         """Bytes of all keys and values, summed from the tensors."""

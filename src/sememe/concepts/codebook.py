@@ -1,20 +1,47 @@
-"""ConceptEmbedding: K concept ids ⇄ (…, D) states, discrete forward and soft backward.
+"""ConceptEmbedding: concept ids ⇄ (…, D) states, as a sum of one code from each of G tables (residual stages).
 
-Codes live in normalised coordinates, `state = mean + scale · code`, so that one learning rate fits every base.
+Codes live in normalised coordinates, `state = mean + scale · Σ_g table_g[digit_g]`, so that one learning rate fits
+every base. A concept is one integer in mixed radix, `id = Σ_g digit_g · K^g`; the first stage is digit 0.
 """
 
 import torch
 from torch import Tensor, nn
 
+from sememe.concepts.kmeans import kmeans
+
+# Logits start as log-likelihoods of equal Gaussians: they differ by half the difference of squared distances, in units
+# of what a stage leaves of a state. At this sharpness neighbouring codes still get gradient.
+SHARPNESS = 20.0
+MEMORY = 4.0  # concepts per code that `use` looks back on: with all codes used evenly each stands at 4
+
+
+def digits(ids: Tensor, num_concepts: int, codes_per_concept: int) -> Tensor:
+    """(…,) ids ≥ 0 → (…, G) digits, each below K."""
+    return torch.stack([ids // num_concepts**g % num_concepts for g in range(codes_per_concept)], -1)
+
+
+def count_digits(ids_n: Tensor, num_concepts: int, codes_per_concept: int) -> Tensor:
+    """(n,) ids ≥ 0 → (G, K) fp32: how often each digit occurs in each stage."""
+    digit_nG = digits(ids_n, num_concepts, codes_per_concept)
+    return torch.stack([torch.bincount(digit_n, minlength=num_concepts) for digit_n in digit_nG.unbind(-1)]).float()
+
 
 class ConceptEmbedding(nn.Module):
-    """The table of K codes, with the frame (mean, scale) of the states that it stands for."""
+    """G tables of K codes, with the frame (mean, scale) of the states that they stand for.
 
-    def __init__(self, num_concepts: int, width: int):
+    Args:
+        shared_map: the codes stay where k-means put them and one learned D × D map moves all of them together, so that
+            codes nobody writes are not left behind (SimVQ, arXiv 2411.02038). It starts at identity.
+    """
+
+    def __init__(self, num_concepts: int, width: int, codes_per_concept: int = 1, shared_map: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_concepts, width))
+        self.num_concepts, self.codes_per_concept = num_concepts, codes_per_concept
+        self.weight = nn.Parameter(torch.randn(codes_per_concept, num_concepts, width), requires_grad=not shared_map)
+        self.map = nn.Parameter(torch.eye(width)) if shared_map else None
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("use", torch.ones(codes_per_concept, num_concepts))
 
     @torch.no_grad()
     def start_frame(self, h_ND: Tensor) -> None:
@@ -26,80 +53,71 @@ class ConceptEmbedding(nn.Module):
         """(…, D) hidden states → (…, D) fp32 coordinates in which codes and heads work."""
         return (h.float() - self.mean.float()) / self.scale.float()
 
+    def to_states(self, x: Tensor) -> Tensor:
+        """(…, D) normalised coordinates → (…, D) fp32 hidden states."""
+        return self.mean.float() + self.scale.float() * x
+
+    def table(self, g: int) -> Tensor:
+        """(K, D) fp32 codes of stage g, normalised."""
+        return self._mapped(self.weight[g].float())
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        return x if self.map is None else x @ self.map.float()
+
+    def digits(self, ids: Tensor) -> Tensor:
+        """(…,) ids ≥ 0 → (…, G) digits."""
+        return digits(ids, self.num_concepts, self.codes_per_concept)
+
+    def combine(self, digits: Tensor) -> Tensor:
+        """(…, G) digits → (…,) int64 ids."""
+        return sum(digits[..., g].long() * self.num_concepts**g for g in range(self.codes_per_concept))
+
     def forward(self, ids: Tensor) -> Tensor:
         """(…,) ids → (…, D) fp32 states."""
-        return self.mean.float() + self.scale.float() * self.weight[ids].float()
+        digit = self.digits(ids)
+        return self.to_states(sum(self._mapped(self.weight[g, digit[..., g]].float()) for g in range(self.codes_per_concept)))
 
-    def straight_through(self, logits_nK: Tensor, ids_n: Tensor, temperature: float, noise_nK: Tensor | None) -> Tensor:
-        """Forward the chosen codes exactly, backward the soft mixture (straight-through Gumbel-softmax).
+    @torch.no_grad()
+    def set_rows(self, g: int, rows_n: Tensor, code_nD: Tensor) -> None:
+        """Puts codes of stage g, where the map is now, at (n, D) normalised coordinates."""
+        self.weight[g, rows_n] = code_nD if self.map is None else torch.linalg.solve(self.map.float(), code_nD, left=False)
 
-        `hard + (soft - soft.detach())`: written the other way round the forward value is not exact in fp32.
-        Source: Jang et al., arXiv 1611.01144.
-        """
-        hard = self(ids_n).detach()
-        noisy = logits_nK if noise_nK is None else logits_nK + noise_nK
-        soft = self.mean.float() + self.scale.float() * (torch.softmax(noisy / temperature, -1) @ self.weight.float())
-        return hard + (soft - soft.detach())
+    @torch.no_grad()
+    def count(self, ids_n: Tensor) -> None:
+        """Adds the ids written in a training step, on all ranks, to `use`: counts (G, K) that older ones fade from."""
+        new_GK = count_digits(ids_n, self.num_concepts, self.codes_per_concept)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(new_GK)
+        fade = torch.exp(-new_GK[0].sum() / (MEMORY * self.num_concepts))
+        self.use.mul_(fade).add_(new_GK)
 
-
-def gumbel_like(logits: Tensor) -> Tensor:
-    """Standard Gumbel noise of the same shape: argmax(logits + noise) is a sample of softmax(logits)."""
-    return -torch.empty_like(logits).exponential_().log()
-
-
-@torch.no_grad()
-def kmeans(x_ND: Tensor, k: int, iterations: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Lloyd's k-means: (N, D) points → (k, D) centroids and (N,) assignments. Empty clusters restart at far points.
-
-    With fewer points than k the remaining centroids repeat points with a little noise.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    count = x_ND.shape[0]
-    pick = torch.randperm(count, generator=generator)
-    pick = pick.repeat((k + count - 1) // count)[:k].to(x_ND.device)
-    centroid_KD = x_ND[pick].clone()
-    if k > count:
-        jitter = torch.randn(k - count, x_ND.shape[1], generator=generator).to(x_ND)
-        centroid_KD[count:] += 0.01 * x_ND.std() * jitter
-    for _ in range(iterations):
-        nearest_N, distance_N = assign(x_ND, centroid_KD)
-        sums = torch.zeros_like(centroid_KD).index_add_(0, nearest_N, x_ND)
-        counts = torch.bincount(nearest_N, minlength=k).to(x_ND)
-        centroid_KD = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroid_KD)
-        empty = (counts == 0).nonzero().flatten()[:count]
-        far = distance_N.argsort(descending=True)[: len(empty)]
-        centroid_KD[empty] = x_ND[far]
-    return centroid_KD, assign(x_ND, centroid_KD)[0]
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Takes the map into the codes: the same function, and nothing to multiply with in use."""
+        if self.map is not None:
+            self.weight.copy_(self._mapped(self.weight.float()))
+            self.weight.requires_grad_(True)
+            self.map = None
 
 
 @torch.no_grad()
-def assign(x_ND: Tensor, centroid_KD: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
-    """Nearest centroid of each point and its squared distance, in chunks that bound the memory."""
-    square_K = centroid_KD.square().sum(1)
-    nearest, distance = [], []
-    for part in x_ND.split(chunk):
-        score = square_K - 2 * part @ centroid_KD.T
-        best = score.min(1)
-        nearest.append(best.indices)
-        distance.append((best.values + part.square().sum(1)).clamp(min=0))
-    return torch.cat(nearest), torch.cat(distance)
+def start_from_states(codes: ConceptEmbedding, head: nn.Module, h_ND: Tensor, seed: int = 0) -> dict[str, float | list[float]]:
+    """Codebook and head from the model's own shallow states, stage by stage: k-means of what the stages before have
+    left, and its nearest-centroid classifier.
 
-
-@torch.no_grad()
-def start_from_states(codes: ConceptEmbedding, head: nn.Module, h_ND: Tensor, seed: int = 0) -> dict[str, float]:
-    """Codebook and head from the model's own shallow states: k-means, and its nearest-centroid classifier.
-
-    Returns the share of the states' variance that the codes leave, and the number of states used.
+    Returns the number of states used and the share of their variance that the codes leave, at the end and by stage.
     """
     x_ND = codes.normalise(h_ND)
-    centroid_KD, nearest_N = kmeans(x_ND, codes.weight.shape[0], seed=seed)
-    codes.weight.copy_(centroid_KD)
-    left = (x_ND - centroid_KD[nearest_N]).square().sum(1).mean()
-    # Log-likelihood of equal Gaussians: logits differ by half the difference of squared distances, in units of what
-    # a state keeps to itself. At this sharpness neighbouring codes still get gradient.
-    sharpness = 1.0 / left.clamp(min=1e-6) * SHARPNESS
-    head.start(sharpness * centroid_KD, -0.5 * sharpness * centroid_KD.square().sum(1))
-    return {"states": float(len(x_ND)), "variance_left": float(left / x_ND.square().sum(1).mean())}
-
-
-SHARPNESS = 20.0
+    if codes.map is not None:
+        codes.map.copy_(torch.eye(x_ND.shape[1]))
+    variance, left_by_stage = x_ND.square().sum(1).mean(), []
+    r_ND = x_ND
+    for g in range(codes.codes_per_concept):
+        centroid_KD, nearest_N = kmeans(r_ND, codes.num_concepts, seed=seed + g)
+        codes.weight[g] = centroid_KD
+        r_ND = r_ND - centroid_KD[nearest_N]
+        left = r_ND.square().sum(1).mean()
+        head.start(g, centroid_KD, SHARPNESS / left.clamp(min=1e-6))
+        left_by_stage.append(float(left / variance))
+    codes.use.fill_(1.0)
+    return {"states": float(len(x_ND)), "variance_left": left_by_stage[-1], "variance_left_by_stage": left_by_stage}

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from sememe.data import read_texts, token_blocks
 from sememe.errors import CheckpointError, DataError, SememeError
+from sememe.evaluation.dial import check_rates, dial, rate_error
 from sememe.evaluation.quality import evaluate
 from sememe.evaluation.speed import benchmark_training, benchmark_use
 from sememe.models import ControlConfig, ControlForCausalLM
@@ -19,10 +21,11 @@ from sememe.models.loading import load_base, load_model, load_tokenizer, model_f
 from sememe.models.online import OnlineForCausalLM
 
 CONTRACT = (
-    "tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "nll_at_concepts", "nll_in_tail",
+    "tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "layer_share", "nll_at_concepts", "nll_in_tail",
     "longest_tail", "delta_nll_control", "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_perplexity",
     "codes_used", "largest_code_share",
 )
+BY_DATA = ("data", *CONTRACT, "target_rate", "rate_error_percent", "dial")
 
 
 def run_recipe(model: str | Path) -> dict[str, Any]:
@@ -35,7 +38,11 @@ def keep(model: str | Path, name: str, value: dict[str, Any]) -> None:
     """Puts the figures beside the run, whole or not at all."""
     if not run_recipe(model):
         return
-    path = Path(model) / name
+    put(Path(model) / name, value)
+
+
+def put(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file, whole or not at all."""
     try:
         path.with_suffix(".tmp").write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         os.replace(path.with_suffix(".tmp"), path)
@@ -43,46 +50,86 @@ def keep(model: str | Path, name: str, value: dict[str, Any]) -> None:
         raise SememeError(f"could not write {path} ({error.strerror}): need free space. try: --json elsewhere") from error
 
 
-def evaluate_files(model: str, data: str, tokens: int = 8192, control: str | None = None,
-                   sequence_length: int | None = None, batch: int = 4, base: str | None = None) -> dict[str, Any]:
-    """`evaluation.quality.evaluate` on a saved model and a text file; kept as RUN/evaluate.json.
+def kept(run: str | Path, name: str, **same: Any) -> dict[str, Any] | None:
+    """RUN/`name` where it is of the finished model (not older than its weights) and was measured in the same way."""
+    path, weights = Path(run) / name, Path(run) / "model" / "model.safetensors"
+    if not path.is_file() or not weights.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and all(found.get(key) == value for key, value in same.items()) else None
 
-    Raises:
-        DataError: the text is missing, too short, or the one that the run was trained on.
-        CheckpointError: `model` or `control` cannot be loaded, or their tokenizers differ.
-    """
+
+def heldout_texts(model: str, data: str) -> list[str]:
+    """The documents of a text. Raises DataError where it cannot be read, or is the one that the run was trained on."""
     recipe = run_recipe(model)
     if recipe and Path(recipe["data"]["train"]).resolve() == Path(data).resolve() and Path(data).exists():
         raise DataError(f"{data} is what {model} was trained on: need held-out text. try: {recipe['data']['heldout']}")
-    texts = read_texts(data)
-    loaded, tokenizer = load_model(model, base=base)
-    length = sequence_length or min(recipe.get("sequence_length", 512), loaded.config.get_text_config().max_position_embeddings)
-    ids_NT = token_blocks(texts, tokenizer, length, limit=max(tokens, length))
+    return read_texts(data)
+
+
+def heldout_blocks(model: str, loaded, tokenizer, texts: list[str], tokens: int, sequence_length: int | None) -> torch.Tensor:
+    """(N, T) blocks of `sequence_length`, or of that of the run, or of 512 tokens. Raises DataError for less than one."""
+    longest = loaded.config.get_text_config().max_position_embeddings
+    length = sequence_length or min(run_recipe(model).get("sequence_length", 512), longest)
+    return token_blocks(texts, tokenizer, length, limit=max(tokens, length))
+
+
+def evaluate_files(model: str, data: str | Sequence[str], tokens: int = 8192, control: str | None = None,
+                   sequence_length: int | None = None, batch: int = 4, base: str | None = None,
+                   rate: float | None = None, rates: Sequence[float] = ()) -> dict[str, Any]:
+    """`evaluation.quality.evaluate` on a saved model and a text; kept as RUN/evaluate.json.
+
+    Several texts are measured one by one: the figures are those of the first, and `by_data` has one line for each.
+    `rate` is the dial that all is measured at; `rates` are more of its settings, each a line of `dial`.
+
+    Raises:
+        DataError: a text is missing, too short, or the one that the run was trained on.
+        CheckpointError: `model` or `control` cannot be loaded, their tokenizers differ, or there is no rate to set.
+        RecipeError: a rate that the model cannot hold.
+    """
+    names = [data] if isinstance(data, str) else list(data)
+    texts = [heldout_texts(model, name) for name in names]
+    loaded, tokenizer = load_model(model, base=base, rate=rate)
+    check_rates(loaded, rates, model)
+    blocks = [heldout_blocks(model, loaded, tokenizer, text, tokens, sequence_length) for text in texts]
     other = None
     if control is not None:
         other, other_tokenizer = load_model(control, base=base)
         if other_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise CheckpointError(f"{control} has another tokenizer than {model}: need the same base. try: its own control")
-    passes = (4 if isinstance(loaded, OnlineForCausalLM) else 1) + (other is not None)
-    with tqdm(total=passes * ids_NT.numel(), desc="evaluate", unit="token", mininterval=1) as bar:
-        result = evaluate(loaded, tokenizer, ids_NT, other, batch, tick=bar.update)
-    result |= {"model": str(model), "data": str(data), "control": control}
+    passes = (4 if isinstance(loaded, OnlineForCausalLM) else 1) + (other is not None) + len(rates)
+    found = []
+    with tqdm(total=passes * sum(ids.numel() for ids in blocks), desc="evaluate", unit="token", mininterval=1) as bar:
+        for name, ids_NT in zip(names, blocks, strict=True):
+            result = evaluate(loaded, tokenizer, ids_NT, other, batch, tick=bar.update)
+            asked = getattr(loaded.config, "rate", None)
+            result |= {"model": str(model), "data": str(name), "control": control, "tokens_asked": tokens,
+                       "target_rate": asked, "rate_error_percent": rate_error(result["concept_rate"], asked)}
+            if rates:
+                result["dial"] = dial(loaded, ids_NT, rates, result.get("control_nll"), batch, bar.update)
+            found.append(result)
+    result = found[0]
+    if len(found) > 1:
+        result["by_data"] = [{key: one[key] for key in BY_DATA if key in one} for one in found]
     keep(model, "evaluate.json", result)
     return result
 
 
 def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, batch: int = 1, repeats: int = 5,
                     training: bool = True, data: str | None = None, dtype: str = "float32",
-                    base: str | None = None) -> dict[str, Any]:
+                    base: str | None = None, rate: float | None = None) -> dict[str, Any]:
     """`evaluation.speed` on a saved model beside its base; kept as RUN/benchmark.json.
 
-    Raises CheckpointError where `model` has no concepts or its base is not known any more.
+    `rate` is the dial. Raises CheckpointError where `model` has no concepts or its base is not known any more.
     """
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise SememeError(f"dtype = {dtype!r}: need one of {', '.join(kinds)}. try: float32")
     folder, recipe = model_folder(model), run_recipe(model)
-    loaded, _ = load_model(model, merge=False, dtype=kinds[dtype], base=base)
+    loaded, _ = load_model(model, merge=False, dtype=kinds[dtype], base=base, rate=rate)
     if not isinstance(loaded, OnlineForCausalLM):
         raise CheckpointError(f"{model} has no concepts: need a run of system: online. try: runs/demo")
     named = base or loaded.config.base
@@ -107,6 +154,7 @@ def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, 
         "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats, "dtype": dtype,
         "attention": "sdpa", "threads": torch.get_num_threads(), "device": str(loaded.device),
         "prompts": "text" if data or recipe else "random tokens", "model_folder": str(folder),
+        "target_rate": loaded.config.rate,
     }}
     keep(model, "benchmark.json", result)
     return result

@@ -1,5 +1,6 @@
 """Held-out quality: NLL, bits per byte, realised rate, code use, and what ablating the codes costs."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.concepts.ablation import ABLATIONS
+from sememe.concepts.codebook import count_digits
 from sememe.concepts.segments import tail_lengths
 from sememe.errors import DataError
+from sememe.models.configuration import ControlConfig, OnlineConfig
 from sememe.models.online import NULL, OnlineForCausalLM
 
 BUCKET = 64  # positions per bucket of `nll_by_position`
@@ -31,22 +34,44 @@ def token_nll(model, ids_NT: Tensor, batch: int = 4, ablation: str | None = None
     return torch.cat(nll), torch.cat(ids) if ids else None
 
 
-def rate_and_codes(ids_NT: Tensor, num_concepts: int) -> dict[str, Any]:
-    """Realised rate and code use of (N, T) concept ids. Padding-free rows; every row's first token is the sink."""
+def layer_share(config, rate: float | None = None) -> float:
+    """Layer applications per token over the base's: (S + M · rate + D) / (S + M + D), at the *realised* rate of an online
+    model. Skipping the middle is rate 0; the control and a plain base run every layer: 1."""
+    if isinstance(config, OnlineConfig):
+        shallow, middle, deep = config.split
+        return (shallow + middle * rate + deep) / (shallow + middle + deep)
+    first, last = getattr(config, "skipped", None) or (0, 0)
+    return 1 - (last - first) / config.get_text_config().num_hidden_layers
+
+
+def system_of(config) -> str:
+    """`online`, `control` or `skip`, as in a recipe; `base` for a model that is none of ours."""
+    if isinstance(config, OnlineConfig):
+        return "online"
+    return "base" if not isinstance(config, ControlConfig) else "skip" if config.skipped else "control"
+
+
+def rate_and_codes(ids_NT: Tensor, num_concepts: int, codes_per_concept: int = 1) -> dict[str, Any]:
+    """Realised rate and code use of (N, T) concept ids. Padding-free rows; every row's first token is the sink.
+
+    Use is that of the first digit, except for the perplexity by stage and for the bits: the sum of the digits' entropies.
+    """
     written = ids_NT != NULL
-    codes = ids_NT[ids_NT >= 0]
-    counts = torch.bincount(codes, minlength=num_concepts).float()
-    share = counts[counts > 0] / counts.sum().clamp(min=1)
+    counts_GK = count_digits(ids_NT[ids_NT >= 0], num_concepts, codes_per_concept)
+    counts, used = counts_GK[0], bool(counts_GK[0].any())
+    by_stage = [perplexity(counts_K) for counts_K in counts_GK] if used else None
     rate = float(written.float().mean())
     return {
         "concept_rate": rate,
         "compression_ratio": 1 / rate,
         "longest_tail": longest_tail(written),
-        "code_perplexity": perplexity(counts) if len(share) else None,
+        "code_perplexity": by_stage[0] if used else None,
+        "code_perplexity_by_stage": by_stage,
+        "bits_per_concept": sum(math.log2(p) for p in by_stage) if used else None,
         "codes_used": int((counts > 0).sum()),
-        "largest_code_share": float(share.max()) if len(share) else None,
+        "largest_code_share": float(counts.max() / counts.sum()) if used else None,
         "code_counts": sorted((int(c) for c in counts[counts > 0]), reverse=True),
-        "num_concepts": num_concepts,
+        "num_concepts": num_concepts, "codes_per_concept": codes_per_concept,
     }
 
 
@@ -100,16 +125,18 @@ def evaluate(model, tokenizer, ids_NT: Tensor, control=None, batch: int = 4, sam
         **dict.fromkeys((
             "concept_rate", "compression_ratio", "nll_at_concepts", "nll_in_tail", "longest_tail", "delta_nll_control",
             "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_perplexity", "codes_used",
-            "largest_code_share",
+            "largest_code_share", "code_perplexity_by_stage", "bits_per_concept", "layer_share",
         )),
+        "system": system_of(model.config), "boundary": getattr(model.config, "boundary", None),
         "nll_by_position": by_position(nll_NT, control_NT), "sequence_length": ids_NT.shape[1],
     }
     if control_NT is not None:
         result["control_nll"] = float(control_NT.mean())
         result["delta_nll_control"] = nll - result["control_nll"]
     if not isinstance(model, OnlineForCausalLM):
-        return result
-    result |= rate_and_codes(concepts_NT, model.config.num_concepts)
+        return result | {"layer_share": layer_share(model.config)}
+    result |= rate_and_codes(concepts_NT, model.config.num_concepts, model.config.codes_per_concept)
+    result["layer_share"] = layer_share(model.config, result["concept_rate"])
     wrote = concepts_NT[:, :-1] != NULL
     result["nll_at_concepts"] = float(nll_NT[wrote].mean())
     result["nll_in_tail"] = float(nll_NT[~wrote].mean()) if (~wrote).any() else None

@@ -46,7 +46,8 @@ def ceiling_decode(base: nn.Module, config: OnlineConfig, rate: float) -> float:
     """Decode speed-up that the layer arithmetic allows at a realised rate; attention and overheads left out."""
     layer, head = layer_macs(base)
     shallow, middle, deep = config.split
-    codes = config.num_concepts * config.text_config.hidden_size * (rate if config.head == "factored" else 1.0)
+    at = config.codes_per_concept * rate + (1.0 - rate if config.head == "joint" else 0.0)  # its first stage is the score too
+    codes = config.num_concepts * config.text_config.hidden_size * at
     return (sum(config.split) * layer + head) / ((shallow + deep + middle * rate) * layer + head + codes)
 
 

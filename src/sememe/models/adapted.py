@@ -97,8 +97,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def round_own_weights(self, dtype: torch.dtype = torch.bfloat16) -> None:
         """Rounds the matrices of LoRA and new modules to `dtype` in place; they are saved in it from now on. Vectors and
         buffers stay as they are: a code's bias is near 100, where bf16 has steps of 0.5."""
-        for p in self.parameters():
-            if p.requires_grad and p.dim() > 1:
+        for name, p in self.named_parameters():
+            if ("lora_" in name or not name.startswith("backbone.")) and p.dim() > 1:
                 p.copy_(p.to(dtype))
         self._own_dtype = dtype
 

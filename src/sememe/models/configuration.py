@@ -4,6 +4,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
+from sememe.concepts.quantise import ESTIMATORS
 from sememe.errors import RecipeError
 
 
@@ -45,13 +46,16 @@ class OnlineConfig(AdaptedConfig):
         rate: concepts per normal token, 0 < rate ≤ 1.
         max_tail: longest run of normal tokens; then a concept is forced.
         num_concepts: size K of the codebook.
-        head: `factored` (whether apart from which) or `joint` (one softmax over K + 1).
+        codes_per_concept: stages G of the codebook: a concept is G digits of K, one integer below K^G.
+        shared_map: one learned map moves all codes together, see `concepts/codebook.py`.
+        head: `factored` (whether apart from which), `joint` (one softmax over K + 1) or `nearest` (which by distance).
         boundary: how segments close, see `concepts/boundary.py`.
         bridge: tail states get a linear guess of what the middle slice would have added (`concepts/bridge.py`).
         gate_noise: in training, writing is sampled with the gate's log-odds divided by this; 0 for the threshold.
         concept_dropout: share of the coded concepts that carry nothing, in training.
         quantise: share of the code in a concept's state: 0 carries the state itself, 1 the code alone.
         code_temperature, gumbel: of the straight-through softmax in training; gumbel scales the noise, 0 for none.
+        estimator, usage_weight, commitment_weight: gradient and extra terms of the codes, see `concepts/quantise.py`.
     """
 
     model_type = "sememe-online"
@@ -59,8 +63,11 @@ class OnlineConfig(AdaptedConfig):
     def __init__(self, text_config=None, split=(4, 22, 4), rate: float = 0.25, max_tail: int = 16,
                  num_concepts: int = 4096, head: str = "factored", boundary: str = "null", quantise: float = 1.0,
                  code_temperature: float = 1.0, gumbel: float = 0.0, bridge: bool = False, gate_noise: float = 0.0,
-                 concept_dropout: float = 0.0, **kwargs):
+                 concept_dropout: float = 0.0, codes_per_concept: int = 1, shared_map: bool = False,
+                 estimator: str = "soft", usage_weight: float = 0.0, commitment_weight: float = 0.0, **kwargs):
         self.split = list(split)
+        self.codes_per_concept, self.shared_map, self.estimator = codes_per_concept, shared_map, estimator
+        self.usage_weight, self.commitment_weight = usage_weight, commitment_weight
         self.rate, self.max_tail, self.num_concepts = rate, max_tail, num_concepts
         self.head, self.boundary, self.quantise = head, boundary, quantise
         self.code_temperature, self.gumbel = code_temperature, gumbel
@@ -77,11 +84,20 @@ class OnlineConfig(AdaptedConfig):
                 f"max_tail = {self.max_tail} forces more than rate = {self.rate} concepts per token: need max_tail ≥ "
                 f"{round(1 / self.rate) - 1}. try: max_tail={4 * round(1 / self.rate)}"
             )
-        for name, value, known in (("head", self.head, HEADS), ("boundary", self.boundary, BOUNDARIES)):
+        for name, value, known in (("head", self.head, HEADS), ("boundary", self.boundary, BOUNDARIES),
+                                   ("estimator", self.estimator, ESTIMATORS)):
             if value not in known:
                 raise RecipeError(f"{name} = {value!r}: need one of {', '.join(known)}. try: {name}={next(iter(known))}")
         if self.num_concepts < 2:
             raise RecipeError(f"num_concepts = {self.num_concepts}: need at least 2. try: num_concepts=4096")
+        if self.codes_per_concept < 1 or self.num_concepts**self.codes_per_concept > 2**48:
+            raise RecipeError(
+                f"codes_per_concept = {self.codes_per_concept} of num_concepts = {self.num_concepts}: need at least 1 and at "
+                "most 48 bits per concept. try: codes_per_concept=2"
+            )
+        if self.estimator == "identity" and self.head != "nearest":
+            raise RecipeError(f"estimator = 'identity' gives head = {self.head!r} no gradient: need the head that has no "
+                              "weights to learn. try: head=nearest")
 
 
 class ControlConfig(AdaptedConfig):
@@ -89,12 +105,13 @@ class ControlConfig(AdaptedConfig):
 
     Args:
         skipped: [first, last) layers taken out of the base ("skip the middle slice + LoRA"); empty for the control.
+        bridge: a linear map in the place of those layers (`concepts/bridge.py`).
     """
 
     model_type = "sememe-control"
 
-    def __init__(self, text_config=None, skipped=(), **kwargs):
-        self.skipped = list(skipped)
+    def __init__(self, text_config=None, skipped=(), bridge: bool = False, **kwargs):
+        self.skipped, self.bridge = list(skipped), bridge
         super().__init__(text_config=text_config, **kwargs)
 
 

@@ -1,13 +1,17 @@
 """The control: (B, T) ids → (B, T, V) logits of the base with LoRA alone, on the base's own forward."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from sememe.backbone.split import Spine, causal_mask
+from sememe.concepts.bridge import TailBridge
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import ControlConfig
 
 
 class ControlForCausalLM(AdaptedModel):
-    """The same base and LoRA without concepts; with `config.skipped`, without the middle layers too.
+    """The same base and LoRA without concepts; with `config.skipped`, without the middle layers too, and with
+    `config.bridge` a linear map in their place: the strongest baseline without concepts at that compute.
 
     It runs transformers' own forward and cache, so that it is as fast as the base is.
     """
@@ -16,12 +20,15 @@ class ControlForCausalLM(AdaptedModel):
 
     def __init__(self, config: ControlConfig, backbone=None):
         super().__init__(config, backbone)
+        self.bridge = TailBridge(config.text_config.hidden_size) if config.skipped and config.bridge else None
         if config.skipped and len(self.backbone.get_decoder().layers) == config.text_config.num_hidden_layers:
             self._skip(*config.skipped)
         self.finish()
 
     def _skip(self, first: int, last: int) -> None:
         decoder = self.backbone.get_decoder()
+        # In a tuple, so that they are nobody's weights any more; the bridge is fitted to what they did.
+        self._taken_out = tuple(decoder.layers[first:last]), Spine(self.backbone).kinds[first:last]
         kept = [i for i in range(len(decoder.layers)) if not first <= i < last]
         decoder.layers = nn.ModuleList([decoder.layers[i] for i in kept])
         for index, layer in enumerate(decoder.layers):
@@ -32,6 +39,36 @@ class ControlForCausalLM(AdaptedModel):
         if getattr(text, "layer_types", None):
             text.layer_types = [text.layer_types[i] for i in kept]
         text._attn_implementation = self.config._attn_implementation
+        if self.bridge is not None:
+            decoder.layers[first].register_forward_pre_hook(self._cross, with_kwargs=True)
+
+    def _cross(self, layer: nn.Module, arguments: tuple, named: dict):
+        """The first deep layer reads bridged states; the first token, an attention sink, stays as it is."""
+        h_BTD, *rest = arguments or (named.pop("hidden_states"),)
+        sink_BT1 = (named["position_ids"] == 0).unsqueeze(-1)
+        bridged_BTD = self.bridge(h_BTD, self.bridge.concept_mean.to(h_BTD.dtype))
+        return (torch.where(sink_BT1, h_BTD, bridged_BTD), *rest), named
+
+    @torch.no_grad()
+    def start_bridge(self, ids_NT: Tensor, tokens: int = 16384, batch: int = 4) -> dict[str, float]:
+        """Least squares from the shallow states of (N, T) blocks of text to those that the layers taken out made of them."""
+        spine, (layers, kinds), first = Spine(self.backbone), self._taken_out, self.config.skipped[0]
+        attention, states, targets = self.config._attn_implementation, [], []
+        layers = [layer.to(self.device) for layer in layers]
+        for ids_BT in ids_NT[: max(1, tokens // ids_NT.shape[1])].to(self.device).split(batch):
+            h_BTD = spine.embed(ids_BT)
+            place_BT = torch.arange(ids_BT.shape[1], device=self.device).expand_as(ids_BT)
+            rope = spine.rope(h_BTD, place_BT)
+
+            def mask(window: int | None, place_BT: Tensor = place_BT) -> Tensor | None:
+                return causal_mask(place_BT, window, attention)
+
+            h_BTD = spine.run(0, first, h_BTD, place_BT, rope, mask)
+            target_BTD = spine.run_layers(layers, kinds, h_BTD, place_BT, rope, mask)
+            states.append(h_BTD[:, 1:].flatten(0, 1).float())
+            targets.append(target_BTD[:, 1:].flatten(0, 1).float())
+        h_ND = torch.cat(states)
+        return {"bridge_explains": self.bridge.start(h_ND, torch.zeros_like(h_ND), torch.cat(targets))}
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
         """As the base's own forward. Its arguments are named because `generate` and the Trainer look for them."""

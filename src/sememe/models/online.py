@@ -18,10 +18,11 @@ from sememe.backbone.cache import ConceptCache, deep_slots
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.ablation import ablate
 from sememe.concepts.bridge import TailBridge
-from sememe.concepts.codebook import ConceptEmbedding, gumbel_like
+from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
 from sememe.concepts.masks import Lane, allow, segment_mask
+from sememe.concepts.quantise import quantise
 from sememe.concepts.segments import Packing, packing
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
@@ -32,9 +33,11 @@ NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K-1
 
 @dataclass
 class OnlineOutput(CausalLMOutputWithPast):
-    """`concept_ids` (B, T): the id written at each position; NULL -1, unquantised (the sink) -2."""
+    """`concept_ids` (B, T): the id written at each position; NULL -1, unquantised (the sink) -2.
+    `term`: what the codes added to `loss`, if anything."""
 
     concept_ids: Tensor | None = None
+    term: Tensor | None = None
 
 
 @dataclass
@@ -59,8 +62,8 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         super().__init__(config, backbone)
         config.check()
         width = config.text_config.hidden_size
-        self.head = HEADS[config.head](width, config.num_concepts)
-        self.codes = ConceptEmbedding(config.num_concepts, width)
+        self.head = HEADS[config.head](width, config.num_concepts, config.codes_per_concept)
+        self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept, config.shared_map)
         self.gate = RateGate(config.boundary, width, config.gate_noise)
         self.bridge = TailBridge(width) if config.bridge else None
         self.finish()
@@ -103,7 +106,7 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         if cache is not None:
             first_BT &= torch.from_numpy(cache.gate_state.tokens == 0).to(first_BT.device)[:, None]
         h_BCD, open_segment = self._read_out(h_BTD, score_BT, pack, written_BT, step)
-        e_BCD, ids_BC = self._write(h_BCD, pack, first_BT, ablation)
+        e_BCD, ids_BC, term = self._write(h_BCD, pack, first_BT, ablation)
         c_BCD = self._middle(spine, e_BCD, pack, written_BT, step)
         tail_BTD, last_BD = self._tail(h_BTD, c_BCD, pack, written_BT, first_BT, cache)
         if self.training:
@@ -121,7 +124,11 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return OnlineOutput(loss=loss, logits=logits, past_key_values=cache, concept_ids=ids_BT)
+            if term is not None:
+                items = kwargs.get("num_items_in_batch")  # of a whole step, which may be computed in parts
+                term = term if items is None else term * (labels[:, 1:] != -100).sum() / items
+                loss = loss + term
+        return OnlineOutput(loss=loss, logits=logits, past_key_values=cache, concept_ids=ids_BT, term=term)
 
     def _step(self, spine: Spine, h_BTD: Tensor, attention_mask, position_ids, cache) -> Step:
         batch, length = h_BTD.shape[:2]
@@ -197,32 +204,35 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         return self.bridge(h_BTD, last_BTD), last_BTD[:, -1].detach()
 
     def _write(self, h_BCD: Tensor, pack: Packing, first_BT: Tensor, ablation: str | None):
-        """(B, C, D) concept states and (B, C) ids. The sink, and everything while `quantise` is 0, stays a state."""
+        """(B, C, D) concept states, (B, C) ids and what the codes add to the loss. The sink, and everything while
+        `quantise` is 0, stays a state."""
         config = self.config
-        unquantised = torch.full_like(pack.index_BC, UNQUANTISED)
+        ids_BC = torch.full_like(pack.index_BC, UNQUANTISED)
         if config.quantise == 0:
-            return h_BCD, unquantised
+            return h_BCD, ids_BC, None
+        coded_BC = pack.valid_BC & ~first_BT.gather(1, pack.index_BC)
+        h_nD = h_BCD[coded_BC]
         with torch.autocast(h_BCD.device.type, enabled=False):
-            logits_BCK = self.head.code_logits(self.codes.normalise(h_BCD))
-            noise = config.gumbel * gumbel_like(logits_BCK) if self.training and config.gumbel > 0 else None
-            ids_BC = (logits_BCK if noise is None else logits_BCK + noise).argmax(-1)
-            coded_BC = pack.valid_BC & ~first_BT.gather(1, pack.index_BC)
+            found = quantise(
+                self.codes, self.head, self.codes.normalise(h_nD), temperature=config.code_temperature,
+                noise=config.gumbel if self.training else 0.0, estimator=config.estimator,
+                soft=self.training and (config.estimator == "soft" or config.usage_weight > 0),
+                usage=config.usage_weight, commitment=config.commitment_weight,
+            )
+            ids_BC[coded_BC] = found.ids_n
+            e_nD = self.codes.to_states(found.state_nD)
             if ablation is not None:
-                ids_BC, dropped_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts)
-            if self.training:
-                e_BCD = self.codes.straight_through(logits_BCK, ids_BC, config.code_temperature, noise)
-            else:
-                e_BCD = self.codes(ids_BC)
-            if ablation is not None:
-                e_BCD = e_BCD.masked_fill(dropped_BC.unsqueeze(-1), 0.0)
-            e_BCD = e_BCD.to(h_BCD.dtype)
+                ids_BC, dropped_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts**config.codes_per_concept)
+                e_nD = self.codes(ids_BC[coded_BC]).masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
+            if self.training and torch.is_grad_enabled():
+                self.codes.count(found.ids_n)
+        e_nD = e_nD.to(h_BCD.dtype)
         if config.quantise < 1:
-            e_BCD = h_BCD + config.quantise * (e_BCD - h_BCD)
+            e_nD = h_nD + config.quantise * (e_nD - h_nD)
         if self.training and config.concept_dropout > 0:
-            lost_BC1 = torch.rand(coded_BC.shape, device=coded_BC.device).unsqueeze(-1) < config.concept_dropout
-            e_BCD = torch.where(lost_BC1, self.codes.mean.to(e_BCD.dtype), e_BCD)
-        e_BCD = torch.where(coded_BC.unsqueeze(-1), e_BCD, h_BCD)
-        return e_BCD, torch.where(coded_BC, ids_BC, unquantised)
+            lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < config.concept_dropout
+            e_nD = torch.where(lost_n1, self.codes.mean.to(e_nD.dtype), e_nD)
+        return h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD), ids_BC, found.term if self.training else None
 
     def _middle(self, spine: Spine, e_BCD: Tensor, pack: Packing, written_BT: Tensor, step: Step) -> Tensor:
         """Concepts only, causal, each at its own place in the text."""

@@ -66,8 +66,8 @@ def read_run(run: Path, control: Path | None = None) -> Run:
         metrics=metrics,
         control_path=control,
         control=read_metrics(control) if control is not None else Metrics([]),
-        evaluate=_read_json(run / "evaluate.json"),
-        benchmark=_read_json(run / "benchmark.json"),
+        evaluate=read_json(run / "evaluate.json"),
+        benchmark=read_json(run / "benchmark.json"),
         recipe=_read_text(run / "recipe.yaml"),
         env=_env(run / "env.json"),
     )
@@ -113,7 +113,7 @@ def _parsed(text: str) -> object:
         return None
 
 
-def _read_json(file: Path) -> Json:
+def read_json(file: Path) -> Json:
     if not file.is_file():
         return Json(fault=f"There is no {file.name} in this run folder yet.")
     found = _parsed(file.read_text(encoding="utf-8", errors="replace"))

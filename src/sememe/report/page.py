@@ -1,32 +1,42 @@
-"""The page itself: files → figures → template → RUN/report.html, written all or nothing."""
+"""The page itself: files → figures → template → RUN/report.html or SWEEP/sweep.html, written all or nothing."""
 
 import os
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
 from sememe.errors import CheckpointError
-from sememe.report import meanings, plots
+from sememe.report import comparison, meanings, plots
 from sememe.report.files import Run, read_run
+from sememe.report.instruments import instrument_plots
+from sememe.report.pareto import pareto_plot
 from sememe.report.samples import read_samples
+from sememe.report.sweeps import Sweep, is_sweep, read_sweep
 from sememe.report.tiles import tiles, verdict
 from sememe.report.values import show
 
 HERE = Path(__file__).parent
+STYLE = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # ours, so not escaped
 
 
-def write_report(run: Path, control: Path | None = None) -> Path:
-    """Write RUN/report.html from the files of `run` and return its path.
+def write_report(run: Path, control: Path | None = None, beside: Iterable[Path] = ()) -> Path:
+    """Write RUN/report.html from the files of `run`, or SWEEP/sweep.html from those of a sweep; returns its path.
 
     `control`: the folder of the control run whose curves are drawn beside; None takes the sibling folder
-    `<run>-control` where there is one.
+    `<run>-control` where there is one. `beside`: further runs and sweeps, drawn on the same axes.
     """
     run = Path(run)
-    html = render(read_run(run, Path(control) if control is not None else None))
-    page = run / "report.html"
-    part = run / f".report.html.{os.getpid()}"
+    others = [_read(Path(path)) for path in beside]
+    if is_sweep(run):
+        if control is not None:
+            raise CheckpointError(f"got {run}, a sweep, and --control; need a run for that. try: it without --control")
+        html, page = render_sweep(read_sweep(run), others), run / "sweep.html"
+    else:
+        html, page = render(read_run(run, Path(control) if control is not None else None), others), run / "report.html"
+    part = page.with_name(f".{page.name}.{os.getpid()}")
     try:
         with part.open("w", encoding="utf-8", errors="replace") as out:
             out.write(html)
@@ -42,7 +52,58 @@ def write_report(run: Path, control: Path | None = None) -> Path:
     return page
 
 
-def render(run: Run) -> str:
+def _read(path: Path) -> Run | Sweep:
+    return read_sweep(path) if is_sweep(path) else read_run(path)
+
+
+def render(run: Run, beside: Sequence[Run | Sweep] = ()) -> str:
+    evaluate, benchmark = run.evaluate.figures, run.benchmark.figures
+    latest = run.metrics.latest()
+    points = comparison.points([run, *beside])
+    return _template("page.html").render(
+        run=run,
+        style=STYLE,
+        name=run.path.resolve().name,
+        folder=shlex.quote(str(run.path)),  # commands on the page can be copied
+        facts=_facts(run, latest),
+        tiles=tiles(evaluate, benchmark, latest.get("target_rate")),
+        verdict=verdict(evaluate),
+        training_plots=_drawn(plots.loss_plot(run.metrics, run.control), plots.rate_plot(run.metrics)),
+        tokens_plots=_drawn(comparison.over_tokens(run, beside)),
+        evaluate_plots=_drawn(plots.position_plot(evaluate), plots.code_plot(evaluate)),
+        instruments=_drawn(*instrument_plots(run.metrics)),
+        pareto_plots=_drawn(pareto_plot(points)),
+        points=comparison.rows(points),
+        columns=comparison.COLUMNS,
+        samples=read_samples(evaluate),
+        latest_rows=meanings.rows(latest, meanings.METRICS, skip=meanings.METRICS_DRAWN),
+        evaluate_rows=meanings.rows(evaluate, meanings.EVALUATE, skip=meanings.EVALUATE_DRAWN),
+        side_rows=_side_rows(benchmark),
+        benchmark_rows=meanings.rows(benchmark, meanings.BENCHMARK, skip=meanings.BENCHMARK_APART),
+        settings=_settings(benchmark),
+    )
+
+
+def render_sweep(sweep: Sweep, beside: Sequence[Run | Sweep] = ()) -> str:
+    points = comparison.points([sweep, *beside])
+    trained = [show(tokens, "count") for tokens in sorted({p.tokens for p in sweep.points if p.tokens})]
+    facts = [sweep.recipe, f"{len(sweep.points)} points"]
+    facts += [f"{' to '.join(dict.fromkeys((trained[0], trained[-1])))} training tokens"] if trained else []
+    facts += [f"{len(sweep.faults)} runs failed"] if sweep.faults else []
+    return _template("sweep.html").render(
+        style=STYLE,
+        name=sweep.path.resolve().name,
+        facts=facts,
+        pareto_plots=_drawn(pareto_plot(points)),
+        points=comparison.rows(points),
+        columns=comparison.COLUMNS,
+        tokens_plots=_drawn(comparison.over_tokens(sweep, beside)),
+        faults=sweep.faults,
+        grid=[(key, show(" · ".join(map(str, v)) if isinstance(v, list) else v)) for key, v in sweep.grid.items()],
+    )
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -50,25 +111,7 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    evaluate, benchmark = run.evaluate.figures, run.benchmark.figures
-    latest = run.metrics.latest()
-    return environment.get_template("page.html").render(
-        run=run,
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),  # ours, so not escaped
-        name=run.path.resolve().name,
-        folder=shlex.quote(str(run.path)),  # commands on the page can be copied
-        facts=_facts(run, latest),
-        tiles=tiles(evaluate, benchmark, latest.get("target_rate")),
-        verdict=verdict(evaluate),
-        training_plots=_drawn(plots.loss_plot(run.metrics, run.control), plots.rate_plot(run.metrics)),
-        evaluate_plots=_drawn(plots.position_plot(evaluate), plots.code_plot(evaluate)),
-        samples=read_samples(evaluate),
-        latest_rows=meanings.rows(latest, meanings.METRICS),
-        evaluate_rows=meanings.rows(evaluate, meanings.EVALUATE, skip=meanings.EVALUATE_DRAWN),
-        side_rows=_side_rows(benchmark),
-        benchmark_rows=meanings.rows(benchmark, meanings.BENCHMARK, skip=meanings.BENCHMARK_APART),
-        settings=_settings(benchmark),
-    )
+    return environment.get_template(name)
 
 
 def _drawn(*found: plots.Plot | None) -> list[dict]:

@@ -1,41 +1,32 @@
-"""The four plots of the page: loss, rate, NLL by position, code usage; None where there are no points."""
+"""The first four plots of the page: loss, rate, NLL by position, code usage; None where there are no points."""
 
 import math
-from dataclasses import dataclass
 
+from sememe.report.curves import Plot, Points, curve, dots, line, thinned, x_axis
 from sememe.report.files import Metrics
 from sememe.report.svg import CONTROL, INK, MUTED, RUN, THIRD, Drawing, large_numbers
 from sememe.report.values import minus, number, show
 
-MOST_POINTS = 400  # a curve 374 units wide shows no more
 MOST_RANKS = 300
 MOST_LABELLED_BARS = 10
-Points = list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Plot:
-    title: str
-    svg: str
-    caption: str
 
 
 def loss_plot(run: Metrics, control: Metrics) -> Plot | None:
-    x = _x_axis(run)
+    x = x_axis(run)
     curves = [
-        (run, "loss", "training", _line(RUN)),
-        (control, "loss", "control, training", _line(CONTROL, "--")),
-        (run, "heldout_nll", "held out", _dots(RUN, "o")),
-        (control, "heldout_nll", "control, held out", _dots(CONTROL, "D")),
+        (run, "loss", "training", line(RUN)),
+        (control, "loss", "control, training", line(CONTROL, "--")),
+        (run, "heldout_nll", "held out", dots(RUN, "o")),
+        (control, "heldout_nll", "control, held out", dots(CONTROL, "D")),
     ]
-    drawn = [(*_thinned(log.points(x, key)), label, look) for log, key, label, look in curves]
-    drawn = [curve for curve in drawn if curve[0]]
+    drawn = [(*thinned(log.points(x, key)), label, look) for log, key, label, look in curves]
+    drawn = [found for found in drawn if found[0]]
     if not drawn:
         return None
     with Drawing("loss") as drawing:
         axes = drawing.figure.subplots()
         for points, _, label, look in drawn:
-            _curve(axes, points, label, look)
+            curve(axes, points, label, look)
         above = _cut_opening(axes, [points for points, *_ in drawn])
         axes.set(xlabel=x, ylabel="nats per token")
         large_numbers(axes.xaxis)
@@ -58,27 +49,27 @@ def loss_plot(run: Metrics, control: Metrics) -> Plot | None:
 
 
 def rate_plot(run: Metrics) -> Plot | None:
-    x = _x_axis(run)
+    x = x_axis(run)
     rates = [
-        ("rate", "realised in training", _line(RUN)),
-        ("target_rate", "asked for", _line(INK, "--")),
-        ("heldout_rate", "realised on held-out text", _dots(THIRD, "o")),
+        ("rate", "realised in training", line(RUN)),
+        ("target_rate", "asked for", line(INK, "--")),
+        ("heldout_rate", "realised on held-out text", dots(THIRD, "o")),
     ]
-    drawn = [(_thinned(run.points(x, key))[0], label, look) for key, label, look in rates]
-    drawn = [curve for curve in drawn if curve[0]]
-    quantise, _ = _thinned(run.points(x, "quantise"))
+    drawn = [(thinned(run.points(x, key))[0], label, look) for key, label, look in rates]
+    drawn = [found for found in drawn if found[0]]
+    quantise, _ = thinned(run.points(x, "quantise"))
     if not drawn and not quantise:
         return None
     with Drawing("rate", height=3.6) as drawing:
         upper, lower = drawing.figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         for points, label, look in drawn:
-            _curve(upper, points, label, look)
+            curve(upper, points, label, look)
         upper.set(ylabel="concepts per token")
         if drawn:
             upper.set_ylim(0, 1.1 * max(y for points, *_ in drawn for _, y in points) or 1)
             upper.legend()
         if quantise:
-            _curve(lower, quantise, "quantised", _line(CONTROL))
+            curve(lower, quantise, "quantised", line(CONTROL))
         lower.set(xlabel=x, ylabel="quantised", ylim=(-0.05, 1.05), yticks=[0, 0.5, 1])
         lower.set_yticklabels(["0 %", "50 %", "100 %"])
         large_numbers(lower.xaxis)
@@ -141,9 +132,9 @@ def code_plot(evaluate: dict) -> Plot | None:
     shown = [(rank, counts[rank - 1]) for rank in _log_spaced(len(counts))]
     with Drawing("codes") as drawing:
         axes = drawing.figure.subplots()
-        axes.plot(*zip(*shown, strict=True), label="codes", marker=".", markersize=4, **_line(RUN))
+        axes.plot(*zip(*shown, strict=True), label="codes", marker=".", markersize=4, **line(RUN))
         if codes and codes > 0:
-            axes.plot([1, codes], [total / codes] * 2, label="even use of all", **_line(MUTED, ":"))
+            axes.plot([1, codes], [total / codes] * 2, label="even use of all", **line(MUTED, ":"))
             axes.legend()
         axes.set(xscale="log", yscale="log", xlabel="rank of the code", ylabel="times written")
         large_numbers(axes.xaxis)
@@ -157,31 +148,6 @@ def code_plot(evaluate: dict) -> Plot | None:
         caption += f" Perplexity {show(perplexity)}: as varied as that many codes used equally often."
     caption += " A curve that drops early means that few codes do all the work."
     return Plot("Code usage", svg, caption)
-
-
-def _curve(axes, points: Points, label: str, look: dict) -> None:
-    single = {"marker": "."} if len(points) == 1 else {}  # a line through one point cannot be seen
-    axes.plot(*zip(*points, strict=True), label=label, **(single | look))
-
-
-def _line(colour: str, style: str = "-") -> dict:
-    return dict(color=colour, linewidth=1.2, linestyle=style)
-
-
-def _dots(colour: str, marker: str) -> dict:
-    return dict(color=colour, linestyle="", marker=marker, markersize=4.5)
-
-
-def _x_axis(run: Metrics) -> str:
-    """Tokens, which a control shares; steps for a log that counts no tokens."""
-    return "tokens" if any(number(line.get("tokens")) is not None for line in run.lines) else "step"
-
-
-def _thinned(points: Points) -> tuple[Points, int]:
-    """At most MOST_POINTS means of neighbouring points, and how many points the largest mean holds."""
-    width = math.ceil(len(points) / MOST_POINTS) or 1
-    groups = [points[i : i + width] for i in range(0, len(points), width)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups], width
 
 
 def _cut_opening(axes, curves: list[Points]) -> float | None:

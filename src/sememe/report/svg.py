@@ -5,7 +5,7 @@ import re
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 # matplotlib knows no CSS variables, so it draws with these stand-ins and they are exchanged in the text.
 INK, MUTED, GRID, RUN, CONTROL, THIRD = (f"#0{i}0{i}0{i}" for i in range(1, 7))
@@ -85,3 +85,13 @@ def _inline(text: str, name: str, alt: str) -> str:
 def large_numbers(axis: matplotlib.axis.Axis) -> None:
     """1.5M instead of 1.5e6."""
     axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def log_ticks(axis: matplotlib.axis.Axis, low: float, high: float) -> None:
+    """Ticks that carry numbers on a logarithmic axis from `low` to `high`, a narrow one too: 0.02, 50, 2k."""
+    span = high / low
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if span < 5 else (1, 2, 5) if span < 100 else (1,)
+    large = EngFormatter(sep="")
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: large(x) if x >= 1000 else f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -29,11 +29,13 @@ def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
         config = OnlineConfig(
             split=split, rate=recipe.rate, max_tail=recipe.max_tail, num_concepts=recipe.num_concepts,
             head=recipe.head, boundary=recipe.boundary, code_temperature=recipe.code_temperature, gumbel=recipe.gumbel,
-            bridge=recipe.bridge, gate_noise=recipe.gate_noise, concept_dropout=recipe.concept_dropout, **shared,
+            bridge=recipe.bridge, gate_noise=recipe.gate_noise, concept_dropout=recipe.concept_dropout,
+            codes_per_concept=recipe.codes_per_concept, shared_map=recipe.shared_map, estimator=recipe.estimator,
+            usage_weight=recipe.usage_weight, commitment_weight=recipe.commitment_weight, **shared,
         )
     else:
         skipped = (split[0], split[0] + split[1]) if recipe.system == "skip" else ()
-        config = ControlConfig(skipped=skipped, **shared)
+        config = ControlConfig(skipped=skipped, bridge=recipe.bridge and bool(skipped), **shared)
     torch.manual_seed(recipe.seed)
     return MODELS[recipe.system].from_base(config, folder=folder)
 

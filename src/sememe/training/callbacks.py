@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -13,10 +14,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from sememe.errors import TrainingError
-from sememe.evaluation.quality import token_nll
-from sememe.models.online import NULL
 from sememe.training.checkpoints import seal
-from sememe.training.instruments import ConceptMeter
+from sememe.training.instruments import ConceptMeter, gradient_norms, heldout_figures
 from sememe.training.recipe import Recipe
 
 
@@ -71,7 +70,8 @@ class Recorder(TrainerCallback):
     def __init__(self, recipe: Recipe, path: Path, heldout_NT: Tensor, meter: ConceptMeter | None, show: bool):
         self.recipe, self.path, self.heldout_NT, self.meter, self.show = recipe, path, heldout_NT, meter, show
         self.bar = None
-        self.heldout: dict[str, float] = {}
+        self.heldout: dict[str, float | list] = {}
+        self.norms: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.monotonic() - self._before()
@@ -84,42 +84,56 @@ class Recorder(TrainerCallback):
         lines = read_metrics(self.path)
         return lines[-1].get("seconds", 0.0) if lines else 0.0
 
+    def _due(self, step: int, state) -> bool:
+        return step % self.recipe.heldout_every == 0 or step >= state.max_steps
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """The Trainer has clipped by now; `on_log` knows by how much."""
+        step = state.global_step + 1
+        if step % self.recipe.log_every == 0 or self._due(step, state):
+            self.norms = gradient_norms(model)
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.bar is not None:
             self.bar.update(1)
-        last = state.global_step >= state.max_steps
-        due = state.global_step % self.recipe.heldout_every == 0 or last
+        due = self._due(state.global_step, state)
         if due and state.is_world_process_zero:
-            self.heldout = self._measure(model)
+            model.eval()
+            self.heldout = heldout_figures(model, self.heldout_NT)
+            model.train()
         control.should_log |= due
-
-    def _measure(self, model) -> dict[str, float]:
-        model.eval()
-        nll_NT, concepts_NT = token_nll(model, self.heldout_NT)
-        model.train()
-        figures = {"heldout_nll": float(nll_NT.mean())}
-        if concepts_NT is not None:
-            figures["heldout_rate"] = float((concepts_NT != NULL).float().mean())
-        return figures
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         logs = logs or {}
         if "loss" not in logs:
             return
-        tokens = state.global_step * self.recipe.batch_size * self.recipe.sequence_length
-        line = {"step": state.global_step, "tokens": tokens, "seconds": round(time.monotonic() - self.started, 2)}
+        line = self._place(state.global_step)
         line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+        if self.norms and "grad_norm" in line:  # clipping scaled all gradients alike: undone, so that parts fit the whole
+            unclipped = line["grad_norm"] / max(math.hypot(*self.norms.values()), 1e-30)
+            line |= {f"grad_norm_{part}": norm * unclipped for part, norm in self.norms.items()}
         if self.meter is not None:
             line |= self.meter.read()
             line |= {"target_rate": model.config.rate, "quantise": model.config.quantise}
         line |= self.heldout
-        self.heldout = {}
+        self.heldout, self.norms = {}, {}
         if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            self._write(line)
             if self.bar is not None:
                 shown = {k: f"{line[k]:.3f}" for k in ("loss", "heldout_nll", "rate") if k in line}
                 self.bar.set_postfix(shown)
+
+    def _place(self, step: int) -> dict[str, float]:
+        tokens = step * self.recipe.batch_size * self.recipe.sequence_length
+        return {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - self.started, 2)}
+
+    def _write(self, line: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Leaves the reason that step number `step` could not be taken in the log."""
+        self._write(self._place(step) | {"stopped": reason})
 
     def close(self) -> None:
         """Ends the progress bar's line, however the run ended."""

@@ -1,44 +1,147 @@
-"""Cheap measures of one training interval, from what the forward pass returns anyway."""
+"""What a run is watched by: concept ids, gradients and held-out blocks → the figures of metrics.jsonl.
+
+Cheap and always on. What each figure is like in a healthy run and in a sick one: docs/doctor.md.
+"""
+
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sememe.evaluation.quality import longest_tail, perplexity
-from sememe.models.online import NULL
+from sememe.concepts.ablation import ABLATIONS
+from sememe.concepts.codebook import digits
+from sememe.concepts.quantise import quantise
+from sememe.concepts.segments import packing
+from sememe.evaluation.quality import by_position, longest_tail, perplexity, token_nll
+from sememe.models.online import NULL, OnlineForCausalLM
+
+SMALL_BATCH = 512  # held-out tokens that codes are ablated on; one forward each
 
 
 class ConceptMeter:
-    """Realised rate (concepts and tokens are counted first and divided once, over all ranks) and code use."""
+    """One training interval from what the forward pass returns anyway: realised rate, tails and code use.
 
-    def __init__(self, num_concepts: int):
-        self.num_concepts = num_concepts
+    Counted first and divided once, over all ranks.
+    """
+
+    def __init__(self, num_concepts: int, codes_per_concept: int = 1):
+        self.num_concepts, self.codes_per_concept = num_concepts, codes_per_concept
         self.clear()
 
     def clear(self) -> None:
-        self.written = self.tokens = self.longest = 0
-        self.counts = torch.zeros(self.num_concepts)
+        self.written = self.tokens = self.longest = self.segments = self.tail_tokens = 0
+        self.counts_GK = torch.zeros(self.codes_per_concept, self.num_concepts, dtype=torch.float64)
 
     def add(self, concept_ids_BT: Tensor) -> None:
-        ids = concept_ids_BT.detach().cpu()
-        written = ids != NULL
-        self.written += int(written.sum())
-        self.tokens += ids.numel()
-        self.longest = max(self.longest, longest_tail(written))
-        self.counts += torch.bincount(ids[ids >= 0], minlength=self.num_concepts).float()
+        ids_BT = concept_ids_BT.detach().cpu()
+        written_BT = ids_BT != NULL
+        tails_n = closed_tails(written_BT)
+        self.written += int(written_BT.sum())
+        self.tokens += ids_BT.numel()
+        self.longest = max(self.longest, longest_tail(written_BT))
+        self.segments += len(tails_n)
+        self.tail_tokens += int(tails_n.sum())
+        digit_nG = digits(ids_BT[ids_BT >= 0], self.num_concepts, self.codes_per_concept)
+        for counts_K, digit_n in zip(self.counts_GK, digit_nG.unbind(-1), strict=True):
+            counts_K += torch.bincount(digit_n, minlength=self.num_concepts)
 
     def read(self) -> dict[str, float]:
         """Figures since the last read; sums over ranks where there are several."""
-        totals = torch.cat([torch.tensor([self.written, self.tokens], dtype=torch.float32), self.counts])
+        sums = torch.tensor([self.written, self.tokens, self.segments, self.tail_tokens], dtype=torch.float64)
+        totals, longest = torch.cat([sums, self.counts_GK.flatten()]), self.longest
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            totals, longest = totals.to(device), torch.tensor(float(self.longest), device=device)
+            totals, most = totals.to(device), torch.tensor(float(longest), device=device)
             torch.distributed.all_reduce(totals)
-            torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
-            totals, self.longest = totals.cpu(), int(longest)
-        written, tokens, counts = totals[0], totals[1], totals[2:]
-        figures = {"rate": float(written / tokens.clamp(min=1)), "longest_tail": self.longest}
-        if counts.sum() > 0:
-            figures["code_perplexity"] = perplexity(counts)
-            figures["codes_used"] = int((counts > 0).sum())
+            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+            totals, longest = totals.cpu(), int(most)
+        written, tokens, segments, tail_tokens = totals[:4].tolist()
+        figures = {"rate": written / max(tokens, 1), "longest_tail": longest}
+        if segments:
+            figures["tail_mean"] = tail_tokens / segments
         self.clear()
+        return figures | code_figures(totals[4:].view(self.codes_per_concept, -1))
+
+
+def closed_tails(written_BT: Tensor) -> Tensor:
+    """(n,) tokens in the tail of every segment that a concept closed. A row's first concept closes none, and its last
+    tail is cut off by the end of the row."""
+    row_n, column_n = written_BT.nonzero(as_tuple=True)
+    return (column_n.diff() - 1)[row_n.diff() == 0]
+
+
+def code_figures(counts_GK: Tensor) -> dict[str, float]:
+    """Code use of one interval; nothing where no code was written.
+
+    Of the first sub-code: perplexity, codes that occur, share of the most frequent. Over all of them: bits per concept,
+    the sum of their entropies. That is an upper bound of their joint entropy (equal where they are independent), and
+    of one interval's counts, which see fewer codes than there are.
+    """
+    first_K = counts_GK[0]
+    if first_K.sum() == 0:
+        return {}
+    return {
+        "code_perplexity": perplexity(first_K), "codes_used": int((first_K > 0).sum()),
+        "largest_code_share": float(first_K.max() / first_K.sum()),
+        "bits_per_concept": sum(math.log2(perplexity(counts_K)) for counts_K in counts_GK),
+    }
+
+
+def gradient_norms(model) -> dict[str, float]:
+    """The norm of the gradients as they are now: of all LoRA (`lora`), and of each new module that is trained."""
+    squares: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.grad is not None:
+            part = "lora" if "lora_" in name else name.split(".")[0]
+            squares[part] = squares.get(part, 0.0) + p.grad.detach().float().square().sum()
+    return {part: float(square.sqrt()) for part, square in squares.items()}
+
+
+def heldout_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
+    """All figures of (N, T) held-out blocks, the gate running free. `model` is in eval mode.
+
+    What ablating the codes costs, and what the head is like, is measured on the first few blocks, once codes are in use.
+    """
+    nll_NT, concepts_NT = token_nll(model, ids_NT)
+    figures = {"heldout_nll": float(nll_NT.mean()), "heldout_nll_by_position": [b["nll"] for b in by_position(nll_NT, None)]}
+    if concepts_NT is None:
         return figures
+    written_NT = concepts_NT != NULL
+    figures["heldout_rate"] = float(written_NT.float().mean())
+    tails_n = closed_tails(written_NT)
+    if len(tails_n):
+        figures["heldout_tail_mean"] = float(tails_n.float().mean())
+        figures["heldout_tail_histogram"] = torch.bincount(tails_n).tolist()
+    if model.config.quantise == 0:
+        return figures
+    length = min(ids_NT.shape[1], SMALL_BATCH)
+    small_BT = ids_NT[: max(1, SMALL_BATCH // length), :length]
+    plain = float(nll_NT[: len(small_BT), : length - 1].mean())
+    for kind in ABLATIONS:
+        nll_BT, _ = token_nll(model, small_BT, batch=len(small_BT), ablation=kind)
+        figures[f"delta_nll_{kind}"] = float(nll_BT.mean()) - plain
+    return figures | head_figures(model, small_BT)
+
+
+@torch.no_grad()
+def head_figures(model: OnlineForCausalLM, ids_BT: Tensor) -> dict[str, float]:
+    """How sure the head is of its codes, and how far the soft mixture that gives them their gradient is from the code
+    that the forward pass takes: means over the coded concepts of (B, T) text. Nothing where there are none."""
+    states = []
+    for step, h_BTD in model._shallow_states(ids_BT):
+        x_BTD = model.codes.normalise(h_BTD)
+        written_BT, score_BT, *_ = model._decide(x_BTD, model._previous(x_BTD, None), step)
+        pack = packing(written_BT)
+        h_BCD, _ = model._read_out(h_BTD, score_BT, pack, written_BT, step)
+        states.append(model.codes.normalise(h_BCD)[pack.valid_BC & (pack.index_BC > 0)])
+    x_nD = torch.cat(states)
+    if len(x_nD) == 0:
+        return {}
+    found = quantise(model.codes, model.head, x_nD, temperature=model.config.code_temperature)
+    distance_n = (found.soft_nD - found.hard_nD).norm(dim=-1) / found.hard_nD.norm(dim=-1).clamp(min=1e-6)
+    return {
+        "code_entropy": float(found.entropy), "code_max_prob": float(found.max_prob),
+        "soft_hard_cosine": float(F.cosine_similarity(found.soft_nD, found.hard_nD, dim=-1).mean()),
+        "soft_hard_distance": float(distance_n.mean()),
+    }

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
+from sememe.concepts.quantise import ESTIMATORS
 from sememe.errors import RecipeError
 
 
@@ -60,20 +61,24 @@ class Schedule(Strict):
     quantise: tuple[float, float] = (0.3, 0.6)
     """The code's share in a concept's state rises from 0 to 1 between these shares."""
 
-    @field_validator("rate", "quantise")
+    lora: tuple[float, float] = (0.0, 0.0)
+    """LoRA's learning rate rises from 0 between these shares; until then only the new modules learn."""
+
+    @field_validator("rate", "quantise", "lora")
     @classmethod
-    def _ordered(cls, ramp: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= ramp[0] <= ramp[1] <= 1:
+    def _ordered(cls, shares: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= shares[0] <= shares[1] <= 1:
             raise ValueError("needs 0 ≤ start ≤ end ≤ 1, shares of the run")
-        return ramp
+        return shares
 
     def at(self, progress: float, rate: float) -> tuple[float, float]:
         """(concept rate, quantise) at a share of the run done."""
-        lowered, coded = (_ramp(progress, *ramp) for ramp in (self.rate, self.quantise))
+        lowered, coded = (ramp(progress, *shares) for shares in (self.rate, self.quantise))
         return rate**lowered, coded
 
 
-def _ramp(x: float, start: float, end: float) -> float:
+def ramp(x: float, start: float, end: float) -> float:
+    """0 up to `start`, 1 from `end` on."""
     if x >= end:
         return 1.0
     return 0.0 if x <= start else (x - start) / (end - start)
@@ -102,10 +107,31 @@ class Recipe(Strict):
     boundary: str = "null"
     """How segments close; see `concepts/boundary.py`."""
     num_concepts: int = Field(4096, ge=2)
+    codes_per_concept: int = Field(1, ge=1, le=4)
+    """Residual stages: a concept is that many digits of `num_concepts`, each coding what those before it left."""
+    shared_map: bool = False
+    """One learned map moves all codes together; they themselves stay where k-means put them."""
+    bridge: bool = False
+    """Tail states get a linear guess of what the middle slice would have added, started by least squares; `skip` too."""
+    gate_noise: float = Field(0.0, ge=0)
+    """In training, writing is sampled: Bernoulli of the gate's log-odds divided by this. 0: thresholded, as in use."""
+    concept_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the concepts that carry nothing, in training."""
     schedule: Schedule = Schedule()
     code_temperature: float = Field(1.0, gt=0)
     gumbel: float = Field(0.0, ge=0)
+    estimator: str = "soft"
+    """Gradient through the codes: of the softmax's mixture (`soft`), or passed on as it is (`identity`, for head: nearest;
+    usual with commitment_weight: 0.25)."""
+    usage_weight: float = Field(0.0, ge=0)
+    """Of a term that wants each position sure of its code, and all codes used evenly."""
+    commitment_weight: float = Field(0.0, ge=0)
+    """Of a term that draws states to their codes."""
+    revive_every: int = Field(0, ge=0)
+    """Steps between moving codes that nobody writes to states of the text; 0: never."""
     lora: Lora = Lora()
+    distil: float = Field(0.0, ge=0, le=1)
+    """Share of the loss that is KL to the frozen base's next-token distribution instead of cross entropy; `online`."""
     learning_rate: float = Field(1e-3, gt=0)
     """Of LoRA; warmed up over the first 5 % of the steps, then cosine to 10 %."""
     concept_learning_rate: float = Field(1e-3, gt=0)
@@ -133,10 +159,10 @@ class Recipe(Strict):
             raise ValueError("train and heldout are the same text; held-out text is never trained on")
         return data
 
-    @field_validator("head", "boundary")
+    @field_validator("head", "boundary", "estimator")
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
-        known = {"head": HEADS, "boundary": BOUNDARIES}[info.field_name]
+        known = {"head": HEADS, "boundary": BOUNDARIES, "estimator": ESTIMATORS}[info.field_name]
         if value not in known:
             raise ValueError(f"needs one of {', '.join(known)}")
         return value

@@ -22,6 +22,7 @@ from sememe.models.online import OnlineForCausalLM
 from sememe.training.build import base_and_tokenizer, build_blocks, build_model
 from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint
+from sememe.training.codes import Revive
 from sememe.training.instruments import ConceptMeter
 from sememe.training.recipe import Recipe, check_recipe
 from sememe.training.trainer import ConceptTrainer
@@ -64,12 +65,14 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     callbacks = [Finite(), stop, Seal()]
     calibration_NT = blocks_NT[: max(1, recipe.calibration_tokens // recipe.sequence_length)]
     if isinstance(model, OnlineForCausalLM):
-        meter = ConceptMeter(recipe.num_concepts)
+        meter = ConceptMeter(recipe.num_concepts, recipe.codes_per_concept)
         if checkpoint is None:
-            found = model.start_frame(calibration_NT, recipe.rate)
-            for name, share in found.items():
-                say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
+            _say_start(say, model.start_frame(calibration_NT, recipe.rate))
         callbacks.insert(0, Schedule(recipe, calibration_NT, say))
+        if recipe.revive_every:
+            callbacks.insert(1, Revive(recipe, blocks_NT, say))
+    elif recipe.bridge and recipe.system == "skip" and checkpoint is None:
+        _say_start(say, model.start_bridge(calibration_NT))
     recorder = Recorder(recipe, run / "metrics.jsonl", heldout_NT, meter, show)
     trainer = ConceptTrainer(recipe, model, _arguments(recipe, run, world), blocks_NT, meter, [*callbacks, recorder])
     trainer.remove_callback(transformers.PrinterCallback)
@@ -84,6 +87,10 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
             )
         if first:
             _finish(recipe, model, tokenizer, run, calibration_NT)
+    except TrainingError as error:
+        if first:
+            recorder.stopped(trainer.state.global_step + 1, str(error))
+        raise
     except (OSError, CheckpointError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
@@ -96,6 +103,11 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
         recorder.close()
         stop.restore()
     return run / "model"
+
+
+def _say_start(say, found: dict[str, float]) -> None:
+    for name, share in found.items():
+        say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
 
 
 def same_run(recipe: Recipe, run: Path) -> bool:
@@ -160,6 +172,8 @@ def _finish(recipe: Recipe, model, tokenizer, run: Path, calibration_NT) -> None
     shutil.rmtree(temporary, ignore_errors=True)
     if isinstance(model, OnlineForCausalLM):
         model.config.rate, model.config.quantise = recipe.rate, 1.0
+        model.codes.fold()
+        model.config.shared_map = False
     model.round_own_weights()
     if isinstance(model, OnlineForCausalLM):
         model.calibrate_gate(calibration_NT)

@@ -3,13 +3,15 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from sememe.backbone.adapters import without_lora
 from sememe.errors import TrainingError
 from sememe.training.instruments import ConceptMeter
-from sememe.training.recipe import Recipe
+from sememe.training.recipe import Recipe, ramp
 
 
 class Blocks(Dataset):
@@ -41,8 +43,8 @@ class ConceptTrainer(Trainer):
         if self.optimizer is None:
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             groups = [
-                {"params": [p for n, p in named if "lora_" in n], "lr": self.recipe.learning_rate},
-                {"params": [p for n, p in named if "lora_" not in n], "lr": self.recipe.concept_learning_rate},
+                {"params": [p for n, p in named if "lora_" in n], "lr": self.recipe.learning_rate, "lora": True},
+                {"params": [p for n, p in named if "lora_" not in n], "lr": self.recipe.concept_learning_rate, "lora": False},
             ]
             self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
         return self.optimizer
@@ -57,13 +59,23 @@ class ConceptTrainer(Trainer):
             done = (step - warm) / max(1, num_training_steps - warm)
             return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
+        def lora_factor(step: int) -> float:
+            return factor(step) * ramp(step / max(1, num_training_steps - 1), *self.recipe.schedule.lora)
+
         if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            optimizer = optimizer or self.optimizer
+            factors = [lora_factor if group["lora"] else factor for group in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Refuses a loss that is not finite before it reaches the gradients, on every rank at once."""
+        """Cross entropy, or a mix with distillation; one that is not finite never reaches the gradients, on any rank."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.recipe.distil > 0 and model.training:
+            term = outputs.get("term")
+            term = 0.0 if term is None else term * (loss / outputs.loss).detach()
+            cross, share = loss - term, self.recipe.distil
+            loss = (1 - share) * cross + share * self._divergence(inputs, outputs.logits, cross) + term
         finite = torch.isfinite(loss.detach()).float()
         if self.args.world_size > 1:
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
@@ -75,3 +87,13 @@ class ConceptTrainer(Trainer):
         if self.meter is not None:
             self.meter.add(outputs.concept_ids)
         return (loss, outputs) if return_outputs else loss
+
+    def _divergence(self, inputs, logits_BTV: Tensor, loss: Tensor) -> Tensor:
+        """KL of the model's next-token distribution from the frozen base's, nats per token, on the scale of `loss`."""
+        backbone = self.accelerator.unwrap_model(self.model).backbone
+        with torch.no_grad(), without_lora(backbone):
+            teacher_BTV = backbone(input_ids=inputs["input_ids"], use_cache=False).logits
+        told, said = (F.log_softmax(x[:, :-1].float(), -1) for x in (teacher_BTV, logits_BTV))
+        divergence = F.kl_div(said, told, log_target=True, reduction="none").sum(-1).mean()
+        own = F.nll_loss(said.flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+        return divergence * (loss.detach() / own.detach())  # the Trainer scales `loss` by what it accumulates over

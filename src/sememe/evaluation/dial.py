@@ -1,0 +1,41 @@
+"""The dial: one trained model run at other rates than its own, and how well each is held."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sememe.evaluation.quality import token_nll
+from sememe.models.loading import set_rate
+from sememe.models.online import NULL, OnlineForCausalLM
+
+
+def check_rates(model, rates: Sequence[float], name: str) -> None:
+    """Raises CheckpointError or RecipeError where `model`, called `name`, cannot run at one of the rates."""
+    for rate in rates:
+        set_rate(copy.copy(model.config), rate, name)
+
+
+def rate_error(realised: float | None, asked: float | None) -> float | None:
+    """How far the realised rate is from the one asked for, in % of the latter."""
+    return None if realised is None or asked is None else 100 * (realised - asked) / asked
+
+
+def dial(model: OnlineForCausalLM, ids_NT: Tensor, rates: Sequence[float], control_nll: float | None = None,
+         batch: int = 4, tick: Callable[[int], None] = lambda n: None) -> list[dict[str, Any]]:
+    """NLL and realised rate on (N, T) blocks at each of the rates. The model's own rate is put back afterwards."""
+    rows, own = [], model.config.rate
+    try:
+        for rate in rates:
+            model.config.rate = rate
+            nll_NT, concepts_NT = token_nll(model, ids_NT, batch, tick=tick)
+            nll, realised = float(nll_NT.mean()), float((concepts_NT != NULL).to(torch.float32).mean())
+            rows.append({
+                "target_rate": rate, "concept_rate": realised, "rate_error_percent": rate_error(realised, rate), "nll": nll,
+                "delta_nll_control": None if control_nll is None else nll - control_nll,
+            })
+    finally:
+        model.config.rate = own
+    return rows

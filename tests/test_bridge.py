@@ -1,0 +1,70 @@
+"""The bridge: its least squares, and what it does in the online model and in the skip baseline."""
+
+import pytest
+import torch
+
+from families import text, tiny_base, tiny_online
+from sememe.concepts.bridge import TailBridge
+from sememe.concepts.segments import packing
+from sememe.models import ControlConfig, ControlForCausalLM
+
+
+def test_least_squares_finds_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    h, last = (3 + 5 * torch.randn(400, 8, generator=generator) for _ in range(2))
+    a, b = (torch.randn(8, 8, generator=generator) for _ in range(2))
+    target = h @ a + last @ b + 2
+    bridge = TailBridge(8)
+    torch.testing.assert_close(bridge(h, last), h)  # zero at birth
+    assert bridge.start(h, last, target, penalty=1e-9) > 0.99999
+    torch.testing.assert_close(bridge(h, last), target, atol=1e-2, rtol=1e-3)
+
+
+def test_a_penalty_shrinks_and_few_states_do_not_break_it():
+    h, last, target = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))  # fewer states than features
+    exact, shrunk = TailBridge(8), TailBridge(8)
+    exact.start(h, last, target, penalty=1e-6)
+    shrunk.start(h, last, target, penalty=10.0)
+    assert shrunk.shallow.weight.norm() < 0.5 * exact.shallow.weight.norm()
+
+
+@torch.no_grad()
+def test_online_bridge_comes_closer_to_the_base_on_other_text():
+    """States entering the deep slice at tail positions, against those of the base itself."""
+    model, other = tiny_online(bridge=True, lora_rank=0, quantise=0.0), text(8, 24, seed=5)
+    found = model.start_frame(text(600, 24, seed=3))
+    assert 0.05 < found["bridge_explains"] < 1
+    step, h = next(model._shallow_states(other, batch=8))
+    written = model(other).concept_ids != -1
+    full = model.spine.run(1, 3, h, step.position_BT, step.rope, lambda window: None)
+    pack = packing(written)
+    c = model._middle(model.spine, pack.pack(h), pack, written, step)
+    bridged, _ = model._tail(h, c, pack, written, step.valid_BT & (step.position_BT == 0), None)
+    tail = ~written & (written.cumsum(1) > 1)
+    assert (bridged - full)[tail].square().mean() < 0.97 * (h - full)[tail].square().mean()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_skip_with_a_bridge(attention):
+    base = tiny_base(attention=attention)
+    config = ControlConfig(text_config=base.config, base="tiny", skipped=(1, 3), bridge=True, lora_rank=0)
+    config._attn_implementation = attention
+    model, ids = ControlForCausalLM(config, base).eval(), text(2)
+    unbridged = model(ids).logits
+    assert model.start_bridge(text(64, 24, seed=3))["bridge_explains"] > 0.05
+    logits = model(ids).logits
+    assert not torch.allclose(logits, unbridged, atol=1e-2)
+    torch.testing.assert_close(logits[:, 0], unbridged[:, 0])  # the first token keeps its state
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 20)], 1).long()
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    got = model(padded, attention_mask=mask, position_ids=places).logits[:, 3:]
+    torch.testing.assert_close(got, logits, atol=2e-4, rtol=0)
+    again = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert again[:, 20:].tolist() == greedy(model, ids, 4)
+
+
+def greedy(model, ids, count):
+    for _ in range(count):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[:, 20:].tolist()

@@ -1,0 +1,232 @@
+"""Instruments: every figure against a naive count, and that looking changes nothing."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from families import text, tiny_base, tiny_online
+from sememe.evaluation.quality import BUCKET
+from sememe.models import ControlConfig, ControlForCausalLM
+from sememe.models.online import NULL
+from sememe.training import instruments
+from sememe.training.instruments import ConceptMeter, gradient_norms, head_figures, heldout_figures
+from sememe.training.recipe import check_recipe
+from sememe.training.run import train
+from sememe.training.trainer import ConceptTrainer
+
+
+def some_ids(seed: int, top: int) -> torch.Tensor:
+    """(3, 40) concept ids: the sink unquantised, most positions NULL, a skewed choice of codes below `top`."""
+    generator = torch.Generator().manual_seed(seed)
+    skewed = (torch.rand(3, 40, generator=generator) ** 3 * top).long()
+    ids = torch.where(torch.rand(3, 40, generator=generator) < 0.4, skewed, NULL)
+    ids[:, 0] = -2
+    return ids
+
+
+def naive_tails(ids: torch.Tensor) -> tuple[list[int], int]:
+    """Tails of closed segments, and the longest run of NULLs, by walking along each row."""
+    closed, longest = [], 0
+    for row in ids.tolist():
+        run = started = 0
+        for one in row:
+            if one == NULL:
+                run += 1
+                longest = max(longest, run)
+            else:
+                closed += [run] if started else []
+                started, run = True, 0
+    return closed, longest
+
+
+def naive_entropy(values: list[int]) -> float:
+    share = [values.count(value) / len(values) for value in set(values)]
+    return -sum(p * math.log(p) for p in share)
+
+
+@pytest.mark.parametrize("codes_per_concept", [1, 3])
+def test_meter_is_the_naive_count(codes_per_concept):
+    base, batches = 7, [some_ids(seed, 7**codes_per_concept) for seed in (0, 1)]
+    meter = ConceptMeter(base, codes_per_concept)
+    for ids in batches:
+        meter.add(ids)
+    found = meter.read()
+    every = [one for ids in batches for one in ids.flatten().tolist()]
+    coded = [one for one in every if one >= 0]
+    digit = [[one // base**g % base for one in coded] for g in range(codes_per_concept)]
+    tails = [naive_tails(ids) for ids in batches]
+    closed = [tail for some, _ in tails for tail in some]
+    assert found == pytest.approx({
+        "rate": sum(one != NULL for one in every) / len(every), "longest_tail": max(longest for _, longest in tails),
+        "tail_mean": sum(closed) / len(closed), "code_perplexity": math.exp(naive_entropy(digit[0])),
+        "codes_used": len(set(digit[0])), "largest_code_share": max(map(digit[0].count, digit[0])) / len(digit[0]),
+        "bits_per_concept": sum(map(naive_entropy, digit)) / math.log(2),
+    }, rel=1e-9)
+    assert meter.read() == {"rate": 0, "longest_tail": 0}, "a reading starts the next interval"
+    meter.add(torch.tensor([[-2, NULL, NULL]]))
+    assert meter.read() == {"rate": pytest.approx(1 / 3), "longest_tail": 2}, "no code and no closed segment: no figure"
+
+
+def test_meter_counts_over_ranks_first_and_divides_once(monkeypatch):
+    """The other rank's sums are added by a stand-in for all_reduce; the figures are those of both texts together."""
+    here, there, both = (ConceptMeter(7, 2) for _ in range(3))
+    other = torch.cat([some_ids(1, 49), some_ids(2, 49)])
+    for meter, ids in ((here, some_ids(0, 49)), (there, other), (both, some_ids(0, 49)), (both, other)):
+        meter.add(ids)
+    want, sent = both.read(), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, op=None: sent.append(x.clone()))
+    there.read()
+
+    def reduce(x, op=torch.distributed.ReduceOp.SUM):
+        x.copy_(torch.maximum(x, sent.pop(0)) if op == torch.distributed.ReduceOp.MAX else x + sent.pop(0))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    assert here.read() == pytest.approx(want, rel=1e-12)
+
+
+def test_gradient_norms_are_those_of_the_modules():
+    model = tiny_online(bridge=True).train()
+    model(input_ids=text(), labels=text()).loss.backward()
+    found = gradient_norms(model)
+    assert set(found) == {"lora", "head", "codes", "bridge"}
+    for part, norm in found.items():
+        mine = [p for name, p in model.named_parameters() if ("lora_" in name if part == "lora" else name.startswith(part + "."))]
+        flat = torch.cat([p.grad.flatten() for p in mine if p.grad is not None])
+        assert norm == pytest.approx(float(flat.norm()), rel=1e-5) and norm > 0
+    every = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert math.hypot(*found.values()) == pytest.approx(float(every.norm()), rel=1e-5)
+
+
+def test_heldout_figures_are_the_naive_ones():
+    """T = 100 gives two buckets; 1e-4 is float32 in another order of sums (5e-6 seen)."""
+    model, ids = tiny_online(max_position_embeddings=128), text(4, 100)
+    found = heldout_figures(model, ids)
+    with torch.no_grad():
+        out = model(input_ids=ids)
+        nll = {None: out} | {kind: model(input_ids=ids, ablation=kind) for kind in ("zero", "shuffle", "random")}
+    for kind, one in nll.items():
+        log_p = F.log_softmax(one.logits.double(), -1)
+        nll[kind] = [[-float(log_p[row, t, ids[row, t + 1]]) for t in range(99)] for row in range(4)]
+    mean = {kind: sum(map(sum, rows)) / (4 * 99) for kind, rows in nll.items()}
+    closed, _ = naive_tails(out.concept_ids)
+    want = {f"delta_nll_{kind}": mean[kind] - mean[None] for kind in ("zero", "shuffle", "random")} | {
+        "heldout_nll": mean[None], "heldout_rate": float((out.concept_ids != NULL).double().mean()),
+        "heldout_tail_mean": sum(closed) / len(closed),
+    }
+    assert {key: found[key] for key in want} == pytest.approx(want, abs=1e-4)
+    assert abs(found["delta_nll_zero"]) > 1e-3, "the ablation must have done something for this to mean anything"
+    assert found["heldout_tail_histogram"] == [closed.count(length) for length in range(max(closed) + 1)]
+    starts = range(0, 99, BUCKET)
+    buckets = [[one for row in nll[None] for one in row[start : start + BUCKET]] for start in starts]
+    assert found["heldout_nll_by_position"] == pytest.approx([sum(one) / len(one) for one in buckets], abs=1e-4)
+
+
+def test_ablations_are_measured_on_a_small_batch(monkeypatch):
+    """Of many blocks the first few; of one long block its beginning."""
+    model, seen = tiny_online(), []
+    real = instruments.token_nll
+
+    def spy(model, ids, *args, ablation=None, **kwargs):
+        seen.append((ablation, tuple(ids.shape)))
+        return real(model, ids, *args, ablation=ablation, **kwargs)
+
+    monkeypatch.setattr(instruments, "token_nll", spy)
+    monkeypatch.setattr(instruments, "SMALL_BATCH", 50)
+    for ids, small in ((text(4, 20), (2, 20)), (text(1, 80), (1, 50))):
+        seen.clear()
+        heldout_figures(model, ids)
+        assert seen == [(None, tuple(ids.shape)), *((kind, small) for kind in ("zero", "shuffle", "random"))]
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"code_temperature": 7.0}, {"codes_per_concept": 2}, {"head": "joint"}, {"boundary": "fixed", "codes_per_concept": 2},
+], ids=str)
+def test_head_figures_are_the_naive_ones(settings):
+    """State by state; 1e-4 is float32 in another order of sums (2e-6 seen)."""
+    model, ids = tiny_online(**settings), text(3, 24)
+    found = head_figures(model, ids)
+    with torch.no_grad():
+        written = model(input_ids=ids).concept_ids
+        states = torch.cat([h for _, h in model._shallow_states(ids)])
+        naive: list[tuple] = []
+        for row, t in (written >= 0).nonzero().tolist():
+            x = model.codes.normalise(states[row, t])
+            soft = hard = torch.zeros_like(x)
+            entropy, surest = 0.0, []
+            for g in range(model.codes.codes_per_concept):
+                table = model.codes.table(g)
+                logits = model.head.code_logits((x - hard).unsqueeze(0), table, g)[0]
+                p = torch.softmax(logits.double() / model.config.code_temperature, 0)
+                entropy -= float((p * p.log()).nan_to_num().sum())
+                surest.append(float(p.max()))
+                soft, hard = soft + (p.float() @ table), hard + table[logits.argmax()]
+            naive.append((entropy, sum(surest) / len(surest), float(F.cosine_similarity(soft, hard, dim=0)),
+                          float((soft - hard).norm() / hard.norm())))
+    assert len(naive) > 10
+    means = [sum(column) / len(naive) for column in zip(*naive, strict=True)]
+    want = dict(zip(("code_entropy", "code_max_prob", "soft_hard_cosine", "soft_hard_distance"), means, strict=True))
+    assert found == pytest.approx(want, abs=1e-4)
+    assert found["code_entropy"] > 0.01 and found["soft_hard_distance"] > 0.01, "or a constant would pass"
+
+
+def test_codes_are_not_measured_before_there_are_any():
+    model = tiny_online()
+    model.config.quantise = 0.0
+    assert set(heldout_figures(model, text())) == {
+        "heldout_nll", "heldout_nll_by_position", "heldout_rate", "heldout_tail_mean", "heldout_tail_histogram"}
+    base = tiny_base()
+    control = ControlForCausalLM(ControlConfig(text_config=base.config, base="tiny", lora_rank=4), base).eval()
+    assert set(heldout_figures(control, text())) == {"heldout_nll", "heldout_nll_by_position"}
+    sinks_only = tiny_online(boundary="fixed", rate=0.03, max_tail=60)
+    assert head_figures(sinks_only, text()) == {}, "no coded concept: no figure"
+
+
+def test_looking_changes_nothing():
+    """Weights, gate and random state: else a run with other `heldout_every` would be another run."""
+    model = tiny_online(gumbel=1.0, gate_noise=0.5, concept_dropout=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    heldout_figures(model, text())
+    assert torch.equal(torch.get_rng_state(), random) and not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+ALWAYS = {
+    "step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "rate", "longest_tail", "tail_mean", "target_rate",
+    "quantise", "grad_norm_lora", "grad_norm_head", "grad_norm_codes", "grad_norm_bridge",
+}
+CODED = {"code_perplexity", "codes_used", "largest_code_share", "bits_per_concept"}
+HELDOUT = {"heldout_nll", "heldout_rate", "heldout_tail_mean", "heldout_tail_histogram", "heldout_nll_by_position"}
+ABLATED = {"delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_entropy", "code_max_prob", "soft_hard_cosine",
+           "soft_hard_distance"}
+
+
+def test_a_run_logs_what_it_measures_and_norms_are_those_before_clipping(recipe_values, tmp_path, monkeypatch):
+    """Gradients made 100 times as long are clipped, and each module's norm is still that of before (1e-3: the whole is
+    clipped with 1e-6 beside it)."""
+    before: list[dict] = []
+    real = ConceptTrainer._clip_grad_norm
+
+    def enlarge(self, model):
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad *= 100
+        before.append({f"grad_norm_{part}": norm for part, norm in gradient_norms(model).items()})
+        return real(self, model)
+
+    monkeypatch.setattr(ConceptTrainer, "_clip_grad_norm", enlarge)
+    values = {**recipe_values, "steps": 9, "log_every": 2, "bridge": True, "schedule": {"rate": [0, 0], "quantise": [0, 0.5]}}
+    train(check_recipe(values, "test"), tmp_path / "r", say=lambda line: None, show=False)
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]
+    for line in lines:
+        want = ALWAYS | CODED | (HELDOUT | ABLATED if line["step"] in (4, 8, 9) else set())
+        assert set(line) == want, set(line) ^ want
+        norms = before[line["step"] - 1]
+        assert min(norms.values()) > 1e-3 and line["grad_norm"] > 1
+        assert {key: line[key] for key in norms} == pytest.approx(norms, rel=1e-3)
