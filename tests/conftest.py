@@ -53,5 +53,5 @@ def recipe_values(base_folder, texts):
         "steps": 8, "sequence_length": 32, "batch_size": 2, "rate": 0.5, "max_tail": 6,
         "split": {"shallow": 1, "middle": 2, "deep": 1}, "num_concepts": 32, "precision": "fp32",
         "lora": {"rank": 4, "dropout": 0.1}, "log_every": 1, "heldout_every": 4, "heldout_tokens": 64, "save_every": 4,
-        "calibration_tokens": 256,
+        "calibration_tokens": 256, "schedule": {"rate": [0.0, 0.1]},
     }

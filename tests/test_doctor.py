@@ -20,23 +20,26 @@ from sememe.training.recipe import check_recipe, load_recipe
 from sememe.training.run import Interrupted, train
 from test_cli import sememe
 
+PLAIN = {"head": "factored", "boundary": "null", "codes_per_concept": 1, "estimator": "soft", "bridge": False,
+         "gate_noise": 0.0, "concept_dropout": 0.0, "distil": 0.0}  # whatever a recipe's defaults may be
+SHORT = {"steps": 20, "heldout_every": 5}  # enough for faults that are there from the start
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,:;"
 
 
-def chain(length: int, seed: int, order: int = 0) -> str:
-    """Text in which 85 % of the characters are followed by their one successor; another `order`, other successors."""
+def chain(length: int, seed: int, share: float = 0.85) -> str:
+    """Text in which that share of the characters is followed by its one successor."""
     draw, successor = random.Random(seed), list(range(len(ALPHABET)))
-    random.Random(order).shuffle(successor)
+    random.Random(0).shuffle(successor)
     one, out = 0, []
     for _ in range(length):
         out.append(ALPHABET[one])
-        one = successor[one] if draw.random() < 0.85 else draw.randrange(len(ALPHABET))
+        one = successor[one] if draw.random() < share else draw.randrange(len(ALPHABET))
     return "".join(out)
 
 
 def openings(blocks: int, seed: int) -> str:
     """Blocks of 128 characters: half a chain, and half that nobody can predict."""
-    draw, text = random.Random(seed), chain(64 * blocks, seed)
+    draw, text = random.Random(seed), chain(64 * blocks, seed, 0.98)
     return "".join(text[64 * i : 64 * i + 64] + "".join(draw.choices(ALPHABET, k=64)) for i in range(blocks))
 
 
@@ -44,7 +47,7 @@ def openings(blocks: int, seed: int) -> str:
 def clinic(tmp_path_factory, base_folder):
     """A function: name, changes of the recipe → the run folder, trained."""
     folder = tmp_path_factory.mktemp("clinic")
-    texts = {"train": chain(24000, 1), "heldout": chain(2000, 2), "other": chain(2000, 3, order=1),
+    texts = {"train": chain(24000, 1), "heldout": chain(2000, 2), "stutter": "".join(6 * one for one in chain(400, 3)),
              "openings": openings(200, 1), "openings-heldout": openings(8, 2)}
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
@@ -55,7 +58,7 @@ def clinic(tmp_path_factory, base_folder):
             "data": {"train": str(folder / f"{text}.txt"), "heldout": str(folder / f"{heldout}.txt")}, "rate": 0.5,
             "max_tail": 6, "num_concepts": 64, "steps": 36, "sequence_length": 128, "batch_size": 4, "log_every": 2,
             "heldout_every": 9, "heldout_tokens": 512, "save_every": 1000, "calibration_tokens": 2048,
-            "learning_rate": 1e-2, "schedule": {"rate": [0.0, 0.1], "quantise": [0.1, 0.3]}, **changes,
+            "learning_rate": 1e-2, "schedule": {"rate": [0.0, 0.1], "quantise": [0.1, 0.3]}, **PLAIN, **changes,
         }
         train(check_recipe(values, "test"), folder / name, say=lambda line: None, show=False)
         return folder / name
@@ -91,15 +94,15 @@ def test_a_healthy_run_is_called_healthy(healthy, tmp_path):
 
 
 def test_systems_without_concepts_are_asked_what_concerns_them(clinic):
-    assert findings(clinic("control", system="control")) == {}
+    assert findings(clinic("control", system="control", **SHORT)) == {}
 
 
 def test_learning_rates_of_nothing_are_a_loss_that_does_not_fall(clinic):
-    found = findings(clinic("still", learning_rate=1e-7, concept_learning_rate=1e-7))
+    """The stride, since a gate that moves a little moves the held-out NLL of a random base by 0.03."""
+    found = findings(clinic("still", learning_rate=1e-7, concept_learning_rate=1e-7, boundary="fixed", **SHORT))
     still = found["loss does not fall"]
-    assert still["evidence"]["heldout_nll late"] == pytest.approx(still["evidence"]["heldout_nll early"], abs=0.05)
+    assert still["evidence"]["heldout_nll late"] == pytest.approx(still["evidence"]["heldout_nll early"], abs=0.01)
     assert "learning_rate=3e-07" in still["try"]
-    assert "codes ignored" in found, "a base that never saw codes does not read them"
 
 
 def test_a_collapsed_codebook(clinic, monkeypatch, tmp_path):
@@ -113,14 +116,14 @@ def test_a_collapsed_codebook(clinic, monkeypatch, tmp_path):
         return found
 
     monkeypatch.setattr(OnlineForCausalLM, "start_codes", collapse)
-    run = clinic("collapsed")
+    run = clinic("collapsed", **SHORT)
     found = findings(run)
     assert found["codes collapsed"]["evidence"]["largest_code_share"] == 1.0
-    assert found["codes collapsed"]["step"] == 36 and "gumbel=1" in found["codes collapsed"]["try"]
+    assert found["codes collapsed"]["step"] == 20 and "gumbel=1" in found["codes collapsed"]["try"]
     assert found["codes ignored"]["evidence"]["delta_nll_shuffle"] == 0.0
-    assert found["sure too early"]["step"] == 9
+    assert found["sure too early"]["step"] == 5
     printed = sememe("doctor", run, "--json", tmp_path / "d.json", code=1)
-    assert "codes collapsed" in printed and "largest_code_share 1" in printed and "gumbel=1" in printed
+    assert "3 findings at step 20" in printed and "CODES COLLAPSED" in printed and "gumbel=1" in printed
     assert json.loads((tmp_path / "d.json").read_text())["findings"] == list(found.values())
 
     cured = {"target_rate": 0.5, "delta_nll_shuffle": 1.0, "delta_nll_zero": 1.0}
@@ -130,25 +133,25 @@ def test_a_collapsed_codebook(clinic, monkeypatch, tmp_path):
     ignored = findings(run)["codes ignored"]
     assert ignored["step"] is None and ignored["evidence"] == {"delta_nll_shuffle": 1.0, "delta_nll_zero": 0.01}
     (run / "evaluate.json").write_text(json.dumps({**cured, "target_rate": 0.25}))
-    assert findings(run)["codes ignored"]["step"] == 36, "those at another setting of the dial do not count"
+    assert findings(run)["codes ignored"]["step"] == 20, "those at another setting of the dial do not count"
 
 
 def test_a_mixture_far_from_its_codes(clinic):
-    apart = findings(clinic("hot", code_temperature=100.0))["soft and hard codes apart"]
+    apart = findings(clinic("hot", code_temperature=100.0, **SHORT))["soft and hard codes apart"]
     assert apart["evidence"]["soft_hard_cosine"] < 0.9 and apart["try"] == ["code_temperature=1"]
 
 
 def test_a_choice_too_cold_to_learn_is_sure_and_gets_no_gradient(clinic):
     """The stride, so that the head has no gradient from the gate either."""
-    found = findings(clinic("cold", code_temperature=1e-3, boundary="fixed"))
+    found = findings(clinic("cold", code_temperature=1e-3, boundary="fixed", **SHORT))
     assert set(found["no gradient"]["evidence"]) == {"grad_norm_head / grad_norm"}
     assert found["no gradient"]["try"] == found["sure too early"]["try"] == ["code_temperature=1", "gumbel=1"]
 
 
 def test_an_exploding_gradient(clinic):
-    found = findings(clinic("wild", learning_rate=2e-2, lora={"rank": 32, "alpha": 64.0}))["gradient explodes"]
-    assert found["evidence"]["grad_norm late"] > 4 * found["evidence"]["grad_norm early"]
-    assert "learning_rate=0.006" in found["try"]
+    found = findings(clinic("wild", learning_rate=2.5e-2, lora={"rank": 32, "alpha": 64.0}))["gradient explodes"]
+    assert found["evidence"]["grad_norm late"] > 3 * found["evidence"]["grad_norm early"]
+    assert "learning_rate=0.0075" in found["try"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_why(clinic, tmp_path):
@@ -189,13 +192,14 @@ def test_a_gate_that_is_forced_shut(clinic, monkeypatch):
     """Scores never reach the threshold: what is written are the sinks and the forced concepts, 1 in max_tail + 1."""
     monkeypatch.setattr(RateGate, "track", lambda self, score: None)
     monkeypatch.setattr(RateGate, "calibrate", lambda self, score: self.quantiles.fill_(1e6))
-    off = findings(clinic("shut"))["rate off the dial"]
+    off = findings(clinic("shut", **SHORT))["rate off the dial"]
     assert off["evidence"]["rate"] == pytest.approx(1 / 7, abs=0.01)
     assert off["evidence"]["heldout_rate"] == pytest.approx(1 / 7, abs=0.01)
 
 
 def test_a_gate_without_feedback_on_other_text(clinic, monkeypatch):
-    """Held-out text of another kind: what was learnt is of no use there, and without feedback the threshold does not fit."""
+    """Held-out text in which every character comes six times: what was learnt is of no use there, and neighbours are too
+    much alike for the threshold."""
     real = RateGate.__init__
 
     def deaf(self, *args, **kwargs):
@@ -203,16 +207,16 @@ def test_a_gate_without_feedback_on_other_text(clinic, monkeypatch):
         self.feedback = 0.0
 
     monkeypatch.setattr(RateGate, "__init__", deaf)
-    found = findings(clinic("astray", heldout="other"))
+    found = findings(clinic("astray", heldout="stutter"))
     rates = found["train rate is not held-out rate"]["evidence"]
-    assert abs(rates["rate"] - rates["heldout_rate"]) > 0.025
+    assert abs(rates["rate"] - rates["heldout_rate"]) > 0.05
     gap = found["held-out far above training"]["evidence"]
     assert gap["heldout_nll"] > gap["loss"] + 0.5
 
 
 def test_concepts_that_serve_the_opening_alone(clinic):
     falls = findings(clinic("openings", heldout="openings-heldout", text="openings", steps=48))["only the opening improves"]
-    assert falls["evidence"]["fall of the first bucket"] > 0.05 > falls["evidence"]["fall of the others"]
+    assert falls["evidence"]["fall of the first bucket"] > 10 * falls["evidence"]["fall of the others"]
 
 
 def test_what_an_older_run_did_not_measure_is_said(healthy, tmp_path):
@@ -237,8 +241,8 @@ def test_what_is_no_run_is_one_sentence(tmp_path, healthy):
     assert "is not a folder" in sememe("doctor", tmp_path / "nowhere", code=1)
     assert "has no metrics.jsonl" in sememe("doctor", tmp_path, code=1)
     (tmp_path / "metrics.jsonl").write_text((healthy / "metrics.jsonl").read_text())
-    assert "has no any key" not in (said := sememe("doctor", tmp_path, code=1)) and "try: " in said
-    for text in ("[1, 2]", "rate: [", "system: online\nrate: much\n"):
-        (tmp_path / "recipe.yaml").write_text(text)
+    for text in (None, "[1, 2]", "rate: [", "system: online\nrate: much\n"):
+        if text is not None:
+            (tmp_path / "recipe.yaml").write_text(text)
         said = sememe("doctor", tmp_path, code=1)
-        assert "recipe.yaml has no" in said and "try: " in said and "\n" not in said
+        assert "recipe.yaml holds no readable" in said and "try: " in said and "\n" not in said

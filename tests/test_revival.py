@@ -78,10 +78,20 @@ def run(values: dict, folder) -> tuple[list[dict], list[str]]:
     return metrics(folder), said
 
 
+def test_terms_of_the_codes_count_once_in_a_step_of_parts(recipe_values, tmp_path):
+    values = {**recipe_values, "lora": {"rank": 4}, "boundary": "fixed", "batch_size": 4, "commitment_weight": 5.0,
+              "schedule": {"rate": [0, 0], "quantise": [0, 0]}}
+    whole, _ = run(values, tmp_path / "whole")
+    parts, _ = run({**values, "gradient_accumulation": 2}, tmp_path / "parts")
+    without, _ = run({**values, "commitment_weight": 0.0}, tmp_path / "without")
+    assert whole[0]["loss"] > without[0]["loss"] + 0.1
+    assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-4)
+
+
 def test_two_processes_revive_as_one(recipe_values, tmp_path):
     """The same codes move on every rank: equal losses (1e-6 seen) up to the order of sums, and the same line said."""
-    values = {**recipe_values, "lora": {"rank": 4}, "boundary": "fixed", "batch_size": 4, "revive_every": 4, "codes_per_concept": 2,
-              "schedule": {"rate": [0, 0], "quantise": [0, 0]}}
+    values = {**recipe_values, "lora": {"rank": 4}, "boundary": "fixed", "batch_size": 4, "revive_every": 4,
+              "codes_per_concept": 2, "schedule": {"rate": [0, 0], "quantise": [0, 0]}}
     one, said = run(values, tmp_path / "one")
     process = launch(values, tmp_path / "two", processes=2)
     told = process.communicate(timeout=240)[0]

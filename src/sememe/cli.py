@@ -81,17 +81,24 @@ def pull(
     to: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to put it in, instead of the cache.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Get a base model and keep it: verified, dequantised to safetensors once.
+    """Get a base model and keep it: verified, dequantised to safetensors once. For a concept model that comes with
+    Sememe, its base.
 
-    Example: `sememe pull smollm2-135m`
+    Example: `sememe pull smollm2-135m-online`
     """
     from sememe.backbone import bases
+    from sememe.models.loading import shipped
 
+    ours = {n: json.loads((folder / "config.json").read_text(encoding="utf-8")) for n, folder in shipped().items()}
     if name is None:
         rows = [(n, b.layers, b.licence, b.description) for n, b in bases.KNOWN.items()]
+        rows += [(n, c["text_config"]["num_hidden_layers"], "Apache-2.0", f"{c['base']} with concepts, R = {1 / c['rate']:g}")
+                 for n, c in ours.items()]
         table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", ("name", "layers", "licence", "what"))
         write_json(json_file, [dict(zip(("name", "layers", "licence", "description"), row, strict=True)) for row in rows])
         return
+    if name in ours:
+        name = ours[name]["base"]
     folder = bases.pull(name, to=to, say=out.print)
     out.print(f"{name} is at {folder}", soft_wrap=True)
     write_json(json_file, {"name": name, "folder": str(folder), "sha256": bases.fingerprint(folder)})
@@ -133,12 +140,10 @@ def train(
 @app.command()
 def sweep(
     recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
-    grid: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=A,B,C]...", help="Dotted keys, values with commas in [] stay whole.")
-    ] = None,
-    folder: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Folder of the runs: new, or a sweep to go on with.")
-    ] = Path("runs/sweep"),
+    grid: Annotated[list[str] | None, typer.Argument(
+        metavar="[KEY=A,B,C]...", help="Dotted keys; a value with commas stays whole in [].")] = None,
+    folder: Annotated[Path, typer.Option(
+        "--out", metavar="FOLDER", help="Folder of the runs: new, or a sweep to go on with.")] = Path("runs/sweep"),
     control: Annotated[bool, typer.Option("--control", help="Train control and skip too, and compare with them.")] = False,
     tokens: Annotated[int, typer.Option(min=16, help="Held-out tokens to measure on.")] = 8192,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Text to measure on; default: data.heldout.")] = None,
@@ -152,14 +157,13 @@ def sweep(
     The same command goes on after Ctrl-C; what is finished is read, not repeated.
     """
     from sememe.report import write_report
-    from sememe.training.sweep import as_table, check_faults, parse_seeds
-    from sememe.training.sweep import sweep as run_sweep
+    from sememe.training import sweep as sweeps
 
-    found = run_sweep(recipe, grid or [], folder, control, tokens, data, parse_seeds(seeds), say=out.print)
-    table(*as_table(found))
+    found = sweeps.sweep(recipe, grid or [], folder, control, tokens, data, sweeps.parse_seeds(seeds), say=out.print)
+    table(*sweeps.as_table(found))
     out.print(f"figures: {folder / 'sweep.json'}\nplot: {write_report(folder)}", soft_wrap=True)
     write_json(json_file, found)
-    check_faults(found)
+    sweeps.check_faults(found)
 
 
 @app.command()
@@ -345,13 +349,13 @@ def show_diagnosis(found: dict[str, Any]) -> None:
     """Findings first, then what was looked at in vain, then what could not be."""
     made = Table(title=f"{found['run']}: {len(found['findings'])} findings at step {found['step']}", title_justify="left",
                  show_lines=True)
-    for name in ("rule", "seen", "what to do", "try one of"):
+    for name in ("finding", "seen", "try one of"):
         made.add_column(name, overflow="fold")
     for one in found["findings"]:
         where = "evaluate.json" if one["step"] is None else f"step {one['step']}"
         seen = [f"{key} {figure(value)}" for key, value in one["evidence"].items()]
-        cells = (one["rule"], "\n".join([*seen, where, one["sign"]]), one["advice"], "\n".join(one["try"]))
-        made.add_row(*(Text(cell) for cell in cells))
+        cells = ([one["rule"].upper(), one["advice"]], [f"{one['sign']}:", *seen, where], one["try"])
+        made.add_row(*(Text("\n".join(cell)) for cell in cells))
     if found["findings"]:
         out.print(made)
     else:

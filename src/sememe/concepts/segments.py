@@ -47,8 +47,9 @@ class Packing(NamedTuple):
         segment_BT = written_BT.cumsum(1) - written_BT.long()
         slots = self.index_BC.shape[1] + 1
         weight_BT = weight_BT.float()
+        place_BTD = segment_BT.unsqueeze(-1).expand(-1, -1, width)
         total_BSD = x_BTD.new_zeros(batch, slots, width, dtype=torch.float32)
-        total_BSD = total_BSD.scatter_add(1, segment_BT.unsqueeze(-1).expand(-1, -1, width), weight_BT.unsqueeze(-1) * x_BTD.float())
+        total_BSD = total_BSD.scatter_add(1, place_BTD, weight_BT.unsqueeze(-1) * x_BTD.float())
         weight_BS = weight_BT.new_zeros(batch, slots).scatter_add(1, segment_BT, weight_BT)
         if before is not None:
             total_BSD = torch.cat([total_BSD[:, :1] + before[0].unsqueeze(1), total_BSD[:, 1:]], 1)

@@ -11,14 +11,24 @@ from sememe.errors import CheckpointError, RecipeError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import AdaptedConfig, OnlineConfig
 
+SHIPPED = Path(__file__).parents[1] / "reference"
+
+
+def shipped() -> dict[str, Path]:
+    """Reference models that come with the package: name → folder with adapters and model card, without the base."""
+    return {folder.name: folder for folder in sorted(SHIPPED.glob("*")) if (folder / "config.json").is_file()}
+
 
 def model_folder(model: str | Path) -> Path | None:
-    """The folder of a saved model: RUN/model, or the folder itself; None where `model` is not one of ours.
+    """The folder of a saved model: RUN/model, the folder itself, or that of a name in `shipped`; None where `model` is
+    none of ours.
 
     Raises:
         CheckpointError: a run that has not finished, or an empty folder.
     """
     path = Path(model)
+    if not path.exists() and str(model) in shipped():
+        return shipped()[str(model)]
     if (path / "recipe.yaml").is_file():
         if not (path / "model" / "config.json").is_file():
             raise CheckpointError(
@@ -60,7 +70,12 @@ def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = to
         loaded.merged()
     if rate is not None:
         set_rate(loaded.config, rate, model)
-    return loaded.to(device).eval(), load_tokenizer(folder)
+    return loaded.to(device).eval(), load_tokenizer(tokenizer_folder(folder, config, base))
+
+
+def tokenizer_folder(folder: Path, config, base: str | None = None) -> Path:
+    """Where a saved model's tokenizer is: beside it, or for one that was saved without at its base."""
+    return folder if (folder / "tokenizer.json").is_file() or not config.base else resolve(base or config.base)
 
 
 def set_rate(config, rate: float, model: str | Path) -> None:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.concepts.codebook import start_from_states
-from sememe.concepts.gate import GateState
 from sememe.concepts.segments import packing
 
 
@@ -47,7 +46,7 @@ class Starting:
     def _start_bridge(self, ids_NT: Tensor, rate: float, tokens: int = 16384) -> dict[str, float]:
         """Least squares from the shallow states and last concepts of tail positions to the states that the base itself
         would enter the deep slice with. Concepts are continuous here; LoRA is still zero, so the base is the teacher."""
-        config, spine, (shallow, middle, _) = self.config, self.spine, self.config.split
+        config, spine = self.config, self.spine
         asked, config.rate = config.rate, rate
         states, lasts, targets = [], [], []
         for step, h_BTD in self._shallow_states(ids_NT[: max(1, tokens // ids_NT.shape[1])]):
@@ -67,16 +66,11 @@ class Starting:
         return {"bridge_explains": self.bridge.start(torch.cat(states), torch.cat(lasts), torch.cat(targets))}
 
     def _start_entropy(self, ids_NT: Tensor, tokens: int = 16384) -> dict[str, float]:
-        """Fits the boundary's estimate of the base's next-token entropy."""
-        spine, (shallow, middle, deep) = self.spine, self.config.split
+        """Fits the boundary's estimate to the base's own next-token entropies (LoRA is still zero)."""
+        ids_NT, batch = ids_NT[: max(1, tokens // ids_NT.shape[1])], 4
         now, before, entropies = [], [], []
-        for step, h_BTD in self._shallow_states(ids_NT[: max(1, tokens // ids_NT.shape[1])]):
-            everywhere = torch.ones_like(step.valid_BT)
-            c_BTD = self._middle(spine, h_BTD, packing(everywhere), everywhere, step)
-            asked, self.config.rate = self.config.rate, 1.0
-            d_BTD = self._deep(spine, c_BTD, everywhere, step, GateState.start(len(h_BTD)))
-            self.config.rate = asked
-            log_p_BTV = F.log_softmax(spine.logits(d_BTD).float(), -1)
+        for ids_BT, (_, h_BTD) in zip(ids_NT.split(batch), self._shallow_states(ids_NT, batch), strict=True):
+            log_p_BTV = F.log_softmax(self.backbone(input_ids=ids_BT.to(self.device), use_cache=False).logits.float(), -1)
             x_BTD = self.codes.normalise(h_BTD)
             now.append(x_BTD[:, 1:].flatten(0, 1))
             before.append(x_BTD[:, :-1].flatten(0, 1))

@@ -128,12 +128,8 @@ def _read_recipe(file: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
         wrong = [key for key in NUMBERS if number(recipe.get(key)) is None]
         wrong += [key for key in ("system", "precision", "lora") if key not in recipe]
-    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
-        wrong, cause = ["any key"], error
-    else:
-        cause = None
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        wrong = ["recipe"]
     if wrong:
-        raise RecipeError(
-            f"{file} has no {wrong[0]} that can be read: need the recipe that `sememe train` wrote. try: copy it again"
-        ) from cause
+        raise RecipeError(f"{file} holds no readable {wrong[0]}: need the file that `sememe train` wrote. try: copy it again")
     return recipe

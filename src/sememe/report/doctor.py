@@ -192,7 +192,7 @@ RULES = (
          "(first to last) falls by {nats} nats", {"nats": 0.02}, loss_flat, EVERY),
     Rule("held-out far above training", "heldout_nll is more than {nats} nats above loss", {"nats": 0.5}, heldout_gap, EVERY),
     Rule("gradient explodes", "grad_norm in the last third of the run is over {growth} times that of the first and over {clips} "
-         "(medians; it is clipped at 1)", {"growth": 4, "clips": 4}, gradient_explodes, EVERY),
+         "(medians; it is clipped at 1)", {"growth": 3, "clips": 3}, gradient_explodes, EVERY),
     Rule("no gradient", "a module's norm is below {share} of grad_norm (median)", {"share": 1e-4}, no_gradient, EVERY),
     Rule("rate off the dial", "rate or heldout_rate is more than {percent} % and one concept per text off the recipe's",
          {"percent": 3}, rate_off_dial),

@@ -12,6 +12,7 @@ from sememe.training.recipe import Recipe
 # Of `ConceptEmbedding.use`, where a code that gets its even share stands at 4. A code starts at 1, so it is taken for dead
 # after 5.5 K concepts without it at the earliest.
 FLOOR = 0.25
+TOKENS = 8192  # at most, read each time: twice as many states as codes of a usual table
 LAST = 0.8  # share of the run after which codes stay: a new one needs steps to be learned
 
 
@@ -31,7 +32,8 @@ class Revive(TrainerCallback):
         if not bool((codes.use < FLOOR).any()):
             return
         end = step * recipe.batch_size
-        blocks_NT = self.blocks_NT[max(0, end - max(1, recipe.calibration_tokens // recipe.sequence_length)) : end]
+        blocks = max(1, min(TOKENS, recipe.calibration_tokens) // recipe.sequence_length)
+        blocks_NT = self.blocks_NT[max(0, end - blocks) : end]
         with torch.no_grad():
             x_ND = codes.normalise(model._inner_states(blocks_NT))
         moved_GK = revive(codes, model.head, x_ND, FLOOR, torch.Generator().manual_seed(recipe.seed + step))

@@ -54,13 +54,13 @@ class Lora(Strict):
 
 
 class Schedule(Strict):
-    """Identity → concepts, as shares of the run. Before the ramps the model is its base, exactly."""
+    """Identity → concepts, as shares of the run. Ahead of all ramps the model is its base, exactly. The rate has none by
+    default: with the bridge a run may start at its final rate (docs/log.md)."""
 
-    rate: tuple[float, float] = (0.0, 0.1)
+    rate: tuple[float, float] = (0.0, 0.0)
     """The concept rate falls from 1 to `rate` between these shares, geometrically."""
     quantise: tuple[float, float] = (0.3, 0.6)
     """The code's share in a concept's state rises from 0 to 1 between these shares."""
-
     lora: tuple[float, float] = (0.0, 0.0)
     """LoRA's learning rate rises from 0 between these shares; until then only the new modules learn."""
 
@@ -103,15 +103,15 @@ class Recipe(Strict):
     split: Split = Split()
     max_tail: int = Field(16, ge=0)
     """Longest run of normal tokens; then a concept is forced."""
-    head: str = "factored"
+    head: str = "nearest"
     boundary: str = "null"
     """How segments close; see `concepts/boundary.py`."""
     num_concepts: int = Field(4096, ge=2)
-    codes_per_concept: int = Field(1, ge=1, le=4)
+    codes_per_concept: int = Field(2, ge=1, le=4)
     """Residual stages: a concept is that many digits of `num_concepts`, each coding what those before it left."""
     shared_map: bool = False
     """One learned map moves all codes together; they themselves stay where k-means put them."""
-    bridge: bool = False
+    bridge: bool = True
     """Tail states get a linear guess of what the middle slice would have added, started by least squares; `skip` too."""
     gate_noise: float = Field(0.0, ge=0)
     """In training, writing is sampled: Bernoulli of the gate's log-odds divided by this. 0: thresholded, as in use."""
