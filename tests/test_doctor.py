@@ -21,7 +21,7 @@ from sememe.training.run import Interrupted, train
 from test_cli import sememe
 
 PLAIN = {"head": "factored", "boundary": "null", "codes_per_concept": 1, "estimator": "soft", "bridge": False,
-         "gate_noise": 0.0, "concept_dropout": 0.0, "distil": 0.0}  # whatever a recipe's defaults may be
+         "gate_noise": 0.0, "concept_dropout": 0.0}  # whatever a recipe's defaults may be
 SHORT = {"steps": 20, "heldout_every": 5}  # enough for faults that are there from the start
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,:;"
 
@@ -52,13 +52,13 @@ def clinic(tmp_path_factory, base_folder):
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
 
-    def run(name: str, heldout: str = "heldout", text: str = "train", **changes):
+    def run(name: str, heldout: str = "heldout", text: str = "train", settings: dict = PLAIN, **changes):
         values = {
             "system": "online", "base": str(base_folder), "split": {"shallow": 1, "middle": 2, "deep": 1}, "precision": "fp32",
             "data": {"train": str(folder / f"{text}.txt"), "heldout": str(folder / f"{heldout}.txt")}, "rate": 0.5,
             "max_tail": 6, "num_concepts": 64, "steps": 36, "sequence_length": 128, "batch_size": 4, "log_every": 2,
             "heldout_every": 9, "heldout_tokens": 512, "save_every": 1000, "calibration_tokens": 2048,
-            "learning_rate": 1e-2, "schedule": {"rate": [0.0, 0.1], "quantise": [0.1, 0.3]}, **PLAIN, **changes,
+            "learning_rate": 1e-2, "schedule": {"rate": [0.0, 0.1], "quantise": [0.1, 0.3]}, **settings, **changes,
         }
         train(check_recipe(values, "test"), folder / name, say=lambda line: None, show=False)
         return folder / name
@@ -69,7 +69,8 @@ def clinic(tmp_path_factory, base_folder):
 
 @pytest.fixture(scope="module")
 def healthy(clinic):
-    return clinic("healthy")
+    """With the recipe's own defaults."""
+    return clinic("healthy", settings={})
 
 
 def findings(run) -> dict[str, dict]:

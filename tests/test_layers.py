@@ -13,9 +13,9 @@ ALLOWED = {
     "evaluation": {"models", "concepts", "backbone", "data", "errors"},
     "training": {"evaluation", "models", "concepts", "backbone", "data", "errors"},
     "report": {"errors"},
-    "show": {"models", "errors"},
-    "cli": {"errors", "backbone", "models", "training", "evaluation", "report", "show", "demo"},
-    "demo": {"errors", "backbone", "models", "training", "evaluation", "report", "show", "cli"},
+    "show": {"models", "errors"}, "tables": {"errors", "evaluation"},
+    "cli": {"tables", "errors", "backbone", "models", "training", "evaluation", "report", "show", "demo"},
+    "demo": {"tables", "errors", "backbone", "models", "training", "evaluation", "report", "show", "cli"},
     "__init__": {"models"}, "__main__": {"cli"},
 }
 HEAVY = {"concepts": {"transformers", "peft", "datasets"}, "report": {"torch", "transformers", "peft"}}

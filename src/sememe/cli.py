@@ -4,14 +4,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sememe.errors import SememeError
+from sememe.tables import out, show_ablation, show_diagnosis, show_quality, show_speed, table, write_json
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -21,8 +19,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Concept-token language models: part of a pretrained LM works on discrete concepts that it writes for itself.",
 )
-out = Console()
-
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the same as JSON.")]
 Model = Annotated[str, typer.Argument(help="A run folder, a saved model folder, or a base.")]
 Rate = Annotated[float | None, typer.Option("--rate", metavar="R", help="The dial: concepts per token; default: as trained.")]
@@ -38,41 +34,12 @@ def main() -> None:
         sys.exit(code)
 
 
-def write_json(path: Path | None, value: Any) -> None:
-    """Whole or not at all; a path that cannot be written is a user fault."""
-    if path is None:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SememeError(
-            f"could not write {path} ({error.strerror}): need a folder that can be written to. try: --json out.json"
-        ) from error
-
-
-def table(rows: list[tuple], title: str, columns: tuple[str, ...]) -> None:
-    made = Table(title=title, title_justify="left")
-    for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if i and name else "left", overflow="ellipsis" if i else "fold")
-    for row in rows:
-        made.add_row(*(figure(cell) for cell in row))
-    out.print(made)
-
-
 def numbers(text: str | None, option: str, example: str) -> list[float]:
     """`0.25,0.5` → [0.25, 0.5]; nothing → []."""
     try:
         return [float(word) for word in text.split(",")] if text is not None else []
     except ValueError as error:
         raise SememeError(f"{option} {text!r}: need numbers with commas between them. try: {option} {example}") from error
-
-
-def figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @app.command()
@@ -194,21 +161,6 @@ def evaluate(
     write_json(json_file, result)
 
 
-def show_quality(result: dict[str, Any]) -> None:
-    from sememe.evaluation.files import CONTRACT
-
-    table([(key, result[key]) for key in CONTRACT], f"{result['model']} on {result['data']}", ("measure", "value"))
-    asked = {"target_rate": "rate asked", "concept_rate": "realised", "rate_error_percent": "error, %", "nll": "NLL",
-             "delta_nll_control": "Δ control"}
-    if "by_data" in result:
-        rows = [(one["data"], one["tokens"], *(one[key] for key in asked)) for one in result["by_data"]]
-        table(rows, f"{result['model']} on each text", ("data", "tokens", *asked.values()))
-    for one in result.get("by_data", [result]):
-        if "dial" in one:
-            rows = [tuple(line[key] for key in asked) for line in one["dial"]]
-            table(rows, f"the dial on {one['data']}", tuple(asked.values()))
-
-
 @app.command()
 def ablate(
     model: Model,
@@ -232,20 +184,6 @@ def ablate(
     result = ablate_files(model, data, tokens, dropped or SHARES, seeds, sequence_length, batch, base, rate)
     show_ablation(result)
     write_json(json_file, result)
-
-
-def show_ablation(result: dict[str, Any]) -> None:
-    """A table whose last column is the curve."""
-    found = {f"drop {100 * one['share']:g} %": one for one in result["drop"]}
-    found |= {kind: result[kind] for kind in ("zero", "shuffle", "random", "swap")}
-    most = max(one["delta_nll"] for one in found.values())
-    rows = []
-    for name, one in found.items():
-        bar = "█" * round(32 * one["delta_nll"] / most) if most > 0 else ""
-        delta, low, high = (f"{one[key]:+.4f}" for key in ("delta_nll", "delta_nll_min", "delta_nll_max"))
-        rows.append((name, delta, low, high, bar))
-    title = f"{result['model']} on {result['data']}: NLL {result['nll']:.4f}; ΔNLL over {result['seeds']} seeds"
-    table(rows, title, ("ablation", "ΔNLL", "least", "most", ""))
 
 
 @app.command()
@@ -296,15 +234,6 @@ def benchmark(
     write_json(json_file, result)
 
 
-def show_speed(result: dict[str, Any]) -> None:
-    keys = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes", "train_tokens_per_s")
-    rows = [(key, result["concept"][key], result["base"][key]) for key in keys]
-    table(rows, f"{result['model']} beside its base", ("measure", "concept", "base"))
-    ratios = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction", "train_step_ratio",
-              "realised_rate")
-    table([(key, result.get(key)) for key in ratios], "ratios to the base", ("measure", "value"))
-
-
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(
@@ -343,26 +272,6 @@ def doctor(
     write_json(json_file, found)
     if not found["healthy"]:
         raise typer.Exit(1)
-
-
-def show_diagnosis(found: dict[str, Any]) -> None:
-    """Findings first, then what was looked at in vain, then what could not be."""
-    made = Table(title=f"{found['run']}: {len(found['findings'])} findings at step {found['step']}", title_justify="left",
-                 show_lines=True)
-    for name in ("finding", "seen", "try one of"):
-        made.add_column(name, overflow="fold")
-    for one in found["findings"]:
-        where = "evaluate.json" if one["step"] is None else f"step {one['step']}"
-        seen = [f"{key} {figure(value)}" for key, value in one["evidence"].items()]
-        cells = ([one["rule"].upper(), one["advice"]], [f"{one['sign']}:", *seen, where], one["try"])
-        made.add_row(*(Text("\n".join(cell)) for cell in cells))
-    if found["findings"]:
-        out.print(made)
-    else:
-        out.print(f"{found['run']} is healthy at step {found['step']}")
-    out.print(f"nothing found by: {', '.join(found['passed']) or '–'}")
-    for one in found["unchecked"]:
-        out.print(f"not checked: {one['rule']} ({one['because']})")
 
 
 @app.command()

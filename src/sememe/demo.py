@@ -7,10 +7,10 @@ import torch
 from rich.console import Console
 
 from sememe.backbone.bases import resolve
-from sememe.cli import show_quality, show_speed
 from sememe.evaluation.files import benchmark_files, evaluate_files, kept
 from sememe.report import write_report
 from sememe.show import generate_text
+from sememe.tables import show_quality, show_speed
 from sememe.training.recipe import Recipe, load_recipe
 from sememe.training.run import precision, train
 

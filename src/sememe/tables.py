@@ -1,0 +1,101 @@
+"""What commands print and write: tables of figures, and JSON beside them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sememe.errors import SememeError
+
+out = Console()
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Whole or not at all; a path that cannot be written is a user fault."""
+    if path is None:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SememeError(
+            f"could not write {path} ({error.strerror}): need a folder that can be written to. try: --json out.json"
+        ) from error
+
+
+def table(rows: list[tuple], title: str, columns: tuple[str, ...]) -> None:
+    made = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="right" if i and name else "left", overflow="ellipsis" if i else "fold")
+    for row in rows:
+        made.add_row(*(figure(cell) for cell in row))
+    out.print(made)
+
+
+def figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def show_quality(result: dict[str, Any]) -> None:
+    from sememe.evaluation.files import CONTRACT
+
+    table([(key, result[key]) for key in CONTRACT], f"{result['model']} on {result['data']}", ("measure", "value"))
+    asked = {"target_rate": "rate asked", "concept_rate": "realised", "rate_error_percent": "error, %", "nll": "NLL",
+             "delta_nll_control": "Δ control"}
+    if "by_data" in result:
+        rows = [(one["data"], one["tokens"], *(one[key] for key in asked)) for one in result["by_data"]]
+        table(rows, f"{result['model']} on each text", ("data", "tokens", *asked.values()))
+    for one in result.get("by_data", [result]):
+        if "dial" in one:
+            rows = [tuple(line[key] for key in asked) for line in one["dial"]]
+            table(rows, f"the dial on {one['data']}", tuple(asked.values()))
+
+
+def show_ablation(result: dict[str, Any]) -> None:
+    """A table whose last column is the curve."""
+    found = {f"drop {100 * one['share']:g} %": one for one in result["drop"]}
+    found |= {kind: result[kind] for kind in ("zero", "shuffle", "random", "swap")}
+    most = max(one["delta_nll"] for one in found.values())
+    rows = []
+    for name, one in found.items():
+        bar = "█" * round(32 * one["delta_nll"] / most) if most > 0 else ""
+        delta, low, high = (f"{one[key]:+.4f}" for key in ("delta_nll", "delta_nll_min", "delta_nll_max"))
+        rows.append((name, delta, low, high, bar))
+    title = f"{result['model']} on {result['data']}: NLL {result['nll']:.4f}; ΔNLL over {result['seeds']} seeds"
+    table(rows, title, ("ablation", "ΔNLL", "least", "most", ""))
+
+
+def show_speed(result: dict[str, Any]) -> None:
+    keys = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes", "train_tokens_per_s")
+    rows = [(key, result["concept"][key], result["base"][key]) for key in keys]
+    table(rows, f"{result['model']} beside its base", ("measure", "concept", "base"))
+    ratios = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction", "train_step_ratio",
+              "realised_rate")
+    table([(key, result.get(key)) for key in ratios], "ratios to the base", ("measure", "value"))
+
+
+def show_diagnosis(found: dict[str, Any]) -> None:
+    """Findings first, then what was looked at in vain, then what could not be."""
+    made = Table(title=f"{found['run']}: {len(found['findings'])} findings at step {found['step']}", title_justify="left",
+                 show_lines=True)
+    for name in ("finding", "seen", "try one of"):
+        made.add_column(name, overflow="fold")
+    for one in found["findings"]:
+        where = "evaluate.json" if one["step"] is None else f"step {one['step']}"
+        seen = [f"{key} {figure(value)}" for key, value in one["evidence"].items()]
+        cells = ([one["rule"].upper(), one["advice"]], [f"{one['sign']}:", *seen, where], one["try"])
+        made.add_row(*(Text("\n".join(cell)) for cell in cells))
+    if found["findings"]:
+        out.print(made)
+    else:
+        out.print(f"{found['run']} is healthy at step {found['step']}")
+    out.print(f"nothing found by: {', '.join(found['passed']) or '–'}")
+    for one in found["unchecked"]:
+        out.print(f"not checked: {one['rule']} ({one['because']})")
