@@ -32,12 +32,14 @@ def test_saved_recipe_reads_back_equal(path):
     ("ratio=0.5", "unknown key 'ratio'.*try: "), ("split.midle=3", "unknown key 'split.midle'.*try: split.middle"),
     ("rate=1.5", "rate = 1.5: .*less than or equal to 1"), ("rate=0", "rate = 0: .*greater than 0"),
     ("rate=fast", "rate = 'fast'"), ("head=both", "head = 'both'"), ("steps=0", "steps = 0"), ("steps", "need key=value"),
-    ("boundary=stride", "boundary = 'stride'"), ("rate=0.1", "max_tail = 6 forces a concept more often"),
+    ("boundary=stride", "boundary = 'stride'"), ("distil=0.5 system=control", "distil = 0.5 is for system: online"),
+    ("gate_noise=0.3 boundary=fixed", "samples the decisions of boundary: null alone"),
+    ("rate=0.1", "max_tail = 6 forces a concept more often"),
     ("schedule.rate=[0.5,0.1]", r"schedule.rate.*0 ≤ start ≤ end ≤ 1"), ("data.heldout=${data.train}", "held-out text is never"),
 ])
 def test_bad_values_are_one_sentence(path, override, said):
     with pytest.raises(RecipeError, match=said) as caught:
-        load_recipe(path, [override])
+        load_recipe(path, override.split())
     assert "\n" not in str(caught.value) and "try: " in str(caught.value)
 
 

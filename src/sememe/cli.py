@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Concept-token language models: part of a pretrained LM works on discrete concepts that it writes for itself.",
 )
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the same as JSON.")]
-Model = Annotated[str, typer.Argument(help="A run folder, a saved model folder, or a base.")]
+Model = Annotated[str, typer.Argument(help="A run folder, a saved model folder, a base, or smollm2-135m-online.")]
 Rate = Annotated[float | None, typer.Option("--rate", metavar="R", help="The dial: concepts per token; default: as trained.")]
 
 

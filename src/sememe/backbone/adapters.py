@@ -17,16 +17,17 @@ def linear_names(decoder: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def add_lora(base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
-    """Puts LoRA into `base` in place. Its weights are trainable, everything else is frozen."""
+def add_lora(base: nn.Module, rank: int, alpha: float, dropout: float, first: int = 0) -> None:
+    """Puts LoRA into the layers of `base` from `first` on, in place. Its weights are trainable, everything else is frozen."""
     base.requires_grad_(False)
     if rank == 0:
         return
     names = linear_names(base.get_decoder())
     if not names:
         raise RecipeError("found no nn.Linear in the layers of this base: need one for LoRA. try: lora.rank=0")
+    layers = "|".join(str(i) for i in range(first, len(base.get_decoder().layers)))
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
-                        target_modules=rf".*\.layers\.\d+\..*\.({'|'.join(names)})")
+                        target_modules=rf".*\.layers\.({layers})\..*\.({'|'.join(names)})")
     inject_adapter_in_model(config, base)
 
 

@@ -72,7 +72,7 @@ class Entropy(Boundary):
     """Where the next token is hard: a linear estimate of the base's next-token entropy, fitted once and never trained.
 
     The estimate reads the shallow states at t and t-1, so it is causal and costs 2 D multiplications; a shallow exit
-    through the base's own lm_head would cost a fifth of the whole forward (docs/log.md).
+    through the base's own lm_head would cost a fifth of all of SmolLM2's multiplications.
     """
 
     fitted = True

@@ -48,7 +48,8 @@ def ceiling_decode(base: nn.Module, config: OnlineConfig, rate: float) -> float:
     shallow, middle, deep = config.split
     at = config.codes_per_concept * rate + (1.0 - rate if config.head == "joint" else 0.0)  # its first stage is the score too
     codes = config.num_concepts * config.text_config.hidden_size * at
-    return (sum(config.split) * layer + head) / ((shallow + deep + middle * rate) * layer + head + codes)
+    bridge = 2 * config.text_config.hidden_size**2 if config.bridge else 0
+    return (sum(config.split) * layer + head) / ((shallow + deep + middle * rate) * layer + head + codes + bridge)
 
 
 @torch.no_grad()

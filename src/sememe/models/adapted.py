@@ -45,7 +45,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self.generation_config = self.backbone.generation_config
         if self.config.base is not None:
             config = self.config
-            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout)
+            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_first)
 
     def _init_weights(self, module) -> None:
         """New modules start from `start` (k-means) or from zero; the base brings its own weights."""

@@ -16,17 +16,18 @@ class AdaptedConfig(PreTrainedConfig):
         base: known base, local folder or Hub id that the weights come from; None once merged.
         base_sha256: hash of the base's safetensors files; loading over another base is refused.
         lora_rank, lora_alpha, lora_dropout: LoRA on all linears of the decoder layers; rank 0 for none.
+        lora_first: first layer that has it.
     """
 
     model_type = "sememe"
     sub_configs = {"text_config": AutoConfig}
 
     def __init__(self, text_config=None, base: str | None = None, base_sha256: str | None = None, lora_rank: int = 8,
-                 lora_alpha: float = 16.0, lora_dropout: float = 0.0, **kwargs):
+                 lora_alpha: float = 16.0, lora_dropout: float = 0.0, lora_first: int = 0, **kwargs):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.base, self.base_sha256 = base, base_sha256
-        self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
+        self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_first = lora_rank, lora_alpha, lora_dropout, lora_first
         super().__init__(**kwargs)
         self.adopt(text_config if text_config is not None else AutoConfig.for_model("llama"))
 

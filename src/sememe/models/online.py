@@ -28,7 +28,7 @@ from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
 from sememe.models.starting import Starting
 
-NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K-1
+NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K^G - 1
 
 
 @dataclass

@@ -25,12 +25,14 @@ class Starting:
 
     @torch.no_grad()
     def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
-        """Codebook and head by k-means of the shallow states of (N, T) blocks of text, in the frame as it is.
+        """Codebook and head by k-means of the shallow states of (N, T) blocks of text, in the frame as it is, and of the
+        whole vocabulary in random order: rare words need codes too, and a little text has few of them (docs/log.md).
 
         To be called when quantisation begins: LoRA moves the states, and a codebook of the untouched base would not
         fit them any more (docs/log.md).
         """
-        found = start_from_states(self.codes, self.head, self._inner_states(ids_NT), seed=seed)
+        h_ND = torch.cat([self._inner_states(ids_NT), self._inner_states(self._vocabulary(ids_NT, seed))])
+        found = start_from_states(self.codes, self.head, h_ND, seed=seed)
         self.calibrate_gate(ids_NT)
         return found
 
@@ -77,6 +79,15 @@ class Starting:
             entropies.append(-(log_p_BTV.exp() * log_p_BTV).sum(-1)[:, 1:].flatten())
         explained = self.gate.boundary.start(torch.cat(now), torch.cat(before), torch.cat(entropies))
         return {"entropy_explains": explained}
+
+    def _vocabulary(self, ids_NT: Tensor, seed: int) -> Tensor:
+        """(n, T) blocks that open as the texts do and go on with every token of the vocabulary once, in random order; of
+        a vocabulary that is larger than 1.5 times the text, a part."""
+        vocab, length = self.config.text_config.vocab_size, ids_NT.shape[1] - 1
+        token_V = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))[: max(length, ids_NT.numel() * 3 // 2)]
+        token_nT = token_V.repeat(-(-length // len(token_V)))[: max(1, len(token_V) // length) * length].view(-1, length)
+        first_n = ids_NT[torch.arange(len(token_nT)) % len(ids_NT), 0].cpu()
+        return torch.cat([first_n[:, None], token_nT], 1)
 
     def _inner_states(self, ids_NT: Tensor) -> Tensor:
         """(n, D) shallow states of all positions but the sinks, which are never quantised."""

@@ -51,6 +51,8 @@ class Lora(Strict):
     rank: int = Field(8, ge=0)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    shallow: bool = True
+    """Whether an `online` model's shallow slice has LoRA; without it the states that the codes stand for stay put."""
 
 
 class Schedule(Strict):
@@ -135,7 +137,7 @@ class Recipe(Strict):
     learning_rate: float = Field(1e-3, gt=0)
     """Of LoRA; warmed up over the first 5 % of the steps, then cosine to 10 %."""
     concept_learning_rate: float = Field(1e-3, gt=0)
-    """Of head and codebook."""
+    """Of head, codebook and bridge."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 where the hardware has it, GPU or CPU."""
     gradient_checkpointing: bool = False
@@ -144,7 +146,7 @@ class Recipe(Strict):
     heldout_tokens: int = Field(2048, ge=8)
     save_every: int = Field(50, ge=1)
     calibration_tokens: int = Field(32768, ge=64)
-    """Training tokens whose shallow states start the codebook and the gate."""
+    """Training tokens whose states start the codebook, the gate, the bridge and the entropy estimate."""
     seed: int = Field(0, ge=0)
 
     @field_validator("boundary", mode="before")
@@ -171,6 +173,14 @@ class Recipe(Strict):
     def _tail_fits(self) -> "Recipe":
         if self.system == "online" and self.rate * (self.max_tail + 1) < 1 - 1e-9:
             raise ValueError(f"max_tail = {self.max_tail} forces a concept more often than rate = {self.rate}")
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "Recipe":
+        if self.distil > 0 and self.system != "online":
+            raise ValueError(f"distil = {self.distil} is for system: online; a baseline is trained on the text alone")
+        if self.gate_noise > 0 and self.boundary != "null":
+            raise ValueError(f"gate_noise = {self.gate_noise} samples the decisions of boundary: null alone")
         return self
 
     def yaml(self) -> str:

@@ -1,0 +1,54 @@
+"""What an online model starts from: vocabulary coverage, the entropy estimate, LoRA that spares the shallow slice."""
+
+import torch
+import torch.nn.functional as F
+
+from families import text, tiny_online
+from sememe.concepts.boundary import Entropy
+
+
+def test_the_codebook_sees_every_token_of_the_vocabulary():
+    model, ids = tiny_online(), text(4, 60)
+    blocks = model._vocabulary(ids, seed=0)
+    assert blocks.shape[1] == 60 and torch.equal(blocks[:, 0], ids[: len(blocks), 0]), "each opens as a text does"
+    seen = blocks[:, 1:].flatten().tolist()
+    assert len(set(seen)) == len(seen) == len(blocks) * 59, "no token twice"
+    assert set(model._vocabulary(text(4, 20), seed=0)[:, 1:].flatten().tolist()) <= set(range(97))
+    assert not torch.equal(blocks, model._vocabulary(ids, seed=1))
+
+
+def test_a_text_longer_than_the_vocabulary_repeats_it():
+    assert tiny_online()._vocabulary(text(2, 300), seed=0).shape == (1, 300)
+
+
+def test_lora_may_spare_the_shallow_slice():
+    model, ids = tiny_online(split=(2, 1, 1), lora_first=2), text(2)
+    layers = {int(name.split("layers.")[1].split(".")[0]) for name, _ in model.named_parameters() if "lora_" in name}
+    assert layers == {2, 3}
+    before = next(model._shallow_states(ids))[1]
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0).step()
+    torch.testing.assert_close(next(model.eval()._shallow_states(ids))[1], before, rtol=0, atol=0)
+
+
+def test_the_entropy_estimate_is_the_least_squares_fit():
+    generator = torch.Generator().manual_seed(0)
+    x, previous = torch.randn(2, 2000, 8, generator=generator)
+    wanted = 2 + x @ torch.arange(8.0) - previous[:, 0]
+    boundary = Entropy(8)
+    assert boundary.start(x[:1000], previous[:1000], wanted[:1000]) > 0.99
+    score = boundary.score(None, x[1000:], previous[1000:])
+    assert torch.corrcoef(torch.stack([score, wanted[1000:]]))[0, 1] > 0.99, "on other states"
+
+
+@torch.no_grad()
+def test_it_is_fitted_to_the_entropies_of_the_base():
+    """On the text it was fitted to, it follows the base's own entropies; a random base gives a weak but real relation."""
+    model, ids = tiny_online(boundary="entropy", lora_rank=0), text(100, 24, seed=3)
+    assert model.start_frame(ids)["entropy_explains"] > 0.03
+    x = torch.cat([model.codes.normalise(h) for _, h in model._shallow_states(ids)])
+    score = model.gate.boundary.score(model.head, x, model._previous(x, None))[:, 1:].flatten()
+    log_p = F.log_softmax(model.backbone(ids).logits, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)[:, 1:].flatten()
+    assert torch.corrcoef(torch.stack([score, entropy]))[0, 1] > 0.15
