@@ -61,7 +61,8 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             ids.append(-2 if written[t] else -1)
             concepts.append(read[t])
             continue
-        left, code, written_id = model.codes.normalise(read[t]), 0.0, 0
+        code = 0.0 if model.anchor is None else model.anchor(spine.embed(ids_T[t]))  # what the token itself tells
+        left, written_id = model.codes.normalise(read[t]) - code, 0
         for g in range(config.codes_per_concept):
             table = model.codes.weight[g] if model.codes.map is None else model.codes.weight[g] @ model.codes.map
             logits = model.head.code_logits(left, table, g)

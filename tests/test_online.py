@@ -51,8 +51,9 @@ def test_self_check_refuses_what_it_cannot_split():
 @pytest.mark.parametrize("settings", [
     {}, {"head": "joint"}, {"boundary": "fixed", "rate": 0.25}, {"quantise": 0.5}, {"quantise": 0.0},
     {"rate": 1.0}, {"family": "gemma3_text"}, {"family": "mistral", "split": (2, 1, 1)}, {"attention": "eager"},
-    {"split": (1, 0, 3)}, {"bridge": True}, {"boundary": "threshold"}, {"boundary": "entropy", "bridge": True},
-    {"boundary": "threshold", "bridge": True, "quantise": 0.0}, {"codes_per_concept": 2}, {"head": "nearest"},
+    {"split": (1, 0, 3)}, {"bridge": True}, {"anchor": True}, {"boundary": "threshold"}, {"boundary": "entropy", "bridge": True},
+    {"boundary": "threshold", "bridge": True, "quantise": 0.0}, {"codes_per_concept": 2},
+    {"anchor": True, "codes_per_concept": 2, "head": "nearest", "bridge": True, "quantise": 0.5}, {"head": "nearest"},
     {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5}, {"shared_map": True},
     {"head": "nearest", "codes_per_concept": 2, "shared_map": True, "quantise": 0.5},
 ], ids=str)
@@ -106,7 +107,7 @@ def test_cached_is_parallel(cuts, padded, batch):
 
 
 @pytest.mark.parametrize("settings", [{"family": family} for family in FAMILIES] + [
-    {"boundary": "threshold"}, {"boundary": "threshold", "bridge": True}, {"boundary": "entropy", "bridge": True},
+    {"boundary": "threshold"}, {"boundary": "threshold", "bridge": True}, {"boundary": "entropy", "bridge": True, "anchor": True},
     {"codes_per_concept": 3, "num_concepts": 4096}, {"head": "nearest", "codes_per_concept": 2, "shared_map": True},
 ], ids=str)
 def test_cached_is_parallel_in_every_family_and_boundary(settings):
@@ -128,7 +129,7 @@ def test_batch_is_singles_and_padding_changes_nothing():
 
 @pytest.mark.parametrize("settings", [
     {}, {"family": "gemma3_text"}, {"head": "joint"}, {"bridge": True}, {"boundary": "threshold", "bridge": True},
-    {"boundary": "entropy"}, {"boundary": "fixed", "bridge": True}, {"head": "nearest", "codes_per_concept": 2},
+    {"boundary": "entropy"}, {"boundary": "fixed", "bridge": True, "anchor": True}, {"head": "nearest", "codes_per_concept": 2},
 ], ids=str)
 def test_causality_by_perturbation(settings):
     """Change any token: the ids before it are the same, and so are the logits but for the last bit (a changed number

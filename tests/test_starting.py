@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from families import text, tiny_online
 from sememe.concepts.boundary import Entropy
+from sememe.concepts.quantise import quantise
 
 
 def test_the_codebook_sees_every_token_of_the_vocabulary():
@@ -52,3 +53,19 @@ def test_it_is_fitted_to_the_entropies_of_the_base():
     log_p = F.log_softmax(model.backbone(ids).logits, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)[:, 1:].flatten()
     assert torch.corrcoef(torch.stack([score, entropy]))[0, 1] > 0.15
+
+
+def test_the_anchor_takes_what_the_token_tells():
+    """With it the codes have less to say: what is left of the states on other text is smaller than without."""
+    ids, other = text(300, 24, seed=3), text(16, 24, seed=9)
+    left = {}
+    for anchor in (False, True):
+        model = tiny_online(anchor=anchor, lora_rank=0, num_concepts=16)
+        model.start_frame(ids)
+        found = model.start_codes(ids)
+        with torch.no_grad():
+            x = model.codes.normalise(model._inner_states(other)) - model.anchored(model._inner_embeddings(other))
+            nearest = quantise(model.codes, model.head, x, soft=False)
+        left[anchor] = float((x - nearest.hard_nD).square().mean())
+    assert found["anchor_explains"] > 0.3
+    assert left[True] < 0.8 * left[False]

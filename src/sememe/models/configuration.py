@@ -52,6 +52,7 @@ class OnlineConfig(AdaptedConfig):
         head: `factored` (whether apart from which), `joint` (one softmax over K + 1) or `nearest` (which by distance).
         boundary: how segments close, see `concepts/boundary.py`.
         bridge: tail states get a linear guess of what the middle slice would have added (`concepts/bridge.py`).
+        anchor: a concept starts from what its token alone tells; the codes say the rest (`concepts/anchor.py`).
         gate_noise: in training, writing is sampled with the gate's log-odds divided by this; 0 for the threshold.
         concept_dropout: share of the coded concepts that carry nothing, in training.
         quantise: share of the code in a concept's state: 0 carries the state itself, 1 the code alone.
@@ -63,8 +64,8 @@ class OnlineConfig(AdaptedConfig):
 
     def __init__(self, text_config=None, split=(4, 22, 4), rate: float = 0.25, max_tail: int = 16,
                  num_concepts: int = 4096, head: str = "factored", boundary: str = "null", quantise: float = 1.0,
-                 code_temperature: float = 1.0, gumbel: float = 0.0, bridge: bool = False, gate_noise: float = 0.0,
-                 concept_dropout: float = 0.0, codes_per_concept: int = 1, shared_map: bool = False,
+                 code_temperature: float = 1.0, gumbel: float = 0.0, bridge: bool = False, anchor: bool = False,
+                 gate_noise: float = 0.0, concept_dropout: float = 0.0, codes_per_concept: int = 1, shared_map: bool = False,
                  estimator: str = "soft", usage_weight: float = 0.0, commitment_weight: float = 0.0, **kwargs):
         self.split = list(split)
         self.codes_per_concept, self.shared_map, self.estimator = codes_per_concept, shared_map, estimator
@@ -72,7 +73,7 @@ class OnlineConfig(AdaptedConfig):
         self.rate, self.max_tail, self.num_concepts = rate, max_tail, num_concepts
         self.head, self.boundary, self.quantise = head, boundary, quantise
         self.code_temperature, self.gumbel = code_temperature, gumbel
-        self.bridge, self.gate_noise, self.concept_dropout = bridge, gate_noise, concept_dropout
+        self.bridge, self.anchor, self.gate_noise, self.concept_dropout = bridge, anchor, gate_noise, concept_dropout
         super().__init__(text_config=text_config, **kwargs)
 
     def check(self) -> None:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sememe.backbone.cache import ConceptCache, deep_slots
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.ablation import ablate
+from sememe.concepts.anchor import TokenAnchor
 from sememe.concepts.bridge import TailBridge
 from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.gate import GateState, RateGate
@@ -44,6 +45,7 @@ class OnlineOutput(CausalLMOutputWithPast):
 class Step:
     """What the slices of one forward share."""
 
+    embed_BTD: Tensor
     position_BT: Tensor
     rope: Rope
     valid_BT: Tensor
@@ -66,6 +68,7 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept, config.shared_map)
         self.gate = RateGate(config.boundary, width, config.gate_noise)
         self.bridge = TailBridge(width) if config.bridge else None
+        self.anchor = TokenAnchor(width) if config.anchor else None
         self.finish()
 
     @property
@@ -106,7 +109,7 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         if cache is not None:
             first_BT &= torch.from_numpy(cache.gate_state.tokens == 0).to(first_BT.device)[:, None]
         h_BCD, open_segment = self._read_out(h_BTD, score_BT, pack, written_BT, step)
-        e_BCD, ids_BC, term = self._write(h_BCD, pack, first_BT, ablation)
+        e_BCD, ids_BC, term = self._write(h_BCD, pack, first_BT, ablation, step)
         c_BCD = self._middle(spine, e_BCD, pack, written_BT, step)
         tail_BTD, last_BD = self._tail(h_BTD, c_BCD, pack, written_BT, first_BT, cache)
         if self.training:
@@ -149,7 +152,7 @@ class OnlineForCausalLM(Starting, AdaptedModel):
             position_BT = position_ids.to(h_BTD.device).expand(batch, length)
         plain = self.config.rate >= 1 and not padded and before == 0
         written_before = np.zeros(batch, np.int64) if cache is None else cache.concepts
-        return Step(position_BT, spine.rope(h_BTD, position_BT), valid_BT, plain, padded, cache, written_before)
+        return Step(h_BTD, position_BT, spine.rope(h_BTD, position_BT), valid_BT, plain, padded, cache, written_before)
 
     def _shallow(self, spine: Spine, h_BTD: Tensor, step: Step) -> Tensor:
         """All tokens, causal."""
@@ -203,7 +206,7 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         last_BTD = pack.last(torch.where(sink_BC1, none_D, c_BCD), written_BT, before_BD)
         return self.bridge(h_BTD, last_BTD), last_BTD[:, -1].detach()
 
-    def _write(self, h_BCD: Tensor, pack: Packing, first_BT: Tensor, ablation: str | None):
+    def _write(self, h_BCD: Tensor, pack: Packing, first_BT: Tensor, ablation: str | None, step: Step):
         """(B, C, D) concept states, (B, C) ids and what the codes add to the loss. The sink, and everything while
         `quantise` is 0, stays a state."""
         config = self.config
@@ -213,17 +216,19 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         coded_BC = pack.valid_BC & ~first_BT.gather(1, pack.index_BC)
         h_nD = h_BCD[coded_BC]
         with torch.autocast(h_BCD.device.type, enabled=False):
+            anchor_nD = self.anchored(pack.pack(step.embed_BTD)[coded_BC])
             found = quantise(
-                self.codes, self.head, self.codes.normalise(h_nD), temperature=config.code_temperature,
+                self.codes, self.head, self.codes.normalise(h_nD) - anchor_nD, temperature=config.code_temperature,
                 noise=config.gumbel if self.training else 0.0, estimator=config.estimator,
                 soft=self.training and (config.estimator == "soft" or config.usage_weight > 0),
                 usage=config.usage_weight, commitment=config.commitment_weight,
             )
             ids_BC[coded_BC] = found.ids_n
-            e_nD = self.codes.to_states(found.state_nD)
+            e_nD = self.codes.to_states(found.state_nD + anchor_nD)
             if ablation is not None:
                 ids_BC, dropped_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts**config.codes_per_concept)
-                e_nD = self.codes(ids_BC[coded_BC]).masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
+                e_nD = self.codes(ids_BC[coded_BC]) + self.codes.scale.float() * anchor_nD
+                e_nD = e_nD.masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
             if self.training and torch.is_grad_enabled():
                 self.codes.count(found.ids_n)
         e_nD = e_nD.to(h_BCD.dtype)
@@ -233,6 +238,10 @@ class OnlineForCausalLM(Starting, AdaptedModel):
             lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < config.concept_dropout
             e_nD = torch.where(lost_n1, self.codes.mean.to(e_nD.dtype), e_nD)
         return h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD), ids_BC, found.term if self.training else None
+
+    def anchored(self, embed_nD: Tensor) -> Tensor | float:
+        """(n, D) what the writing tokens alone tell of their concepts' states, normalised; 0 without an anchor."""
+        return 0.0 if self.anchor is None else self.anchor(embed_nD)
 
     def _middle(self, spine: Spine, e_BCD: Tensor, pack: Packing, written_BT: Tensor, step: Step) -> Tensor:
         """Concepts only, causal, each at its own place in the text."""

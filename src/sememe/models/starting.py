@@ -31,8 +31,13 @@ class Starting:
         To be called when quantisation begins: LoRA moves the states, and a codebook of the untouched base would not
         fit them any more (docs/log.md).
         """
-        h_ND = torch.cat([self._inner_states(ids_NT), self._inner_states(self._vocabulary(ids_NT, seed))])
-        found = start_from_states(self.codes, self.head, h_ND, seed=seed)
+        ids = ids_NT, self._vocabulary(ids_NT, seed)
+        h_ND, found = torch.cat([self._inner_states(x) for x in ids]), {}
+        if self.anchor is not None:
+            embed_ND = torch.cat([self._inner_embeddings(x) for x in ids])
+            found["anchor_explains"] = self.anchor.start(embed_ND, self.codes.normalise(h_ND))
+            h_ND = h_ND - self.codes.scale.float() * self.anchor(embed_ND)
+        found |= start_from_states(self.codes, self.head, h_ND, seed=seed)
         self.calibrate_gate(ids_NT)
         return found
 
@@ -92,6 +97,10 @@ class Starting:
     def _inner_states(self, ids_NT: Tensor) -> Tensor:
         """(n, D) shallow states of all positions but the sinks, which are never quantised."""
         return torch.cat([h_BTD[:, 1:].flatten(0, 1).float() for _, h_BTD in self._shallow_states(ids_NT)])
+
+    def _inner_embeddings(self, ids_NT: Tensor) -> Tensor:
+        """(n, D) embeddings of the same positions."""
+        return self.spine.embed(ids_NT[:, 1:].to(self.device)).flatten(0, 1)
 
     def _shallow_states(self, ids_NT: Tensor, batch: int = 4):
         """(step, (B, T, D) outputs of the shallow slice), batch by batch."""

@@ -134,7 +134,8 @@ def head_figures(model: OnlineForCausalLM, ids_BT: Tensor) -> dict[str, float]:
         written_BT, score_BT, *_ = model._decide(x_BTD, model._previous(x_BTD, None), step)
         pack = packing(written_BT)
         h_BCD, _ = model._read_out(h_BTD, score_BT, pack, written_BT, step)
-        states.append(model.codes.normalise(h_BCD)[pack.valid_BC & (pack.index_BC > 0)])
+        coded_BC = pack.valid_BC & (pack.index_BC > 0)
+        states.append(model.codes.normalise(h_BCD)[coded_BC] - model.anchored(pack.pack(step.embed_BTD)[coded_BC]))
     x_nD = torch.cat(states)
     if len(x_nD) == 0:
         return {}

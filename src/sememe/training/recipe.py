@@ -115,6 +115,8 @@ class Recipe(Strict):
     """One learned map moves all codes together; they themselves stay where k-means put them."""
     bridge: bool = True
     """Tail states get a linear guess of what the middle slice would have added, started by least squares; `skip` too."""
+    anchor: bool = False
+    """A concept starts from what the token that writes it tells, by a linear map of its embedding; the codes say the rest."""
     gate_noise: float = Field(0.0, ge=0)
     """In training, writing is sampled: Bernoulli of the gate's log-odds divided by this. 0: thresholded, as in use."""
     concept_dropout: float = Field(0.0, ge=0, lt=1)
