@@ -95,6 +95,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "grad_norm_head": ("", "length of the gradient of the head that writes concepts"),
     "grad_norm_codes": ("", "length of the gradient of the codes themselves"),
     "grad_norm_bridge": ("", "length of the gradient of the bridge that completes the tail"),
+    "grad_norm_anchor": ("", "length of the gradient of the anchor that gives a concept its token"),
     "tail_mean": ("", "tokens without a concept in a row, on average, in training"),
     "largest_code_share": ("share", "share of the most frequent code among all concepts"),
     "bits_per_concept": ("", "bits that a concept carries at most: the entropy of the codes in use"),
@@ -161,7 +162,7 @@ INSTRUMENTS = (
         "Length of the gradient, before clipping, of everything and of each module: near 0, a module learns nothing; growing "
         "without end, the learning rate is too high.",
         (Panel("norm", {"grad_norm": "all", "grad_norm_lora": "LoRA", "grad_norm_head": "head", "grad_norm_codes": "codes",
-                        "grad_norm_bridge": "bridge"}, log=True),),
+                        "grad_norm_bridge": "bridge", "grad_norm_anchor": "anchor"}, log=True),),
     ),
     Instrument(
         "Tail length",
