@@ -156,7 +156,7 @@ def test_what_is_finished_is_read(done):
 def test_a_run_of_the_same_recipe_is_found_under_any_name(done):
     recipe, out, _ = done
     models = stamps(out, "model/model.safetensors")
-    found = go(recipe, ["rate=0.25,0.5", "head=factored"], out)
+    found = go(recipe, ["rate=0.25,0.5", "head=nearest"], out)
     assert [run["name"] for run in found["runs"]] == ["rate-0.25", "rate-0.5"]
     assert [run["control"] for run in found["runs"]] == ["control", "control"], "a control of an earlier sweep counts"
     found = go(recipe, ["max_tail=6", "rate=0.5", "boundary=null"], out)
