@@ -6,14 +6,16 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sememe  # noqa: F401
 from families import tiny_base
+from sememe.backbone.bases import KNOWN
 from sememe.errors import CheckpointError
 from sememe.models import ControlConfig, ControlForCausalLM, OnlineConfig, OnlineForCausalLM
 from sememe.models import adapted as adapted_module
-from sememe.models.loading import export_model, load_model
+from sememe.models.adapted import check_manifest
+from sememe.models.loading import export_model, load_model, model_folder, shipped
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -148,3 +150,20 @@ def test_pipeline_runs(model, base_folder, tmp_path):
                     tokenizer=AutoTokenizer.from_pretrained(base_folder))
     made = pipe("the cat", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert made.startswith("the cat")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_reference_models_are_whole_small_and_described(name):
+    folder = shipped()[name]
+    assert model_folder(name) == folder
+    check_manifest(folder)
+    assert (folder / "model.safetensors").stat().st_size <= 16_000_000
+    config = AutoConfig.from_pretrained(folder)
+    config.check()
+    assert config.base in KNOWN and config.base_sha256
+    card = (folder / "README.md").read_text()
+    assert all(word in card for word in ("Licence", "Data", "Limits", "Δ control"))
+
+
+def test_the_reference_model_is_there():
+    assert "smollm2-135m-online" in shipped()
