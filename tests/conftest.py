@@ -1,6 +1,13 @@
-"""Fixtures: a tiny saved base with a byte tokenizer, and texts to train on. Nothing is downloaded."""
+"""Fixtures: a tiny saved base with a byte tokenizer, texts and a recipe to train on; and how tests train, stop and call the
+command line. Nothing is downloaded."""
 
+import contextlib
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -8,8 +15,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from families import tiny_base
+from sememe import cli
+from sememe.errors import SememeError
+from sememe.training import callbacks
+from sememe.training.recipe import check_recipe
+from sememe.training.run import train
 
 torch.set_num_threads(1)  # the models are tiny; threads that wait for each other cost more than they bring
 
@@ -45,8 +58,7 @@ def texts(tmp_path_factory):
     return folder / "train.txt", folder / "heldout.txt"
 
 
-@pytest.fixture
-def recipe_values(base_folder, texts):
+def tiny_recipe(base_folder: Path, texts: tuple[Path, Path]) -> dict:
     """A recipe that trains in about a second."""
     return {
         "system": "online", "base": str(base_folder), "data": {"train": str(texts[0]), "heldout": str(texts[1])},
@@ -55,3 +67,53 @@ def recipe_values(base_folder, texts):
         "lora": {"rank": 4, "dropout": 0.1}, "log_every": 1, "heldout_every": 4, "heldout_tokens": 64, "save_every": 4,
         "calibration_tokens": 256, "schedule": {"rate": [0.0, 0.1]},
     }
+
+
+@pytest.fixture
+def recipe_values(base_folder, texts) -> dict:
+    return tiny_recipe(base_folder, texts)
+
+
+def run(values: dict, folder: Path, say: Callable[[str], None] = lambda line: None) -> list[dict]:
+    """Trains a recipe into `folder`; returns what it logged."""
+    train(check_recipe(values, "test"), folder, say=say, show=False)
+    return metrics(folder)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def ctrl_c(step: int) -> Iterator[None]:
+    """Training inside is asked to stop in its `step`-th step, counted over all runs."""
+    real, seen = callbacks.Stop.on_step_end, []
+
+    def stop(self, args, state, control, **kwargs):
+        seen.append(state.global_step)
+        self.asked = len(seen) == step
+        real(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks.Stop, "on_step_end", stop)
+        yield
+
+
+def launch(values: dict, folder: Path, processes: int = 1) -> subprocess.Popen:
+    """`sememe train` in processes of its own."""
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(check_recipe(values, "test").yaml())
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
+               "-m", "sememe"] if processes > 1 else [sys.executable, "-m", "sememe"]
+    return subprocess.Popen([*program, "train", str(recipe), "--out", str(folder)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def sememe(*words, code: int = 0) -> str:
+    """Runs `main` in this process; returns what was printed."""
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    if isinstance(result.exception, SememeError):
+        assert code == 1, result.exception
+        return str(result.exception)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output

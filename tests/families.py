@@ -1,4 +1,4 @@
-"""Tiny random bases of several families, and online models over them."""
+"""Tiny random bases of several families, online models over them, and what a cache is held to."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -37,10 +37,7 @@ def tiny_online(family: str = "llama", seed: int = 0, attention: str = "sdpa", *
     config._attn_implementation = attention
     model = OnlineForCausalLM(config, base)
     generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name or name.endswith("head.linear"):
-                p.copy_(0.05 * torch.randn(p.shape, generator=generator))
+    move(model, generator)
     model.gate.feedback = 0.1  # lets rows differ in their number of concepts
     blocks = torch.randint(3, 97, (16, 24), generator=generator)
     model.start_frame(blocks)
@@ -48,5 +45,38 @@ def tiny_online(family: str = "llama", seed: int = 0, attention: str = "sdpa", *
     return model.eval()
 
 
+def online_over(folder, ids_NT: torch.Tensor, **changes) -> OnlineForCausalLM:
+    """The same over a saved base, its codes and gate started from `ids_NT`."""
+    torch.manual_seed(0)
+    settings = {"split": (1, 2, 1), "rate": 0.4, "max_tail": 5, "num_concepts": 16, "lora_rank": 4}
+    model = OnlineForCausalLM.from_base(OnlineConfig(base=str(folder), **{**settings, **changes}))
+    move(model, torch.Generator().manual_seed(0))
+    model.start_frame(ids_NT)
+    model.start_codes(ids_NT)
+    return model.eval()
+
+
+@torch.no_grad()
+def move(model: OnlineForCausalLM, generator: torch.Generator) -> None:
+    """What starts at 0 away from there, or it would hide faults."""
+    for name, p in model.named_parameters():
+        if "lora_B" in name or name.endswith("head.linear"):
+            p.copy_(0.05 * torch.randn(p.shape, generator=generator))
+
+
 def text(batch: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Places in the text, counted from the first real token."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def uncached_greedy(model, ids: torch.Tensor, steps: int = 12) -> torch.Tensor:
+    """One full forward per token: no cache to be wrong."""
+    for _ in range(steps):
+        logits = model(ids).logits[:, -1]
+        logits[:, model.generation_config.eos_token_id] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids

@@ -2,22 +2,22 @@
 
 import json
 import math
+import os
 import re
 
 import pytest
 import torch
 import yaml
 
-from conftest import byte_tokenizer
-from families import text, tiny_online
+from conftest import byte_tokenizer, sememe
+from families import online_over, text, tiny_online
 from sememe.concepts.ablation import ablate, parse
 from sememe.data import token_blocks
 from sememe.errors import CheckpointError
 from sememe.evaluation.ablation import DRAWN, ablation_curve, passes
 from sememe.evaluation.dial import dial
+from sememe.evaluation.figures import keep, kept
 from sememe.evaluation.quality import evaluate
-from sememe.models import OnlineConfig, OnlineForCausalLM
-from test_cli import sememe
 
 SPECS = ("zero", "shuffle", "random", "swap", "drop:0.5", "drop:1", "shuffle@1")
 PADDED = torch.tensor([[0] * 6 + [1] * 14, [1] * 20, [0] * 15 + [1] * 5])
@@ -90,6 +90,9 @@ def test_positions_never_change(spec, mask):
     assert not torch.allclose(out.logits[seen], plain.logits[seen])
     before = (plain.concept_ids >= 0).cumsum(1) == 0  # nothing is coded yet, so nothing can have changed
     torch.testing.assert_close(out.logits[seen & before], plain.logits[seen & before], atol=0, rtol=0)
+    if spec.startswith("shuffle"):
+        coded, shuffled = (one.concept_ids[one.concept_ids >= 0] for one in (plain, out))
+        assert torch.equal(shuffled.sort().values, coded.sort().values)
 
 
 @pytest.mark.parametrize("settings", [{}, {"codes_per_concept": 2}, {"quantise": 0.5}], ids=str)
@@ -180,12 +183,8 @@ def run(tmp_path_factory, base_folder, texts):
     """A run folder as `train` leaves it, without the training."""
     folder = tmp_path_factory.mktemp("runs") / "r"
     tokenizer = byte_tokenizer()
-    config = OnlineConfig(base=str(base_folder), split=(1, 2, 1), rate=0.5, max_tail=6, num_concepts=16, lora_rank=2)
-    model = OnlineForCausalLM.from_base(config)
     blocks = token_blocks([texts[0].read_text()], tokenizer, 32, limit=1024)
-    model.start_frame(blocks)
-    model.start_codes(blocks)
-    model.save_pretrained(folder / "model")
+    online_over(base_folder, blocks, rate=0.5, max_tail=6).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "recipe.yaml").write_text(yaml.safe_dump({
         "data": {"train": str(texts[0]), "heldout": str(texts[1])}, "sequence_length": 32,
@@ -202,7 +201,6 @@ def other(tmp_path_factory):
 
 
 def test_ablate_prints_the_curve_and_keeps_it(run, texts, tmp_path):
-    assert "Example:" in sememe("ablate", "--help")
     printed = sememe("ablate", run, "--data", texts[1], "--tokens", 160, "--shares", "0.5,0", "--seeds", 2,
                      "--json", tmp_path / "a.json")
     found = json.loads((tmp_path / "a.json").read_text())
@@ -245,6 +243,21 @@ def test_generate_and_benchmark_take_the_dial(run, tmp_path):
            "--json", shown)
     found = json.loads(shown.read_text())
     assert found["settings"]["target_rate"] == found["realised_rate"] == 1
+
+
+def test_kept_figures_are_of_this_model_and_measured_alike(tmp_path):
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    (tmp_path / "recipe.yaml").write_text("rate: 0.5")
+    figures = {"nll": 1.5, "settings": {"target_rate": 0.5, "dtype": "float32"}}
+    keep(tmp_path, "benchmark.json", figures)
+    assert kept(tmp_path, "benchmark.json", nll=1.5, settings={"target_rate": 0.5}) == figures
+    assert kept(tmp_path, "evaluate.json") is None
+    for other in ({"nll": 2}, {"settings": {"target_rate": 1.0}}, {"nll": {"target_rate": 0.5}}, {"tokens": 64}):
+        assert kept(tmp_path, "benchmark.json", **other) is None, other
+    os.utime(weights, (weights.stat().st_atime, (tmp_path / "benchmark.json").stat().st_mtime + 1))
+    assert kept(tmp_path, "benchmark.json") is None, "of a model that was trained anew"
 
 
 @pytest.mark.parametrize("words, said", [

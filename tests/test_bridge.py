@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from families import text, tiny_base, tiny_online
+from families import positions, text, tiny_base, tiny_online, uncached_greedy
 from sememe.concepts.bridge import TailBridge
-from sememe.concepts.segments import packing
 from sememe.models import ControlConfig, ControlForCausalLM
 
 
@@ -34,12 +33,12 @@ def test_online_bridge_comes_closer_to_the_base_on_other_text():
     model, other = tiny_online(bridge=True, lora_rank=0, quantise=0.0), text(8, 24, seed=5)
     found = model.start_frame(text(600, 24, seed=3))
     assert 0.05 < found["bridge_explains"] < 1
-    step, h = next(model._shallow_states(other, batch=8))
-    written = model(other).concept_ids != -1
+    step, h = next(model._shallow_batches(other, batch=8))
+    read = model._read(h, step)
+    written, pack = read.written_BT, read.pack
     full = model.spine.run(1, 3, h, step.position_BT, step.rope, lambda window: None)
-    pack = packing(written)
-    c = model._middle(model.spine, pack.pack(h), pack, written, step)
-    bridged, _ = model._tail(h, c, pack, written, step.valid_BT & (step.position_BT == 0), None)
+    c = model._middle(model.spine, read.h_BCD, pack, written, step)
+    bridged, _ = model._tail(h, model._known(c, read), read, None)
     tail = ~written & (written.cumsum(1) > 1)
     assert (bridged - full)[tail].square().mean() < 0.97 * (h - full)[tail].square().mean()
 
@@ -57,14 +56,7 @@ def test_skip_with_a_bridge(attention):
     torch.testing.assert_close(logits[:, 0], unbridged[:, 0])  # the first token keeps its state
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
     mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 20)], 1).long()
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    got = model(padded, attention_mask=mask, position_ids=places).logits[:, 3:]
+    got = model(padded, attention_mask=mask, position_ids=positions(mask)).logits[:, 3:]
     torch.testing.assert_close(got, logits, atol=2e-4, rtol=0)
-    again = model.generate(ids, max_new_tokens=4, do_sample=False)
-    assert again[:, 20:].tolist() == greedy(model, ids, 4)
-
-
-def greedy(model, ids, count):
-    for _ in range(count):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return ids[:, 20:].tolist()
+    made = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.equal(made, uncached_greedy(model, ids, 4))

@@ -11,14 +11,13 @@ import pytest
 import torch
 import yaml
 
+from conftest import ctrl_c, metrics, run, sememe
 from sememe.concepts.gate import RateGate
 from sememe.errors import TrainingError
 from sememe.models import OnlineForCausalLM
 from sememe.report.doctor import RULES, examine
-from sememe.training import callbacks
-from sememe.training.recipe import check_recipe, load_recipe
-from sememe.training.run import Interrupted, train
-from test_cli import sememe
+from sememe.training.recipe import load_recipe
+from sememe.training.run import Interrupted
 
 PLAIN = {"head": "factored", "boundary": "null", "codes_per_concept": 1, "estimator": "soft", "bridge": False,
          "gate_noise": 0.0, "concept_dropout": 0.0}  # whatever a recipe's defaults may be
@@ -52,7 +51,7 @@ def clinic(tmp_path_factory, base_folder):
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
 
-    def run(name: str, heldout: str = "heldout", text: str = "train", settings: dict = PLAIN, **changes):
+    def trained(name: str, heldout: str = "heldout", text: str = "train", settings: dict = PLAIN, **changes):
         values = {
             "system": "online", "base": str(base_folder), "split": {"shallow": 1, "middle": 2, "deep": 1}, "precision": "fp32",
             "data": {"train": str(folder / f"{text}.txt"), "heldout": str(folder / f"{heldout}.txt")}, "rate": 0.5,
@@ -60,11 +59,11 @@ def clinic(tmp_path_factory, base_folder):
             "heldout_every": 9, "heldout_tokens": 512, "save_every": 1000, "calibration_tokens": 2048,
             "learning_rate": 1e-2, "schedule": {"rate": [0.0, 0.1], "quantise": [0.1, 0.3]}, **settings, **changes,
         }
-        train(check_recipe(values, "test"), folder / name, say=lambda line: None, show=False)
+        run(values, folder / name)
         return folder / name
 
-    run.folder = folder
-    return run
+    trained.folder = folder
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -174,15 +173,8 @@ def test_a_figure_that_is_no_number_is_found(healthy, tmp_path):
     assert findings(tmp_path)["not finite"]["evidence"] == {"heldout_nll": 1}
 
 
-def test_a_run_that_was_stopped(clinic, monkeypatch):
-    real = callbacks.Stop.on_step_end
-
-    def stop_at_4(self, args, state, control, **kwargs):
-        self.asked = state.global_step == 4
-        real(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(callbacks.Stop, "on_step_end", stop_at_4)
-    with pytest.raises(Interrupted):
+def test_a_run_that_was_stopped(clinic):
+    with ctrl_c(4), pytest.raises(Interrupted):
         clinic("stopped")
     found = findings(clinic.folder / "stopped")
     assert set(found) == {"unfinished"} and found["unfinished"]["evidence"] == {"steps": 36}
@@ -223,8 +215,7 @@ def test_concepts_that_serve_the_opening_alone(clinic):
 def test_what_an_older_run_did_not_measure_is_said(healthy, tmp_path):
     """Without the newer keys of log and recipe, the rules that need them say so, and the others still look."""
     newer = ("delta_nll", "code_entropy", "soft_hard", "largest", "grad_norm_", "heldout_nll_by")
-    lines = [json.loads(line) for line in (healthy / "metrics.jsonl").read_text().splitlines()]
-    lines = [{key: value for key, value in line.items() if not key.startswith(newer)} for line in lines]
+    lines = [{key: value for key, value in line.items() if not key.startswith(newer)} for line in metrics(healthy)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     recipe = yaml.safe_load((healthy / "recipe.yaml").read_text())
     for key in ("distil", "gate_noise", "revive_every", "codes_per_concept", "estimator", "usage_weight", "commitment_weight"):
@@ -238,7 +229,6 @@ def test_what_an_older_run_did_not_measure_is_said(healthy, tmp_path):
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path, healthy):
-    assert "Example:" in sememe("doctor", "--help")
     assert "is not a folder" in sememe("doctor", tmp_path / "nowhere", code=1)
     assert "has no metrics.jsonl" in sememe("doctor", tmp_path, code=1)
     (tmp_path / "metrics.jsonl").write_text((healthy / "metrics.jsonl").read_text())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from families import text, tiny_online
+from families import text, tiny_online, uncached_greedy
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
@@ -12,15 +12,6 @@ GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_t
 @pytest.fixture(scope="module")
 def model():
     return tiny_online()
-
-
-def uncached_greedy(model, ids, steps=12):
-    """One full forward per token: no cache to be wrong."""
-    for _ in range(steps):
-        logits = model(ids).logits[:, -1]
-        logits[:, model.generation_config.eos_token_id] = -torch.inf
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    return ids
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])

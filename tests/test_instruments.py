@@ -1,20 +1,18 @@
 """Instruments: every figure against a naive count, and that looking changes nothing."""
 
-import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import run
 from families import text, tiny_base, tiny_online
 from sememe.evaluation.quality import BUCKET
 from sememe.models import ControlConfig, ControlForCausalLM
 from sememe.models.online import NULL
 from sememe.training import instruments
 from sememe.training.instruments import ConceptMeter, gradient_norms, head_figures, heldout_figures
-from sememe.training.recipe import check_recipe
-from sememe.training.run import train
 from sememe.training.trainer import ConceptTrainer
 
 
@@ -156,7 +154,7 @@ def test_head_figures_are_the_naive_ones(settings):
     found = head_figures(model, ids)
     with torch.no_grad():
         written = model(input_ids=ids).concept_ids
-        states = torch.cat([h for _, h in model._shallow_states(ids)])
+        states = model.shallow_states(ids)
         naive: list[tuple] = []
         for row, t in (written >= 0).nonzero().tolist():
             x = model.codes.normalise(states[row, t])
@@ -225,8 +223,7 @@ def test_a_run_logs_what_it_measures_and_norms_are_those_before_clipping(recipe_
 
     monkeypatch.setattr(ConceptTrainer, "_clip_grad_norm", enlarge)
     values = {**recipe_values, "steps": 9, "log_every": 2, "bridge": True, "schedule": {"rate": [0, 0], "quantise": [0, 0.5]}}
-    train(check_recipe(values, "test"), tmp_path / "r", say=lambda line: None, show=False)
-    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    lines = run(values, tmp_path / "r")
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]
     for line in lines:
         want = ALWAYS | CODED | (HELDOUT | ABLATED if line["step"] in (4, 8, 9) else set())

@@ -15,7 +15,7 @@ ALLOWED = {
     "report": {"errors"},
     "show": {"models", "errors"}, "tables": {"errors", "evaluation"},
     "cli": {"tables", "errors", "backbone", "models", "training", "evaluation", "report", "show", "demo"},
-    "demo": {"tables", "errors", "backbone", "models", "training", "evaluation", "report", "show", "cli"},
+    "demo": {"tables", "errors", "backbone", "models", "training", "evaluation", "report", "show"},
     "__init__": {"models"}, "__main__": {"cli"},
 }
 HEAVY = {"concepts": {"transformers", "peft", "datasets"}, "report": {"torch", "transformers", "peft"}}

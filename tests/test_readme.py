@@ -1,6 +1,7 @@
 """The README runs: its commands exist as written, and a short variant of `make demo` goes the whole way."""
 
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from test_cli import sememe
+from conftest import sememe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -61,5 +62,9 @@ def test_short_demo(base_folder, texts, tmp_path):
     weights = tmp_path / "runs" / "demo" / "model" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     again = io.StringIO()
-    run_demo(tmp_path / "demo.yaml", tmp_path / "runs", Console(file=again, width=120))
+    at_another = done["benchmark"] | {"settings": done["benchmark"]["settings"] | {"target_rate": 1.0}}
+    (weights.parents[1] / "benchmark.json").write_text(json.dumps(at_another))  # as `sememe benchmark --rate 1` leaves it
+    (weights.parents[1] / "evaluate.json").write_text(json.dumps(done["evaluate"] | {"kept": True}))
+    later = run_demo(tmp_path / "demo.yaml", tmp_path / "runs", Console(file=again, width=120))
+    assert later["benchmark"]["settings"]["target_rate"] == recipe["rate"] and later["evaluate"]["kept"]
     assert weights.stat().st_mtime_ns == before and again.getvalue().count("is finished: nothing to train") == 2

@@ -149,7 +149,8 @@ def test_numbers_of_points_do_not_cover_each_other(spread):
 
 def test_one_model_is_no_front():
     assert pareto_plot([point("a"), point("control", kind="control")]) is None
-    plot = pareto_plot([point("a"), point("b", 0.6, 0.5)])
+    plot = pareto_plot([point("a"), point("b", 0.6, 0.5, spread={"delta_nll_control": None})])
+    assert "Bars" not in plot.caption, "one seed has no spread"
     assert "control" in Seen(plot.svg).text, "what the deltas are to is drawn, though no run of it is among the points"
 
 

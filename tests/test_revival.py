@@ -5,12 +5,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from conftest import ctrl_c, launch, metrics, run
 from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.head import HEADS
-from sememe.training import callbacks, codes
-from sememe.training.recipe import check_recipe
-from sememe.training.run import Interrupted, train
-from test_training import launch, metrics
+from sememe.training import codes
+from sememe.training.run import Interrupted
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -40,21 +39,14 @@ def test_resume_is_uninterrupted_with_revival(recipe_values, tmp_path, monkeypat
     """Codes die early here, so that both parts of the run revive some."""
     monkeypatch.setattr(codes, "FLOOR", 1.0)
     values = {**recipe_values, **changes, "steps": 10, "revive_every": 2, "schedule": {"rate": [0, 0], "quantise": [0, 0.1]}}
-    whole, said = run(values, tmp_path / "whole")
+    said, more = [], []
+    whole = run(values, tmp_path / "whole", said.append)
     moved = [line for line in said if "unused codes" in line]
     assert [line.split(":")[0] for line in moved] == ["step 2", "step 4", "step 6"], "not in the last fifth"
     assert all(int(line.split(": ")[1].split()[0]) > 0 for line in moved)
-    real = callbacks.Stop.on_step_end
-
-    def stop_at_5(self, args, state, control, **kwargs):
-        self.asked = state.global_step == 5
-        real(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.Stop, "on_step_end", stop_at_5)
-        with pytest.raises(Interrupted):
-            run(values, tmp_path / "parts")
-    resumed, more = run(values, tmp_path / "parts")
+    with ctrl_c(5), pytest.raises(Interrupted):
+        run(values, tmp_path / "parts")
+    resumed = run(values, tmp_path / "parts", more.append)
     assert [line for line in more if "unused codes" in line] == moved[2:]
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
     a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
@@ -72,18 +64,12 @@ def test_a_map_is_folded_into_the_finished_model(recipe_values, tmp_path):
     assert int(ids.max()) >= 32, "both digits are in use"
 
 
-def run(values: dict, folder) -> tuple[list[dict], list[str]]:
-    said: list[str] = []
-    train(check_recipe(values, "test"), folder, say=said.append, show=False)
-    return metrics(folder), said
-
-
 def test_terms_of_the_codes_count_once_in_a_step_of_parts(recipe_values, tmp_path):
     values = {**recipe_values, "lora": {"rank": 4}, "boundary": "fixed", "batch_size": 4, "commitment_weight": 5.0,
               "schedule": {"rate": [0, 0], "quantise": [0, 0]}}
-    whole, _ = run(values, tmp_path / "whole")
-    parts, _ = run({**values, "gradient_accumulation": 2}, tmp_path / "parts")
-    without, _ = run({**values, "commitment_weight": 0.0}, tmp_path / "without")
+    whole = run(values, tmp_path / "whole")
+    parts = run({**values, "gradient_accumulation": 2}, tmp_path / "parts")
+    without = run({**values, "commitment_weight": 0.0}, tmp_path / "without")
     assert whole[0]["loss"] > without[0]["loss"] + 0.1
     assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-4)
 
@@ -92,7 +78,8 @@ def test_two_processes_revive_as_one(recipe_values, tmp_path):
     """The same codes move on every rank: equal losses (1e-6 seen) up to the order of sums, and the same line said."""
     values = {**recipe_values, "lora": {"rank": 4}, "boundary": "fixed", "batch_size": 4, "revive_every": 4,
               "codes_per_concept": 2, "schedule": {"rate": [0, 0], "quantise": [0, 0]}}
-    one, said = run(values, tmp_path / "one")
+    said = []
+    one = run(values, tmp_path / "one", said.append)
     process = launch(values, tmp_path / "two", processes=2)
     told = process.communicate(timeout=240)[0]
     assert process.returncode == 0, told[-3000:]

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sememe  # noqa: F401
-from families import tiny_base
+from families import online_over, tiny_base
 from sememe.backbone.bases import KNOWN
 from sememe.errors import CheckpointError
-from sememe.models import ControlConfig, ControlForCausalLM, OnlineConfig, OnlineForCausalLM
+from sememe.models import ControlConfig, ControlForCausalLM, OnlineForCausalLM
 from sememe.models import adapted as adapted_module
 from sememe.models.adapted import check_manifest
 from sememe.models.loading import export_model, load_model, model_folder, shipped
@@ -22,16 +22,7 @@ IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def model(base_folder):
-    torch.manual_seed(0)
-    config = OnlineConfig(split=(1, 2, 1), rate=0.4, max_tail=5, num_concepts=16, base=str(base_folder), lora_rank=4)
-    made = OnlineForCausalLM.from_base(config)
-    with torch.no_grad():
-        for name, p in made.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.05)
-    made.start_frame(IDS)
-    made.start_codes(IDS)
-    return made.eval()
+    return online_over(base_folder, IDS)
 
 
 def saved(model, base_folder, folder):
@@ -47,6 +38,7 @@ def test_auto_classes_load_the_same_model(model, base_folder, tmp_path):
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert torch.equal(loaded(IDS).concept_ids, model(IDS).concept_ids)
     assert AutoTokenizer.from_pretrained(folder)("hi").input_ids == AutoTokenizer.from_pretrained(base_folder)("hi").input_ids
+    assert not json.loads((folder / "config.json").read_text())["text_config"].get("_name_or_path"), "a folder of this machine"
     small = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
     assert (folder / "model.safetensors").stat().st_size < small * 1.2 + 20_000, "own weights only"
 
@@ -55,10 +47,7 @@ def test_auto_classes_load_the_same_model(model, base_folder, tmp_path):
     {"head": "nearest", "codes_per_concept": 2}, {"head": "joint", "codes_per_concept": 2, "shared_map": True},
 ], ids=str)
 def test_every_codebook_round_trips(base_folder, tmp_path, changes):
-    config = OnlineConfig(split=(1, 2, 1), rate=0.4, max_tail=5, num_concepts=16, base=str(base_folder), **changes)
-    model = OnlineForCausalLM.from_base(config).eval()
-    model.start_frame(IDS)
-    model.start_codes(IDS)
+    model = online_over(base_folder, IDS, **changes)
     model.codes.use.uniform_()
     model.round_own_weights()
     loaded = AutoModelForCausalLM.from_pretrained(saved(model, base_folder, tmp_path / "m"))

@@ -6,17 +6,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import ctrl_c, metrics, sememe, tiny_recipe
 from sememe.errors import DataError, RecipeError, TrainingError
 from sememe.evaluation.quality import layer_share
 from sememe.models import OnlineConfig
-from sememe.training import callbacks
 from sememe.training import sweep as sweeps
 from sememe.training.recipe import check_recipe, known_keys
 from sememe.training.run import Interrupted
 from sememe.training.sweep import baseline, parse_grid, parse_seeds, plan, split_values, summarise, sweep
-from test_cli import sememe
 
-SHORT = {"steps": 4, "sequence_length": 32, "heldout_every": 4, "save_every": 2, "lora": {"rank": 4, "dropout": 0.1}}
+SHORT = {"steps": 4, "save_every": 2, "schedule": {}}
 
 
 @pytest.fixture
@@ -30,12 +29,7 @@ def recipe(recipe_values, tmp_path) -> Path:
 def done(tmp_path_factory, base_folder, texts):
     """A finished sweep over two rates with its baselines: (recipe, folder, what was returned)."""
     folder = tmp_path_factory.mktemp("sweep")
-    values = {
-        "system": "online", "base": str(base_folder), "data": {"train": str(texts[0]), "heldout": str(texts[1])},
-        "batch_size": 2, "max_tail": 6, "split": {"shallow": 1, "middle": 2, "deep": 1}, "num_concepts": 32,
-        "precision": "fp32", "log_every": 1, "heldout_tokens": 64, "calibration_tokens": 256, **SHORT,
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(base_folder, texts) | SHORT))
     return folder / "tiny.yaml", folder / "runs", go(folder / "tiny.yaml", ["rate=0.5,0.25"], folder / "runs", control=True)
 
 
@@ -100,7 +94,8 @@ def test_baselines_are_trained_once_for_each_setting_that_they_read(recipe):
 
 def test_no_key_that_the_control_reads_is_taken_from_it():
     """That would make the comparison unequal without a word."""
-    for system, middle in (("control", set()), ("skip", {"split.shallow", "split.middle", "split.deep", "bridge"})):
+    for system, middle in (("control", set()), ("skip", {"split.shallow", "split.middle", "split.deep", "bridge",
+                                                          "concept_learning_rate", "calibration_tokens"})):
         kept = {key for key in known_keys() if not sweeps._ignored(key, sweeps.NOT_READ[system])}
         assert kept >= middle | {
             "system", "base", "data.train", "data.heldout", "steps", "sequence_length", "batch_size", "gradient_accumulation",
@@ -204,24 +199,16 @@ def test_a_run_folder_is_no_place_for_a_sweep(done):
         go(recipe, ["rate=0.5"], out / "rate-0.5")
 
 
-def test_ctrl_c_and_the_same_command_goes_on(recipe, tmp_path, monkeypatch):
-    real, seen = callbacks.Stop.on_step_end, []
-
-    def stop_in_the_second(self, args, state, control, **kwargs):
-        seen.append(state.global_step)
-        self.asked = len(seen) == 4 + 3
-        real(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.Stop, "on_step_end", stop_in_the_second)
-        with pytest.raises(Interrupted, match=r"stopped at point 2 of 2 \(rate-0.25\); the same command goes on"):
-            go(recipe, ["rate=0.5,0.25"], tmp_path / "runs")
+def test_ctrl_c_and_the_same_command_goes_on(recipe, tmp_path):
+    said = r"stopped at point 2 of 2 \(rate-0.25\); the same command goes on"
+    with ctrl_c(4 + 3), pytest.raises(Interrupted, match=said):
+        go(recipe, ["rate=0.5,0.25"], tmp_path / "runs")
     assert [run["name"] for run in read(tmp_path / "runs" / "sweep.json")["runs"]] == ["rate-0.5"]
     before = stamps(tmp_path / "runs", "model/model.safetensors")
     assert list(before) == ["model"] and not (tmp_path / "runs" / "rate-0.25" / "model").exists()
     found = go(recipe, ["rate=0.5,0.25"], tmp_path / "runs")
     assert [point["name"] for point in found["points"]] == ["rate-0.5", "rate-0.25"]
-    steps = [json.loads(line)["step"] for line in (tmp_path / "runs" / "rate-0.25" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in metrics(tmp_path / "runs" / "rate-0.25")]
     assert steps == [1, 2, 3, 4], "the second run went on from its third step"
 
 

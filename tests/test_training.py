@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,27 +11,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import ctrl_c, launch, metrics, run
 from sememe.errors import DataError, RecipeError, TrainingError
 from sememe.training import callbacks
 from sememe.training.checkpoints import last_checkpoint
-from sememe.training.recipe import check_recipe
-from sememe.training.run import Interrupted, train
+from sememe.training.run import Interrupted
 from sememe.training.trainer import ConceptTrainer
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
-
-
-def quiet(line: str) -> None:
-    pass
-
-
-def run(values: dict, folder: Path) -> list[dict]:
-    train(check_recipe(values, "test"), folder, say=quiet, show=False)
-    return metrics(folder)
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_finished_run_holds_what_is_promised(recipe_values, tmp_path):
@@ -52,21 +37,12 @@ def test_finished_run_holds_what_is_promised(recipe_values, tmp_path):
 
 
 @pytest.mark.parametrize("system", ["online", "control"])
-def test_resume_is_uninterrupted(recipe_values, tmp_path, monkeypatch, system):
+def test_resume_is_uninterrupted(recipe_values, tmp_path, system):
     """Equal losses and weights, with dropout and Gumbel noise on."""
     values = {**recipe_values, "system": system, "gumbel": 0.5}
     whole = run(values, tmp_path / "whole")
-
-    real = callbacks.Stop.on_step_end
-
-    def stop_at_5(self, args, state, control, **kwargs):
-        self.asked = state.global_step == 5
-        real(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.Stop, "on_step_end", stop_at_5)
-        with pytest.raises(Interrupted, match="stopped at step 5 of 8"):
-            run(values, tmp_path / "parts")
+    with ctrl_c(5), pytest.raises(Interrupted, match="stopped at step 5 of 8"):
+        run(values, tmp_path / "parts")
     assert not (tmp_path / "parts" / "model").exists()
     resumed = run(values, tmp_path / "parts")
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
@@ -182,15 +158,6 @@ def test_texts_that_cannot_be_trained_on(recipe_values, tmp_path):
     with pytest.raises(RecipeError, match="does not divide"):
         run({**recipe_values, "gradient_accumulation": 3}, tmp_path / "r")
     assert not (tmp_path / "r").exists(), "nothing is written for a run that cannot start"
-
-
-def launch(values: dict, folder: Path, processes: int = 1) -> subprocess.Popen:
-    recipe = folder.with_suffix(".yaml")
-    recipe.write_text(check_recipe(values, "test").yaml())
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
-               "-m", "sememe"] if processes > 1 else [sys.executable, "-m", "sememe"]
-    return subprocess.Popen([*program, "train", str(recipe), "--out", str(folder)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_two_processes_train_as_one(recipe_values, tmp_path):

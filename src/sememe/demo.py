@@ -7,7 +7,8 @@ import torch
 from rich.console import Console
 
 from sememe.backbone.bases import resolve
-from sememe.evaluation.files import benchmark_files, evaluate_files, kept
+from sememe.evaluation.figures import kept
+from sememe.evaluation.files import benchmark_files, evaluate_files
 from sememe.report import write_report
 from sememe.show import generate_text
 from sememe.tables import show_quality, show_speed
@@ -45,7 +46,7 @@ def run_demo(recipe_path: Path, runs: Path, out: Console) -> dict:
     figures = kept(run, "evaluate.json", target_rate=recipe.rate, **measured) or evaluate_files(str(run), tokens=8192, **measured)
     out.rule("generate")
     generate_text(str(run), PROMPT, 48, 0.7, 0.9, 0, True, out)
-    speed = kept(run, "benchmark.json") or benchmark_files(str(run), 256, 48, 1, 3)
+    speed = kept(run, "benchmark.json", settings={"target_rate": recipe.rate}) or benchmark_files(str(run), 256, 48, 1, 3)
     page = write_report(run, control)
     out.rule("result")
     show_quality(figures)

@@ -1,7 +1,5 @@
 """What commands print and write: tables of figures, and JSON beside them."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +7,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sememe.errors import SememeError
+from sememe.evaluation.figures import CONTRACT, put
 
 out = Console()
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """Whole or not at all; a path that cannot be written is a user fault."""
-    if path is None:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SememeError(
-            f"could not write {path} ({error.strerror}): need a folder that can be written to. try: --json out.json"
-        ) from error
+    """What `--json` asks for, if it does."""
+    if path is not None:
+        put(path, value)
 
 
 def table(rows: list[tuple], title: str, columns: tuple[str, ...]) -> None:
@@ -44,8 +34,6 @@ def figure(value: Any) -> str:
 
 
 def show_quality(result: dict[str, Any]) -> None:
-    from sememe.evaluation.files import CONTRACT
-
     table([(key, result[key]) for key in CONTRACT], f"{result['model']} on {result['data']}", ("measure", "value"))
     asked = {"target_rate": "rate asked", "concept_rate": "realised", "rate_error_percent": "error, %", "nll": "NLL",
              "delta_nll_control": "Δ control"}

@@ -9,7 +9,7 @@ discrete. The map is started by least squares, and trained.
 import torch
 from torch import Tensor, nn
 
-from sememe.concepts.bridge import ridge
+from sememe.concepts.fit import explained, linear_fit
 
 
 class TokenAnchor(nn.Module):
@@ -31,10 +31,7 @@ class TokenAnchor(nn.Module):
     def start(self, embedding_ND: Tensor, x_ND: Tensor) -> float:
         """Least squares to normalised shallow states. Returns the share of their variance explained."""
         self.scale.copy_(embedding_ND.float().square().mean().sqrt().clamp(min=1e-6))
-        feature_ND, wanted_ND = (embedding_ND.double() / self.scale.double()), x_ND.double()
-        mean_D, target_D = feature_ND.mean(0), wanted_ND.mean(0)
-        weight_DD = ridge(feature_ND - mean_D, wanted_ND - target_D)
+        weight_DD, bias_D, left_ND = linear_fit(embedding_ND.double() / self.scale.double(), x_ND)
         self.token.weight.copy_(weight_DD.T)
-        self.token.bias.copy_(target_D - mean_D @ weight_DD)
-        left_ND = wanted_ND - target_D - (feature_ND - mean_D) @ weight_DD
-        return float(1 - left_ND.square().sum() / (wanted_ND - target_D).square().sum().clamp(min=1e-12))
+        self.token.bias.copy_(bias_D)
+        return explained(left_ND, x_ND)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sememe.concepts.bridge import ridge
+from sememe.concepts.fit import explained, linear_fit
 
 
 class Boundary(nn.Module):
@@ -87,11 +87,10 @@ class Entropy(Boundary):
     @torch.no_grad()
     def start(self, x_ND: Tensor, previous_ND: Tensor, entropy_N: Tensor) -> float:
         """Fits (N,) entropies in nats. Returns the share of their variance explained."""
-        both = torch.cat([x_ND, previous_ND], -1).double()
-        features, wanted = both - both.mean(0), (entropy_N - entropy_N.mean()).double()
-        weight = ridge(features, wanted.unsqueeze(1), 0.03).squeeze(1)
-        self.weight.copy_(weight)
-        return float(1 - (wanted - features @ weight).square().sum() / wanted.square().sum().clamp(min=1e-12))
+        entropy_N1 = entropy_N.unsqueeze(1)
+        weight_F1, _, left_N1 = linear_fit(torch.cat([x_ND, previous_ND], -1), entropy_N1, 0.03)
+        self.weight.copy_(weight_F1.squeeze(1))
+        return explained(left_N1, entropy_N1)
 
 
 BOUNDARIES = {"null": Null, "threshold": Threshold, "fixed": Fixed, "entropy": Entropy}

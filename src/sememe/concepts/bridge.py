@@ -10,6 +10,8 @@ Where every position writes a concept it is not used, so the identity at birth s
 import torch
 from torch import Tensor, nn
 
+from sememe.concepts.fit import explained, linear_fit
+
 
 class TailBridge(nn.Module):
     """`h + scale · (x W + y V + b)` with x, y the normalised shallow state and last concept's middle state."""
@@ -36,26 +38,16 @@ class TailBridge(nn.Module):
     def start(self, h_ND: Tensor, last_ND: Tensor, target_ND: Tensor, penalty: float = 0.01) -> float:
         """Least squares with a ridge: what is missing, `target - h`, from (N, D) states. Returns the share explained
         of the variance of `target`. `penalty`: of the mean variance of a normalised coordinate; N may be below 2 D."""
-        h_ND, last_ND, target_ND = h_ND.double(), last_ND.double(), target_ND.double()
-        missing_ND = target_ND - h_ND
+        missing_ND = target_ND.double() - h_ND.double()
         self.scale.copy_((missing_ND - missing_ND.mean(0)).square().mean().sqrt())
-        for mean, scale, states in ((self.shallow_mean, self.shallow_scale, h_ND),
-                                    (self.concept_mean, self.concept_scale, last_ND)):
+        features = []
+        for mean, scale, states in ((self.shallow_mean, self.shallow_scale, h_ND.double()),
+                                    (self.concept_mean, self.concept_scale, last_ND.double())):
             mean.copy_(states.mean(0))
             scale.copy_((states - mean.double()).square().mean().sqrt().clamp(min=1e-6))
-        x_N2 = torch.cat([(h_ND - self.shallow_mean.double()) / self.shallow_scale.double(),
-                          (last_ND - self.concept_mean.double()) / self.concept_scale.double()], 1)
-        y_ND = missing_ND / self.scale.double()
-        weight_2D = ridge(x_N2, y_ND - y_ND.mean(0), penalty)
-        self.shallow.weight.copy_(weight_2D[: h_ND.shape[1]].T)
-        self.concept.weight.copy_(weight_2D[h_ND.shape[1] :].T)
-        self.shallow.bias.copy_(y_ND.mean(0))
-        left = (y_ND - y_ND.mean(0) - x_N2 @ weight_2D) * self.scale.double()
-        return float(1 - left.square().sum() / (target_ND - target_ND.mean(0)).square().sum().clamp(min=1e-12))
-
-
-def ridge(x_NF: Tensor, y_NM: Tensor, penalty: float = 0.01) -> Tensor:
-    """(F, M) least-squares weights of centred fp64 states, with a penalty in units of the features' mean variance."""
-    gram_FF = x_NF.T @ x_NF
-    gram_FF += penalty * gram_FF.diagonal().mean() * torch.eye(len(gram_FF), dtype=gram_FF.dtype, device=gram_FF.device)
-    return torch.linalg.solve(gram_FF, x_NF.T @ y_NM)
+            features.append((states - mean.double()) / scale.double())
+        weight_2DD, bias_D, left_ND = linear_fit(torch.cat(features, 1), missing_ND / self.scale.double(), penalty)
+        for linear, weight_DD in zip((self.shallow, self.concept), weight_2DD.chunk(2), strict=True):
+            linear.weight.copy_(weight_DD.T)
+        self.shallow.bias.copy_(bias_D)
+        return explained(left_ND * self.scale.double(), target_ND)

@@ -7,7 +7,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sememe.errors import CheckpointError, DataError, SememeError
-from sememe.evaluation.files import heldout_blocks, heldout_texts, keep
+from sememe.evaluation.figures import keep
+from sememe.evaluation.files import heldout_blocks, heldout_texts
 from sememe.evaluation.quality import token_nll
 from sememe.models.loading import load_model
 from sememe.models.online import NULL, OnlineForCausalLM

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sememe.evaluation.quality import token_nll
@@ -31,7 +30,7 @@ def dial(model: OnlineForCausalLM, ids_NT: Tensor, rates: Sequence[float], contr
         for rate in rates:
             model.config.rate = rate
             nll_NT, concepts_NT = token_nll(model, ids_NT, batch, tick=tick)
-            nll, realised = float(nll_NT.mean()), float((concepts_NT != NULL).to(torch.float32).mean())
+            nll, realised = float(nll_NT.mean()), float((concepts_NT != NULL).float().mean())
             rows.append({
                 "target_rate": rate, "concept_rate": realised, "rate_error_percent": rate_error(realised, rate), "nll": nll,
                 "delta_nll_control": None if control_nll is None else nll - control_nll,

@@ -1,18 +1,16 @@
 """Models and text by name → figures, beside the run they belong to (RUN/evaluate.json, RUN/benchmark.json)."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 
 from sememe.data import read_texts, token_blocks
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.dial import check_rates, dial, rate_error
+from sememe.evaluation.figures import CONTRACT, keep, run_recipe
 from sememe.evaluation.quality import evaluate
 from sememe.evaluation.speed import benchmark_training, benchmark_use
 from sememe.models import ControlConfig, ControlForCausalLM
@@ -20,46 +18,7 @@ from sememe.models.adapted import AdaptedModel
 from sememe.models.loading import load_base, load_model, load_tokenizer, model_folder, resolve
 from sememe.models.online import OnlineForCausalLM
 
-CONTRACT = (
-    "tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "layer_share", "nll_at_concepts", "nll_in_tail",
-    "longest_tail", "delta_nll_control", "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_perplexity",
-    "codes_used", "largest_code_share",
-)
 BY_DATA = ("data", *CONTRACT, "target_rate", "rate_error_percent", "dial")
-
-
-def run_recipe(model: str | Path) -> dict[str, Any]:
-    """The recipe of a run folder as plain values; empty for anything else."""
-    path = Path(model) / "recipe.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
-
-
-def keep(model: str | Path, name: str, value: dict[str, Any]) -> None:
-    """Puts the figures beside the run, whole or not at all."""
-    if not run_recipe(model):
-        return
-    put(Path(model) / name, value)
-
-
-def put(path: Path, value: dict[str, Any]) -> None:
-    """A JSON file, whole or not at all."""
-    try:
-        path.with_suffix(".tmp").write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
-    except OSError as error:
-        raise SememeError(f"could not write {path} ({error.strerror}): need free space. try: --json elsewhere") from error
-
-
-def kept(run: str | Path, name: str, **same: Any) -> dict[str, Any] | None:
-    """RUN/`name` where it is of the finished model (not older than its weights) and was measured in the same way."""
-    path, weights = Path(run) / name, Path(run) / "model" / "model.safetensors"
-    if not path.is_file() or not weights.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and all(found.get(key) == value for key, value in same.items()) else None
 
 
 def heldout_texts(model: str, data: str) -> list[str]:

@@ -52,26 +52,35 @@ def system_of(config) -> str:
 
 
 def rate_and_codes(ids_NT: Tensor, num_concepts: int, codes_per_concept: int = 1) -> dict[str, Any]:
-    """Realised rate and code use of (N, T) concept ids. Padding-free rows; every row's first token is the sink.
-
-    Use is that of the first digit, except for the perplexity by stage and for the bits: the sum of the digits' entropies.
-    """
+    """Realised rate and code use of (N, T) concept ids. Padding-free rows; every row's first token is the sink."""
     written = ids_NT != NULL
     counts_GK = count_digits(ids_NT[ids_NT >= 0], num_concepts, codes_per_concept)
-    counts, used = counts_GK[0], bool(counts_GK[0].any())
-    by_stage = [perplexity(counts_K) for counts_K in counts_GK] if used else None
     rate = float(written.float().mean())
     return {
         "concept_rate": rate,
         "compression_ratio": 1 / rate,
         "longest_tail": longest_tail(written),
+        **code_use(counts_GK),
+        "code_counts": sorted(counts_GK[0][counts_GK[0] > 0].int().tolist(), reverse=True),
+        "num_concepts": num_concepts, "codes_per_concept": codes_per_concept,
+    }
+
+
+def code_use(counts_GK: Tensor) -> dict[str, Any]:
+    """Of the first digit: perplexity, codes that occur, share of the most frequent. Over all digits: perplexity by stage,
+    and bits per concept, the sum of the digits' entropies.
+
+    That is an upper bound of their joint entropy (equal where they are independent), and of what was counted, which sees
+    fewer codes than there are. All but the number of codes is None where none was counted.
+    """
+    counts_K, used = counts_GK[0], bool(counts_GK[0].any())
+    by_stage = [perplexity(counts_K) for counts_K in counts_GK] if used else None
+    return {
         "code_perplexity": by_stage[0] if used else None,
         "code_perplexity_by_stage": by_stage,
-        "bits_per_concept": sum(math.log2(p) for p in by_stage) if used else None,
-        "codes_used": int((counts > 0).sum()),
-        "largest_code_share": float(counts.max() / counts.sum()) if used else None,
-        "code_counts": sorted((int(c) for c in counts[counts > 0]), reverse=True),
-        "num_concepts": num_concepts, "codes_per_concept": codes_per_concept,
+        "bits_per_concept": sum(map(math.log2, by_stage)) if used else None,
+        "codes_used": int((counts_K > 0).sum()),
+        "largest_code_share": float(counts_K.max() / counts_K.sum()) if used else None,
     }
 
 
@@ -125,7 +134,7 @@ def evaluate(model, tokenizer, ids_NT: Tensor, control=None, batch: int = 4, sam
         **dict.fromkeys((
             "concept_rate", "compression_ratio", "nll_at_concepts", "nll_in_tail", "longest_tail", "delta_nll_control",
             "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_perplexity", "codes_used",
-            "largest_code_share", "code_perplexity_by_stage", "bits_per_concept", "layer_share",
+            "largest_code_share", "code_perplexity_by_stage", "bits_per_concept",
         )),
         "system": system_of(model.config), "boundary": getattr(model.config, "boundary", None),
         "nll_by_position": by_position(nll_NT, control_NT), "sequence_length": ids_NT.shape[1],

@@ -34,6 +34,7 @@ class AdaptedConfig(PreTrainedConfig):
     def adopt(self, text_config) -> None:
         """Takes over the base's configuration, and what transformers looks for at the top."""
         self.text_config = text_config
+        text_config._name_or_path = ""  # a folder of this machine; the base is named in `base`
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self, name, getattr(text_config, name, None))
         self.tie_word_embeddings = getattr(text_config, "tie_word_embeddings", False)

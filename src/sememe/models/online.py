@@ -15,21 +15,18 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sememe.backbone.cache import ConceptCache, deep_slots
-from sememe.backbone.split import Rope, Spine
-from sememe.concepts.ablation import ablate
+from sememe.backbone.split import Spine
 from sememe.concepts.anchor import TokenAnchor
 from sememe.concepts.bridge import TailBridge
 from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
 from sememe.concepts.masks import Lane, allow, segment_mask
-from sememe.concepts.quantise import quantise
-from sememe.concepts.segments import Packing, packing
+from sememe.concepts.segments import Packing
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
 from sememe.models.starting import Starting
-
-NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K^G - 1
+from sememe.models.writing import NULL, Step, Writing
 
 
 @dataclass
@@ -41,21 +38,7 @@ class OnlineOutput(CausalLMOutputWithPast):
     term: Tensor | None = None
 
 
-@dataclass
-class Step:
-    """What the slices of one forward share."""
-
-    embed_BTD: Tensor
-    position_BT: Tensor
-    rope: Rope
-    valid_BT: Tensor
-    plain: bool  # no padding, nothing cached and a concept everywhere: ordinary causal attention throughout
-    padded: bool
-    cache: ConceptCache | None
-    written_before: np.ndarray  # (B,) concepts already in the cache
-
-
-class OnlineForCausalLM(Starting, AdaptedModel):
+class OnlineForCausalLM(Starting, Writing, AdaptedModel):
     """The base, split in three, with a ConceptHead, a ConceptEmbedding and a RateGate between the slices."""
 
     config_class = OnlineConfig
@@ -101,27 +84,22 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         step = self._step(spine, h_BTD, attention_mask, position_ids, cache)
         h_BTD = self._shallow(spine, h_BTD, step)
 
-        x_BTD = self.codes.normalise(h_BTD)
-        previous_BTD = self._previous(x_BTD, cache)
-        written_BT, score_BT, state, threshold = self._decide(x_BTD, previous_BTD, step)
-        pack = packing(written_BT)
-        first_BT = step.valid_BT & (step.valid_BT.cumsum(1) == 1)
-        if cache is not None:
-            first_BT &= torch.from_numpy(cache.gate_state.tokens == 0).to(first_BT.device)[:, None]
-        h_BCD, open_segment = self._read_out(h_BTD, score_BT, pack, written_BT, step)
-        e_BCD, ids_BC, term = self._write(h_BCD, pack, first_BT, ablation, step)
+        read = self._read(h_BTD, step)
+        written_BT, pack = read.written_BT, read.pack
+        e_BCD, ids_BC, term = self._write(read, step, ablation)
         c_BCD = self._middle(spine, e_BCD, pack, written_BT, step)
-        tail_BTD, last_BD = self._tail(h_BTD, c_BCD, pack, written_BT, first_BT, cache)
+        known_BCD = self._known(c_BCD, read)
+        tail_BTD, last_BD = self._tail(h_BTD, known_BCD, read, cache)
         if self.training:
-            c_BCD = self._confidence(c_BCD, h_BTD, score_BT - threshold, pack, first_BT)
+            c_BCD = self._confidence(c_BCD, known_BCD, h_BTD, read)
         d_BTD = pack.unpack(c_BCD, written_BT, tail_BTD)
-        d_BTD = self._deep(spine, d_BTD, written_BT, step, state)
+        d_BTD = self._deep(spine, d_BTD, written_BT, step, read.state)
 
         ids_BT = torch.full_like(step.position_BT.expand(written_BT.shape), NULL)
         ids_BT = ids_BT.scatter(1, pack.index_BC, torch.where(pack.valid_BC, ids_BC, NULL))
         if cache is not None:
-            cache.gate_state, cache.last_hidden_BD = state, h_BTD[:, -1].detach()
-            cache.last_concept_BD, cache.open_segment = last_BD, open_segment
+            cache.gate_state, cache.last_hidden_BD = read.state, h_BTD[:, -1].detach()
+            cache.last_concept_BD, cache.open_segment = last_BD, read.open_segment
             cache.record(ids_BT)
         logits = spine.logits(d_BTD[:, -logits_to_keep:] if logits_to_keep else d_BTD)
         loss = None
@@ -168,81 +146,6 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         free = not step.padded and (length == 1 or key is query)
         return spine.run(0, split[0], h_BTD, step.position_BT, step.rope, self._mask(query, key, free), cache)
 
-    def _previous(self, x_BTD: Tensor, cache: ConceptCache | None) -> Tensor:
-        first = x_BTD[:, :1] if cache is None else self.codes.normalise(cache.last_hidden_BD).unsqueeze(1)
-        return torch.cat([first, x_BTD[:, :-1]], 1)
-
-    def _decide(self, x_BTD: Tensor, previous_BTD: Tensor, step: Step):
-        """Which positions write. Training folds the scores into the gate's tracked distribution."""
-        config, cache = self.config, step.cache
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            score_BT = self.gate.boundary.score(self.head, x_BTD, previous_BTD)
-        state = GateState.start(len(x_BTD)) if cache is None else cache.gate_state
-        written_BT, state = self.gate(
-            score_BT, step.valid_BT, rate=config.rate, max_tail=config.max_tail, state=state
-        )
-        threshold = self.gate.threshold(config.rate)[0]
-        if self.training and torch.is_grad_enabled():
-            inner = step.valid_BT & (step.position_BT > 0)
-            self.gate.track(score_BT[inner])
-        return written_BT, score_BT, state, threshold
-
-    def _read_out(self, h_BTD: Tensor, score_BT: Tensor, pack: Packing, written_BT: Tensor, step: Step):
-        """(B, C, D) states that the codes are read from, and what the open segment has summed up so far: the state at
-        the writing position, or where scores accumulate the segment's states, weighted by their scores."""
-        before = None if step.cache is None else step.cache.open_segment
-        if not self.gate.boundary.accumulates:
-            return pack.pack(h_BTD), before
-        h_BCD, left = pack.pool(h_BTD, score_BT * step.valid_BT, written_BT, before)
-        return h_BCD.to(h_BTD.dtype), left
-
-    def _tail(self, h_BTD: Tensor, c_BCD: Tensor, pack: Packing, written_BT: Tensor, first_BT: Tensor, cache):
-        """(B, T, D) states of tail positions, and (B, D) the last concept's for the next chunk."""
-        if self.bridge is None:
-            return h_BTD, None if cache is None else cache.last_concept_BD
-        none_D = self.bridge.concept_mean.to(c_BCD.dtype)
-        sink_BC1 = first_BT.gather(1, pack.index_BC).unsqueeze(-1)
-        before_BD = none_D.expand(len(h_BTD), -1) if cache is None else cache.last_concept_BD
-        last_BTD = pack.last(torch.where(sink_BC1, none_D, c_BCD), written_BT, before_BD)
-        return self.bridge(h_BTD, last_BTD), last_BTD[:, -1].detach()
-
-    def _write(self, h_BCD: Tensor, pack: Packing, first_BT: Tensor, ablation: str | None, step: Step):
-        """(B, C, D) concept states, (B, C) ids and what the codes add to the loss. The sink, and everything while
-        `quantise` is 0, stays a state."""
-        config = self.config
-        ids_BC = torch.full_like(pack.index_BC, UNQUANTISED)
-        if config.quantise == 0:
-            return h_BCD, ids_BC, None
-        coded_BC = pack.valid_BC & ~first_BT.gather(1, pack.index_BC)
-        h_nD = h_BCD[coded_BC]
-        with torch.autocast(h_BCD.device.type, enabled=False):
-            anchor_nD = self.anchored(pack.pack(step.embed_BTD)[coded_BC])
-            found = quantise(
-                self.codes, self.head, self.codes.normalise(h_nD) - anchor_nD, temperature=config.code_temperature,
-                noise=config.gumbel if self.training else 0.0, estimator=config.estimator,
-                soft=self.training and (config.estimator == "soft" or config.usage_weight > 0),
-                usage=config.usage_weight, commitment=config.commitment_weight,
-            )
-            ids_BC[coded_BC] = found.ids_n
-            e_nD = self.codes.to_states(found.state_nD + anchor_nD)
-            if ablation is not None:
-                ids_BC, dropped_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts**config.codes_per_concept)
-                e_nD = self.codes(ids_BC[coded_BC]) + self.codes.scale.float() * anchor_nD
-                e_nD = e_nD.masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
-            if self.training and torch.is_grad_enabled():
-                self.codes.count(found.ids_n)
-        e_nD = e_nD.to(h_BCD.dtype)
-        if config.quantise < 1:
-            e_nD = h_nD + config.quantise * (e_nD - h_nD)
-        if self.training and config.concept_dropout > 0:
-            lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < config.concept_dropout
-            e_nD = torch.where(lost_n1, self.codes.mean.to(e_nD.dtype), e_nD)
-        return h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD), ids_BC, found.term if self.training else None
-
-    def anchored(self, embed_nD: Tensor) -> Tensor | float:
-        """(n, D) what the writing tokens alone tell of their concepts' states, normalised; 0 without an anchor."""
-        return 0.0 if self.anchor is None else self.anchor(embed_nD)
-
     def _middle(self, spine: Spine, e_BCD: Tensor, pack: Packing, written_BT: Tensor, step: Step) -> Tensor:
         """Concepts only, causal, each at its own place in the text."""
         first, last = self.config.split[0], sum(self.config.split[:2])
@@ -273,28 +176,6 @@ class OnlineForCausalLM(Starting, AdaptedModel):
         free = free or step.plain
         c_BCD = spine.run(first, last, e_BCD, position_BC, rope, self._mask(query, key, free), cache)
         return c_BCD if rows is None else every.index_copy(0, rows, c_BCD)
-
-    def _confidence(self, c_BCD: Tensor, h_BTD: Tensor, margin_BT: Tensor, pack: Packing, first_BT: Tensor) -> Tensor:
-        """Gradient for the gate: forward c; backward, p gets that of `p · c + (1 - p) · tail`, with p the probability
-        of writing and `tail` the state that the position would have had as a normal token.
-
-        Interpolated after the middle layers so that what they read stays discrete (ConceptMoE, arXiv 2601.21420).
-        The new modules' zero term keeps every rank's gradients in step when its batch used no code.
-        """
-        new = [p for name, p in self.named_parameters() if p.requires_grad and "lora_" not in name]
-        c_BCD = c_BCD + (sum(p.float().sum() for p in new) * 0.0).to(c_BCD.dtype)
-        if self.config.rate >= 1 or not self.gate.boundary.learned:
-            return c_BCD
-        p_BC1 = torch.sigmoid(pack.pack(margin_BT)).unsqueeze(-1)
-        sink_BC1 = first_BT.gather(1, pack.index_BC).unsqueeze(-1)
-        p_BC1 = torch.where(sink_BC1, p_BC1.detach(), p_BC1)
-        with torch.no_grad():
-            tail_BCD = pack.pack(h_BTD)
-            if self.bridge is not None:
-                none_D = self.bridge.concept_mean.to(c_BCD.dtype)
-                known_BCD = torch.where(sink_BC1, none_D, c_BCD)
-                tail_BCD = self.bridge(tail_BCD, torch.cat([none_D.expand(len(c_BCD), 1, -1), known_BCD[:, :-1]], 1))
-        return c_BCD + (p_BC1 - p_BC1.detach()) * (c_BCD - tail_BCD).detach()
 
     def _deep(self, spine: Spine, d_BTD: Tensor, written_BT: Tensor, step: Step, state: GateState) -> Tensor:
         """One state per position: concepts ≤ t and the tail of t."""

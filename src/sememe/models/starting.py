@@ -18,9 +18,10 @@ class Starting:
     @torch.no_grad()
     def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
         """Sets the frame of the codes, the gate's scores and threshold, and the bridge as it fits `rate`."""
-        self.codes.start_frame(self._inner_states(ids_NT))
-        found = self._start_entropy(ids_NT) if self.gate.boundary.fitted else {}
-        self.calibrate_gate(ids_NT)
+        h_NTD = self.shallow_states(ids_NT)
+        self.codes.start_frame(_inner(h_NTD))
+        found = self._start_entropy(ids_NT, h_NTD) if self.gate.boundary.fitted else {}
+        self._calibrate(h_NTD)
         return found | (self._start_bridge(ids_NT, rate or self.config.rate) if self.bridge is not None else {})
 
     @torch.no_grad()
@@ -31,24 +32,39 @@ class Starting:
         To be called when quantisation begins: LoRA moves the states, and a codebook of the untouched base would not
         fit them any more (docs/log.md).
         """
-        ids = ids_NT, self._vocabulary(ids_NT, seed)
-        h_ND, found = torch.cat([self._inner_states(x) for x in ids]), {}
+        words_NT, found = self._vocabulary(ids_NT, seed), {}
+        h_NTD = self.shallow_states(ids_NT)
+        h_ND = torch.cat([_inner(h_NTD), _inner(self.shallow_states(words_NT))])
         if self.anchor is not None:
-            embed_ND = torch.cat([self._inner_embeddings(x) for x in ids])
+            embed_ND = torch.cat([self.inner_embeddings(x) for x in (ids_NT, words_NT)])
             found["anchor_explains"] = self.anchor.start(embed_ND, self.codes.normalise(h_ND))
             h_ND = h_ND - self.codes.scale.float() * self.anchor(embed_ND)
         found |= start_from_states(self.codes, self.head, h_ND, seed=seed)
-        self.calibrate_gate(ids_NT)
+        self._calibrate(h_NTD)
         return found
 
     @torch.no_grad()
     def calibrate_gate(self, ids_NT: Tensor) -> None:
         """Sets the gate's score distribution to that of (N, T) blocks of text."""
-        scores = []
-        for _, h_BTD in self._shallow_states(ids_NT):
-            x_BTD = self.codes.normalise(h_BTD)
-            scores.append(self.gate.boundary.score(self.head, x_BTD, self._previous(x_BTD, None))[:, 1:].flatten())
-        self.gate.calibrate(torch.cat(scores))
+        self._calibrate(self.shallow_states(ids_NT))
+
+    @torch.no_grad()
+    def code_inputs(self, ids_NT: Tensor) -> Tensor:
+        """(n, D) what codes would have to say at every position of (N, T) blocks but the sinks."""
+        return self.unsaid(_inner(self.shallow_states(ids_NT)), self.inner_embeddings(ids_NT))[0]
+
+    @torch.no_grad()
+    def written_inputs(self, ids_NT: Tensor) -> Tensor:
+        """The same of the coded concepts alone that the gate writes there."""
+        found = []
+        for step, h_BTD in self._shallow_batches(ids_NT):
+            found.append(self.unsaid(*self._coded(self._read(h_BTD, step), step))[0])
+        return torch.cat(found)
+
+    def _calibrate(self, h_NTD: Tensor) -> None:
+        x_NTD = self.codes.normalise(h_NTD)
+        score_NT = self.gate.boundary.score(self.head, x_NTD, self._previous(x_NTD, None))
+        self.gate.calibrate(score_NT[:, 1:].flatten())
 
     def _start_bridge(self, ids_NT: Tensor, rate: float, tokens: int = 16384) -> dict[str, float]:
         """Least squares from the shallow states and last concepts of tail positions to the states that the base itself
@@ -56,12 +72,10 @@ class Starting:
         config, spine = self.config, self.spine
         asked, config.rate = config.rate, rate
         states, lasts, targets = [], [], []
-        for step, h_BTD in self._shallow_states(ids_NT[: max(1, tokens // ids_NT.shape[1])]):
-            x_BTD = self.codes.normalise(h_BTD)
-            written_BT, score_BT, *_ = self._decide(x_BTD, self._previous(x_BTD, None), step)
-            pack = packing(written_BT)
-            h_BCD, _ = self._read_out(h_BTD, score_BT, pack, written_BT, step)
-            last_BTD = pack.last(self._middle(spine, h_BCD, pack, written_BT, step), written_BT)
+        for step, h_BTD in self._shallow_batches(ids_NT[: max(1, tokens // ids_NT.shape[1])]):
+            read = self._read(h_BTD, step)
+            written_BT = read.written_BT
+            last_BTD = read.pack.last(self._middle(spine, read.h_BCD, read.pack, written_BT, step), written_BT)
             everywhere = torch.ones_like(written_BT)
             target_BTD = self._middle(spine, h_BTD, packing(everywhere), everywhere, step)
             tail_BT = ~written_BT & (written_BT.cumsum(1) > 1)  # behind the sink alone there is no concept to read
@@ -72,17 +86,15 @@ class Starting:
             return {}
         return {"bridge_explains": self.bridge.start(torch.cat(states), torch.cat(lasts), torch.cat(targets))}
 
-    def _start_entropy(self, ids_NT: Tensor, tokens: int = 16384) -> dict[str, float]:
+    def _start_entropy(self, ids_NT: Tensor, h_NTD: Tensor, tokens: int = 16384) -> dict[str, float]:
         """Fits the boundary's estimate to the base's own next-token entropies (LoRA is still zero)."""
-        ids_NT, batch = ids_NT[: max(1, tokens // ids_NT.shape[1])], 4
-        now, before, entropies = [], [], []
-        for ids_BT, (_, h_BTD) in zip(ids_NT.split(batch), self._shallow_states(ids_NT, batch), strict=True):
+        blocks, entropies = max(1, tokens // ids_NT.shape[1]), []
+        for ids_BT in ids_NT[:blocks].split(4):
             log_p_BTV = F.log_softmax(self.backbone(input_ids=ids_BT.to(self.device), use_cache=False).logits.float(), -1)
-            x_BTD = self.codes.normalise(h_BTD)
-            now.append(x_BTD[:, 1:].flatten(0, 1))
-            before.append(x_BTD[:, :-1].flatten(0, 1))
-            entropies.append(-(log_p_BTV.exp() * log_p_BTV).sum(-1)[:, 1:].flatten())
-        explained = self.gate.boundary.start(torch.cat(now), torch.cat(before), torch.cat(entropies))
+            entropies.append(-(log_p_BTV.exp() * log_p_BTV).sum(-1))
+        x_NTD = self.codes.normalise(h_NTD[:blocks])
+        entropy_NT, before_NTD = torch.cat(entropies), self._previous(x_NTD, None)
+        explained = self.gate.boundary.start(_inner(x_NTD), _inner(before_NTD), entropy_NT[:, 1:].flatten())
         return {"entropy_explains": explained}
 
     def _vocabulary(self, ids_NT: Tensor, seed: int) -> Tensor:
@@ -94,16 +106,16 @@ class Starting:
         first_n = ids_NT[torch.arange(len(token_nT)) % len(ids_NT), 0].cpu()
         return torch.cat([first_n[:, None], token_nT], 1)
 
-    def _inner_states(self, ids_NT: Tensor) -> Tensor:
-        """(n, D) shallow states of all positions but the sinks, which are never quantised."""
-        return torch.cat([h_BTD[:, 1:].flatten(0, 1).float() for _, h_BTD in self._shallow_states(ids_NT)])
+    def inner_embeddings(self, ids_NT: Tensor) -> Tensor:
+        """(n, D) embeddings of all positions but the sinks, which are never quantised."""
+        return _inner(self.spine.embed(ids_NT.to(self.device)))
 
-    def _inner_embeddings(self, ids_NT: Tensor) -> Tensor:
-        """(n, D) embeddings of the same positions."""
-        return self.spine.embed(ids_NT[:, 1:].to(self.device)).flatten(0, 1)
+    def shallow_states(self, ids_NT: Tensor) -> Tensor:
+        """(N, T, D) fp32 outputs of the shallow slice."""
+        return torch.cat([h_BTD.float() for _, h_BTD in self._shallow_batches(ids_NT)])
 
-    def _shallow_states(self, ids_NT: Tensor, batch: int = 4):
-        """(step, (B, T, D) outputs of the shallow slice), batch by batch."""
+    def _shallow_batches(self, ids_NT: Tensor, batch: int = 4):
+        """(step, (B, T, D) outputs of the shallow slice), batch by batch, as in evaluation."""
         spine, was_training = self.spine, self.training
         self.eval()
         for ids_BT in ids_NT.to(self.device).split(batch):
@@ -111,3 +123,8 @@ class Starting:
             step = self._step(spine, h_BTD, None, None, None)
             yield step, self._shallow(spine, h_BTD, step)
         self.train(was_training)
+
+
+def _inner(x_NTD: Tensor) -> Tensor:
+    """(n, D): all positions but the first of each row."""
+    return x_NTD[:, 1:].flatten(0, 1)

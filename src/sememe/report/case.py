@@ -44,14 +44,15 @@ class Case:
 
     def points(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of the lines of the stage that measured `key`, at least one."""
-        found = [(line["step"], value) for line in self.stage if (value := number(line.get(key))) is not None]
+        found = logged(self.stage, key)
         if not found:
             raise Unknown(f"no {key} at the final rate and quantise in metrics.jsonl")
         return found
 
     def late(self, key: str) -> list[float]:
-        """The last third of them."""
-        return [value for _, value in self.points(key)][-max(1, len(self.points(key)) // 3) :]
+        """The last third of their values."""
+        points = self.points(key)
+        return [value for _, value in points[-max(1, len(points) // 3) :]]
 
     def final(self, *keys: str) -> tuple[dict[str, float], int | None]:
         """The figures of the finished model, where evaluate.json has all of them at the recipe's rate; else the last ones in
@@ -61,6 +62,11 @@ class Case:
             return found, None
         last = {key: self.points(key)[-1] for key in keys}
         return {key: value for key, (_, value) in last.items()}, min(step for step, _ in last.values())
+
+    @property
+    def mixes(self) -> bool:
+        """Whether codes get their gradient through a soft mixture, as in runs of before there was a choice."""
+        return self.recipe.get("estimator", "soft") == "soft"
 
     def value(self, key: str) -> Any:
         """Of a dotted key; None where this run's recipe has none."""
@@ -94,6 +100,11 @@ class Rule:
     limit: dict[str, float]
     look: Callable[[Case, dict[str, float]], Finding | None]
     systems: tuple[str, ...] = ("online",)
+
+
+def logged(lines: list[dict], key: str) -> list[tuple[int, float]]:
+    """(step, value) of the lines that measured `key`."""
+    return [(line["step"], value) for line in lines if (value := number(line.get(key))) is not None]
 
 
 def thirds(values: list[float], what: str, fewest: int = 6) -> tuple[list[float], list[float]]:

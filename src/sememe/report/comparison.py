@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from sememe.report.curves import Plot
@@ -44,7 +45,7 @@ def _cell(point: Point, key: str) -> str:
 
 def over_tokens(first: Run | Sweep, beside: Iterable[Run | Sweep] = ()) -> Plot | None:
     """Quality over training tokens: of whole runs where a sweep varies their length, else within the runs."""
-    sources = [first, *beside]
+    sources, log = [first, *beside], cache(_log)  # points of a sweep share their control
     if isinstance(first, Sweep):
         lengths = of_sweep([p for source in sources if isinstance(source, Sweep) for p in source.points])
         if lengths:
@@ -57,7 +58,7 @@ def over_tokens(first: Run | Sweep, beside: Iterable[Run | Sweep] = ()) -> Plot 
             found += [of_log("control", source.control, Metrics([]), baseline=True)] if source is first else []
         else:
             listed = source.points if source is first else named(source)
-            found += [of_log(p.name, _log(p.run), _log(p.control), p.kind in BASELINES) for p in listed]
+            found += [of_log(p.name, log(p.run), log(p.control), p.kind in BASELINES) for p in listed]
     return tokens_plot(found)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median, pvariance
 from typing import Any
 
-from sememe.report.case import Case, Finding, Rule, Unknown, read_case, thirds
+from sememe.report.case import Case, Finding, Rule, Unknown, logged, read_case, thirds
 from sememe.report.values import number
 
 # ---- of every system ----
@@ -36,7 +36,7 @@ def loss_flat(case: Case, limit: dict) -> Finding | None:
     """Held-out text is the same each time; training loss has the noise of its batches."""
     early, late = thirds([loss for _, loss in case.points("loss")], "loss")
     fall, noise = fmean(early) - fmean(late), 2 * math.sqrt(pvariance(early) / len(early) + pvariance(late) / len(late))
-    heldout = [value for line in case.stage if (value := number(line.get("heldout_nll"))) is not None]
+    heldout = [value for _, value in logged(case.stage, "heldout_nll")]
     heldout_fall = heldout[0] - heldout[-1] if len(heldout) > 1 else None
     if fall >= max(limit["nats"], noise) or (heldout_fall is not None and heldout_fall >= limit["nats"]):
         return None
@@ -52,7 +52,7 @@ def loss_flat(case: Case, limit: dict) -> Finding | None:
 
 def heldout_gap(case: Case, limit: dict) -> Finding | None:
     added = [key for key in ("distil", "usage_weight", "commitment_weight") if case.recipe.get(key)]
-    if added or case.recipe.get("estimator", "soft") != "soft":
+    if added or not case.mixes:
         raise Unknown(f"with {added[0] if added else 'this estimator'} the training loss is more than NLL")
     (step, heldout), loss = case.points("heldout_nll")[-1], fmean(case.late("loss"))
     if heldout - loss <= limit["nats"]:
@@ -63,7 +63,7 @@ def heldout_gap(case: Case, limit: dict) -> Finding | None:
 
 
 def gradient_explodes(case: Case, limit: dict) -> Finding | None:
-    early, late = thirds([x for line in case.lines if (x := number(line.get("grad_norm"))) is not None], "grad_norm")
+    early, late = thirds([norm for _, norm in logged(case.lines, "grad_norm")], "grad_norm")
     if median(late) <= max(limit["growth"] * median(early), limit["clips"]):
         return None
     parts = {part: median(norms) for part, norms in _parts(case.lines[-len(late) :]).items()}
@@ -77,7 +77,7 @@ def no_gradient(case: Case, limit: dict) -> Finding | None:
     shares = {part: median(found) for part, found in _parts(case.stage, of_whole=True).items()}
     if not shares:
         raise Unknown("no grad_norm of single modules at the final rate and quantise in metrics.jsonl")
-    if case.recipe.get("estimator", "soft") != "soft":
+    if not case.mixes:
         shares.pop("head", None)  # it has nothing to choose codes with that could learn
     dead = {f"grad_norm_{part} / grad_norm": share for part, share in shares.items() if share < limit["share"]}
     if not dead:
@@ -151,7 +151,7 @@ def codes_collapsed(case: Case, limit: dict) -> Finding | None:
 
 
 def soft_hard_apart(case: Case, limit: dict) -> Finding | None:
-    if case.recipe.get("estimator", "soft") != "soft":
+    if not case.mixes:
         raise Unknown("this estimator uses no soft mixture")
     step, cosine = case.points("soft_hard_cosine")[-1]
     if cosine >= limit["cosine"]:

@@ -37,7 +37,7 @@ def _instrument(run: Metrics, instrument: Instrument) -> Plot | None:
                 values = [y for points in drawn.values() for _, y in points]
                 log_ticks(axes.yaxis, min(values), max(values))
             if len(drawn) > 1:
-                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), borderaxespad=0, columnspacing=1)
+                _legend(axes)
         _steps(stacked[-1])
         svg = drawing.svg(f"{instrument.title} against step")
     return Plot(instrument.title, svg, instrument.meaning)
@@ -55,6 +55,11 @@ def _draw(axes, drawn: dict[str, Points]) -> None:
     for (label, points), look in zip(drawn.items(), LOOKS, strict=False):
         marked = {"marker": ".", "markersize": 5} if len(points) <= FEW_POINTS else {}
         curve(axes, points, label, look | marked)
+
+
+def _legend(axes) -> None:
+    """Above the frame, where no curve runs."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(axes.lines), borderaxespad=0, columnspacing=1)
 
 
 def _steps(axes) -> None:
@@ -76,12 +81,14 @@ def _by_position(run: Metrics) -> Plot | None:
         points = [(step, number(values[place])) for step, values in listed if place < len(values)]
         drawn[f"{64 * place}–{64 * place + 64}"] = [(x, y) for x, y in points if y is not None]
     drawn = {label: thinned(points, MOST_POINTS)[0] for label, points in drawn.items() if points}
+    if not drawn:
+        return None
     with Drawing("instrument-position") as drawing:
         axes = drawing.figure.subplots()
         _draw(axes, drawn)
         axes.set_ylabel("NLL (nats)")
         _steps(axes)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), borderaxespad=0, columnspacing=1)
+        _legend(axes)
         svg = drawing.svg("held-out NLL by position against step")
     return Plot("Held-out NLL by position", svg, POSITION_OVER_STEPS)
 

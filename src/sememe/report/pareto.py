@@ -6,6 +6,7 @@ from sememe.report.curves import Plot
 from sememe.report.meanings import PARETO
 from sememe.report.svg import CONTROL, INK, MUTED, RUN, THIRD, Drawing
 from sememe.report.sweeps import KINDS, Point, front
+from sememe.report.values import number
 
 LOOKS = {"concepts": (RUN, "o"), "fixed": (THIRD, "s"), "skip": (CONTROL, "D"), "window": (MUTED, "v"), "control": (INK, "*")}
 PLACES = ((10, 7), (-10, -7), (10, -7), (-10, 7), (0, 11), (0, -11), (13, 0), (-13, 0), (18, 12), (-18, -12))
@@ -35,7 +36,7 @@ def pareto_plot(points: list[Point]) -> Plot | None:
         _labels(drawing, axes, [(str(place) if place else "", p) for place, p in drawn if p.kind != "control"], best)
         svg = drawing.svg("NLL minus control against the share of layers run")
     caption = PARETO + " Numbers are those of the table."
-    if any(p.spread for _, p in drawn):
+    if any(any(_bars(p)) for _, p in drawn):
         caption += " Bars: one standard deviation over seeds to each side."
     left = len(points) - sum(1 for place, _ in drawn if place)
     if left:
@@ -43,11 +44,17 @@ def pareto_plot(points: list[Point]) -> Plot | None:
     return Plot("Quality against compute", svg, caption)
 
 
+def _bars(point: Point) -> tuple[float, float]:
+    """Its spread in share and delta; one seed has none."""
+    return number(point.spread.get("layer_share")) or 0.0, number(point.spread.get("delta_nll_control")) or 0.0
+
+
 def _marks(axes, members: list[Point], label: str, colour: str, marker: str) -> None:
     x, y = [p.share for p in members], [p.delta for p in members]
-    bars = [[p.spread.get(key) or 0 for p in members] for key in ("layer_share", "delta_nll_control")]
-    if any(any(bar) for bar in bars):
-        axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=MUTED, elinewidth=0.8, zorder=2)
+    bars = [_bars(p) for p in members]
+    if any(map(any, bars)):
+        wide, high = zip(*bars, strict=True)
+        axes.errorbar(x, y, xerr=wide, yerr=high, fmt="none", ecolor=MUTED, elinewidth=0.8, zorder=2)
     axes.plot(x, y, linestyle="", marker=marker, color=colour, markersize=9 if marker == "*" else 5.5, label=label, zorder=3)
 
 

@@ -1,10 +1,10 @@
 """A sweep's file, or a measured run → points of quality against compute; tolerant of what is absent."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sememe.errors import CheckpointError
+from sememe.report.files import read_json
 from sememe.report.values import number
 
 SWEEP = "sweep.json"
@@ -55,11 +55,8 @@ def is_sweep(folder: Path) -> bool:
 
 def read_sweep(folder: Path) -> Sweep:
     """Raises CheckpointError where sweep.json is no sweep."""
-    try:
-        found = json.loads((folder / SWEEP).read_text(encoding="utf-8", errors="replace"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("points"), list):
+    found = read_json(folder / SWEEP).figures
+    if not isinstance(found.get("points"), list):
         raise CheckpointError(
             f"got {folder / SWEEP}, which is no sweep; need what `sememe sweep` wrote. try: the same `sememe sweep` again"
         )

@@ -34,10 +34,8 @@ class Revive(TrainerCallback):
         end = step * recipe.batch_size
         blocks = max(1, min(TOKENS, recipe.calibration_tokens) // recipe.sequence_length)
         blocks_NT = self.blocks_NT[max(0, end - blocks) : end]
-        with torch.no_grad():
-            embed_ND = model._inner_embeddings(blocks_NT)
-            x_ND = codes.normalise(model._inner_states(blocks_NT)) - model.anchored(embed_ND)
-        moved_GK = revive(codes, model.head, x_ND, FLOOR, torch.Generator().manual_seed(recipe.seed + step))
+        moved_GK = revive(codes, model.head, model.code_inputs(blocks_NT), FLOOR,
+                          torch.Generator().manual_seed(recipe.seed + step))
         if args.world_size > 1:  # equal on equal machines; made sure of on others
             moved = moved_GK.to(torch.uint8)
             for value in (*model.head.state_dict().values(), *codes.state_dict().values(), moved):

@@ -3,20 +3,18 @@
 Cheap and always on. What each figure is like in a healthy run and in a sick one: docs/doctor.md.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.concepts.ablation import ABLATIONS
-from sememe.concepts.codebook import digits
+from sememe.concepts.codebook import count_digits
 from sememe.concepts.quantise import quantise
-from sememe.concepts.segments import packing
-from sememe.evaluation.quality import by_position, longest_tail, perplexity, token_nll
+from sememe.evaluation.quality import by_position, code_use, longest_tail, token_nll
 from sememe.models.online import NULL, OnlineForCausalLM
 
 SMALL_BATCH = 512  # held-out tokens that codes are ablated on; one forward each
+USE = ("code_perplexity", "codes_used", "largest_code_share", "bits_per_concept")  # what is logged of `code_use`
 
 
 class ConceptMeter:
@@ -42,9 +40,7 @@ class ConceptMeter:
         self.longest = max(self.longest, longest_tail(written_BT))
         self.segments += len(tails_n)
         self.tail_tokens += int(tails_n.sum())
-        digit_nG = digits(ids_BT[ids_BT >= 0], self.num_concepts, self.codes_per_concept)
-        for counts_K, digit_n in zip(self.counts_GK, digit_nG.unbind(-1), strict=True):
-            counts_K += torch.bincount(digit_n, minlength=self.num_concepts)
+        self.counts_GK += count_digits(ids_BT[ids_BT >= 0], self.num_concepts, self.codes_per_concept)
 
     def read(self) -> dict[str, float]:
         """Figures since the last read; sums over ranks where there are several."""
@@ -61,7 +57,8 @@ class ConceptMeter:
         if segments:
             figures["tail_mean"] = tail_tokens / segments
         self.clear()
-        return figures | code_figures(totals[4:].view(self.codes_per_concept, -1))
+        use = code_use(totals[4:].view(self.codes_per_concept, -1))
+        return figures | ({key: use[key] for key in USE} if use["codes_used"] else {})
 
 
 def closed_tails(written_BT: Tensor) -> Tensor:
@@ -69,23 +66,6 @@ def closed_tails(written_BT: Tensor) -> Tensor:
     tail is cut off by the end of the row."""
     row_n, column_n = written_BT.nonzero(as_tuple=True)
     return (column_n.diff() - 1)[row_n.diff() == 0]
-
-
-def code_figures(counts_GK: Tensor) -> dict[str, float]:
-    """Code use of one interval; nothing where no code was written.
-
-    Of the first sub-code: perplexity, codes that occur, share of the most frequent. Over all of them: bits per concept,
-    the sum of their entropies. That is an upper bound of their joint entropy (equal where they are independent), and
-    of one interval's counts, which see fewer codes than there are.
-    """
-    first_K = counts_GK[0]
-    if first_K.sum() == 0:
-        return {}
-    return {
-        "code_perplexity": perplexity(first_K), "codes_used": int((first_K > 0).sum()),
-        "largest_code_share": float(first_K.max() / first_K.sum()),
-        "bits_per_concept": sum(math.log2(perplexity(counts_K)) for counts_K in counts_GK),
-    }
 
 
 def gradient_norms(model) -> dict[str, float]:
@@ -128,15 +108,7 @@ def heldout_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
 def head_figures(model: OnlineForCausalLM, ids_BT: Tensor) -> dict[str, float]:
     """How sure the head is of its codes, and how far the soft mixture that gives them their gradient is from the code
     that the forward pass takes: means over the coded concepts of (B, T) text. Nothing where there are none."""
-    states = []
-    for step, h_BTD in model._shallow_states(ids_BT):
-        x_BTD = model.codes.normalise(h_BTD)
-        written_BT, score_BT, *_ = model._decide(x_BTD, model._previous(x_BTD, None), step)
-        pack = packing(written_BT)
-        h_BCD, _ = model._read_out(h_BTD, score_BT, pack, written_BT, step)
-        coded_BC = pack.valid_BC & (pack.index_BC > 0)
-        states.append(model.codes.normalise(h_BCD)[coded_BC] - model.anchored(pack.pack(step.embed_BTD)[coded_BC]))
-    x_nD = torch.cat(states)
+    x_nD = model.written_inputs(ids_BT)
     if len(x_nD) == 0:
         return {}
     found = quantise(model.codes, model.head, x_nD, temperature=model.config.code_temperature)

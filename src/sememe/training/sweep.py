@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 
 from sememe.data import read_texts
 from sememe.errors import RecipeError, SememeError
-from sememe.evaluation.files import CONTRACT, evaluate_files, kept, put
+from sememe.evaluation.figures import CONTRACT, kept, put
+from sememe.evaluation.files import evaluate_files
 from sememe.training.recipe import Recipe, check_recipe, load_recipe
-from sememe.training.run import Interrupted, same_run, train
+from sememe.training.run import Interrupted, train
 
 BASELINES = ("control", "skip")
 _CONCEPTS = dict.fromkeys((
@@ -206,7 +207,7 @@ def _run(job: Job, out: Path, data: str, tokens: int, say: Callable[[str], None]
     recipe = job.recipe
     folder = folder_for(recipe, job.folder_name, out)
     beside = None if recipe.system == "control" else held_run(baseline(recipe, "control"), out)
-    if beside is not None and not same_run(baseline(recipe, "control"), beside):
+    if beside is not None and not (beside / "model" / "manifest.json").is_file():
         beside = None  # begun, and not finished
     entry = _entry(job.name, job.changes) | {
         "name": folder.name, "system": recipe.system, "boundary": recipe.boundary if recipe.system == "online" else None,

@@ -1,0 +1,154 @@
+"""Between the slices of an online model: shallow states → what is written where, concept states, tail states.
+
+Suffixes as in `concepts`; n counts the coded concepts of a batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sememe.backbone.cache import ConceptCache
+from sememe.backbone.split import Rope
+from sememe.concepts.ablation import ablate
+from sememe.concepts.gate import GateState
+from sememe.concepts.quantise import quantise
+from sememe.concepts.segments import Packing, packing
+
+NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K^G - 1
+
+
+@dataclass
+class Step:
+    """What the slices of one forward share."""
+
+    embed_BTD: Tensor
+    position_BT: Tensor
+    rope: Rope
+    valid_BT: Tensor
+    plain: bool  # no padding, nothing cached and a concept everywhere: ordinary causal attention throughout
+    padded: bool
+    cache: ConceptCache | None
+    written_before: np.ndarray  # (B,) concepts already in the cache
+
+
+@dataclass
+class Reading:
+    """What is written where, and what the codes are to be read from."""
+
+    written_BT: Tensor
+    margin_BT: Tensor  # score above the gate's threshold
+    pack: Packing
+    coded_BC: Tensor  # all concepts but the sink, which stays a state
+    h_BCD: Tensor
+    state: GateState
+    open_segment: tuple[Tensor, Tensor] | None
+
+
+class Writing:
+    """Mixin of OnlineForCausalLM."""
+
+    def _previous(self, x_BTD: Tensor, cache: ConceptCache | None) -> Tensor:
+        first = x_BTD[:, :1] if cache is None else self.codes.normalise(cache.last_hidden_BD).unsqueeze(1)
+        return torch.cat([first, x_BTD[:, :-1]], 1)
+
+    def _read(self, h_BTD: Tensor, step: Step) -> Reading:
+        """Which positions write, and (B, C, D) states for the codes: that of the writing position, or where scores
+        accumulate the segment's states weighted by them. Training folds the scores into the gate's distribution."""
+        config, cache, gate = self.config, step.cache, self.gate
+        x_BTD = self.codes.normalise(h_BTD)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            score_BT = gate.boundary.score(self.head, x_BTD, self._previous(x_BTD, cache))
+        state = GateState.start(len(x_BTD)) if cache is None else cache.gate_state
+        threshold = gate.threshold(config.rate)[0]
+        first_BT = step.valid_BT & (step.valid_BT.cumsum(1) == 1)
+        if cache is not None:
+            first_BT &= torch.from_numpy(state.tokens == 0).to(first_BT.device)[:, None]
+        written_BT, state = gate(score_BT, step.valid_BT, rate=config.rate, max_tail=config.max_tail, state=state)
+        if self.training and torch.is_grad_enabled():
+            gate.track(score_BT[step.valid_BT & (step.position_BT > 0)])
+        pack = packing(written_BT)
+        coded_BC = pack.valid_BC & ~first_BT.gather(1, pack.index_BC)
+        open_segment = None if cache is None else cache.open_segment
+        if gate.boundary.accumulates:
+            h_BCD, open_segment = pack.pool(h_BTD, score_BT * step.valid_BT, written_BT, open_segment)
+        else:
+            h_BCD = pack.pack(h_BTD)
+        return Reading(written_BT, score_BT - threshold, pack, coded_BC, h_BCD.to(h_BTD.dtype), state, open_segment)
+
+    def unsaid(self, h_nD: Tensor, embed_nD: Tensor) -> tuple[Tensor, Tensor | float]:
+        """(n, D) normalised states without what their tokens' embeddings tell, for the codes to say; and that, 0 without
+        an anchor."""
+        told_nD = 0.0 if self.anchor is None else self.anchor(embed_nD)
+        return self.codes.normalise(h_nD) - told_nD, told_nD
+
+    def _coded(self, read: Reading, step: Step) -> tuple[Tensor, Tensor]:
+        """(n, D) states of the coded concepts, and the embeddings of the tokens that write them."""
+        return read.h_BCD[read.coded_BC], read.pack.pack(step.embed_BTD)[read.coded_BC]
+
+    def _known(self, c_BCD: Tensor, read: Reading) -> Tensor:
+        """(B, C, D) what a bridge may read of the concepts: all but the sink, which says nothing about the text."""
+        if self.bridge is None:
+            return c_BCD
+        sink_BC1 = (read.pack.valid_BC & ~read.coded_BC).unsqueeze(-1)
+        return torch.where(sink_BC1, self.bridge.concept_mean.to(c_BCD.dtype), c_BCD)
+
+    def _tail(self, h_BTD: Tensor, known_BCD: Tensor, read: Reading, cache: ConceptCache | None):
+        """(B, T, D) states of tail positions, and (B, D) the last concept's for the next chunk."""
+        if self.bridge is None:
+            return h_BTD, None if cache is None else cache.last_concept_BD
+        before_BD = self.bridge.concept_mean.expand(len(h_BTD), -1) if cache is None else cache.last_concept_BD
+        last_BTD = read.pack.last(known_BCD, read.written_BT, before_BD)
+        return self.bridge(h_BTD, last_BTD), last_BTD[:, -1].detach()
+
+    def _write(self, read: Reading, step: Step, ablation: str | None):
+        """(B, C, D) concept states, (B, C) ids and what the codes add to the loss. The sink, and everything while
+        `quantise` is 0, stays a state."""
+        config, h_BCD, coded_BC = self.config, read.h_BCD, read.coded_BC
+        ids_BC = torch.full_like(read.pack.index_BC, UNQUANTISED)
+        if config.quantise == 0:
+            return h_BCD, ids_BC, None
+        with torch.autocast(h_BCD.device.type, enabled=False):
+            h_nD, embed_nD = self._coded(read, step)
+            x_nD, told_nD = self.unsaid(h_nD, embed_nD)
+            found = quantise(
+                self.codes, self.head, x_nD, temperature=config.code_temperature,
+                noise=config.gumbel if self.training else 0.0, estimator=config.estimator,
+                soft=self.training and (config.estimator == "soft" or config.usage_weight > 0),
+                usage=config.usage_weight, commitment=config.commitment_weight,
+            )
+            ids_BC[coded_BC] = found.ids_n
+            e_nD = self.codes.to_states(found.state_nD + told_nD)
+            if ablation is not None:
+                ids_BC, dropped_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts**config.codes_per_concept)
+                e_nD = self.codes(ids_BC[coded_BC]) + self.codes.scale.float() * told_nD
+                e_nD = e_nD.masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
+            if self.training and torch.is_grad_enabled():
+                self.codes.count(found.ids_n)
+        e_nD = e_nD.to(h_BCD.dtype)
+        if config.quantise < 1:
+            e_nD = h_nD + config.quantise * (e_nD - h_nD)
+        if self.training and config.concept_dropout > 0:
+            lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < config.concept_dropout
+            e_nD = torch.where(lost_n1, self.codes.mean.to(e_nD.dtype), e_nD)
+        return h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD), ids_BC, found.term if self.training else None
+
+    def _confidence(self, c_BCD: Tensor, known_BCD: Tensor, h_BTD: Tensor, read: Reading) -> Tensor:
+        """Gradient for the gate: forward c; backward, p gets that of `p · c + (1 - p) · tail`, with p the probability
+        of writing and `tail` the state that the position would have had as a normal token.
+
+        Interpolated after the middle layers so that what they read stays discrete (ConceptMoE, arXiv 2601.21420).
+        The new modules' zero term keeps every rank's gradients in step when its batch used no code.
+        """
+        new = [p for name, p in self.named_parameters() if p.requires_grad and "lora_" not in name]
+        c_BCD = c_BCD + (sum(p.float().sum() for p in new) * 0.0).to(c_BCD.dtype)
+        if self.config.rate >= 1 or not self.gate.boundary.learned:
+            return c_BCD
+        with torch.no_grad():
+            tail_BCD = read.pack.pack(h_BTD)
+            if self.bridge is not None:  # past the concept before its own
+                before_BCD = torch.cat([self.bridge.concept_mean.expand_as(c_BCD[:, :1]).to(c_BCD), known_BCD[:, :-1]], 1)
+                tail_BCD = self.bridge(tail_BCD, before_BCD)
+        p_BC1 = torch.sigmoid(read.pack.pack(read.margin_BT) * read.coded_BC).unsqueeze(-1)
+        return c_BCD + (p_BC1 - p_BC1.detach()) * (c_BCD - tail_BCD).detach()
