@@ -68,6 +68,14 @@ def text(batch: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def left_padded(rows: list[torch.Tensor], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1, n) rows of any lengths → (B, T) ids with `pad` on the left, and the mask that hides it."""
+    longest = max(row.shape[1] for row in rows)
+    ids, mask = ([torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=value) for row in kind]
+                 for kind, value in ((rows, pad), ([torch.ones_like(row) for row in rows], 0)))
+    return torch.cat(ids), torch.cat(mask)
+
+
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Places in the text, counted from the first real token."""
     return (mask.cumsum(1) - 1).clamp(min=0)

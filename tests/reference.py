@@ -44,7 +44,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
         return list(out[0])
 
     everything = list(range(len(ids_T)))
-    h = run(0, shallow, list(spine.embed(ids_T[None])[0]), everything)
+    h = shallow_states(model, ids_T) if config.shallow_window else run(0, shallow, list(spine.embed(ids_T[None])[0]), everything)
     x = [model.codes.normalise(state) for state in h]
     scores = [model.gate.boundary.score(model.head, x[t], x[max(t - 1, 0)]) for t in everything]
     written = naive_decisions([float(s) for s in scores], config.rate, config.max_tail, threshold, gain,
@@ -87,6 +87,14 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
         d = run(shallow + middle, sum(config.split), c + [tail_state(model, h[j], known[z[-1]]) for j in tail], z + tail)
         out.append(spine.logits(d[-1][None, None])[0, 0])
     return torch.stack(out), ids
+
+
+def shallow_states(model, ids_T: Tensor) -> list[Tensor]:
+    """Each sees the last `shallow_window` tokens and the first one."""
+    spine, window, everything = model.spine, model.config.shallow_window, range(len(ids_T))
+    sees = torch.tensor([[j <= i and (j == 0 or j > i - window) for j in everything] for i in everything])
+    h, position_ids = spine.embed(ids_T[None]), torch.tensor([list(everything)])
+    return list(spine.run(0, model.config.split[0], h, position_ids, spine.rope(h, position_ids), lambda _: sees[None, None])[0])
 
 
 def tail_state(model, h_D: Tensor, last_D: Tensor | None) -> Tensor:

@@ -50,7 +50,7 @@ def test_self_check_refuses_what_it_cannot_split():
     {"boundary": "threshold", "bridge": True, "quantise": 0.0}, {"codes_per_concept": 2},
     {"anchor": True, "codes_per_concept": 2, "head": "nearest", "bridge": True, "quantise": 0.5}, {"head": "nearest"},
     {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5}, {"shared_map": True},
-    {"head": "nearest", "codes_per_concept": 2, "shared_map": True, "quantise": 0.5},
+    {"head": "nearest", "codes_per_concept": 2, "shared_map": True, "quantise": 0.5}, {"shallow_window": 4, "split": (2, 1, 1)},
 ], ids=str)
 def test_fast_forward_is_the_specification(settings):
     """Logits, ids and gradients of the fast path against the per-step reading, on ragged rows of T = 20."""
@@ -101,9 +101,41 @@ def test_cached_is_parallel(cuts, padded, batch):
     assert torch.equal(cache.concept_ids, full.concept_ids)
 
 
+@pytest.mark.parametrize("settings", [{}, {"shallow_window": 4, "split": (2, 1, 1)}], ids=str)
+def test_a_long_prompt_is_read_in_chunks(settings):
+    """Same logits and ids, whole or the last ones, ragged rows padded on the left by more than a chunk; then decoding."""
+    model, ids = tiny_online(**settings), text(3, 33)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = mask[2, :17] = 0
+    want = model(ids, attention_mask=mask)
+    for size in (1, 5, 16):
+        model.config.prefill_chunk = size
+        cache = model.new_cache(3)
+        got = model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+        torch.testing.assert_close(got.logits[mask[:, :30].bool()], want.logits[:, :30][mask[:, :30].bool()], **CLOSE)
+        assert torch.equal(got.concept_ids, want.concept_ids[:, :30])
+        got = model(ids[:, 30:], attention_mask=mask, past_key_values=cache, logits_to_keep=2)
+        torch.testing.assert_close(got.logits, want.logits[:, -2:], **CLOSE)
+        assert torch.equal(cache.concept_ids, want.concept_ids)
+
+
+@torch.no_grad()
+def test_a_window_bounds_the_shallow_cache():
+    model, ids = tiny_online(shallow_window=4, split=(2, 1, 1)), text(2, 90)
+    _, cache = chunked(model, ids, [3, 40, 41, 42, 43])
+    assert cache.shallow.used == 5, "the first token and the last 4"
+    assert cache.shallow.capacity <= 5 + 32
+    other = ids.clone()
+    other[:, 50] = (ids[:, 50] + 1) % 90
+    moved = (model.shallow_states(ids) - model.shallow_states(other)).abs().sum((0, 2)) > 0
+    assert moved.nonzero().flatten().tolist() == list(range(50, 57)), "two layers of 4 tokens reach back 6"
+
+
 @pytest.mark.parametrize("settings", [{"family": family} for family in FAMILIES] + [
     {"boundary": "threshold"}, {"boundary": "threshold", "bridge": True}, {"boundary": "entropy", "bridge": True, "anchor": True},
     {"codes_per_concept": 3, "num_concepts": 4096}, {"head": "nearest", "codes_per_concept": 2, "shared_map": True},
+    {"shallow_window": 4, "split": (2, 1, 1)}, {"shallow_window": 1},
+    {"shallow_window": 3, "family": "gemma3_text", "bridge": True},
 ], ids=str)
 def test_cached_is_parallel_in_every_family_and_boundary(settings):
     model, ids = tiny_online(**settings), text(2)
@@ -125,6 +157,7 @@ def test_batch_is_singles_and_padding_changes_nothing():
 @pytest.mark.parametrize("settings", [
     {}, {"family": "gemma3_text"}, {"head": "joint"}, {"bridge": True}, {"boundary": "threshold", "bridge": True},
     {"boundary": "entropy"}, {"boundary": "fixed", "bridge": True, "anchor": True}, {"head": "nearest", "codes_per_concept": 2},
+    {"shallow_window": 4, "split": (2, 1, 1)},
 ], ids=str)
 def test_causality_by_perturbation(settings):
     """Change any token: the ids before it are the same, and so are the logits but for the last bit (a changed number

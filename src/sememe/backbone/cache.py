@@ -96,14 +96,16 @@ class SliceCache:
         self.slot = self.rows = self.before = None
 
     def plan(self, slot: Tensor, position: Tensor, used: int, rows: Tensor | None = None, keep_before: bool = False,
-             length_B: np.ndarray | None = None) -> None:
+             length_B: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Sets where the next (b, n) entries go (slot -1: not kept) before the slice's layers run.
 
         `rows`: the rows of the batch that take part, None for all. `keep_before`: queries see the slots as they were
         before, followed by the new entries (a chunk in which tails die before its end); else the slots after writing.
         `length_B`: slots in use in each row from now on (a dropped tail ends its slots' validity); None: those written.
+        Returns position and validity of the cached slots that the queries see.
         """
         self.before = self.used if keep_before else None
+        old = (self.position[:, : self.used].clone(), self.valid[:, : self.used].clone()) if keep_before else None
         if used > self.capacity:
             self.capacity = used + (0 if self.used == 0 else GROWTH)
             self.position, self.valid = (_grow(x, self.capacity + 1) for x in (self.position, self.valid))
@@ -116,6 +118,8 @@ class SliceCache:
         else:
             length = torch.from_numpy(length_B).to(slot.device)
             self.valid = torch.arange(self.capacity + 1, device=slot.device) < length[:, None]
+        some = slice(None) if rows is None else rows
+        return old or (self.position[some, :used], self.valid[some, :used])
 
     def take_rows(self, rows: Tensor) -> None:
         self.position, self.valid = self.position[rows], self.valid[rows]
@@ -208,3 +212,15 @@ def deep_slots(written: np.ndarray, valid: np.ndarray, concepts: np.ndarray, tai
     start = rank[:, -1:] + 1 + np.where(any_written, 0, tail)[:, None]
     slot = np.where(written, rank, np.where(normal, start + np.cumsum(normal, 1) - 1, -1))
     return slot, np.where(any_written, 0, tail) + normal.sum(1)
+
+
+def ring_slots(valid: np.ndarray, tokens: np.ndarray, window: int):
+    """Shallow-cache slots of a chunk where only the first token of a text and the last `window` are kept, (B, T): -1 for
+    padding and for what falls out before the chunk ends; and (B,) slots in use after it.
+
+    `tokens`: (B,) real tokens before the chunk.
+    """
+    place = tokens[:, None] + np.cumsum(valid, 1) - 1
+    total = tokens + valid.sum(1)
+    kept = valid & ((place == 0) | (place >= total[:, None] - window))
+    return np.where(kept, np.where(place == 0, 0, 1 + (place - 1) % window), -1), np.minimum(total, window + 1)

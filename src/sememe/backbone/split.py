@@ -33,6 +33,7 @@ class Spine:
         self.window = getattr(config, "sliding_window", None) if SLIDING in self.kinds else None
         takes_kind = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
         self._rope_kinds = sorted(set(self.kinds)) if takes_kind else None
+        self.record: list[Tensor] | None = None  # a list: what each layer left is kept there
 
     @staticmethod
     def _layer_kinds(config) -> list[str]:
@@ -76,6 +77,8 @@ class Spine:
             out = layer(h, attention_mask=masks[kind], position_ids=position_ids, position_embeddings=rope[kind],
                         past_key_values=cache, use_cache=cache is not None)
             h = out[0] if isinstance(out, tuple) else out
+            if self.record is not None:
+                self.record.append(h)
         return h
 
     def logits(self, h: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class TailBridge(nn.Module):
         """Least squares with a ridge: what is missing, `target - h`, from (N, D) states. Returns the share explained
         of the variance of `target`. `penalty`: of the mean variance of a normalised coordinate; N may be below 2 D."""
         missing_ND = target_ND.double() - h_ND.double()
-        self.scale.copy_((missing_ND - missing_ND.mean(0)).square().mean().sqrt())
+        self.scale.copy_((missing_ND - missing_ND.mean(0)).square().mean().sqrt().clamp(min=1e-6))  # 0: no middle layers
         features = []
         for mean, scale, states in ((self.shallow_mean, self.shallow_scale, h_ND.double()),
                                     (self.concept_mean, self.concept_scale, last_ND.double())):

@@ -100,7 +100,7 @@ class RateGate(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(new)
             new /= torch.distributed.get_world_size()
-        self.quantiles.lerp_(new, self.momentum)
+        self.quantiles.lerp_(new.to(self.quantiles), self.momentum)
 
     def threshold(self, rate: float) -> tuple[float, float]:
         """(threshold, gain) in units of the score, for a wanted concept rate."""

@@ -23,10 +23,11 @@ class Lane(NamedTuple):
         return Lane(*(packing.pack(field) for field in self[:3]), packing.valid_BC)
 
 
-def segment_mask(query: Lane, key: Lane, window: int | None = None) -> Tensor:
+def segment_mask(query: Lane, key: Lane, window: int | None = None, recent: int | None = None) -> Tensor:
     """(B, 1, Q, S) bool, True where attention is allowed.
 
     `window` adds a sliding window of that many places (the key's own place included), as Mistral and Gemma have it.
+    `recent` is one that never shuts out the first place of the text, the attention sink (StreamingLLM, arXiv 2309.17453).
     A query on padding sees everything: its output is never used, and a row without any key would give NaN.
     """
     i, j = query.position[:, :, None], key.position[:, None, :]
@@ -34,6 +35,8 @@ def segment_mask(query: Lane, key: Lane, window: int | None = None) -> Tensor:
     allowed &= key.concept[:, None, :] | (query.written[:, :, None] == key.written[:, None, :])
     if window is not None:
         allowed &= i - j < window
+    if recent is not None:
+        allowed &= (i - j < recent) | (j == 0)
     return (allowed | ~query.valid[:, :, None]).unsqueeze(1)
 
 

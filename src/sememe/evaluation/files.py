@@ -84,16 +84,12 @@ def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, 
 
     `rate` is the dial. Raises CheckpointError where `model` has no concepts or its base is not known any more.
     """
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in kinds:
-        raise SememeError(f"dtype = {dtype!r}: need one of {', '.join(kinds)}. try: float32")
+    kind = torch_dtype(dtype)
     folder, recipe = model_folder(model), run_recipe(model)
-    loaded, _ = load_model(model, merge=False, dtype=kinds[dtype], base=base, rate=rate)
+    loaded, _ = load_model(model, merge=False, dtype=kind, base=base, rate=rate)
     if not isinstance(loaded, OnlineForCausalLM):
         raise CheckpointError(f"{model} has no concepts: need a run of system: online. try: runs/demo")
-    named = base or loaded.config.base
-    if named is None:
-        raise CheckpointError(f"{model} is merged and does not name its base any more: need it to compare. try: --base NAME")
+    named = base_beside(model, loaded.config, base)
     source = resolve(named)
     ids_BT = prompts(data or recipe.get("data", {}).get("heldout"), load_tokenizer(source), prompt_tokens, batch)
     ids_BT = ids_BT.to(loaded.device)
@@ -101,10 +97,10 @@ def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, 
     with tqdm(total=rounds, desc="benchmark", unit="run") as bar:
         trained: dict[str, Any] = {}
         if training and loaded.config.base:
-            trained = _training(loaded, ids_BT, repeats, kinds[dtype], source, lambda: bar.update(1))
+            trained = _training(loaded, ids_BT, repeats, kind, source, lambda: bar.update(1))
         if loaded.config.base:
             loaded.merged()
-        plain = load_base(source, dtype=kinds[dtype]).to(loaded.device).eval()
+        plain = load_base(source, dtype=kind).to(loaded.device).eval()
         result = benchmark_use(loaded.eval(), plain, ids_BT, new_tokens, repeats, lambda: bar.update(1))
     for name in ("concept", "base"):
         result[name] |= trained.pop(name, {})
@@ -117,6 +113,21 @@ def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, 
     }}
     keep(model, "benchmark.json", result)
     return result
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Raises SememeError where nothing is timed in it."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in kinds:
+        raise SememeError(f"dtype = {name!r}: need one of {', '.join(kinds)}. try: float32")
+    return kinds[name]
+
+
+def base_beside(model: str, config, base: str | None) -> str:
+    """The base that a saved model is compared with: `base`, or the one that it names. Raises CheckpointError without any."""
+    if (base or config.base) is None:
+        raise CheckpointError(f"{model} is merged and does not name its base any more: need it to compare. try: --base NAME")
+    return base or config.base
 
 
 def prompts(data: str | None, tokenizer, length: int, batch: int) -> torch.Tensor:

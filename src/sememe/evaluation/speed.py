@@ -69,6 +69,24 @@ def cache_bytes(cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
 
 
+def throughput(fill: dict[str, float], whole: dict[str, float], batch: int, length: int, new_tokens: int) -> dict[str, Any]:
+    """Tokens per second of reading (B, T) prompts and of writing, from the seconds of prefill and of all of `generate`."""
+    decoding = max(whole["median"] - fill["median"], 1e-9)
+    return {
+        "prefill_tokens_per_s": batch * length / fill["median"],
+        "decode_tokens_per_s": batch * (new_tokens - 1) / decoding,
+        "prefill_seconds": fill, "generate_seconds": whole,
+    }
+
+
+def unclear(*sides: dict[str, Any]) -> str | None:
+    """Why figures of `throughput` are none: the seconds of writing, a difference, drowned in the noise."""
+    if all(side["generate_seconds"]["median"] > side["prefill_seconds"]["median"] for side in sides):
+        return None
+    return ("writing took no longer than reading the prompt: need longer timing, or a machine with less to do. "
+            "try: --new-tokens 128 --repeats 7")
+
+
 def train_step(model, ids_BT: Tensor) -> None:
     """Forward and backward; the optimizer's share is the same for both."""
     model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
@@ -98,13 +116,8 @@ def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, ti
     rate = float(cache.concepts.sum() / cache.gate_state.tokens.sum())
     result: dict[str, Any] = {}
     for name in pair:
-        decoding = max(whole[name]["median"] - fill[name]["median"], 1e-9)
-        result[name] = {
-            "prefill_tokens_per_s": batch * length / fill[name]["median"],
-            "decode_tokens_per_s": batch * (new_tokens - 1) / decoding,
-            "cache_bytes": cache_bytes(caches[name]), "train_tokens_per_s": None,
-            "prefill_seconds": fill[name], "generate_seconds": whole[name],
-        }
+        result[name] = throughput(fill[name], whole[name], batch, length, new_tokens)
+        result[name] |= {"cache_bytes": cache_bytes(caches[name]), "train_tokens_per_s": None}
     concept, plain = result["concept"], result["base"]
     return result | {
         "prefill_speedup": concept["prefill_tokens_per_s"] / plain["prefill_tokens_per_s"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sememe.backbone.adapters import add_lora, merge_lora
 from sememe.backbone.bases import fingerprint, load_base, resolve
@@ -27,11 +27,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     _own_dtype = torch.float32
+    # The frame, the codes and whoever reads them, in whatever dtype the rest is loaded; the bridge's weights multiply states.
+    _keep_in_fp32_modules_strict = [r"^(head|codes|gate|anchor)\.", "^bridge.+(mean|scale)$"]
 
     def __init__(self, config, backbone: PreTrainedModel | None = None):
         attention = config._attn_implementation or "sdpa"
-        if attention not in KERNELS:
-            raise CheckpointError(f"attn_implementation = {attention!r}: need one of {', '.join(KERNELS)}. try: sdpa")
+        check_kernel(attention)
         config._attn_implementation = attention
         super().__init__(config)
         if backbone is None:
@@ -62,6 +63,14 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value) -> None:
         self.backbone.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs):
+        """As in transformers. Raises CheckpointError where the new rows would be lost, with the base, which is not saved."""
+        rows = self.get_input_embeddings().num_embeddings
+        if self.config.base is not None and (new_num_tokens not in (None, rows) or rows % (pad_to_multiple_of or 1)):
+            raise CheckpointError(f"new embedding rows would be the base's, and only adapters are saved: need the {rows} of "
+                                  f"{self.config.base!r}. try: model.merged() first, or train over a base that was resized")
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
     @classmethod
     def from_base(cls, config, dtype: torch.dtype = torch.float32, attention: str = "sdpa", folder: Path | None = None):
         """The base with fresh adapters. Fills in the configuration's `text_config` and `base_sha256`.
@@ -70,6 +79,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             BaseError: the base cannot be had, or its layers cannot be called one by one.
             CheckpointError: `config` names the hash of another base.
         """
+        check_kernel(attention)
         folder = folder or resolve(config.base)
         found = fingerprint(folder)
         if config.base_sha256 not in (None, found):
@@ -84,12 +94,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config._attn_implementation = attention
         return cls(config, backbone)
 
-    def own_state(self) -> dict[str, torch.Tensor]:
-        """What is not the base's: LoRA, new modules and their buffers."""
+    def own_state(self, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """What is not the base's, of `state` or the model as it is: LoRA, new modules and their buffers."""
         weights = {name for name, p in self.named_parameters() if p.dim() > 1}
         return {
             name: value.detach().to(self._own_dtype if name in weights else value.dtype).contiguous()
-            for name, value in self.state_dict().items()
+            for name, value in (state or self.state_dict()).items()
             if "lora_" in name or not name.startswith("backbone.")
         }
 
@@ -114,12 +124,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
         if config.base is None:
-            state = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+            state = {k: v.detach().contiguous() for k, v in (state_dict or self.state_dict()).items()}
             tied = self.get_output_embeddings().weight is self.get_input_embeddings().weight
             if tied:
                 state.pop("backbone.lm_head.weight", None)
         else:
-            state = self.own_state()
+            state = self.own_state(state_dict)
         metadata = {"format": "pt", "base": config.base or "", "base_sha256": config.base_sha256 or ""}
         write_weights(state, folder, metadata)
 
@@ -130,10 +140,14 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         Args:
             base_from: another place to take the same base from (keyword).
             dtype, attn_implementation, device_map: as in transformers; device_map takes one device.
+            Keys of the configuration override it, as in transformers.
         """
         folder = Path(pretrained_model_name_or_path)
         base = kwargs.pop("base_from", None)
-        config = config if config is not None else cls.config_class.from_pretrained(folder)
+        if config is None:
+            config = cls.config_class.from_pretrained(folder)
+            for key in (set(config.to_dict()) & set(kwargs)) - {"dtype"}:
+                setattr(config, key, kwargs.pop(key))
         check_manifest(folder)
         if config.base is None:
             return super().from_pretrained(folder, *args, config=config, **kwargs)
@@ -142,13 +156,22 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         attention = kwargs.pop("attn_implementation", None) or config._attn_implementation or "sdpa"
         model = cls.from_base(config, dtype, attention, folder=resolve(base) if base else None)
         model.load_own_state(folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         for name, p in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or name.startswith("bridge."):  # they multiply states
                 p.data = p.data.to(dtype)  # codes, head and rotary buffers keep fp32
         device = kwargs.pop("device_map", None)
+        if isinstance(device, dict):
+            if len(set(device.values())) != 1:
+                raise CheckpointError(f"device_map = {device}: need one device for all of the model. try: device_map='cpu'")
+            device = next(iter(device.values()))
         if device is not None:
             model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
-        return model.eval()
+        model.eval()
+        if kwargs.pop("output_loading_info", False):  # `load_own_state` refuses anything else
+            return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return model
 
     def load_own_state(self, folder: Path) -> None:
         """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does not."""
@@ -173,6 +196,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self.config.base = self.config.base_sha256 = None
         self.config.lora_rank = 0
         return self
+
+
+def check_kernel(attention: str) -> None:
+    """Raises CheckpointError before a kernel that cannot take our masks is tried: flex crashes the process on a CPU."""
+    if attention not in KERNELS:
+        raise CheckpointError(f"attn_implementation = {attention!r}: need one of {', '.join(KERNELS)}. try: sdpa")
 
 
 def write_weights(state: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:

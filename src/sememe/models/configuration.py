@@ -56,6 +56,9 @@ class OnlineConfig(AdaptedConfig):
         anchor: a concept starts from what its token alone tells; the codes say the rest (`concepts/anchor.py`).
         gate_noise: in training, writing is sampled with the gate's log-odds divided by this; 0 for the threshold.
         concept_dropout: share of the coded concepts that carry nothing, in training.
+        shallow_window: tokens that a token sees in the shallow slice, itself among them and the first one beside them;
+            None for all. The shallow cache then stops growing.
+        prefill_chunk: tokens that a cached forward takes at a time, so that no mask grows with their square; 0 for all.
         quantise: share of the code in a concept's state: 0 carries the state itself, 1 the code alone.
         code_temperature, gumbel: of the straight-through softmax in training; gumbel scales the noise, 0 for none.
         estimator, usage_weight, commitment_weight: gradient and extra terms of the codes, see `concepts/quantise.py`.
@@ -67,7 +70,9 @@ class OnlineConfig(AdaptedConfig):
                  num_concepts: int = 4096, head: str = "factored", boundary: str = "null", quantise: float = 1.0,
                  code_temperature: float = 1.0, gumbel: float = 0.0, bridge: bool = False, anchor: bool = False,
                  gate_noise: float = 0.0, concept_dropout: float = 0.0, codes_per_concept: int = 1, shared_map: bool = False,
-                 estimator: str = "soft", usage_weight: float = 0.0, commitment_weight: float = 0.0, **kwargs):
+                 estimator: str = "soft", usage_weight: float = 0.0, commitment_weight: float = 0.0,
+                 shallow_window: int | None = None, prefill_chunk: int = 1024, **kwargs):
+        self.shallow_window, self.prefill_chunk = shallow_window, prefill_chunk
         self.split = list(split)
         self.codes_per_concept, self.shared_map, self.estimator = codes_per_concept, shared_map, estimator
         self.usage_weight, self.commitment_weight = usage_weight, commitment_weight
@@ -91,6 +96,9 @@ class OnlineConfig(AdaptedConfig):
                                    ("estimator", self.estimator, ESTIMATORS)):
             if value not in known:
                 raise RecipeError(f"{name} = {value!r}: need one of {', '.join(known)}. try: {name}={next(iter(known))}")
+        if (self.shallow_window or 1) < 1 or self.prefill_chunk < 0:
+            raise RecipeError(f"shallow_window = {self.shallow_window}, prefill_chunk = {self.prefill_chunk}: need at least 1 "
+                              "token, or none for no limit. try: shallow_window=256")
         if self.num_concepts < 2:
             raise RecipeError(f"num_concepts = {self.num_concepts}: need at least 2. try: num_concepts=4096")
         if self.codes_per_concept < 1 or self.num_concepts**self.codes_per_concept > 2**48:

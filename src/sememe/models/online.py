@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
-from sememe.backbone.cache import ConceptCache, deep_slots
+from sememe.backbone.cache import ConceptCache, deep_slots, ring_slots
 from sememe.backbone.split import Spine
 from sememe.concepts.anchor import TokenAnchor
 from sememe.concepts.bridge import TailBridge
@@ -26,7 +28,7 @@ from sememe.concepts.segments import Packing
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
 from sememe.models.starting import Starting
-from sememe.models.writing import NULL, Step, Writing
+from sememe.models.writing import NULL, Step, Writing, past_padding
 
 
 @dataclass
@@ -60,10 +62,12 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
 
     # ---- forward ----
 
+    @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, past_key_values: ConceptCache | None = None,
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-                logits_to_keep: int = 0, ablation: str | None = None, **kwargs) -> OnlineOutput:
+                logits_to_keep: int | Tensor = 0, output_hidden_states: bool | None = None, ablation: str | None = None,
+                **kwargs) -> OnlineOutput:
         """Logits of the next token at every position.
 
         Args:
@@ -72,18 +76,67 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             position_ids: (B, T); default: counted from the first real token.
             past_key_values: a ConceptCache (`new_cache`), grown in place.
             labels: (B, T) targets, -100 ignored; shifted inside, as in transformers.
-            logits_to_keep: logits of the last n positions only; 0 for all.
+            use_cache: True starts a cache; without it none is made.
+            logits_to_keep: logits of the last n positions only, or of these indices; 0 for all.
+            output_hidden_states: return what each layer left too, see `_hidden_states`.
             ablation: replace the codes, see `concepts/ablation.py`: `zero`, `shuffle` (across the batch), `random`,
                 `swap` (with the next row) or `drop:SHARE`; `@SEED` behind it for another draw.
         """
         spine = self.spine
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("forward takes either input_ids or inputs_embeds, got both or neither. try: input_ids alone")
         h_BTD = spine.embed(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
-        if cache is None and use_cache:
+        drops = self.training and getattr(spine.decoder.layers[0], "gradient_checkpointing", False)
+        if cache is None and use_cache and not drops:  # checkpointed layers would leave it empty
             cache = self.new_cache(h_BTD.shape[0])
+        _check(h_BTD, attention_mask, cache, kwargs.get("output_attentions") or self.config.output_attentions)
+        record = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        length, size = h_BTD.shape[1], self.config.prefill_chunk
+        if cache is None or self.training or not size:
+            size = length
+        parts = []
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            mask = attention_mask if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - length + end]
+            place = position_ids if position_ids is None else position_ids[:, start:end]
+            spine.record = [] if record else None
+            parts.append(self._through(spine, h_BTD[:, start:end], mask, place, cache, ablation))
+        d_BTD, ids_BT = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+        term = parts[0][2]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # slice(-0, None): all
+        logits = spine.logits(d_BTD[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+            if term is not None:
+                items = kwargs.get("num_items_in_batch")  # of a whole step, which may be computed in parts
+                term = term if items is None else term * (labels[:, 1:] != -100).sum() / items
+                loss = loss + term
+        hidden = parts[0][3]
+        if record and len(parts) > 1:
+            hidden = tuple(torch.cat(states, 1) for states in zip(*(part[3] for part in parts), strict=True))
+        return OnlineOutput(loss=loss, logits=logits, past_key_values=cache, hidden_states=hidden, concept_ids=ids_BT, term=term)
+
+    def _hidden_states(self, spine: Spine, step: Step, written_BT: Tensor, pack: Packing) -> tuple[Tensor, ...]:
+        """(B, T, D) × (layers + 1), as transformers has them: the embeddings, what each layer left, the last one normed.
+        A token that writes nothing skips the middle layers: there it is what the shallow slice left."""
+        shallow, middle, deep = self.config.split
+        left = spine.record
+        h_BTD, states = left[shallow - 1], [step.embed_BTD, *left[:shallow]]
+        for c_bCD in left[shallow : len(left) - deep]:
+            c_BCD = c_bCD
+            if len(c_bCD) < len(h_BTD):  # only the rows that wrote went through
+                c_BCD = h_BTD.new_zeros(len(h_BTD), *c_bCD.shape[1:]).index_copy(0, written_BT.any(1).nonzero()[:, 0], c_bCD)
+            states.append(pack.unpack(c_BCD, written_BT, h_BTD))
+        states += [h_BTD] * (1 + shallow + middle - len(states))  # no row wrote
+        return *states, *left[len(left) - deep : -1], spine.decoder.norm(left[-1])
+
+    def _through(self, spine: Spine, h_BTD: Tensor, attention_mask, position_ids, cache: ConceptCache | None, ablation):
+        """All three slices over one chunk: (B, T, D) last states, (B, T) ids, what the codes add to the loss, and what each
+        layer left if it is recorded."""
         step = self._step(spine, h_BTD, attention_mask, position_ids, cache)
         h_BTD = self._shallow(spine, h_BTD, step)
-
         read = self._read(h_BTD, step)
         written_BT, pack = read.written_BT, read.pack
         e_BCD, ids_BC, term = self._write(read, step, ablation)
@@ -98,18 +151,12 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         ids_BT = torch.full_like(step.position_BT.expand(written_BT.shape), NULL)
         ids_BT = ids_BT.scatter(1, pack.index_BC, torch.where(pack.valid_BC, ids_BC, NULL))
         if cache is not None:
-            cache.gate_state, cache.last_hidden_BD = read.state, h_BTD[:, -1].detach()
+            ahead_B1D = cache.last_hidden_BD.to(h_BTD).unsqueeze(1)
+            real_BSD = past_padding(torch.cat([ahead_B1D, h_BTD], 1), step.valid_BT) if step.padded else h_BTD
+            cache.gate_state, cache.last_hidden_BD = read.state, real_BSD[:, -1].detach()
             cache.last_concept_BD, cache.open_segment = last_BD, read.open_segment
             cache.record(ids_BT)
-        logits = spine.logits(d_BTD[:, -logits_to_keep:] if logits_to_keep else d_BTD)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-            if term is not None:
-                items = kwargs.get("num_items_in_batch")  # of a whole step, which may be computed in parts
-                term = term if items is None else term * (labels[:, 1:] != -100).sum() / items
-                loss = loss + term
-        return OnlineOutput(loss=loss, logits=logits, past_key_values=cache, concept_ids=ids_BT, term=term)
+        return d_BTD, ids_BT, term, self._hidden_states(spine, step, written_BT, pack) if spine.record else None
 
     def _step(self, spine: Spine, h_BTD: Tensor, attention_mask, position_ids, cache) -> Step:
         batch, length = h_BTD.shape[:2]
@@ -133,18 +180,25 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         return Step(h_BTD, position_BT, spine.rope(h_BTD, position_BT), valid_BT, plain, padded, cache, written_before)
 
     def _shallow(self, spine: Spine, h_BTD: Tensor, step: Step) -> Tensor:
-        """All tokens, causal."""
-        split, cache, length = self.config.split, step.cache, h_BTD.shape[1]
-        query = _all_concepts(step.position_BT, step.valid_BT)
-        key = query
+        """All tokens, causal; with `shallow_window` each sees that many, itself among them, and the first of the text."""
+        cache, length, window = step.cache, h_BTD.shape[1], self.config.shallow_window
+        query = key = _all_concepts(step.position_BT, step.valid_BT)
+        free = not step.padded
         if cache is not None:
-            lane, end = cache.shallow, cache.get_seq_length() + length
-            slot = torch.arange(end - length, end, device=h_BTD.device).expand(h_BTD.shape[:2])
-            lane.plan(slot, step.position_BT, end)
-            lane.valid[:, end - length : end] = step.valid_BT
-            key = _all_concepts(lane.position[:, :end], lane.valid[:, :end])
-        free = not step.padded and (length == 1 or key is query)
-        return spine.run(0, split[0], h_BTD, step.position_BT, step.rope, self._mask(query, key, free), cache)
+            lane, before = cache.shallow, cache.get_seq_length()
+            if window:
+                slot, length_B = ring_slots(step.valid_BT.cpu().numpy(), cache.gate_state.tokens, window)
+                slot = torch.from_numpy(slot).to(h_BTD.device)
+                seen = lane.plan(slot, step.position_BT, int(length_B.max()), None, length > 1, length_B)
+            else:
+                column = torch.arange(before, before + length, device=h_BTD.device)
+                seen = lane.plan(torch.where(step.valid_BT, column, -1), step.position_BT, before + length)
+            old = _all_concepts(*seen)
+            key = Lane(*(torch.cat([a, b], 1) for a, b in zip(old, query, strict=True))) if lane.before is not None else old
+            free = free and (length == 1 or before == 0)
+            window = window if length > 1 else None  # the ring holds what the one query may see
+        mask = self._mask(query, key, free, window)
+        return spine.run(0, self.config.split[0], h_BTD, step.position_BT, step.rope, mask, cache)
 
     def _middle(self, spine: Spine, e_BCD: Tensor, pack: Packing, written_BT: Tensor, step: Step) -> Tensor:
         """Concepts only, causal, each at its own place in the text."""
@@ -169,9 +223,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
                 slot, position_BC, e_BCD = slot[rows], position_BC[rows], e_BCD[rows]
                 rope = {kind: tuple(x[rows] for x in pair) for kind, pair in rope.items()}
                 query = Lane(*(field[rows] for field in query))
-            lane.plan(slot, position_BC, int(count_B.max()), rows, length_B=count_B)
-            some = slice(None) if rows is None else rows
-            key = _all_concepts(lane.position[some, : lane.used], lane.valid[some, : lane.used])
+            key = _all_concepts(*lane.plan(slot, position_BC, int(count_B.max()), rows, length_B=count_B))
         free = not ragged and (e_BCD.shape[1] == 1 or cache is None or int(step.written_before.max()) == 0)
         free = free or step.plain
         c_BCD = spine.run(first, last, e_BCD, position_BC, rope, self._mask(query, key, free), cache)
@@ -187,29 +239,29 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             lane, written = cache.deep, written_BT.cpu().numpy()
             slot, tail = deep_slots(written, step.valid_BT.cpu().numpy(), step.written_before, cache.tail)
             total_B = state.concepts + tail
-            keep_before = length > 1
-            old_position, old_valid = lane.position[:, : lane.used].clone(), lane.valid[:, : lane.used]
-            lane.plan(torch.from_numpy(slot).to(d_BTD.device), step.position_BT, int(total_B.max()), None, keep_before,
-                      length_B=total_B)
+            seen = lane.plan(torch.from_numpy(slot).to(d_BTD.device), step.position_BT, int(total_B.max()), None, length > 1,
+                             total_B)
             cache.tail = tail
-            if keep_before:
-                old_concept = torch.arange(old_position.shape[1], device=d_BTD.device) < before
-                old = Lane(old_position, before.expand(old_position.shape), old_concept, old_valid)
+            if lane.before is not None:
+                old_concept = torch.arange(seen[0].shape[1], device=d_BTD.device) < before
+                old = Lane(seen[0], before.expand(seen[0].shape), old_concept, seen[1])
                 key = Lane(*(torch.cat([a, b], 1) for a, b in zip(old, query, strict=True)))
             else:
-                key = _all_concepts(lane.position[:, : lane.used], lane.valid[:, : lane.used])
+                key = _all_concepts(*seen)
                 free = len(d_BTD) == 1 and not step.padded
         return spine.run(split[0] + split[1], sum(split), d_BTD, step.position_BT, step.rope,
                          self._mask(query, key, free), cache)
 
-    def _mask(self, query: Lane, key: Lane, free: bool):
-        """Mask of one slice for each sliding window. `free`: plain causal, or a single query that may see all."""
+    def _mask(self, query: Lane, key: Lane, free: bool, recent: int | None = None):
+        """Mask of one slice for each sliding window. `free`: plain causal, or a single query that may see all. `recent`:
+        keys but the first of the text are seen for that many places only."""
         attention = self.backbone.config._attn_implementation
 
         def make(window: int | None) -> Tensor | None:
-            if free and attention == "sdpa" and (window is None or int(key.position.max()) < window):
+            narrowest = min((w for w in (window, recent) if w is not None), default=None)
+            if free and attention == "sdpa" and (narrowest is None or int(key.position.max()) < narrowest):
                 return None
-            return allow(segment_mask(query, key, window), self.dtype, attention)
+            return allow(segment_mask(query, key, window, recent), self.dtype, attention)
 
         return make
 
@@ -222,6 +274,11 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         return cache
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "assisted decoding takes tokens back, and tails that a concept closed cannot come back. "
+                "try: generate without assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
+            )
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, *args
@@ -233,6 +290,22 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows)
+
+
+def _check(h_BTD: Tensor, attention_mask: Tensor | None, cache, output_attentions: bool | None) -> None:
+    """Raises ValueError for what some models take and this one cannot."""
+    batch, length = h_BTD.shape[:2]
+    if output_attentions:
+        raise ValueError("output_attentions: the slices attend over different lists of keys, and there is no (T, T) table of "
+                         "weights to return. try: output_hidden_states, or concept_ids")
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] < length):
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, past + {length}), 0 on "
+                         "padding. try: the mask that the tokenizer returns")
+    if cache is not None and not isinstance(cache, ConceptCache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}: need this model's own cache. try: new_cache({batch})")
+    if cache is not None and len(cache.tail) != batch:
+        raise ValueError(f"past_key_values has {len(cache.tail)} rows, the batch has {batch}: need one for each, beams and "
+                         f"num_return_sequences counted. try: new_cache({batch})")
 
 
 def _all_concepts(position: Tensor, valid: Tensor) -> Lane:

@@ -49,9 +49,12 @@ class Reading:
 class Writing:
     """Mixin of OnlineForCausalLM."""
 
-    def _previous(self, x_BTD: Tensor, cache: ConceptCache | None) -> Tensor:
+    def _previous(self, x_BTD: Tensor, cache: ConceptCache | None, valid_BT: Tensor | None = None) -> Tensor:
+        """(B, T, D) each position's neighbour to the left: with `valid_BT` the last one that is no padding."""
         first = x_BTD[:, :1] if cache is None else self.codes.normalise(cache.last_hidden_BD).unsqueeze(1)
-        return torch.cat([first, x_BTD[:, :-1]], 1)
+        if valid_BT is None:
+            return torch.cat([first, x_BTD[:, :-1]], 1)
+        return past_padding(torch.cat([first, x_BTD], 1), valid_BT)[:, :-1]
 
     def _read(self, h_BTD: Tensor, step: Step) -> Reading:
         """Which positions write, and (B, C, D) states for the codes: that of the writing position, or where scores
@@ -59,7 +62,8 @@ class Writing:
         config, cache, gate = self.config, step.cache, self.gate
         x_BTD = self.codes.normalise(h_BTD)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            score_BT = gate.boundary.score(self.head, x_BTD, self._previous(x_BTD, cache))
+            before_BTD = self._previous(x_BTD, cache, step.valid_BT if step.padded else None)
+            score_BT = gate.boundary.score(self.head, x_BTD, before_BTD)
         state = GateState.start(len(x_BTD)) if cache is None else cache.gate_state
         threshold = gate.threshold(config.rate)[0]
         first_BT = step.valid_BT & (step.valid_BT.cumsum(1) == 1)
@@ -152,3 +156,11 @@ class Writing:
                 tail_BCD = self.bridge(tail_BCD, before_BCD)
         p_BC1 = torch.sigmoid(read.pack.pack(read.margin_BT) * read.coded_BC).unsqueeze(-1)
         return c_BCD + (p_BC1 - p_BC1.detach()) * (c_BCD - tail_BCD).detach()
+
+
+def past_padding(x_BSD: Tensor, valid_BT: Tensor) -> Tensor:
+    """(B, 1 + T, D) states, one of them ahead of the text → the same with each place of padding taken by the last that is
+    none. Text goes on behind padding where rows that ended at different places are continued as a batch."""
+    place_BT = torch.arange(1, x_BSD.shape[1], device=x_BSD.device).where(valid_BT, 0).cummax(1).values
+    place_BS = torch.nn.functional.pad(place_BT, (1, 0))
+    return x_BSD.gather(1, place_BS.unsqueeze(-1).expand(-1, -1, x_BSD.shape[2]))

@@ -115,6 +115,8 @@ class Recipe(Strict):
     """One learned map moves all codes together; they themselves stay where k-means put them."""
     bridge: bool = True
     """Tail states get a linear guess of what the middle slice would have added, started by least squares; `skip` too."""
+    shallow_window: int | None = Field(None, ge=1)
+    """Tokens that a token sees in the shallow slice, with the first one beside them; none: all. Its cache stops growing."""
     anchor: bool = False
     """A concept starts from what the token that writes it tells, by a linear map of its embedding; the codes say the rest."""
     gate_noise: float = Field(0.0, ge=0)
