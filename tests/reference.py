@@ -55,6 +55,11 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             begin = next((j + 1 for j in range(t - 1, -1, -1) if written[j]), 0)
             weights = torch.stack(scores[begin : t + 1])
             read[t] = (weights[:, None] * torch.stack(h[begin : t + 1])).sum(0) / weights.sum()
+    if model.pool is not None:
+        for t in everything:
+            begin = next((j + 1 for j in range(t - 1, -1, -1) if written[j]), 0)
+            if written[t] and begin < t:
+                read[t] = h[t] + model.codes.scale * model.pool(torch.stack(x[begin:t]).mean(0))
     ids, concepts = [], []
     for t in everything:
         if not written[t] or t == 0 or config.quantise == 0:

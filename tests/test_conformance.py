@@ -28,12 +28,14 @@ from families import left_padded, online_over, positions, text, tiny_base, tiny_
 from sememe.errors import CheckpointError
 from sememe.models import OnlineConfig, OnlineForCausalLM
 
-CLOSE = {"atol": 2e-4, "rtol": 0}  # as in test_online: 3e-5 at worst here, where a wrong mask or slot gives 0.1 and more
+CLOSE = {"atol": 2e-4, "rtol": 0}  # as in test_online: 2e-5 at worst here, where a wrong mask or slot gives 0.1 and more
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 # One family with plain layers, one with windows and two ropes, one with a window alone, one with normed queries.
 SOME = ["llama", "gemma3_text", "mistral", "qwen3"]
 WHOLE = {"bridge": True, "anchor": True, "head": "nearest", "codes_per_concept": 2}  # what the recipes train
-KL_16_BIT = 0.05  # nats, mean: 4e-3 at worst here, one code of 160 another one after rounding; a wrong slot gives 0.5 and more
+# Mean, in nats: 1e-4, and 4e-3 where rounding changes one code of 160. Casts that go wrong raise, or lose the codes; one wrong
+# slot would pass (7e-3) and is for the fp32 tests to find.
+KL_16_BIT = 0.02
 
 
 @functools.cache
@@ -361,7 +363,7 @@ def test_gradient_checkpointing_in_every_way(family, reentrant):
         out.loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
-    for name, grad in grads[0].items():  # 1e-7 at worst
+    for name, grad in grads[0].items():  # 0.0 seen: the same operations a second time
         torch.testing.assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     model.gradient_checkpointing_disable()
     assert model(ids, use_cache=True).past_key_values.get_seq_length() == 14

@@ -28,7 +28,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _own_dtype = torch.float32
     # The frame, the codes and whoever reads them, in whatever dtype the rest is loaded; the bridge's weights multiply states.
-    _keep_in_fp32_modules_strict = [r"^(head|codes|gate|anchor)\.", "^bridge.+(mean|scale)$"]
+    _keep_in_fp32_modules_strict = [r"^(head|codes|gate|anchor|pool)\.", "^bridge.+(mean|scale)$"]
 
     def __init__(self, config, backbone: PreTrainedModel | None = None):
         attention = config._attn_implementation or "sdpa"

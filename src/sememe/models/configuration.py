@@ -54,6 +54,7 @@ class OnlineConfig(AdaptedConfig):
         boundary: how segments close, see `concepts/boundary.py`.
         bridge: tail states get a linear guess of what the middle slice would have added (`concepts/bridge.py`).
         anchor: a concept starts from what its token alone tells; the codes say the rest (`concepts/anchor.py`).
+        pool: codes are read from the mean of the segment's tail too (`concepts/pool.py`).
         gate_noise: in training, writing is sampled with the gate's log-odds divided by this; 0 for the threshold.
         concept_dropout: share of the coded concepts that carry nothing, in training.
         shallow_window: tokens that a token sees in the shallow slice, itself among them and the first one beside them;
@@ -71,8 +72,8 @@ class OnlineConfig(AdaptedConfig):
                  code_temperature: float = 1.0, gumbel: float = 0.0, bridge: bool = False, anchor: bool = False,
                  gate_noise: float = 0.0, concept_dropout: float = 0.0, codes_per_concept: int = 1, shared_map: bool = False,
                  estimator: str = "soft", usage_weight: float = 0.0, commitment_weight: float = 0.0,
-                 shallow_window: int | None = None, prefill_chunk: int = 1024, **kwargs):
-        self.shallow_window, self.prefill_chunk = shallow_window, prefill_chunk
+                 pool: bool = False, shallow_window: int | None = None, prefill_chunk: int = 1024, **kwargs):
+        self.pool, self.shallow_window, self.prefill_chunk = pool, shallow_window, prefill_chunk
         self.split = list(split)
         self.codes_per_concept, self.shared_map, self.estimator = codes_per_concept, shared_map, estimator
         self.usage_weight, self.commitment_weight = usage_weight, commitment_weight
@@ -106,6 +107,9 @@ class OnlineConfig(AdaptedConfig):
                 f"codes_per_concept = {self.codes_per_concept} of num_concepts = {self.num_concepts}: need at least 1 and at "
                 "most 48 bits per concept. try: codes_per_concept=2"
             )
+        if self.pool and BOUNDARIES[self.boundary].accumulates:
+            raise RecipeError(f"pool = true with boundary = {self.boundary!r}, which reads the whole segment already: need "
+                              "one of them. try: pool=false")
         if self.estimator == "identity" and self.head != "nearest":
             raise RecipeError(f"estimator = 'identity' gives head = {self.head!r} no gradient: need the head that has no "
                               "weights to learn. try: head=nearest")

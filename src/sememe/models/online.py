@@ -24,6 +24,7 @@ from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
 from sememe.concepts.masks import Lane, allow, segment_mask
+from sememe.concepts.pool import SegmentPool
 from sememe.concepts.segments import Packing
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
@@ -54,6 +55,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         self.gate = RateGate(config.boundary, width, config.gate_noise)
         self.bridge = TailBridge(width) if config.bridge else None
         self.anchor = TokenAnchor(width) if config.anchor else None
+        self.pool = SegmentPool(width) if config.pool else None
         self.finish()
 
     @property

@@ -32,15 +32,14 @@ class Starting:
         To be called when quantisation begins: LoRA moves the states, and a codebook of the untouched base would not
         fit them any more (docs/log.md).
         """
-        words_NT, found = self._vocabulary(ids_NT, seed), {}
-        h_NTD = self.shallow_states(ids_NT)
-        h_ND = torch.cat([_inner(h_NTD), _inner(self.shallow_states(words_NT))])
+        found = {}
+        h_ND, embed_ND = (torch.cat(x) for x in zip(self._code_states(ids_NT), self._code_states(self._vocabulary(ids_NT, seed)),
+                                                    strict=True))
         if self.anchor is not None:
-            embed_ND = torch.cat([self.inner_embeddings(x) for x in (ids_NT, words_NT)])
             found["anchor_explains"] = self.anchor.start(embed_ND, self.codes.normalise(h_ND))
             h_ND = h_ND - self.codes.scale.float() * self.anchor(embed_ND)
         found |= start_from_states(self.codes, self.head, h_ND, seed=seed)
-        self._calibrate(h_NTD)
+        self.calibrate_gate(ids_NT)
         return found
 
     @torch.no_grad()
@@ -50,16 +49,26 @@ class Starting:
 
     @torch.no_grad()
     def code_inputs(self, ids_NT: Tensor) -> Tensor:
-        """(n, D) what codes would have to say at every position of (N, T) blocks but the sinks."""
-        return self.unsaid(_inner(self.shallow_states(ids_NT)), self.inner_embeddings(ids_NT))[0]
+        """(n, D) what codes would have to say at every position of (N, T) blocks but the sinks, or with a pool at those that
+        write."""
+        return self.unsaid(*self._code_states(ids_NT))[0]
 
     @torch.no_grad()
     def written_inputs(self, ids_NT: Tensor) -> Tensor:
         """The same of the coded concepts alone that the gate writes there."""
-        found = []
-        for step, h_BTD in self._shallow_batches(ids_NT):
-            found.append(self.unsaid(*self._coded(self._read(h_BTD, step), step))[0])
-        return torch.cat(found)
+        return self.unsaid(*self._written_states(ids_NT))[0]
+
+    def _code_states(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, D) states that codes stand for, and the embeddings of their tokens. What a pool makes of a position is known
+        where it writes only."""
+        if self.pool is not None:
+            return self._written_states(ids_NT)
+        return _inner(self.shallow_states(ids_NT)), self.inner_embeddings(ids_NT)
+
+    def _written_states(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
+        coded = [self._coded(self._read(h_BTD, step), step) for step, h_BTD in self._shallow_batches(ids_NT)]
+        h_nD, embed_nD = (torch.cat(states) for states in zip(*coded, strict=True))
+        return h_nD.float(), embed_nD
 
     def _calibrate(self, h_NTD: Tensor) -> None:
         x_NTD = self.codes.normalise(h_NTD)

@@ -57,8 +57,11 @@ class Writing:
         return past_padding(torch.cat([first, x_BTD], 1), valid_BT)[:, :-1]
 
     def _read(self, h_BTD: Tensor, step: Step) -> Reading:
-        """Which positions write, and (B, C, D) states for the codes: that of the writing position, or where scores
-        accumulate the segment's states weighted by them. Training folds the scores into the gate's distribution."""
+        """Which positions write, and (B, C, D) states for the codes: that of the writing position, with what its tail adds to
+        it if there is a pool, or where scores accumulate the segment's states weighted by them.
+
+        Training folds the scores into the gate's distribution.
+        """
         config, cache, gate = self.config, step.cache, self.gate
         x_BTD = self.codes.normalise(h_BTD)
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -79,6 +82,9 @@ class Writing:
             h_BCD, open_segment = pack.pool(h_BTD, score_BT * step.valid_BT, written_BT, open_segment)
         else:
             h_BCD = pack.pack(h_BTD)
+        if self.pool is not None:
+            tail_BCD, open_segment = pack.pool(x_BTD, step.valid_BT & ~written_BT, written_BT, open_segment)
+            h_BCD = h_BCD + self.codes.scale.float() * self.pool(tail_BCD)
         return Reading(written_BT, score_BT - threshold, pack, coded_BC, h_BCD.to(h_BTD.dtype), state, open_segment)
 
     def unsaid(self, h_nD: Tensor, embed_nD: Tensor) -> tuple[Tensor, Tensor | float]:

@@ -96,6 +96,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "grad_norm_codes": ("", "length of the gradient of the codes themselves"),
     "grad_norm_bridge": ("", "length of the gradient of the bridge that completes the tail"),
     "grad_norm_anchor": ("", "length of the gradient of the anchor that gives a concept its token"),
+    "grad_norm_pool": ("", "length of the gradient of the pool that gives a concept its tail"),
     "tail_mean": ("", "tokens without a concept in a row, on average, in training"),
     "largest_code_share": ("share", "share of the most frequent code among all concepts"),
     "bits_per_concept": ("", "bits that a concept carries at most: the entropy of the codes in use"),
@@ -162,7 +163,8 @@ INSTRUMENTS = (
         "Length of the gradient, before clipping, of everything and of each module: near 0, a module learns nothing; growing "
         "without end, the learning rate is too high.",
         (Panel("norm", {"grad_norm": "all", "grad_norm_lora": "LoRA", "grad_norm_head": "head", "grad_norm_codes": "codes",
-                        "grad_norm_bridge": "bridge", "grad_norm_anchor": "anchor"}, log=True),),
+                        "grad_norm_bridge": "bridge", "grad_norm_anchor": "anchor",
+                        "grad_norm_pool": "pool"}, log=True),),
     ),
     Instrument(
         "Tail length",

@@ -30,6 +30,7 @@ def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
             split=split, rate=recipe.rate, max_tail=recipe.max_tail, num_concepts=recipe.num_concepts,
             head=recipe.head, boundary=recipe.boundary, code_temperature=recipe.code_temperature, gumbel=recipe.gumbel,
             shallow_window=recipe.shallow_window,
+            pool=recipe.pool,
             bridge=recipe.bridge, anchor=recipe.anchor, gate_noise=recipe.gate_noise, concept_dropout=recipe.concept_dropout,
             lora_first=0 if recipe.lora.shallow else split[0],
             codes_per_concept=recipe.codes_per_concept, shared_map=recipe.shared_map, estimator=recipe.estimator,

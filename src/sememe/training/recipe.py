@@ -119,6 +119,8 @@ class Recipe(Strict):
     """Tokens that a token sees in the shallow slice, with the first one beside them; none: all. Its cache stops growing."""
     anchor: bool = False
     """A concept starts from what the token that writes it tells, by a linear map of its embedding; the codes say the rest."""
+    pool: bool = False
+    """Codes are read from the mean of the segment's tail too, by a map that is trained; not with boundary: threshold."""
     gate_noise: float = Field(0.0, ge=0)
     """In training, writing is sampled: Bernoulli of the gate's log-odds divided by this. 0: thresholded, as in use."""
     concept_dropout: float = Field(0.0, ge=0, lt=1)
