@@ -55,18 +55,21 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             begin = next((j + 1 for j in range(t - 1, -1, -1) if written[j]), 0)
             weights = torch.stack(scores[begin : t + 1])
             read[t] = (weights[:, None] * torch.stack(h[begin : t + 1])).sum(0) / weights.sum()
+    words = list(spine.embed(ids_T))  # what an anchor reads
     if model.pool is not None:
+        words = [torch.cat([word, 0 * word]) for word in words]
         for t in everything:
             begin = next((j + 1 for j in range(t - 1, -1, -1) if written[j]), 0)
             if written[t] and begin < t:
                 read[t] = h[t] + model.codes.scale * model.pool(torch.stack(x[begin:t]).mean(0))
+                words[t] = torch.cat([spine.embed(ids_T[t]), spine.embed(ids_T[begin:t]).mean(0)])
     ids, concepts = [], []
     for t in everything:
         if not written[t] or t == 0 or config.quantise == 0:
             ids.append(-2 if written[t] else -1)
             concepts.append(read[t])
             continue
-        code = 0.0 if model.anchor is None else model.anchor(spine.embed(ids_T[t]))  # what the token itself tells
+        code = 0.0 if model.anchor is None else model.anchor(words[t])  # what the token itself tells
         left, written_id = model.codes.normalise(read[t]) - code, 0
         for g in range(config.codes_per_concept):
             table = model.codes.weight[g] if model.codes.map is None else model.codes.weight[g] @ model.codes.map

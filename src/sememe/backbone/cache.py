@@ -133,14 +133,15 @@ class ConceptCache(Cache):
     segment has summed up, the ids written so far.
     """
 
-    def __init__(self, split: tuple[int, int, int], batch: int, device: torch.device, gate_state, width: int):
+    def __init__(self, split: tuple[int, int, int], batch: int, device: torch.device, gate_state, width: int,
+                 segment_width: int | None = None):
         self.shallow, self.middle, self.deep = (SliceCache(n, batch, device) for n in split)
         super().__init__(layers=[*self.shallow.layers, *self.middle.layers, *self.deep.layers])
         self.gate_state = gate_state
         self.tail = np.zeros(batch, np.int64)  # normal tokens in each row's deep tail
         self.last_hidden_BD = torch.zeros(batch, width, device=device)
         self.last_concept_BD = torch.zeros(batch, width, device=device)  # its middle state, for the bridge
-        self.open_segment = torch.zeros(batch, width, device=device), torch.zeros(batch, device=device)
+        self.open_segment = torch.zeros(batch, segment_width or width, device=device), torch.zeros(batch, device=device)
         self.padded = False
         self._ids = torch.empty(batch, 0, dtype=torch.long, device=device)
         self._columns = 0

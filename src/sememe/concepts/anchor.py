@@ -15,15 +15,16 @@ from sememe.concepts.fit import explained, linear_fit
 class TokenAnchor(nn.Module):
     """`W · embedding / scale + b`, in the codebook's normalised coordinates."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, tokens: int = 1):
         super().__init__()
-        self.token = nn.Linear(width, width)
+        self.token = nn.Linear(tokens * width, width)
         for p in self.parameters():
             nn.init.zeros_(p)
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """(…, D) embeddings of the writing tokens → (…, D) fp32 normalised states."""
+        """(…, tokens · D) embeddings of the writing tokens, with a pool their tails' means behind → (…, D) fp32 normalised
+        states."""
         x = embedding.float() / self.scale.float()
         return nn.functional.linear(x, self.token.weight.float(), self.token.bias.float())
 

@@ -54,7 +54,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept, config.shared_map)
         self.gate = RateGate(config.boundary, width, config.gate_noise)
         self.bridge = TailBridge(width) if config.bridge else None
-        self.anchor = TokenAnchor(width) if config.anchor else None
+        self.anchor = TokenAnchor(width, 2 if config.pool else 1) if config.anchor else None
         self.pool = SegmentPool(width) if config.pool else None
         self.finish()
 
@@ -269,8 +269,9 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
 
     def new_cache(self, batch: int) -> ConceptCache:
         """An empty cache for `batch` rows."""
-        cache = ConceptCache(tuple(self.config.split), batch, self.device, GateState.start(batch),
-                             self.config.text_config.hidden_size)
+        width = self.config.text_config.hidden_size
+        cache = ConceptCache(tuple(self.config.split), batch, self.device, GateState.start(batch), width,
+                             2 * width if self.config.pool else width)
         if self.bridge is not None:
             cache.last_concept_BD = self.bridge.concept_mean.expand(batch, -1)
         return cache

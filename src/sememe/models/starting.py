@@ -66,9 +66,9 @@ class Starting:
         return _inner(self.shallow_states(ids_NT)), self.inner_embeddings(ids_NT)
 
     def _written_states(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
-        coded = [self._coded(self._read(h_BTD, step), step) for step, h_BTD in self._shallow_batches(ids_NT)]
-        h_nD, embed_nD = (torch.cat(states) for states in zip(*coded, strict=True))
-        return h_nD.float(), embed_nD
+        reads = [self._read(h_BTD, step) for step, h_BTD in self._shallow_batches(ids_NT)]
+        return (torch.cat([read.h_BCD[read.coded_BC].float() for read in reads]),
+                torch.cat([read.word_BCF[read.coded_BC] for read in reads]))
 
     def _calibrate(self, h_NTD: Tensor) -> None:
         x_NTD = self.codes.normalise(h_NTD)

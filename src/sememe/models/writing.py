@@ -42,6 +42,7 @@ class Reading:
     pack: Packing
     coded_BC: Tensor  # all concepts but the sink, which stays a state
     h_BCD: Tensor
+    word_BCF: Tensor  # embeddings of the tokens that an anchor reads: the writing one, with a pool the tail's mean behind it
     state: GateState
     open_segment: tuple[Tensor, Tensor] | None
 
@@ -82,20 +83,20 @@ class Writing:
             h_BCD, open_segment = pack.pool(h_BTD, score_BT * step.valid_BT, written_BT, open_segment)
         else:
             h_BCD = pack.pack(h_BTD)
+        word_BCF = pack.pack(step.embed_BTD)
         if self.pool is not None:
-            tail_BCD, open_segment = pack.pool(x_BTD, step.valid_BT & ~written_BT, written_BT, open_segment)
+            both_BT2 = torch.cat([x_BTD, step.embed_BTD.float()], -1)
+            tail_BC2, open_segment = pack.pool(both_BT2, step.valid_BT & ~written_BT, written_BT, open_segment)
+            tail_BCD, words_BCD = tail_BC2.chunk(2, -1)
             h_BCD = h_BCD + self.codes.scale.float() * self.pool(tail_BCD)
-        return Reading(written_BT, score_BT - threshold, pack, coded_BC, h_BCD.to(h_BTD.dtype), state, open_segment)
+            word_BCF = torch.cat([word_BCF, words_BCD.to(word_BCF.dtype)], -1)
+        return Reading(written_BT, score_BT - threshold, pack, coded_BC, h_BCD.to(h_BTD.dtype), word_BCF, state, open_segment)
 
     def unsaid(self, h_nD: Tensor, embed_nD: Tensor) -> tuple[Tensor, Tensor | float]:
         """(n, D) normalised states without what their tokens' embeddings tell, for the codes to say; and that, 0 without
         an anchor."""
         told_nD = 0.0 if self.anchor is None else self.anchor(embed_nD)
         return self.codes.normalise(h_nD) - told_nD, told_nD
-
-    def _coded(self, read: Reading, step: Step) -> tuple[Tensor, Tensor]:
-        """(n, D) states of the coded concepts, and the embeddings of the tokens that write them."""
-        return read.h_BCD[read.coded_BC], read.pack.pack(step.embed_BTD)[read.coded_BC]
 
     def _known(self, c_BCD: Tensor, read: Reading) -> Tensor:
         """(B, C, D) what a bridge may read of the concepts: all but the sink, which says nothing about the text."""
@@ -120,8 +121,8 @@ class Writing:
         if config.quantise == 0:
             return h_BCD, ids_BC, None
         with torch.autocast(h_BCD.device.type, enabled=False):
-            h_nD, embed_nD = self._coded(read, step)
-            x_nD, told_nD = self.unsaid(h_nD, embed_nD)
+            h_nD = h_BCD[coded_BC]
+            x_nD, told_nD = self.unsaid(h_nD, read.word_BCF[coded_BC])
             found = quantise(
                 self.codes, self.head, x_nD, temperature=config.code_temperature,
                 noise=config.gumbel if self.training else 0.0, estimator=config.estimator,
