@@ -14,8 +14,9 @@ from families import tiny_base
 from sememe.errors import CheckpointError, DataError, RecipeError, SememeError
 from sememe.evaluation import alternatives, memory, speed_models, speed_sweep
 from sememe.evaluation.speed import unclear
-from sememe.evaluation.speed_models import default_split, untrained
+from sememe.evaluation.speed_models import untrained
 from sememe.evaluation.speed_sweep import Grid, decode_range, parse_grid
+from sememe.models.configuration import default_split
 from sememe.training.recipe import Split
 
 SMALL = ("--prompt-lengths", "16,32", "--rates", "0.5,0.25", "--new-tokens", 6, "--repeats", 1)

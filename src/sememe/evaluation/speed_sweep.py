@@ -20,8 +20,8 @@ from sememe.evaluation.figures import put, run_recipe
 from sememe.evaluation.files import prompts, torch_dtype
 from sememe.evaluation.memory import free_bytes, needed_bytes, out_of_memory, peak_bytes, reset_peak
 from sememe.evaluation.speed import benchmark_use, unclear
-from sememe.evaluation.speed_models import Bench, Split, Subject, default_split, find_subject
-from sememe.models.configuration import check_split
+from sememe.evaluation.speed_models import Bench, Split, Subject, find_subject
+from sememe.models.configuration import check_split, default_split
 from sememe.models.loading import set_rate
 from sememe.models.online import OnlineForCausalLM
 

@@ -40,6 +40,16 @@ def model_folder(model: str | Path) -> Path | None:
     return path if path.is_dir() else None
 
 
+def read_config(folder: Path):
+    """The configuration of a saved model or base. Raises CheckpointError where there is none."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}/config.json cannot be read ({str(error).splitlines()[0]}): need a saved model. try: RUN/model"
+        ) from error
+
+
 def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32, attention: str = "sdpa",
                base: str | None = None, rate: float | None = None) -> tuple[PreTrainedModel, object]:
     """(model in eval mode, tokenizer). `merge` folds LoRA into the weights: the same function with fewer matmuls.
@@ -53,12 +63,7 @@ def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = to
     folder = model_folder(model)
     if folder is None:
         folder = resolve(str(model))
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{folder}/config.json cannot be read ({str(error).splitlines()[0]}): need a saved model. try: RUN/model"
-        ) from error
+    config = read_config(folder)
     if rate is not None:
         set_rate(config, rate, model)  # refused before anything large is read
     device = "cuda" if torch.cuda.is_available() else "cpu"

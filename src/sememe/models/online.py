@@ -196,7 +196,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
                 column = torch.arange(before, before + length, device=h_BTD.device)
                 seen = lane.plan(torch.where(step.valid_BT, column, -1), step.position_BT, before + length)
             old = _all_concepts(*seen)
-            key = Lane(*(torch.cat([a, b], 1) for a, b in zip(old, query, strict=True))) if lane.before is not None else old
+            key = old.then(query) if lane.before is not None else old
             free = free and (length == 1 or before == 0)
             window = window if length > 1 else None  # the ring holds what the one query may see
         mask = self._mask(query, key, free, window)
@@ -247,7 +247,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             if lane.before is not None:
                 old_concept = torch.arange(seen[0].shape[1], device=d_BTD.device) < before
                 old = Lane(seen[0], before.expand(seen[0].shape), old_concept, seen[1])
-                key = Lane(*(torch.cat([a, b], 1) for a, b in zip(old, query, strict=True)))
+                key = old.then(query)
             else:
                 key = _all_concepts(*seen)
                 free = len(d_BTD) == 1 and not step.padded

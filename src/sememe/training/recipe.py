@@ -13,6 +13,7 @@ from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
 from sememe.concepts.quantise import ESTIMATORS
 from sememe.errors import RecipeError
+from sememe.models.configuration import default_split
 
 
 class Strict(BaseModel):
@@ -36,7 +37,7 @@ class Split(Strict):
     def resolve(self, layers: int) -> tuple[int, int, int]:
         """The three counts for a base of `layers`. What is left open is filled; what does not fit is for the model's
         configuration to refuse."""
-        edge = max(1, round(layers * 2 / 15))
+        edge = default_split(layers)[0]
         shallow, middle, deep = self.shallow, self.middle, self.deep
         if shallow is None:
             shallow = edge if middle is None or deep is None else layers - middle - deep
