@@ -1,6 +1,7 @@
 """LoRA on the attention and MLP linears of the decoder layers, through peft."""
 
 import contextlib
+import warnings
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -13,22 +14,49 @@ from sememe.errors import RecipeError
 def linear_names(decoder: nn.Module) -> list[str]:
     """Leaf names of the linears inside the decoder's layers (q_proj, …, down_proj; fused ones where a family has
     them). `all-linear` of peft would take the concept head as well."""
-    names = {name.rsplit(".", 1)[-1] for name, module in decoder.layers.named_modules() if isinstance(module, nn.Linear)}
-    return sorted(names)
+    adapted = [name for name, module in decoder.layers.named_modules() if isinstance(module, BaseTunerLayer)]
+    plain = [name for name, module in decoder.layers.named_modules() if isinstance(module, nn.Linear)]
+    inside = tuple(f"{name}." for name in adapted)
+    return sorted({name.rsplit(".", 1)[-1] for name in (*adapted, *(p for p in plain if not p.startswith(inside)))})
 
 
-def add_lora(base: nn.Module, rank: int, alpha: float, dropout: float, first: int = 0) -> None:
-    """Puts LoRA into the layers of `base` from `first` on, in place. Its weights are trainable, everything else is frozen."""
-    base.requires_grad_(False)
+def add_lora(base: nn.Module, rank: int, alpha: float, dropout: float, first: int = 0, last: int | None = None,
+             name: str = "default") -> None:
+    """Puts an adapter `name` into the layers `first` … `last` - 1 of `base`, in place. Adapters are trainable, everything else
+    is frozen."""
+    for key, p in base.named_parameters():
+        if "lora_" not in key:
+            p.requires_grad_(False)
     if rank == 0:
         return
     names = linear_names(base.get_decoder())
     if not names:
         raise RecipeError("found no nn.Linear in the layers of this base: need one for LoRA. try: lora.rank=0")
-    layers = "|".join(str(i) for i in range(first, len(base.get_decoder().layers)))
+    layers = "|".join(str(i) for i in list(range(len(base.get_decoder().layers)))[first:last])
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
                         target_modules=rf".*\.layers\.({layers})\..*\.({'|'.join(names)})")
-    inject_adapter_in_model(config, base)
+    trained = {key for key, p in base.named_parameters() if p.requires_grad}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
+        inject_adapter_in_model(config, base, adapter_name=name)
+    for key, p in base.named_parameters():  # peft leaves gradients to the adapter that came last
+        if key in trained:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def adapter(base: nn.Module, name: str):
+    """`base` with the adapter of that name alone; layers that have none of it run as they were. peft's own switch would also
+    turn the others' gradients off, which a graph that went through them still needs."""
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [name]
+    try:
+        yield base
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._active_adapter = was
 
 
 @contextlib.contextmanager

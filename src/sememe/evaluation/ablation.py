@@ -11,7 +11,7 @@ from sememe.evaluation.figures import keep
 from sememe.evaluation.files import heldout_blocks, heldout_texts
 from sememe.evaluation.quality import token_nll
 from sememe.models.loading import load_model
-from sememe.models.online import NULL, OnlineForCausalLM
+from sememe.models.writing import NULL, Writing
 
 SHARES = tuple(tenth / 10 for tenth in range(10))
 DRAWN = {"zero": False, "shuffle": True, "random": True, "swap": False}  # whether a seed makes a difference
@@ -22,7 +22,7 @@ def passes(shares: Sequence[float], seeds: int) -> int:
     return 1 + sum(seeds if drawn else 1 for drawn in DRAWN.values()) + seeds * sum(0 < share < 1 for share in shares)
 
 
-def ablation_curve(model: OnlineForCausalLM, ids_NT: Tensor, shares: Sequence[float] = SHARES, seeds: int = 3,
+def ablation_curve(model: Writing, ids_NT: Tensor, shares: Sequence[float] = SHARES, seeds: int = 3,
                    batch: int = 4, tick: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
     """ΔNLL to the unablated model on (N, T) blocks; the gate decides as before, so the same positions write.
 
@@ -66,8 +66,8 @@ def ablate_files(model: str, data: str, tokens: int = 4096, shares: Sequence[flo
             raise SememeError(f"share = {share:g}: need shares of the concepts from 0 to 1. try: --shares 0,0.25,0.5,0.75")
     texts = heldout_texts(model, data)
     loaded, tokenizer = load_model(model, base=base, rate=rate)
-    if not isinstance(loaded, OnlineForCausalLM):
-        raise CheckpointError(f"{model} has no concepts to ablate: need a run of system: online. try: runs/demo")
+    if not isinstance(loaded, Writing):
+        raise CheckpointError(f"{model} has no concepts to ablate: need a run of system: online or compressor. try: runs/demo")
     ids_NT = heldout_blocks(model, loaded, tokenizer, texts, tokens, sequence_length)
     if len(ids_NT) < 2:
         length = ids_NT.shape[1]

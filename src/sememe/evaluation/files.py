@@ -17,6 +17,7 @@ from sememe.models import ControlConfig, ControlForCausalLM
 from sememe.models.adapted import AdaptedModel
 from sememe.models.loading import load_base, load_model, load_tokenizer, model_folder, resolve
 from sememe.models.online import OnlineForCausalLM
+from sememe.models.writing import Writing
 
 BY_DATA = ("data", *CONTRACT, "target_rate", "rate_error_percent", "dial")
 
@@ -59,7 +60,7 @@ def evaluate_files(model: str, data: str | Sequence[str], tokens: int = 8192, co
         other, other_tokenizer = load_model(control, base=base)
         if other_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise CheckpointError(f"{control} has another tokenizer than {model}: need the same base. try: its own control")
-    passes = (4 if isinstance(loaded, OnlineForCausalLM) else 1) + (other is not None) + len(rates)
+    passes = (4 if isinstance(loaded, Writing) else 1) + (other is not None) + len(rates)
     found = []
     with tqdm(total=passes * sum(ids.numel() for ids in blocks), desc="evaluate", unit="token", mininterval=1) as bar:
         for name, ids_NT in zip(names, blocks, strict=True):
@@ -103,8 +104,8 @@ def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, 
         plain = load_base(source, dtype=kind).to(loaded.device).eval()
         result = benchmark_use(loaded.eval(), plain, ids_BT, new_tokens, repeats, lambda: bar.update(1))
     for name in ("concept", "base"):
-        result[name] |= trained.pop(name, {})
-    result |= {"train_step_ratio": None} | trained
+        result[name] |= {"train_tokens_per_s": None, "train_peak_bytes": None} | trained.pop(name, {})
+    result |= {"train_step_ratio": None, "train_memory_ratio": None} | trained
     result |= {"model": str(model), "base_name": named, "settings": {
         "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats, "dtype": dtype,
         "attention": "sdpa", "threads": torch.get_num_threads(), "device": str(loaded.device),

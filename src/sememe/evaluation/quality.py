@@ -12,8 +12,8 @@ from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.segments import tail_lengths
 from sememe.errors import DataError
-from sememe.models.configuration import ControlConfig, OnlineConfig
-from sememe.models.online import NULL, OnlineForCausalLM
+from sememe.models.configuration import CompressorConfig, ConceptConfig, ControlConfig, OnlineConfig
+from sememe.models.writing import NULL, Writing
 
 BUCKET = 64  # positions per bucket of `nll_by_position`
 
@@ -40,14 +40,17 @@ def layer_share(config, rate: float | None = None) -> float:
     if isinstance(config, OnlineConfig):
         shallow, middle, deep = config.split
         return (shallow + middle * rate + deep) / (shallow + middle + deep)
+    if isinstance(config, CompressorConfig):  # read once by one adapter, written once by the other
+        layers = config.text_config.num_hidden_layers
+        return 1 + (config.depth or layers) / layers
     first, last = getattr(config, "skipped", None) or (0, 0)
     return 1 - (last - first) / config.get_text_config().num_hidden_layers
 
 
 def system_of(config) -> str:
-    """`online`, `control` or `skip`, as in a recipe; `base` for a model that is none of ours."""
-    if isinstance(config, OnlineConfig):
-        return "online"
+    """`online`, `compressor`, `control` or `skip`, as in a recipe; `base` for a model that is none of ours."""
+    if isinstance(config, ConceptConfig):
+        return "online" if isinstance(config, OnlineConfig) else "compressor"
     return "base" if not isinstance(config, ControlConfig) else "skip" if config.skipped else "control"
 
 
@@ -142,7 +145,7 @@ def evaluate(model, tokenizer, ids_NT: Tensor, control=None, batch: int = 4, sam
     if control_NT is not None:
         result["control_nll"] = float(control_NT.mean())
         result["delta_nll_control"] = nll - result["control_nll"]
-    if not isinstance(model, OnlineForCausalLM):
+    if not isinstance(model, Writing):
         return result | {"layer_share": layer_share(model.config)}
     result |= rate_and_codes(concepts_NT, model.config.num_concepts, model.config.codes_per_concept)
     result["layer_share"] = layer_share(model.config, result["concept_rate"])

@@ -2,14 +2,17 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sememe.models.configuration import ControlConfig, OnlineConfig
+from sememe.models.compressor import CompressorForCausalLM
+from sememe.models.configuration import CompressorConfig, ControlConfig, OnlineConfig
 from sememe.models.control import ControlForCausalLM
 from sememe.models.online import OnlineForCausalLM
 
-MODELS = {"online": OnlineForCausalLM, "control": ControlForCausalLM, "skip": ControlForCausalLM}
+MODELS = {"online": OnlineForCausalLM, "compressor": CompressorForCausalLM, "control": ControlForCausalLM,
+          "skip": ControlForCausalLM}
 
-for _model in (OnlineForCausalLM, ControlForCausalLM):
+for _model in (OnlineForCausalLM, CompressorForCausalLM, ControlForCausalLM):
     AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
     AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
 
-__all__ = ["MODELS", "ControlConfig", "ControlForCausalLM", "OnlineConfig", "OnlineForCausalLM"]
+__all__ = ["MODELS", "CompressorConfig", "CompressorForCausalLM", "ControlConfig", "ControlForCausalLM", "OnlineConfig",
+           "OnlineForCausalLM"]

@@ -24,6 +24,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
     base_model_prefix = ""
     supports_gradient_checkpointing = True
+    foldable = True  # LoRA can go into the base's own weights
     _supports_sdpa = True
     _supports_attention_backend = True
     _own_dtype = torch.float32
@@ -45,8 +46,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self.post_init()
         self.generation_config = self.backbone.generation_config
         if self.config.base is not None:
-            config = self.config
-            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_first)
+            self.add_adapters()
+
+    def add_adapters(self) -> None:
+        """LoRA as the configuration has it."""
+        config = self.config
+        add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_first)
 
     def _init_weights(self, module) -> None:
         """New modules start from `start` (k-means) or from zero; the base brings its own weights."""

@@ -40,11 +40,10 @@ class AdaptedConfig(PreTrainedConfig):
         self.tie_word_embeddings = getattr(text_config, "tie_word_embeddings", False)
 
 
-class OnlineConfig(AdaptedConfig):
-    """Online concept compression (docs/concepts.md).
+class ConceptConfig(AdaptedConfig):
+    """What every system that writes concepts shares: where they are written, and their codes.
 
     Args:
-        split: layers in the shallow, middle and deep slice.
         rate: concepts per normal token, 0 < rate ≤ 1.
         max_tail: longest run of normal tokens; then a concept is forced.
         num_concepts: size K of the codebook.
@@ -52,40 +51,31 @@ class OnlineConfig(AdaptedConfig):
         shared_map: one learned map moves all codes together, see `concepts/codebook.py`.
         head: `factored` (whether apart from which), `joint` (one softmax over K + 1) or `nearest` (which by distance).
         boundary: how segments close, see `concepts/boundary.py`.
-        bridge: tail states get a linear guess of what the middle slice would have added (`concepts/bridge.py`).
-        anchor: a concept starts from what its token alone tells; the codes say the rest (`concepts/anchor.py`).
         pool: codes are read from the mean of the segment's tail too (`concepts/pool.py`).
         gate_noise: in training, writing is sampled with the gate's log-odds divided by this; 0 for the threshold.
         concept_dropout: share of the coded concepts that carry nothing, in training.
-        shallow_window: tokens that a token sees in the shallow slice, itself among them and the first one beside them;
-            None for all. The shallow cache then stops growing.
-        prefill_chunk: tokens that a cached forward takes at a time, so that no mask grows with their square; 0 for all.
         quantise: share of the code in a concept's state: 0 carries the state itself, 1 the code alone.
         code_temperature, gumbel: of the straight-through softmax in training; gumbel scales the noise, 0 for none.
         estimator, usage_weight, commitment_weight: gradient and extra terms of the codes, see `concepts/quantise.py`.
     """
 
-    model_type = "sememe-online"
+    model_type = "sememe-concepts"
 
-    def __init__(self, text_config=None, split=(4, 22, 4), rate: float = 0.25, max_tail: int = 16,
-                 num_concepts: int = 4096, head: str = "factored", boundary: str = "null", quantise: float = 1.0,
-                 code_temperature: float = 1.0, gumbel: float = 0.0, bridge: bool = False, anchor: bool = False,
-                 gate_noise: float = 0.0, concept_dropout: float = 0.0, codes_per_concept: int = 1, shared_map: bool = False,
-                 estimator: str = "soft", usage_weight: float = 0.0, commitment_weight: float = 0.0,
-                 pool: bool = False, shallow_window: int | None = None, prefill_chunk: int = 1024, **kwargs):
-        self.pool, self.shallow_window, self.prefill_chunk = pool, shallow_window, prefill_chunk
-        self.split = list(split)
+    def __init__(self, text_config=None, rate: float = 0.25, max_tail: int = 16, num_concepts: int = 4096,
+                 head: str = "factored", boundary: str = "null", quantise: float = 1.0, code_temperature: float = 1.0,
+                 gumbel: float = 0.0, gate_noise: float = 0.0, concept_dropout: float = 0.0, codes_per_concept: int = 1,
+                 shared_map: bool = False, estimator: str = "soft", usage_weight: float = 0.0,
+                 commitment_weight: float = 0.0, pool: bool = False, **kwargs):
+        self.rate, self.max_tail, self.num_concepts, self.pool = rate, max_tail, num_concepts, pool
         self.codes_per_concept, self.shared_map, self.estimator = codes_per_concept, shared_map, estimator
         self.usage_weight, self.commitment_weight = usage_weight, commitment_weight
-        self.rate, self.max_tail, self.num_concepts = rate, max_tail, num_concepts
         self.head, self.boundary, self.quantise = head, boundary, quantise
         self.code_temperature, self.gumbel = code_temperature, gumbel
-        self.bridge, self.anchor, self.gate_noise, self.concept_dropout = bridge, anchor, gate_noise, concept_dropout
+        self.gate_noise, self.concept_dropout = gate_noise, concept_dropout
         super().__init__(text_config=text_config, **kwargs)
 
     def check(self) -> None:
         """Raises RecipeError where a value cannot be run."""
-        check_split(self.split, self.text_config.num_hidden_layers)
         if not 0 < self.rate <= 1:
             raise RecipeError(f"rate = {self.rate}: need concepts per token in (0, 1]. try: rate=0.25")
         if self.rate * (self.max_tail + 1) < 1 - 1e-9:
@@ -97,9 +87,6 @@ class OnlineConfig(AdaptedConfig):
                                    ("estimator", self.estimator, ESTIMATORS)):
             if value not in known:
                 raise RecipeError(f"{name} = {value!r}: need one of {', '.join(known)}. try: {name}={next(iter(known))}")
-        if (self.shallow_window or 1) < 1 or self.prefill_chunk < 0:
-            raise RecipeError(f"shallow_window = {self.shallow_window}, prefill_chunk = {self.prefill_chunk}: need at least 1 "
-                              "token, or none for no limit. try: shallow_window=256")
         if self.num_concepts < 2:
             raise RecipeError(f"num_concepts = {self.num_concepts}: need at least 2. try: num_concepts=4096")
         if self.codes_per_concept < 1 or self.num_concepts**self.codes_per_concept > 2**48:
@@ -113,6 +100,60 @@ class OnlineConfig(AdaptedConfig):
         if self.estimator == "identity" and self.head != "nearest":
             raise RecipeError(f"estimator = 'identity' gives head = {self.head!r} no gradient: need the head that has no "
                               "weights to learn. try: head=nearest")
+
+
+class OnlineConfig(ConceptConfig):
+    """Online concept compression (docs/concepts.md).
+
+    Args:
+        split: layers in the shallow, middle and deep slice.
+        bridge: tail states get a linear guess of what the middle slice would have added (`concepts/bridge.py`).
+        anchor: a concept starts from what its token alone tells; the codes say the rest (`concepts/anchor.py`).
+        shallow_window: tokens that a token sees in the shallow slice, itself among them and the first one beside them;
+            None for all. The shallow cache then stops growing.
+        prefill_chunk: tokens that a cached forward takes at a time, so that no mask grows with their square; 0 for all.
+    """
+
+    model_type = "sememe-online"
+
+    def __init__(self, text_config=None, split=(4, 22, 4), bridge: bool = False, anchor: bool = False,
+                 shallow_window: int | None = None, prefill_chunk: int = 1024, **kwargs):
+        self.split, self.bridge, self.anchor = list(split), bridge, anchor
+        self.shallow_window, self.prefill_chunk = shallow_window, prefill_chunk
+        super().__init__(text_config=text_config, **kwargs)
+
+    def check(self) -> None:
+        """Raises RecipeError where a value cannot be run."""
+        check_split(self.split, self.text_config.num_hidden_layers)
+        super().check()
+        if (self.shallow_window or 1) < 1 or self.prefill_chunk < 0:
+            raise RecipeError(f"shallow_window = {self.shallow_window}, prefill_chunk = {self.prefill_chunk}: need at least 1 "
+                              "token, or none for no limit. try: shallow_window=256")
+
+
+class CompressorConfig(ConceptConfig):
+    """Text → concepts → text (docs/concepts.md).
+
+    Args:
+        depth: layers that the compressor reads a text with; None for all.
+        continuation_share: of the loss: going on from the concepts of a text's first half, instead of writing the text again.
+    """
+
+    model_type = "sememe-compressor"
+
+    def __init__(self, text_config=None, depth: int | None = None, continuation_share: float = 0.0, **kwargs):
+        self.depth, self.continuation_share = depth, continuation_share
+        super().__init__(text_config=text_config, **kwargs)
+
+    def check(self) -> None:
+        """Raises RecipeError where a value cannot be run."""
+        super().check()
+        layers = self.text_config.num_hidden_layers
+        if not 1 <= (self.depth or layers) <= layers:
+            raise RecipeError(f"depth = {self.depth}, but this base has {layers} layers: need 1 to {layers}. try: depth={layers}")
+        if not 0 <= self.continuation_share <= 1:
+            raise RecipeError(f"continuation_share = {self.continuation_share}: need a share of the loss in [0, 1]. "
+                              "try: continuation_share=0.5")
 
 
 class ControlConfig(AdaptedConfig):

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sememe.backbone.bases import load_base, load_tokenizer, resolve
 from sememe.errors import CheckpointError, RecipeError
 from sememe.models.adapted import AdaptedModel
-from sememe.models.configuration import AdaptedConfig, OnlineConfig
+from sememe.models.configuration import AdaptedConfig, ConceptConfig
 
 SHIPPED = Path(__file__).parents[1] / "reference"
 
@@ -71,7 +71,7 @@ def load_model(model: str | Path, *, merge: bool = True, dtype: torch.dtype = to
         return load_base(folder, dtype=dtype, attn_implementation=attention).to(device).eval(), load_tokenizer(folder)
     extra = {"base_from": base} if base else {}
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, **extra)
-    if merge and isinstance(loaded, AdaptedModel) and loaded.config.base is not None:
+    if merge and isinstance(loaded, AdaptedModel) and loaded.foldable and loaded.config.base is not None:
         loaded.merged()
     if rate is not None:
         set_rate(loaded.config, rate, model)
@@ -90,7 +90,7 @@ def set_rate(config, rate: float, model: str | Path) -> None:
         CheckpointError: `config` is that of a model without concepts.
         RecipeError: a rate outside (0, 1], or below what the forced concepts alone make.
     """
-    if not isinstance(config, OnlineConfig):
+    if not isinstance(config, ConceptConfig):
         raise CheckpointError(f"{model} has no concepts to set a rate for: need a run of system: online. try: without --rate")
     least = 1 / (config.max_tail + 1)
     if not least - 1e-9 <= rate <= 1:

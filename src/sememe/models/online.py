@@ -23,13 +23,13 @@ from sememe.concepts.bridge import TailBridge
 from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
-from sememe.concepts.masks import Lane, allow, segment_mask
+from sememe.concepts.masks import Lane
 from sememe.concepts.pool import SegmentPool
 from sememe.concepts.segments import Packing
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
 from sememe.models.starting import Starting
-from sememe.models.writing import NULL, Step, Writing, past_padding
+from sememe.models.writing import NULL, Step, Writing, all_concepts, past_padding
 
 
 @dataclass
@@ -160,31 +160,10 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             cache.record(ids_BT)
         return d_BTD, ids_BT, term, self._hidden_states(spine, step, written_BT, pack) if spine.record else None
 
-    def _step(self, spine: Spine, h_BTD: Tensor, attention_mask, position_ids, cache) -> Step:
-        batch, length = h_BTD.shape[:2]
-        before = 0 if cache is None else cache.get_seq_length()
-        if attention_mask is None or bool(attention_mask[:, -length:].all()):
-            valid_BT = torch.ones(batch, length, dtype=torch.bool, device=h_BTD.device)
-            padded = cache is not None and cache.padded
-        else:
-            valid_BT = attention_mask[:, -length:].bool().to(h_BTD.device)
-            padded = True
-        if cache is not None:
-            cache.padded = padded
-        if position_ids is None:
-            position_BT = (valid_BT.cumsum(1) - 1).clamp(min=0)
-            if cache is not None:
-                position_BT = position_BT + torch.from_numpy(cache.gate_state.tokens).to(position_BT)[:, None]
-        else:
-            position_BT = position_ids.to(h_BTD.device).expand(batch, length)
-        plain = self.config.rate >= 1 and not padded and before == 0
-        written_before = np.zeros(batch, np.int64) if cache is None else cache.concepts
-        return Step(h_BTD, position_BT, spine.rope(h_BTD, position_BT), valid_BT, plain, padded, cache, written_before)
-
     def _shallow(self, spine: Spine, h_BTD: Tensor, step: Step) -> Tensor:
         """All tokens, causal; with `shallow_window` each sees that many, itself among them, and the first of the text."""
         cache, length, window = step.cache, h_BTD.shape[1], self.config.shallow_window
-        query = key = _all_concepts(step.position_BT, step.valid_BT)
+        query = key = all_concepts(step.position_BT, step.valid_BT)
         free = not step.padded
         if cache is not None:
             lane, before = cache.shallow, cache.get_seq_length()
@@ -195,7 +174,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             else:
                 column = torch.arange(before, before + length, device=h_BTD.device)
                 seen = lane.plan(torch.where(step.valid_BT, column, -1), step.position_BT, before + length)
-            old = _all_concepts(*seen)
+            old = all_concepts(*seen)
             key = old.then(query) if lane.before is not None else old
             free = free and (length == 1 or before == 0)
             window = window if length > 1 else None  # the ring holds what the one query may see
@@ -208,7 +187,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         cache, rows = step.cache, None
         position_BC = pack.pack(step.position_BT)
         rope = {kind: tuple(pack.pack(x.expand(len(e_BCD), -1, -1)) for x in pair) for kind, pair in step.rope.items()}
-        query = key = _all_concepts(position_BC, pack.valid_BC)
+        query = key = all_concepts(position_BC, pack.valid_BC)
         ragged = step.padded or len(e_BCD) > 1
         if cache is not None:
             count_B = step.written_before + written_BT.sum(1).cpu().numpy()
@@ -225,7 +204,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
                 slot, position_BC, e_BCD = slot[rows], position_BC[rows], e_BCD[rows]
                 rope = {kind: tuple(x[rows] for x in pair) for kind, pair in rope.items()}
                 query = Lane(*(field[rows] for field in query))
-            key = _all_concepts(*lane.plan(slot, position_BC, int(count_B.max()), rows, length_B=count_B))
+            key = all_concepts(*lane.plan(slot, position_BC, int(count_B.max()), rows, length_B=count_B))
         free = not ragged and (e_BCD.shape[1] == 1 or cache is None or int(step.written_before.max()) == 0)
         free = free or step.plain
         c_BCD = spine.run(first, last, e_BCD, position_BC, rope, self._mask(query, key, free), cache)
@@ -249,23 +228,10 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
                 old = Lane(seen[0], before.expand(seen[0].shape), old_concept, seen[1])
                 key = old.then(query)
             else:
-                key = _all_concepts(*seen)
+                key = all_concepts(*seen)
                 free = len(d_BTD) == 1 and not step.padded
         return spine.run(split[0] + split[1], sum(split), d_BTD, step.position_BT, step.rope,
                          self._mask(query, key, free), cache)
-
-    def _mask(self, query: Lane, key: Lane, free: bool, recent: int | None = None):
-        """Mask of one slice for each sliding window. `free`: plain causal, or a single query that may see all. `recent`:
-        keys but the first of the text are seen for that many places only."""
-        attention = self.backbone.config._attn_implementation
-
-        def make(window: int | None) -> Tensor | None:
-            narrowest = min((w for w in (window, recent) if w is not None), default=None)
-            if free and attention == "sdpa" and (narrowest is None or int(key.position.max()) < narrowest):
-                return None
-            return allow(segment_mask(query, key, window, recent), self.dtype, attention)
-
-        return make
 
     def new_cache(self, batch: int) -> ConceptCache:
         """An empty cache for `batch` rows."""
@@ -309,8 +275,3 @@ def _check(h_BTD: Tensor, attention_mask: Tensor | None, cache, output_attention
     if cache is not None and len(cache.tail) != batch:
         raise ValueError(f"past_key_values has {len(cache.tail)} rows, the batch has {batch}: need one for each, beams and "
                          f"num_return_sequences counted. try: new_cache({batch})")
-
-
-def _all_concepts(position: Tensor, valid: Tensor) -> Lane:
-    """A lane on which the segment rule is plain causal attention."""
-    return Lane(position, torch.zeros_like(position), torch.ones_like(valid), valid)

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sememe.backbone.split import Spine
 from sememe.concepts.codebook import start_from_states
 from sememe.concepts.segments import packing
 
 
 class Starting:
-    """Mixin of OnlineForCausalLM."""
+    """Mixin of the models that write concepts."""
 
     @torch.no_grad()
     def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
@@ -33,8 +34,8 @@ class Starting:
         fit them any more (docs/log.md).
         """
         found = {}
-        h_ND, embed_ND = (torch.cat(x) for x in zip(self._code_states(ids_NT), self._code_states(self._vocabulary(ids_NT, seed)),
-                                                    strict=True))
+        read = [self._code_states(text_NT) for text_NT in self._texts_for_codes(ids_NT, seed)]
+        h_ND, embed_ND = (torch.cat(x) for x in zip(*read, strict=True))
         if self.anchor is not None:
             found["anchor_explains"] = self.anchor.start(embed_ND, self.codes.normalise(h_ND))
             h_ND = h_ND - self.codes.scale.float() * self.anchor(embed_ND)
@@ -57,6 +58,14 @@ class Starting:
     def written_inputs(self, ids_NT: Tensor) -> Tensor:
         """The same of the coded concepts alone that the gate writes there."""
         return self.unsaid(*self._written_states(ids_NT))[0]
+
+    def opened(self, ids_NT: Tensor) -> Tensor:
+        """Blocks of text as the model reads them."""
+        return ids_NT
+
+    def _texts_for_codes(self, ids_NT: Tensor, seed: int) -> list[Tensor]:
+        """What the codebook is started from."""
+        return [ids_NT, self._vocabulary(ids_NT, seed)]
 
     def _code_states(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
         """(n, D) states that codes stand for, and the embeddings of their tokens. What a pool makes of a position is known
@@ -99,7 +108,8 @@ class Starting:
         """Fits the boundary's estimate to the base's own next-token entropies (LoRA is still zero)."""
         blocks, entropies = max(1, tokens // ids_NT.shape[1]), []
         for ids_BT in ids_NT[:blocks].split(4):
-            log_p_BTV = F.log_softmax(self.backbone(input_ids=ids_BT.to(self.device), use_cache=False).logits.float(), -1)
+            ids_BT = self.opened(ids_BT.to(self.device))
+            log_p_BTV = F.log_softmax(self.backbone(input_ids=ids_BT, use_cache=False).logits.float(), -1)
             entropies.append(-(log_p_BTV.exp() * log_p_BTV).sum(-1))
         x_NTD = self.codes.normalise(h_NTD[:blocks])
         entropy_NT, before_NTD = torch.cat(entropies), self._previous(x_NTD, None)
@@ -117,7 +127,7 @@ class Starting:
 
     def inner_embeddings(self, ids_NT: Tensor) -> Tensor:
         """(n, D) embeddings of all positions but the sinks, which are never quantised."""
-        return _inner(self.spine.embed(ids_NT.to(self.device)))
+        return _inner(Spine(self.backbone).embed(ids_NT.to(self.device)))
 
     def shallow_states(self, ids_NT: Tensor) -> Tensor:
         """(N, T, D) fp32 outputs of the shallow slice."""
@@ -125,9 +135,9 @@ class Starting:
 
     def _shallow_batches(self, ids_NT: Tensor, batch: int = 4):
         """(step, (B, T, D) outputs of the shallow slice), batch by batch, as in evaluation."""
-        spine, was_training = self.spine, self.training
+        spine, was_training = Spine(self.backbone), self.training
         self.eval()
-        for ids_BT in ids_NT.to(self.device).split(batch):
+        for ids_BT in self.opened(ids_NT.to(self.device)).split(batch):
             h_BTD = spine.embed(ids_BT)
             step = self._step(spine, h_BTD, None, None, None)
             yield step, self._shallow(spine, h_BTD, step)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sememe.backbone.cache import ConceptCache
-from sememe.backbone.split import Rope
+from sememe.backbone.split import Rope, Spine
 from sememe.concepts.ablation import ablate
 from sememe.concepts.gate import GateState
+from sememe.concepts.masks import Lane, allow, segment_mask
 from sememe.concepts.quantise import quantise
 from sememe.concepts.segments import Packing, packing
 
@@ -48,7 +49,41 @@ class Reading:
 
 
 class Writing:
-    """Mixin of OnlineForCausalLM."""
+    """Mixin of the models that write concepts."""
+
+    def _step(self, spine: Spine, h_BTD: Tensor, attention_mask, position_ids, cache) -> Step:
+        batch, length = h_BTD.shape[:2]
+        before = 0 if cache is None else cache.get_seq_length()
+        if attention_mask is None or bool(attention_mask[:, -length:].all()):
+            valid_BT = torch.ones(batch, length, dtype=torch.bool, device=h_BTD.device)
+            padded = cache is not None and cache.padded
+        else:
+            valid_BT = attention_mask[:, -length:].bool().to(h_BTD.device)
+            padded = True
+        if cache is not None:
+            cache.padded = padded
+        if position_ids is None:
+            position_BT = (valid_BT.cumsum(1) - 1).clamp(min=0)
+            if cache is not None:
+                position_BT = position_BT + torch.from_numpy(cache.gate_state.tokens).to(position_BT)[:, None]
+        else:
+            position_BT = position_ids.to(h_BTD.device).expand(batch, length)
+        plain = self.config.rate >= 1 and not padded and before == 0
+        written_before = np.zeros(batch, np.int64) if cache is None else cache.concepts
+        return Step(h_BTD, position_BT, spine.rope(h_BTD, position_BT), valid_BT, plain, padded, cache, written_before)
+
+    def _mask(self, query: Lane, key: Lane, free: bool, recent: int | None = None):
+        """Mask of one slice for each sliding window. `free`: plain causal, or a single query that may see all. `recent`:
+        keys but the first of the text are seen for that many places only."""
+        attention = self.backbone.config._attn_implementation
+
+        def make(window: int | None) -> Tensor | None:
+            narrowest = min((w for w in (window, recent) if w is not None), default=None)
+            if free and attention == "sdpa" and (narrowest is None or int(key.position.max()) < narrowest):
+                return None
+            return allow(segment_mask(query, key, window, recent), self.dtype, attention)
+
+        return make
 
     def _previous(self, x_BTD: Tensor, cache: ConceptCache | None, valid_BT: Tensor | None = None) -> Tensor:
         """(B, T, D) each position's neighbour to the left: with `valid_BT` the last one that is no padding."""
@@ -56,6 +91,8 @@ class Writing:
         if valid_BT is None:
             return torch.cat([first, x_BTD[:, :-1]], 1)
         return past_padding(torch.cat([first, x_BTD], 1), valid_BT)[:, :-1]
+
+    closes_last = False  # a text's last token always writes: nothing of it is left in an open tail
 
     def _read(self, h_BTD: Tensor, step: Step) -> Reading:
         """Which positions write, and (B, C, D) states for the codes: that of the writing position, with what its tail adds to
@@ -74,6 +111,8 @@ class Writing:
         if cache is not None:
             first_BT &= torch.from_numpy(state.tokens == 0).to(first_BT.device)[:, None]
         written_BT, state = gate(score_BT, step.valid_BT, rate=config.rate, max_tail=config.max_tail, state=state)
+        if self.closes_last:
+            written_BT |= step.valid_BT & (step.valid_BT.flip(1).cumsum(1).flip(1) == 1)
         if self.training and torch.is_grad_enabled():
             gate.track(score_BT[step.valid_BT & (step.position_BT > 0)])
         pack = packing(written_BT)
@@ -171,3 +210,8 @@ def past_padding(x_BSD: Tensor, valid_BT: Tensor) -> Tensor:
     place_BT = torch.arange(1, x_BSD.shape[1], device=x_BSD.device).where(valid_BT, 0).cummax(1).values
     place_BS = torch.nn.functional.pad(place_BT, (1, 0))
     return x_BSD.gather(1, place_BS.unsqueeze(-1).expand(-1, -1, x_BSD.shape[2]))
+
+
+def all_concepts(position: Tensor, valid: Tensor) -> Lane:
+    """A lane on which the segment rule is plain causal attention."""
+    return Lane(position, torch.zeros_like(position), torch.ones_like(valid), valid)

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import DataError
-from sememe.models import MODELS, ControlConfig, OnlineConfig
+from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import check_split
 from sememe.training.recipe import Recipe
@@ -20,27 +20,31 @@ def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
     """The recipe's system over its base, untrained: identical to the base. `online` still lacks its codes."""
     layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
     split = recipe.split.resolve(layers)
-    check_split(split, layers)
     shared = {
         "base": recipe.base, "lora_rank": recipe.lora.rank, "lora_alpha": recipe.lora.alpha,
         "lora_dropout": recipe.lora.dropout,
     }
+    if recipe.system == "compressor":
+        config = CompressorConfig(depth=recipe.depth, continuation_share=recipe.continuation_share, **shared, **_concepts(recipe))
+    else:
+        check_split(split, layers)
     if recipe.system == "online":
         config = OnlineConfig(
-            split=split, rate=recipe.rate, max_tail=recipe.max_tail, num_concepts=recipe.num_concepts,
-            head=recipe.head, boundary=recipe.boundary, code_temperature=recipe.code_temperature, gumbel=recipe.gumbel,
-            shallow_window=recipe.shallow_window,
-            pool=recipe.pool,
-            bridge=recipe.bridge, anchor=recipe.anchor, gate_noise=recipe.gate_noise, concept_dropout=recipe.concept_dropout,
-            lora_first=0 if recipe.lora.shallow else split[0],
-            codes_per_concept=recipe.codes_per_concept, shared_map=recipe.shared_map, estimator=recipe.estimator,
-            usage_weight=recipe.usage_weight, commitment_weight=recipe.commitment_weight, **shared,
+            split=split, shallow_window=recipe.shallow_window, bridge=recipe.bridge, anchor=recipe.anchor,
+            lora_first=0 if recipe.lora.shallow else split[0], **shared, **_concepts(recipe),
         )
-    else:
+    elif recipe.system in ("control", "skip"):
         skipped = (split[0], split[0] + split[1]) if recipe.system == "skip" else ()
         config = ControlConfig(skipped=skipped, bridge=recipe.bridge and bool(skipped), **shared)
     torch.manual_seed(recipe.seed)
     return MODELS[recipe.system].from_base(config, folder=folder)
+
+
+def _concepts(recipe: Recipe) -> dict:
+    """What a recipe says of concepts that every system with them has."""
+    keys = ("rate", "max_tail", "num_concepts", "head", "boundary", "code_temperature", "gumbel", "pool", "gate_noise",
+            "concept_dropout", "codes_per_concept", "shared_map", "estimator", "usage_weight", "commitment_weight")
+    return {key: getattr(recipe, key) for key in keys}
 
 
 def build_blocks(recipe: Recipe, tokenizer) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from sememe.concepts.quantise import ESTIMATORS
 from sememe.errors import RecipeError
 from sememe.models.configuration import default_split
 
+CONCEPTS = ("online", "compressor")  # systems that write them
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
@@ -90,8 +92,9 @@ def ramp(x: float, start: float, end: float) -> float:
 class Recipe(Strict):
     """Every key of a recipe, with its default."""
 
-    system: Literal["online", "control", "skip"]
-    """`online`, or a baseline on the same batches: `control` (same LoRA, no concepts), `skip` (no middle slice)."""
+    system: Literal["online", "compressor", "control", "skip"]
+    """`online`; `compressor` (text → concepts → text); or a baseline on the same batches: `control` (same LoRA, no concepts),
+    `skip` (no middle slice)."""
     base: str
     """Known base (`sememe pull` lists them), local folder, or Hub id."""
     data: Data
@@ -122,6 +125,10 @@ class Recipe(Strict):
     """A concept starts from what the token that writes it tells, by a linear map of its embedding; the codes say the rest."""
     pool: bool = False
     """Codes are read from the mean of the segment's tail too, by a map that is trained; not with boundary: threshold."""
+    depth: int | None = Field(None, ge=1)
+    """Layers that a `compressor` reads a text with; none: all."""
+    continuation_share: float = Field(0.0, ge=0, le=1)
+    """Of a `compressor`'s loss: going on from the concepts of a block's first half, instead of writing the block again."""
     gate_noise: float = Field(0.0, ge=0)
     """In training, writing is sampled: Bernoulli of the gate's log-odds divided by this. 0: thresholded, as in use."""
     concept_dropout: float = Field(0.0, ge=0, lt=1)
@@ -178,7 +185,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _tail_fits(self) -> "Recipe":
-        if self.system == "online" and self.rate * (self.max_tail + 1) < 1 - 1e-9:
+        if self.system in CONCEPTS and self.rate * (self.max_tail + 1) < 1 - 1e-9:
             raise ValueError(f"max_tail = {self.max_tail} forces a concept more often than rate = {self.rate}")
         return self
 
@@ -186,6 +193,9 @@ class Recipe(Strict):
     def _options_fit(self) -> "Recipe":
         if self.distil > 0 and self.system != "online":
             raise ValueError(f"distil = {self.distil} is for system: online; a baseline is trained on the text alone")
+        if self.gradient_checkpointing and self.system == "compressor":
+            raise ValueError("gradient_checkpointing = true computes layers again when the other adapter is on; a compressor "
+                             "cannot have it. try: gradient_accumulation, or a shorter sequence_length")
         if self.gate_noise > 0 and self.boundary != "null":
             raise ValueError(f"gate_noise = {self.gate_noise} samples the decisions of boundary: null alone")
         return self

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from sememe.errors import CheckpointError, RecipeError, SememeError, TrainingError
-from sememe.models.online import OnlineForCausalLM
+from sememe.models.writing import Writing
 from sememe.training.build import base_and_tokenizer, build_blocks, build_model
 from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint
 from sememe.training.codes import Revive
 from sememe.training.instruments import ConceptMeter
-from sememe.training.recipe import Recipe, check_recipe
+from sememe.training.recipe import CONCEPTS, Recipe, check_recipe
 from sememe.training.trainer import ConceptTrainer
 
 
@@ -46,7 +46,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     if (first or (run / "model" / "manifest.json").is_file()) and same_run(recipe, run):
         say(f"{run} is finished: nothing to train")
         return run / "model"
-    if recipe.system != "online" and recipe.lora.rank == 0:
+    if recipe.system not in CONCEPTS and recipe.lora.rank == 0:
         raise RecipeError(f"system = {recipe.system} with lora.rank = 0: need something to train. try: lora.rank=8")
     if recipe.batch_size % (world * recipe.gradient_accumulation):
         raise RecipeError(
@@ -64,7 +64,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     meter, stop = None, Stop()
     callbacks = [Finite(), stop, Seal()]
     calibration_NT = blocks_NT[: max(1, recipe.calibration_tokens // recipe.sequence_length)]
-    if isinstance(model, OnlineForCausalLM):
+    if isinstance(model, Writing):
         meter = ConceptMeter(recipe.num_concepts, recipe.codes_per_concept)
         if checkpoint is None:
             _say_start(say, model.start_frame(calibration_NT, recipe.rate))
@@ -170,12 +170,12 @@ def _finish(recipe: Recipe, model, tokenizer, run: Path, calibration_NT) -> None
     evaluated and the file is half as large; then the gate is calibrated once more, on training text."""
     temporary = run / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    if isinstance(model, OnlineForCausalLM):
+    if isinstance(model, Writing):
         model.config.rate, model.config.quantise = recipe.rate, 1.0
         model.codes.fold()
         model.config.shared_map = False
     model.round_own_weights()
-    if isinstance(model, OnlineForCausalLM):
+    if isinstance(model, Writing):
         model.calibrate_gate(calibration_NT)
     try:
         model.save_pretrained(temporary)

@@ -1,0 +1,308 @@
+"""Compressor and decompressor: (B, T) ids → concept ids → the text again, (B, T, V) logits (docs/concepts.md).
+
+    BOS x ─ base + adapter "compressor" ─ h ─ gate and head ─ z ─ code ─ e ┐
+    BOS x ─ embed ─ (+) ── e of the segment that the next token lies in ───┘─ base + adapter "decompressor" ─ p(x_t)
+
+One frozen base, two adapters. The compressor sees the text; the decompressor its own words and the concepts alone. Which
+concept it reads next is its own decision too: `close` says after each token whether the segment ends with it. To go on
+from a text instead of writing it, the concepts stand ahead of the new words, each at the place that the rate gives it.
+Suffixes as in `concepts`; S = 1 + T counts the BOS.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from sememe.backbone.adapters import adapter, add_lora
+from sememe.backbone.split import Spine
+from sememe.concepts.codebook import ConceptEmbedding
+from sememe.concepts.gate import RateGate
+from sememe.concepts.head import HEADS
+from sememe.concepts.masks import Lane
+from sememe.concepts.pool import SegmentPool
+from sememe.errors import CheckpointError
+from sememe.models.adapted import AdaptedModel
+from sememe.models.configuration import CompressorConfig
+from sememe.models.starting import Starting
+from sememe.models.writing import NULL, Reading, Step, Writing, all_concepts
+
+COMPRESSOR, DECOMPRESSOR = "compressor", "decompressor"
+
+
+@dataclass
+class CompressorOutput(CausalLMOutputWithPast):
+    """`concept_ids` (B, T): the id that each token wrote; NULL -1. `term`: what codes and segment ends added to `loss`."""
+
+    concept_ids: Tensor | None = None
+    term: Tensor | None = None
+
+
+@dataclass
+class Encoded:
+    """What the compressor made of (B, T) texts. The BOS is concept 0 of each row; it carries nothing and is not counted."""
+
+    read: Reading
+    e_BCD: Tensor
+    ids_BC: Tensor
+    ids_BS: Tensor  # the BOS and the text
+    valid_BS: Tensor
+    term: Tensor | None
+
+    @property
+    def rank_BT(self) -> Tensor:
+        """Which concept covers each token: the first that is written at it or behind it."""
+        return self.read.written_BT.cumsum(1)[:, :-1]
+
+    @property
+    def place_BT(self) -> Tensor:
+        """Places of the tokens in their segments, from 0."""
+        written_BS = self.read.written_BT
+        at_BS = torch.arange(written_BS.shape[1], device=written_BS.device)
+        last_BS = torch.where(written_BS, at_BS, 0).cummax(1).values
+        return (at_BS - last_BS)[:, :-1]
+
+
+class SegmentReader(nn.Module):
+    """What the decompressor is told of a segment: (…, D) concept states and (…,) places → (…, D), to be added to embeddings."""
+
+    def __init__(self, width: int, places: int):
+        super().__init__()
+        self.state = nn.Linear(width, width)
+        self.place = nn.Embedding(places, width)
+        self.close = nn.Linear(2 * width, 1)
+        for p in (self.state.bias, self.place.weight, self.close.weight, self.close.bias):
+            nn.init.zeros_(p)
+
+    @torch.no_grad()
+    def start(self, scale: float) -> None:
+        """States of scale 1 become a random rotation of themselves, at the scale of the embeddings: it says nothing that the
+        embeddings say already."""
+        nn.init.orthogonal_(self.state.weight, gain=scale)
+
+    def forward(self, x: Tensor, place: Tensor) -> Tensor:
+        return self.state(x) + self.place(place.clamp(max=self.place.num_embeddings - 1))
+
+
+class CompressorForCausalLM(Starting, Writing, AdaptedModel):
+    """The base with two adapters, and a head, codes and gate between them."""
+
+    config_class = CompressorConfig
+    supports_gradient_checkpointing = False  # recomputed layers would meet whichever adapter is on by then
+    closes_last = True
+    bridge = anchor = None
+    foldable = False
+
+    def __init__(self, config: CompressorConfig, backbone=None):
+        super().__init__(config, backbone)
+        config.check()
+        width = config.text_config.hidden_size
+        self.head = HEADS[config.head](width, config.num_concepts, config.codes_per_concept)
+        self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept, config.shared_map)
+        self.gate = RateGate(config.boundary, width, config.gate_noise)
+        self.pool = SegmentPool(width) if config.pool else None
+        self.reader = SegmentReader(width, config.max_tail + 1)
+        self.finish()
+
+    def add_adapters(self) -> None:
+        config = self.config
+        for name, last in ((COMPRESSOR, config.depth), (DECOMPRESSOR, None)):
+            add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_first, last, name)
+
+    def merged(self):
+        """Raises CheckpointError: two adapters cannot be folded into one base."""
+        raise CheckpointError("a compressor's two adapters cannot be folded into one base: need it as it was saved. "
+                              "try: sememe compress and decompress on the run itself")
+
+    @property
+    def bos(self) -> int:
+        """What stands ahead of every text: an attention sink, and where the first token is predicted from."""
+        config = self.config.text_config
+        found = next((x for x in (config.bos_token_id, config.eos_token_id) if x is not None), 0)
+        return found[0] if isinstance(found, list) else found
+
+    # ---- the compressor ----
+
+    def opened(self, ids_BT: Tensor) -> Tensor:
+        """(B, 1 + T): with the BOS ahead."""
+        return torch.cat([torch.full_like(ids_BT[:, :1], self.bos), ids_BT], 1)
+
+    def _shallow(self, spine: Spine, h_BSD: Tensor, step: Step) -> Tensor:
+        """All that the compressor reads with, causal. Every state is normed: the last layers' are of any size."""
+        lane = all_concepts(step.position_BT, step.valid_BT)
+        with adapter(self.backbone, COMPRESSOR):
+            h_BSD = spine.run(0, self.config.depth or len(spine), h_BSD, step.position_BT, step.rope,
+                              self._mask(lane, lane, not step.padded))
+        return F.rms_norm(h_BSD.float(), h_BSD.shape[-1:]).to(h_BSD.dtype)
+
+    def _texts_for_codes(self, ids_NT: Tensor, seed: int) -> list[Tensor]:
+        return [ids_NT]  # a vocabulary in random order has no segments worth a code
+
+    _code_states = Starting._written_states
+
+    @torch.no_grad()
+    def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
+        """As every model that writes concepts; and what the decompressor is told begins at the scale of its embeddings."""
+        self.reader.start(float(Spine(self.backbone).embed(ids_NT.to(self.device)).float().square().mean().sqrt()))
+        return super().start_frame(ids_NT, rate)
+
+    def encode(self, ids_BT: Tensor, attention_mask: Tensor | None = None, ablation: str | None = None) -> Encoded:
+        """The concepts of (B, T) texts; `attention_mask` is 0 on padding, which stands on the right."""
+        spine, ids_BS = Spine(self.backbone), self.opened(ids_BT)
+        mask_BS = None if attention_mask is None else F.pad(attention_mask, (1, 0), value=1)
+        h_BSD = spine.embed(ids_BS)
+        step = self._step(spine, h_BSD, mask_BS, None, None)
+        read = self._read(self._shallow(spine, h_BSD, step), step)
+        e_BCD, ids_BC, term = self._write(read, step, ablation)
+        if self.training and self.gate.boundary.learned:  # forward e; backward the gate learns what the state is worth
+            p_BC1 = torch.sigmoid(read.pack.pack(read.margin_BT) * read.coded_BC).unsqueeze(-1)
+            e_BCD = e_BCD + (p_BC1 - p_BC1.detach()) * (e_BCD - self.codes.mean).detach()
+        return Encoded(read, e_BCD, ids_BC, ids_BS, step.valid_BT, term)
+
+    # ---- the decompressor ----
+
+    def _decompressor(self, spine: Spine, x_BnD: Tensor, position_Bn: Tensor, valid_Bn: Tensor | None = None) -> Tensor:
+        """Last states (B, n, D) over inputs (B, n, D)."""
+        valid_Bn = torch.ones_like(position_Bn, dtype=torch.bool) if valid_Bn is None else valid_Bn
+        lane = all_concepts(position_Bn, valid_Bn)
+        with adapter(self.backbone, DECOMPRESSOR):
+            return spine.run(0, len(spine), x_BnD, position_Bn, spine.rope(x_BnD, position_Bn),
+                             self._mask(lane, lane, bool(valid_Bn.all())))
+
+    def told(self, e: Tensor, place: Tensor) -> Tensor:
+        """(…, D) concept states and (…,) places in their segments → (…, D), added to the embedding of the token before."""
+        return self.reader(self.codes.normalise(e).to(self.reader.state.weight.dtype), place)
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+                ablation: str | None = None, **kwargs) -> CompressorOutput:
+        """The text through its concepts. `loss`: of writing it again, every token, mixed with going on from its first half.
+
+        Args:
+            input_ids: (B, T) token ids.
+            attention_mask: (B, T), 0 on padding, on the right.
+            labels: (B, T) targets, -100 ignored; None for no loss.
+            ablation: replace the codes, see `concepts/ablation.py`.
+
+        Returns logits (B, T, V) as a language model's: those at t are of token t + 1.
+        """
+        spine, share = Spine(self.backbone), self.config.continuation_share
+        made = self.encode(input_ids, attention_mask, ablation)
+        e_BTD = made.e_BCD.gather(1, made.rank_BT.unsqueeze(-1).expand(-1, -1, made.e_BCD.shape[-1]))
+        x_BTD = self.told(e_BTD, made.place_BT).to(made.e_BCD.dtype)
+        x_BSD = spine.embed(made.ids_BS) + F.pad(x_BTD, (0, 0, 0, 1))  # nothing is told of what comes behind the text
+        position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(x_BSD.shape[:2])
+        h_BSD = self._decompressor(spine, x_BSD, position_BS)
+        logits_BSV = spine.logits(h_BSD)
+        ids_BS = torch.full_like(made.ids_BS, NULL).scatter(
+            1, made.read.pack.index_BC, torch.where(made.read.coded_BC, made.ids_BC, NULL))
+        loss, term = None, made.term
+        if labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            target_BT = labels if attention_mask is None else labels.masked_fill(attention_mask == 0, -100)
+            count = (target_BT != -100).sum() if items is None else items
+            nll_BT = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), target_BT.flatten(), reduction="none")
+            loss = (1 - share) * nll_BT.sum() / count
+            more = self._end_loss(h_BSD[:, :-1], made) * (target_BT != -100).sum() / count
+            if share > 0:
+                loss = loss + share * self._continuation_loss(spine, input_ids, labels) * (target_BT != -100).sum() / count
+            if self.training:  # every rank's gradients in step, whatever its batch used
+                more = more + sum(p.float().sum() for p in self.parameters() if p.requires_grad) * 0.0
+            term = more if term is None else more + term * (target_BT != -100).sum() / count
+            loss = loss + term
+        return CompressorOutput(loss=loss, logits=logits_BSV[:, 1:], concept_ids=ids_BS[:, 1:], term=term)
+
+    def _end_loss(self, h_BTD: Tensor, made: Encoded) -> Tensor:
+        """Cross entropy of "the segment ends with this token", nats per token."""
+        valid_BT, ends_BT = made.valid_BS[:, 1:], made.read.written_BT[:, 1:]
+        logit_BT = self._closes(h_BTD, Spine(self.backbone).embed(made.ids_BS[:, 1:]))
+        return F.binary_cross_entropy_with_logits(logit_BT[valid_BT], ends_BT[valid_BT].float())
+
+    def _closes(self, h: Tensor, embed: Tensor) -> Tensor:
+        """(…,) log-odds that a segment ends with a token, from the state that predicted it and its embedding. They are read, not
+        taught: the text's own loss shapes the states."""
+        both = torch.cat([F.rms_norm(x.detach().float(), x.shape[-1:]) for x in (h, embed)], -1)
+        return F.linear(both, self.reader.close.weight.float(), self.reader.close.bias.float()).squeeze(-1)
+
+    def concept_places(self, concepts: int) -> Tensor:
+        """(C,) where concepts stand that a text goes on from: the places that the rate gives them, which ids alone tell."""
+        return torch.round((torch.arange(concepts, device=self.device) + 1) / self.config.rate).long()
+
+    def _continuation_loss(self, spine: Spine, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """Nats per token of the second half of each text, given the concepts of the first."""
+        half = ids_BT.shape[1] // 2
+        logits_BTV = self.continuation_logits(self.encode(ids_BT[:, :half]), ids_BT[:, half:])
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT[:, half:].flatten())
+
+    def continuation_logits(self, made: Encoded | None, ids_BT: Tensor) -> Tensor:
+        """(B, T, V) logits of each of the (B, T) tokens, given those before it and the concepts of what came before them
+        (None: nothing did)."""
+        spine = Spine(self.backbone)
+        x_BTD = spine.embed(self.opened(ids_BT)[:, :-1])
+        position_Bn = torch.arange(x_BTD.shape[1], device=self.device).expand(x_BTD.shape[:2])
+        valid_Bn = None
+        if made is not None:
+            e_BCD, coded_BC = made.e_BCD[:, 1:], made.read.coded_BC[:, 1:]
+            place_BC = self.concept_places(e_BCD.shape[1]).expand(coded_BC.shape)
+            c_BCD = self.told(e_BCD, torch.zeros_like(place_BC)).to(x_BTD.dtype)
+            ahead_B1 = place_BC.gather(1, (coded_BC.sum(1, keepdim=True) - 1).clamp(min=0))
+            # The BOS stays the first of all, an attention sink; the concepts stand behind it, the new words behind them.
+            x_BTD = torch.cat([x_BTD[:, :1], c_BCD, x_BTD[:, 1:]], 1)
+            position_Bn = torch.cat([position_Bn[:, :1], place_BC, position_Bn[:, 1:] + ahead_B1], 1)
+            real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+            valid_Bn = torch.cat([real_BT[:, :1], coded_BC, real_BT[:, 1:]], 1)
+        h_BnD = self._decompressor(spine, x_BTD, position_Bn, valid_Bn)
+        if made is not None:  # the first new token is predicted where the concepts end
+            count_B1 = made.read.coded_BC[:, 1:].sum(1, keepdim=True)
+            first_B1D = h_BnD.gather(1, count_B1.unsqueeze(-1).expand(-1, -1, h_BnD.shape[-1]))
+            h_BnD = torch.cat([first_B1D, h_BnD[:, made.e_BCD.shape[1] :]], 1)
+        return spine.logits(h_BnD)
+
+    # ---- use ----
+
+    @torch.no_grad()
+    def compress(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
+        """The concept ids of each row, each below K^G; padding stands on the right."""
+        made = self.encode(ids_BT.to(self.device), attention_mask)
+        return [ids[coded].tolist() for ids, coded in zip(made.ids_BC, made.read.coded_BC, strict=True)]
+
+    @torch.no_grad()
+    def decompress(self, concepts: list[list[int]]) -> list[list[int]]:
+        """The token ids that each row's concept ids are read as: greedy, cached, all rows at once. A row without concepts is
+        an empty text. Raises CheckpointError for an id that this model has no code for."""
+        spine, config, rows = Spine(self.backbone), self.config, len(concepts)
+        most = config.num_concepts**config.codes_per_concept
+        wrong = [i for ids in concepts for i in ids if not 0 <= i < most]
+        if wrong:
+            raise CheckpointError(f"concept id {wrong[0]}: need ids from 0 to {most - 1}, as this model writes them. "
+                                  "try: the model that compressed the text")
+        longest, device = max(map(len, concepts), default=0), self.device
+        if longest == 0:
+            return [[] for _ in concepts]
+        ids_BC = torch.tensor([ids + [0] * (longest - len(ids)) for ids in concepts], device=device)
+        e_BCD, count_B = self.codes(ids_BC), torch.tensor([len(ids) for ids in concepts], device=device)
+        cache, token_B, written = DynamicCache(), torch.full((rows,), self.bos, device=device), []
+        rank_B, place_B = torch.zeros_like(count_B), torch.zeros_like(count_B)
+        with adapter(self.backbone, DECOMPRESSOR):
+            while bool((rank_B < count_B).any()):
+                e_BD = e_BCD[torch.arange(rows, device=device), rank_B.clamp(max=longest - 1)]
+                x_BD = spine.embed(token_B) + self.told(e_BD, place_B).to(self.dtype)
+                position_B1 = torch.full((rows, 1), len(written), device=device)
+                h_BD = self._next(spine, x_BD.unsqueeze(1), position_B1, cache)
+                token_B = spine.logits(h_BD).argmax(-1)
+                written.append(torch.where(rank_B < count_B, token_B, NULL))
+                ends_B = (self._closes(h_BD, spine.embed(token_B)) > 0) | (place_B >= config.max_tail)
+                rank_B, place_B = rank_B + ends_B, torch.where(ends_B, 0, place_B + 1)
+        return [row[row != NULL].tolist() for row in torch.stack(written, 1)]
+
+    def _next(self, spine: Spine, x_B1D: Tensor, position_B1: Tensor, cache: DynamicCache) -> Tensor:
+        """(B, D) last states of one more position."""
+        place_1S = torch.arange(int(position_B1[0, 0]) + 1, device=x_B1D.device)[None]
+        key = all_concepts(place_1S, torch.ones_like(place_1S, dtype=torch.bool))
+        query = Lane(*(field[:, -1:] for field in key))
+        mask = self._mask(query, key, free=True)
+        return spine.run(0, len(spine), x_B1D, position_B1, spine.rope(x_B1D, position_B1), mask, cache)[:, 0]
