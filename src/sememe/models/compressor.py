@@ -60,11 +60,11 @@ class Encoded:
 
     @property
     def place_BT(self) -> Tensor:
-        """Places of the tokens in their segments, from 0."""
+        """Places of the tokens in their segments, from 0; 0 on padding."""
         written_BS = self.read.written_BT
         at_BS = torch.arange(written_BS.shape[1], device=written_BS.device)
         last_BS = torch.where(written_BS, at_BS, 0).cummax(1).values
-        return (at_BS - last_BS)[:, :-1]
+        return ((at_BS - last_BS)[:, :-1]).masked_fill(~self.valid_BS[:, 1:], 0)
 
 
 class SegmentReader(nn.Module):
@@ -75,7 +75,8 @@ class SegmentReader(nn.Module):
         self.state = nn.Linear(width, width)
         self.place = nn.Embedding(places, width)
         self.close = nn.Linear(2 * width, 1)
-        for p in (self.state.bias, self.place.weight, self.close.weight, self.close.bias):
+        self.close_at = nn.Embedding(places, 1)
+        for p in (self.state.bias, self.place.weight, self.close.weight, self.close.bias, self.close_at.weight):
             nn.init.zeros_(p)
 
     @torch.no_grad()
@@ -85,7 +86,14 @@ class SegmentReader(nn.Module):
         nn.init.orthogonal_(self.state.weight, gain=scale)
 
     def forward(self, x: Tensor, place: Tensor) -> Tensor:
-        return self.state(x) + self.place(place.clamp(max=self.place.num_embeddings - 1))
+        return self.state(x) + self.place(place)
+
+    def closes(self, h: Tensor, embed: Tensor, place: Tensor) -> Tensor:
+        """(…,) log-odds that a segment ends with a token: from the state that predicted it, its embedding and its place. Where
+        all segments are equally long, the place is enough."""
+        both = torch.cat([F.rms_norm(x.float(), x.shape[-1:]) for x in (h, embed)], -1)
+        seen = F.linear(both, self.close.weight.float(), self.close.bias.float())
+        return (seen + self.close_at(place).float()).squeeze(-1)
 
 
 class CompressorForCausalLM(Starting, Writing, AdaptedModel):
@@ -219,14 +227,8 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
     def _end_loss(self, h_BTD: Tensor, made: Encoded) -> Tensor:
         """Cross entropy of "the segment ends with this token", nats per token."""
         valid_BT, ends_BT = made.valid_BS[:, 1:], made.read.written_BT[:, 1:]
-        logit_BT = self._closes(h_BTD, Spine(self.backbone).embed(made.ids_BS[:, 1:]))
+        logit_BT = self.reader.closes(h_BTD, Spine(self.backbone).embed(made.ids_BS[:, 1:]), made.place_BT)
         return F.binary_cross_entropy_with_logits(logit_BT[valid_BT], ends_BT[valid_BT].float())
-
-    def _closes(self, h: Tensor, embed: Tensor) -> Tensor:
-        """(…,) log-odds that a segment ends with a token, from the state that predicted it and its embedding. They are read, not
-        taught: the text's own loss shapes the states."""
-        both = torch.cat([F.rms_norm(x.detach().float(), x.shape[-1:]) for x in (h, embed)], -1)
-        return F.linear(both, self.reader.close.weight.float(), self.reader.close.bias.float()).squeeze(-1)
 
     def concept_places(self, concepts: int) -> Tensor:
         """(C,) where concepts stand that a text goes on from: the places that the rate gives them, which ids alone tell."""
@@ -295,7 +297,7 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
                 h_BD = self._next(spine, x_BD.unsqueeze(1), position_B1, cache)
                 token_B = spine.logits(h_BD).argmax(-1)
                 written.append(torch.where(rank_B < count_B, token_B, NULL))
-                ends_B = (self._closes(h_BD, spine.embed(token_B)) > 0) | (place_B >= config.max_tail)
+                ends_B = (self.reader.closes(h_BD, spine.embed(token_B), place_B) > 0) | (place_B >= config.max_tail)
                 rank_B, place_B = rank_B + ends_B, torch.where(ends_B, 0, place_B + 1)
         return [row[row != NULL].tolist() for row in torch.stack(written, 1)]
 
