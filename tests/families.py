@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sememe.models import OnlineConfig, OnlineForCausalLM
+from sememe.models import CompressorConfig, CompressorForCausalLM, OnlineConfig, OnlineForCausalLM
 
 COMMON = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -53,6 +53,20 @@ def online_over(folder, ids_NT: torch.Tensor, **changes) -> OnlineForCausalLM:
     move(model, torch.Generator().manual_seed(0))
     model.start_frame(ids_NT)
     model.start_codes(ids_NT)
+    return model.eval()
+
+
+def compressor_over(folder, ids_NT: torch.Tensor, **changes) -> CompressorForCausalLM:
+    """A compressor over a saved base, its codes and gate started from `ids_NT`. Its segments end at different lengths."""
+    torch.manual_seed(0)
+    settings = {"rate": 0.5, "max_tail": 3, "num_concepts": 16, "boundary": "null", "head": "nearest", "lora_rank": 4}
+    model = CompressorForCausalLM.from_base(CompressorConfig(base=str(folder), **{**settings, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    move(model, generator)
+    model.start_frame(ids_NT)
+    model.start_codes(ids_NT)
+    for p, size in ((model.reader.close.weight, 0.3), (model.reader.place.weight, 0.1)):
+        p.data.copy_(size * torch.randn(p.shape, generator=generator))
     return model.eval()
 
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, the whole path on a tiny base, and one sentence for bad input."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -82,8 +83,11 @@ def test_benchmark_gives_the_contract(runs):
     for side in ("concept", "base"):
         for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes", "train_tokens_per_s"):
             assert result[side][key] > 0, (side, key)
+        for key in ("prefill_peak_bytes", "train_peak_bytes"):  # None where nobody can tell
+            assert (result[side][key] or math.inf) >= result[side]["weight_bytes"] > 0, (side, key)
     for key in ("prefill_speedup", "decode_speedup", "cache_reduction", "ceiling_decode_speedup", "train_step_ratio"):
         assert result[key] > 0, key
+    assert {"prefill_memory_ratio", "train_memory_ratio"} < result.keys()
     assert 0.4 < result["realised_rate"] < 0.65
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from conftest import ctrl_c, metrics, run
+from conftest import ctrl_c, metrics, run, sememe
 from families import FAMILIES, move, text, tiny_base
 from sememe.backbone.split import Spine
 from sememe.errors import CheckpointError, RecipeError
@@ -223,3 +223,26 @@ def test_padding_writes_nothing():
     with torch.no_grad():
         out = model(text(2, 12), attention_mask=mask, labels=text(2, 12))
     assert (out.concept_ids[1, 5:] == NULL).all() and out.concept_ids[1, 4] != NULL and torch.isfinite(out.loss)
+
+
+def test_a_padded_row_with_the_most_concepts_is_what_it_is_alone():
+    model, ids = tiny_compressor(boundary="fixed"), text(1, 12)
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    with torch.no_grad():
+        padded, alone = model(ids, attention_mask=mask, labels=ids), model(ids[:, :8], labels=ids[:, :8])
+    # 1e-5: seen 1e-6, the padded row goes through a masked kernel
+    torch.testing.assert_close(padded.logits[:, :7], alone.logits[:, :7], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded.loss, alone.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_commands_for_language_models_say_what_a_compressor_is(recipe_values, texts, tmp_path):
+    run(compressor_recipe(recipe_values), tmp_path / "run")
+    assert "is a compressor" in sememe("generate", tmp_path / "run", "--prompt", "the cat", code=1)
+    assert "need a run of system: online" in sememe("benchmark", tmp_path / "run", code=1)
+    assert "two adapters" in sememe("export", tmp_path / "run", "--to", tmp_path / "x", code=1) and not (tmp_path / "x").exists()
+    said = sememe("evaluate", tmp_path / "run", "--data", texts[1], "--tokens", 128, "--rates", "0.25,0.5")
+    assert "0.25" in said and "delta_nll_shuffle" in said
+    assert "report.html" in sememe("report", tmp_path / "run")
+    few = ("--tokens", 128, "--shares", "0,0.5", "--seeds", 1)
+    assert "shuffle" in sememe("ablate", tmp_path / "run", "--data", texts[1], *few)

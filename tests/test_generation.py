@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from families import text, tiny_online, uncached_greedy
+import sememe.backbone.cache as cache_module
+from families import left_padded, text, tiny_online, uncached_greedy
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
@@ -27,6 +28,17 @@ def test_left_padded_batch_is_its_singles(model):
     padded = torch.cat([torch.nn.functional.pad(row, (14 - row.shape[1], 0)) for row in rows])
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (14 - row.shape[1], 0)) for row in rows])
     together = model.generate(padded, attention_mask=mask, **GREEDY)[:, 14:]
+    for row, got in zip(rows, together, strict=True):
+        assert torch.equal(model.generate(row, **GREEDY)[0, row.shape[1] :], got)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_long_and_short_prompts_decode_together(window):
+    """Prompts of 10 to 200 tokens, read 48 at a time: most chunks are padding in some rows, and whole in others."""
+    model = tiny_online(prefill_chunk=48, shallow_window=window)
+    rows = [text(1, int(n), seed=int(n)) for n in torch.linspace(200, 10, 12)]
+    ids, mask = left_padded(rows)
+    together = model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :]
     for row, got in zip(rows, together, strict=True):
         assert torch.equal(model.generate(row, **GREEDY)[0, row.shape[1] :], got)
 
@@ -84,6 +96,20 @@ def test_cache_holds_what_the_formula_says(model):
     assert concepts < 60 and tail <= model.config.max_tail
     rows = 1 * 101 + 2 * (concepts + 1) + 1 * (concepts + tail + 1)  # one slot a layer takes what is not kept
     assert cache.bytes() == rows * 2 * 1 * 32 * 4
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_chunks_of_a_prompt_find_their_room_made(window, monkeypatch):
+    """Keys and values are put in place once: a prompt in chunks does not copy its cache with each of them."""
+    grown, model = [], tiny_online(prefill_chunk=16, shallow_window=window)
+    monkeypatch.setattr(cache_module, "_grow", lambda x, size, grow=cache_module._grow: grown.append(x.dim()) or grow(x, size))
+    cache = model.new_cache(1)
+    model(text(1, 100), past_key_values=cache)
+    assert grown and 4 not in grown, "positions grow once for each slice, its layers never"
+    assert cache.shallow.capacity == (window + 1 if window else 100)
+    assert cache.middle.capacity == cache.deep.capacity == 40 + cache_module.GROWTH
+    model(text(1, 100), past_key_values=cache)
+    assert cache.concepts[0] > 60 and cache.get_seq_length() == 200
 
 
 @pytest.mark.parametrize("settings", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])

@@ -13,10 +13,13 @@ ALLOWED = {
     "evaluation": {"models", "concepts", "backbone", "data", "errors"},
     "training": {"evaluation", "models", "concepts", "backbone", "data", "errors"},
     "report": {"errors"},
-    "show": {"models", "errors"}, "tables": {"errors", "evaluation"},
-    "cli": {"tables", "errors", "backbone", "models", "training", "evaluation", "report", "show", "demo"},
+    "compression": {"models", "data", "errors"},
+    "show": {"models", "errors"}, "tables": {"errors", "evaluation"}, "options": {"errors"},
+    "cli_compressor": {"options", "tables", "compression", "evaluation"},
+    "cli": {"options", "cli_compressor", "tables", "errors", "backbone", "models", "training", "evaluation", "report", "show",
+            "demo"},
     "demo": {"tables", "errors", "backbone", "models", "training", "evaluation", "report", "show"},
-    "__init__": {"models"}, "__main__": {"cli"},
+    "__init__": {"models", "compression"}, "__main__": {"cli"},
 }
 HEAVY = {"concepts": {"transformers", "peft", "datasets"}, "report": {"torch", "transformers", "peft"}}
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from sememe import cli_compressor
 from sememe.errors import SememeError
+from sememe.options import Json, Model, Rate, numbers
 from sememe.tables import (
     out,
     show_ablation,
@@ -28,9 +30,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Concept-token language models: part of a pretrained LM works on discrete concepts that it writes for itself.",
 )
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the same as JSON.")]
-Model = Annotated[str, typer.Argument(help="A run folder, a saved model folder, a base, or smollm2-135m-online.")]
-Rate = Annotated[float | None, typer.Option("--rate", metavar="R", help="The dial: concepts per token; default: as trained.")]
 
 
 def main() -> None:
@@ -41,14 +40,6 @@ def main() -> None:
         code = 130 if type(error).__name__ == "Interrupted" else 1
         print(f"{'' if code == 130 else 'error: '}{error}", file=sys.stderr)
         sys.exit(code)
-
-
-def numbers(text: str | None, option: str, example: str) -> list[float]:
-    """`0.25,0.5` → [0.25, 0.5]; nothing → []."""
-    try:
-        return [float(word) for word in text.split(",")] if text is not None else []
-    except ValueError as error:
-        raise SememeError(f"{option} {text!r}: need numbers with commas between them. try: {option} {example}") from error
 
 
 @app.command()
@@ -216,6 +207,10 @@ def generate(
 
     made = generate_text(model, prompt, max_new_tokens, temperature, top_p, seed, show_concepts, out, base, rate)
     write_json(json_file, made)
+
+
+for command in (cli_compressor.compress, cli_compressor.decompress, cli_compressor.reconstruct):
+    app.command()(command)
 
 
 @app.command()

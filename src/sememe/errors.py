@@ -24,5 +24,9 @@ class CheckpointError(SememeError):
     """A saved model or run that is incomplete, corrupt or of another base."""
 
 
+class CodesError(SememeError):
+    """Compressed text that is not whole, of another model, or cannot be written."""
+
+
 class TrainingError(SememeError):
     """A run that must stop: a non-finite loss, a full disk."""

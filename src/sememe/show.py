@@ -67,12 +67,16 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
     import torch
 
     from sememe.errors import CheckpointError, DataError
+    from sememe.models.compressor import CompressorForCausalLM
     from sememe.models.loading import load_model
     from sememe.models.online import OnlineForCausalLM
 
     if not prompt.strip():
         raise DataError("the prompt is empty: need some text to go on from. try: --prompt \"Once upon a time\"")
     loaded, tokenizer = load_model(model, base=base, rate=rate)
+    if isinstance(loaded, CompressorForCausalLM):
+        raise CheckpointError(f"{model} is a compressor, which writes a text again and none of its own: need a language model. "
+                              "try: sememe compress and sememe decompress")
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
     longest = loaded.config.get_text_config().max_position_embeddings
     if ids.shape[1] + max_new_tokens > longest:

@@ -63,12 +63,45 @@ def show_ablation(result: dict[str, Any]) -> None:
     table(rows, title, ("ablation", "ΔNLL", "least", "most", ""))
 
 
+def show_reconstruction(result: dict[str, Any]) -> None:
+    """What comes back and what it costs, beside what it costs to lose nothing; and what a compressed context tells."""
+    out.print(f"{result['model']} on {result['data']}: {result['windows']} windows of {result['window']} tokens", soft_wrap=True)
+    keys = ("token_accuracy", "exact_match", "bleu", "chrf", "rouge_l", "length_ratio", "nll")
+    rows = [(key, result[key], result["shuffled"][key]) for key in keys]
+    table(rows, "written again from ids alone", ("measure", "value", "ids shuffled"))
+    costs = {"target_rate": "rate", "concept_rate": "realised", "compression_ratio": "R, all ids", "bits_per_token": "bits/token",
+             "bits_per_token_used": "used", "token_accuracy": "accuracy", "bleu": "BLEU-4", "nll": "NLL"}
+    table([tuple(one[key] for key in costs) for one in result["curve"] or [result]], "rate and distortion", (*costs.values(),))
+    rows = [(f"{one['name']}, {one['of']}", one["bits_per_token"]) for one in result["lossless"]]
+    rows.append(("ids and what they leave open", result["bits_per_token_lossless"]))
+    table(rows, "to lose nothing", ("coder", "bits/token"))
+    for fault in sorted({one["fault"] for one in result["lossless"] if one["fault"]}):
+        out.print(fault, soft_wrap=True, highlight=False, markup=False)
+    found = result["continuation"]
+    if found is None:
+        out.print("no continuation: --context 0, or the text has no room for one")
+    else:
+        share = found["continuation_share"]
+        note = f"trained for it, continuation_share {share:g}" if share > 0 else "never trained for it: continuation_share 0"
+        out.print(f"going on from {found['context']} tokens, the next {found['next_tokens']} of {found['blocks']} texts ({note})",
+                  soft_wrap=True, highlight=False)
+        keys = ("reader", "given", "length", "nll", "perplexity", "percent_over_whole")
+        rows = [tuple(one[key] for key in keys) for one in found["given"]]
+        table(rows, "continuation", (*keys[:3], "NLL", keys[4], "% over whole"))
+    found = result["questions"]
+    if found is not None:
+        keys = ("reader", "given", "length", "exact_match", "f1", "answer_nll")
+        left = f", {found['skipped']} too long" if found["skipped"] else ""
+        table([tuple(one[key] for key in keys) for one in found["given"]], f"{found['questions']} questions{left}", keys)
+
+
 def show_speed(result: dict[str, Any]) -> None:
-    keys = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes", "train_tokens_per_s")
+    keys = ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes", "weight_bytes", "prefill_peak_bytes",
+            "train_tokens_per_s", "train_peak_bytes")
     rows = [(key, result["concept"][key], result["base"][key]) for key in keys]
     table(rows, f"{result['model']} beside its base", ("measure", "concept", "base"))
-    ratios = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction", "train_step_ratio",
-              "realised_rate")
+    ratios = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction", "prefill_memory_ratio",
+              "train_step_ratio", "train_memory_ratio", "realised_rate")
     table([(key, result.get(key)) for key in ratios], "ratios to the base", ("measure", "value"))
 
 

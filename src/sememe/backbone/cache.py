@@ -85,11 +85,12 @@ class SliceCache:
     """What the layers of one slice share: which slot is whose.
 
     `position`, `valid`: (B, capacity + 1) of each slot. `used`: slots that any row uses after this step's write.
-    `slot`, `rows`, `before`: the plan of the step in progress, see `plan`.
+    `expected`: slots to make room for when it grows next. `slot`, `rows`, `before`: the plan of the step in progress, see
+    `plan`.
     """
 
     def __init__(self, layers: int, batch: int, device: torch.device):
-        self.capacity, self.used = 0, 0
+        self.capacity, self.used, self.expected = 0, 0, 0
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.valid = torch.zeros(batch, 1, dtype=torch.bool, device=device)
         self.layers = [SlotLayer(self) for _ in range(layers)]
@@ -107,7 +108,7 @@ class SliceCache:
         self.before = self.used if keep_before else None
         old = (self.position[:, : self.used].clone(), self.valid[:, : self.used].clone()) if keep_before else None
         if used > self.capacity:
-            self.capacity = used + (0 if self.used == 0 else GROWTH)
+            self.capacity = max(used + (0 if self.used == 0 else GROWTH), self.expected)
             self.position, self.valid = (_grow(x, self.capacity + 1) for x in (self.position, self.valid))
         self.slot = torch.where(slot < 0, self.capacity, slot)
         self.rows, self.used = rows, used
@@ -150,6 +151,14 @@ class ConceptCache(Cache):
     def concepts(self) -> np.ndarray:
         """(B,) concepts written so far."""
         return self.gate_state.concepts
+
+    def expect(self, tokens: int, concepts: int, window: int | None) -> None:
+        """Room for a prompt that comes in chunks, at once: a cache that grew with each would be copied as often, and leave
+        holes of its former sizes in the heap. `window`: the shallow slice's."""
+        shallow = self.shallow.used + tokens
+        self.shallow.expected = min(shallow, window + 1) if window else shallow
+        for lane in (self.middle, self.deep):  # the deep tail, too, is in the reserve
+            lane.expected = lane.used + concepts + GROWTH
 
     def record(self, ids_BT: Tensor) -> None:
         """Keeps the ids written in this step (codes of `models.online.OnlineOutput.concept_ids`)."""

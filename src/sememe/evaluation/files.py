@@ -89,7 +89,7 @@ def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, 
     folder, recipe = model_folder(model), run_recipe(model)
     loaded, _ = load_model(model, merge=False, dtype=kind, base=base, rate=rate)
     if not isinstance(loaded, OnlineForCausalLM):
-        raise CheckpointError(f"{model} has no concepts: need a run of system: online. try: runs/demo")
+        raise CheckpointError(f"{model} has no concepts to decode with: need a run of system: online. try: runs/demo")
     named = base_beside(model, loaded.config, base)
     source = resolve(named)
     ids_BT = prompts(data or recipe.get("data", {}).get("heldout"), load_tokenizer(source), prompt_tokens, batch)

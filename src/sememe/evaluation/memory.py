@@ -1,6 +1,9 @@
-"""Memory of a timed point: what it needs at least, what is free, what it took at most. Bytes; None where nobody can tell."""
+"""Memory of what is timed: what it needs at least, what is free, what it took at most. Bytes; None where nobody can tell."""
 
+import ctypes
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,15 +29,16 @@ def free_bytes(device: torch.device) -> int | None:
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 
-def reset_peak(device: torch.device) -> None:
-    """`peak_bytes` counts from here."""
+def reset_peak(device: torch.device) -> bool:
+    """`peak_bytes` counts from here. False where it cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return True
     try:
         RESET.write_text("5")  # Linux: forget the peak of the resident set
     except OSError:
-        return
+        return False
+    return True
 
 
 def peak_bytes(device: torch.device) -> int | None:
@@ -42,6 +46,34 @@ def peak_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _kilobytes(STATUS, "VmHWM")
+
+
+def extra_bytes(job: Callable[[], Any], device: torch.device) -> int | None:
+    """What `job` takes at most beside what is in use before it: of a GPU's memory, else of the process."""
+    if not reset_peak(device):
+        return None
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+    else:
+        _give_back()
+        before = _kilobytes(STATUS, "VmRSS")
+        reset_peak(device)  # nothing of what was just given back
+    job()
+    after = peak_bytes(device)
+    return None if before is None or after is None else max(0, after - before)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones once."""
+    return sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+
+
+def _give_back() -> None:
+    """glibc keeps what was freed, and the next job would seem to take nothing; other libraries have no such call."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 def out_of_memory(error: BaseException) -> bool:

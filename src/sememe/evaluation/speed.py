@@ -1,4 +1,4 @@
-"""Speed and cache beside the unmodified base: same process, dtype and kernel, alternating, medians."""
+"""Speed, cache and memory beside the unmodified base: same process, dtype and kernel, alternating, medians."""
 
 import statistics
 import time
@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from sememe.backbone.adapters import linear_names
 from sememe.errors import CheckpointError
+from sememe.evaluation.memory import extra_bytes, weight_bytes
 from sememe.models.online import OnlineConfig, OnlineForCausalLM
 
 
@@ -87,14 +88,35 @@ def unclear(*sides: dict[str, Any]) -> str | None:
             "try: --new-tokens 128 --repeats 7")
 
 
-def train_step(model, ids_BT: Tensor) -> None:
-    """Forward and backward; the optimizer's share is the same for both."""
+def peaks(pair: dict[str, nn.Module], job: Callable[[Any], Any], device: torch.device) -> dict[str, int | None]:
+    """The most memory that each side needs for `job(side)`, in bytes: its weights, and what is taken beside them."""
+    found = {name: extra_bytes(lambda m=model: job(m), device) for name, model in pair.items()}
+    return {name: None if extra is None else weight_bytes(pair[name]) + extra for name, extra in found.items()}
+
+
+def ratio(found: dict[str, int | None]) -> float | None:
+    """Concept / base; None where nobody could tell."""
+    return None if None in found.values() else found["concept"] / found["base"]
+
+
+def train_step(model, ids_BT: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Forward and backward. The optimizer's share of the time is the same for both, but not of the memory."""
     model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+    if optimizer is not None:
+        optimizer.step()
     model.zero_grad(set_to_none=True)
 
 
+def train_twice(model, ids_BT: Tensor) -> None:
+    """Two steps that change no weight; the second has the optimizer's state beside it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    for _ in range(2):
+        train_step(model, ids_BT, optimizer)
+
+
 def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, tick=lambda: None) -> dict[str, Any]:
-    """Prefill, decode and cache figures of a (merged) concept model beside its base.
+    """Prefill, decode, cache and memory figures of a (merged) concept model beside its base.
 
     Raises CheckpointError where `model` has no concepts.
     """
@@ -110,6 +132,9 @@ def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, ti
         return job
 
     pair = {"concept": model, "base": base}
+    for one in pair.values():
+        prefill(one, ids_BT[:, :2])  # reads weights that are in a file still
+    memory = peaks(pair, lambda m: prefill(m, ids_BT), ids_BT.device)
     fill = alternate({n: lambda m=m: prefill(m, ids_BT) for n, m in pair.items()}, repeats, ids_BT.device, tick)
     whole = alternate({n: decode(n, m) for n, m in pair.items()}, repeats, ids_BT.device, tick)
     cache = caches["concept"]
@@ -117,22 +142,27 @@ def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, ti
     result: dict[str, Any] = {}
     for name in pair:
         result[name] = throughput(fill[name], whole[name], batch, length, new_tokens)
-        result[name] |= {"cache_bytes": cache_bytes(caches[name]), "train_tokens_per_s": None}
+        result[name] |= {"cache_bytes": cache_bytes(caches[name]), "weight_bytes": weight_bytes(pair[name]),
+                         "prefill_peak_bytes": memory[name]}
     concept, plain = result["concept"], result["base"]
     return result | {
         "prefill_speedup": concept["prefill_tokens_per_s"] / plain["prefill_tokens_per_s"],
         "decode_speedup": concept["decode_tokens_per_s"] / plain["decode_tokens_per_s"],
         "cache_reduction": plain["cache_bytes"] / concept["cache_bytes"],
+        "prefill_memory_ratio": ratio(memory),
         "ceiling_decode_speedup": ceiling_decode(base, model.config, rate),
         "realised_rate": rate,
     }
 
 
 def benchmark_training(model, control, ids_BT: Tensor, repeats: int, tick=lambda: None) -> dict[str, Any]:
-    """Training step of the concept model against the same base with the same LoRA and no concepts."""
+    """Training step of the concept model against the same base with the same LoRA and no concepts: time and memory."""
     pair = {"concept": model.train(), "base": control.train()}
     seconds = alternate({n: lambda m=m: train_step(m, ids_BT) for n, m in pair.items()}, repeats, ids_BT.device, tick)
+    memory = peaks(pair, lambda m: train_twice(m, ids_BT), ids_BT.device)
     return {
-        **{n: {"train_tokens_per_s": ids_BT.numel() / s["median"], "train_seconds": s} for n, s in seconds.items()},
+        **{n: {"train_tokens_per_s": ids_BT.numel() / s["median"], "train_peak_bytes": memory[n], "train_seconds": s}
+           for n, s in seconds.items()},
         "train_step_ratio": seconds["concept"]["median"] / seconds["base"]["median"],
+        "train_memory_ratio": ratio(memory),
     }

@@ -242,8 +242,6 @@ class Timing:
             return entry | {"fault": f"out of memory on {bench.device}: need a smaller point. try: {self.smaller(point)}"}
         if fault := unclear(figures["concept"], figures["base"]):
             return entry | {"fault": fault}
-        for side in ("concept", "base"):
-            del figures[side]["train_tokens_per_s"]  # not timed here
         return entry | figures | {
             "decode_speedup_range": decode_range(figures["concept"], figures["base"]),
             "share_of_ceiling": figures["decode_speedup"] / figures["ceiling_decode_speedup"],

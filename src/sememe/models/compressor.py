@@ -55,8 +55,8 @@ class Encoded:
 
     @property
     def rank_BT(self) -> Tensor:
-        """Which concept covers each token: the first that is written at it or behind it."""
-        return self.read.written_BT.cumsum(1)[:, :-1]
+        """Which concept covers each token: the first that is written at it or behind it; some concept on padding."""
+        return self.read.written_BT.cumsum(1)[:, :-1].clamp(max=self.e_BCD.shape[1] - 1)
 
     @property
     def place_BT(self) -> Tensor:

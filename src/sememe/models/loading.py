@@ -109,6 +109,8 @@ def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[
     loaded, tokenizer = load_model(model, base=base)
     if not isinstance(loaded, AdaptedModel):
         raise CheckpointError(f"{model} is a plain base: need a trained model to merge. try: runs/demo")
+    if not loaded.foldable:
+        loaded.merged()  # says why not
     temporary = to.with_name(to.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -97,6 +97,8 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         length, size = h_BTD.shape[1], self.config.prefill_chunk
         if cache is None or self.training or not size:
             size = length
+        if size < length:
+            cache.expect(length, round(length * self.config.rate), self.config.shallow_window)
         parts = []
         for start in range(0, length, size):
             end = min(start + size, length)

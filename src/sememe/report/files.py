@@ -50,6 +50,7 @@ class Run:
     control: Metrics
     evaluate: Json
     benchmark: Json
+    reconstruct: Json
     recipe: str
     env: str
 
@@ -68,6 +69,7 @@ def read_run(run: Path, control: Path | None = None) -> Run:
         control=read_metrics(control) if control is not None else Metrics([]),
         evaluate=read_json(run / "evaluate.json"),
         benchmark=read_json(run / "benchmark.json"),
+        reconstruct=read_json(run / "reconstruct.json"),
         recipe=_read_text(run / "recipe.yaml"),
         env=_env(run / "env.json"),
     )

@@ -61,7 +61,10 @@ BENCHMARK_SIDES: dict[str, tuple[str, str]] = {
     "prefill_tokens_per_s": ("speed", "reading a prompt"),
     "decode_tokens_per_s": ("speed", "writing new tokens one after another"),
     "cache_bytes": ("bytes", "memory of the cache at the end"),
+    "weight_bytes": ("bytes", "memory of the weights"),
+    "prefill_peak_bytes": ("bytes", "the most memory in use while a prompt is read, weights and cache counted"),
     "train_tokens_per_s": ("speed", "training, forward and backward; the base with the same LoRA"),
+    "train_peak_bytes": ("bytes", "the most memory in use in a training step, weights and optimiser counted"),
 }
 
 BENCHMARK: dict[str, tuple[str, str]] = {
@@ -70,6 +73,8 @@ BENCHMARK: dict[str, tuple[str, str]] = {
     "ceiling_decode_speedup": ("ratio", "the most that the layer arithmetic allows at this split and rate"),
     "cache_reduction": ("ratio", "how many times smaller the cache is than that of the base"),
     "train_step_ratio": ("ratio", "time of a training step over that of the control (same LoRA, no concepts); below 1 is faster"),
+    "prefill_memory_ratio": ("ratio", "memory that reading takes over that of the base, weights counted; below 1 is less"),
+    "train_memory_ratio": ("ratio", "memory that a training step takes over that of the control; below 1 is less"),
     "realised_rate": ("share", "concepts per token in the timed generation"),
     "model": ("", "the model that was timed"),
     "base_name": ("", "the unmodified base beside it"),

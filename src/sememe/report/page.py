@@ -13,6 +13,7 @@ from sememe.report import comparison, meanings, plots
 from sememe.report.files import Run, read_run
 from sememe.report.instruments import instrument_plots
 from sememe.report.pareto import pareto_plot
+from sememe.report.reconstruction import ANSWERS, GIVEN, read_reconstruction
 from sememe.report.samples import read_samples
 from sememe.report.speed import alternative_rows, is_speed, point_rows, read_speed, speed_plots
 from sememe.report.sweeps import Sweep, is_sweep, read_sweep
@@ -88,6 +89,7 @@ def render(run: Run, beside: Sequence[Run | Sweep] = ()) -> str:
     evaluate, benchmark = run.evaluate.figures, run.benchmark.figures
     latest = run.metrics.latest()
     points = comparison.points([run, *beside])
+    again = read_reconstruction(run.reconstruct.figures)
     return _template("page.html").render(
         run=run,
         style=STYLE,
@@ -103,6 +105,10 @@ def render(run: Run, beside: Sequence[Run | Sweep] = ()) -> str:
         pareto_plots=_drawn(pareto_plot(points)),
         points=comparison.rows(points),
         columns=comparison.COLUMNS,
+        again=again,
+        again_plots=_drawn(*(again.plots if again else ())),
+        given_columns=[title for _, title in GIVEN.values()],
+        answer_columns=[title for _, title in ANSWERS.values()],
         samples=read_samples(evaluate),
         latest_rows=meanings.rows(latest, meanings.METRICS, skip=meanings.METRICS_DRAWN),
         evaluate_rows=meanings.rows(evaluate, meanings.EVALUATE, skip=meanings.EVALUATE_DRAWN),

@@ -1,0 +1,168 @@
+"""Text → concept ids → text, free-running: how much comes back, and for how many bits (RUN/reconstruct.json)."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sememe.concepts.codebook import count_digits
+from sememe.data import token_blocks
+from sememe.errors import CheckpointError, DataError
+from sememe.evaluation import continuation as going_on
+from sememe.evaluation import questions as asking
+from sememe.evaluation.baselines import lossless
+from sememe.evaluation.dial import check_rates, rate_error
+from sememe.evaluation.figures import keep, run_recipe
+from sememe.evaluation.files import base_beside, heldout_blocks, heldout_texts
+from sememe.evaluation.quality import code_use, token_nll
+from sememe.evaluation.scores import scores
+from sememe.models.compressor import CompressorForCausalLM
+from sememe.models.loading import load_base, load_model, resolve
+
+CONTEXT, NEXT = 512, 128  # tokens that a continuation has ahead of it, and at most predicts
+Tick = Callable[[int], None]
+Lists = list[list[int]]
+
+
+def compress(model, ids_NT: Tensor, batch: int) -> Lists:
+    """The concept ids of each row of (N, T) windows."""
+    return [ids for ids_BT in ids_NT.split(batch) for ids in model.compress(ids_BT)]
+
+
+def decompress(model, concepts: Lists, batch: int, tick: Tick = lambda n: None, tokens: int = 0) -> Lists:
+    """The token ids of each list; ticks `tokens` for each."""
+    rebuilt: Lists = []
+    for start in range(0, len(concepts), batch):
+        rebuilt += model.decompress(concepts[start : start + batch])
+        tick(tokens * len(concepts[start : start + batch]))
+    return rebuilt
+
+
+def shuffled(concepts: Lists, seed: int = 0) -> Lists:
+    """All ids permuted over all lists; each list stays as long as it was."""
+    flat = [i for ids in concepts for i in ids]
+    order = iter(torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).tolist())
+    return [[flat[next(order)] for _ in ids] for ids in concepts]
+
+
+def price(concepts: Lists, tokens: int, num_concepts: int, codes_per_concept: int) -> dict[str, Any]:
+    """What lists of concepts cost for `tokens` tokens. A concept is `codes_per_concept` ids, and every one counts."""
+    flat = torch.tensor([i for ids in concepts for i in ids], dtype=torch.long)
+    ids, use = len(flat) * codes_per_concept, code_use(count_digits(flat, num_concepts, codes_per_concept))
+    return {
+        "concept_rate": len(flat) / tokens, "ids_per_token": ids / tokens, "compression_ratio": tokens / max(1, ids),
+        "bits_per_token": ids * math.log2(num_concepts) / tokens,
+        "bits_per_token_used": len(flat) * (use["bits_per_concept"] or 0.0) / tokens,
+        "bits_per_concept": use["bits_per_concept"], "code_perplexity_by_stage": use["code_perplexity_by_stage"],
+    }
+
+
+def reconstruct(model: CompressorForCausalLM, tokenizer, ids_NT: Tensor, batch: int = 16, tick: Tick = lambda n: None
+                ) -> tuple[dict[str, Any], Lists, Lists]:
+    """Figures of (N, T) windows at the model's rate, its concept ids, and the token ids that they were read as."""
+    concepts, config = compress(model, ids_NT, batch), model.config
+    rebuilt = decompress(model, concepts, batch, tick, ids_NT.shape[1])
+    nll = float(token_nll(model, ids_NT, batch=4, tick=tick)[0].mean())
+    cost = price(concepts, ids_NT.numel(), config.num_concepts, config.codes_per_concept)
+    return {
+        "target_rate": config.rate, "rate_error_percent": rate_error(cost["concept_rate"], config.rate),
+        **scores(ids_NT.tolist(), rebuilt, tokenizer), "nll": nll, **cost,
+        "bits_per_token_lossless": cost["bits_per_token"] + nll / math.log(2),
+    }, concepts, rebuilt
+
+
+def curve(model: CompressorForCausalLM, tokenizer, ids_NT: Tensor, own: dict[str, Any], rates: Sequence[float],
+          batch: int = 16, tick: Tick = lambda n: None) -> list[dict[str, Any]]:
+    """Figures at each of the rates, in rising order. `own`: those at the model's own rate, which is put back afterwards."""
+    rows, rate = [], model.config.rate
+    try:
+        for asked in sorted(set(rates)):
+            model.config.rate = asked
+            rows.append(own if asked == rate else reconstruct(model, tokenizer, ids_NT, batch, tick)[0])
+    finally:
+        model.config.rate = rate
+    return rows
+
+
+def continuation_blocks(texts: list[str], tokenizer, tokens: int, context: int | None, longest: int) -> tuple[Tensor, int] | None:
+    """Blocks of a context and what follows it, and how long the context is: `context`, or the longest up to 512 tokens that
+    text and places allow; None for 0, or where the text has no room. Raises DataError where a named one does not fit."""
+    if context == 0:
+        return None
+    wanted = context or CONTEXT
+    while wanted >= 2:
+        length = wanted + min(NEXT, wanted)
+        try:
+            if length < longest:  # one place is the BOS
+                return token_blocks(texts, tokenizer, length, limit=max(tokens, length)), wanted
+            fault = f"this base has {longest} places"
+        except DataError as error:
+            fault = str(error).partition(":")[0]
+        if context is not None:
+            raise DataError(f"--context {context} and the {length - wanted} tokens behind it do not fit ({fault}): need "
+                            f"{length + 1} tokens. try: --context {wanted // 2}, or 0 for none")
+        wanted //= 2
+    return None
+
+
+def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | None = None, rates: Sequence[float] = (),
+                      context: int | None = None, batch: int = 16, base: str | None = None, questions: str | None = None
+                      ) -> dict[str, Any]:
+    """All figures of a saved compressor on a text; kept as RUN/reconstruct.json.
+
+    Raises:
+        DataError: the text is missing, too short for two windows, or the one that the run was trained on; or bad `questions`.
+        CheckpointError: `model` cannot be loaded, or is no compressor that writes codes.
+        RecipeError: a rate that the model cannot hold.
+    """
+    texts = heldout_texts(model, data)
+    asked = asking.read_questions(questions) if questions is not None else []
+    loaded, tokenizer = load_model(model, base=base)
+    if not isinstance(loaded, CompressorForCausalLM) or loaded.config.quantise < 1:
+        raise CheckpointError(f"{model} cannot write a text again from codes: need a finished run of system: compressor. "
+                              "try: sememe evaluate, which takes any model")
+    check_rates(loaded, rates, model)
+    ids_NT = heldout_blocks(model, loaded, tokenizer, texts, tokens, window)
+    if len(ids_NT) < 2:
+        length = ids_NT.shape[1]
+        raise DataError(f"{data} and --tokens {tokens} make one window of {length} tokens: need at least two, to shuffle ids "
+                        f"between them. try: --tokens {2 * length}, or --window {max(8, length // 2)}")
+    places = loaded.config.get_text_config().max_position_embeddings
+    found = continuation_blocks(texts, tokenizer, tokens, context, places)
+    plain = load_base(resolve(base_beside(model, loaded.config, base))).to(loaded.device).eval()
+    points = 1 + len(set(rates) - {loaded.config.rate})
+    total = (2 * points + 3) * ids_NT.numel() + (0 if found is None else going_on.PASSES * found[0].numel())
+    with tqdm(total=total, desc="reconstruct", unit="token", mininterval=1) as bar:
+        own, concepts, rebuilt = reconstruct(loaded, tokenizer, ids_NT, batch, bar.update)
+        mixed = decompress(loaded, shuffled(concepts), batch, bar.update, ids_NT.shape[1])
+        result = {
+            "model": str(model), "data": str(data), "tokens": ids_NT.numel(), "tokens_asked": tokens, "windows": len(ids_NT),
+            "window": ids_NT.shape[1], "num_concepts": loaded.config.num_concepts,
+            "codes_per_concept": loaded.config.codes_per_concept, **own,
+            "shuffled": scores(ids_NT.tolist(), mixed, tokenizer)
+            | {"nll": float(token_nll(loaded, ids_NT, 4, "shuffle", bar.update)[0].mean())},
+            "curve": curve(loaded, tokenizer, ids_NT, own, rates, batch, bar.update),
+            "lossless": lossless(plain, loaded.bos, ids_NT, tokenizer, tick=bar.update),
+            "continuation": None, "questions": None,
+            "samples": [sample(*three, tokenizer) for three in zip(ids_NT[:3].tolist(), rebuilt, concepts, strict=False)],
+        }
+        if found is not None:
+            result["continuation"] = going_on.continuation(loaded, plain, *found, tick=bar.update)
+    if asked:
+        with tqdm(total=len(asked), desc="questions", unit="question", mininterval=1) as bar:
+            result["questions"] = {"data": str(questions)} | asking.answer(loaded, plain, tokenizer, asked, bar.update)
+    length = run_recipe(model).get("sequence_length")
+    if result["continuation"] is not None:
+        trained = length is not None and loaded.config.continuation_share > 0
+        result["continuation"]["trained_context"] = length // 2 if trained else None
+    keep(model, "reconstruct.json", result)
+    return result
+
+
+def sample(ids: list[int], rebuilt: list[int], concepts: list[int], tokenizer) -> dict[str, Any]:
+    """A window, what it was read as, and the ids between them."""
+    text, back = (tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in (ids, rebuilt))
+    return {"text": text, "rebuilt": back, "concept_ids": concepts}
