@@ -13,7 +13,7 @@ from sememe.models import CompressorConfig, CompressorForCausalLM
 from sememe.models.writing import NULL
 from sememe.training.run import Interrupted
 
-BOUNDARIES = ("fixed", "null", "threshold", "entropy")
+BOUNDARIES = ("fixed", "null", "threshold", "entropy", "surprise")
 
 
 def tiny_compressor(family: str = "llama", attention: str = "sdpa", **changes) -> CompressorForCausalLM:

@@ -46,7 +46,7 @@ def test_self_check_refuses_what_it_cannot_split():
 @pytest.mark.parametrize("settings", [
     {}, {"head": "joint"}, {"boundary": "fixed", "rate": 0.25}, {"quantise": 0.5}, {"quantise": 0.0},
     {"rate": 1.0}, {"family": "gemma3_text"}, {"family": "mistral", "split": (2, 1, 1)}, {"attention": "eager"},
-    {"split": (1, 0, 3)}, {"bridge": True}, {"anchor": True}, {"boundary": "threshold"}, {"boundary": "entropy", "bridge": True},
+    {"split": (1, 0, 3)}, {"bridge": True}, {"anchor": True}, {"boundary": "threshold"}, {"boundary": "surprise", "bridge": True},
     {"boundary": "threshold", "bridge": True, "quantise": 0.0}, {"codes_per_concept": 2},
     {"anchor": True, "codes_per_concept": 2, "head": "nearest", "bridge": True, "quantise": 0.5}, {"head": "nearest"},
     {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5}, {"shared_map": True},

@@ -1,5 +1,6 @@
 """What an online model starts from: vocabulary coverage, the entropy estimate, LoRA that spares the shallow slice."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -44,16 +45,18 @@ def test_the_entropy_estimate_is_the_least_squares_fit():
     assert torch.corrcoef(torch.stack([score, wanted[1000:]]))[0, 1] > 0.99, "on other states"
 
 
+@pytest.mark.parametrize("kind", ["entropy", "surprise"])
 @torch.no_grad()
-def test_it_is_fitted_to_the_entropies_of_the_base():
-    """On the text it was fitted to, it follows the base's own entropies; a random base gives a weak but real relation."""
-    model, ids = tiny_online(boundary="entropy", lora_rank=0), text(100, 24, seed=3)
-    assert model.start_frame(ids)["entropy_explains"] > 0.03
+def test_it_is_fitted_to_what_the_base_makes_of_the_text(kind):
+    """On the text it was fitted to, it follows the base's own values; a random base gives a weak but real relation."""
+    model, ids = tiny_online(boundary=kind, lora_rank=0), text(100, 24, seed=3)
+    assert model.start_frame(ids)[f"{kind}_explains"] > 0.03
     x = model.codes.normalise(model.shallow_states(ids))
     score = model.gate.boundary.score(model.head, x, model._previous(x, None))[:, 1:].flatten()
     log_p = F.log_softmax(model.backbone(ids).logits, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)[:, 1:].flatten()
-    assert torch.corrcoef(torch.stack([score, entropy]))[0, 1] > 0.15
+    surprise = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).flatten()
+    assert torch.corrcoef(torch.stack([score, entropy if kind == "entropy" else surprise]))[0, 1] > 0.15
 
 
 def test_the_anchor_is_the_least_squares_fit_of_the_token():

@@ -3,7 +3,7 @@
 A strategy is a module with `score` and `threshold`, and its line in BOUNDARIES. It says of itself:
 `learned`: the written concepts teach the score, through a straight-through confidence.
 `accumulates`: scores are summed since the last concept, and the concept is read from the states so weighted.
-`fitted`: `start` needs the base's next-token entropies.
+`fitted`: what of the base's next-token distributions `start` needs, if anything: their `entropy`, or the `surprise` at the token.
 """
 
 import numpy as np
@@ -17,7 +17,8 @@ from sememe.concepts.fit import explained, linear_fit
 class Boundary(nn.Module):
     """A strategy over states of `width` coordinates; the base of all."""
 
-    learned = accumulates = fitted = False
+    learned = accumulates = False
+    fitted: str | None = None
 
     def __init__(self, width: int):
         super().__init__()
@@ -75,7 +76,7 @@ class Entropy(Boundary):
     through the base's own lm_head would cost a fifth of all of SmolLM2's multiplications.
     """
 
-    fitted = True
+    fitted = "entropy"
 
     def __init__(self, width: int):
         super().__init__(width)
@@ -85,12 +86,19 @@ class Entropy(Boundary):
         return torch.cat([x, previous], -1) @ self.weight.float()
 
     @torch.no_grad()
-    def start(self, x_ND: Tensor, previous_ND: Tensor, entropy_N: Tensor) -> float:
-        """Fits (N,) entropies in nats. Returns the share of their variance explained."""
-        entropy_N1 = entropy_N.unsqueeze(1)
-        weight_F1, _, left_N1 = linear_fit(torch.cat([x_ND, previous_ND], -1), entropy_N1, 0.03)
+    def start(self, x_ND: Tensor, previous_ND: Tensor, target_N: Tensor) -> float:
+        """Fits (N,) values in nats. Returns the share of their variance explained."""
+        target_N1 = target_N.unsqueeze(1)
+        weight_F1, _, left_N1 = linear_fit(torch.cat([x_ND, previous_ND], -1), target_N1, 0.03)
         self.weight.copy_(weight_F1.squeeze(1))
-        return explained(left_N1, entropy_N1)
+        return explained(left_N1, target_N1)
 
 
-BOUNDARIES = {"null": Null, "threshold": Threshold, "fixed": Fixed, "entropy": Entropy}
+class Surprise(Entropy):
+    """Where a token was hard to foresee: the same estimate of minus the log-probability that the base gave it. A concept is then
+    written by the very token that it is needed for."""
+
+    fitted = "surprise"
+
+
+BOUNDARIES = {"null": Null, "threshold": Threshold, "fixed": Fixed, "entropy": Entropy, "surprise": Surprise}

@@ -21,7 +21,7 @@ class Starting:
         """Sets the frame of the codes, the gate's scores and threshold, and the bridge as it fits `rate`."""
         h_NTD = self.shallow_states(ids_NT)
         self.codes.start_frame(_inner(h_NTD))
-        found = self._start_entropy(ids_NT, h_NTD) if self.gate.boundary.fitted else {}
+        found = self._start_boundary(ids_NT, h_NTD) if self.gate.boundary.fitted else {}
         self._calibrate(h_NTD)
         return found | (self._start_bridge(ids_NT, rate or self.config.rate) if self.bridge is not None else {})
 
@@ -104,17 +104,19 @@ class Starting:
             return {}
         return {"bridge_explains": self.bridge.start(torch.cat(states), torch.cat(lasts), torch.cat(targets))}
 
-    def _start_entropy(self, ids_NT: Tensor, h_NTD: Tensor, tokens: int = 16384) -> dict[str, float]:
-        """Fits the boundary's estimate to the base's own next-token entropies (LoRA is still zero)."""
-        blocks, entropies = max(1, tokens // ids_NT.shape[1]), []
-        for ids_BT in ids_NT[:blocks].split(4):
-            ids_BT = self.opened(ids_BT.to(self.device))
+    def _start_boundary(self, ids_NT: Tensor, h_NTD: Tensor, tokens: int = 16384) -> dict[str, float]:
+        """Fits the boundary's estimate to what the base itself makes of the text (LoRA is still zero)."""
+        kind, blocks = self.gate.boundary.fitted, max(1, tokens // ids_NT.shape[1])
+        ids_NT, found = self.opened(ids_NT[:blocks].to(self.device)), []
+        for ids_BT in ids_NT.split(4):
             log_p_BTV = F.log_softmax(self.backbone(input_ids=ids_BT, use_cache=False).logits.float(), -1)
-            entropies.append(-(log_p_BTV.exp() * log_p_BTV).sum(-1))
+            if kind == "entropy":
+                found.append(-(log_p_BTV.exp() * log_p_BTV).sum(-1)[:, 1:])
+            else:
+                found.append(-log_p_BTV[:, :-1].gather(-1, ids_BT[:, 1:, None]).squeeze(-1))
         x_NTD = self.codes.normalise(h_NTD[:blocks])
-        entropy_NT, before_NTD = torch.cat(entropies), self._previous(x_NTD, None)
-        explained = self.gate.boundary.start(_inner(x_NTD), _inner(before_NTD), entropy_NT[:, 1:].flatten())
-        return {"entropy_explains": explained}
+        before_NTD, target_N = self._previous(x_NTD, None), torch.cat(found).flatten()
+        return {f"{kind}_explains": self.gate.boundary.start(_inner(x_NTD), _inner(before_NTD), target_N)}
 
     def _vocabulary(self, ids_NT: Tensor, seed: int) -> Tensor:
         """(n, T) blocks that open as the texts do and go on with every token of the vocabulary once, in random order; of
