@@ -8,10 +8,9 @@ from transformers import AutoModelForCausalLM
 from conftest import ctrl_c, metrics, run, sememe
 from families import FAMILIES, move, text, tiny_base
 from sememe.backbone.split import Spine
-from sememe.errors import CheckpointError, RecipeError
+from sememe.errors import CheckpointError, Interrupted, RecipeError
 from sememe.models import CompressorConfig, CompressorForCausalLM
 from sememe.models.writing import NULL
-from sememe.training.run import Interrupted
 
 BOUNDARIES = ("fixed", "null", "threshold", "entropy", "surprise")
 

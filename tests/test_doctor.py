@@ -13,11 +13,10 @@ import yaml
 
 from conftest import ctrl_c, metrics, run, sememe
 from sememe.concepts.gate import RateGate
-from sememe.errors import TrainingError
+from sememe.errors import Interrupted, TrainingError
 from sememe.models import OnlineForCausalLM
 from sememe.report.doctor import RULES, examine
 from sememe.training.recipe import load_recipe
-from sememe.training.run import Interrupted
 
 PLAIN = {"head": "factored", "boundary": "null", "codes_per_concept": 1, "estimator": "soft", "bridge": False,
          "gate_noise": 0.0, "concept_dropout": 0.0}  # whatever a recipe's defaults may be

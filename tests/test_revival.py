@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from conftest import ctrl_c, launch, metrics, run
 from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.head import HEADS
+from sememe.errors import Interrupted
 from sememe.training import codes
-from sememe.training.run import Interrupted
 
 
 @pytest.mark.parametrize("name", HEADS)

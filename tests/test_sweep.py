@@ -7,12 +7,11 @@ import pytest
 import yaml
 
 from conftest import ctrl_c, metrics, sememe, tiny_recipe
-from sememe.errors import DataError, RecipeError, TrainingError
+from sememe.errors import DataError, Interrupted, RecipeError, TrainingError
 from sememe.evaluation.quality import layer_share
 from sememe.models import OnlineConfig
 from sememe.training import sweep as sweeps
 from sememe.training.recipe import check_recipe, known_keys
-from sememe.training.run import Interrupted
 from sememe.training.sweep import baseline, parse_grid, parse_seeds, plan, split_values, summarise, sweep
 
 SHORT = {"steps": 4, "save_every": 2, "schedule": {}}

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ctrl_c, launch, metrics, run
-from sememe.errors import DataError, RecipeError, TrainingError
+from sememe.errors import DataError, Interrupted, RecipeError, TrainingError
 from sememe.training import callbacks
 from sememe.training.checkpoints import last_checkpoint
-from sememe.training.run import Interrupted
 from sememe.training.trainer import ConceptTrainer
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sememe import cli_compressor
-from sememe.errors import SememeError
+from sememe.errors import Interrupted, SememeError
 from sememe.options import Json, Model, Rate, numbers
 from sememe.tables import (
     out,
@@ -37,7 +37,7 @@ def main() -> None:
     try:
         app()
     except SememeError as error:
-        code = 130 if type(error).__name__ == "Interrupted" else 1
+        code = 130 if isinstance(error, Interrupted) else 1
         print(f"{'' if code == 130 else 'error: '}{error}", file=sys.stderr)
         sys.exit(code)
 

@@ -30,3 +30,7 @@ class CodesError(SememeError):
 
 class TrainingError(SememeError):
     """A run that must stop: a non-finite loss, a full disk."""
+
+
+class Interrupted(SememeError):
+    """The user stopped the work, and the same command goes on with it. Exit code 130."""

@@ -10,11 +10,7 @@ from sememe.compression.codes import Codes, is_codes, write_whole
 from sememe.compression.opening import check_writer, opened
 from sememe.compression.use import compress_texts, decompress_codes
 from sememe.data import read_texts
-from sememe.errors import CodesError, SememeError
-
-
-class Interrupted(SememeError):
-    """The user stopped the work; the same command goes on with it."""
+from sememe.errors import CodesError, Interrupted
 
 
 def compress_file(model: str, source: str, out: Path, window: int | None = None, batch: int = 16, rate: float | None = None,

@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
-from sememe.errors import CheckpointError, RecipeError, SememeError, TrainingError
+from sememe.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from sememe.models.writing import Writing
 from sememe.training.build import base_and_tokenizer, build_blocks, build_model
 from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop
@@ -26,10 +26,6 @@ from sememe.training.codes import Revive
 from sememe.training.instruments import ConceptMeter
 from sememe.training.recipe import CONCEPTS, Recipe, check_recipe
 from sememe.training.trainer import ConceptTrainer
-
-
-class Interrupted(SememeError):
-    """The user stopped the run; the same command goes on from the checkpoint."""
 
 
 def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: bool = True) -> Path:

@@ -16,11 +16,11 @@ import yaml
 from tqdm.auto import tqdm
 
 from sememe.data import read_texts
-from sememe.errors import RecipeError, SememeError
+from sememe.errors import Interrupted, RecipeError, SememeError
 from sememe.evaluation.figures import CONTRACT, kept, put
 from sememe.evaluation.files import evaluate_files
 from sememe.training.recipe import Recipe, check_recipe, load_recipe
-from sememe.training.run import Interrupted, train
+from sememe.training.run import train
 
 BASELINES = ("control", "skip")
 _CONCEPTS = dict.fromkeys((
