@@ -198,6 +198,12 @@ def test_a_run_folder_is_no_place_for_a_sweep(done):
         go(recipe, ["rate=0.5"], out / "rate-0.5")
 
 
+def test_timings_are_not_written_over(recipe, tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps({"kind": "speed", "points": []}))
+    with pytest.raises(RecipeError, match="is not of `sememe sweep`"):
+        go(recipe, ["rate=0.5"], tmp_path)
+
+
 def test_ctrl_c_and_the_same_command_goes_on(recipe, tmp_path):
     said = r"stopped at point 2 of 2 \(rate-0.25\); the same command goes on"
     with ctrl_c(4 + 3), pytest.raises(Interrupted, match=said):

@@ -1,6 +1,7 @@
 """A grid over recipe keys → one run folder a point, each measured against its own control, and one sweep.json."""
 
 import itertools
+import json
 import os
 import re
 import statistics
@@ -298,6 +299,12 @@ def _check_place(out: Path) -> None:
         raise RecipeError("a sweep in several processes: need one, it trains run after run. try: sememe sweep without torchrun")
     if (out / "recipe.yaml").is_file():
         raise RecipeError(f"{out} is a run: need a folder for several. try: --out {out}-sweep")
+    try:
+        found = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or cut off: it is written anew
+        return
+    if not isinstance(found, dict) or "runs" not in found:
+        raise RecipeError(f"{out}/sweep.json is not of `sememe sweep`: need a folder without it. try: --out {out}-runs")
 
 
 def _make(out: Path) -> None:
