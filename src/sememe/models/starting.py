@@ -135,11 +135,11 @@ class Starting:
         """(N, T, D) fp32 outputs of the shallow slice."""
         return torch.cat([h_BTD.float() for _, h_BTD in self._shallow_batches(ids_NT)])
 
-    def _shallow_batches(self, ids_NT: Tensor, batch: int = 4):
+    def _shallow_batches(self, ids_NT: Tensor, tokens: int = 1024):
         """(step, (B, T, D) outputs of the shallow slice), batch by batch, as in evaluation."""
         spine, was_training = Spine(self.backbone), self.training
         self.eval()
-        for ids_BT in self.opened(ids_NT.to(self.device)).split(batch):
+        for ids_BT in self.opened(ids_NT.to(self.device)).split(max(1, tokens // ids_NT.shape[1])):
             h_BTD = spine.embed(ids_BT)
             step = self._step(spine, h_BTD, None, None, None)
             yield step, self._shallow(spine, h_BTD, step)

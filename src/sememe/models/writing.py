@@ -118,7 +118,12 @@ class Writing:
         pack = packing(written_BT)
         coded_BC = pack.valid_BC & ~first_BT.gather(1, pack.index_BC)
         open_segment = None if cache is None else cache.open_segment
-        if gate.boundary.accumulates:
+        h_BCD, word_BCF, open_segment = self._segments(x_BTD, h_BTD, score_BT, written_BT, pack, step, open_segment)
+        return Reading(written_BT, score_BT - threshold, pack, coded_BC, h_BCD.to(h_BTD.dtype), word_BCF, state, open_segment)
+
+    def _segments(self, x_BTD: Tensor, h_BTD: Tensor, score_BT: Tensor, written_BT: Tensor, pack: Packing, step: Step, open_segment):
+        """(B, C, D) states for the codes, (B, C, F) embeddings for an anchor, and what is left open for the next chunk."""
+        if self.gate.boundary.accumulates:
             h_BCD, open_segment = pack.pool(h_BTD, score_BT * step.valid_BT, written_BT, open_segment)
         else:
             h_BCD = pack.pack(h_BTD)
@@ -129,7 +134,7 @@ class Writing:
             tail_BCD, words_BCD = tail_BC2.chunk(2, -1)
             h_BCD = h_BCD + self.codes.scale.float() * self.pool(tail_BCD)
             word_BCF = torch.cat([word_BCF, words_BCD.to(word_BCF.dtype)], -1)
-        return Reading(written_BT, score_BT - threshold, pack, coded_BC, h_BCD.to(h_BTD.dtype), word_BCF, state, open_segment)
+        return h_BCD, word_BCF, open_segment
 
     def unsaid(self, h_nD: Tensor, embed_nD: Tensor) -> tuple[Tensor, Tensor | float]:
         """(n, D) normalised states without what their tokens' embeddings tell, for the codes to say; and that, 0 without

@@ -124,7 +124,8 @@ class Recipe(Strict):
     anchor: bool = False
     """A concept starts from what the token that writes it tells, by a linear map of its embedding; the codes say the rest."""
     pool: bool = False
-    """Codes are read from the mean of the segment's tail too, by a map that is trained; not with boundary: threshold."""
+    """Codes of `online` are read from the mean of the segment's tail too, by a map that is trained; not with boundary: threshold.
+    Those of a `compressor` always stand for all of their segment."""
     depth: int | None = Field(None, ge=1)
     """Layers that a `compressor` reads a text with; none: all."""
     continuation_share: float = Field(0.0, ge=0, le=1)
@@ -196,6 +197,8 @@ class Recipe(Strict):
         if self.gradient_checkpointing and self.system == "compressor":
             raise ValueError("gradient_checkpointing = true computes layers again when the other adapter is on; a compressor "
                              "cannot have it. try: gradient_accumulation, or a shorter sequence_length")
+        if self.pool and self.system == "compressor":
+            raise ValueError("pool = true is for system: online; a compressor's codes stand for all of their segment anyway")
         if self.gate_noise > 0 and self.boundary != "null":
             raise ValueError(f"gate_noise = {self.gate_noise} samples the decisions of boundary: null alone")
         return self
