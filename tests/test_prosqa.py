@@ -1,0 +1,173 @@
+"""Questions on a graph: one answer each, equal for equal seeds, of the asked size, and graded by one sentence."""
+
+import json
+import runpy
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from sememe.errors import DataError
+from sememe.pairs import read_pairs
+from sememe.tasks.prosqa import Question, answer_of, check, generate, read_prosqa, write_jsonl
+from sememe.tasks.words import concept_words, person_names
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "prosqa.py"
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Question]:
+    return generate(200, seed=3)
+
+
+def distance(question: Question, start: int, end: int) -> int | None:
+    level, steps, seen = {start}, 0, set()
+    while level:
+        if end in level:
+            return steps
+        seen |= level
+        level, steps = {b for a, b in question.edges if a in level} - seen, steps + 1
+    return None
+
+
+def test_each_question_has_one_answer_and_steps_of_the_shortest_length(questions):
+    for question in questions:
+        check(question)
+        assert distance(question, question.root, question.target) == len(question.steps)
+        assert distance(question, question.root, question.neg_target) is None
+        assert question.idx_to_symbol[question.root].istitle() and question.root in (0, 1)
+        assert any(distance(question, person, question.neg_target) for person in (0, 1))  # the wrong answer is another's
+        assert all(a < b for a, b in question.edges) and len(set(question.edges)) == len(question.edges)
+        assert {node for edge in question.edges for node in edge} == set(range(len(question.idx_to_symbol)))
+        assert not {question.target, question.neg_target} & {a for a, _ in question.edges}
+        assert len(set(question.idx_to_symbol)) == len(question.idx_to_symbol)
+
+
+def test_sizes_are_those_of_prosqa(questions):
+    """Its validation part: 22.8 nodes, 36.3 edges, 2.5 people, 3.8 hops; either candidate first, either number for the root."""
+    def mean(numbers):
+        return sum(numbers) / len(questions)
+
+    assert 22 < mean(len(q.idx_to_symbol) for q in questions) < 23.5
+    assert 34 < mean(len(q.edges) for q in questions) < 38
+    assert 2.3 < mean(sum(word.istitle() for word in q.idx_to_symbol) for q in questions) < 2.8
+    hops = Counter(len(q.steps) for q in questions)
+    assert set(hops) <= {3, 4, 5, 6} and hops[3] > 60 and hops[4] > 45 and 3.5 < mean(len(q.steps) for q in questions) < 4
+    assert 0.35 < mean(q.root for q in questions) < 0.65
+    assert 0.35 < mean(f"{q.idx_to_symbol[q.target]} or" in q.question for q in questions) < 0.65
+
+
+def test_equal_seeds_give_equal_questions_and_a_longer_list_begins_alike(questions):
+    assert generate(20, seed=3) == questions[:20]
+    assert generate(20, seed=4) != questions[:20]
+    assert len({frozenset(q.question.split(". ")) for q in questions}) == len(questions)
+
+
+def test_seeds_share_their_words():
+    one, other = ({word for q in generate(60, seed) for word in q.idx_to_symbol} for seed in (0, 1))
+    assert one == other
+
+
+@pytest.mark.parametrize(("hops", "nodes"), [(1, 4), (2, (5, 8)), ((2, 4), (8, 12)), (7, 10), (12, 28), ((1, 3), 60)])
+def test_knobs(hops, nodes):
+    made = generate(10, 0, hops, nodes)
+    for question in made:
+        check(question)
+        least, most = (hops, hops) if isinstance(hops, int) else hops
+        assert least <= len(question.steps) <= most
+        least, most = (nodes, nodes) if isinstance(nodes, int) else nodes
+        assert least <= len(question.idx_to_symbol) <= most
+
+
+@pytest.mark.parametrize(("hops", "nodes", "said"), [
+    (0, 20, "hops = 0"), ((4, 2), 20, r"hops = \(4, 2\)"), (3, 3, "nodes = 3"), (4, (6, 20), "at least 7 nodes"),
+])
+def test_what_no_graph_fits_is_refused(hops, nodes, said):
+    with pytest.raises(DataError, match=said):
+        generate(1, 0, hops, nodes)
+
+
+def test_check_finds_each_fault(questions):
+    question = questions[0]
+    symbols, root = question.idx_to_symbol, question.root
+    faults = {
+        "right answer cannot": {"edges": [edge for edge in question.edges if edge[1] != question.target]},
+        "wrong answer can": {"edges": [*question.edges, (root, question.neg_target)]},
+        "sentences are not its edges": {"question": question.question[question.question.index(".") + 2:]},
+        "a person is called": {"question": question.question.replace("Every ", "", 1)},
+        "two candidates": {"question": question.question.replace(" or ", " or not ")},
+        "answer is not its target": {"answer": f"{symbols[root]} is a {symbols[question.neg_target]}."},
+        "steps are no chain": {"steps": question.steps[1:]},
+        "outside its": {"target": len(symbols)},
+    }
+    for said, change in faults.items():
+        with pytest.raises(DataError, match=said):
+            check(replace(question, **change))
+
+
+@pytest.mark.parametrize(("text", "answer"), [
+    ("Velko is a drolvim.", "Velko is a drolvim."),
+    (" Velko is an ulmar.\n", "Velko is a ulmar."),
+    ("Velko is a mur. Every mur is a drolvim. Velko is a drolvim.", "Velko is a drolvim."),
+    ("Velko is a mur. Every mur is a drolvim.", "Velko is a mur."),
+    ("Velko is a drolv", None), ("Every mur is a drolvim.", None), ("", None), ("velko is a drolvim.", None),
+])
+def test_answer_of(text, answer):
+    assert answer_of(text) == answer
+
+
+def test_answer_of_responses(questions):
+    assert all(answer_of(q.response(steps)) == q.answer for q in questions for steps in (False, True))
+
+
+def test_words_are_different_and_a_longer_list_begins_alike():
+    words, names = concept_words(300), person_names(100)
+    assert len({word.lower() for word in (*words, *names)}) == 400
+    assert all(word.islower() for word in words) and all(name.istitle() for name in names)
+    assert concept_words(10) == words[:10] and person_names(10) == names[:10]
+    assert concept_words(10, seed=1) != words[:10]
+
+
+def test_files_are_read_again_as_pairs_and_as_questions(tmp_path, questions):
+    write_jsonl(questions[:5], tmp_path / "a.jsonl", steps=True)
+    pairs = read_pairs(str(tmp_path / "a.jsonl"), ("instruction", "response"))
+    assert [tuple(pair) for pair in pairs] == [(q.question, " ".join([*q.steps, q.answer])) for q in questions[:5]]
+    (tmp_path / "a.json").write_text(json.dumps([asdict(q) for q in questions[:5]]))
+    for question in read_prosqa(tmp_path / "a.json"):
+        check(question)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (None, "cannot be read"), ("{", "no ProsQA file"), ("[{}]", "KeyError: 'question'"), ("[7]", "no ProsQA file"),
+])
+def test_other_files_are_refused(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=said):
+        read_prosqa(tmp_path / "a.json")
+
+
+def script(monkeypatch, *words) -> str | int | None:
+    """Runs the example in this process; returns what it exits with."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+
+
+def test_the_example_writes_train_and_heldout_and_converts(tmp_path, questions, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert script(monkeypatch, out, "--count", 30, "--heldout", 10, "--hops", 1, 2, "--nodes", 5, 6) is None
+    train, heldout = (read_pairs(str(out / name), ("instruction", "response")) for name in ("train.jsonl", "heldout.jsonl"))
+    assert (len(train), len(heldout)) == (30, 10) and not set(train) & set(heldout)
+    assert all(answer_of(pair.target) == pair.target for pair in train)
+    (tmp_path / "real.json").write_text(json.dumps([asdict(q) for q in questions[:3]]))
+    assert script(monkeypatch, out, "--convert", tmp_path / "real.json", "--steps") is None
+    pairs = read_pairs(str(out / "real.jsonl"), ("instruction", "response"))
+    assert [pair.target for pair in pairs] == [question.response(steps=True) for question in questions[:3]]
+    assert "30 questions" in capsys.readouterr().out
+    assert script(monkeypatch, out, "--convert", tmp_path / "none.json").startswith("error: ")
+    assert script(monkeypatch, "--help") == 0 and "data/easy" in capsys.readouterr().out
