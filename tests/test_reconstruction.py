@@ -288,7 +288,7 @@ def test_a_model_trained_to_go_on_says_with_what(model, run, texts, monkeypatch)
 @pytest.mark.parametrize("junk", [None, "text", {}, math.nan, [None, {}], 10**400, 0, -1])
 def test_unexpected_values_leave_a_page(tmp_path, junk):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-    keys = ("curve", "shuffled", "lossless", "continuation", "questions", "samples", "bits_per_token", "nll")
+    keys = ("curve", "shuffled", "lossless", "continuation", "online", "questions", "samples", "bits_per_token", "nll")
     (tmp_path / "reconstruct.json").write_text(json.dumps({"token_accuracy": 0.5} | dict.fromkeys(keys, junk)))
     assert "What comes back" in write_report(tmp_path).read_text()
     one = dict.fromkeys(("target_rate", "bits_per_token", "bits_per_token_used", "token_accuracy", "name", "of"), junk)

@@ -217,9 +217,10 @@ for command in (cli_compressor.compress, cli_compressor.decompress, cli_compress
 def benchmark(
     context: typer.Context,
     model: Model,
-    prompt_tokens: Annotated[int, typer.Option(min=2)] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
+    prompt_tokens: Annotated[int | None, typer.Option(
+        min=2, help="Default: 512; of a compressor the tokens of a window, as compress has them.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="A compressor writes what its ids say instead.")] = 64,
+    batch: Annotated[int | None, typer.Option(min=1, help="Default: 1; of a compressor 16 windows.")] = None,
     repeats: Annotated[int | None, typer.Option(
         min=1, help="Counted rounds; the median is reported. Default: 5, with --sweep 3.")] = None,
     training: Annotated[bool, typer.Option(help="Time the training step too.")] = True,
@@ -241,25 +242,37 @@ def benchmark(
 
     Example: `sememe benchmark runs/demo --prompt-tokens 512 --new-tokens 128`
 
+    Of a compressor: compressing beside one forward of the base over the same text, decompressing beside the base's own writing.
+
     A grid, with llama.cpp beside where it is installed; the same command goes on after Ctrl-C:
     `sememe benchmark smollm2-135m --sweep --rates 0.5,0.25 --splits 4/22/4,8/14/8`
     """
     from sememe.evaluation.files import benchmark_files
+    from sememe.evaluation.speed_compressor import is_compressor
 
     of_one = {"prompt_tokens": "--prompt-lengths", "batch": "--batches", "rate": "--rates", "training": "without it"}
     of_sweep = dict.fromkeys(("prompt_lengths", "batches", "rates", "splits", "folder"), "--sweep")
-    for name, instead in (of_one if sweep else of_sweep).items():
-        if context.get_parameter_source(name).name == "COMMANDLINE":
-            option = "--out" if name == "folder" else f"--{name.replace('_', '-')}"
-            other = "a grid" if sweep else "one measurement"
-            raise SememeError(f"got {option}, which is not for {other}: need the options of that. try: {instead}")
+    _refuse(context, of_one if sweep else of_sweep, "a grid" if sweep else "one measurement")
     if sweep:
         _benchmark_sweep(model, folder, (prompt_lengths, batches, rates, splits), new_tokens, repeats or 3, dtype, data, base,
                          json_file)
         return
-    result = benchmark_files(model, prompt_tokens, new_tokens, batch, repeats or 5, training, data, dtype, base, rate)
-    show_speed(result)
+    if is_compressor(model):
+        _refuse(context, {"new_tokens": "without it", "training": "without it"}, "a compressor")
+        result = cli_compressor.benchmark(model, prompt_tokens, batch, repeats or 5, data, dtype, base, rate)
+    else:
+        result = benchmark_files(model, prompt_tokens or 512, new_tokens, batch or 1, repeats or 5, training, data, dtype, base,
+                                 rate)
+        show_speed(result)
     write_json(json_file, result)
+
+
+def _refuse(context: typer.Context, options: dict[str, str], what: str) -> None:
+    """Raises SememeError for an option of the command line that says nothing about `what`; `options`: what to try instead."""
+    for name, instead in options.items():
+        if context.get_parameter_source(name).name == "COMMANDLINE":
+            option = "--out" if name == "folder" else f"--{name.replace('_', '-')}"
+            raise SememeError(f"got {option}, which is not for {what}: need the options of that. try: {instead}")
 
 
 def _benchmark_sweep(model: str, folder: Path | None, grid: tuple[str, str, str, str], new_tokens: int, repeats: int, dtype: str,

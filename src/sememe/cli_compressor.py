@@ -1,12 +1,12 @@
 """Sub-commands of the compressor: text ⇄ files of concept ids, and how much comes back."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sememe.options import Json, Rate, numbers
-from sememe.tables import figure, show_reconstruction, table, write_json
+from sememe.tables import figure, show_compressor_speed, show_reconstruction, table, write_json
 
 Compressor = Annotated[str, typer.Argument(metavar="MODEL", help="A run of system: compressor, or its saved model.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows at a time.")]
@@ -77,6 +77,8 @@ def reconstruct(
     rates: Annotated[str | None, typer.Option(metavar="R,R,…", help="Rate and distortion at these settings of the dial.")] = None,
     context: Annotated[int | None, typer.Option(min=0, help="To go on from; default: 512 or what fits, 0 for none.")] = None,
     questions: Annotated[str | None, typer.Option(metavar="FILE.jsonl", help="Lines of context, question, answers.")] = None,
+    online: Annotated[str | None, typer.Option(
+        metavar="MODEL2", help="An online model over the same base: what being online costs, at the same rate.")] = None,
     batch: Batch = 16,
     base: Base = None,
     json_file: Json = None,
@@ -84,10 +86,22 @@ def reconstruct(
     """How much of a text comes back from its concept ids alone, and for how many bits.
 
     Example: `sememe reconstruct runs/compressor --data data/heldout.txt --rates 0.25,0.33,0.5`
+
+    Beside an online model: `sememe reconstruct runs/compressor --data data/heldout.txt --online runs/r2`
     """
     from sememe.evaluation.reconstruction import reconstruct_files
 
     dial = numbers(rates, "--rates", "0.25,0.33,0.5")
-    result = reconstruct_files(model, data, tokens, window, dial, context, batch, base, questions)
+    result = reconstruct_files(model, data, tokens, window, dial, context, batch, base, questions, online)
     show_reconstruction(result)
     write_json(json_file, result)
+
+
+def benchmark(model: str, window: int | None, batch: int | None, repeats: int, data: str | None, dtype: str, base: str | None,
+              rate: float | None) -> dict[str, Any]:
+    """`sememe benchmark` of a compressor: figures, printed."""
+    from sememe.evaluation.speed_compressor import BATCH, benchmark_compressor_files
+
+    result = benchmark_compressor_files(model, window, batch or BATCH, repeats, data, dtype, base, rate)
+    show_compressor_speed(result)
+    return result

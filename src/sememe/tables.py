@@ -88,6 +88,14 @@ def show_reconstruction(result: dict[str, Any]) -> None:
         keys = ("reader", "given", "length", "nll", "perplexity", "percent_over_whole")
         rows = [tuple(one[key] for key in keys) for one in found["given"]]
         table(rows, "continuation", (*keys[:3], "NLL", keys[4], "% over whole"))
+    found = result["online"]
+    if found is not None:
+        keys = ("reader", "given", "length", "nll", "perplexity", "percent_over_whole")
+        out.print(f"{found['model']} beside it, its dial at {found['target_rate']:.4g}: {found['concept_rate']:.4g} concepts per "
+                  f"token realised, R {figure(found['compression_ratio'])} of every id; being online costs "
+                  f"{found['delta_nll']:+.4f} nats", soft_wrap=True, highlight=False)
+        table([tuple(one[key] for key in keys) for one in found["given"]], "what being online costs",
+              (*keys[:3], "NLL", keys[4], "% over whole"))
     found = result["questions"]
     if found is not None:
         keys = ("reader", "given", "length", "exact_match", "f1", "answer_nll")
@@ -103,6 +111,26 @@ def show_speed(result: dict[str, Any]) -> None:
     ratios = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction", "prefill_memory_ratio",
               "train_step_ratio", "train_memory_ratio", "realised_rate")
     table([(key, result.get(key)) for key in ratios], "ratios to the base", ("measure", "value"))
+
+
+def show_compressor_speed(result: dict[str, Any]) -> None:
+    """The medians, and behind each the least and the most over the rounds."""
+    sides, rows = [result["concept"], result["base"]], []
+    for name, both in (("read", "compress, or one forward"), ("write", "decompress, or greedy decoding")):
+        cells = []
+        for one in sides:
+            seconds, speed = one[f"{name}_seconds"], one[f"{name}_tokens_per_s"]
+            least, most = (figure(speed * seconds["median"] / seconds[end]) for end in ("max", "min"))
+            cells.append(f"{figure(speed)} ({least}–{most})")
+        rows.append((f"{both}, tokens/s", *cells))
+    rows += [(key, *(one[key] for one in sides)) for key in ("tokens_written", "weight_bytes")]
+    settings = result["settings"]
+    table(rows, f"{result['model']} beside its base, {settings['batch']} windows of {settings['window']} tokens",
+          ("measure", "compressor", "base"))
+    rows = [(key, result[key], "–".join(f"{x:.3g}" for x in result.get(f"{key}_range", ())))
+            for key in ("compress_base_forwards", "compress_base_forwards_no_logits", "decompress_speedup", "realised_rate",
+                        "compression_ratio")]
+    table(rows, "ratios to the base", ("measure", "value", "min–max"))
 
 
 def show_speed_sweep(found: dict[str, Any]) -> None:

@@ -34,13 +34,16 @@ class Foretold(nn.Module):
         self.map = nn.Linear(width, width)
         for p in self.parameters():
             nn.init.zeros_(p)
+        self.register_buffer("scale", torch.ones(()))  # of the embeddings: one learning rate fits every base
 
     def forward(self, h: Tensor) -> Tensor:
-        return nn.functional.linear(h.float(), self.map.weight.float(), self.map.bias.float())
+        return self.scale.float() * nn.functional.linear(h.float(), self.map.weight.float(), self.map.bias.float())
 
     @torch.no_grad()
     def start(self, h_ND: Tensor, embed_ND: Tensor) -> float:
         """Fits (N, D) embeddings to the states ahead of them. Returns the share of their variance explained."""
+        self.scale.copy_(embed_ND.float().square().mean().sqrt())
+        embed_ND = embed_ND / self.scale
         weight_DD, bias_D, left_ND = linear_fit(h_ND, embed_ND)
         self.map.weight.copy_(weight_DD.T)
         self.map.bias.copy_(bias_D)

@@ -19,6 +19,8 @@ class SegmentReader(nn.Module):
         self.state = nn.Linear(width, width)
         self.place = nn.Embedding(places, width)
         self.vote = nn.Linear(width, width, bias=False)
+        self.register_buffer("scale", torch.ones(()))  # of the embeddings: one learning rate fits every base
+        self.register_buffer("gain", torch.zeros(()))
         self.close = nn.Linear(2 * width, 1)
         self.close_at = nn.Embedding(places, 1)
         for p in (self.state.bias, self.place.weight, self.vote.weight, self.close.weight, self.close.bias, self.close_at.weight):
@@ -28,14 +30,15 @@ class SegmentReader(nn.Module):
     def start(self, scale: float) -> None:
         """States of scale 1 become a random rotation of themselves, at the scale of the embeddings: it says nothing that the
         embeddings say already."""
-        nn.init.orthogonal_(self.state.weight, gain=scale)
+        self.scale.fill_(scale)
+        nn.init.orthogonal_(self.state.weight)
 
     def forward(self, x: Tensor, place: Tensor) -> Tensor:
-        return self.state(x) + self.place(place)
+        return self.scale.to(x.dtype) * (self.state(x) + self.place(place))
 
     def votes(self, x: Tensor, place: Tensor) -> Tensor:
         """(…, D), to be added to what lm_head reads: the token's news as the concept has it, for the words that are like it."""
-        return self.vote(turn(x, -place))
+        return self.gain.to(x.dtype) * self.vote(turn(x, -place))
 
     def closes(self, h: Tensor, embed: Tensor, place: Tensor) -> Tensor:
         """(…,) log-odds that a segment ends with a token: from the state that predicted it, its embedding and its place. Where

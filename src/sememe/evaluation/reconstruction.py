@@ -17,6 +17,7 @@ from sememe.evaluation.baselines import lossless
 from sememe.evaluation.dial import check_rates, rate_error
 from sememe.evaluation.figures import keep, run_recipe
 from sememe.evaluation.files import base_beside, heldout_blocks, heldout_texts
+from sememe.evaluation.online_cost import load_online, online_cost
 from sememe.evaluation.quality import code_use, token_nll
 from sememe.evaluation.scores import scores
 from sememe.models.compressor import CompressorForCausalLM
@@ -109,13 +110,14 @@ def continuation_blocks(texts: list[str], tokenizer, tokens: int, context: int |
 
 
 def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | None = None, rates: Sequence[float] = (),
-                      context: int | None = None, batch: int = 16, base: str | None = None, questions: str | None = None
-                      ) -> dict[str, Any]:
-    """All figures of a saved compressor on a text; kept as RUN/reconstruct.json.
+                      context: int | None = None, batch: int = 16, base: str | None = None, questions: str | None = None,
+                      online: str | None = None) -> dict[str, Any]:
+    """All figures of a saved compressor on a text; kept as RUN/reconstruct.json. `online`: a model to go on from the same
+    contexts at the same rate.
 
     Raises:
-        DataError: the text is missing, too short for two windows, or the one that the run was trained on; or bad `questions`.
-        CheckpointError: `model` cannot be loaded, or is no compressor that writes codes.
+        DataError: the text is missing, too short for two windows, or one that a model was trained on; or bad `questions`.
+        CheckpointError: `model` cannot be loaded, or is no compressor that writes codes; or `online` does not go with it.
         RecipeError: a rate that the model cannot hold.
     """
     texts = heldout_texts(model, data)
@@ -130,11 +132,19 @@ def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | N
         length = ids_NT.shape[1]
         raise DataError(f"{data} and --tokens {tokens} make one window of {length} tokens: need at least two, to shuffle ids "
                         f"between them. try: --tokens {2 * length}, or --window {max(8, length // 2)}")
+    other = None
+    if online is not None:
+        heldout_texts(online, data)
+        other = load_online(online, model, loaded, tokenizer, base)
     places = loaded.config.get_text_config().max_position_embeddings
     found = continuation_blocks(texts, tokenizer, tokens, context, places)
+    if other is not None and found is None:
+        raise DataError(f"--online compares how a text goes on, and there is no context to go on from in {data}: need --context "
+                        "other than 0, and a text with room for it. try: more text, or without --online")
     plain = load_base(resolve(base_beside(model, loaded.config, base))).to(loaded.device).eval()
     points = 1 + len(set(rates) - {loaded.config.rate})
-    total = (2 * points + 3) * ids_NT.numel() + (0 if found is None else going_on.PASSES * found[0].numel())
+    passes = going_on.PASSES + (other is not None)
+    total = (2 * points + 3) * ids_NT.numel() + (0 if found is None else passes * found[0].numel())
     with tqdm(total=total, desc="reconstruct", unit="token", mininterval=1) as bar:
         own, concepts, rebuilt = reconstruct(loaded, tokenizer, ids_NT, batch, bar.update)
         mixed = decompress(loaded, shuffled(concepts), batch, bar.update, ids_NT.shape[1])
@@ -146,11 +156,14 @@ def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | N
             | {"nll": float(token_nll(loaded, ids_NT, 4, "shuffle", bar.update)[0].mean())},
             "curve": curve(loaded, tokenizer, ids_NT, own, rates, batch, bar.update),
             "lossless": lossless(plain, loaded.bos, ids_NT, tokenizer, tick=bar.update),
-            "continuation": None, "questions": None,
+            "continuation": None, "online": None, "questions": None,
             "samples": [sample(*three, tokenizer) for three in zip(ids_NT[:3].tolist(), rebuilt, concepts, strict=False)],
         }
         if found is not None:
             result["continuation"] = going_on.continuation(loaded, plain, *found, tick=bar.update)
+        if other is not None:
+            cost = online_cost(other, loaded.bos, found[0], result["continuation"], tick=bar.update)
+            result["online"] = {"model": str(online)} | cost
     if asked:
         with tqdm(total=len(asked), desc="questions", unit="question", mininterval=1) as bar:
             result["questions"] = {"data": str(questions)} | asking.answer(loaded, plain, tokenizer, asked, bar.update)

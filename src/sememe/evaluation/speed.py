@@ -21,8 +21,8 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def alternate(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, tick=lambda: None) -> dict[str, dict]:
-    """Seconds of each job: median, minimum and maximum over `repeats` rounds in turn, after one round not counted."""
+def in_turn(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, tick=lambda: None) -> dict[str, list[float]]:
+    """Seconds of each job in each of `repeats` rounds, in turn, after one round not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(repeats + 1):
         for name, job in jobs.items():
@@ -31,7 +31,16 @@ def alternate(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.de
             if turn:
                 seconds[name].append(clock(device) - start)
             tick()
-    return {n: {"median": statistics.median(s), "min": min(s), "max": max(s)} for n, s in seconds.items()}
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def alternate(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, tick=lambda: None) -> dict[str, dict]:
+    """Seconds of each job over the rounds of `in_turn`: median, minimum and maximum."""
+    return {name: summary(found) for name, found in in_turn(jobs, repeats, device, tick).items()}
 
 
 def layer_macs(base: nn.Module) -> tuple[int, int]:

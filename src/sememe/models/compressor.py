@@ -166,13 +166,15 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
             unit_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T.to(unit_DD)
         was_training = self.training
         self.eval()
-        tried = []
+        self.reader.vote.weight.copy_(unit_DD)
+        tried, each = {}, 1 / float(out_VD.float().square().mean().sqrt() * len(unit_DD))
         for weight in VOTES:
-            self.reader.vote.weight.copy_(weight * unit_DD / out_VD.float().square().mean().sqrt() / len(unit_DD))
-            tried.append((float(self(few_NT, labels=few_NT).loss), weight))
-        self.reader.vote.weight.mul_(min(tried)[1] / VOTES[-1])
+            self.reader.gain.fill_(weight * each)
+            tried[weight] = float(self(few_NT, labels=few_NT).loss)
+        best = min(tried, key=tried.get)
+        self.reader.gain.fill_(best * each)
         self.train(was_training)
-        return found | {"vote": min(tried)[1]}
+        return found | {"vote": best, "nll": tried[best]}
 
     def encode(self, ids_BT: Tensor, attention_mask: Tensor | None = None, ablation: str | None = None) -> Encoded:
         """The concepts of (B, T) texts; `attention_mask` is 0 on padding, which stands on the right."""

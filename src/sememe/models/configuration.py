@@ -4,6 +4,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
+from sememe.concepts.plan import PlanShape
 from sememe.concepts.quantise import ESTIMATORS
 from sememe.errors import RecipeError
 
@@ -154,6 +155,56 @@ class CompressorConfig(ConceptConfig):
         if not 0 <= self.continuation_share <= 1:
             raise RecipeError(f"continuation_share = {self.continuation_share}: need a share of the loss in [0, 1]. "
                               "try: continuation_share=0.5")
+
+
+class PlannerConfig(AdaptedConfig):
+    """Source → plan → text (`models/planner.py`).
+
+    Args:
+        plan_sizes: ids of each type of concept.
+        plan_lengths: concepts of each type at most.
+        parallel: types are written at the same time, each from the source alone; else one after another.
+        multi_token: concepts that one step of the planner writes; 1 for one at a time.
+        plan_max_source: tokens of the source that are read, its last ones; None for all.
+        code_temperature: of the mixture that straight-through gradients are of.
+        straight_through: what the executor reads passes its gradient on to the planner.
+        plan_weight: of the plan's own cross entropy in the loss, nats per concept beside nats per target token.
+        seed: of the new modules' start.
+    """
+
+    model_type = "sememe-planner"
+
+    def __init__(self, text_config=None, plan_sizes=(512, 512), plan_lengths=(4, 8), parallel: bool = False, multi_token: int = 1,
+                 plan_max_source: int | None = None, code_temperature: float = 1.0, straight_through: bool = False,
+                 plan_weight: float = 1.0, seed: int = 0, **kwargs):
+        self.plan_sizes, self.plan_lengths = list(plan_sizes), list(plan_lengths)
+        self.parallel, self.multi_token, self.plan_max_source = parallel, multi_token, plan_max_source
+        self.code_temperature, self.straight_through = code_temperature, straight_through
+        self.plan_weight, self.seed = plan_weight, seed
+        super().__init__(text_config=text_config, **kwargs)
+
+    @property
+    def plan_shape(self) -> PlanShape:
+        return PlanShape(tuple(self.plan_sizes), tuple(self.plan_lengths))
+
+    def check(self) -> None:
+        """Raises RecipeError where a value cannot be run."""
+        sizes, lengths = self.plan_sizes, self.plan_lengths
+        if not sizes or len(sizes) != len(lengths):
+            raise RecipeError(f"plan_sizes = {sizes} and plan_lengths = {lengths}: need one of each for every type. "
+                              "try: plan_sizes=[512,512] plan_lengths=[4,8]")
+        if min(sizes) < 2 or min(lengths) < 1:
+            raise RecipeError(f"plan_sizes = {sizes} and plan_lengths = {lengths}: need at least 2 ids and 1 concept in each type"
+                              ". try: plan_sizes=[512,512] plan_lengths=[4,8]")
+        if not 1 <= self.multi_token <= max(lengths):
+            raise RecipeError(f"multi_token = {self.multi_token}: need 1 to {max(lengths)}, the concepts of the longest type. "
+                              "try: multi_token=1")
+        if self.plan_max_source is not None and self.plan_max_source < 1:
+            raise RecipeError(f"plan_max_source = {self.plan_max_source}: need at least 1 token, or none for no limit. "
+                              "try: plan_max_source=512")
+        if self.code_temperature <= 0 or self.plan_weight < 0:
+            raise RecipeError(f"code_temperature = {self.code_temperature} and plan_weight = {self.plan_weight}: need above 0, "
+                              "and at least 0. try: code_temperature=1 plan_weight=1")
 
 
 class ControlConfig(AdaptedConfig):

@@ -34,6 +34,8 @@ class Reconstruction:
     lossless: list[list[str]]
     given: list[list[str]]
     note: str
+    online: list[list[str]]
+    online_note: str
     answers: list[list[str]]
     samples: list[tuple[str, str]]
 
@@ -49,6 +51,8 @@ def read_reconstruction(figures: dict) -> Reconstruction | None:
         rows.append(["ids shuffled", *_cells(mixed | {"target_rate": None}, CURVE)[1:]])
     found = figures.get("continuation")
     found = found if isinstance(found, dict) else {}
+    beside = figures.get("online")
+    beside = beside if isinstance(beside, dict) else {}
     asked = figures.get("questions")
     asked = asked if isinstance(asked, dict) else {}
     return Reconstruction(
@@ -57,6 +61,7 @@ def read_reconstruction(figures: dict) -> Reconstruction | None:
         lossless=[_cells(one, {"name": ("", ""), "of": ("", ""), "bits_per_token": ("", "")})
                   for one in _dicts(figures.get("lossless"))],
         given=[_cells(one, GIVEN) for one in _dicts(found.get("given"))], note=_note(found),
+        online=[_cells(one, GIVEN) for one in _dicts(beside.get("given"))], online_note=_online_note(beside),
         answers=[_cells(one, ANSWERS) for one in _dicts(asked.get("given"))],
         samples=[(show(one.get("text")), show(one.get("rebuilt"))) for one in _dicts(figures.get("samples"))],
     )
@@ -78,6 +83,15 @@ def _note(found: dict) -> str:
         return texts + " This model was never trained to go on from codes (continuation_share 0)."
     trained = number(found.get("trained_context"))
     return texts + (f" It was trained with contexts of {show(trained)} tokens." if trained else "")
+
+
+def _online_note(beside: dict) -> str:
+    """At which rate the two stood beside each other, and what the difference is."""
+    asked, realised = (show(number(beside.get(key)), "share") for key in ("target_rate", "concept_rate"))
+    cost, ratio = show(number(beside.get("delta_nll")), "delta"), show(number(beside.get("compression_ratio")))
+    return (f"The same tokens, by {show(beside.get('model'))} as well, which compresses while it reads, and goes on compressing. "
+            f"Its dial is at the rate that the compressor realised ({asked}); it realised {realised}, R {ratio} of every id. "
+            f"Being online costs {cost} nats.")
 
 
 def _plot(figures: dict, points: list[dict]) -> Plot | None:
