@@ -23,7 +23,6 @@ def main(base: str = "Qwen/Qwen3-0.6B", run: str = "runs/qwen-compressor") -> No
         rate=0.5,
         boundary="fixed",
         depth=8,  # layers that read the text; all of them write it again
-        pool=True,
     )
     train(recipe, Path(run))  # the same call resumes; a finished run is left as it is
     figures = evaluate_files(run, recipe.data.heldout, tokens=8192)

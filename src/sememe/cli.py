@@ -15,6 +15,7 @@ from sememe.tables import (
     out,
     show_ablation,
     show_diagnosis,
+    show_plans,
     show_quality,
     show_speed,
     show_speed_sweep,
@@ -136,8 +137,9 @@ def sweep(
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[list[str], typer.Option(help="Held-out text: .txt, .jsonl[#field], .parquet[#field] or a datasets id. "
-                                                 "May be given several times: each is measured on its own.")],
+    data: Annotated[list[str] | None, typer.Option(
+        help="Held-out text: .txt, .jsonl[#field], .parquet[#field] or a datasets id; default: that of the run. May be given "
+             "several times: each is measured on its own.")] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens to measure on.")] = 8192,
     control: Annotated[str | None, typer.Option(metavar="MODEL2", help="Same LoRA without concepts.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Default: that of the run, or 512.")] = None,
@@ -147,24 +149,38 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Held-out quality, the gate running free: NLL, realised rate, code use, and what ablating the codes costs.
+    """Held-out quality, the gate running free: NLL, realised rate, code use, and what ablating the codes costs. Of a planner: NLL
+    with its own plans, the best plans, shuffled, random and empty ones, and of --control, which sees the source.
 
     Example: `sememe evaluate runs/demo --data data/heldout.txt --control runs/demo-control`
 
     Over the dial: `sememe evaluate runs/demo --data data/heldout.txt --rates 0.25,0.33,0.5,1`
     """
     from sememe.evaluation.files import evaluate_files
+    from sememe.training.posterior import best_plans
 
     dial = numbers(rates, "--rates", "0.25,0.33,0.5,1")
-    result = evaluate_files(model, data, tokens, control, sequence_length, batch, base, rate, dial)
-    show_quality(result)
+    texts = data or [_heldout(model)]
+    result = evaluate_files(model, texts, tokens, control, sequence_length, batch, base, rate, dial, best_plans)
+    (show_plans if "given" in result else show_quality)(result)
     write_json(json_file, result)
+
+
+def _heldout(model: str) -> str:
+    """The held-out text of a run. Raises SememeError for anything else than a run."""
+    from sememe.evaluation.figures import run_recipe
+
+    recipe = run_recipe(model)
+    if not recipe:
+        raise SememeError(f"got no --data, and {model} is no run with held-out text of its own: need a text. "
+                          "try: --data data/heldout.txt")
+    return recipe["data"]["heldout"]
 
 
 @app.command()
 def ablate(
     model: Model,
-    data: Annotated[str, typer.Option(help="Held-out text, as for evaluate.")],
+    data: Annotated[str | None, typer.Option(help="Held-out text, as for evaluate.")] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens to measure on, about 36 times.")] = 4096,
     shares: Annotated[str | None, typer.Option(metavar="P,P,…", help="Of the concepts to drop; default: 0,0.1,…,0.9.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of whatever is random; the mean is reported.")] = 3,
@@ -174,14 +190,15 @@ def ablate(
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
-    """What the codes are worth: NLL over the share of concepts dropped, and with all zeroed, shuffled, random or swapped.
+    """What the codes are worth: NLL over the share of concepts dropped, and with all zeroed, shuffled, random or swapped. Of a
+    planner the same of its plans, and whose words a swapped plan brings.
 
     Example: `sememe ablate runs/demo --data data/heldout.txt`
     """
     from sememe.evaluation.ablation import SHARES, ablate_files
 
     dropped = numbers(shares, "--shares", "0,0.25,0.5,0.75")
-    result = ablate_files(model, data, tokens, dropped or SHARES, seeds, sequence_length, batch, base, rate)
+    result = ablate_files(model, data or _heldout(model), tokens, dropped or SHARES, seeds, sequence_length, batch, base, rate)
     show_ablation(result)
     write_json(json_file, result)
 
@@ -195,17 +212,24 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     show_concepts: Annotated[bool, typer.Option("--show-concepts", help="Mark each segment and its concept id.")] = False,
+    show_plan: Annotated[bool, typer.Option("--show-plan", help="Print a planner's plan ahead of its text.")] = False,
+    edit: Annotated[list[str] | None, typer.Option(
+        metavar="TYPE:SLOT=ID", help="Change an id of the plan and print both texts; may be given several times.")] = None,
     rate: Rate = None,
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Stream a continuation of a prompt.
+    """Stream a continuation of a prompt; of a planner what it writes, with its plan.
 
     Example: `sememe generate runs/demo --prompt "The old detective" --show-concepts`
+
+    A planner, and what its text becomes with another id: `sememe generate runs/planner --prompt "The old detective" --show-plan
+    --edit 0:0=5`
     """
     from sememe.show import generate_text
 
-    made = generate_text(model, prompt, max_new_tokens, temperature, top_p, seed, show_concepts, out, base, rate)
+    made = generate_text(model, prompt, max_new_tokens, temperature, top_p, seed, show_concepts, out, base, rate, show_plan,
+                         edit)
     write_json(json_file, made)
 
 

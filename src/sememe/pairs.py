@@ -7,7 +7,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 OPENING = 0.25
 IGNORED = -100
+FILLED = 0.85  # of the tokens that a pair may have, so that few pieces of a text are cut
+SAMPLE_CHARS = 20_000  # of a text, for the characters that one of its tokens takes
 
 
 class Pair(NamedTuple):
@@ -45,6 +47,15 @@ class PairTensors:
         return PairTensors(self.source_NU[index], self.source_mask_NU[index], self.target_NY[index], self.cut_sources,
                            self.cut_targets)
 
+    def joined(self, bos: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 1 + U + Y) ids of BOS, source and target without a gap, their mask, and labels: -100 but for the target."""
+        one_N1 = torch.ones_like(self.source_NU[:, :1])
+        mask = torch.cat([one_N1, self.source_mask_NU, (self.target_NY != IGNORED).long()], 1)
+        ids = torch.cat([one_N1 * bos, self.source_NU, self.target_NY.clamp(min=0)], 1)
+        labels = torch.cat([one_N1 * IGNORED, torch.full_like(self.source_NU, IGNORED), self.target_NY], 1)
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        return tuple(x.gather(1, order) for x in (ids, mask, labels))
+
     def digest(self) -> str:
         """sha256 over shapes and contents: what is stored for these pairs fits no others."""
         said = hashlib.sha256()
@@ -59,6 +70,49 @@ class PairTensors:
             return None
         return (f"of {len(self)} pairs, {self.cut_sources} sources keep their last {self.source_NU.shape[1]} tokens and "
                 f"{self.cut_targets} targets their first {self.target_NY.shape[1]}")
+
+
+@dataclass(frozen=True)
+class PairForm:
+    """How pairs are had of a text: `fields` of a row, or each document cut at `opening`; and their tokens at most."""
+
+    fields: tuple[str, str] | None = None
+    opening: float = OPENING
+    source_length: int = 128
+    target_length: int = 128
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> PairForm | None:
+        """That of a recipe's plain values; None where it trains on running text."""
+        data = recipe.get("data", {})
+        source, target, opening = (data.get(key) for key in ("source", "target", "opening"))
+        if source is None and opening is None and recipe.get("system") != "planner":
+            return None
+        fields = None if source is None or target is None else (source, target)
+        return cls(fields, OPENING if opening is None else opening, recipe["source_length"], recipe["target_length"])
+
+    def load(self, spec: str, tokenizer: PreTrainedTokenizerBase, most: int | None = None,
+             tokens: int | None = None) -> PairTensors:
+        """The first pairs of a text: `most` of them, or as few as have `tokens` target tokens. Raises DataError."""
+        pairs = read_pairs(spec, self.fields, self.opening, None if self.fields else self._chars(spec, tokenizer))
+        made = pair_tensors(pairs[:most], tokenizer, self.source_length, self.target_length)
+        if tokens is None:
+            return made
+        counted_N = (made.target_NY != IGNORED).sum(1).cumsum(0)
+        return made.rows(slice(0, int((counted_N < tokens).sum()) + 1))
+
+    def _chars(self, spec: str, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Of a piece whose two parts about fill their tokens."""
+        text = max(read_texts(spec), key=len)[:SAMPLE_CHARS]
+        tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        most = min(self.source_length / self.opening, self.target_length / (1 - self.opening))
+        return max(2, int(FILLED * most * len(text) / max(1, tokens)))
+
+
+def sink_id(config) -> int:
+    """What a model reads ahead of a pair's source, by its base's configuration: an attention sink."""
+    found = next((x for x in (config.bos_token_id, config.eos_token_id) if x is not None), 0)
+    return found[0] if isinstance(found, list) else found
 
 
 def read_pairs(spec: str, fields: tuple[str, str] | None = None, opening: float = OPENING, chars: int | None = None,

@@ -56,9 +56,10 @@ class ConceptStreamer(BaseStreamer):
 
 
 def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
-                  show_concepts: bool, console: Console, base: str | None = None, rate: float | None = None) -> dict:
-    """Streams a continuation and returns prompt, text, and (for an online model) the concept id of every
-    token that the model read: all but the last new one.
+                  show_concepts: bool, console: Console, base: str | None = None, rate: float | None = None,
+                  show_plan: bool = False, edits: list[str] | None = None) -> dict:
+    """Streams a continuation and returns prompt, text, and (for an online model) the concept id of every token that the model
+    read: all but the last new one. Of a planner: see `show_plan.write_planned`.
 
     Raises:
         DataError: an empty prompt, or one longer than the model's context.
@@ -70,6 +71,8 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
     from sememe.models.compressor import CompressorForCausalLM
     from sememe.models.loading import load_model
     from sememe.models.online import OnlineForCausalLM
+    from sememe.models.planner import PlannerForCausalLM
+    from sememe.show_plan import check_options, write_planned
 
     if not prompt.strip():
         raise DataError("the prompt is empty: need some text to go on from. try: --prompt \"Once upon a time\"")
@@ -77,6 +80,10 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
     if isinstance(loaded, CompressorForCausalLM):
         raise CheckpointError(f"{model} is a compressor, which writes a text again and none of its own: need a language model. "
                               "try: sememe compress and sememe decompress")
+    planner = isinstance(loaded, PlannerForCausalLM)
+    check_options(model, planner, show_concepts, show_plan, edits or [], top_p)
+    if planner:
+        return write_planned(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, show_plan, edits or [], console)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
     longest = loaded.config.get_text_config().max_position_embeddings
     if ids.shape[1] + max_new_tokens > longest:

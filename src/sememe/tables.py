@@ -49,10 +49,26 @@ def show_quality(result: dict[str, Any]) -> None:
             table(rows, f"the dial on {one['data']}", tuple(asked.values()))
 
 
+def show_plans(result: dict[str, Any]) -> None:
+    """What a target is read from, beside each other; equal tokens throughout."""
+    names = {"planner": "the planner's own plan", "posterior": "z*, found with the target in view", "shuffle": "plans shuffled",
+             "random": "random plans", "empty": "no plan", "source": "the source itself"}
+    for one in result.get("by_data", [result]):
+        rows = [(names.get(line["given"], line["given"]), line["nll"], f"{line['delta_nll']:+.4f}", line["plan_nats_per_token"])
+                for line in one["given"]]
+        table(rows, f"{one['model']} on {one['data']}: {one['tokens']:,} target tokens of {one['pairs']} pairs",
+              ("given", "NLL", "Δ", "plan, nats/token"))
+        if "plan_sizes" in one:
+            keys = ("plan_sizes", "plan_most", "plan_lengths", "plan_ids_used", "plan_perplexity")
+            rows = [(f"type {i}", *cells) for i, cells in enumerate(zip(*(one[key] for key in keys), strict=True))]
+            table(rows, f"entropy {one['plan_entropy']:.3f} nats a concept, largest probability {one['plan_max_prob']:.3f}",
+                  ("the planner's plans", "ids", "at most", "mean length", "ids used", "perplexity"))
+
+
 def show_ablation(result: dict[str, Any]) -> None:
     """A table whose last column is the curve."""
     found = {f"drop {100 * one['share']:g} %": one for one in result["drop"]}
-    found |= {kind: result[kind] for kind in ("zero", "shuffle", "random", "swap")}
+    found |= {kind: result[kind] for kind in ("zero", "empty", "shuffle", "random", "swap") if kind in result}
     most = max(one["delta_nll"] for one in found.values())
     rows = []
     for name, one in found.items():
@@ -61,6 +77,10 @@ def show_ablation(result: dict[str, Any]) -> None:
         rows.append((name, delta, low, high, bar))
     title = f"{result['model']} on {result['data']}: NLL {result['nll']:.4f}; ΔNLL over {result['seeds']} seeds"
     table(rows, title, ("ablation", "ΔNLL", "least", "most", ""))
+    if "content" in result:
+        own, theirs = (f"{result['content'][key]:.0%}" for key in ("own_words", "plans_words"))
+        out.print(f"a text written from the next pair's plan has {own} of the words of its own target, and {theirs} of those of "
+                  "the target that the plan is of", soft_wrap=True, highlight=False)
 
 
 def show_reconstruction(result: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ A strategy is a module with `score` and `threshold`, and its line in BOUNDARIES.
 `learned`: the written concepts teach the score, through a straight-through confidence.
 `accumulates`: scores are summed since the last concept, and the concept is read from the states so weighted.
 `fitted`: what of the base's next-token distributions `start` needs, if anything: their `entropy`, or the `surprise` at the token.
+`scored`: its scores differ, and their distribution is tracked.
+`offline`: the model itself says where segments end, from all of the text; the gate's decisions are not asked for.
 """
 
 import numpy as np
@@ -17,7 +19,8 @@ from sememe.concepts.fit import explained, linear_fit
 class Boundary(nn.Module):
     """A strategy over states of `width` coordinates; the base of all."""
 
-    learned = accumulates = False
+    learned = accumulates = offline = False
+    scored = True
     fitted: str | None = None
 
     def __init__(self, width: int):
@@ -61,6 +64,8 @@ class Threshold(Boundary):
 class Fixed(Boundary):
     """Every 1 / rate tokens (M of N where the rate is M / N): without a score the gate writes when a concept is owed."""
 
+    scored = False
+
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
         return torch.zeros(x.shape[:-1], device=x.device)
 
@@ -101,4 +106,12 @@ class Surprise(Entropy):
     fitted = "surprise"
 
 
-BOUNDARIES = {"null": Null, "threshold": Threshold, "fixed": Fixed, "entropy": Entropy, "surprise": Surprise}
+class Autoregressive(Fixed):
+    """Concepts are written one after another behind the text, each as long as the model says (`lengths.py`), until all of it is
+    covered."""
+
+    offline = True
+
+
+BOUNDARIES = {"null": Null, "threshold": Threshold, "fixed": Fixed, "entropy": Entropy, "surprise": Surprise,
+              "autoregressive": Autoregressive}

@@ -28,10 +28,17 @@ class SegmentReader(nn.Module):
 
     @torch.no_grad()
     def start(self, scale: float) -> None:
-        """States of scale 1 become a random rotation of themselves, at the scale of the embeddings: it says nothing that the
-        embeddings say already."""
+        """States of scale 1 become a random rotation of themselves, which says nothing that the embeddings say already, at a
+        tenth of their scale, since votes are all that is understood at first (docs/log.md)."""
         self.scale.fill_(scale)
-        nn.init.orthogonal_(self.state.weight)
+        nn.init.orthogonal_(self.state.weight, gain=0.1)
+
+    @torch.no_grad()
+    def start_ends(self, place_n: Tensor, ends_n: Tensor) -> None:
+        """Log-odds of ending at each place, as counted over (n,) places and whether segments ended there."""
+        count_P = self.close_at.weight.new_zeros(2, len(self.close_at.weight))
+        count_P.index_put_((ends_n.long(), place_n), torch.ones_like(place_n, dtype=count_P.dtype), accumulate=True)
+        self.close_at.weight.copy_(((count_P[1] + 0.5) / (count_P[0] + 0.5)).log().unsqueeze(1))
 
     def forward(self, x: Tensor, place: Tensor) -> Tensor:
         return self.scale.to(x.dtype) * (self.state(x) + self.place(place))

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.figures import keep
 from sememe.evaluation.files import heldout_blocks, heldout_texts
+from sememe.evaluation.plan_files import ablate_pair_files, pair_form
 from sememe.evaluation.quality import token_nll
 from sememe.models.loading import load_model
 from sememe.models.writing import NULL, Writing
@@ -64,6 +65,8 @@ def ablate_files(model: str, data: str, tokens: int = 4096, shares: Sequence[flo
     for share in shares:
         if not 0 <= share <= 1:
             raise SememeError(f"share = {share:g}: need shares of the concepts from 0 to 1. try: --shares 0,0.25,0.5,0.75")
+    if pair_form(model) is not None:
+        return ablate_pair_files(model, data, tokens, shares, seeds, batch, base, sequence_length, rate)
     texts = heldout_texts(model, data)
     loaded, tokenizer = load_model(model, base=base, rate=rate)
     if not isinstance(loaded, Writing):

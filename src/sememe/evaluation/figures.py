@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sememe.errors import SememeError
+from sememe.errors import DataError, SememeError
 
 CONTRACT = (
     "tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "layer_share", "nll_at_concepts", "nll_in_tail",
@@ -35,6 +35,13 @@ def run_recipe(model: str | Path) -> dict[str, Any]:
     """The recipe of a run folder as plain values; empty for anything else."""
     path = Path(model) / "recipe.yaml"
     return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def refuse_trained(model: str | Path, data: str) -> None:
+    """Raises DataError where a text is the one that the run was trained on."""
+    recipe = run_recipe(model)
+    if recipe and Path(recipe["data"]["train"]).resolve() == Path(data).resolve() and Path(data).exists():
+        raise DataError(f"{data} is what {model} was trained on: need held-out text. try: {recipe['data']['heldout']}")
 
 
 def keep(model: str | Path, name: str, value: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ import torch
 from tqdm.auto import tqdm
 
 from sememe.data import read_texts, token_blocks
-from sememe.errors import CheckpointError, DataError, SememeError
+from sememe.errors import CheckpointError, SememeError
 from sememe.evaluation.dial import check_rates, dial, rate_error
-from sememe.evaluation.figures import CONTRACT, keep, run_recipe
+from sememe.evaluation.figures import CONTRACT, keep, refuse_trained, run_recipe
+from sememe.evaluation.plan_files import Search, evaluate_pair_files, pair_form
 from sememe.evaluation.quality import evaluate
 from sememe.evaluation.speed import benchmark_training, benchmark_use
 from sememe.models import ControlConfig, ControlForCausalLM
@@ -24,9 +25,7 @@ BY_DATA = ("data", *CONTRACT, "target_rate", "rate_error_percent", "dial")
 
 def heldout_texts(model: str, data: str) -> list[str]:
     """The documents of a text. Raises DataError where it cannot be read, or is the one that the run was trained on."""
-    recipe = run_recipe(model)
-    if recipe and Path(recipe["data"]["train"]).resolve() == Path(data).resolve() and Path(data).exists():
-        raise DataError(f"{data} is what {model} was trained on: need held-out text. try: {recipe['data']['heldout']}")
+    refuse_trained(model, data)
     return read_texts(data)
 
 
@@ -39,11 +38,12 @@ def heldout_blocks(model: str, loaded, tokenizer, texts: list[str], tokens: int,
 
 def evaluate_files(model: str, data: str | Sequence[str], tokens: int = 8192, control: str | None = None,
                    sequence_length: int | None = None, batch: int = 4, base: str | None = None,
-                   rate: float | None = None, rates: Sequence[float] = ()) -> dict[str, Any]:
+                   rate: float | None = None, rates: Sequence[float] = (), search: Search | None = None) -> dict[str, Any]:
     """`evaluation.quality.evaluate` on a saved model and a text; kept as RUN/evaluate.json.
 
     Several texts are measured one by one: the figures are those of the first, and `by_data` has one line for each.
-    `rate` is the dial that all is measured at; `rates` are more of its settings, each a line of `dial`.
+    `rate` is the dial that all is measured at; `rates` are more of its settings, each a line of `dial`. What reads pairs has
+    the figures of `evaluation.plans` instead; `search` finds z* for them.
 
     Raises:
         DataError: a text is missing, too short, or the one that the run was trained on.
@@ -51,6 +51,8 @@ def evaluate_files(model: str, data: str | Sequence[str], tokens: int = 8192, co
         RecipeError: a rate that the model cannot hold.
     """
     names = [data] if isinstance(data, str) else list(data)
+    if pair_form(model) is not None:
+        return evaluate_pair_files(model, names, tokens, control, batch, base, search, sequence_length, rate, rates)
     texts = [heldout_texts(model, name) for name in names]
     loaded, tokenizer = load_model(model, base=base, rate=rate)
     check_rates(loaded, rates, model)

@@ -12,7 +12,7 @@ from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.segments import tail_lengths
 from sememe.errors import DataError
-from sememe.models.configuration import CompressorConfig, ConceptConfig, ControlConfig, OnlineConfig
+from sememe.models.configuration import CompressorConfig, ConceptConfig, ControlConfig, OnlineConfig, PlannerConfig
 from sememe.models.writing import NULL, Writing
 
 BUCKET = 64  # positions per bucket of `nll_by_position`
@@ -48,7 +48,9 @@ def layer_share(config, rate: float | None = None) -> float:
 
 
 def system_of(config) -> str:
-    """`online`, `compressor`, `control` or `skip`, as in a recipe; `base` for a model that is none of ours."""
+    """`online`, `compressor`, `planner`, `control` or `skip`, as in a recipe; `base` for a model that is none of ours."""
+    if isinstance(config, PlannerConfig):
+        return "planner"
     if isinstance(config, ConceptConfig):
         return "online" if isinstance(config, OnlineConfig) else "compressor"
     return "base" if not isinstance(config, ControlConfig) else "skip" if config.skipped else "control"

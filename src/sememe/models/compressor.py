@@ -9,6 +9,7 @@ from a text instead of writing it, the concepts stand ahead of the new words, ea
 Suffixes as in `concepts`; S = 1 + T counts the BOS.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.adapters import adapter, add_lora
-from sememe.backbone.split import Spine
+from sememe.backbone.split import Rope, Spine
 from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.gate import RateGate
@@ -30,6 +31,7 @@ from sememe.concepts.reader import SegmentReader
 from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import CompressorConfig
+from sememe.models.segmenting import Segmenter, Segmenting
 from sememe.models.starting import Starting
 from sememe.models.writing import NULL, Reading, Step, Writing, all_concepts
 
@@ -74,7 +76,7 @@ def places(written_BS: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(at_BS[:, :1]), (at_BS - last_BS)[:, :-1]], 1)
 
 
-class CompressorForCausalLM(Starting, Writing, AdaptedModel):
+class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
     """The base with two adapters, and a head, codes and gate between them."""
 
     config_class = CompressorConfig
@@ -92,6 +94,7 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
         self.gate = RateGate(config.boundary, width, config.gate_noise)
         self.foretold = Foretold(width)
         self.reader = SegmentReader(width, config.max_tail + 1)
+        self.segmenter = Segmenter(width, config.max_tail + 1, config.rate) if self.gate.boundary.offline else None
         self.finish()
 
     def add_adapters(self) -> None:
@@ -119,15 +122,25 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
 
     def _shallow(self, spine: Spine, h_BSD: Tensor, step: Step) -> Tensor:
         """What each token says that the texts before it, read by the compressor, did not foretell."""
-        return h_BSD.float() - F.pad(self.foretold(self._contextual(spine, h_BSD, step)), (0, 0, 1, 0))[:, :-1]
+        return self._news(h_BSD, self._contextual(spine, h_BSD, step))
 
-    def _contextual(self, spine: Spine, h_BSD: Tensor, step: Step) -> Tensor:
-        """States after the layers that the compressor reads with, causal, normed: the last layers' are of any size."""
+    def _news(self, embed_BSD: Tensor, seen_BSD: Tensor) -> Tensor:
+        return embed_BSD.float() - F.pad(self.foretold(seen_BSD), (0, 0, 1, 0))[:, :-1]
+
+    def _contextual(self, spine: Spine, h_BSD: Tensor, step: Step, cache: DynamicCache | None = None) -> Tensor:
+        """States of the text as the compressor reads it, causal."""
         lane = all_concepts(step.position_BT, step.valid_BT)
-        with adapter(self.backbone, COMPRESSOR):
-            h_BSD = spine.run(0, self.config.depth or len(spine), h_BSD, step.position_BT, step.rope,
-                              self._mask(lane, lane, not step.padded))
-        return F.rms_norm(h_BSD.float(), h_BSD.shape[-1:])
+        with self.compressing():
+            return self._normed(spine, h_BSD, step.position_BT, step.rope, self._mask(lane, lane, not step.padded), cache)
+
+    def compressing(self):
+        """A context in which the base has the compressor's adapter."""
+        return adapter(self.backbone, COMPRESSOR)
+
+    def _normed(self, spine: Spine, h_BnD: Tensor, position_Bn: Tensor, rope: Rope, mask, cache: DynamicCache | None = None):
+        """(B, n, D) states after the layers that the compressor reads with, normed: the last layers' are of any size."""
+        h_BnD = spine.run(0, self.config.depth or len(spine), h_BnD, position_Bn, rope, mask, cache)
+        return F.rms_norm(h_BnD.float(), h_BnD.shape[-1:])
 
     def _segments(self, x_BTD, h_BTD, score_BT, written_BT, pack, step, open_segment):
         """The news of all tokens of a segment, each turned by its place in it, added up."""
@@ -150,15 +163,17 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
         spine, states, words = Spine(self.backbone), [], []
         for ids_BT in ids_NT.to(self.device).split(max(1, 1024 // ids_NT.shape[1])):
             h_BSD = spine.embed(self.opened(ids_BT))
-            states.append(self._contextual(spine, h_BSD, self._step(spine, h_BSD, None, None, None))[:, :-1].flatten(0, 1))
-            words.append(h_BSD[:, 1:].flatten(0, 1).float())
-        embed_ND = torch.cat(words)
-        self.reader.start(float(embed_ND.square().mean().sqrt()))
-        return {"foretold": self.foretold.start(torch.cat(states), embed_ND)} | super().start_frame(ids_NT, rate)
+            states.append(self._contextual(spine, h_BSD, self._step(spine, h_BSD, None, None, None))[:, :-1])
+            words.append(h_BSD.float())
+        before_NTD, embed_NSD = torch.cat(states), torch.cat(words)
+        self.reader.start(float(embed_NSD[:, 1:].square().mean().sqrt()))
+        found = {"foretold": self.foretold.start(before_NTD.flatten(0, 1), embed_NSD[:, 1:].flatten(0, 1))}
+        news_NSD = embed_NSD - F.pad(self.foretold(before_NTD), (0, 0, 1, 0))
+        return found | super().start_frame(ids_NT, rate, news_NSD)
 
     @torch.no_grad()
     def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
-        """As every model that writes concepts; and what a concept's votes weigh, tried out on a little text."""
+        """As every model that writes concepts; where segments end; and what votes weigh, by trial on a little text."""
         found, few_NT = super().start_codes(ids_NT, seed), ids_NT[:32].to(self.device)
         embed_VD, out_VD = self.get_input_embeddings().weight, self.get_output_embeddings().weight
         unit_DD = torch.eye(embed_VD.shape[1], device=self.device)
@@ -166,15 +181,19 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
             unit_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T.to(unit_DD)
         was_training = self.training
         self.eval()
+        with self.drawing(seed):
+            made = self.encode(few_NT)
+        logits_of = self._heard(Spine(self.backbone), made)[1]
+        self.reader.start_ends(made.place_BT[made.valid_BS[:, 1:]], made.read.written_BT[:, 1:][made.valid_BS[:, 1:]])
         self.reader.vote.weight.copy_(unit_DD)
         tried, each = {}, 1 / float(out_VD.float().square().mean().sqrt() * len(unit_DD))
         for weight in VOTES:
             self.reader.gain.fill_(weight * each)
-            tried[weight] = float(self(few_NT, labels=few_NT).loss)
+            tried[weight] = float(F.cross_entropy(logits_of()[:, :-1].flatten(0, 1).float(), few_NT.flatten()))
         best = min(tried, key=tried.get)
         self.reader.gain.fill_(best * each)
         self.train(was_training)
-        return found | {"vote": best, "nll": tried[best]}
+        return found | {"vote": best, "vote_nll": tried[best]}
 
     def encode(self, ids_BT: Tensor, attention_mask: Tensor | None = None, ablation: str | None = None) -> Encoded:
         """The concepts of (B, T) texts; `attention_mask` is 0 on padding, which stands on the right."""
@@ -182,7 +201,7 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
         mask_BS = None if attention_mask is None else F.pad(attention_mask, (1, 0), value=1)
         h_BSD = spine.embed(ids_BS)
         step = self._step(spine, h_BSD, mask_BS, None, None)
-        read = self._read(self._shallow(spine, h_BSD, step), step)
+        read = self._read(None if self.segmenter is not None else self._shallow(spine, h_BSD, step), step)
         e_BCD, ids_BC, term = self._write(read, step, ablation)
         if self.training and self.gate.boundary.learned:  # forward e; backward the gate learns what the state is worth
             p_BC1 = torch.sigmoid(read.pack.pack(read.margin_BT) * read.coded_BC).unsqueeze(-1)
@@ -208,6 +227,15 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
         vote = self.reader.votes(self.codes.normalise(e).to(self.reader.vote.weight.dtype), place)
         return spine.base.lm_head(spine.decoder.norm(h) + vote.to(h.dtype))
 
+    def _heard(self, spine: Spine, made: Encoded) -> tuple[Tensor, Callable[[], Tensor]]:
+        """(B, S, D) the decompressor's last states over a text, and what makes logits (B, S, V) of them."""
+        e_BTD = made.e_BCD.gather(1, made.rank_BT.unsqueeze(-1).expand(-1, -1, made.e_BCD.shape[-1]))
+        x_BTD = self.told(e_BTD, made.place_BT).to(made.e_BCD.dtype)
+        x_BSD = spine.embed(made.ids_BS) + F.pad(x_BTD, (0, 0, 0, 1))  # nothing is told of what comes behind the text
+        position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(x_BSD.shape[:2])
+        h_BSD = self._decompressor(spine, x_BSD, position_BS)
+        return h_BSD, lambda: self._voted(spine, h_BSD, F.pad(e_BTD, (0, 0, 0, 1)), F.pad(made.place_BT, (0, 1)))
+
     @can_return_tuple
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
                 ablation: str | None = None, **kwargs) -> CompressorOutput:
@@ -223,12 +251,8 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
         """
         spine, share = Spine(self.backbone), self.config.continuation_share
         made = self.encode(input_ids, attention_mask, ablation)
-        e_BTD = made.e_BCD.gather(1, made.rank_BT.unsqueeze(-1).expand(-1, -1, made.e_BCD.shape[-1]))
-        x_BTD = self.told(e_BTD, made.place_BT).to(made.e_BCD.dtype)
-        x_BSD = spine.embed(made.ids_BS) + F.pad(x_BTD, (0, 0, 0, 1))  # nothing is told of what comes behind the text
-        position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(x_BSD.shape[:2])
-        h_BSD = self._decompressor(spine, x_BSD, position_BS)
-        logits_BSV = self._voted(spine, h_BSD, F.pad(e_BTD, (0, 0, 0, 1)), F.pad(made.place_BT, (0, 1)))
+        h_BSD, logits_of = self._heard(spine, made)
+        logits_BSV = logits_of()
         ids_BS = torch.full_like(made.ids_BS, NULL).scatter(
             1, made.read.pack.index_BC, torch.where(made.read.coded_BC, made.ids_BC, NULL))
         loss, term = None, made.term
@@ -241,6 +265,9 @@ class CompressorForCausalLM(Starting, Writing, AdaptedModel):
             more = self._end_loss(h_BSD[:, :-1], made) * (target_BT != -100).sum() / count
             if share > 0:
                 loss = loss + share * self._continuation_loss(spine, input_ids, labels) * (target_BT != -100).sum() / count
+            if self.training and self.segmenter is not None:
+                lengths = self._length_term(made.read, made.rank_BT, nll_BT.view_as(labels))
+                more = more + lengths * (target_BT != -100).sum() / count
             if self.training:  # every rank's gradients in step, whatever its batch used
                 more = more + sum(p.float().sum() for p in self.parameters() if p.requires_grad) * 0.0
             term = more if term is None else more + term * (target_BT != -100).sum() / count

@@ -127,6 +127,9 @@ class OnlineConfig(ConceptConfig):
         """Raises RecipeError where a value cannot be run."""
         check_split(self.split, self.text_config.num_hidden_layers)
         super().check()
+        if BOUNDARIES[self.boundary].offline:
+            raise RecipeError(f"boundary = {self.boundary!r} reads all of a text before it writes a concept, and an online model "
+                              "none of what is to come: need system: compressor for it. try: boundary=null")
         if (self.shallow_window or 1) < 1 or self.prefill_chunk < 0:
             raise RecipeError(f"shallow_window = {self.shallow_window}, prefill_chunk = {self.prefill_chunk}: need at least 1 "
                               "token, or none for no limit. try: shallow_window=256")

@@ -17,9 +17,10 @@ class Starting:
     """Mixin of the models that write concepts."""
 
     @torch.no_grad()
-    def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
-        """Sets the frame of the codes, the gate's scores and threshold, and the bridge as it fits `rate`."""
-        h_NTD = self.shallow_states(ids_NT)
+    def start_frame(self, ids_NT: Tensor, rate: float | None = None, h_NTD: Tensor | None = None) -> dict[str, float]:
+        """Sets the frame of the codes, the gate's scores and threshold, and the bridge as it fits `rate`. `h_NTD`: the shallow
+        states of that text, where they are known already."""
+        h_NTD = self.shallow_states(ids_NT) if h_NTD is None else h_NTD
         self.codes.start_frame(_inner(h_NTD))
         found = self._start_boundary(ids_NT, h_NTD) if self.gate.boundary.fitted else {}
         self._calibrate(h_NTD)
@@ -46,7 +47,8 @@ class Starting:
     @torch.no_grad()
     def calibrate_gate(self, ids_NT: Tensor) -> None:
         """Sets the gate's score distribution to that of (N, T) blocks of text."""
-        self._calibrate(self.shallow_states(ids_NT))
+        if self.gate.boundary.scored:
+            self._calibrate(self.shallow_states(ids_NT))
 
     @torch.no_grad()
     def code_inputs(self, ids_NT: Tensor) -> Tensor:

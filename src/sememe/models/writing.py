@@ -121,7 +121,8 @@ class Writing:
         h_BCD, word_BCF, open_segment = self._segments(x_BTD, h_BTD, score_BT, written_BT, pack, step, open_segment)
         return Reading(written_BT, score_BT - threshold, pack, coded_BC, h_BCD.to(h_BTD.dtype), word_BCF, state, open_segment)
 
-    def _segments(self, x_BTD: Tensor, h_BTD: Tensor, score_BT: Tensor, written_BT: Tensor, pack: Packing, step: Step, open_segment):
+    def _segments(self, x_BTD: Tensor, h_BTD: Tensor, score_BT: Tensor, written_BT: Tensor, pack: Packing, step: Step,
+                  open_segment):
         """(B, C, D) states for the codes, (B, C, F) embeddings for an anchor, and what is left open for the next chunk."""
         if self.gate.boundary.accumulates:
             h_BCD, open_segment = pack.pool(h_BTD, score_BT * step.valid_BT, written_BT, open_segment)

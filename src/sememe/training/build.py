@@ -10,9 +10,11 @@ from transformers import AutoConfig
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import DataError
-from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig
+from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import check_split
+from sememe.pairs import PairTensors, sink_id
+from sememe.training.pairing import PairExamples
 from sememe.training.recipe import Recipe
 
 
@@ -26,6 +28,13 @@ def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
     }
     if recipe.system == "compressor":
         config = CompressorConfig(depth=recipe.depth, continuation_share=recipe.continuation_share, **shared, **_concepts(recipe))
+    elif recipe.system == "planner":
+        plan = recipe.plan
+        config = PlannerConfig(
+            plan_sizes=plan.sizes, plan_lengths=plan.lengths, parallel=plan.parallel, multi_token=plan.multi_token,
+            plan_weight=plan.weight, straight_through=plan.straight_through, code_temperature=recipe.code_temperature,
+            plan_max_source=recipe.source_length, seed=recipe.seed, **shared,
+        )
     else:
         check_split(split, layers)
     if recipe.system == "online":
@@ -53,16 +62,35 @@ def build_blocks(recipe: Recipe, tokenizer) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: missing, empty or too short text; held-out text that is the training text.
     """
-    if _same_text(recipe.data.train, recipe.data.heldout):
-        raise DataError(
-            f"{recipe.data.heldout} holds the same bytes as {recipe.data.train}: need held-out text that is never "
-            "trained on. try: another file for data.heldout"
-        )
+    _check_apart(recipe)
     length, wanted = recipe.sequence_length, recipe.steps * recipe.batch_size
     train = token_blocks(read_texts(recipe.data.train), tokenizer, length, limit=wanted * length)
     heldout = token_blocks(read_texts(recipe.data.heldout), tokenizer, length, limit=max(recipe.heldout_tokens, length))
     order = block_order(len(train), recipe.steps, recipe.batch_size, recipe.seed)
     return train[order], heldout
+
+
+def build_pairs(recipe: Recipe, tokenizer, folder: Path, say) -> tuple[PairExamples, PairTensors]:
+    """Examples in their order, of as many pairs as the run can see, and held-out pairs of at least `heldout_tokens` target
+    tokens.
+
+    Raises DataError: missing or empty text or fields; held-out text that is the training text.
+    """
+    _check_apart(recipe)
+    form = recipe.pairs
+    train = form.load(recipe.data.train, tokenizer, most=recipe.steps * recipe.batch_size)
+    heldout = form.load(recipe.data.heldout, tokenizer, tokens=recipe.heldout_tokens)
+    if cut := train.cut():
+        say(f"{recipe.data.train}: {cut}")
+    return PairExamples(recipe, train, sink_id(AutoConfig.from_pretrained(folder).get_text_config())), heldout
+
+
+def _check_apart(recipe: Recipe) -> None:
+    if _same_text(recipe.data.train, recipe.data.heldout):
+        raise DataError(
+            f"{recipe.data.heldout} holds the same bytes as {recipe.data.train}: need held-out text that is never "
+            "trained on. try: another file for data.heldout"
+        )
 
 
 def _same_text(a: str, b: str) -> bool:

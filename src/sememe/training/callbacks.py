@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from sememe.errors import TrainingError
+from sememe.evaluation.plans import pair_figures
+from sememe.pairs import PairTensors
 from sememe.training.checkpoints import seal
 from sememe.training.instruments import ConceptMeter, gradient_norms, heldout_figures
 from sememe.training.recipe import Recipe
@@ -67,8 +69,10 @@ def read_metrics(path: Path) -> list[dict]:
 class Recorder(TrainerCallback):
     """One line of metrics.jsonl per log, with held-out figures beside it, and the progress bar."""
 
-    def __init__(self, recipe: Recipe, path: Path, heldout_NT: Tensor, meter: ConceptMeter | None, show: bool):
-        self.recipe, self.path, self.heldout_NT, self.meter, self.show = recipe, path, heldout_NT, meter, show
+    def __init__(self, recipe: Recipe, path: Path, heldout: Tensor | PairTensors, meter, show: bool,
+                 tokens: Callable[[int], int]):
+        self.recipe, self.path, self.heldout_set, self.meter, self.show = recipe, path, heldout, meter, show
+        self.tokens = tokens  # that the first steps train on
         self.bar = None
         self.heldout: dict[str, float | list] = {}
         self.norms: dict[str, float] = {}
@@ -99,7 +103,8 @@ class Recorder(TrainerCallback):
         due = self._due(state.global_step, state)
         if due and state.is_world_process_zero:
             model.eval()
-            self.heldout = heldout_figures(model, self.heldout_NT)
+            of_pairs = isinstance(self.heldout_set, PairTensors)
+            self.heldout = (pair_figures if of_pairs else heldout_figures)(model, self.heldout_set)
             model.train()
         control.should_log |= due
 
@@ -114,7 +119,10 @@ class Recorder(TrainerCallback):
             line |= {f"grad_norm_{part}": norm * unclipped for part, norm in self.norms.items()}
         if self.meter is not None:
             line |= self.meter.read()
+        if isinstance(self.meter, ConceptMeter):
             line |= {"target_rate": model.config.rate, "quantise": model.config.quantise}
+            if getattr(model, "segmenter", None) is not None:
+                line["price"] = float(model.segmenter.lengths.price)
         line |= self.heldout
         self.heldout, self.norms = {}, {}
         if state.is_world_process_zero:
@@ -124,8 +132,7 @@ class Recorder(TrainerCallback):
                 self.bar.set_postfix(shown)
 
     def _place(self, step: int) -> dict[str, float]:
-        tokens = step * self.recipe.batch_size * self.recipe.sequence_length
-        return {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - self.started, 2)}
+        return {"step": step, "tokens": self.tokens(step), "seconds": round(time.monotonic() - self.started, 2)}
 
     def _write(self, line: dict) -> None:
         with self.path.open("a") as file:

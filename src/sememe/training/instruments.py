@@ -31,6 +31,10 @@ class ConceptMeter:
         self.written = self.tokens = self.longest = self.segments = self.tail_tokens = 0
         self.counts_GK = torch.zeros(self.codes_per_concept, self.num_concepts, dtype=torch.float64)
 
+    def see(self, outputs, labels_BT: Tensor) -> None:
+        """What a forward pass returned."""
+        self.add(outputs.concept_ids)
+
     def add(self, concept_ids_BT: Tensor) -> None:
         ids_BT = concept_ids_BT.detach().cpu()
         written_BT = ids_BT != NULL

@@ -7,19 +7,17 @@ from typing import Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
 from sememe.concepts.quantise import ESTIMATORS
 from sememe.errors import RecipeError
 from sememe.models.configuration import default_split
+from sememe.pairs import PairForm
+from sememe.training.plan_recipe import Curriculum, Em, Plan, Strict
 
 CONCEPTS = ("online", "compressor")  # systems that write them
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class Data(Strict):
@@ -27,6 +25,21 @@ class Data(Strict):
     """Text to train on: .txt, .jsonl, .parquet (a field may be named: `file.jsonl#body`), or a datasets id."""
     heldout: str
     """Text that is never trained on; measured during the run and by `sememe evaluate`."""
+    source: str | None = None
+    """Field of a row that a `planner` is given. With `target`, it and its `control` train on pairs."""
+    target: str | None = None
+    """Field of a row that it writes."""
+    opening: float | None = Field(None, gt=0, lt=1)
+    """Share of each document that is the source, where no fields are named; a `planner` has 0.25."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Data":
+        if (self.source is None) != (self.target is None):
+            raise ValueError(f"source = {self.source} and target = {self.target}: need both fields of a row, or neither")
+        if self.source is not None and (self.source == self.target or self.opening is not None):
+            raise ValueError(f"source = {self.source}, target = {self.target}, opening = {self.opening}: need two fields of a "
+                             "row, or else opening alone to cut each text")
+        return self
 
 
 class Split(Strict):
@@ -92,14 +105,19 @@ def ramp(x: float, start: float, end: float) -> float:
 class Recipe(Strict):
     """Every key of a recipe, with its default."""
 
-    system: Literal["online", "compressor", "control", "skip"]
-    """`online`; `compressor` (text → concepts → text); or a baseline on the same batches: `control` (same LoRA, no concepts),
-    `skip` (no middle slice)."""
+    system: Literal["online", "compressor", "planner", "control", "skip"]
+    """`online`; `compressor` (text → concepts → text); `planner` (source → plan → text); or a baseline on the same batches:
+    `control` (same LoRA, no concepts), `skip` (no middle slice)."""
     base: str
     """Known base (`sememe pull` lists them), local folder, or Hub id."""
     data: Data
     steps: int = Field(ge=1)
     sequence_length: int = Field(256, ge=8)
+    """Tokens of a sequence of running text."""
+    source_length: int = Field(128, ge=1)
+    """Tokens of a pair's source at most: its last ones."""
+    target_length: int = Field(128, ge=1)
+    """Tokens of a pair's target at most: its first ones."""
     batch_size: int = Field(2, ge=1)
     """Sequences per optimizer step, over all processes."""
     gradient_accumulation: int = Field(1, ge=1)
@@ -111,7 +129,8 @@ class Recipe(Strict):
     """Longest run of normal tokens; then a concept is forced."""
     head: str = "nearest"
     boundary: str = "null"
-    """How segments close; see `concepts/boundary.py`."""
+    """How segments close; see `concepts/boundary.py`. `autoregressive` is for `compressor`: its concepts say themselves how many
+    tokens they cover."""
     num_concepts: int = Field(4096, ge=2)
     codes_per_concept: int = Field(2, ge=1, le=4)
     """Residual stages: a concept is that many digits of `num_concepts`, each coding what those before it left."""
@@ -160,6 +179,9 @@ class Recipe(Strict):
     heldout_every: int = Field(50, ge=1)
     heldout_tokens: int = Field(2048, ge=8)
     save_every: int = Field(50, ge=1)
+    plan: Plan = Plan()
+    em: Em = Em()
+    curriculum: Curriculum = Curriculum()
     calibration_tokens: int = Field(32768, ge=64)
     """Training tokens whose states start the codebook, the gate, the bridge and the entropy estimate."""
     seed: int = Field(0, ge=0)
@@ -199,9 +221,28 @@ class Recipe(Strict):
                              "cannot have it. try: gradient_accumulation, or a shorter sequence_length")
         if self.pool and self.system == "compressor":
             raise ValueError("pool = true is for system: online; a compressor's codes stand for all of their segment anyway")
+        if self.gradient_checkpointing and self.system == "planner":
+            raise ValueError("gradient_checkpointing = true computes layers again when the other adapter is on; a planner cannot "
+                             "have it. try: gradient_accumulation, or a shorter target_length")
+        if self.pairs is not None and self.system not in ("planner", "control"):
+            raise ValueError(f"data.source, data.target and data.opening make pairs, which system: {self.system} is not trained "
+                             "on; need a planner or its control")
+        if self.curriculum.start > self.target_length:
+            raise ValueError(f"curriculum.start = {self.curriculum.start} is more than target_length = {self.target_length}")
+        if BOUNDARIES[self.boundary].offline and self.system != "compressor":
+            raise ValueError(f"boundary = {self.boundary!r} with system = {self.system!r}: it reads all of a text before it "
+                             "writes a concept; need system: compressor. try: boundary=null")
+        if BOUNDARIES[self.boundary].offline and self.schedule.rate[1] > 0:
+            raise ValueError(f"schedule.rate = {list(self.schedule.rate)} with boundary = {self.boundary!r}: lengths start at "
+                             "`rate`, and a price moves them slowly; need no ramp. try: schedule.rate=[0,0]")
         if self.gate_noise > 0 and self.boundary != "null":
             raise ValueError(f"gate_noise = {self.gate_noise} samples the decisions of boundary: null alone")
         return self
+
+    @property
+    def pairs(self) -> PairForm | None:
+        """How its pairs are had; None where it trains on running text."""
+        return PairForm.of(self.model_dump())
 
     def yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,6 +1,6 @@
 """Recipe → run folder: build, train or resume, save the finished model.
 
-RUN/{recipe.yaml, env.json, metrics.jsonl, checkpoints/checkpoint-N/, model/, tensorboard/}
+RUN/{recipe.yaml, env.json, metrics.jsonl, checkpoints/checkpoint-N/, model/, tensorboard/}, of a planner also assignments/
 """
 
 import importlib.metadata
@@ -18,14 +18,17 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from sememe.errors import CheckpointError, Interrupted, RecipeError, TrainingError
+from sememe.models.planner import PlannerForCausalLM
 from sememe.models.writing import Writing
-from sememe.training.build import base_and_tokenizer, build_blocks, build_model
+from sememe.training.build import base_and_tokenizer, build_blocks, build_model, build_pairs
 from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint
 from sememe.training.codes import Revive
 from sememe.training.instruments import ConceptMeter
+from sememe.training.pairing import PairExamples
 from sememe.training.recipe import CONCEPTS, Recipe, check_recipe
-from sememe.training.trainer import ConceptTrainer
+from sememe.training.search import PlanMeter, Search, stage
+from sememe.training.trainer import Blocks, ConceptTrainer
 
 
 def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: bool = True) -> Path:
@@ -49,8 +52,17 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
             f"batch_size = {recipe.batch_size} does not divide into {world} processes × {recipe.gradient_accumulation} "
             f"parts: need a multiple. try: batch_size={world * recipe.gradient_accumulation}"
         )
+    if recipe.system == "planner" and world > 1:
+        raise RecipeError(f"system = planner in {world} processes: need one, E-steps are not shared out. try: sememe train "
+                          "without torchrun")
     folder, tokenizer = base_and_tokenizer(recipe, say)
-    blocks_NT, heldout_NT = build_blocks(recipe, tokenizer)
+    if recipe.pairs is None:
+        blocks_NT, heldout = build_blocks(recipe, tokenizer)
+        examples: Blocks | PairExamples = Blocks(blocks_NT, recipe.batch_size)
+        calibration_NT = blocks_NT[: max(1, recipe.calibration_tokens // recipe.sequence_length)]
+    else:
+        examples, heldout = build_pairs(recipe, tokenizer, folder, say)
+        calibration_NT = None
     model = build_model(recipe, folder)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -59,7 +71,6 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     checkpoint = last_checkpoint(run / "checkpoints", clean=first)
     meter, stop = None, Stop()
     callbacks = [Finite(), stop, Seal()]
-    calibration_NT = blocks_NT[: max(1, recipe.calibration_tokens // recipe.sequence_length)]
     if isinstance(model, Writing):
         meter = ConceptMeter(recipe.num_concepts, recipe.codes_per_concept)
         if checkpoint is None:
@@ -69,8 +80,11 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
             callbacks.insert(1, Revive(recipe, blocks_NT, say))
     elif recipe.bridge and recipe.system == "skip" and checkpoint is None:
         _say_start(say, model.start_bridge(calibration_NT))
-    recorder = Recorder(recipe, run / "metrics.jsonl", heldout_NT, meter, show)
-    trainer = ConceptTrainer(recipe, model, _arguments(recipe, run, world), blocks_NT, meter, [*callbacks, recorder])
+    elif isinstance(model, PlannerForCausalLM):
+        meter = PlanMeter(model.config.plan_shape)
+        callbacks.insert(0, Search(recipe, examples, model.config.plan_shape, run, checkpoint, meter, say, show))
+    recorder = Recorder(recipe, run / "metrics.jsonl", heldout, meter, show, examples.tokens)
+    trainer = ConceptTrainer(recipe, model, _arguments(recipe, run, world), examples, meter, [*callbacks, recorder])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
     try:
@@ -170,6 +184,8 @@ def _finish(recipe: Recipe, model, tokenizer, run: Path, calibration_NT) -> None
         model.config.rate, model.config.quantise = recipe.rate, 1.0
         model.codes.fold()
         model.config.shared_map = False
+    if isinstance(model, PlannerForCausalLM):
+        stage(model, recipe, warm=False)
     model.round_own_weights()
     if isinstance(model, Writing):
         model.calibrate_gate(calibration_NT)

@@ -164,6 +164,9 @@ def plan(path: Path, grid: dict[str, list[str]], control: bool) -> tuple[list[Jo
             refused += [entry] if entry not in refused else []
             first = first or error
             continue
+        if recipe.pairs is not None:
+            raise RecipeError(f"{path} trains on pairs of a source and a target, and a sweep measures running text: need "
+                              "system = online. try: sememe train and sememe evaluate, point by point")
         points.append(_job(recipe, recipe.system, words, grid))
         if control and recipe.system == "online":
             points += [_job(recipe, system, words, grid) for system in BASELINES]

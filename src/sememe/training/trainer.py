@@ -11,17 +11,23 @@ from transformers import Trainer, TrainingArguments
 from sememe.backbone.adapters import without_lora
 from sememe.errors import TrainingError
 from sememe.training.instruments import ConceptMeter
+from sememe.training.pairing import PairExamples
 from sememe.training.recipe import Recipe, ramp
+from sememe.training.search import PlanMeter
 
 
 class Blocks(Dataset):
     """(N, T) token blocks as language-model examples, in a fixed order."""
 
-    def __init__(self, ids_NT: Tensor):
-        self.ids_NT = ids_NT
+    def __init__(self, ids_NT: Tensor, batch: int):
+        self.ids_NT, self.batch = ids_NT, batch
 
     def __len__(self) -> int:
         return len(self.ids_NT)
+
+    def tokens(self, step: int) -> int:
+        """Tokens that the first `step` steps train on."""
+        return min(step * self.batch, len(self)) * self.ids_NT.shape[1]
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return {"input_ids": self.ids_NT[i], "labels": self.ids_NT[i]}
@@ -30,10 +36,17 @@ class Blocks(Dataset):
 class ConceptTrainer(Trainer):
     """Same blocks in the same order for every system: the order is in the data set, not in a sampler's random state."""
 
-    def __init__(self, recipe: Recipe, model, arguments: TrainingArguments, blocks: Tensor,
-                 meter: ConceptMeter | None, callbacks: list):
+    def __init__(self, recipe: Recipe, model, arguments: TrainingArguments, examples: Dataset,
+                 meter: ConceptMeter | PlanMeter | None, callbacks: list):
         self.recipe, self.meter = recipe, meter
-        super().__init__(model=model, args=arguments, train_dataset=Blocks(blocks), callbacks=callbacks)
+        super().__init__(model=model, args=arguments, train_dataset=examples, callbacks=callbacks)
+        if recipe.system == "planner":
+            self._loss_shifts_labels = False  # its first label is predicted too: from the plan
+
+    def _prepare_inputs(self, inputs):
+        """On the device; a batch of pairs as its step wants it."""
+        inputs = super()._prepare_inputs(inputs)
+        return self.train_dataset.prepare(inputs) if isinstance(self.train_dataset, PairExamples) else inputs
 
     def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -85,7 +98,7 @@ class ConceptTrainer(Trainer):
                 "changed and the last checkpoint stands. try: learning_rate=1e-4, or precision=fp32"
             )
         if self.meter is not None:
-            self.meter.add(outputs.concept_ids)
+            self.meter.see(outputs, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def _divergence(self, inputs, logits_BTV: Tensor, loss: Tensor) -> Tensor:

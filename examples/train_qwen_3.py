@@ -1,0 +1,38 @@
+"""System 3 (planner and executor) on a Qwen base: recipe → run folder → figures. From the repository's root:
+
+python examples/train_qwen_3.py [BASE] [RUN]
+"""
+
+import sys
+from pathlib import Path
+
+from sememe.errors import SememeError
+from sememe.evaluation.files import evaluate_files
+from sememe.training.plan_recipe import Em, Plan
+from sememe.training.posterior import best_plans
+from sememe.training.recipe import Data, Recipe
+from sememe.training.run import train
+
+
+def main(base: str = "Qwen/Qwen3-0.6B", run: str = "runs/qwen-planner") -> None:
+    recipe = Recipe(
+        system="planner",
+        base=base,
+        data=Data(train="data/train.txt", heldout="data/heldout.txt", opening=0.25),  # or source and target: fields of a .jsonl
+        steps=400,
+        batch_size=8,
+        source_length=32,
+        target_length=96,
+        plan=Plan(sizes=[64, 512], lengths=[2, 8]),  # two types: ids of each, and concepts at most
+        em=Em(every=40, warmup=0.2, distil=0.2),
+    )
+    train(recipe, Path(run))  # the same call resumes; a finished run is left as it is
+    for line in evaluate_files(run, recipe.data.heldout, tokens=2048, search=best_plans)["given"]:
+        print(f"{line['given']:12} {line['nll']:.4f}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except SememeError as error:
+        sys.exit(f"error: {error}")

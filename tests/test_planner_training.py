@@ -1,0 +1,218 @@
+"""Training planners: a task that a plan solves, resume = uninterrupted with the plans on disk, stages, the control's pairs."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import byte_tokenizer, ctrl_c, metrics, run, sememe
+from plan_runs import SAID, planner_recipe, write_pairs
+from sememe.concepts.plan import NULL
+from sememe.errors import DataError, Interrupted, RecipeError
+from sememe.evaluation.plans import joined_nll
+from sememe.models.loading import load_model
+from sememe.pairs import IGNORED
+from sememe.training import plan_recipe, search
+from sememe.training.build import base_and_tokenizer, build_pairs
+from sememe.training.checkpoints import last_checkpoint
+from sememe.training.em.propose import PROPOSERS
+from sememe.training.em.store import Assignments
+from sememe.training.plan_recipe import Curriculum, Em
+from sememe.training.recipe import Recipe, check_recipe
+from sememe.training.trainer import ConceptTrainer
+
+
+@pytest.fixture
+def values(base_folder, tmp_path) -> dict:
+    return planner_recipe(base_folder, write_pairs(tmp_path))
+
+
+def pairs_of(values: dict):
+    recipe = check_recipe(values, "test")
+    folder, tokenizer = base_and_tokenizer(recipe, lambda line: None)
+    return build_pairs(recipe, tokenizer, folder, lambda line: None)[0]
+
+
+def store_of(values: dict, folder) -> Assignments:
+    examples = pairs_of(values)
+    shape = load_model(folder.parent)[0].config.plan_shape
+    return Assignments.open(folder, shape, len(examples.pairs), examples.pairs.digest())
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"plan": {"sizes": [4, 6], "lengths": [1, 2], "straight_through": True, "multi_token": 2}},
+])
+def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path, changes):
+    """With dropout, sampling and an E-step on either side of the stop."""
+    values = values | changes
+    whole = run(values, tmp_path / "whole")
+    with ctrl_c(5), pytest.raises(Interrupted, match="stopped at step 5 of 8"):
+        run(values, tmp_path / "parts")
+    with (tmp_path / "parts" / "assignments" / "plans.bin").open("r+b") as file:
+        file.write(b"\1" * 16)  # steps behind the checkpoint, or a crash: what counts is the checkpoint's
+    parts = run(values, tmp_path / "parts")
+    for key in ("loss", "target_nll", "plan_nll", "em_score", "em_flips", "heldout_nll", "tokens"):
+        assert [x.get(key) for x in parts] == [x.get(key) for x in whole], key
+    assert sum("em_score" in x for x in whole) == 2, "at steps 4 and 6"
+    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    stores = [store_of(values, tmp_path / name / "assignments") for name in ("whole", "parts")]
+    index = torch.arange(stores[0].examples)
+    assert torch.equal(stores[0].read(index), stores[1].read(index)) and stores[0].version == stores[1].version == 2
+    assert torch.equal(stores[0].scores(index).nan_to_num(), stores[1].scores(index).nan_to_num())
+    folder = tmp_path / "parts" / "checkpoints" / "checkpoint-8"
+    with (folder / "assignments" / "plans.bin").open("r+b") as file:
+        file.write(b"\x63")
+    assert last_checkpoint(folder.parent, clean=False).name != folder.name, "they are under its seal"
+
+
+def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
+    """In the warm-up the planner stands still; then it learns; then E-steps, over the pairs that come next."""
+    em, seen, weights = Em(every=3, warmup=0.1, distil=0.2), [], []
+    assert [step for step in range(20) if em.due(step, 20)] == [6, 9, 12, 15, 18]
+    assert not any(Em(every=0).due(step, 20) for step in range(20))
+
+    class Fake:
+        def __init__(self, **said):
+            self.said = said
+
+        def run(self, model, pairs, store, index_N, generator, tick):
+            seen.append((index_N.tolist(), int(torch.randint(2**31, (), generator=generator)), self.said))
+            store.finish_step()
+            return {"em_flips": 0.0}
+
+    real = search.stage
+
+    def spy(model, recipe, warm):
+        real(model, recipe, warm)
+        now = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        weights.append((model.config.plan_weight, now))
+
+    monkeypatch.setattr(search, "EStep", Fake)
+    monkeypatch.setattr(search, "stage", spy)
+    values["em"]["examples"] = 3
+    run(values, tmp_path / "r")
+    order = pairs_of(values).order_n.tolist()
+    assert [x[0] for x in seen] == [list(dict.fromkeys(order[start : start + 8]))[:3] for start in (16, 24)]
+    assert seen[0][1] != seen[1][1]
+    assert seen[0][2] == {"proposers": {"beam": 2, "sample": 1, "edit": 2}, "batch": 16, "price": 1.0}
+    assert [x for x, _ in weights] == [0.0, 0.0, *[1.0] * 6]
+    before, warm, later = (weights[step][1] for step in (0, 2, 4))
+    planner = [n for n in before if ".planner." in n]
+    assert planner and all(torch.equal(before[n], warm[n]) for n in planner)
+    assert not all(torch.equal(warm[n], later[n]) for n in planner)
+    assert not all(torch.equal(before[n], warm[n]) for n in before if ".executor." in n)
+    assert load_model(tmp_path / "r")[0].config.plan_weight == 1.0
+
+
+def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_source(values, tmp_path, monkeypatch):
+    seen: dict[str, list] = {}
+    real = ConceptTrainer.compute_loss
+
+    def spy(self, model, inputs, *args, **kwargs):
+        rows = []
+        for ids, mask, labels in zip(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["labels"], strict=True):
+            y = labels[labels != IGNORED].tolist()
+            u = ids[mask].tolist()
+            if self.recipe.system == "control":
+                assert u[0] == 1 and u[len(u) - len(y) :] == y, "BOS, u, y; the loss on y alone"
+                u = u[1 : len(u) - len(y)]
+            rows.append((u, y))
+        seen.setdefault(self.recipe.system, []).append(rows)
+        return real(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(ConceptTrainer, "compute_loss", spy)
+    values = values | {"curriculum": {"start": 4, "until": 0.5}}
+    lines = {system: run({**values, "system": system}, tmp_path / system) for system in ("planner", "control")}
+    assert seen["planner"] == seen["control"] and len(seen["control"]) == 8
+    assert [max(len(y) for _, y in rows) for rows in seen["planner"]][:3] == [4, 9, 14], "short texts first"
+    assert [x["tokens"] for x in lines["planner"]] == [x["tokens"] for x in lines["control"]]
+    assert lines["control"][0]["tokens"] == sum(len(u) + len(y) for u, y in seen["control"][0])
+    assert "heldout_nll" in lines["control"][-1] and "plan_nll" not in lines["control"][-1]
+    model, pairs = load_model(tmp_path / "control")[0], pairs_of(values).pairs.rows(slice(0, 4))
+    changed = type(pairs)(pairs.source_NU.roll(1, 0), pairs.source_mask_NU.roll(1, 0), pairs.target_NY)
+    assert not torch.allclose(joined_nll(model, pairs), joined_nll(model, changed), atol=1e-3)
+
+
+def test_the_controls_nll_is_the_loss_of_the_target_alone(values, tmp_path):
+    """Rows of a batch, padded, against each row by hand."""
+    run({**values, "system": "control", "steps": 2}, tmp_path / "c")
+    model, pairs = load_model(tmp_path / "c")[0], pairs_of(values).pairs.rows(slice(0, 3))
+    nll_NY = joined_nll(model, pairs)
+    for n in range(3):
+        u = pairs.source_NU[n][pairs.source_mask_NU[n].bool()].tolist()
+        y = [x for x in pairs.target_NY[n].tolist() if x != IGNORED]
+        with torch.no_grad():
+            log_p = model(input_ids=torch.tensor([[1, *u, *y]])).logits[0].log_softmax(-1)
+        want = [-float(log_p[len(u) + j, token]) for j, token in enumerate(y)]
+        assert nll_NY[n, : len(y)].tolist() == pytest.approx(want, abs=1e-4) and not nll_NY[n, len(y) :].any()
+
+
+def test_gradient_accumulation_is_one_batch(values, tmp_path):
+    """Equal up to the order of sums: every target token counts once, the first of each too. Plans weigh by part: few differ."""
+    values = values | {"steps": 2, "lora": {"rank": 4}, "em": {"warmup": 1.0, "distil": 0.0, "every": 0}}
+    whole, parts = (run({**values, "gradient_accumulation": n}, tmp_path / str(n)) for n in (1, 2))
+    assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-5)
+    assert whole[0]["loss"] == pytest.approx(whole[0]["target_nll"], abs=1e-5)
+
+
+def test_plain_text_is_cut_at_the_opening_and_bf16_trains(base_folder, texts, tmp_path):
+    values = planner_recipe(base_folder, texts) | {"precision": "bf16", "steps": 4}
+    values["data"] = {"train": str(texts[0]), "heldout": str(texts[1]), "opening": 0.25}
+    lines = run(values, tmp_path / "r")
+    assert any("em_score" in x for x in lines) and metrics(tmp_path / "r")[-1]["heldout_nll_empty"] > 0
+    pairs = pairs_of(values).pairs
+    assert len(pairs) == 16 and float((pairs.target_NY != IGNORED).sum(1).float().mean()) > 18
+    text = byte_tokenizer().decode(torch.cat([pairs.source_NU[0][pairs.source_mask_NU[0].bool()],
+                                              pairs.target_NY[0][pairs.target_NY[0] != IGNORED]]), skip_special_tokens=True)
+    assert texts[0].read_text().startswith(text)
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"data": {"source": "instruction"}}, "need both fields of a row"),
+    ({"data": {"source": "a", "target": "a"}}, "need two fields of a row"),
+    ({"data": {"source": "a", "target": "b", "opening": 0.5}}, "or else opening alone"),
+    ({"data": {"opening": 1.0}}, r"data.opening = 1.0"),
+    ({"system": "online"}, "system: online is not trained on"),
+    ({"plan": {"sizes": [4], "lengths": [1, 2]}}, "need one of each for every type"),
+    ({"plan": {"sizes": [1], "lengths": [1]}}, "need at least 2 ids"),
+    ({"plan": {"multi_token": 9}}, "need at most 8"),
+    ({"em": {"proposers": {"magic": 1}}}, "'magic' is no way to propose plans"),
+    ({"em": {"proposers": {"beam": 0}}}, "need candidates to choose from"),
+    ({"em": {"warmup": 0.7, "distil": 0.6}}, "more than the run"),
+    ({"em": {"evry": 3}}, r"unknown key 'em.evry'.*try: em.every"),
+    ({"curriculum": {"start": 200}}, "more than target_length"),
+    ({"gradient_checkpointing": True}, "a planner cannot have it"),
+    ({"distil": 0.5}, "is for system: online"),
+])
+def test_recipes_that_cannot_be_run_are_one_sentence(values, changes, said):
+    values["data"] = {"train": "a.jsonl", "heldout": "b.jsonl"} | (
+        changes.get("data") or {"source": "instruction", "target": "response"})
+    with pytest.raises(RecipeError, match=said) as caught:
+        check_recipe(values | {key: value for key, value in changes.items() if key != "data"}, "r")
+    assert "\n" not in str(caught.value) and "try: " in str(caught.value)
+
+
+def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="line 1 has no field 'prompt'"):
+        run({**values, "data": {**values["data"], "source": "prompt"}}, tmp_path / "r")
+    with pytest.raises(DataError, match="holds the same bytes"):
+        copy = tmp_path / "copy.jsonl"
+        copy.write_bytes((tmp_path / "train.jsonl").read_bytes())
+        run({**values, "data": {**values["data"], "heldout": str(copy)}}, tmp_path / "r")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"in 2 processes: need one"):
+        run(values, tmp_path / "r")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert not (tmp_path / "r").exists(), "nothing is written for a run that cannot start"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(check_recipe(values, "test").yaml())
+    assert "a sweep measures running text" in sememe("sweep", recipe, "steps=2,4", "--out", tmp_path / "s", code=1)
+
+
+def test_names_and_lengths():
+    assert tuple(PROPOSERS) == plan_recipe.PROPOSERS
+    curriculum = Curriculum(start=16, until=0.5)
+    assert [curriculum.length(step, 100, 96) for step in (0, 25, 49, 50, 99)] == [16, 56, 94, 96, 96]
+    assert Curriculum().length(0, 100, 96) == 96
+    assert set(SAID) == {"aa", "bb", "cc", "dd"} and NULL == -1
+    assert Recipe.model_fields["plan"].default.sizes == [64, 512]
