@@ -33,7 +33,7 @@ def test_online_bridge_comes_closer_to_the_base_on_other_text():
     model, other = tiny_online(bridge=True, lora_rank=0, quantise=0.0), text(8, 24, seed=5)
     found = model.start_frame(text(600, 24, seed=3))
     assert 0.05 < found["bridge_explains"] < 1
-    step, h = next(model._shallow_batches(other, batch=8))
+    step, h = next(model._shallow_batches(other, tokens=8 * 24))
     read = model._read(h, step)
     written, pack = read.written_BT, read.pack
     full = model.spine.run(1, 3, h, step.position_BT, step.rope, lambda window: None)

@@ -12,6 +12,7 @@ from sememe.concepts.codebook import count_digits
 from sememe.concepts.quantise import quantise
 from sememe.evaluation.quality import by_position, code_use, longest_tail, token_nll
 from sememe.models.online import NULL, OnlineForCausalLM
+from sememe.models.planning import EXECUTOR, PLANNER
 
 SMALL_BATCH = 512  # held-out tokens that codes are ablated on; one forward each
 USE = ("code_perplexity", "codes_used", "largest_code_share", "bits_per_concept")  # what is logged of `code_use`
@@ -73,11 +74,14 @@ def closed_tails(written_BT: Tensor) -> Tensor:
 
 
 def gradient_norms(model) -> dict[str, float]:
-    """The norm of the gradients as they are now: of all LoRA (`lora`), and of each new module that is trained."""
+    """The norm of the gradients as they are now: of all LoRA (`lora`; of a planner's two adapters apart, by their names), and
+    of each new module that is trained."""
     squares: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         if p.requires_grad and p.grad is not None:
-            part = "lora" if "lora_" in name else name.split(".")[0]
+            part = name.split(".")[0]
+            if "lora_" in name:
+                part = next((of for of in (PLANNER, EXECUTOR) if f".{of}." in name), "lora")
             squares[part] = squares.get(part, 0.0) + p.grad.detach().float().square().sum()
     return {part: float(square.sqrt()) for part, square in squares.items()}
 

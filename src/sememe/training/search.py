@@ -13,8 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from sememe.concepts.plan import PlanShape
+from sememe.concepts.plan import NULL, PlanShape
+from sememe.evaluation.plans import other_plans, planned, target_nll
+from sememe.evaluation.quality import perplexity
 from sememe.models.planner import PlannerForCausalLM
+from sememe.pairs import IGNORED, PairTensors
 from sememe.training.em.start import start_plans
 from sememe.training.em.step import EStep
 from sememe.training.em.store import Assignments
@@ -22,10 +25,12 @@ from sememe.training.pairing import PairExamples
 from sememe.training.recipe import Recipe
 
 FOLDER = "assignments"
+FEW = 8  # pairs of an E-step that the planner plans itself, to see whether it comes near
 
 
 class PlanMeter:
-    """One training interval of a planner: nats per target token and per concept, which plans it saw, and the E-step in it.
+    """One training interval of a planner: nats per target token and per concept, which plans it saw, how sure it was of them,
+    and the E-step in it.
 
     Counted first and divided once.
     """
@@ -38,6 +43,8 @@ class PlanMeter:
         self.target = self.plan = 0.0
         self.tokens = self.concepts = self.rows = 0
         self.counts_I = torch.zeros(self.shape.types, dtype=torch.long)
+        self.ids = [torch.zeros(size, dtype=torch.float64) for size in self.shape.sizes]
+        self.sure_4P = torch.zeros(4, self.shape.slots)  # places asked for, entropy, largest probability, first choice is z*
         self.figures: dict[str, float] = {}
 
     def see(self, outputs, labels_BY: Tensor) -> None:
@@ -49,6 +56,25 @@ class PlanMeter:
         self.plan += float(outputs.plan_nll.detach()) * concepts
         self.tokens, self.concepts, self.rows = self.tokens + tokens, self.concepts + concepts, self.rows + len(plan_BP)
         self.counts_I += self.shape.counts(plan_BP).sum(0)
+        for i, counts_K in enumerate(self.ids):
+            ids_BL = self.shape.of_type(plan_BP, i)
+            counts_K += torch.bincount(ids_BL[ids_BL != NULL], minlength=len(counts_K))
+        self.sure_4P += self._sure(outputs).cpu()
+
+    @torch.no_grad()
+    def _sure(self, outputs) -> Tensor:
+        """(4, P) sums over the rows. What a slot holds is chosen one place ahead of it, so a type has as many places as slots:
+        behind its last one nothing is asked."""
+        found = []
+        for i, x_BLK in enumerate(outputs.plan_logits):
+            target_BL = self.shape.targets(outputs.plan_ids, i)[:, :-1]
+            log_p_BLK = x_BLK[:, :-1].detach().float().log_softmax(-1)
+            p_BLK = log_p_BLK.exp()
+            most_BL, first_BL = p_BLK.max(-1)
+            one_4BL = torch.stack([torch.ones_like(most_BL), -(p_BLK * log_p_BLK).sum(-1), most_BL,
+                                   (first_BL == target_BL).float()])
+            found.append((one_4BL * (target_BL != -100)).sum(1))
+        return torch.cat(found, 1)
 
     def note(self, figures: dict[str, float]) -> None:
         """Figures of an E-step, for the next line of the log."""
@@ -58,10 +84,32 @@ class PlanMeter:
         """Figures since the last read."""
         found: dict[str, float | list] = dict(self.figures)
         if self.tokens:
+            places_P = self.sure_4P[0]
+            entropy, most = ([float(x) if n else None for x, n in zip(sums_P / places_P, places_P, strict=True)]
+                             for sums_P in self.sure_4P[1:3])
             found = {"target_nll": self.target / self.tokens, "plan_nll": self.plan / max(self.concepts, 1),
-                     "plan_lengths": (self.counts_I / self.rows).tolist()} | found
+                     "plan_lengths": (self.counts_I / self.rows).tolist(),
+                     "plan_ids_used": [int((x > 0).sum()) for x in self.ids],
+                     "plan_perplexity": [perplexity(x) if bool(x.any()) else None for x in self.ids],
+                     "plan_largest_share": [float(x.max() / x.sum()) if bool(x.any()) else None for x in self.ids],
+                     "plan_match": float(self.sure_4P[3].sum() / places_P.sum().clamp(min=1)),
+                     "plan_entropy_by_slot": entropy, "plan_max_prob_by_slot": most} | found
         self.clear()
         return found
+
+
+@torch.no_grad()
+def reach(model: PlannerForCausalLM, pairs: PairTensors, plan_NP: Tensor, seed: int) -> dict[str, float]:
+    """Whether the planner's own plans do for training pairs what their z* do: nats per target token with z* (`em_nll`), with the
+    planner's greedy plan, and with z* shuffled over the pairs, by the same few pairs. `model` is put into `eval` meanwhile."""
+    some, training = pairs.rows(slice(0, FEW)), model.training
+    plan_NP, tokens = plan_NP[:FEW], int((some.target_NY != IGNORED).sum())
+    model.eval()
+    plans = {"em_nll": plan_NP, "em_nll_planner": planned(model, some),
+             "em_nll_shuffle": other_plans(plan_NP, model.plans.shape, "shuffle", seed)}
+    found = {key: float(target_nll(model, some, one_NP).double().sum()) / max(tokens, 1) for key, one_NP in plans.items()}
+    model.train(training)
+    return found
 
 
 class Search(TrainerCallback):
@@ -107,7 +155,9 @@ class Search(TrainerCallback):
         with tqdm(total=len(index_n), desc=f"E-step at step {step}", unit="pair", leave=False, disable=not self.show) as bar:
             found = EStep(proposers=em.proposers, batch=em.batch, price=em.price).run(
                 model, self.examples.pairs, self.store, index_n, generator, bar.update)
-        self.meter.note(found | {"em_seconds": round(time.monotonic() - started, 2)})
+        seconds = round(time.monotonic() - started, 2)
+        found |= reach(model, self.examples.pairs.rows(index_n), self.store.read(index_n), step)
+        self.meter.note(found | {"em_seconds": seconds})
 
     def on_save(self, args, state, control, **kwargs):
         self.store.copy_to(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER)
