@@ -109,7 +109,8 @@ def test_the_text_is_read_as_every_compressor_reads_it():
         step = model._step(spine, h_BSD, None, None, None)
         news = model._shallow(spine, h_BSD, step)
         want, _, _ = model._segments(None, news, None, read.written_BT, read.pack, step, None)
-    torch.testing.assert_close(read.h_BCD, want, atol=0, rtol=0)
+    # 1e-5: seen 7e-7, marks are set twice over
+    torch.testing.assert_close(read.h_BCD, want, atol=1e-5, rtol=1e-4)
 
 
 def test_untrained_it_writes_news_at_the_rate():

@@ -1,29 +1,31 @@
 """SegmentReader: (…, D) concept states and (…,) places in their segments → what a decompressor is told of each token.
 
 It is told in two ways: by what is added to the embedding of the token before, for the layers to use, and by votes for words
-that are added to what lm_head reads, so that codes learn from the words in one step.
+that are added to what lm_head reads, so that codes learn from the words in one step. How long its segment is each concept says
+itself, by a mark in its state: were ends guessed, all behind one mistake would be shifted.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sememe.concepts.news import turn
 
+MARK = 3.0  # of a coordinate's deviation: further apart than contents are, so that a code stands for one length
+
 
 class SegmentReader(nn.Module):
-    """What the decompressor is told of a segment: (…, D) concept states and (…,) places → (…, D), to be added to embeddings."""
+    """Reads concepts in normalised coordinates, in which a segment of n tokens has mark n, one of `lengths` orthogonal ones."""
 
-    def __init__(self, width: int, places: int):
+    def __init__(self, width: int, lengths: int):
         super().__init__()
         self.state = nn.Linear(width, width)
-        self.place = nn.Embedding(places, width)
+        self.place = nn.Embedding(lengths, width)
         self.vote = nn.Linear(width, width, bias=False)
         self.register_buffer("scale", torch.ones(()))  # of the embeddings: one learning rate fits every base
         self.register_buffer("gain", torch.zeros(()))
-        self.close = nn.Linear(2 * width, 1)
-        self.close_at = nn.Embedding(places, 1)
-        for p in (self.state.bias, self.place.weight, self.vote.weight, self.close.weight, self.close.bias, self.close_at.weight):
+        random_DN = torch.randn(width, lengths, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("marks", torch.linalg.qr(random_DN)[0].T.contiguous())
+        for p in (self.state.bias, self.place.weight, self.vote.weight):
             nn.init.zeros_(p)
 
     @torch.no_grad()
@@ -33,23 +35,19 @@ class SegmentReader(nn.Module):
         self.scale.fill_(scale)
         nn.init.orthogonal_(self.state.weight, gain=0.1)
 
-    @torch.no_grad()
-    def start_ends(self, place_n: Tensor, ends_n: Tensor) -> None:
-        """Log-odds of ending at each place, as counted over (n,) places and whether segments ended there."""
-        count_P = self.close_at.weight.new_zeros(2, len(self.close_at.weight))
-        count_P.index_put_((ends_n.long(), place_n), torch.ones_like(place_n, dtype=count_P.dtype), accumulate=True)
-        self.close_at.weight.copy_(((count_P[1] + 0.5) / (count_P[0] + 0.5)).log().unsqueeze(1))
+    def marked(self, x: Tensor, length: Tensor) -> Tensor:
+        """(…, D) contents and (…,) lengths → the same with their lengths' marks."""
+        marks_ND = self.marks.float()
+        return x - (x @ marks_ND.T) @ marks_ND + MARK * x.shape[-1] ** 0.5 * marks_ND[length.clamp(1, len(marks_ND)) - 1]
+
+    def length(self, x: Tensor) -> Tensor:
+        """(…,) lengths of the segments that (…, D) states stand for."""
+        return (x.float() @ self.marks.float().T).argmax(-1) + 1
 
     def forward(self, x: Tensor, place: Tensor) -> Tensor:
         return self.scale.to(x.dtype) * (self.state(x) + self.place(place))
 
     def votes(self, x: Tensor, place: Tensor) -> Tensor:
         """(…, D), to be added to what lm_head reads: the token's news as the concept has it, for the words that are like it."""
-        return self.gain.to(x.dtype) * self.vote(turn(x, -place))
-
-    def closes(self, h: Tensor, embed: Tensor, place: Tensor) -> Tensor:
-        """(…,) log-odds that a segment ends with a token: from the state that predicted it, its embedding and its place. Where
-        all segments are equally long, the place is enough."""
-        both = torch.cat([F.rms_norm(x.float(), x.shape[-1:]) for x in (h, embed)], -1)
-        seen = F.linear(both, self.close.weight.float(), self.close.bias.float())
-        return (seen + self.close_at(place).float()).squeeze(-1)
+        marks_ND = self.marks.to(x.dtype)
+        return self.gain.to(x.dtype) * self.vote(turn(x - (x @ marks_ND.T) @ marks_ND, -place))

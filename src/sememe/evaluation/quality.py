@@ -43,7 +43,8 @@ def layer_share(config, rate: float | None = None) -> float:
         return (shallow + middle * rate + deep) / (shallow + middle + deep)
     if isinstance(config, CompressorConfig):  # read once by one adapter, written once by the other
         layers = config.text_config.num_hidden_layers
-        slots = (config.rate if rate is None else rate) if BOUNDARIES[config.boundary].offline else 0.0  # one more for each concept
+        rate = config.rate if rate is None else rate
+        slots = rate if BOUNDARIES[config.boundary].offline else 0.0  # one more for each concept
         return 1 + (1 + slots) * (config.depth or layers) / layers
     first, last = getattr(config, "skipped", None) or (0, 0)
     return 1 - (last - first) / config.get_text_config().num_hidden_layers

@@ -3,9 +3,9 @@
     BOS x ─ base + adapter "compressor" ─ h ─ gate and head ─ z ─ code ─ e ┐
     BOS x ─ embed ─ (+) ── e of the segment that the next token lies in ───┘─ base + adapter "decompressor" ─ p(x_t)
 
-One frozen base, two adapters. The compressor sees the text; the decompressor its own words and the concepts alone. Which
-concept it reads next is its own decision too: `close` says after each token whether the segment ends with it. To go on
-from a text instead of writing it, the concepts stand ahead of the new words, each at the place that the rate gives it.
+One frozen base, two adapters. The compressor sees the text; the decompressor its own words and the concepts alone. How many
+tokens a concept stands for it says itself, so that the next one is read when it is its turn. To go on from a text instead
+of writing it, the concepts stand ahead of the new words, each at the place that the rate gives it.
 Suffixes as in `concepts`; S = 1 + T counts the BOS.
 """
 
@@ -41,7 +41,7 @@ VOTES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # logits that the mean word's own new
 
 @dataclass
 class CompressorOutput(CausalLMOutputWithPast):
-    """`concept_ids` (B, T): the id that each token wrote; NULL -1. `term`: what codes and segment ends added to `loss`."""
+    """`concept_ids` (B, T): the id that each token wrote; NULL -1. `term`: what codes and lengths added to `loss`."""
 
     concept_ids: Tensor | None = None
     term: Tensor | None = None
@@ -149,7 +149,11 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
             weight_BT = weight_BT * score_BT
         h_BCD, open_segment = pack.pool(turned_BTD, weight_BT, written_BT, open_segment)
         length_BC1 = pack.index_BC.diff(dim=1, prepend=torch.full_like(pack.index_BC[:, :1], -1)).unsqueeze(-1)
-        return h_BCD * length_BC1, pack.pack(step.embed_BTD), open_segment
+        return self.marked(h_BCD * length_BC1, length_BC1.squeeze(-1)), pack.pack(step.embed_BTD), open_segment
+
+    def marked(self, h: Tensor, length: Tensor) -> Tensor:
+        """(…, D) states of segments with their lengths told."""
+        return self.codes.to_states(self.reader.marked(self.codes.normalise(h), length))
 
     def _texts_for_codes(self, ids_NT: Tensor, seed: int) -> list[Tensor]:
         return [ids_NT]  # a vocabulary in random order has no segments worth a code
@@ -173,7 +177,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
 
     @torch.no_grad()
     def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
-        """As every model that writes concepts; where segments end; and what votes weigh, by trial on a little text."""
+        """As every model that writes concepts; and what votes weigh, by trial on a little text."""
         found, few_NT = super().start_codes(ids_NT, seed), ids_NT[:32].to(self.device)
         embed_VD, out_VD = self.get_input_embeddings().weight, self.get_output_embeddings().weight
         unit_DD = torch.eye(embed_VD.shape[1], device=self.device)
@@ -183,8 +187,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         self.eval()
         with self.drawing(seed):
             made = self.encode(few_NT)
-        logits_of = self._heard(Spine(self.backbone), made)[1]
-        self.reader.start_ends(made.place_BT[made.valid_BS[:, 1:]], made.read.written_BT[:, 1:][made.valid_BS[:, 1:]])
+        logits_of = self._heard(Spine(self.backbone), made)
         self.reader.vote.weight.copy_(unit_DD)
         tried, each = {}, 1 / float(out_VD.float().square().mean().sqrt() * len(unit_DD))
         for weight in VOTES:
@@ -227,14 +230,14 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         vote = self.reader.votes(self.codes.normalise(e).to(self.reader.vote.weight.dtype), place)
         return spine.base.lm_head(spine.decoder.norm(h) + vote.to(h.dtype))
 
-    def _heard(self, spine: Spine, made: Encoded) -> tuple[Tensor, Callable[[], Tensor]]:
-        """(B, S, D) the decompressor's last states over a text, and what makes logits (B, S, V) of them."""
+    def _heard(self, spine: Spine, made: Encoded) -> Callable[[], Tensor]:
+        """The decompressor over a text, as what makes its logits (B, S, V): votes may be weighed anew."""
         e_BTD = made.e_BCD.gather(1, made.rank_BT.unsqueeze(-1).expand(-1, -1, made.e_BCD.shape[-1]))
         x_BTD = self.told(e_BTD, made.place_BT).to(made.e_BCD.dtype)
         x_BSD = spine.embed(made.ids_BS) + F.pad(x_BTD, (0, 0, 0, 1))  # nothing is told of what comes behind the text
         position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(x_BSD.shape[:2])
         h_BSD = self._decompressor(spine, x_BSD, position_BS)
-        return h_BSD, lambda: self._voted(spine, h_BSD, F.pad(e_BTD, (0, 0, 0, 1)), F.pad(made.place_BT, (0, 1)))
+        return lambda: self._voted(spine, h_BSD, F.pad(e_BTD, (0, 0, 0, 1)), F.pad(made.place_BT, (0, 1)))
 
     @can_return_tuple
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
@@ -251,8 +254,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         """
         spine, share = Spine(self.backbone), self.config.continuation_share
         made = self.encode(input_ids, attention_mask, ablation)
-        h_BSD, logits_of = self._heard(spine, made)
-        logits_BSV = logits_of()
+        logits_BSV = self._heard(spine, made)()
         ids_BS = torch.full_like(made.ids_BS, NULL).scatter(
             1, made.read.pack.index_BC, torch.where(made.read.coded_BC, made.ids_BC, NULL))
         loss, term = None, made.term
@@ -262,7 +264,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
             count = (target_BT != -100).sum() if items is None else items
             nll_BT = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), target_BT.flatten(), reduction="none")
             loss = (1 - share) * nll_BT.sum() / count
-            more = self._end_loss(h_BSD[:, :-1], made) * (target_BT != -100).sum() / count
+            more = torch.zeros_like(loss)
             if share > 0:
                 loss = loss + share * self._continuation_loss(spine, input_ids, labels) * (target_BT != -100).sum() / count
             if self.training and self.segmenter is not None:
@@ -273,12 +275,6 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
             term = more if term is None else more + term * (target_BT != -100).sum() / count
             loss = loss + term
         return CompressorOutput(loss=loss, logits=logits_BSV[:, 1:], concept_ids=ids_BS[:, 1:], term=term)
-
-    def _end_loss(self, h_BTD: Tensor, made: Encoded) -> Tensor:
-        """Cross entropy of "the segment ends with this token", nats per token."""
-        valid_BT, ends_BT = made.valid_BS[:, 1:], made.read.written_BT[:, 1:]
-        logit_BT = self.reader.closes(h_BTD, Spine(self.backbone).embed(made.ids_BS[:, 1:]), made.place_BT)
-        return F.binary_cross_entropy_with_logits(logit_BT[valid_BT], ends_BT[valid_BT].float())
 
     def concept_places(self, concepts: int) -> Tensor:
         """(C,) where concepts stand that a text goes on from: the places that the rate gives them, which ids alone tell."""
@@ -347,7 +343,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
                 h_BD = self._next(spine, x_BD.unsqueeze(1), position_B1, cache)
                 token_B = self._voted(spine, h_BD, e_BD, place_B).argmax(-1)
                 written.append(torch.where(rank_B < count_B, token_B, NULL))
-                ends_B = (self.reader.closes(h_BD, spine.embed(token_B), place_B) > 0) | (place_B >= config.max_tail)
+                ends_B = place_B + 1 >= self.reader.length(self.codes.normalise(e_BD))
                 rank_B, place_B = rank_B + ends_B, torch.where(ends_B, 0, place_B + 1)
         return [row[row != NULL].tolist() for row in torch.stack(written, 1)]
 

@@ -155,6 +155,10 @@ class CompressorConfig(ConceptConfig):
         layers = self.text_config.num_hidden_layers
         if not 1 <= (self.depth or layers) <= layers:
             raise RecipeError(f"depth = {self.depth}, but this base has {layers} layers: need 1 to {layers}. try: depth={layers}")
+        width = self.text_config.hidden_size
+        if 2 * (self.max_tail + 1) > width:
+            raise RecipeError(f"max_tail = {self.max_tail}: of a compressor's {width} coordinates each length takes one, need at "
+                              f"most {width // 2 - 1}. try: max_tail={min(16, width // 2 - 1)}")
         if not 0 <= self.continuation_share <= 1:
             raise RecipeError(f"continuation_share = {self.continuation_share}: need a share of the loss in [0, 1]. "
                               "try: continuation_share=0.5")

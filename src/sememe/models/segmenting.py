@@ -87,7 +87,8 @@ class Segmenting:
         pack = packing(written_BS)
         with torch.autocast(step.embed_BTD.device.type, enabled=False):
             h_BCD, word_BCF, _ = self._segments(None, self._news(step.embed_BTD, seen_BSD), None, written_BS, pack, step, None)
-            h_BCD = h_BCD + self.codes.scale.float() * F.pad(self.segmenter.adds(state_BCD), (0, 0, 1, 0))
+            more_BCD = self.codes.scale.float() * F.pad(self.segmenter.adds(state_BCD), (0, 0, 1, 0))
+            h_BCD = self.marked(h_BCD + more_BCD, F.pad(slots.length_BC, (1, 0), value=1))
             log_p_BCN = self.segmenter.lengths(state_BCD)
         return Segmented(
             written_BT=written_BS, margin_BT=torch.zeros_like(written_BS, dtype=h_BCD.dtype), pack=pack,
@@ -120,7 +121,7 @@ class Segmenting:
                 kept.append((cursor_B, n_B, code_BD, state_BD))
                 turned_BND = turn(news_BSD[row_B.unsqueeze(1), _inside(at_B1 + place_N, step)], place_N)
                 h_BD = (turned_BND * (place_N < n_B.unsqueeze(1)).unsqueeze(-1)).sum(1)
-                code_BD = self._code(h_BD + codes.scale.float() * segmenter.adds(state_BD))
+                code_BD = self._code(self.marked(h_BD + codes.scale.float() * segmenter.adds(state_BD), n_B))
             cursor_B = torch.where(cursor_B <= total_B, cursor_B + n_B, cursor_B)
         self.train(was_training)
         torch.clear_autocast_cache()  # or weights cast here, without gradient, would be taken for the next pass (pytorch 112583)

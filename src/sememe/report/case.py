@@ -31,7 +31,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """`stage` are the lines logged at the rate and quantise that the run ends with; for other systems all lines."""
+    """`stage` are the lines logged at the rate and quantise that the run ends with; of a planner those behind its warm-up, or all
+    while it lasts; of other systems all lines."""
 
     path: Path
     recipe: dict[str, Any]
@@ -46,7 +47,8 @@ class Case:
         """(step, value) of the lines of the stage that measured `key`, at least one."""
         found = logged(self.stage, key)
         if not found:
-            raise Unknown(f"no {key} at the final rate and quantise in metrics.jsonl")
+            where = " at the final rate and quantise" if self.recipe["system"] == "online" else ""
+            raise Unknown(f"no {key}{where} in metrics.jsonl")
         return found
 
     def late(self, key: str) -> list[float]:
@@ -67,6 +69,11 @@ class Case:
     def mixes(self) -> bool:
         """Whether codes get their gradient through a soft mixture, as in runs of before there was a choice."""
         return self.recipe.get("estimator", "soft") == "soft"
+
+    @property
+    def warming(self) -> bool:
+        """Whether a planner is still in its warm-up, in which it does not learn."""
+        return self.lines[-1]["step"] <= _warm(self.recipe)
 
     def value(self, key: str) -> Any:
         """Of a dotted key; None where this run's recipe has none."""
@@ -107,6 +114,17 @@ def logged(lines: list[dict], key: str) -> list[tuple[int, float]]:
     return [(line["step"], value) for line in lines if (value := number(line.get(key))) is not None]
 
 
+def gradient_parts(lines: list[dict], of_whole: bool = False) -> dict[str, list[float]]:
+    """Gradient norms by module, or their shares in the whole."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        whole = max(number(line.get("grad_norm")) or 0.0, 1e-30) if of_whole else 1.0
+        for key in line:
+            if key.startswith("grad_norm_") and (norm := number(line[key])) is not None:
+                found.setdefault(key.removeprefix("grad_norm_"), []).append(norm / whole)
+    return found
+
+
 def thirds(values: list[float], what: str, fewest: int = 6) -> tuple[list[float], list[float]]:
     """The first and the last third; Unknown where there are too few for that."""
     if len(values) < fewest:
@@ -121,12 +139,19 @@ def read_case(run: Path) -> Case:
     def at_the_end(line: dict) -> bool:
         return line.get("quantise") == 1 and math.isclose(number(line.get("target_rate")) or 0, recipe["rate"], rel_tol=1e-6)
 
+    stage = [line for line in metrics.lines if recipe["system"] != "online" or at_the_end(line)]
+    if recipe["system"] == "planner":
+        stage = [line for line in stage if line["step"] > _warm(recipe)] or stage
     damaged = {key: count for key in ("loss", "grad_norm", "heldout_nll") if (count := metrics.not_finite(key))}
     return Case(
         path=run, recipe=recipe, lines=metrics.lines, evaluate=read_json(run / "evaluate.json").figures, damaged=damaged,
-        stage=[line for line in metrics.lines if recipe["system"] != "online" or at_the_end(line)],
-        finished=(run / "model" / "manifest.json").is_file(),
+        stage=stage, finished=(run / "model" / "manifest.json").is_file(),
     )
+
+
+def _warm(recipe: dict[str, Any]) -> int:
+    """Steps in which a planner stands still."""
+    return round(recipe["em"]["warmup"] * recipe["steps"]) if recipe["system"] == "planner" else 0
 
 
 NUMBERS = ("steps", "sequence_length", "rate", "max_tail", "num_concepts", "code_temperature", "learning_rate",
@@ -138,7 +163,8 @@ def _read_recipe(file: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
         wrong = [key for key in NUMBERS if number(recipe.get(key)) is None]
-        wrong += [key for key in ("system", "precision", "lora") if key not in recipe]
+        parts = ("plan", "em", "curriculum", "target_length") if recipe.get("system") == "planner" else ()
+        wrong += [key for key in ("system", "precision", "lora", *parts) if key not in recipe]
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
         wrong = ["recipe"]
     if wrong:

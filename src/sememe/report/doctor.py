@@ -1,7 +1,8 @@
 """A run folder → what is wrong with the run and what to try: the table RULES, each a sign and a function that looks for it.
 
-A new rule is a function and its line in RULES. It gets the run and its limits, and returns a Finding, or None where all is
-well, or raises Unknown where the run has not measured what it needs. How to read the figures: docs/doctor.md.
+A new rule is a function and its line in RULES, of planners in doctor_plans.py. It gets the run and its limits, and returns a
+Finding, or None where all is well, or raises Unknown where the run has not measured what it needs. How to read the figures:
+docs/doctor.md.
 """
 
 import math
@@ -9,7 +10,8 @@ from pathlib import Path
 from statistics import fmean, median, pvariance
 from typing import Any
 
-from sememe.report.case import Case, Finding, Rule, Unknown, logged, read_case, thirds
+from sememe.report.case import Case, Finding, Rule, Unknown, gradient_parts, logged, read_case, thirds
+from sememe.report.doctor_plans import PLAN_RULES
 from sememe.report.values import number
 
 # ---- of every system ----
@@ -66,15 +68,15 @@ def gradient_explodes(case: Case, limit: dict) -> Finding | None:
     early, late = thirds([norm for _, norm in logged(case.lines, "grad_norm")], "grad_norm")
     if median(late) <= max(limit["growth"] * median(early), limit["clips"]):
         return None
-    parts = {part: median(norms) for part, norms in _parts(case.lines[-len(late) :]).items()}
+    parts = {part: median(norms) for part, norms in gradient_parts(case.lines[-len(late) :]).items()}
     most = max(parts, key=parts.get, default="lora")
-    keys = ("learning_rate",) if most == "lora" else ("concept_learning_rate", "learning_rate")
+    keys = ("learning_rate",) if most in ("lora", "planner", "executor") else ("concept_learning_rate", "learning_rate")
     return Finding({"grad_norm early": median(early), "grad_norm late": median(late)}, f"mostly that of {most}: smaller steps",
                    tuple(case.scaled(key, 0.3) for key in keys), case.lines[-1]["step"])
 
 
 def no_gradient(case: Case, limit: dict) -> Finding | None:
-    shares = {part: median(found) for part, found in _parts(case.stage, of_whole=True).items()}
+    shares = {part: median(found) for part, found in gradient_parts(case.stage, of_whole=True).items()}
     if not shares:
         raise Unknown("no grad_norm of single modules at the final rate and quantise in metrics.jsonl")
     if not case.mixes:
@@ -84,17 +86,6 @@ def no_gradient(case: Case, limit: dict) -> Finding | None:
         return None
     return Finding(dead, "what gets no gradient learns nothing; codes that are chosen too surely give none: soften the choice",
                    (_softer(case), "gumbel=1"), case.stage[-1]["step"])
-
-
-def _parts(lines: list[dict], of_whole: bool = False) -> dict[str, list[float]]:
-    """Gradient norms by module, or their shares in the whole."""
-    found: dict[str, list[float]] = {}
-    for line in lines:
-        whole = max(number(line.get("grad_norm")) or 0.0, 1e-30) if of_whole else 1.0
-        for key in line:
-            if key.startswith("grad_norm_") and (norm := number(line[key])) is not None:
-                found.setdefault(key.removeprefix("grad_norm_"), []).append(norm / whole)
-    return found
 
 
 def _softer(case: Case) -> str:
@@ -184,16 +175,17 @@ def only_opening(case: Case, limit: dict) -> Finding | None:
                    (case.scaled("sequence_length", 0.5, least=8), case.denser()), measured[-1]["step"])
 
 
-EVERY = ("online", "control", "skip")
+PLANLESS = ("online", "control", "skip")
+EVERY = (*PLANLESS, "planner")
 RULES = (
     Rule("not finite", "a figure is no finite number, or training stopped over one", {}, not_finite, EVERY),
     Rule("unfinished", "there is no model/manifest.json", {}, unfinished, EVERY),
     Rule("loss does not fall", "in the final stage neither loss (first third to last third, beyond its noise) nor heldout_nll "
          "(first to last) falls by {nats} nats", {"nats": 0.02}, loss_flat, EVERY),
-    Rule("held-out far above training", "heldout_nll is more than {nats} nats above loss", {"nats": 0.5}, heldout_gap, EVERY),
+    Rule("held-out far above training", "heldout_nll is more than {nats} nats above loss", {"nats": 0.5}, heldout_gap, PLANLESS),
     Rule("gradient explodes", "grad_norm in the last third of the run is over {growth} times that of the first and over {clips} "
          "(medians; it is clipped at 1)", {"growth": 3, "clips": 3}, gradient_explodes, EVERY),
-    Rule("no gradient", "a module's norm is below {share} of grad_norm (median)", {"share": 1e-4}, no_gradient, EVERY),
+    Rule("no gradient", "a module's norm is below {share} of grad_norm (median)", {"share": 1e-4}, no_gradient, PLANLESS),
     Rule("rate off the dial", "rate or heldout_rate is more than {percent} % and one concept per text off the recipe's",
          {"percent": 3}, rate_off_dial),
     Rule("train rate is not held-out rate", "rate and heldout_rate differ by more than {percent} % of the recipe's and one "
@@ -205,6 +197,7 @@ RULES = (
     Rule("sure too early", "code_entropy is below {nats} nats when first measured", {"nats": 0.01}, sure_too_early),
     Rule("only the opening improves", "in the final stage the first 64 positions improve by {nats} nats or more, the others by "
          "less than {share} of that", {"nats": 0.05, "share": 0.1}, only_opening),
+    *PLAN_RULES,
 )
 
 

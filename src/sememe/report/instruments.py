@@ -15,9 +15,9 @@ MOST_BARS = 33
 LOOKS = (line(RUN), line(CONTROL), line(THIRD), line(INK, "--"), line(MUTED, ":"))
 
 
-def instrument_plots(run: Metrics) -> list[Plot]:
+def instrument_plots(run: Metrics, instruments: tuple[Instrument, ...] = INSTRUMENTS) -> list[Plot]:
     """Those whose keys are in the log; nothing is drawn for the others."""
-    found = [_instrument(run, one) for one in INSTRUMENTS]
+    found = [_instrument(run, one) for one in instruments]
     return [plot for plot in (*found, _by_position(run), _tails(run)) if plot is not None]
 
 

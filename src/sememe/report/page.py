@@ -9,7 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from sememe.errors import CheckpointError
-from sememe.report import comparison, meanings, plots
+from sememe.report import comparison, meanings, meanings_plans, plans, plots
 from sememe.report.files import Run, read_run
 from sememe.report.instruments import instrument_plots
 from sememe.report.pareto import pareto_plot
@@ -96,12 +96,7 @@ def render(run: Run, beside: Sequence[Run | Sweep] = ()) -> str:
         name=run.path.resolve().name,
         folder=shlex.quote(str(run.path)),  # commands on the page can be copied
         facts=_facts(run, latest),
-        tiles=tiles(evaluate, benchmark, latest.get("target_rate")),
-        verdict=verdict(evaluate),
-        training_plots=_drawn(plots.loss_plot(run.metrics, run.control), plots.rate_plot(run.metrics)),
         tokens_plots=_drawn(comparison.over_tokens(run, beside)),
-        evaluate_plots=_drawn(plots.position_plot(evaluate), plots.code_plot(evaluate)),
-        instruments=_drawn(*instrument_plots(run.metrics)),
         pareto_plots=_drawn(pareto_plot(points)),
         points=comparison.rows(points),
         columns=comparison.COLUMNS,
@@ -109,12 +104,43 @@ def render(run: Run, beside: Sequence[Run | Sweep] = ()) -> str:
         again_plots=_drawn(*(again.plots if again else ())),
         given_columns=[title for _, title in GIVEN.values()],
         answer_columns=[title for _, title in ANSWERS.values()],
-        samples=read_samples(evaluate),
-        latest_rows=meanings.rows(latest, meanings.METRICS, skip=meanings.METRICS_DRAWN),
-        evaluate_rows=meanings.rows(evaluate, meanings.EVALUATE, skip=meanings.EVALUATE_DRAWN),
         side_rows=_side_rows(benchmark),
         benchmark_rows=meanings.rows(benchmark, meanings.BENCHMARK, skip=meanings.BENCHMARK_APART),
         settings=_settings(benchmark),
+        **(_of_plans if plans.is_planner(run) else _of_concepts)(run, evaluate, benchmark, latest),
+    )
+
+
+def _of_concepts(run: Run, evaluate: dict, benchmark: dict, latest: dict) -> dict:
+    """What the page shows of online concepts, and of models without any."""
+    return dict(
+        plans=None,
+        tiles=tiles(evaluate, benchmark, latest.get("target_rate")),
+        verdict=verdict(evaluate),
+        training_plots=_drawn(plots.loss_plot(run.metrics, run.control), plots.rate_plot(run.metrics)),
+        evaluate_plots=_drawn(plots.position_plot(evaluate), plots.code_plot(evaluate)),
+        instruments=_drawn(*instrument_plots(run.metrics)),
+        samples=read_samples(evaluate),
+        latest_rows=meanings.rows(latest, meanings.METRICS, skip=meanings.METRICS_DRAWN),
+        evaluate_rows=meanings.rows(evaluate, meanings.EVALUATE, skip=meanings.EVALUATE_DRAWN),
+    )
+
+
+def _of_plans(run: Run, evaluate: dict, benchmark: dict, latest: dict) -> dict:
+    """What it shows of a planner. Keys that are of online concepts alone, and null here, are left out."""
+    shown = {key: value for key, value in evaluate.items() if value is not None or key in meanings_plans.EVALUATE}
+    drawn = instrument_plots(plans.by_type(run.metrics), meanings_plans.instruments(plans.types_of(run.metrics)))
+    return dict(
+        plans=dict(given_columns=plans.GIVEN_COLUMNS, given=plans.given_rows(evaluate), type_columns=plans.TYPE_COLUMNS,
+                   types=plans.type_rows(evaluate, latest), written=plans.written(evaluate)),
+        tiles=plans.plan_tiles(evaluate, latest),
+        verdict=plans.plan_verdict(evaluate),
+        training_plots=_drawn(plots.loss_plot(run.metrics, run.control, planner=True)),
+        evaluate_plots=_drawn(plans.given_plot(evaluate), plots.position_plot(evaluate, "plan"), plans.slot_plot(run.metrics)),
+        instruments=_drawn(*drawn),
+        samples=None,
+        latest_rows=meanings.rows(plans.readable(latest), meanings_plans.METRICS, skip=meanings_plans.METRICS_DRAWN),
+        evaluate_rows=meanings.rows(plans.readable(shown), meanings_plans.EVALUATE, skip=meanings_plans.EVALUATE_DRAWN),
     )
 
 

@@ -11,10 +11,11 @@ MOST_RANKS = 300
 MOST_LABELLED_BARS = 10
 
 
-def loss_plot(run: Metrics, control: Metrics) -> Plot | None:
+def loss_plot(run: Metrics, control: Metrics, planner: bool = False) -> Plot | None:
+    """`planner`: its loss counts the plan too, so that the NLL of its targets stands in its place."""
     x = x_axis(run)
     curves = [
-        (run, "loss", "training", line(RUN)),
+        (run, "target_nll" if planner else "loss", "training", line(RUN)),
         (control, "loss", "control, training", line(CONTROL, "--")),
         (run, "heldout_nll", "held out", dots(RUN, "o")),
         (control, "heldout_nll", "control, held out", dots(CONTROL, "D")),
@@ -36,6 +37,10 @@ def loss_plot(run: Metrics, control: Metrics) -> Plot | None:
         "Lower is better. The gap to the control is what the concepts cost; "
         "held-out text is the one that counts."
     )
+    if planner:
+        caption = ("Of the target alone; lower is better. Training texts are written from z*, held-out ones from the planner's "
+                   "own plan, and the control sees the source: a training line far below the marks means that the planner "
+                   "does not come near z*, or that texts were learnt by heart.")
     merged = max(width for _, width, *_ in drawn)
     if merged > 1:
         caption += f" A point of a curve is the mean of up to {merged} logged lines."
@@ -83,7 +88,8 @@ def rate_plot(run: Metrics) -> Plot | None:
     return Plot("Concept rate", svg, caption)
 
 
-def position_plot(evaluate: dict) -> Plot | None:
+def position_plot(evaluate: dict, carrier: str = "concepts") -> Plot | None:
+    """`carrier`: what else than the text so far serves the prediction."""
     listed = evaluate.get("nll_by_position")
     buckets = [b for b in listed if isinstance(b, dict)] if isinstance(listed, list) else []
     own = [number(b.get("nll")) for b in buckets]
@@ -116,7 +122,7 @@ def position_plot(evaluate: dict) -> Plot | None:
         "later tokens have more context and should be easier."
     )
     if beside:
-        caption += " If only the first group kept up, the concepts would serve the opening alone."
+        caption += f" If only the first group kept up, the {carrier} would serve the opening alone."
     if beside and len(buckets) <= MOST_LABELLED_BARS:
         caption += " Above the bars: this run minus control."
     return Plot("NLL by position", svg, caption)
