@@ -1,7 +1,8 @@
-"""First plans, before anything is learned: targets (N, Y) → (N, P) ids, by k-means of what the base makes of their pieces.
+"""First plans, before anything is learned: targets (N, Y) → (N, P) ids, by k-means of the words in their pieces.
 
-A text's plan for a type of L concepts says which kind of text stands in each of its L pieces of equal length, as the base without
-its adapters sees it half way up. Such a plan tells the executor something of y from the first step on.
+A text's plan for a type of L concepts says which words stand in each of its L pieces of equal length: a concept begins as the
+mean embedding of a cluster's words, rare ones above all, which the base can read from the first step on. Concepts that began as
+states from half way up were not read at all after 60k tokens (docs/log.md).
 Suffixes: N pairs · M different targets · B of them · Y target tokens · L pieces · P slots · D width · K ids.
 """
 
@@ -9,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sememe.backbone.adapters import without_lora
-from sememe.backbone.split import Spine, causal_mask
+from sememe.backbone.split import Spine
 from sememe.concepts.kmeans import assign, kmeans
 from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import CheckpointError, DataError
@@ -39,6 +39,7 @@ def start_plans(model: PlannerForCausalLM, pairs: PairTensors, shape: PlanShape,
                               f"{model.plans.shape.sizes} and {model.plans.shape.lengths}: need the model's own. "
                               "try: model.plans.shape")
     target_MY, which_N = pairs.target_NY.unique(dim=0, return_inverse=True)  # a text is read once, in one batch
+    weight_V = _rarity(target_MY, model.config.text_config.vocab_size)
     order_M = torch.randperm(len(target_MY), generator=torch.Generator().manual_seed(seed))
     enough = max(-(-POINTS * size // length) for size, length in zip(shape.sizes, shape.lengths, strict=True))
     fit = min(enough, max(1, STATES_AT_ONCE // (shape.slots * model.plans.mean.numel())))
@@ -46,7 +47,7 @@ def start_plans(model: PlannerForCausalLM, pairs: PairTensors, shape: PlanShape,
     plan_MP, kept, frames = torch.full((len(target_MY), shape.slots), NULL), [], None
     for some in (order_M[:fit], order_M[fit:]):
         for index_B in some.split(rows) if len(some) else ():
-            pieces = [_pieces(*_states(model, target_MY[index_B]), length) for length in shape.lengths]
+            pieces = [_pieces(*_words(model, target_MY[index_B], weight_V), length) for length in shape.lengths]
             if frames is None:
                 kept.append(pieces)
             else:
@@ -64,19 +65,19 @@ def start_plans(model: PlannerForCausalLM, pairs: PairTensors, shape: PlanShape,
     return shape.check(plan_MP[which_N])
 
 
-def _states(model: PlannerForCausalLM, target_BY: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, Y, D) fp32 states of the base half way up, of the targets behind a BOS, and (B,) their lengths."""
-    spine, target_BY = Spine(model.backbone), target_BY.to(model.device)
-    # Behind the end of a text anything may stand: nothing before it sees it.
-    ids_BT = F.pad(target_BY.masked_fill(target_BY < 0, model.bos), (1, 0), value=model.bos)
-    position_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-    x_BTD, attention, training = spine.embed(ids_BT), model.backbone.config._attn_implementation, model.backbone.training
-    model.backbone.eval()
-    with without_lora(model.backbone):
-        h_BTD = spine.run(0, max(1, len(spine) // 2), x_BTD, position_BT, spine.rope(x_BTD, position_BT),
-                          lambda window: causal_mask(position_BT, window, attention))
-    model.backbone.train(training)
-    return h_BTD[:, 1:].float(), (target_BY >= 0).sum(1)
+def _rarity(target_MY: Tensor, vocab: int) -> Tensor:
+    """(V,) squared information of each token among the targets, 1 in the mean over their tokens."""
+    count_V = torch.bincount(target_MY[target_MY >= 0], minlength=vocab).double()
+    weight_V = (count_V.sum() / count_V.clamp(min=1)).log().square()
+    mean = (weight_V * count_V).sum() / count_V.sum().clamp(min=1)
+    return (weight_V / mean if mean > 0 else torch.ones_like(weight_V)).float()
+
+
+def _words(model: PlannerForCausalLM, target_BY: Tensor, weight_V: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, Y, D) fp32 embeddings of the targets' tokens in the tables' frame, times their weights, and (B,) lengths."""
+    ids_BY, plans = target_BY.clamp(min=0), model.plans
+    x_BYD = (Spine(model.backbone).embed(ids_BY.to(model.device)).float() - plans.mean) / plans.scale
+    return x_BYD * weight_V[ids_BY].to(x_BYD).unsqueeze(-1), (target_BY >= 0).sum(1).to(model.device)
 
 
 def _pieces(h_BYD: Tensor, length_B: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -107,8 +108,8 @@ def _start_table(model: PlannerForCausalLM, i: int, x_MLD: Tensor, there_ML: Ten
     # The first of those that are as good: two starts often end in one place, and rounding should not choose whose numbers count.
     centroid_KD = next(centroid_KD for centroid_KD, one in zip(tried, left, strict=True) if one <= min(left) * 1.001 + 1e-6)
     # A concept is also what the planner's states, of scale 1, are multiplied with: one scale for all, or long ones win.
-    table = model.plans.types[i].weight
-    table[: len(centroid_KD)] = F.rms_norm(centroid_KD, centroid_KD.shape[-1:], eps=1e-6).to(table)
+    table, word_KD = model.plans.types[i].weight, centroid_KD * scale_D
+    table[: len(word_KD)] = F.rms_norm(word_KD, word_KD.shape[-1:], eps=1e-6).to(table)
     return mean_LD, scale_D, centroid_KD
 
 
