@@ -65,8 +65,8 @@ def compressor_over(folder, ids_NT: torch.Tensor, **changes) -> CompressorForCau
     move(model, generator)
     model.start_frame(ids_NT)
     model.start_codes(ids_NT)
-    for p, size in ((model.reader.close.weight, 0.3), (model.reader.place.weight, 0.1)):
-        p.data.copy_(size * torch.randn(p.shape, generator=generator))
+    place = model.reader.place.weight
+    place.data.copy_(0.1 * torch.randn(place.shape, generator=generator))
     return model.eval()
 
 

@@ -84,14 +84,16 @@ def test_what_the_finished_model_does_goes_before_what_it_did_in_training(health
         assert set(findings(tmp_path)) == {"unfinished", *([rule] if rule else [])}
 
 
-def test_text_that_needs_no_plan_leaves_it_ignored_and_the_search_undecided(clinic):
-    """Sources that say nothing, and targets that go on from their own last character."""
+def test_text_that_needs_no_plan_leaves_it_ignored_and_the_search_undecided(clinic, monkeypatch):
+    """Sources that say nothing, targets that go on from their own last character, and plans that start at random."""
+    monkeypatch.setattr(search, "start_plans", lambda model, pairs, shape, seed: torch.cat(
+        [torch.randint(size, (len(pairs), most)) for size, most in zip(shape.sizes, shape.lengths, strict=True)], 1))
     draw = random.Random(5)
     rows = {part: [("".join(draw.choices(ALPHABET, k=4)), chain(24, seed + i, 0.95)) for i in range(count)]
             for part, count, seed in (("train", 64, 100), ("heldout", 8, 900))}
     found = findings(clinic("ignored", rows, steps=24, em={"warmup": 0.25, "distil": 0.25, "every": 3, "price": 0.0,
                                                            "proposers": {"sample": 8}}))
-    assert abs(found["plans ignored"]["evidence"]["delta_nll_shuffle"]) < 0.02
+    assert found["plans ignored"]["evidence"]["delta_nll_shuffle"] < 0.02, "shuffling costs nothing; it may even help"
     assert "plan.lengths=[2, 4]" in found["plans ignored"]["try"]
     undecided = found["search cannot decide"]
     assert undecided["evidence"]["em_margin"] < 0.5 and undecided["evidence"]["em_flips"] > 0.4
@@ -144,7 +146,7 @@ def test_a_planner_that_does_not_learn_is_far_from_what_the_search_finds(clinic)
     folder = clinic("unlearnt", plan={"weight": 0.0}, em={"warmup": 0.25, "distil": 0.25})
     found = findings(folder)
     far = found["planner far from z*"]["evidence"]
-    assert far["with the planner's plan"] > far["NLL with z*"] + 0.5
+    assert far["with the planner's plan"] > far["NLL with z*"] + 0.3
     assert "plan.weight=1" in found["planner far from z*"]["try"]
     assert found["no gradient"]["evidence"] == {"grad_norm_planner / grad_norm": 0.0}
     assert metrics(folder)[-1]["delta_nll_shuffle"] < 0.02 and "plans ignored" not in found
