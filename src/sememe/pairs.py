@@ -109,12 +109,6 @@ class PairForm:
         return max(2, int(FILLED * most * len(text) / max(1, tokens)))
 
 
-def sink_id(config) -> int:
-    """What a model reads ahead of a pair's source, by its base's configuration: an attention sink."""
-    found = next((x for x in (config.bos_token_id, config.eos_token_id) if x is not None), 0)
-    return found[0] if isinstance(found, list) else found
-
-
 def read_pairs(spec: str, fields: tuple[str, str] | None = None, opening: float = OPENING, chars: int | None = None,
                split: str = "train") -> list[Pair]:
     """The pairs of a .jsonl, .parquet, .txt or datasets id.

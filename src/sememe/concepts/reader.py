@@ -37,8 +37,13 @@ class SegmentReader(nn.Module):
 
     def marked(self, x: Tensor, length: Tensor) -> Tensor:
         """(…, D) contents and (…,) lengths → the same with their lengths' marks."""
-        marks_ND = self.marks.float()
-        return x - (x @ marks_ND.T) @ marks_ND + MARK * x.shape[-1] ** 0.5 * marks_ND[length.clamp(1, len(marks_ND)) - 1]
+        mark = self.marks.float()[length.clamp(1, len(self.marks)) - 1]
+        return self._content(x) + MARK * x.shape[-1] ** 0.5 * mark
+
+    def _content(self, x: Tensor) -> Tensor:
+        """(…, D) states without any mark."""
+        marks_ND = self.marks.to(x.dtype)
+        return x - (x @ marks_ND.T) @ marks_ND
 
     def length(self, x: Tensor) -> Tensor:
         """(…,) lengths of the segments that (…, D) states stand for."""
@@ -49,5 +54,4 @@ class SegmentReader(nn.Module):
 
     def votes(self, x: Tensor, place: Tensor) -> Tensor:
         """(…, D), to be added to what lm_head reads: the token's news as the concept has it, for the words that are like it."""
-        marks_ND = self.marks.to(x.dtype)
-        return self.gain.to(x.dtype) * self.vote(turn(x - (x @ marks_ND.T) @ marks_ND, -place))
+        return self.gain.to(x.dtype) * self.vote(turn(self._content(x), -place))

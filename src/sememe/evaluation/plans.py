@@ -15,8 +15,9 @@ from torch import Tensor
 from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import DataError
 from sememe.evaluation.quality import BUCKET, perplexity
+from sememe.models.configuration import sink_id
 from sememe.models.planner import PlannerForCausalLM
-from sememe.pairs import IGNORED, PairTensors, sink_id
+from sememe.pairs import IGNORED, PairTensors
 
 KINDS = ("shuffle", "random", "empty")
 Tick = Callable[[int], None]

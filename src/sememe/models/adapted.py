@@ -14,6 +14,7 @@ from sememe.backbone.adapters import add_lora, merge_lora
 from sememe.backbone.bases import fingerprint, load_base, resolve
 from sememe.backbone.split import self_check
 from sememe.errors import CheckpointError
+from sememe.models.configuration import sink_id
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 KERNELS = ("sdpa", "eager")
@@ -55,6 +56,11 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module) -> None:
         """New modules start from `start` (k-means) or from zero; the base brings its own weights."""
+
+    @property
+    def bos(self) -> int:
+        """What stands ahead of every text."""
+        return sink_id(self.config.text_config)
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()

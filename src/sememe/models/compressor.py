@@ -107,13 +107,6 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         raise CheckpointError("a compressor's two adapters cannot be folded into one base: need it as it was saved. "
                               "try: sememe compress and decompress on the run itself")
 
-    @property
-    def bos(self) -> int:
-        """What stands ahead of every text: an attention sink, and where the first token is predicted from."""
-        config = self.config.text_config
-        found = next((x for x in (config.bos_token_id, config.eos_token_id) if x is not None), 0)
-        return found[0] if isinstance(found, list) else found
-
     # ---- the compressor ----
 
     def opened(self, ids_BT: Tensor) -> Tensor:
@@ -167,13 +160,12 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         spine, states, words = Spine(self.backbone), [], []
         for ids_BT in ids_NT.to(self.device).split(max(1, 1024 // ids_NT.shape[1])):
             h_BSD = spine.embed(self.opened(ids_BT))
-            states.append(self._contextual(spine, h_BSD, self._step(spine, h_BSD, None, None, None))[:, :-1])
+            states.append(self._contextual(spine, h_BSD, self._step(spine, h_BSD, None, None, None)))
             words.append(h_BSD.float())
-        before_NTD, embed_NSD = torch.cat(states), torch.cat(words)
+        seen_NSD, embed_NSD = torch.cat(states), torch.cat(words)
         self.reader.start(float(embed_NSD[:, 1:].square().mean().sqrt()))
-        found = {"foretold": self.foretold.start(before_NTD.flatten(0, 1), embed_NSD[:, 1:].flatten(0, 1))}
-        news_NSD = embed_NSD - F.pad(self.foretold(before_NTD), (0, 0, 1, 0))
-        return found | super().start_frame(ids_NT, rate, news_NSD)
+        found = {"foretold": self.foretold.start(seen_NSD[:, :-1].flatten(0, 1), embed_NSD[:, 1:].flatten(0, 1))}
+        return found | super().start_frame(ids_NT, rate, self._news(embed_NSD, seen_NSD))
 
     @torch.no_grad()
     def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:

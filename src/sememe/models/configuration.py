@@ -229,6 +229,13 @@ class ControlConfig(AdaptedConfig):
         super().__init__(text_config=text_config, **kwargs)
 
 
+def sink_id(text_config) -> int:
+    """What is read ahead of a text, by the base's configuration: an attention sink, and where the first token is predicted
+    from."""
+    found = next((x for x in (text_config.bos_token_id, text_config.eos_token_id) if x is not None), 0)
+    return found[0] if isinstance(found, list) else found
+
+
 def check_split(split, layers: int) -> None:
     """Raises RecipeError unless the three slices fill the base's layers."""
     shallow, middle, deep = split

@@ -80,13 +80,6 @@ class PlannerForCausalLM(Planning, AdaptedModel):
         if self.probes is not None:
             self.probes.weight.copy_(torch.randn(self.probes.weight.shape, generator=torch.Generator().manual_seed(seed + 1)))
 
-    @property
-    def bos(self) -> int:
-        """What stands ahead of sources and plans: an attention sink."""
-        config = self.config.text_config
-        found = next((x for x in (config.bos_token_id, config.eos_token_id) if x is not None), 0)
-        return found[0] if isinstance(found, list) else found
-
     def run(self, spine: Spine, x_BnD: Tensor, query: Columns, key: Columns, cache: DynamicCache | None = None) -> Tensor:
         """(B, n, D) last states of inputs at `query`, by the adapter that is on. `key`: the cached columns and these."""
         attention = self.backbone.config._attn_implementation

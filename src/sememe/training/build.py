@@ -12,8 +12,8 @@ from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import DataError
 from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
 from sememe.models.adapted import AdaptedModel
-from sememe.models.configuration import check_split
-from sememe.pairs import PairTensors, sink_id
+from sememe.models.configuration import check_split, sink_id
+from sememe.pairs import PairTensors
 from sememe.training.pairing import PairExamples
 from sememe.training.recipe import Recipe
 
