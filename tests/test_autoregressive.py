@@ -89,6 +89,7 @@ def test_codes_depend_on_what_is_to_come_and_slots_on_earlier_ones_only():
     spine = Spine(model.backbone)
     with torch.no_grad(), model.compressing():
         step = model._step(spine, spine.embed(a.ids_BS), None, None, None)
+        step.ids_BT = a.ids_BS
         slots = model._step_by_step(spine, step, draw=False)
         real, middle = slots.cursor_BC <= 20, slots.cursor_BC.shape[1] // 2
         before = model._at_once(spine, step, slots, real)
@@ -118,7 +119,7 @@ def test_untrained_it_writes_news_at_the_rate():
     base = tiny_base()
     for rate, longest in ((0.5, 5), (0.25, 16), (1.0, 3), (0.4, 9)):
         model = CompressorForCausalLM(CompressorConfig(text_config=base.config, rate=rate, max_tail=longest, num_concepts=16,
-                                                       head="nearest", boundary="autoregressive"), tiny_base())
+                                                       head="nearest", boundary="autoregressive", content="news"), tiny_base())
         mean = torch.softmax(model.segmenter.lengths.bias, 0) @ torch.arange(1.0, longest + 2)
         # 1e-2: where every length is 1 the tilt stops at 20
         torch.testing.assert_close(mean, torch.tensor(1 / rate), atol=1e-2, rtol=0)
@@ -229,7 +230,7 @@ def test_the_rate_is_realised(trained, asked):
 
 def test_drawn_lengths_have_the_rate_of_the_start():
     base = tiny_base()
-    config = CompressorConfig(text_config=base.config, rate=0.25, num_concepts=16, head="nearest", boundary="autoregressive")
+    config = CompressorConfig(text_config=base.config, rate=0.25, num_concepts=32, head="nearest", boundary="autoregressive")
     model = CompressorForCausalLM(config, base)
     model.start_frame(text(8, 24))
     model.start_codes(text(8, 24))
@@ -259,7 +260,7 @@ def test_ablations_and_continuation_are_those_of_every_compressor():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention):
     torch.manual_seed(0)
-    config = CompressorConfig(base=str(base_folder), num_concepts=16, head="nearest", rate=0.5, boundary="autoregressive")
+    config = CompressorConfig(base=str(base_folder), num_concepts=32, head="nearest", rate=0.5, boundary="autoregressive")
     model = CompressorForCausalLM.from_base(config, attention=attention)
     move(model, torch.Generator().manual_seed(0))
     with torch.no_grad():

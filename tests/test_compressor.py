@@ -18,7 +18,8 @@ BOUNDARIES = (*ONLINE, "autoregressive")
 
 def tiny_compressor(family: str = "llama", attention: str = "sdpa", **changes) -> CompressorForCausalLM:
     base = tiny_base(family, attention=attention)
-    settings = {"rate": 0.5, "max_tail": 5, "num_concepts": 16, "head": "nearest", "base": "tiny", "lora_rank": 4}
+    settings = {"rate": 0.5, "max_tail": 5, "num_concepts": 16, "head": "nearest", "base": "tiny", "lora_rank": 4, "content": "news",
+                "beams": 1}
     config = CompressorConfig(text_config=base.config, **{**settings, **changes})
     config._attn_implementation = attention
     model = CompressorForCausalLM(config, base)
@@ -170,7 +171,7 @@ def test_continuation_reads_concepts_and_the_words_before():
 def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention):
     torch.manual_seed(0)
     model = CompressorForCausalLM.from_base(CompressorConfig(base=str(base_folder), num_concepts=16, head="nearest", rate=0.5,
-                                                             boundary="null", depth=2), attention=attention)
+                                                             boundary="null", depth=2, max_tail=5), attention=attention)
     move(model, torch.Generator().manual_seed(0))
     ids = text(4, 24)
     model.start_frame(ids)

@@ -262,7 +262,7 @@ def test_reconstruct_prints_keeps_and_is_drawn(run, texts, tmp_path):
     assert found["continuation"]["context"] == 64 and found["continuation"]["trained_context"] is None
     assert len(found["samples"]) == 3 and found["samples"][0]["text"] and found["samples"][0]["concept_ids"]
     for word in ("token_accuracy", "ids shuffled", "rate and distortion", "base, each window", "zstd, whole text",
-                 "never trained for it", "its last tokens", "R, all ids"):
+                 "never trained for it", "its last tokens", "R counts every id"):
         assert word in printed, word
     page = write_report(run).read_text()
     assert "What comes back" in page and "never trained to go on" in page and "lossless bound: the base" in page

@@ -10,6 +10,8 @@ from sememe.tables import figure, show_compressor_speed, show_reconstruction, ta
 
 Compressor = Annotated[str, typer.Argument(metavar="MODEL", help="A run of system: compressor, or its saved model.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows at a time.")]
+Beams = Annotated[int | None, typer.Option(
+    min=1, help="Texts kept beside each other while one is written; 1 is the fastest. Default: as the model has it, 4.")]
 Base = Annotated[str | None, typer.Option(help="Take the base from here instead.")]
 
 
@@ -46,6 +48,7 @@ def decompress(
     to: Annotated[Path | None, typer.Option(
         "--out", metavar="TEXT", help="A new .jsonl, or .txt for a single document; default: the terminal.")] = None,
     batch: Batch = 16,
+    beams: Beams = None,
     base: Base = None,
     json_file: Json = None,
 ) -> None:
@@ -57,7 +60,7 @@ def decompress(
     """
     from sememe.compression.files import decompress_file
 
-    found, text = decompress_file(model, codes, to, batch, base)
+    found, text = decompress_file(model, codes, to, batch, base, beams)
     if to is None:  # the text alone on stdout, for pipes
         typer.echo(text, nl=False)
         typer.echo("\n" + ", ".join(f"{key} {figure(value)}" for key, value in found.items() if isinstance(value, (int, float))),
@@ -80,6 +83,7 @@ def reconstruct(
     online: Annotated[str | None, typer.Option(
         metavar="MODEL2", help="An online model over the same base: what being online costs, at the same rate.")] = None,
     batch: Batch = 16,
+    beams: Beams = None,
     base: Base = None,
     json_file: Json = None,
 ) -> None:
@@ -92,7 +96,7 @@ def reconstruct(
     from sememe.evaluation.reconstruction import reconstruct_files
 
     dial = numbers(rates, "--rates", "0.25,0.33,0.5")
-    result = reconstruct_files(model, data, tokens, window, dial, context, batch, base, questions, online)
+    result = reconstruct_files(model, data, tokens, window, dial, context, batch, base, questions, online, beams)
     show_reconstruction(result)
     write_json(json_file, result)
 

@@ -89,9 +89,10 @@ def show_reconstruction(result: dict[str, Any]) -> None:
     keys = ("token_accuracy", "exact_match", "bleu", "chrf", "rouge_l", "length_ratio", "nll")
     rows = [(key, result[key], result["shuffled"][key]) for key in keys]
     table(rows, "written again from ids alone", ("measure", "value", "ids shuffled"))
-    costs = {"target_rate": "rate", "concept_rate": "realised", "compression_ratio": "R, all ids", "bits_per_token": "bits/token",
+    costs = {"target_rate": "rate", "concept_rate": "realised", "compression_ratio": "R", "bits_per_token": "bits/token",
              "bits_per_token_used": "used", "token_accuracy": "accuracy", "bleu": "BLEU-4", "nll": "NLL"}
-    table([tuple(one[key] for key in costs) for one in result["curve"] or [result]], "rate and distortion", (*costs.values(),))
+    table([tuple(one[key] for key in costs) for one in result["curve"] or [result]],
+          "rate and distortion; R counts every id", (*costs.values(),))
     rows = [(f"{one['name']}, {one['of']}", one["bits_per_token"]) for one in result["lossless"]]
     rows.append(("ids and what they leave open", result["bits_per_token_lossless"]))
     table(rows, "to lose nothing", ("coder", "bits/token"))

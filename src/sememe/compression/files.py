@@ -28,8 +28,8 @@ def compress_file(model: str, source: str, out: Path, window: int | None = None,
     return {"model": str(model), "data": str(source), "out": str(out), "bytes": out.stat().st_size, **found}
 
 
-def decompress_file(model: str, source: Path, out: Path | None = None, batch: int = 16, base: str | None = None
-                    ) -> tuple[dict[str, Any], str]:
+def decompress_file(model: str, source: Path, out: Path | None = None, batch: int = 16, base: str | None = None,
+                    beams: int | None = None) -> tuple[dict[str, Any], str]:
     """`decompress` of codes.json into a .txt (of one document) or .jsonl; returns its figures, and what the file holds.
 
     Without `out` nothing is written. Raises CodesError where `out` is there, and Interrupted at Ctrl-C.
@@ -44,7 +44,7 @@ def decompress_file(model: str, source: Path, out: Path | None = None, batch: in
             raise CodesError(f"{out} for {len(codes.documents)} document(s): need a .jsonl, or for a single one a .txt. "
                              f"try: --out {out.stem}.jsonl")
     with interruptible(out), opened(model, None, base, check=lambda writer: check_writer(codes, writer)) as use:
-        texts, found, partial = decompress_codes(use, codes, batch, out, progress=True)
+        texts, found, partial = decompress_codes(use, codes, batch, out, True, beams)
         as_text = single and (out is None or out.suffix == ".txt")
         content = texts[0] if as_text else "".join(json.dumps({"text": x}, ensure_ascii=False) + "\n" for x in texts)
         if out is not None:

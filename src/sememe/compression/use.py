@@ -40,9 +40,10 @@ def compress(model, texts: str | Iterable[str], *, window: int | None = None, ba
         return compress_texts(use, [texts] if isinstance(texts, str) else list(texts), window, batch, None, progress)[0]
 
 
-def decompress(model, codes: Codes | str | Path, *, batch: int = 16, base: str | None = None, tokenizer=None,
+def decompress(model, codes: Codes | str | Path, *, batch: int = 16, beams: int | None = None, base: str | None = None, tokenizer=None,
                progress: bool = False) -> list[str]:
-    """The texts that `codes`, or a file of them, are read as. Arguments as in `compress`.
+    """The texts that `codes`, or a file of them, are read as. Arguments as in `compress`; `beams`: texts that are kept beside
+    each other while one is written; default: as the model has it.
 
     Raises:
         CodesError: a file that is not whole, or codes of another model.
@@ -50,7 +51,7 @@ def decompress(model, codes: Codes | str | Path, *, batch: int = 16, base: str |
     """
     codes = codes.check() if isinstance(codes, Codes) else Codes.load(codes)
     with opened(model, tokenizer, base, check=lambda writer: check_writer(codes, writer)) as use:
-        return decompress_codes(use, codes, batch, None, progress)[0]
+        return decompress_codes(use, codes, batch, None, progress, beams)[0]
 
 
 def compress_texts(use: Opened, texts: list[str], window: int | None, batch: int, out: Path | None, progress: bool
@@ -85,18 +86,19 @@ def compress_texts(use: Opened, texts: list[str], window: int | None, batch: int
     return codes, figures(codes) | speed(tokens, seconds, partial), partial
 
 
-def decompress_codes(use: Opened, codes: Codes, batch: int, out: Path | None, progress: bool
-                     ) -> tuple[list[str], dict[str, Any], Partial]:
+def decompress_codes(use: Opened, codes: Codes, batch: int, out: Path | None, progress: bool,
+                     beams: int | None = None) -> tuple[list[str], dict[str, Any], Partial]:
     """Texts, figures, and what is kept of them beside `out`."""
     windows, config = codes.windows, use.model.config
     if (codes.num_concepts, codes.codes_per_concept) != (config.num_concepts, config.codes_per_concept):
         raise CodesError(f"{codes.codes_per_concept} codes of {codes.num_concepts} a concept, but {use.writer.name} has "
                          f"{config.codes_per_concept} of {config.num_concepts}: need them as it wrote them. try: sememe compress "
                          "again")
-    partial = Partial(out, {"command": "decompress", "model": use.writer.weights_sha256, "codes": codes.sha256})
+    beams = beams or config.beams
+    partial = Partial(out, {"command": "decompress", "model": use.writer.weights_sha256, "codes": codes.sha256, "beams": beams})
 
     def work(numbers: list[int]) -> list[list[int]]:
-        return use.model.decompress([windows[n].concepts for n in numbers])
+        return use.model.decompress([windows[n].concepts for n in numbers], beams)
 
     sizes = [len(window.concepts) for window in windows]
     seconds, new = run(work, partial, [window.tokens for window in windows], sizes,

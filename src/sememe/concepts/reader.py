@@ -38,9 +38,9 @@ class SegmentReader(nn.Module):
     def marked(self, x: Tensor, length: Tensor) -> Tensor:
         """(…, D) contents and (…,) lengths → the same with their lengths' marks."""
         mark = self.marks.float()[length.clamp(1, len(self.marks)) - 1]
-        return self._content(x) + MARK * x.shape[-1] ** 0.5 * mark
+        return self.content(x) + MARK * x.shape[-1] ** 0.5 * mark
 
-    def _content(self, x: Tensor) -> Tensor:
+    def content(self, x: Tensor) -> Tensor:
         """(…, D) states without any mark."""
         marks_ND = self.marks.to(x.dtype)
         return x - (x @ marks_ND.T) @ marks_ND
@@ -54,4 +54,4 @@ class SegmentReader(nn.Module):
 
     def votes(self, x: Tensor, place: Tensor) -> Tensor:
         """(…, D), to be added to what lm_head reads: the token's news as the concept has it, for the words that are like it."""
-        return self.gain.to(x.dtype) * self.vote(turn(self._content(x), -place))
+        return self.gain.to(x.dtype) * self.vote(turn(self.content(x), -place))

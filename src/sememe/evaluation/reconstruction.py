@@ -111,9 +111,9 @@ def continuation_blocks(texts: list[str], tokenizer, tokens: int, context: int |
 
 def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | None = None, rates: Sequence[float] = (),
                       context: int | None = None, batch: int = 16, base: str | None = None, questions: str | None = None,
-                      online: str | None = None) -> dict[str, Any]:
+                      online: str | None = None, beams: int | None = None) -> dict[str, Any]:
     """All figures of a saved compressor on a text; kept as RUN/reconstruct.json. `online`: a model to go on from the same
-    contexts at the same rate.
+    contexts at the same rate. `beams`: of decompressing; default: as the model has it.
 
     Raises:
         DataError: the text is missing, too short for two windows, or one that a model was trained on; or bad `questions`.
@@ -127,6 +127,7 @@ def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | N
         raise CheckpointError(f"{model} cannot write a text again from codes: need a finished run of system: compressor. "
                               "try: sememe evaluate, which takes any model")
     check_rates(loaded, rates, model)
+    loaded.config.beams = beams or loaded.config.beams
     ids_NT = heldout_blocks(model, loaded, tokenizer, texts, tokens, window)
     if len(ids_NT) < 2:
         length = ids_NT.shape[1]
@@ -151,7 +152,7 @@ def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | N
         result = {
             "model": str(model), "data": str(data), "tokens": ids_NT.numel(), "tokens_asked": tokens, "windows": len(ids_NT),
             "window": ids_NT.shape[1], "num_concepts": loaded.config.num_concepts,
-            "codes_per_concept": loaded.config.codes_per_concept, **own,
+            "codes_per_concept": loaded.config.codes_per_concept, "beams": loaded.config.beams, **own,
             "shuffled": scores(ids_NT.tolist(), mixed, tokenizer)
             | {"nll": float(token_nll(loaded, ids_NT, 4, "shuffle", bar.update)[0].mean())},
             "curve": curve(loaded, tokenizer, ids_NT, own, rates, batch, bar.update),

@@ -82,7 +82,7 @@ def benchmark_compressor(model: CompressorForCausalLM, base, ids_BT: Tensor, rep
         "compress_base_forwards": forwards, "compress_base_forwards_range": forwards_range,
         "compress_base_forwards_no_logits": ratio_of(seconds, "compress", "states")[0],
         "decompress_speedup": share * speedup, "decompress_speedup_range": [share * end for end in speedup_range],
-        "realised_rate": cost["concept_rate"], "ids_per_token": cost["ids_per_token"],
+        "beams": config.beams, "realised_rate": cost["concept_rate"], "ids_per_token": cost["ids_per_token"],
         "compression_ratio": cost["compression_ratio"],
         "concept": side(model, seconds["compress"], seconds["decompress"], ids_BT.numel(), written),
         "base": side(base, seconds["forward"], seconds["greedy"], ids_BT.numel(), rows * steps)

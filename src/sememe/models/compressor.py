@@ -21,7 +21,8 @@ from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Rope, Spine
-from sememe.concepts.codebook import ConceptEmbedding
+from sememe.concepts.bins import Confusion, WordBins
+from sememe.concepts.codebook import SHARPNESS, ConceptEmbedding
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.gate import RateGate
 from sememe.concepts.head import HEADS
@@ -30,6 +31,7 @@ from sememe.concepts.news import Foretold, turn
 from sememe.concepts.reader import SegmentReader
 from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
+from sememe.models.beams import Beams
 from sememe.models.configuration import CompressorConfig
 from sememe.models.segmenting import Segmenter, Segmenting
 from sememe.models.starting import Starting
@@ -94,6 +96,9 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         self.gate = RateGate(config.boundary, width, config.gate_noise)
         self.foretold = Foretold(width)
         self.reader = SegmentReader(width, config.max_tail + 1)
+        vocab, lengths, boundary = self.get_output_embeddings().weight.shape[0], config.max_tail + 1, self.gate.boundary
+        self.bins = None if config.content == "news" else WordBins(
+            width, vocab, config.num_concepts, config.codes_per_concept, lengths, config.rate, not boundary.scored)
         self.segmenter = Segmenter(width, config.max_tail + 1, config.rate) if self.gate.boundary.offline else None
         self.finish()
 
@@ -114,7 +119,10 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         return torch.cat([torch.full_like(ids_BT[:, :1], self.bos), ids_BT], 1)
 
     def _shallow(self, spine: Spine, h_BSD: Tensor, step: Step) -> Tensor:
-        """What each token says that the texts before it, read by the compressor, did not foretell."""
+        """What each token says that the texts before it, read by the compressor, did not foretell; nobody asks for it where codes
+        spell bins and segments end at fixed places."""
+        if self.bins is not None and not self.gate.boundary.scored:
+            return h_BSD.float()
         return self._news(h_BSD, self._contextual(spine, h_BSD, step))
 
     def _news(self, embed_BSD: Tensor, seen_BSD: Tensor) -> Tensor:
@@ -136,13 +144,18 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         return F.rms_norm(h_BnD.float(), h_BnD.shape[-1:])
 
     def _segments(self, x_BTD, h_BTD, score_BT, written_BT, pack, step, open_segment):
-        """The news of all tokens of a segment, each turned by its place in it, added up."""
-        turned_BTD, weight_BT = turn(h_BTD, places(written_BT)), step.valid_BT
-        if self.gate.boundary.accumulates:
+        """What each token of a segment says, added up."""
+        length_BC = pack.index_BC.diff(dim=1, prepend=torch.full_like(pack.index_BC[:, :1], -1))
+        length_BT = length_BC.gather(1, (written_BT.cumsum(1) - written_BT.long()).clamp(max=length_BC.shape[1] - 1))
+        said_BTD, weight_BT = self.said(h_BTD, step.ids_BT, places(written_BT), length_BT), step.valid_BT
+        if self.gate.boundary.accumulates and self.bins is None:
             weight_BT = weight_BT * score_BT
-        h_BCD, open_segment = pack.pool(turned_BTD, weight_BT, written_BT, open_segment)
-        length_BC1 = pack.index_BC.diff(dim=1, prepend=torch.full_like(pack.index_BC[:, :1], -1)).unsqueeze(-1)
-        return self.marked(h_BCD * length_BC1, length_BC1.squeeze(-1)), pack.pack(step.embed_BTD), open_segment
+        h_BCD, open_segment = pack.pool(said_BTD, weight_BT, written_BT, open_segment)
+        return self.marked(h_BCD * length_BC.unsqueeze(-1), length_BC), pack.pack(step.embed_BTD), open_segment
+
+    def said(self, news: Tensor, ids: Tensor, place: Tensor, length: Tensor) -> Tensor:
+        """(…, D) what tokens add to the states of their segments: news, turned by their places, or the vectors of their bins."""
+        return turn(news, place) if self.bins is None else self.codes.scale.float() * self.bins(ids, place, length)
 
     def marked(self, h: Tensor, length: Tensor) -> Tensor:
         """(…, D) states of segments with their lengths told."""
@@ -158,10 +171,16 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         """As every model that writes concepts; ahead of it, what the past foretells, and the scale of what the decompressor
         is told."""
         spine, states, words = Spine(self.backbone), [], []
+        taken = None if self.bins is None else Confusion(self.bins.bin_LV.shape[1])
         for ids_BT in ids_NT.to(self.device).split(max(1, 1024 // ids_NT.shape[1])):
             h_BSD = spine.embed(self.opened(ids_BT))
             states.append(self._contextual(spine, h_BSD, self._step(spine, h_BSD, None, None, None)))
             words.append(h_BSD.float())
+            if taken is not None:
+                log_p_BTV = self.backbone(input_ids=self.opened(ids_BT), use_cache=False).logits[:, :-1].float().log_softmax(-1)
+                taken.add(log_p_BTV.flatten(0, 1), ids_BT.flatten())
+        if taken is not None:
+            self.bins.start(taken.rivals())
         seen_NSD, embed_NSD = torch.cat(states), torch.cat(words)
         self.reader.start(float(embed_NSD[:, 1:].square().mean().sqrt()))
         found = {"foretold": self.foretold.start(seen_NSD[:, :-1].flatten(0, 1), embed_NSD[:, 1:].flatten(0, 1))}
@@ -170,10 +189,16 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
     @torch.no_grad()
     def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
         """As every model that writes concepts; and what votes weigh, by trial on a little text."""
-        found, few_NT = super().start_codes(ids_NT, seed), ids_NT[:32].to(self.device)
+        if self.bins is None:
+            found = super().start_codes(ids_NT, seed)
+        else:
+            found = self._start_spelling()
+            with self.drawing(seed):
+                self.calibrate_gate(ids_NT)
+        few_NT = ids_NT[:32].to(self.device)
         embed_VD, out_VD = self.get_input_embeddings().weight, self.get_output_embeddings().weight
         unit_DD = torch.eye(embed_VD.shape[1], device=self.device)
-        if out_VD is not embed_VD:
+        if out_VD is not embed_VD and self.bins is None:
             unit_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T.to(unit_DD)
         was_training = self.training
         self.eval()
@@ -181,7 +206,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
             made = self.encode(few_NT)
         logits_of = self._heard(Spine(self.backbone), made)
         self.reader.vote.weight.copy_(unit_DD)
-        tried, each = {}, 1 / float(out_VD.float().square().mean().sqrt() * len(unit_DD))
+        tried, each = {}, 1.0 if self.bins is not None else 1 / float(out_VD.float().square().mean().sqrt() * len(unit_DD))
         for weight in VOTES:
             self.reader.gain.fill_(weight * each)
             tried[weight] = float(F.cross_entropy(logits_of()[:, :-1].flatten(0, 1).float(), few_NT.flatten()))
@@ -190,12 +215,32 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         self.train(was_training)
         return found | {"vote": best, "vote_nll": tried[best]}
 
+    @torch.no_grad()
+    def _start_spelling(self) -> dict[str, float]:
+        """Codes that spell bins, instead of those of k-means; what is left over stays with no segment at all."""
+        bins, codes = self.bins, self.codes
+        for g in range(codes.codes_per_concept):
+            first, table_KD = 0, torch.zeros_like(codes.weight[g])
+            for length, count in enumerate(bins.counts, 1):
+                x_nD = bins.codes(g, length)
+                if g > 0:
+                    x_nD = self.reader.content(x_nD)
+                else:
+                    h_nD = self.marked(codes.scale.float() * x_nD, torch.full((len(x_nD),), length, device=x_nD.device))
+                    x_nD = codes.normalise(h_nD)
+                table_KD[first : first + len(x_nD)] = x_nD
+                first += count
+            codes.set_rows(g, torch.arange(len(table_KD), device=table_KD.device), table_KD)
+            self.head.start(g, table_KD, torch.tensor(SHARPNESS / table_KD.shape[1], device=table_KD.device))
+        return {"codes": float(sum(bins.counts))}
+
     def encode(self, ids_BT: Tensor, attention_mask: Tensor | None = None, ablation: str | None = None) -> Encoded:
         """The concepts of (B, T) texts; `attention_mask` is 0 on padding, which stands on the right."""
         spine, ids_BS = Spine(self.backbone), self.opened(ids_BT)
         mask_BS = None if attention_mask is None else F.pad(attention_mask, (1, 0), value=1)
         h_BSD = spine.embed(ids_BS)
         step = self._step(spine, h_BSD, mask_BS, None, None)
+        step.ids_BT = ids_BS
         read = self._read(None if self.segmenter is not None else self._shallow(spine, h_BSD, step), step)
         e_BCD, ids_BC, term = self._write(read, step, ablation)
         if self.training and self.gate.boundary.learned:  # forward e; backward the gate learns what the state is worth
@@ -219,8 +264,11 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
 
     def _voted(self, spine: Spine, h: Tensor, e: Tensor, place: Tensor) -> Tensor:
         """(…, V) logits from last states (…, D), concept states and places."""
-        vote = self.reader.votes(self.codes.normalise(e).to(self.reader.vote.weight.dtype), place)
-        return spine.base.lm_head(spine.decoder.norm(h) + vote.to(h.dtype))
+        x = self.codes.normalise(e).to(self.reader.vote.weight.dtype)
+        vote, h = self.reader.votes(x, place), spine.decoder.norm(h)
+        if self.bins is None:
+            return spine.base.lm_head(h + vote.to(h.dtype))
+        return spine.base.lm_head(h) + self.bins.votes(vote, place, self.reader.length(x)).to(h.dtype)
 
     def _heard(self, spine: Spine, made: Encoded) -> Callable[[], Tensor]:
         """The decompressor over a text, as what makes its logits (B, S, V): votes may be weighed anew."""
@@ -311,9 +359,9 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         return [ids[coded].tolist() for ids, coded in zip(made.ids_BC, made.read.coded_BC, strict=True)]
 
     @torch.no_grad()
-    def decompress(self, concepts: list[list[int]]) -> list[list[int]]:
-        """The token ids that each row's concept ids are read as: greedy, cached, all rows at once. A row without concepts is
-        an empty text. Raises CheckpointError for an id that this model has no code for."""
+    def decompress(self, concepts: list[list[int]], beams: int | None = None) -> list[list[int]]:
+        """The token ids that each row's concept ids are read as, the likeliest that a search with so many beams finds (None: as
+        configured); cached, all rows at once. A row without concepts is an empty text. Raises CheckpointError for an id that this model has no code for."""
         spine, config, rows = Spine(self.backbone), self.config, len(concepts)
         most = config.num_concepts**config.codes_per_concept
         wrong = [i for ids in concepts for i in ids if not 0 <= i < most]
@@ -325,19 +373,24 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
             return [[] for _ in concepts]
         ids_BC = torch.tensor([ids + [0] * (longest - len(ids)) for ids in concepts], device=device)
         e_BCD, count_B = self.codes(ids_BC), torch.tensor([len(ids) for ids in concepts], device=device)
-        cache, token_B, written = DynamicCache(), torch.full((rows,), self.bos, device=device), []
+        cache, row_B, position = DynamicCache(), torch.arange(rows, device=device), 0
         rank_B, place_B = torch.zeros_like(count_B), torch.zeros_like(count_B)
+        found = Beams(rows, self.bos, device)
         with adapter(self.backbone, DECOMPRESSOR):
             while bool((rank_B < count_B).any()):
-                e_BD = e_BCD[torch.arange(rows, device=device), rank_B.clamp(max=longest - 1)]
-                x_BD = spine.embed(token_B) + self.told(e_BD, place_B).to(self.dtype)
-                position_B1 = torch.full((rows, 1), len(written), device=device)
-                h_BD = self._next(spine, x_BD.unsqueeze(1), position_B1, cache)
-                token_B = self._voted(spine, h_BD, e_BD, place_B).argmax(-1)
-                written.append(torch.where(rank_B < count_B, token_B, NULL))
+                width = found.width
+                e_BD = e_BCD[row_B, rank_B.clamp(max=longest - 1)]
+                e_nD, place_n = e_BD.repeat_interleave(width, 0), place_B.repeat_interleave(width)
+                x_nD = spine.embed(found.token_Bw.flatten()) + self.told(e_nD, place_n).to(self.dtype)
+                position_n1 = torch.full((rows * width, 1), position, device=device)
+                h_nD = self._next(spine, x_nD.unsqueeze(1), position_n1, cache)
+                came_n = found.go_on(self._voted(spine, h_nD, e_nD, place_n), rank_B < count_B, beams or config.beams)
+                if came_n is not None:
+                    cache.batch_select_indices(came_n)
+                position += 1
                 ends_B = place_B + 1 >= self.reader.length(self.codes.normalise(e_BD))
                 rank_B, place_B = rank_B + ends_B, torch.where(ends_B, 0, place_B + 1)
-        return [row[row != NULL].tolist() for row in torch.stack(written, 1)]
+        return found.best()
 
     def _next(self, spine: Spine, x_B1D: Tensor, position_B1: Tensor, cache: DynamicCache) -> Tensor:
         """(B, D) last states of one more position."""

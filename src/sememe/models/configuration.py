@@ -135,18 +135,25 @@ class OnlineConfig(ConceptConfig):
                               "token, or none for no limit. try: shallow_window=256")
 
 
+CONTENTS = ("bins", "news")
+
+
 class CompressorConfig(ConceptConfig):
     """Text → concepts → text (docs/concepts.md).
 
     Args:
+        content: what codes stand for: `bins`, which of the words that the base takes for one another stand there
+            (`concepts/bins.py`), or `news`, what the words' embeddings add to what is foretold (`concepts/news.py`).
         depth: layers that the compressor reads a text with; None for all.
         continuation_share: of the loss: going on from the concepts of a text's first half, instead of writing the text again.
+        beams: texts that are kept beside each other while one is written from its concepts.
     """
 
     model_type = "sememe-compressor"
 
-    def __init__(self, text_config=None, depth: int | None = None, continuation_share: float = 0.0, **kwargs):
-        self.depth, self.continuation_share = depth, continuation_share
+    def __init__(self, text_config=None, depth: int | None = None, continuation_share: float = 0.0, content: str = "bins",
+                 beams: int = 4, **kwargs):
+        self.depth, self.continuation_share, self.content, self.beams = depth, continuation_share, content, beams
         super().__init__(text_config=text_config, **kwargs)
 
     def check(self) -> None:
@@ -159,6 +166,13 @@ class CompressorConfig(ConceptConfig):
         if 2 * (self.max_tail + 1) > width:
             raise RecipeError(f"max_tail = {self.max_tail}: of a compressor's {width} coordinates each length takes one, need at "
                               f"most {width // 2 - 1}. try: max_tail={min(16, width // 2 - 1)}")
+        if self.content not in CONTENTS:
+            raise RecipeError(f"content = {self.content!r}: need one of {', '.join(CONTENTS)}. try: content={CONTENTS[0]}")
+        if self.content == "bins" and self.num_concepts <= self.max_tail:
+            raise RecipeError(f"num_concepts = {self.num_concepts} with max_tail = {self.max_tail}: need a code for each length, "
+                              f"at least {self.max_tail + 1}. try: max_tail={self.num_concepts - 1}, or content=news")
+        if self.beams < 1:
+            raise RecipeError(f"beams = {self.beams}: need at least 1, the likeliest word each time. try: beams=4")
         if not 0 <= self.continuation_share <= 1:
             raise RecipeError(f"continuation_share = {self.continuation_share}: need a share of the loss in [0, 1]. "
                               "try: continuation_share=0.5")

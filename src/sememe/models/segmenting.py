@@ -22,7 +22,6 @@ from sememe.backbone.split import Rope, Spine
 from sememe.concepts.gate import GateState
 from sememe.concepts.lengths import REMEMBERED, Lengths
 from sememe.concepts.masks import allow
-from sememe.concepts.news import turn
 from sememe.concepts.quantise import quantise
 from sememe.concepts.segments import packing
 from sememe.models.writing import Reading, Step
@@ -119,8 +118,9 @@ class Segmenting:
             with torch.autocast(state_BD.device.type, enabled=False):
                 n_B = self._length(segmenter.lengths(state_BD), cursor_B, total_B, len(kept), tilt, draw)
                 kept.append((cursor_B, n_B, code_BD, state_BD))
-                turned_BND = turn(news_BSD[row_B.unsqueeze(1), _inside(at_B1 + place_N, step)], place_N)
-                h_BD = (turned_BND * (place_N < n_B.unsqueeze(1)).unsqueeze(-1)).sum(1)
+                row_B1, at_BN = row_B.unsqueeze(1), _inside(at_B1 + place_N, step)
+                said_BND = self.said(news_BSD[row_B1, at_BN], step.ids_BT[row_B1, at_BN], place_N, n_B.unsqueeze(1))
+                h_BD = (said_BND * (place_N < n_B.unsqueeze(1)).unsqueeze(-1)).sum(1)
                 code_BD = self._code(self.marked(h_BD + codes.scale.float() * segmenter.adds(state_BD), n_B))
             cursor_B = torch.where(cursor_B <= total_B, cursor_B + n_B, cursor_B)
         self.train(was_training)

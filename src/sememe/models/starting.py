@@ -144,6 +144,7 @@ class Starting:
         for ids_BT in self.opened(ids_NT.to(self.device)).split(max(1, tokens // ids_NT.shape[1])):
             h_BTD = spine.embed(ids_BT)
             step = self._step(spine, h_BTD, None, None, None)
+            step.ids_BT = ids_BT
             yield step, self._shallow(spine, h_BTD, step)
         self.train(was_training)
 

@@ -32,6 +32,7 @@ class Step:
     padded: bool
     cache: ConceptCache | None
     written_before: np.ndarray  # (B,) concepts already in the cache
+    ids_BT: Tensor | None = None  # where a text is read again by a compressor
 
 
 @dataclass

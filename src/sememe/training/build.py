@@ -27,7 +27,8 @@ def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
         "lora_dropout": recipe.lora.dropout,
     }
     if recipe.system == "compressor":
-        config = CompressorConfig(depth=recipe.depth, continuation_share=recipe.continuation_share, **shared, **_concepts(recipe))
+        config = CompressorConfig(depth=recipe.depth, continuation_share=recipe.continuation_share, content=recipe.content,
+                                  **shared, **_concepts(recipe))
     elif recipe.system == "planner":
         plan = recipe.plan
         config = PlannerConfig(

@@ -38,8 +38,12 @@ class Schedule(TrainerCallback):
         model.config.rate, model.config.quantise = self._at(step)
         if model.config.quantise > 0 and (step == 0 or self._at(step - 1)[1] == 0):
             found = model.start_codes(self.calibration_NT, self.recipe.seed)
-            self.say(f"codebook: k-means of {found['states']:.0f} shallow states leaves {found['variance_left']:.0%} of "
-                     "their variance")
+            if "variance_left" in found:
+                self.say(f"codebook: k-means of {found['states']:.0f} shallow states leaves {found['variance_left']:.0%} of "
+                         "their variance")
+            else:
+                self.say(f"codebook: {found['codes']:.0f} codes spell bins of words; untrained, {found['vote_nll']:.2f} nats a token "
+                         "are left to guess")
             if args.world_size > 1:  # equal on equal machines; made sure of on others
                 for value in (*model.head.state_dict().values(), *model.codes.state_dict().values()):
                     torch.distributed.broadcast(value, 0)
