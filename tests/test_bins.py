@@ -32,7 +32,7 @@ def test_codes_are_shared_out_among_lengths_and_places(codes, lengths, rate, eve
 
 
 def test_two_words_share_all_codes_where_all_segments_are_pairs():
-    assert allot(4096, 2, 0.5, True)[1] == 4080 and radices(4096, 2, True) == [64, 64]
+    assert allot(4096, 2, 0.5, True) == [64, 4032] and radices(4032, 2, True) == [63, 64] and radices(4096, 2, True) == [64, 64]
     assert np.argmax(allot(4096, 9, 0.25, True)) == 3, "R = 4"
 
 

@@ -85,11 +85,11 @@ def sort_words(rivals: Rivals, bins: int) -> np.ndarray:
 
 def allot(codes: int, lengths: int, rate: float, even: bool) -> list[int]:
     """Codes for each length of a segment, by how many tokens it is expected to cover: `even` ones are 1 / rate long, others end
-    anywhere with the same chance. Each length has some."""
+    anywhere with the same chance. Each length has some, for a dial that is moved."""
     n = np.arange(1, lengths + 1)
     share = np.clip(1 - np.abs(n - 1 / rate), 0, 1) if even else n * rate * (1 - rate) ** (n - 1)
     share = share if share.sum() > 0 else np.ones(lengths)
-    least = max(1, min(codes // 256, codes // (2 * lengths)))
+    least = max(1, min(codes // 64, codes // (2 * lengths)))
     return [least + int((codes - lengths * least) * x) for x in share / share.sum()]
 
 
