@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from families import move, text, tiny_base
+from sememe.backbone.split import Spine
 from sememe.concepts.bins import Confusion, WordBins, allot, radices, sort_words
 from sememe.concepts.quantise import quantise
 from sememe.errors import RecipeError
@@ -135,7 +136,7 @@ def written(step_logits: list, most: int, ends: list[int]) -> list[list[int]]:
         width = found.width
         logits_nV = tables_BVV.repeat_interleave(width, 0)[torch.arange(rows * width), found.token_Bw.flatten()]
         before = found.token_Bw.clone()
-        came = found.go_on(logits_nV, torch.tensor([place < end for end in ends]), most)
+        came = found.go_on(logits_nV.log_softmax(-1), torch.tensor([place < end for end in ends]), most)
         if came is None:
             assert most == 1
         else:
@@ -168,20 +169,18 @@ def test_a_search_finds_likelier_texts_than_the_likeliest_word_each_time():
     model, ids = tiny(num_concepts=32), text(8, 24, seed=3)
     concepts = model.compress(ids)
 
-    def log_p(rows: list[list[int]]) -> torch.Tensor:
-        """What the decompressor gives each text, its codes given."""
-        words = torch.tensor(rows)
+    def score(rows: list[list[int]]) -> torch.Tensor:
+        """Of each text: log p of its words by themselves, and the votes of its codes."""
+        words, spine = torch.tensor(rows), Spine(model.backbone)
         with torch.no_grad():
             made = model.encode(ids)
             made.ids_BS = model.opened(words)
-            logits = model._heard(model_spine(model), made)()[:, :-1]
-        return logits.log_softmax(-1).gather(-1, words.unsqueeze(-1)).sum((1, 2))
+            e_BTD = made.e_BCD.gather(1, made.rank_BT.unsqueeze(-1).expand(-1, -1, made.e_BCD.shape[-1]))
+            x_BTD = spine.embed(made.ids_BS[:, :-1]) + model.told(e_BTD, made.place_BT)
+            h_BTD = model._decompressor(spine, x_BTD, torch.arange(x_BTD.shape[1]).expand(x_BTD.shape[:2]))
+            foreseen, votes = model._foreseen(spine, h_BTD, e_BTD, made.place_BT)
+            torch.testing.assert_close(foreseen + votes, model._heard(spine, made)()[:, :-1], atol=1e-5, rtol=1e-5)
+        return (foreseen.log_softmax(-1) + votes).gather(-1, words.unsqueeze(-1)).sum((1, 2))
 
-    found = {beams: log_p(model.decompress(concepts, beams)) for beams in (1, 8)}
+    found = {beams: score(model.decompress(concepts, beams)) for beams in (1, 8)}
     assert float((found[8] - found[1]).mean()) > 0.05 and (found[8] >= found[1] - 1e-4).float().mean() > 0.7
-
-
-def model_spine(model):
-    from sememe.backbone.split import Spine
-
-    return Spine(model.backbone)

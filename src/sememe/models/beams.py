@@ -10,7 +10,7 @@ NOTHING = -1  # behind a row's end
 
 
 class Beams:
-    """Beam search without lengths: what is written is as long for all beams of a row, so that sums of log p can be compared."""
+    """Beam search without lengths: what is written is as long for all beams of a row, so that sums of scores can be compared."""
 
     def __init__(self, rows: int, first: int, device):
         self.token_Bw = torch.full((rows, 1), first, device=device)
@@ -21,13 +21,13 @@ class Beams:
     def width(self) -> int:
         return self.token_Bw.shape[1]
 
-    def go_on(self, logits_nV: Tensor, open_B: Tensor, most: int) -> Tensor | None:
-        """Writes one more token to each row that is `open_B` and keeps its `most` best beams. Returns (n,) which beam each went on
-        from, None where all went on as they were."""
+    def go_on(self, score_nV: Tensor, open_B: Tensor, most: int) -> Tensor | None:
+        """Writes one more token to each row that is `open_B` and keeps its `most` best beams by the sums of their (n, V) scores.
+        Returns (n,) which beam each went on from, None where all went on as they were."""
         rows, width = self.token_Bw.shape
-        log_p_BwV = logits_nV.float().log_softmax(-1).view(rows, width, -1)
-        each = min(most, log_p_BwV.shape[-1])
-        top_Bwk, token_Bwk = log_p_BwV.topk(each, -1)
+        score_BwV = score_nV.view(rows, width, -1)
+        each = min(most, score_BwV.shape[-1])
+        top_Bwk, token_Bwk = score_BwV.topk(each, -1)
         shut_B11 = ~open_B[:, None, None]
         top_Bwk = top_Bwk.masked_fill(shut_B11, -torch.inf)
         top_Bwk[..., 0].masked_fill_(shut_B11[..., 0], 0.0)  # a row that has ended keeps its beams

@@ -264,11 +264,16 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
 
     def _voted(self, spine: Spine, h: Tensor, e: Tensor, place: Tensor) -> Tensor:
         """(…, V) logits from last states (…, D), concept states and places."""
+        foreseen, votes = self._foreseen(spine, h, e, place)
+        return foreseen if votes is None else foreseen + votes
+
+    def _foreseen(self, spine: Spine, h: Tensor, e: Tensor, place: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The two parts of these logits: what the words before say, and the votes where they are for bins."""
         x = self.codes.normalise(e).to(self.reader.vote.weight.dtype)
         vote, h = self.reader.votes(x, place), spine.decoder.norm(h)
         if self.bins is None:
-            return spine.base.lm_head(h + vote.to(h.dtype))
-        return spine.base.lm_head(h) + self.bins.votes(vote, place, self.reader.length(x)).to(h.dtype)
+            return spine.base.lm_head(h + vote.to(h.dtype)), None
+        return spine.base.lm_head(h), self.bins.votes(vote, place, self.reader.length(x)).to(h.dtype)
 
     def _heard(self, spine: Spine, made: Encoded) -> Callable[[], Tensor]:
         """The decompressor over a text, as what makes its logits (B, S, V): votes may be weighed anew."""
@@ -384,7 +389,11 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
                 x_nD = spine.embed(found.token_Bw.flatten()) + self.told(e_nD, place_n).to(self.dtype)
                 position_n1 = torch.full((rows * width, 1), position, device=device)
                 h_nD = self._next(spine, x_nD.unsqueeze(1), position_n1, cache)
-                came_n = found.go_on(self._voted(spine, h_nD, e_nD, place_n), rank_B < count_B, beams or config.beams)
+                # A word that fits its bin after a wrong one is as good as any other there, but was not to be foreseen: votes are
+                # added to log p, not to what is normed over.
+                foreseen_nV, votes_nV = self._foreseen(spine, h_nD, e_nD, place_n)
+                score_nV = foreseen_nV.float().log_softmax(-1) + (0.0 if votes_nV is None else votes_nV)
+                came_n = found.go_on(score_nV, rank_B < count_B, beams or config.beams)
                 if came_n is not None:
                     cache.batch_select_indices(came_n)
                 position += 1
