@@ -18,8 +18,8 @@ BOUNDARIES = (*ONLINE, "autoregressive")
 
 def tiny_compressor(family: str = "llama", attention: str = "sdpa", **changes) -> CompressorForCausalLM:
     base = tiny_base(family, attention=attention)
-    settings = {"rate": 0.5, "max_tail": 5, "num_concepts": 16, "head": "nearest", "base": "tiny", "lora_rank": 4, "content": "news",
-                "beams": 1}
+    settings = {"rate": 0.5, "max_tail": 5, "num_concepts": 16, "head": "nearest", "base": "tiny", "lora_rank": 4,
+                "content": "news", "beams": 1}
     config = CompressorConfig(text_config=base.config, **{**settings, **changes})
     config._attn_implementation = attention
     model = CompressorForCausalLM(config, base)

@@ -40,8 +40,8 @@ def compress(model, texts: str | Iterable[str], *, window: int | None = None, ba
         return compress_texts(use, [texts] if isinstance(texts, str) else list(texts), window, batch, None, progress)[0]
 
 
-def decompress(model, codes: Codes | str | Path, *, batch: int = 16, beams: int | None = None, base: str | None = None, tokenizer=None,
-               progress: bool = False) -> list[str]:
+def decompress(model, codes: Codes | str | Path, *, batch: int = 16, beams: int | None = None, base: str | None = None,
+               tokenizer=None, progress: bool = False) -> list[str]:
     """The texts that `codes`, or a file of them, are read as. Arguments as in `compress`; `beams`: texts that are kept beside
     each other while one is written; default: as the model has it.
 

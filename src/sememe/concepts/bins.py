@@ -94,8 +94,8 @@ def allot(codes: int, lengths: int, rate: float, even: bool) -> list[int]:
 
 
 def radices(codes: int, places: int, even: bool) -> list[int]:
-    """Bins at each of the places of a segment, with a product of at most `codes`. Where segments are not `even`, they end at a word
-    that is hard to foretell: it has twice the bits of another."""
+    """Bins at each of the places of a segment, with a product of at most `codes`. Where segments are not `even`, they end at a
+    word that is hard to foretell: it has twice the bits of another."""
     weight = [1.0] * (places - 1) + [1.0 if even else 2.0]
     found = [max(1, int(codes ** (w / sum(weight)) + 1e-9)) for w in weight]
     for i in reversed(range(places)):
@@ -137,7 +137,8 @@ class WordBins(nn.Module):
         return turn(vector * (kind >= 0).unsqueeze(-1), place)
 
     def votes(self, x: Tensor, place: Tensor, length: Tensor) -> Tensor:
-        """(…, V): 1 for each word in the bin that a segment's vector (…, D), turned back by the place, names; near 0 for others."""
+        """(…, V): 1 for each word in the bin that a segment's vector (…, D), turned back by the place, names; near 0 for all
+        others."""
         x_nD, kind_n = x.flatten(0, -2), self._kind(place, length).flatten()
         parts, rows = [], []
         for kind in kind_n.unique().tolist():

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sememe.errors import DataError
 from sememe.evaluation.baselines import base_nll
-from sememe.models.compressor import CompressorForCausalLM, Encoded
+from sememe.models.compressor import CompressorForCausalLM
+from sememe.models.decompressing import Encoded
 
 LONGEST = 16  # tokens of an answer; it ends with its line
 LINE = '{"context": "…", "question": "…", "answers": ["…"]}'

@@ -9,12 +9,12 @@ of writing it, the concepts stand ahead of the new words, each at the place that
 Suffixes as in `concepts`; S = 1 + T counts the BOS.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -22,22 +22,22 @@ from transformers.utils.generic import can_return_tuple
 from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.bins import Confusion, WordBins
+from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.codebook import SHARPNESS, ConceptEmbedding
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.gate import RateGate
 from sememe.concepts.head import HEADS
-from sememe.concepts.masks import Lane
 from sememe.concepts.news import Foretold, turn
 from sememe.concepts.reader import SegmentReader
 from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
-from sememe.models.beams import Beams
 from sememe.models.configuration import CompressorConfig
+from sememe.models.decompressing import DECOMPRESSOR, Decompressing, Encoded, places
 from sememe.models.segmenting import Segmenter, Segmenting
 from sememe.models.starting import Starting
-from sememe.models.writing import NULL, Reading, Step, Writing, all_concepts
+from sememe.models.writing import NULL, Step, Writing, all_concepts
 
-COMPRESSOR, DECOMPRESSOR = "compressor", "decompressor"
+COMPRESSOR = "compressor"
 VOTES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # logits that the mean word's own news may give it, at the start
 
 
@@ -49,36 +49,7 @@ class CompressorOutput(CausalLMOutputWithPast):
     term: Tensor | None = None
 
 
-@dataclass
-class Encoded:
-    """What the compressor made of (B, T) texts. The BOS is concept 0 of each row; it carries nothing and is not counted."""
-
-    read: Reading
-    e_BCD: Tensor
-    ids_BC: Tensor
-    ids_BS: Tensor  # the BOS and the text
-    valid_BS: Tensor
-    term: Tensor | None
-
-    @property
-    def rank_BT(self) -> Tensor:
-        """Which concept covers each token: the first that is written at it or behind it; some concept on padding."""
-        return self.read.written_BT.cumsum(1)[:, :-1].clamp(max=self.e_BCD.shape[1] - 1)
-
-    @property
-    def place_BT(self) -> Tensor:
-        """Places of the tokens in their segments, from 0; 0 on padding."""
-        return places(self.read.written_BT)[:, 1:].masked_fill(~self.valid_BS[:, 1:], 0)
-
-
-def places(written_BS: Tensor) -> Tensor:
-    """(B, S) places in their segments, from 0, of what stands where a concept is written and behind the one before."""
-    at_BS = torch.arange(written_BS.shape[1], device=written_BS.device).expand(written_BS.shape)
-    last_BS = torch.where(written_BS, at_BS, 0).cummax(1).values
-    return torch.cat([torch.zeros_like(at_BS[:, :1]), (at_BS - last_BS)[:, :-1]], 1)
-
-
-class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
+class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, AdaptedModel):
     """The base with two adapters, and a head, codes and gate between them."""
 
     config_class = CompressorConfig
@@ -104,8 +75,14 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
 
     def add_adapters(self) -> None:
         config = self.config
-        for name, last in ((COMPRESSOR, config.depth), (DECOMPRESSOR, None)):
+        for name, last in ((COMPRESSOR, config.depth), (DECOMPRESSOR, None))[0 if self.reads else 1 :]:
             add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_first, last, name)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the compressor asks the base about a text at all: not where codes spell bins of segments with fixed ends."""
+        boundary = BOUNDARIES[self.config.boundary]
+        return self.config.content == "news" or boundary.scored or boundary.offline
 
     def merged(self):
         """Raises CheckpointError: two adapters cannot be folded into one base."""
@@ -119,9 +96,8 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         return torch.cat([torch.full_like(ids_BT[:, :1], self.bos), ids_BT], 1)
 
     def _shallow(self, spine: Spine, h_BSD: Tensor, step: Step) -> Tensor:
-        """What each token says that the texts before it, read by the compressor, did not foretell; nobody asks for it where codes
-        spell bins and segments end at fixed places."""
-        if self.bins is not None and not self.gate.boundary.scored:
+        """What each token says that the texts before it, read by the compressor, did not foretell."""
+        if not self.reads:
             return h_BSD.float()
         return self._news(h_BSD, self._contextual(spine, h_BSD, step))
 
@@ -172,17 +148,22 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
         is told."""
         spine, states, words = Spine(self.backbone), [], []
         taken = None if self.bins is None else Confusion(self.bins.bin_LV.shape[1])
-        for ids_BT in ids_NT.to(self.device).split(max(1, 1024 // ids_NT.shape[1])):
+        parts = ids_NT.to(self.device).split(max(1, 1024 // ids_NT.shape[1]))
+        for ids_BT in tqdm(parts, desc="what the base foresees", unit="batch", disable=None, leave=False):  # None: off in pipes
             h_BSD = spine.embed(self.opened(ids_BT))
-            states.append(self._contextual(spine, h_BSD, self._step(spine, h_BSD, None, None, None)))
             words.append(h_BSD.float())
+            if self.reads:
+                states.append(self._contextual(spine, h_BSD, self._step(spine, h_BSD, None, None, None)))
             if taken is not None:
                 log_p_BTV = self.backbone(input_ids=self.opened(ids_BT), use_cache=False).logits[:, :-1].float().log_softmax(-1)
                 taken.add(log_p_BTV.flatten(0, 1), ids_BT.flatten())
         if taken is not None:
             self.bins.start(taken.rivals())
-        seen_NSD, embed_NSD = torch.cat(states), torch.cat(words)
+        embed_NSD = torch.cat(words)
         self.reader.start(float(embed_NSD[:, 1:].square().mean().sqrt()))
+        if not self.reads:
+            return super().start_frame(ids_NT, rate, embed_NSD)
+        seen_NSD = torch.cat(states)
         found = {"foretold": self.foretold.start(seen_NSD[:, :-1].flatten(0, 1), embed_NSD[:, 1:].flatten(0, 1))}
         return found | super().start_frame(ids_NT, rate, self._news(embed_NSD, seen_NSD))
 
@@ -248,42 +229,6 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
             e_BCD = e_BCD + (p_BC1 - p_BC1.detach()) * (e_BCD - self.codes.mean).detach()
         return Encoded(read, e_BCD, ids_BC, ids_BS, step.valid_BT, term)
 
-    # ---- the decompressor ----
-
-    def _decompressor(self, spine: Spine, x_BnD: Tensor, position_Bn: Tensor, valid_Bn: Tensor | None = None) -> Tensor:
-        """Last states (B, n, D) over inputs (B, n, D)."""
-        valid_Bn = torch.ones_like(position_Bn, dtype=torch.bool) if valid_Bn is None else valid_Bn
-        lane = all_concepts(position_Bn, valid_Bn)
-        with adapter(self.backbone, DECOMPRESSOR):
-            return spine.run(0, len(spine), x_BnD, position_Bn, spine.rope(x_BnD, position_Bn),
-                             self._mask(lane, lane, bool(valid_Bn.all())))
-
-    def told(self, e: Tensor, place: Tensor) -> Tensor:
-        """(…, D) concept states and (…,) places in their segments → (…, D), added to the embedding of the token before."""
-        return self.reader(self.codes.normalise(e).to(self.reader.state.weight.dtype), place)
-
-    def _voted(self, spine: Spine, h: Tensor, e: Tensor, place: Tensor) -> Tensor:
-        """(…, V) logits from last states (…, D), concept states and places."""
-        foreseen, votes = self._foreseen(spine, h, e, place)
-        return foreseen if votes is None else foreseen + votes
-
-    def _foreseen(self, spine: Spine, h: Tensor, e: Tensor, place: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The two parts of these logits: what the words before say, and the votes where they are for bins."""
-        x = self.codes.normalise(e).to(self.reader.vote.weight.dtype)
-        vote, h = self.reader.votes(x, place), spine.decoder.norm(h)
-        if self.bins is None:
-            return spine.base.lm_head(h + vote.to(h.dtype)), None
-        return spine.base.lm_head(h), self.bins.votes(vote, place, self.reader.length(x)).to(h.dtype)
-
-    def _heard(self, spine: Spine, made: Encoded) -> Callable[[], Tensor]:
-        """The decompressor over a text, as what makes its logits (B, S, V): votes may be weighed anew."""
-        e_BTD = made.e_BCD.gather(1, made.rank_BT.unsqueeze(-1).expand(-1, -1, made.e_BCD.shape[-1]))
-        x_BTD = self.told(e_BTD, made.place_BT).to(made.e_BCD.dtype)
-        x_BSD = spine.embed(made.ids_BS) + F.pad(x_BTD, (0, 0, 0, 1))  # nothing is told of what comes behind the text
-        position_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device).expand(x_BSD.shape[:2])
-        h_BSD = self._decompressor(spine, x_BSD, position_BS)
-        return lambda: self._voted(spine, h_BSD, F.pad(e_BTD, (0, 0, 0, 1)), F.pad(made.place_BT, (0, 1)))
-
     @can_return_tuple
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
                 ablation: str | None = None, **kwargs) -> CompressorOutput:
@@ -321,90 +266,8 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, AdaptedModel):
             loss = loss + term
         return CompressorOutput(loss=loss, logits=logits_BSV[:, 1:], concept_ids=ids_BS[:, 1:], term=term)
 
-    def concept_places(self, concepts: int) -> Tensor:
-        """(C,) where concepts stand that a text goes on from: the places that the rate gives them, which ids alone tell."""
-        return torch.round((torch.arange(concepts, device=self.device) + 1) / self.config.rate).long()
-
-    def _continuation_loss(self, spine: Spine, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """Nats per token of the second half of each text, given the concepts of the first."""
-        half = ids_BT.shape[1] // 2
-        logits_BTV = self.continuation_logits(self.encode(ids_BT[:, :half]), ids_BT[:, half:])
-        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT[:, half:].flatten())
-
-    def continuation_logits(self, made: Encoded | None, ids_BT: Tensor) -> Tensor:
-        """(B, T, V) logits of each of the (B, T) tokens, given those before it and the concepts of what came before them
-        (None: nothing did)."""
-        spine = Spine(self.backbone)
-        x_BTD = spine.embed(self.opened(ids_BT)[:, :-1])
-        position_Bn = torch.arange(x_BTD.shape[1], device=self.device).expand(x_BTD.shape[:2])
-        valid_Bn = None
-        if made is not None:
-            e_BCD, coded_BC = made.e_BCD[:, 1:], made.read.coded_BC[:, 1:]
-            place_BC = self.concept_places(e_BCD.shape[1]).expand(coded_BC.shape)
-            c_BCD = self.told(e_BCD, torch.zeros_like(place_BC)).to(x_BTD.dtype)
-            ahead_B1 = place_BC.gather(1, (coded_BC.sum(1, keepdim=True) - 1).clamp(min=0))
-            # The BOS stays the first of all, an attention sink; the concepts stand behind it, the new words behind them.
-            x_BTD = torch.cat([x_BTD[:, :1], c_BCD, x_BTD[:, 1:]], 1)
-            position_Bn = torch.cat([position_Bn[:, :1], place_BC, position_Bn[:, 1:] + ahead_B1], 1)
-            real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-            valid_Bn = torch.cat([real_BT[:, :1], coded_BC, real_BT[:, 1:]], 1)
-        h_BnD = self._decompressor(spine, x_BTD, position_Bn, valid_Bn)
-        if made is not None:  # the first new token is predicted where the concepts end
-            count_B1 = made.read.coded_BC[:, 1:].sum(1, keepdim=True)
-            first_B1D = h_BnD.gather(1, count_B1.unsqueeze(-1).expand(-1, -1, h_BnD.shape[-1]))
-            h_BnD = torch.cat([first_B1D, h_BnD[:, made.e_BCD.shape[1] :]], 1)
-        return spine.logits(h_BnD)
-
-    # ---- use ----
-
     @torch.no_grad()
     def compress(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
         """The concept ids of each row, each below K^G; padding stands on the right."""
         made = self.encode(ids_BT.to(self.device), attention_mask)
         return [ids[coded].tolist() for ids, coded in zip(made.ids_BC, made.read.coded_BC, strict=True)]
-
-    @torch.no_grad()
-    def decompress(self, concepts: list[list[int]], beams: int | None = None) -> list[list[int]]:
-        """The token ids that each row's concept ids are read as, the likeliest that a search with so many beams finds (None: as
-        configured); cached, all rows at once. A row without concepts is an empty text. Raises CheckpointError for an id that this model has no code for."""
-        spine, config, rows = Spine(self.backbone), self.config, len(concepts)
-        most = config.num_concepts**config.codes_per_concept
-        wrong = [i for ids in concepts for i in ids if not 0 <= i < most]
-        if wrong:
-            raise CheckpointError(f"concept id {wrong[0]}: need ids from 0 to {most - 1}, as this model writes them. "
-                                  "try: the model that compressed the text")
-        longest, device = max(map(len, concepts), default=0), self.device
-        if longest == 0:
-            return [[] for _ in concepts]
-        ids_BC = torch.tensor([ids + [0] * (longest - len(ids)) for ids in concepts], device=device)
-        e_BCD, count_B = self.codes(ids_BC), torch.tensor([len(ids) for ids in concepts], device=device)
-        cache, row_B, position = DynamicCache(), torch.arange(rows, device=device), 0
-        rank_B, place_B = torch.zeros_like(count_B), torch.zeros_like(count_B)
-        found = Beams(rows, self.bos, device)
-        with adapter(self.backbone, DECOMPRESSOR):
-            while bool((rank_B < count_B).any()):
-                width = found.width
-                e_BD = e_BCD[row_B, rank_B.clamp(max=longest - 1)]
-                e_nD, place_n = e_BD.repeat_interleave(width, 0), place_B.repeat_interleave(width)
-                x_nD = spine.embed(found.token_Bw.flatten()) + self.told(e_nD, place_n).to(self.dtype)
-                position_n1 = torch.full((rows * width, 1), position, device=device)
-                h_nD = self._next(spine, x_nD.unsqueeze(1), position_n1, cache)
-                # A word that fits its bin after a wrong one is as good as any other there, but was not to be foreseen: votes are
-                # added to log p, not to what is normed over.
-                foreseen_nV, votes_nV = self._foreseen(spine, h_nD, e_nD, place_n)
-                score_nV = foreseen_nV.float().log_softmax(-1) + (0.0 if votes_nV is None else votes_nV)
-                came_n = found.go_on(score_nV, rank_B < count_B, beams or config.beams)
-                if came_n is not None:
-                    cache.batch_select_indices(came_n)
-                position += 1
-                ends_B = place_B + 1 >= self.reader.length(self.codes.normalise(e_BD))
-                rank_B, place_B = rank_B + ends_B, torch.where(ends_B, 0, place_B + 1)
-        return found.best()
-
-    def _next(self, spine: Spine, x_B1D: Tensor, position_B1: Tensor, cache: DynamicCache) -> Tensor:
-        """(B, D) last states of one more position."""
-        place_1S = torch.arange(int(position_B1[0, 0]) + 1, device=x_B1D.device)[None]
-        key = all_concepts(place_1S, torch.ones_like(place_1S, dtype=torch.bool))
-        query = Lane(*(field[:, -1:] for field in key))
-        mask = self._mask(query, key, free=True)
-        return spine.run(0, len(spine), x_B1D, position_B1, spine.rope(x_B1D, position_B1), mask, cache)[:, 0]

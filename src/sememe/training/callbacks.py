@@ -42,8 +42,8 @@ class Schedule(TrainerCallback):
                 self.say(f"codebook: k-means of {found['states']:.0f} shallow states leaves {found['variance_left']:.0%} of "
                          "their variance")
             else:
-                self.say(f"codebook: {found['codes']:.0f} codes spell bins of words; untrained, {found['vote_nll']:.2f} nats a token "
-                         "are left to guess")
+                self.say(f"codebook: {found['codes']:.0f} codes spell bins of words, which leave {found['vote_nll']:.2f} nats a "
+                         "token to guess")
             if args.world_size > 1:  # equal on equal machines; made sure of on others
                 for value in (*model.head.state_dict().values(), *model.codes.state_dict().values()):
                     torch.distributed.broadcast(value, 0)

@@ -146,8 +146,8 @@ class Recipe(Strict):
     """Codes of `online` are read from the mean of the segment's tail too, by a map that is trained; not with boundary: threshold.
     Those of a `compressor` always stand for all of their segment."""
     content: Literal["bins", "news"] = "bins"
-    """What codes of a `compressor` stand for. `bins`: which of the words that the base takes for one another it is, to write a text
-    again; `news`: what words add to what was foretold, words that mean alike together."""
+    """What codes of a `compressor` stand for. `bins`: which of the words that the base takes for one another it is, to write a
+    text again; `news`: what words add to what was foretold, words that mean alike together."""
     depth: int | None = Field(None, ge=1)
     """Layers that a `compressor` reads a text with; none: all."""
     continuation_share: float = Field(0.0, ge=0, le=1)
