@@ -26,7 +26,8 @@ from sememe.training.run import train
 BASELINES = ("control", "skip")
 _CONCEPTS = dict.fromkeys((
     "rate", "max_tail", "head", "boundary", "num_concepts", "codes_per_concept", "shared_map", "gate_noise", "concept_dropout",
-    "code_temperature", "gumbel", "estimator", "usage_weight", "commitment_weight", "revive_every", "distil", "anchor",
+    "code_temperature", "gumbel", "estimator", "usage_weight", "commitment_weight", "revive_every", "distil", "anchor", "pool",
+    "content", "depth", "continuation_share",
 ), True) | {"schedule": {"rate", "quantise"}, "lora": {"shallow"}}
 _MIDDLE = dict.fromkeys(("split", "bridge", "concept_learning_rate", "calibration_tokens"), True)
 NOT_READ: dict[str, dict[str, Any]] = {"skip": _CONCEPTS, "control": _CONCEPTS | _MIDDLE}
