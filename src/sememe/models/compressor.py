@@ -69,7 +69,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, Adapte
         self.reader = SegmentReader(width, config.max_tail + 1)
         vocab, lengths, boundary = self.get_output_embeddings().weight.shape[0], config.max_tail + 1, self.gate.boundary
         self.bins = None if config.content == "news" else WordBins(
-            width, vocab, config.num_concepts, config.codes_per_concept, lengths, config.rate, not boundary.scored)
+            width, vocab, config.num_concepts, config.codes_per_concept, lengths, config.bins_rate, not boundary.scored)
         self.segmenter = Segmenter(width, config.max_tail + 1, config.rate) if self.gate.boundary.offline else None
         self.finish()
 

@@ -147,14 +147,16 @@ class CompressorConfig(ConceptConfig):
         depth: layers that the compressor reads a text with; None for all.
         continuation_share: of the loss: going on from the concepts of a text's first half, instead of writing the text again.
         beams: texts that are kept beside each other while one is written from its concepts.
+        bins_rate: rate that most codes of `bins` are for, wherever the dial stands; None for `rate` as it is now.
     """
 
     model_type = "sememe-compressor"
 
     def __init__(self, text_config=None, depth: int | None = None, continuation_share: float = 0.0, content: str = "bins",
-                 beams: int = 4, **kwargs):
+                 beams: int = 4, bins_rate: float | None = None, **kwargs):
         self.depth, self.continuation_share, self.content, self.beams = depth, continuation_share, content, beams
         super().__init__(text_config=text_config, **kwargs)
+        self.bins_rate = self.rate if bins_rate is None else bins_rate
 
     def check(self) -> None:
         """Raises RecipeError where a value cannot be run."""
