@@ -121,7 +121,8 @@ def test_saved_and_loaded_it_spells_the_same(base_folder, tmp_path, boundary):
     assert again.compress(ids) == concepts and again.decompress(concepts) == model.decompress(concepts)
     assert model.compress(ids) != model.compress(ids.flip(1))
     slower = AutoModelForCausalLM.from_pretrained(tmp_path / "m", rate=0.25)
-    assert len(slower.compress(ids)[0]) < len(concepts[0]) and torch.equal(slower.bins.bin_LV, model.bins.bin_LV), "a dial moves no bins"
+    assert len(slower.compress(ids)[0]) < len(concepts[0])
+    assert torch.equal(slower.bins.bin_LV, model.bins.bin_LV), "a dial moves no bins"
     adapters = {name for name in ("compressor", "decompressor") for key, _ in model.named_parameters() if f".{name}." in key}
     assert adapters == ({"decompressor"} if boundary == "fixed" else {"compressor", "decompressor"}), "none where nobody reads"
 
