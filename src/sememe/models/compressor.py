@@ -22,7 +22,6 @@ from transformers.utils.generic import can_return_tuple
 from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.bins import Confusion, WordBins
-from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.codebook import SHARPNESS, ConceptEmbedding
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.gate import RateGate
@@ -61,16 +60,16 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, Adapte
     def __init__(self, config: CompressorConfig, backbone=None):
         super().__init__(config, backbone)
         config.check()
-        width = config.text_config.hidden_size
+        width, lengths = config.text_config.hidden_size, config.max_tail + 1
         self.head = HEADS[config.head](width, config.num_concepts, config.codes_per_concept)
         self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept, config.shared_map)
         self.gate = RateGate(config.boundary, width, config.gate_noise)
         self.foretold = Foretold(width)
-        self.reader = SegmentReader(width, config.max_tail + 1)
-        vocab, lengths, boundary = self.get_output_embeddings().weight.shape[0], config.max_tail + 1, self.gate.boundary
+        self.reader = SegmentReader(width, lengths)
         self.bins = None if config.content == "news" else WordBins(
-            width, vocab, config.num_concepts, config.codes_per_concept, lengths, config.bins_rate, not boundary.scored)
-        self.segmenter = Segmenter(width, config.max_tail + 1, config.rate) if self.gate.boundary.offline else None
+            width, len(self.get_output_embeddings().weight), config.num_concepts, config.codes_per_concept, lengths,
+            config.bins_rate, even=not self.gate.boundary.scored)
+        self.segmenter = Segmenter(width, lengths, config.rate) if self.gate.boundary.offline else None
         self.finish()
 
     def add_adapters(self) -> None:
@@ -81,7 +80,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, Adapte
     @property
     def reads(self) -> bool:
         """Whether the compressor asks the base about a text at all: not where codes spell bins of segments with fixed ends."""
-        boundary = BOUNDARIES[self.config.boundary]
+        boundary = self.gate.boundary
         return self.config.content == "news" or boundary.scored or boundary.offline
 
     def merged(self):
