@@ -1,5 +1,7 @@
 """Recipes: every fault is one sentence with got, need, try."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -26,6 +28,13 @@ def test_yaml_null_is_the_null_boundary(recipe_values):
 def test_saved_recipe_reads_back_equal(path):
     recipe = load_recipe(path)
     assert check_recipe(yaml.safe_load(recipe.yaml()), "saved") == recipe
+
+
+@pytest.mark.parametrize("name", ["demo", "smollm2-135m-compressor", "smollm2-135m-planner"])
+def test_what_is_shown_of_a_recipe_is_all_that_matters(name):
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / f"{name}.yaml")
+    shown = yaml.safe_load(recipe.yaml(whole=False))
+    assert check_recipe(shown, "shown") == recipe and ("plan" in shown) == name.endswith("planner")
 
 
 @pytest.mark.parametrize("override, said", [

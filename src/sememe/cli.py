@@ -96,7 +96,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     first = int(os.environ.get("RANK", "0")) == 0
     if first and not same_run(loaded, run):
-        out.print(loaded.yaml(), style="dim", highlight=False)
+        out.print(loaded.yaml(whole=False), style="dim", highlight=False)
     model = run_training(loaded, run, say=out.print if first else lambda line: None)
     if first:
         last = {k: v for line in read_metrics(run / "metrics.jsonl") for k, v in line.items()}

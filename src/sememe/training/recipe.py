@@ -247,8 +247,10 @@ class Recipe(Strict):
         """How its pairs are had; None where it trains on running text."""
         return PairForm.of(self.model_dump())
 
-    def yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    def yaml(self, whole: bool = True) -> str:
+        """As a file. Not `whole`: without the keys that only pairs and plans have, where this recipe has neither."""
+        unused = set() if whole or self.pairs is not None else {"source_length", "target_length", "plan", "em", "curriculum"}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=unused), sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
