@@ -16,7 +16,7 @@ from sememe.backbone.adapters import without_lora
 from sememe.data import token_blocks
 from sememe.errors import DataError
 from sememe.evaluation import baselines, reconstruction
-from sememe.evaluation.continuation import PASSES, continuation, model_nll
+from sememe.evaluation.continuation import PASSES, continuation, model_nll, written_again
 from sememe.evaluation.questions import answer, model_answer, overlap, read_questions
 from sememe.evaluation.reconstruction import continuation_blocks, curve, price, reconstruct, reconstruct_files, shuffled
 from sememe.evaluation.scores import exact_match, longest_common, rouge_l, scores, token_accuracy
@@ -207,6 +207,13 @@ def test_without_zstandard_the_line_says_so(monkeypatch):
 # ---- continuation ----
 
 
+def test_a_text_is_written_again_window_by_window(model, texts):
+    ids = token_blocks([texts[1].read_text()], byte_tokenizer(), 24, limit=72)
+    want = [[x for part in row.split(10) for x in model.decompress(model.compress(part[None]))[0]] for row in ids]
+    assert written_again(model, ids, 10, batch=2) == want != written_again(model, ids)
+    assert written_again(model, ids, 100) == written_again(model, ids) == model.decompress(model.compress(ids))
+
+
 def test_continuation_predicts_the_same_tokens_from_each_context(model, base_folder, texts, monkeypatch):
     monkeypatch.setattr(model.config, "rate", 0.25)  # of the 16 tokens about half as many ids
     base = load_base(base_folder).eval()
@@ -214,7 +221,7 @@ def test_continuation_predicts_the_same_tokens_from_each_context(model, base_fol
     found = continuation(model, base, ids, 16, batch=2, tick=ticks.append)
     assert sum(ticks) == PASSES * ids.numel() and found["predicted"] == 8 * len(ids) == 8 * found["blocks"]
     given = {(one["reader"], one["given"]): one for one in found["given"]}
-    assert len(given) == len(found["given"]) == 7 and all(
+    assert len(given) == len(found["given"]) == 8 and all(
         one["perplexity"] == pytest.approx(math.exp(one["nll"])) for one in found["given"])
     whole, truncated = given["base", "whole context"], given["base", "its last tokens"]
     assert whole["percent_over_whole"] == 0 and whole["length"] == 16
@@ -230,6 +237,10 @@ def test_continuation_predicts_the_same_tokens_from_each_context(model, base_fol
     made = model.continuation_logits(model.encode(ids[:, :16]), ids[:, 16:])
     want = F.cross_entropy(made.flatten(0, 1), ids[:, 16:].flatten())
     assert given["model", "its codes"]["nll"] == pytest.approx(float(want), rel=1e-5)
+    back = [torch.tensor(row[-16:]) for row in model.decompress(model.compress(ids[:, :16]))]
+    read = [baselines.base_nll(base, model.bos, torch.cat([text, row[16:]])[None], 8)
+            for text, row in zip(back, ids, strict=True)]
+    assert given["base", "the decompressed text"]["nll"] == pytest.approx(float(torch.cat(read).mean()), rel=1e-5)
     assert given["model", "codes shuffled"]["nll"] != given["model", "its codes"]["nll"] != given["model", "nothing"]["nll"]
     none = model_nll(model, ids[:, 16:], 0, "nothing")[0]
     assert float(none.mean()) == pytest.approx(given["model", "nothing"]["nll"], rel=1e-5)
@@ -359,7 +370,7 @@ def test_questions_are_asked_of_each_context(model, base_folder, run, texts, tmp
     alone = answer(model, base, tokenizer, asked[:1])["given"][0]["answer_nll"]
     want = base(torch.tensor([[model.bos, *context, *words, *gold]])).logits[0, -len(gold) - 1 : -1]
     assert alone == pytest.approx(float(F.cross_entropy(want, torch.tensor(gold))), rel=1e-5)
-    assert len({one["answer_nll"] for one in found["given"]}) == 5
+    assert len({one["answer_nll"] for one in found["given"]}) == 6
     with pytest.raises(DataError, match="no context of 1 questions fits the 256 places"):
         answer(model, base, tokenizer, asked[1:2])
     printed = sememe("reconstruct", run / "model", "--data", texts[1], "--tokens", 16, "--window", 8, "--context", 0,

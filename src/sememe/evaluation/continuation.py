@@ -11,7 +11,7 @@ from torch import Tensor
 from sememe.evaluation.baselines import base_nll
 from sememe.models.compressor import CompressorForCausalLM
 
-PASSES = 6  # over all tokens: what `continuation` ticks
+PASSES = 7  # over all tokens: what `continuation` ticks
 
 
 @torch.no_grad()
@@ -34,22 +34,39 @@ def model_nll(model: CompressorForCausalLM, ids_NT: Tensor, context: int, given:
     return torch.cat(found), torch.cat(counts).long()
 
 
+def written_again(model: CompressorForCausalLM, ids_NT: Tensor, window: int | None = None, batch: int = 16) -> list[list[int]]:
+    """The (N, T) texts as the model writes them from their concepts, `window` tokens at a time (None: all at once)."""
+    rows: list[list[int]] = [[] for _ in ids_NT]
+    for ids_Nw in ids_NT.split(window or ids_NT.shape[1], 1):
+        for start in range(0, len(rows), batch):
+            texts = model.decompress(model.compress(ids_Nw[start : start + batch]))
+            for row, text in zip(rows[start : start + batch], texts, strict=True):
+                row += text
+    return rows
+
+
 def continuation(model: CompressorForCausalLM, base, ids_NT: Tensor, context: int, batch: int = 4,
-                 tick: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
+                 tick: Callable[[int], None] = lambda n: None, window: int | None = None) -> dict[str, Any]:
     """Perplexity of all tokens of (N, T) blocks but the first `context`, the same tokens in every line.
 
     The truncated context is the last tokens, for each block as many as there are ids, so that both readers are given lists
-    of one length. `percent_over_whole` is what perplexity is above that of the base with the whole context.
+    of one length. The decompressed one is what the model writes from the ids, `window` tokens at a time, for the base to
+    read. `percent_over_whole` is what perplexity is above that of the base with the whole context.
     """
     digits, count = model.config.codes_per_concept, ids_NT.shape[1] - context
     codes, concepts_N = model_nll(model, ids_NT, context, "codes", batch, tick)
     kept_N = (digits * concepts_N).clamp(max=context)
     truncated = [base_nll(base, model.bos, row_T[None, context - kept :], count)
                  for row_T, kept in zip(ids_NT, kept_N.tolist(), strict=True)]
+    again = [ids_NT.new_tensor(row[-context:]) for row in written_again(model, ids_NT[:, :context], window)]
+    decompressed = [base_nll(base, model.bos, torch.cat([text_n, row_T[context:]])[None], count)
+                    for text_n, row_T in zip(again, ids_NT, strict=True)]
+    tick(ids_NT.numel())
     kept, ids = float(kept_N.double().mean()), digits * float(concepts_N.double().mean())
     measured = [
         ("base", "whole context", float(context), base_nll(base, model.bos, ids_NT, count, batch, tick)),
         ("base", "its last tokens", kept, torch.cat(truncated)),
+        ("base", "the decompressed text", sum(map(len, again)) / len(again), torch.cat(decompressed)),
         ("base", "nothing", 0.0, base_nll(base, model.bos, ids_NT[:, context:], count, batch)),
         ("model", "its codes", ids, codes),
         ("model", "codes shuffled", ids, model_nll(model, ids_NT, context, "shuffled", batch, tick)[0]),

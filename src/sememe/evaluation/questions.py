@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sememe.errors import DataError
 from sememe.evaluation.baselines import base_nll
+from sememe.evaluation.continuation import written_again
 from sememe.models.compressor import CompressorForCausalLM
 from sememe.models.decompressing import Encoded
 
@@ -95,9 +96,9 @@ def line_of(tokenizer, ids: list[int]) -> str:
 
 @torch.no_grad()
 def answer(model: CompressorForCausalLM, base, tokenizer, questions: Sequence[Question],
-           tick: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
-    """Exact match, F1, and NLL of the first answer, by what is given of the context. The question is always read as it is;
-    what does not fit the places of the base is left out and counted."""
+           tick: Callable[[int], None] = lambda n: None, window: int | None = None) -> dict[str, Any]:
+    """Exact match, F1, and NLL of the first answer, by what is given of the context, which is decompressed `window` tokens at a
+    time. The question is always read as it is; what does not fit the places of the base is left out and counted."""
     places, digits = model.config.get_text_config().max_position_embeddings, model.config.codes_per_concept
     lines: dict[tuple[str, str], list[tuple[float, float, float, float, int]]] = {}
 
@@ -111,9 +112,11 @@ def answer(model: CompressorForCausalLM, base, tokenizer, questions: Sequence[Qu
         if 1 + len(context) + len(words) + max(len(gold), LONGEST) > places:
             skipped += 1
             continue
-        made = model.encode(torch.tensor([context], device=model.device))
+        context_1T = torch.tensor([context], device=model.device)
+        made, again = model.encode(context_1T), written_again(model, context_1T, window)[0]
         ids = digits * int(made.read.coded_BC.sum())
-        given = {"whole context": context, "its last tokens": context[-ids:], "nothing": []}
+        given = {"whole context": context, "its last tokens": context[-ids:], "the decompressed text": again[-len(context) :],
+                 "nothing": []}
         for name, read in given.items():
             ids_1T = torch.tensor([[*read, *words, *gold]], device=base.device)
             nll = float(base_nll(base, model.bos, ids_1T, len(gold)).sum())

@@ -161,13 +161,14 @@ def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | N
             "samples": [sample(*three, tokenizer) for three in zip(ids_NT[:3].tolist(), rebuilt, concepts, strict=False)],
         }
         if found is not None:
-            result["continuation"] = going_on.continuation(loaded, plain, *found, tick=bar.update)
+            result["continuation"] = going_on.continuation(loaded, plain, *found, tick=bar.update, window=ids_NT.shape[1])
         if other is not None:
             cost = online_cost(other, loaded.bos, found[0], result["continuation"], tick=bar.update)
             result["online"] = {"model": str(online)} | cost
     if asked:
         with tqdm(total=len(asked), desc="questions", unit="question", mininterval=1) as bar:
-            result["questions"] = {"data": str(questions)} | asking.answer(loaded, plain, tokenizer, asked, bar.update)
+            answers = asking.answer(loaded, plain, tokenizer, asked, bar.update, ids_NT.shape[1])
+            result["questions"] = {"data": str(questions)} | answers
     length = run_recipe(model).get("sequence_length")
     if result["continuation"] is not None:
         trained = length is not None and loaded.config.continuation_share > 0
