@@ -15,7 +15,7 @@ from families import move, text, tiny_base
 from sememe.backbone.split import Spine
 from sememe.concepts.bins import Confusion, allot, radices, sort_words
 from sememe.errors import RecipeError
-from sememe.models import CompressorConfig, CompressorForCausalLM
+from sememe.models import CompressorConfig, CompressorForCausalLM, decompressing
 from sememe.models.beams import Beams
 
 
@@ -137,21 +137,21 @@ def test_fewer_codes_than_lengths_are_refused():
 # ---- the search ----
 
 
-def written(step_logits: list, most: int, ends: list[int]) -> list[list[int]]:
-    """Texts of a made-up model: log-odds of words given the word before, (V, V) for each row and place."""
-    rows = len(ends)
+def written(step_logits: list, most: int, ends: list[int], margin: float = math.inf) -> tuple[list[list[int]], list[int]]:
+    """Texts of a made-up model, log-odds of words given the word before, (V, V) for each row and place; and beams at each."""
+    rows, beams = len(ends), []
     found = Beams(rows, 0, "cpu")
     for place, tables_BVV in enumerate(step_logits):
-        width = found.width
-        logits_nV = tables_BVV.repeat_interleave(width, 0)[torch.arange(rows * width), found.token_Bw.flatten()]
-        before = found.token_Bw.clone()
-        came = found.go_on(logits_nV.log_softmax(-1), torch.tensor([place < end for end in ends]), most)
-        if came is None:
-            assert most == 1
-        else:
-            assert (came // width == torch.arange(rows).repeat_interleave(found.width)).all(), "of its own row"
-            assert before.flatten()[came].shape == (rows * found.width,)
-    return found.best()
+        row_n, logits_nV = found.row_n, tables_BVV[found.row_n, found.token_n]
+        open_B = torch.tensor([place < end for end in ends])
+        came = found.go_on(logits_nV.log_softmax(-1), open_B, most, margin)
+        count_B, best_B = found.row_n.bincount(minlength=rows), torch.tensor([float(found.score_n[found.row_n == b].max())
+                                                                             for b in range(rows)])
+        assert (count_B >= 1).all() and (count_B <= most).all() and (count_B[~open_B] == 1).all()
+        assert (found.score_n >= best_B[found.row_n] - margin).all()
+        assert came is None if most == 1 else torch.equal(row_n[came], found.row_n), "of its own row"
+        beams.append(len(found.row_n))
+    return found.best(), beams
 
 
 def test_enough_beams_find_the_likeliest_text():
@@ -164,17 +164,20 @@ def test_enough_beams_find_the_likeliest_text():
             before = (0, *words)
             return sum(float(tables[i][row, before[i]].log_softmax(-1)[word]) for i, word in enumerate(words))
         best.append(list(max(itertools.product(range(5), repeat=end), key=log_p)))
-    assert written(tables, 625, ends) == best
+    every, beams = written(tables, 625, ends)
+    assert every == best and beams == [5 + 5 + 1, 25 + 25 + 1, 125 + 1 + 1, 625 + 1 + 1]
     greedy = [[], [], []]
     for row, end in enumerate(ends):
         for place in range(end):
             greedy[row].append(int(tables[place][row, greedy[row][-1] if place else 0].argmax()))
-    assert written(tables, 1, ends) == greedy != best
-    alone = [written([table[row : row + 1] for table in tables], 2, ends[row : row + 1])[0] for row in range(3)]
-    assert written(tables, 2, ends) == alone
+    assert written(tables, 1, ends)[0] == written(tables, 625, ends, margin=0.0)[0] == greedy != best
+    alone = [written([table[row : row + 1] for table in tables], 2, ends[row : row + 1])[0][0] for row in range(3)]
+    assert written(tables, 2, ends)[0] == alone
+    few, fewer = written(tables, 625, ends, margin=4.0)
+    assert few == best and sum(fewer) < sum(beams) / 3, "the likeliest was never far behind, most others were"
 
 
-def test_a_search_finds_likelier_texts_than_the_likeliest_word_each_time():
+def test_a_search_finds_likelier_texts_than_the_likeliest_word_each_time(monkeypatch):
     model, ids = tiny(num_concepts=32), text(8, 24, seed=3)
     concepts = model.compress(ids)
 
@@ -192,4 +195,6 @@ def test_a_search_finds_likelier_texts_than_the_likeliest_word_each_time():
         return (foreseen.log_softmax(-1) + votes).gather(-1, words.unsqueeze(-1)).sum((1, 2))
 
     found = {beams: score(model.decompress(concepts, beams)) for beams in (1, 8)}
+    monkeypatch.setattr(decompressing, "TEXTS_AT_ONCE", 24)
+    assert torch.equal(score(model.decompress(concepts, 8)), found[8]), "three rows at a time, with all of them eight"
     assert float((found[8] - found[1]).mean()) > 0.05 and (found[8] >= found[1] - 1e-4).float().mean() > 0.7

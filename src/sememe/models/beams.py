@@ -1,48 +1,49 @@
 """Beams: the likeliest texts so far of each row, while all rows are written one token at a time.
 
-B counts rows, w beams of a row, n = B · w beams in all, V words.
+B counts rows, n beams of all rows together, k ways that a beam may go on, m = n · k; V words. A row has as many beams as are
+worth their time: where one text is far ahead of the others, they are dropped.
 """
 
 import torch
 from torch import Tensor
 
 NOTHING = -1  # behind a row's end
+MARGIN = 8.0  # nats behind its row's best beam at which one is given up
 
 
 class Beams:
     """Beam search without lengths: what is written is as long for all beams of a row, so that sums of scores can be compared."""
 
     def __init__(self, rows: int, first: int, device):
-        self.token_Bw = torch.full((rows, 1), first, device=device)
-        self.score_Bw = torch.zeros(rows, 1, device=device)
-        self.text_BwS = torch.zeros(rows, 1, 0, dtype=torch.long, device=device)
+        self.row_n = torch.arange(rows, device=device)
+        self.token_n = torch.full_like(self.row_n, first)
+        self.score_n = torch.zeros(rows, device=device)
+        self.text_nS = torch.zeros(rows, 0, dtype=torch.long, device=device)
 
-    @property
-    def width(self) -> int:
-        return self.token_Bw.shape[1]
-
-    def go_on(self, score_nV: Tensor, open_B: Tensor, most: int) -> Tensor | None:
-        """Writes one more token to each row that is `open_B` and keeps its `most` best beams by the sums of their (n, V) scores.
+    def go_on(self, score_nV: Tensor, open_B: Tensor, most: int, margin: float = MARGIN) -> Tensor | None:
+        """Writes one more token to each row that is `open_B` and keeps of its beams the `most` best by the sums of their (n, V)
+        scores, none of them more than `margin` behind the best; a row that has ended keeps that one.
         Returns (n,) which beam each went on from, None where all went on as they were."""
-        rows, width = self.token_Bw.shape
-        score_BwV = score_nV.view(rows, width, -1)
-        each = min(most, score_BwV.shape[-1])
-        top_Bwk, token_Bwk = score_BwV.topk(each, -1)
-        shut_B11 = ~open_B[:, None, None]
-        top_Bwk = top_Bwk.masked_fill(shut_B11, -torch.inf)
-        top_Bwk[..., 0].masked_fill_(shut_B11[..., 0], 0.0)  # a row that has ended keeps its beams
-        score_BK, pick_BK = (self.score_Bw.unsqueeze(-1) + top_Bwk).flatten(1).topk(min(most, width * each), -1)
-        came_BK = pick_BK // each
-        self.score_Bw = score_BK
-        token_BK = token_Bwk.flatten(1).gather(1, pick_BK)
-        self.token_Bw = torch.where(open_B[:, None], token_BK, token_BK.new_zeros(()))
-        before_BKS = self.text_BwS.gather(1, came_BK.unsqueeze(-1).expand(-1, -1, self.text_BwS.shape[-1]))
-        written_BK = torch.where(open_B[:, None], token_BK, NOTHING)
-        self.text_BwS = torch.cat([before_BKS, written_BK.unsqueeze(-1)], -1)
-        if most == 1:
-            return None
-        return (came_BK + torch.arange(rows, device=came_BK.device)[:, None] * width).flatten()
+        top_nk, token_nk = score_nV.topk(min(most, score_nV.shape[-1]), -1)
+        open_n = open_B[self.row_n]
+        top_nk = top_nk.masked_fill(~open_n[:, None], -torch.inf)
+        top_nk[:, 0].masked_fill_(~open_n, 0.0)
+        score_m = (self.score_n[:, None] + top_nk).flatten()
+        came_m = torch.arange(len(self.row_n), device=score_m.device).repeat_interleave(top_nk.shape[1])
+        best_m = score_m.argsort(descending=True, stable=True)
+        best_m = best_m[self.row_n[came_m[best_m]].argsort(stable=True)]  # row by row, each from its best on
+        row_m, score_m = self.row_n[came_m[best_m]], score_m[best_m]
+        first_B = torch.searchsorted(row_m, torch.arange(len(open_B), device=row_m.device))
+        rank_m = torch.arange(len(row_m), device=row_m.device) - first_B[row_m]
+        kept_m = (rank_m < most) & (score_m >= score_m[first_B[row_m]] - margin) & (open_B[row_m] | (rank_m == 0))
+        pick_n, came_n = best_m[kept_m], came_m[best_m[kept_m]]
+        self.row_n, self.score_n, open_n = row_m[kept_m], score_m[kept_m], open_B[row_m[kept_m]]
+        self.token_n = torch.where(open_n, token_nk.flatten()[pick_n], 0)
+        written_n1 = torch.where(open_n, self.token_n, NOTHING).unsqueeze(-1)
+        self.text_nS = torch.cat([self.text_nS[came_n], written_n1], -1)
+        return None if most == 1 else came_n
 
     def best(self) -> list[list[int]]:
         """Each row's likeliest text."""
-        return [row[row != NOTHING].tolist() for row in self.text_BwS[:, 0]]
+        first_B = torch.searchsorted(self.row_n, torch.arange(int(self.row_n[-1]) + 1, device=self.row_n.device))
+        return [row[row != NOTHING].tolist() for row in self.text_nS[first_B]]

@@ -19,6 +19,7 @@ from sememe.models.beams import Beams
 from sememe.models.writing import Reading, all_concepts
 
 DECOMPRESSOR = "decompressor"
+TEXTS_AT_ONCE = 256  # beams of all rows that are written together, each with a cache of its own
 
 
 @dataclass
@@ -124,7 +125,7 @@ class Decompressing:
     @torch.no_grad()
     def decompress(self, concepts: list[list[int]], beams: int | None = None) -> list[list[int]]:
         """The token ids that each row's concept ids are read as, the likeliest that a search with so many beams finds (None: as
-        configured); cached, all rows at once. A row without concepts is an empty text.
+        configured); cached, many rows at once. A row without concepts is an empty text.
 
         Raises CheckpointError for an id that this model has no code for."""
         spine, config, rows = Spine(self.backbone), self.config, len(concepts)
@@ -133,9 +134,12 @@ class Decompressing:
         if wrong:
             raise CheckpointError(f"concept id {wrong[0]}: need ids from 0 to {most - 1}, as this model writes them. "
                                   "try: the model that compressed the text")
-        longest, device = max(map(len, concepts), default=0), self.device
+        beams, longest, device = beams or config.beams, max(map(len, concepts), default=0), self.device
         if longest == 0:
             return [[] for _ in concepts]
+        some = max(1, TEXTS_AT_ONCE // beams)
+        if rows > some:
+            return [text for start in range(0, rows, some) for text in self.decompress(concepts[start : start + some], beams)]
         ids_BC = torch.tensor([ids + [0] * (longest - len(ids)) for ids in concepts], device=device)
         e_BCD, count_B = self.codes(ids_BC), torch.tensor([len(ids) for ids in concepts], device=device)
         cache, row_B, position = DynamicCache(), torch.arange(rows, device=device), 0
@@ -143,17 +147,16 @@ class Decompressing:
         found = Beams(rows, self.bos, device)
         with adapter(self.backbone, DECOMPRESSOR):
             while bool((rank_B < count_B).any()):
-                width = found.width
                 e_BD = e_BCD[row_B, rank_B.clamp(max=longest - 1)]
-                e_nD, place_n = e_BD.repeat_interleave(width, 0), place_B.repeat_interleave(width)
-                x_nD = spine.embed(found.token_Bw.flatten()) + self.told(e_nD, place_n).to(self.dtype)
-                position_n1 = torch.full((rows * width, 1), position, device=device)
+                e_nD, place_n = e_BD[found.row_n], place_B[found.row_n]
+                x_nD = spine.embed(found.token_n) + self.told(e_nD, place_n).to(self.dtype)
+                position_n1 = torch.full_like(found.row_n, position).unsqueeze(1)
                 h_nD = self._next(spine, x_nD.unsqueeze(1), position_n1, cache)
                 # A word that fits its bin after a wrong one is as good as any other there, but was not to be foreseen: votes are
                 # added to log p, not to what is normed over.
                 foreseen_nV, votes_nV = self._foreseen(spine, h_nD, e_nD, place_n)
                 score_nV = foreseen_nV.float().log_softmax(-1) + (0.0 if votes_nV is None else votes_nV)
-                came_n = found.go_on(score_nV, rank_B < count_B, beams or config.beams)
+                came_n = found.go_on(score_nV, rank_B < count_B, beams)
                 if came_n is not None:
                     cache.batch_select_indices(came_n)
                 position += 1
