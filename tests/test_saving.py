@@ -74,9 +74,9 @@ def test_merged_model_needs_no_base(model, base_folder, tmp_path):
         export_model(tmp_path / "m", tmp_path / "merged")
 
 
-@pytest.mark.parametrize("skipped", [(), (1, 3)])
-def test_control_and_skip_round_trip(base_folder, tmp_path, skipped):
-    model = ControlForCausalLM.from_base(ControlConfig(base=str(base_folder), skipped=skipped)).eval()
+@pytest.mark.parametrize("skipped, window", [((), None), ((1, 3), None), ((), 3)])
+def test_baselines_round_trip(base_folder, tmp_path, skipped, window):
+    model = ControlForCausalLM.from_base(ControlConfig(base=str(base_folder), skipped=skipped, window=window)).eval()
     assert len(model.backbone.get_decoder().layers) == (2 if skipped else 4)
     folder = saved(model, base_folder, tmp_path / "c")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -85,7 +85,7 @@ def test_control_and_skip_round_trip(base_folder, tmp_path, skipped):
     assert torch.equal(loaded.generate(IDS, **greedy), model.generate(IDS, **greedy, use_cache=False))
     if not skipped:
         base = AutoModelForCausalLM.from_pretrained(base_folder)
-        assert torch.equal(model(IDS).logits, base(IDS).logits), "fresh LoRA changes nothing"
+        assert torch.equal(model(IDS).logits, base(IDS).logits) == (window is None), "fresh LoRA changes nothing"
 
 
 def test_wrong_base_is_refused(model, base_folder, tmp_path):

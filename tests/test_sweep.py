@@ -80,21 +80,27 @@ def test_points_have_readable_names(recipe):
 
 
 def test_baselines_are_trained_once_for_each_setting_that_they_read(recipe):
-    assert names(recipe, ["rate=0.5,0.25", "boundary=null,fixed"], True)[:2] == ["control", "skip"]
-    assert len(names(recipe, ["rate=0.5,0.25", "boundary=null,fixed"], True)) == 2 + 4
+    assert names(recipe, ["rate=0.5,0.25", "boundary=null,fixed"], True)[:4] == [
+        "control", "skip", "window_rate-0.5", "window_rate-0.25"]
+    assert len(names(recipe, ["rate=0.5,0.25", "boundary=null,fixed"], True)) == 4 + 4
+    assert names(recipe, ["shallow_window=4,8"], True)[:4] == ["control", "skip", "window_shallow_window-4",
+                                                               "window_shallow_window-8"]
     by_split = names(recipe, ["split={shallow: 1, middle: 2, deep: 1},{shallow: 1, middle: 1, deep: 2}"], True)
-    assert [name.split("_")[0] for name in by_split[:3]] == ["control", "skip", "skip"] and len(by_split) == 5
+    assert [name.split("_")[0] for name in by_split[:3]] == ["control", "skip", "skip"] and len(by_split) == 7
     assert names(recipe, ["rate=0.5,0.25", "lora.rank=4,8"], True)[:4] == [
         "control_lora.rank-4", "control_lora.rank-8", "skip_lora.rank-4", "skip_lora.rank-8"]
     assert names(recipe, ["seed=0,1"], True) == [
-        "control_seed-0", "control_seed-1", "skip_seed-0", "skip_seed-1", "online_seed-0", "online_seed-1"]
-    assert names(recipe, ["system=online,control", "rate=0.5,0.25"], True) == ["control", "skip", "rate-0.5", "rate-0.25"]
+        "control_seed-0", "control_seed-1", "skip_seed-0", "skip_seed-1", "window_seed-0", "window_seed-1", "online_seed-0",
+        "online_seed-1"]
+    assert names(recipe, ["system=online,control", "rate=0.5,0.25"], True) == [
+        "control", "skip", "window_rate-0.5", "window_rate-0.25", "rate-0.5", "rate-0.25"]
 
 
 def test_no_key_that_the_control_reads_is_taken_from_it():
     """That would make the comparison unequal without a word."""
-    for system, middle in (("control", set()), ("skip", {"split.shallow", "split.middle", "split.deep", "bridge",
-                                                          "concept_learning_rate", "calibration_tokens"})):
+    split = {"split.shallow", "split.middle", "split.deep"}
+    for system, middle in (("control", set()), ("skip", split | {"bridge", "concept_learning_rate", "calibration_tokens"}),
+                           ("window", split | {"rate", "shallow_window"})):
         kept = {key for key in known_keys() if not sweeps._ignored(key, sweeps.NOT_READ[system])}
         assert kept >= middle | {
             "system", "base", "data.train", "data.heldout", "steps", "sequence_length", "batch_size", "gradient_accumulation",
@@ -115,7 +121,8 @@ def test_a_baseline_keeps_what_it_reads(recipe_values):
 def test_sweep_trains_measures_and_compares(done):
     _, out, found = done
     assert read(out / "sweep.json") == found
-    assert [run["name"] for run in found["runs"]] == ["control", "skip", "rate-0.5", "rate-0.25"]
+    assert [run["name"] for run in found["runs"]] == [
+        "control", "skip", "window_rate-0.5", "window_rate-0.25", "rate-0.5", "rate-0.25"]
     figures = {run["name"]: run["figures"] for run in found["runs"]}
     for name in figures:
         kept = read(out / name / "evaluate.json")
@@ -123,11 +130,12 @@ def test_sweep_trains_measures_and_compares(done):
         if name != "control":
             assert kept["delta_nll_control"] == pytest.approx(kept["nll"] - figures["control"]["nll"], abs=1e-5)
     assert figures["control"]["layer_share"] == 1.0
-    assert figures["skip"]["layer_share"] == 0.5
+    assert figures["skip"]["layer_share"] == 0.5 and figures["window_rate-0.5"]["layer_share"] == 1.0
+    assert figures["window_rate-0.5"]["nll"] != figures["window_rate-0.25"]["nll"] != figures["control"]["nll"]
     for name in ("rate-0.5", "rate-0.25"):
         assert figures[name]["layer_share"] == pytest.approx((2 + 2 * figures[name]["concept_rate"]) / 4)
     assert figures["rate-0.25"]["concept_rate"] != 0.25, "the share must follow the realised rate, so they have to differ here"
-    assert [run["control"] for run in found["runs"]] == [None, "control", "control", "control"]
+    assert [run["control"] for run in found["runs"]] == [None, *["control"] * 5]
     assert all(run["fault"] is None for run in found["runs"])
 
 

@@ -112,7 +112,7 @@ def sweep(
         metavar="[KEY=A,B,C]...", help="Dotted keys; a value with commas stays whole in [].")] = None,
     folder: Annotated[Path, typer.Option(
         "--out", metavar="FOLDER", help="Folder of the runs: new, or a sweep to go on with.")] = Path("runs/sweep"),
-    control: Annotated[bool, typer.Option("--control", help="Train control and skip too, and compare with them.")] = False,
+    control: Annotated[bool, typer.Option("--control", help="Train control, skip and window too, to compare with.")] = False,
     tokens: Annotated[int, typer.Option(min=16, help="Held-out tokens to measure on.")] = 8192,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Text to measure on; default: data.heldout.")] = None,
     seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Train every point once for each seed.")] = "",

@@ -51,12 +51,14 @@ def layer_share(config, rate: float | None = None) -> float:
 
 
 def system_of(config) -> str:
-    """`online`, `compressor`, `planner`, `control` or `skip`, as in a recipe; `base` for a model that is none of ours."""
+    """`online`, `compressor`, `planner` or a baseline, as in a recipe; `base` for a model that is none of ours."""
     if isinstance(config, PlannerConfig):
         return "planner"
     if isinstance(config, ConceptConfig):
         return "online" if isinstance(config, OnlineConfig) else "compressor"
-    return "base" if not isinstance(config, ControlConfig) else "skip" if config.skipped else "control"
+    if not isinstance(config, ControlConfig):
+        return "base"
+    return "skip" if config.skipped else "window" if config.window is not None else "control"
 
 
 def rate_and_codes(ids_NT: Tensor, num_concepts: int, codes_per_concept: int = 1) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from sememe.models.online import OnlineForCausalLM
 from sememe.models.planner import PlannerForCausalLM
 
 MODELS = {"online": OnlineForCausalLM, "compressor": CompressorForCausalLM, "planner": PlannerForCausalLM,
-          "control": ControlForCausalLM, "skip": ControlForCausalLM}
+          "control": ControlForCausalLM, "skip": ControlForCausalLM, "window": ControlForCausalLM}
 
 for _model in (OnlineForCausalLM, CompressorForCausalLM, PlannerForCausalLM, ControlForCausalLM):
     AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)

@@ -231,17 +231,19 @@ class PlannerConfig(AdaptedConfig):
 
 
 class ControlConfig(AdaptedConfig):
-    """The control: the base with the same LoRA and no concepts; with `skipped`, without those layers as well.
+    """The control: the base with the same LoRA and no concepts; with `skipped`, without those layers as well, with `window`
+    with a short view.
 
     Args:
         skipped: [first, last) layers taken out of the base ("skip the middle slice + LoRA"); empty for the control.
         bridge: a linear map in the place of those layers (`concepts/bridge.py`).
+        window: tokens that a token sees in every layer, itself among them and the first one beside them; None for all.
     """
 
     model_type = "sememe-control"
 
-    def __init__(self, text_config=None, skipped=(), bridge: bool = False, **kwargs):
-        self.skipped, self.bridge = list(skipped), bridge
+    def __init__(self, text_config=None, skipped=(), bridge: bool = False, window: int | None = None, **kwargs):
+        self.skipped, self.bridge, self.window = list(skipped), bridge, window
         super().__init__(text_config=text_config, **kwargs)
 
 

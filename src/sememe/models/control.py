@@ -3,17 +3,21 @@
 import torch
 from torch import Tensor, nn
 
-from sememe.backbone.split import Spine, causal_mask
+from sememe.backbone.split import SLIDING, Spine, causal_mask
 from sememe.concepts.bridge import TailBridge
+from sememe.concepts.masks import Lane, allow, segment_mask
+from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import ControlConfig
+from sememe.models.writing import all_concepts
 
 
 class ControlForCausalLM(AdaptedModel):
     """The same base and LoRA without concepts; with `config.skipped`, without the middle layers too, and with
-    `config.bridge` a linear map in their place: the strongest baseline without concepts at that compute.
+    `config.bridge` a linear map in their place: the strongest baseline without concepts at that compute. With `config.window`
+    every layer sees the last tokens and the first one alone (StreamingLLM, arXiv 2309.17453): the one at that cache.
 
-    It runs transformers' own forward and cache, so that it is as fast as the base is.
+    It runs transformers' own forward and cache, so that it is as fast as the base is; what a window shuts out stays cached.
     """
 
     config_class = ControlConfig
@@ -21,6 +25,9 @@ class ControlForCausalLM(AdaptedModel):
     def __init__(self, config: ControlConfig, backbone=None):
         super().__init__(config, backbone)
         self.bridge = TailBridge(config.text_config.hidden_size) if config.skipped and config.bridge else None
+        if config.window is not None and SLIDING in Spine(self.backbone).kinds:
+            raise RecipeError(f"system = window over a base of type {config.text_config.model_type}, which has a sliding window "
+                              "of its own: need one that sees everything. try: system=control")
         if config.skipped and len(self.backbone.get_decoder().layers) == config.text_config.num_hidden_layers:
             self._skip(*config.skipped)
         self.finish()
@@ -72,5 +79,17 @@ class ControlForCausalLM(AdaptedModel):
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
         """As the base's own forward. Its arguments are named because `generate` and the Trainer look for them."""
+        if self.config.window is not None:
+            tokens_BT = input_ids if input_ids is not None else kwargs["inputs_embeds"][..., 0]
+            attention_mask = self._recent(tokens_BT, attention_mask, kwargs.get("past_key_values"))
         return self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels,
                              logits_to_keep=logits_to_keep, **kwargs)
+
+    def _recent(self, tokens_BT: Tensor, mask_BS: Tensor | None, cache) -> Tensor:
+        """(B, 1, T, S) in the kernel's form: which of the S tokens up to now the new ones see."""
+        batch, length = tokens_BT.shape
+        before = cache.get_seq_length() if cache is not None else 0
+        valid_BS = tokens_BT.new_ones(batch, before + length) if mask_BS is None else mask_BS
+        key = all_concepts((valid_BS.long().cumsum(1) - 1).clamp(min=0), valid_BS.bool())
+        query = Lane(*(field[:, -length:] for field in key))
+        return allow(segment_mask(query, key, recent=self.config.window), self.dtype, self.config._attn_implementation)

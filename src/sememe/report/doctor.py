@@ -175,7 +175,7 @@ def only_opening(case: Case, limit: dict) -> Finding | None:
                    (case.scaled("sequence_length", 0.5, least=8), case.denser()), measured[-1]["step"])
 
 
-PLANLESS = ("online", "control", "skip")
+PLANLESS = ("online", "control", "skip", "window")
 EVERY = (*PLANLESS, "planner")
 RULES = (
     Rule("not finite", "a figure is no finite number, or training stopped over one", {}, not_finite, EVERY),

@@ -47,7 +47,7 @@ EVALUATE: dict[str, tuple[str, str]] = {
     "model": ("", "the model that was evaluated"),
     "control": ("", "the control that it was compared with"),
     "tokens_asked": ("count", "tokens that the measurement asked for; whole blocks of them were used"),
-    "system": ("", "online (with concepts), control (without), or skip (without the middle layers)"),
+    "system": ("", "online (with concepts), control (without), skip (without the middle layers), or window (of the last tokens)"),
     "boundary": ("", "what decides where a concept is written"),
 }
 

@@ -15,7 +15,7 @@ from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import check_split, sink_id
 from sememe.pairs import PairTensors
 from sememe.training.pairing import PairExamples
-from sememe.training.recipe import Recipe
+from sememe.training.recipe import BASELINES, Recipe
 
 
 def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
@@ -43,9 +43,10 @@ def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
             split=split, shallow_window=recipe.shallow_window, bridge=recipe.bridge, anchor=recipe.anchor,
             lora_first=0 if recipe.lora.shallow else split[0], **shared, **_concepts(recipe),
         )
-    elif recipe.system in ("control", "skip"):
+    elif recipe.system in BASELINES:
         skipped = (split[0], split[0] + split[1]) if recipe.system == "skip" else ()
-        config = ControlConfig(skipped=skipped, bridge=recipe.bridge and bool(skipped), **shared)
+        window = recipe.window(split) if recipe.system == "window" else None
+        config = ControlConfig(skipped=skipped, bridge=recipe.bridge and bool(skipped), window=window, **shared)
     torch.manual_seed(recipe.seed)
     return MODELS[recipe.system].from_base(config, folder=folder)
 

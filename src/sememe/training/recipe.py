@@ -18,6 +18,7 @@ from sememe.pairs import PairForm
 from sememe.training.plan_recipe import Curriculum, Em, Plan, Strict
 
 CONCEPTS = ("online", "compressor")  # systems that write them
+BASELINES = ("control", "skip", "window")
 
 
 class Data(Strict):
@@ -105,9 +106,9 @@ def ramp(x: float, start: float, end: float) -> float:
 class Recipe(Strict):
     """Every key of a recipe, with its default."""
 
-    system: Literal["online", "compressor", "planner", "control", "skip"]
+    system: Literal["online", "compressor", "planner", "control", "skip", "window"]
     """`online`; `compressor` (text → concepts → text); `planner` (source → plan → text); or a baseline on the same batches:
-    `control` (same LoRA, no concepts), `skip` (no middle slice)."""
+    `control` (same LoRA, no concepts), `skip` (no middle slice), `window` (the last tokens and the first one are all it sees)."""
     base: str
     """Known base (`sememe pull` lists them), local folder, or Hub id."""
     data: Data
@@ -139,7 +140,8 @@ class Recipe(Strict):
     bridge: bool = True
     """Tail states get a linear guess of what the middle slice would have added, started by least squares; `skip` too."""
     shallow_window: int | None = Field(None, ge=1)
-    """Tokens that a token sees in the shallow slice, with the first one beside them; none: all. Its cache stops growing."""
+    """Tokens that a token sees in the shallow slice, with the first one beside them; none: all. Its cache stops growing. Of
+    `window`: in every layer; none: as many as the caches of `rate` and `split` have room for at the end of a sequence."""
     anchor: bool = False
     """A concept starts from what the token that writes it tells, by a linear map of its embedding; the codes say the rest."""
     pool: bool = False
@@ -246,6 +248,12 @@ class Recipe(Strict):
     def pairs(self) -> PairForm | None:
         """How its pairs are had; None where it trains on running text."""
         return PairForm.of(self.model_dump())
+
+    def window(self, split: tuple[int, int, int]) -> int:
+        """Tokens that a `window` sees beside the first: the first one itself takes a place in its cache."""
+        shallow, middle, deep = split
+        rows = (shallow + (middle + deep) * self.rate) * self.sequence_length / sum(split)
+        return self.shallow_window or max(1, round(rows) - 1)
 
     def yaml(self, whole: bool = True) -> str:
         """As a file. Not `whole`: without the keys that only pairs and plans have, where this recipe has neither."""

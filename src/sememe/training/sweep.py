@@ -20,17 +20,20 @@ from sememe.data import read_texts
 from sememe.errors import Interrupted, RecipeError, SememeError
 from sememe.evaluation.figures import CONTRACT, kept, put
 from sememe.evaluation.files import evaluate_files
-from sememe.training.recipe import Recipe, check_recipe, load_recipe
+from sememe.training.recipe import BASELINES, Recipe, check_recipe, load_recipe
 from sememe.training.run import train
 
-BASELINES = ("control", "skip")
 _CONCEPTS = dict.fromkeys((
     "rate", "max_tail", "head", "boundary", "num_concepts", "codes_per_concept", "shared_map", "gate_noise", "concept_dropout",
     "code_temperature", "gumbel", "estimator", "usage_weight", "commitment_weight", "revive_every", "distil", "anchor", "pool",
-    "content", "depth", "continuation_share",
+    "content", "depth", "continuation_share", "shallow_window",
 ), True) | {"schedule": {"rate", "quantise"}, "lora": {"shallow"}}
 _MIDDLE = dict.fromkeys(("split", "bridge", "concept_learning_rate", "calibration_tokens"), True)
-NOT_READ: dict[str, dict[str, Any]] = {"skip": _CONCEPTS, "control": _CONCEPTS | _MIDDLE}
+_CACHE = ("rate", "split", "shallow_window")
+NOT_READ: dict[str, dict[str, Any]] = {
+    "skip": _CONCEPTS, "control": _CONCEPTS | _MIDDLE,
+    "window": {key: held for key, held in (_CONCEPTS | _MIDDLE).items() if key not in _CACHE},
+}
 """Recipe keys that a baseline does not read. They go back to their defaults, so that points of a grid share it. A key that
 is missing here costs a baseline for each of its values; one too many would make the comparison unequal."""
 
@@ -65,7 +68,7 @@ def sweep(recipe: Path, words: list[str], out: Path, control: bool = False, toke
 
     Args:
         words: `key=a,b,c`; a value with commas in brackets stays whole.
-        control: also trains `control` and `skip`, once for each setting of what they read.
+        control: also trains `control`, `skip` and `window`, once for each setting of what they read.
         data, tokens: text to measure on (default: the recipe's held-out text), and how much of it.
         seeds: every point once for each seed; figures are then means with their spread.
 
