@@ -11,7 +11,7 @@ from sememe.tables import figure, show_compressor_speed, show_reconstruction, ta
 Compressor = Annotated[str, typer.Argument(metavar="MODEL", help="A run of system: compressor, or its saved model.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows at a time.")]
 Beams = Annotated[int | None, typer.Option(
-    min=1, help="Texts kept beside each other while one is written; 1 is the fastest. Default: as the model has it, 4.")]
+    min=1, help="Texts kept beside each other while one is written; 1 is the fastest. Default: as the model has it, 16.")]
 Base = Annotated[str | None, typer.Option(help="Take the base from here instead.")]
 
 

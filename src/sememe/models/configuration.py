@@ -153,7 +153,7 @@ class CompressorConfig(ConceptConfig):
     model_type = "sememe-compressor"
 
     def __init__(self, text_config=None, depth: int | None = None, continuation_share: float = 0.0, content: str = "bins",
-                 beams: int = 4, bins_rate: float | None = None, **kwargs):
+                 beams: int = 16, bins_rate: float | None = None, **kwargs):
         self.depth, self.continuation_share, self.content, self.beams = depth, continuation_share, content, beams
         super().__init__(text_config=text_config, **kwargs)
         self.bins_rate = self.rate if bins_rate is None else bins_rate
@@ -174,7 +174,7 @@ class CompressorConfig(ConceptConfig):
             raise RecipeError(f"num_concepts = {self.num_concepts} with max_tail = {self.max_tail}: need a code for each length, "
                               f"at least {self.max_tail + 1}. try: max_tail={self.num_concepts - 1}, or content=news")
         if self.beams < 1:
-            raise RecipeError(f"beams = {self.beams}: need at least 1, the likeliest word each time. try: beams=4")
+            raise RecipeError(f"beams = {self.beams}: need at least 1, the likeliest word each time. try: beams=16")
         if not 0 <= self.continuation_share <= 1:
             raise RecipeError(f"continuation_share = {self.continuation_share}: need a share of the loss in [0, 1]. "
                               "try: continuation_share=0.5")
