@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NOTHING = -1  # behind a row's end
-MARGIN = 8.0  # nats behind its row's best beam at which one is given up
+MARGIN = 8.0  # nats behind its row's best beam at which one is given up: half the time, the same texts (docs/log.md)
 
 
 class Beams:
