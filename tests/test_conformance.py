@@ -11,7 +11,7 @@
 | everything else | here |
 
 Refused on purpose, each in one sentence: attention weights (the slices attend over different lists of keys), 4D masks, other
-caches, assisted decoding (closed tails cannot come back), kernels other than sdpa and eager.
+caches, assisted decoding (closed tails cannot come back), flash attention, and flex attention on a CPU.
 """
 
 import copy
@@ -21,12 +21,15 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.integrations import flex_attention as flex
 
 from conftest import byte_tokenizer
 from families import left_padded, online_over, positions, text, tiny_base, tiny_online
+from sememe.concepts import masks
 from sememe.errors import CheckpointError
-from sememe.models import OnlineConfig, OnlineForCausalLM
+from sememe.models import ControlConfig, ControlForCausalLM, OnlineConfig, OnlineForCausalLM, writing
 
 CLOSE = {"atol": 2e-4, "rtol": 0}  # as in test_online: 2e-5 at worst here, where a wrong mask or slot gives 0.1 and more
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -335,14 +338,54 @@ def test_kernels_agree_and_can_be_switched(family):
     assert torch.equal(model(ids, attention_mask=mask).logits, want)
 
 
-@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
+@torch.no_grad()
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("window", [None, 4])
+def test_flex_agrees_and_can_be_switched(family, window, monkeypatch):
+    """Its block masks, by the kernel's own reference; compiled it is for a GPU."""
+    monkeypatch.setattr(masks, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex_attention)
+    model, (ids, mask) = copy.deepcopy(made(family, shallow_window=window)), batch()
+    want, made_so = model(ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, **GREEDY)
+    alone, calls, make = model(ids[:1, 1:]).logits, [], writing.segment_blocks
+    monkeypatch.setattr(writing, "segment_blocks", lambda *lanes: calls.append(1) or make(*lanes))
+    model.set_attn_implementation("flex_attention")
+    seen = mask.bool()
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[seen], want[seen], **CLOSE)
+    torch.testing.assert_close(model(ids[:1, 1:]).logits, alone, **CLOSE)
+    got, _ = stepwise(model, ids, [5, 1, 8], mask)
+    torch.testing.assert_close(torch.cat([out.logits for out in got], 1)[seen], want[seen], **CLOSE)
+    assert len(calls) >= 3 * 4, "each slice of each chunk that is more than a token"
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), made_so)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flex_agrees_compiled_with_gradients():
+    model, (ids, mask) = copy.deepcopy(made()).cuda().train(), (x.cuda() for x in batch())
+    found = {}
+    for kernel in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(kernel)
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+        out.loss.backward()
+        found[kernel] = out.logits[mask.bool()], [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(found["sdpa"][1], found["flex_attention"][1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)  # TF32 may be on
+    torch.testing.assert_close(*(logits for logits, _ in found.values()), atol=1e-2, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["adapted", "merged"])
-def test_other_kernels_are_refused_before_they_run(folders, kernel, kind):
-    """Flex on a CPU, tried in the base's self-check, brought the whole process down."""
-    with pytest.raises((CheckpointError, ImportError, ValueError), match=r"need one of sdpa, eager|[Ff]lash"):
-        AutoModelForCausalLM.from_pretrained(folders / kind, attn_implementation=kernel)
+def test_other_kernels_are_refused_before_they_run(folders, kind):
+    with pytest.raises((CheckpointError, ImportError, ValueError), match=r"need one of sdpa, eager, flex_attention|[Ff]lash"):
+        AutoModelForCausalLM.from_pretrained(folders / kind, attn_implementation="flash_attention_2")
     with pytest.raises((ValueError, ImportError), match=r"does not support|not supported"):
-        copy.deepcopy(made()).set_attn_implementation(kernel)
+        copy.deepcopy(made()).set_attn_implementation("flash_attention_2")
+    # On a CPU flex has no backward, and tried in the base's self-check it brought the whole process down.
+    model = AutoModelForCausalLM.from_pretrained(folders / kind, attn_implementation="flex_attention")
+    with pytest.raises(CheckpointError, match=r"'flex_attention' on cpu: need a GPU. try: sdpa"):
+        model(text(1))
+    with pytest.raises(CheckpointError, match=r"need one of sdpa, eager\. try: sdpa"):
+        ControlForCausalLM(ControlConfig(text_config=tiny_base().config, attn_implementation="flex_attention"))
 
 
 # ---- training ----

@@ -8,6 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from sememe.errors import CheckpointError
+
+FLEX = "flex_attention"
+FLEX_DEVICES = ("cuda",)  # on a CPU it has no backward, and compiled it was wrong
 
 
 class Lane(NamedTuple):
@@ -30,14 +36,35 @@ def segment_mask(query: Lane, key: Lane, window: int | None = None, recent: int 
     `recent` is one that never shuts out the first place of the text, the attention sink (StreamingLLM, arXiv 2309.17453).
     A query on padding sees everything: its output is never used, and a row without any key would give NaN.
     """
-    i, j = query.position[:, :, None], key.position[:, None, :]
-    allowed = (j <= i) & key.valid[:, None, :]
-    allowed &= key.concept[:, None, :] | (query.written[:, :, None] == key.written[:, None, :])
+    return _seen(Lane(*(x[:, :, None] for x in query)), Lane(*(x[:, None, :] for x in key)), window, recent).unsqueeze(1)
+
+
+def segment_blocks(query: Lane, key: Lane, window: int | None = None, recent: int | None = None) -> BlockMask:
+    """The same for FlexAttention, (B, 1, Q, S): which blocks hold anything, and the rule for those that hold some."""
+
+    def seen(b, h, i, j):
+        return _seen(Lane(*(x[b, i] for x in query)), Lane(*(x[b, j] for x in key)), window, recent)
+
+    batch, queries = query.position.shape
+    device = key.position.device
+    return create_block_mask(seen, batch, None, queries, key.position.shape[1], device, _compile=device.type == "cuda")
+
+
+def check_device(attn_implementation: str, device: torch.device) -> None:
+    """Raises CheckpointError for a kernel that this device has not."""
+    if attn_implementation == FLEX and device.type not in FLEX_DEVICES:
+        raise CheckpointError(f"attn_implementation = {FLEX!r} on {device.type}: need a GPU. try: sdpa, or model.to('cuda')")
+
+
+def _seen(query: Lane, key: Lane, window: int | None, recent: int | None) -> Tensor:
+    """The rule, for queries and keys of shapes that go together."""
+    i, j = query.position, key.position
+    allowed = (j <= i) & key.valid & (key.concept | (query.written == key.written))
     if window is not None:
-        allowed &= i - j < window
+        allowed = allowed & (i - j < window)
     if recent is not None:
-        allowed &= (i - j < recent) | (j == 0)
-    return (allowed | ~query.valid[:, :, None]).unsqueeze(1)
+        allowed = allowed & ((i - j < recent) | (j == 0))
+    return allowed | ~query.valid
 
 
 def naive_segment_rule(written_T: list[bool]) -> list[list[bool]]:

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from sememe.backbone.adapters import add_lora, merge_lora
 from sememe.backbone.bases import fingerprint, load_base, resolve
 from sememe.backbone.split import self_check
+from sememe.concepts.masks import FLEX
 from sememe.errors import CheckpointError
 from sememe.models.configuration import sink_id
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
-KERNELS = ("sdpa", "eager")
 
 
 class AdaptedModel(PreTrainedModel, GenerationMixin):
@@ -28,19 +28,26 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     foldable = True  # LoRA can go into the base's own weights
     _supports_sdpa = True
     _supports_attention_backend = True
+    kernels = ("sdpa", "eager")
     _own_dtype = torch.float32
     # The frame, the codes and whoever reads them, in whatever dtype the rest is loaded; the bridge's weights multiply states.
     _keep_in_fp32_modules_strict = [r"^(head|codes|gate|anchor|pool)\.", "^bridge.+(mean|scale)$"]
 
     def __init__(self, config, backbone: PreTrainedModel | None = None):
         attention = config._attn_implementation or "sdpa"
-        check_kernel(attention)
+        self.check_kernel(attention)
         config._attn_implementation = attention
         super().__init__(config)
         if backbone is None:
             # A nested live config loses its attention kernel: pass it on.
             backbone = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=attention)
         self.backbone = backbone
+
+    @classmethod
+    def check_kernel(cls, attention: str) -> None:
+        """Raises CheckpointError before a kernel that cannot take our masks is tried."""
+        if attention not in cls.kernels:
+            raise CheckpointError(f"attn_implementation = {attention!r}: need one of {', '.join(cls.kernels)}. try: sdpa")
 
     def finish(self) -> None:
         """Last line of a sub-class's `__init__`. LoRA comes after `post_init`, which would draw its weights anew."""
@@ -90,7 +97,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             BaseError: the base cannot be had, or its layers cannot be called one by one.
             CheckpointError: `config` names the hash of another base.
         """
-        check_kernel(attention)
+        cls.check_kernel(attention)
         folder = folder or resolve(config.base)
         found = fingerprint(folder)
         if config.base_sha256 not in (None, found):
@@ -98,8 +105,10 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 f"this model was trained on base {config.base!r} with sha256 {config.base_sha256[:12]}…, but the base "
                 f"found at {folder} has {found[:12]}…: need the same weights. try: --base FOLDER with those"
             )
-        backbone = load_base(folder, dtype=dtype, attn_implementation=attention)
+        checked = "sdpa" if attention == FLEX else attention  # flex has no CPU to check the base on
+        backbone = load_base(folder, dtype=dtype, attn_implementation=checked)
         self_check(backbone)
+        backbone.set_attn_implementation(attention)
         config.adopt(backbone.config)
         config.base_sha256 = found
         config._attn_implementation = attention
@@ -207,12 +216,6 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self.config.base = self.config.base_sha256 = None
         self.config.lora_rank = 0
         return self
-
-
-def check_kernel(attention: str) -> None:
-    """Raises CheckpointError before a kernel that cannot take our masks is tried: flex crashes the process on a CPU."""
-    if attention not in KERNELS:
-        raise CheckpointError(f"attn_implementation = {attention!r}: need one of {', '.join(KERNELS)}. try: sdpa")
 
 
 def write_weights(state: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ from sememe.concepts.bridge import TailBridge
 from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
-from sememe.concepts.masks import Lane
+from sememe.concepts.masks import FLEX, Lane
 from sememe.concepts.pool import SegmentPool
 from sememe.concepts.segments import Packing
 from sememe.models.adapted import AdaptedModel
@@ -45,6 +45,8 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
     """The base, split in three, with a ConceptHead, a ConceptEmbedding and a RateGate between the slices."""
 
     config_class = OnlineConfig
+    kernels = (*AdaptedModel.kernels, FLEX)
+    _supports_flex_attn = True
 
     def __init__(self, config: OnlineConfig, backbone=None):
         super().__init__(config, backbone)

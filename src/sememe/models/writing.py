@@ -13,7 +13,7 @@ from sememe.backbone.cache import ConceptCache
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.ablation import ablate
 from sememe.concepts.gate import GateState
-from sememe.concepts.masks import Lane, allow, segment_mask
+from sememe.concepts.masks import FLEX, Lane, allow, check_device, segment_blocks, segment_mask
 from sememe.concepts.quantise import quantise
 from sememe.concepts.segments import Packing, packing
 
@@ -77,11 +77,14 @@ class Writing:
         """Mask of one slice for each sliding window. `free`: plain causal, or a single query that may see all. `recent`:
         keys but the first of the text are seen for that many places only."""
         attention = self.backbone.config._attn_implementation
+        check_device(attention, query.position.device)
 
         def make(window: int | None) -> Tensor | None:
             narrowest = min((w for w in (window, recent) if w is not None), default=None)
             if free and attention == "sdpa" and (narrowest is None or int(key.position.max()) < narrowest):
                 return None
+            if attention == FLEX and query.position.shape[1] > 1:
+                return segment_blocks(query, key, window, recent)
             return allow(segment_mask(query, key, window, recent), self.dtype, attention)
 
         return make
