@@ -91,7 +91,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             for k, j in enumerate(z[1:], 1):
                 p = torch.sigmoid(scores[j] - threshold)
                 c[k] = c[k] + (p - p.detach()) * (c[k] - tail_state(model, h[j], known[z[k - 1]])).detach()
-        tail = list(range(z[-1] + 1, t + 1))
+        tail = list(range(z[-1] + (0 if config.overlap and config.rate < 1 else 1), t + 1))
         d = run(shallow + middle, sum(config.split), c + [tail_state(model, h[j], known[z[-1]]) for j in tail], z + tail)
         out.append(spine.logits(d[-1][None, None])[0, 0])
     return torch.stack(out), ids

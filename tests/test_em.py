@@ -17,6 +17,7 @@ from sememe.training.em.score import Scores, score
 from sememe.training.em.start import start_plans
 from sememe.training.em.step import EStep, best_of, distance
 from sememe.training.em.store import Assignments
+from sememe.training.em.words import word_plans
 from test_planner import CLOSE, SEARCHED, SHAPE, every_plan, plans, tiny_planner
 
 SMALL = PlanShape((4, 3), (1, 1))
@@ -278,6 +279,32 @@ def test_equal_texts_start_with_equal_plans_and_other_kinds_with_others(family):
     for one in model.plans.types:
         torch.testing.assert_close(one.weight.square().mean(1), torch.ones(len(one.weight)))
         assert len(one.weight.round(decimals=3).unique(dim=0)) == len(one.weight)
+
+
+def test_key_words_are_the_rarest_in_their_order_and_begin_as_their_embeddings():
+    pieces = ["Ġthe", "Ġcat", "Ġsat", "▁dog", "Ġru", "ns", ".", "Ġ12", "3", "Ġbird"]
+    rows = [[0, 1, 2, 6, 9], [0, 4, 5, 1, 6], [3, 4, 5, 0, 7, 8, 6], [7, 8, 0, 3, 2, 6], [0, 1, 6]]
+    y = torch.full((5, 8), -100)
+    for row, ids in enumerate(rows):
+        y[row, : len(ids)] = torch.tensor(ids)
+    shape = PlanShape((2, 8), (1, 2))
+    model, some = tiny_planner(shape=shape), PairTensors(text(5, 3), torch.ones(5, 3, dtype=torch.long), y)
+    before = [one.weight.clone() for one in model.plans.types]
+    plan = shape.unpack(word_plans(model, some, pieces))
+    # By texts · news²: 123 and dog (type 0), runs, sat, cat, and "the", which is everywhere; "bird" stands in one text alone.
+    assert plan == [[[], [2, 1]], [[], [0, 2]], [[1], [0, 3]], [[0], [3, 1]], [[], [3, 2]]]
+    for i, words in enumerate(([[7, 8], [3]], [[4, 5], [2], [1], [0]])):
+        want = torch.stack([model.get_input_embeddings().weight[torch.tensor(ids)].mean(0) for ids in words])
+        want = torch.nn.functional.rms_norm((want - model.plans.mean) / model.plans.scale, want.shape[-1:], eps=1e-6)
+        torch.testing.assert_close(model.plans.types[i].weight[: len(words)], want)
+        assert torch.equal(model.plans.types[i].weight[len(words) :], before[i][len(words) :])
+
+
+def test_too_few_words_are_refused_in_a_sentence():
+    model = tiny_planner(shape=PlanShape((2, 8), (1, 2)))
+    some = PairTensors(text(2, 3), torch.ones(2, 3, dtype=torch.long), torch.tensor([[0, 1], [1, 0]]))
+    with pytest.raises(DataError, match=r"type 1 of .* gets none.*try: more pairs"):
+        word_plans(model, some, ["Ġa", "Ġb"])
 
 
 def test_short_texts_have_fewer_concepts_and_pieces_are_of_the_text_alone():

@@ -52,6 +52,7 @@ def test_self_check_refuses_what_it_cannot_split():
     {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5}, {"shared_map": True},
     {"head": "nearest", "codes_per_concept": 2, "shared_map": True, "quantise": 0.5}, {"shallow_window": 4, "split": (2, 1, 1)},
     {"pool": True, "bridge": True, "quantise": 0.0}, {"pool": True, "anchor": True, "head": "nearest", "boundary": "fixed"},
+    {"overlap": True}, {"overlap": True, "bridge": True, "family": "gemma3_text"}, {"overlap": True, "rate": 1.0},
 ], ids=str)
 def test_fast_forward_is_the_specification(settings):
     """Logits, ids and gradients of the fast path against the per-step reading, on ragged rows of T = 20."""
@@ -137,6 +138,7 @@ def test_a_window_bounds_the_shallow_cache():
     {"codes_per_concept": 3, "num_concepts": 4096}, {"head": "nearest", "codes_per_concept": 2, "shared_map": True},
     {"shallow_window": 4, "split": (2, 1, 1)}, {"shallow_window": 1},
     {"shallow_window": 3, "family": "gemma3_text", "bridge": True}, {"pool": True, "bridge": True, "anchor": True},
+    {"overlap": True}, {"overlap": True, "bridge": True, "boundary": "fixed", "family": "gemma3_text"},
 ], ids=str)
 def test_cached_is_parallel_in_every_family_and_boundary(settings):
     model, ids = tiny_online(**settings), text(2)
@@ -158,7 +160,7 @@ def test_batch_is_singles_and_padding_changes_nothing():
 @pytest.mark.parametrize("settings", [
     {}, {"family": "gemma3_text"}, {"head": "joint"}, {"bridge": True}, {"boundary": "threshold", "bridge": True},
     {"boundary": "entropy"}, {"boundary": "fixed", "bridge": True, "anchor": True}, {"head": "nearest", "codes_per_concept": 2},
-    {"shallow_window": 4, "split": (2, 1, 1)}, {"pool": True},
+    {"shallow_window": 4, "split": (2, 1, 1)}, {"pool": True}, {"overlap": True, "bridge": True},
 ], ids=str)
 def test_causality_by_perturbation(settings):
     """Change any token: the ids before it are the same, and so are the logits but for the last bit (a changed number

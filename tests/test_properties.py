@@ -42,7 +42,7 @@ def models(draw):
     weights = {
         "family": st.sampled_from(["llama", "mistral"]), "split": st.sampled_from([(1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 0, 3)]),
         "boundary": st.sampled_from([name for name, kind in BOUNDARIES.items() if not kind.offline]),
-        "head": st.sampled_from(list(HEADS)), "bridge": st.booleans(),
+        "head": st.sampled_from(list(HEADS)), "bridge": st.booleans(), "overlap": st.booleans(),
         "anchor": st.booleans(), "codes_per_concept": st.sampled_from([1, 2]),
     }
     max_tail = draw(st.integers(0, 12))

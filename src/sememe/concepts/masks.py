@@ -59,7 +59,7 @@ def check_device(attn_implementation: str, device: torch.device) -> None:
 def _seen(query: Lane, key: Lane, window: int | None, recent: int | None) -> Tensor:
     """The rule, for queries and keys of shapes that go together."""
     i, j = query.position, key.position
-    allowed = (j <= i) & key.valid & (key.concept | (query.written == key.written))
+    allowed = (j <= i) & key.valid & (key.concept | ((query.written == key.written) & ~query.concept))
     if window is not None:
         allowed = allowed & (i - j < window)
     if recent is not None:

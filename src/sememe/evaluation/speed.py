@@ -59,6 +59,7 @@ def ceiling_decode(base: nn.Module, config: OnlineConfig, rate: float) -> float:
     at = config.codes_per_concept * rate + (1.0 - rate if config.head == "joint" else 0.0)  # its first stage is the score too
     codes = config.num_concepts * config.text_config.hidden_size * at
     bridge = 2 * config.text_config.hidden_size**2 if config.bridge else 0
+    deep *= 1 + rate if config.overlap else 1
     return (sum(config.split) * layer + head) / ((shallow + deep + middle * rate) * layer + head + codes + bridge)
 
 

@@ -110,6 +110,7 @@ class OnlineConfig(ConceptConfig):
         split: layers in the shallow, middle and deep slice.
         bridge: tail states get a linear guess of what the middle slice would have added (`concepts/bridge.py`).
         anchor: a concept starts from what its token alone tells; the codes say the rest (`concepts/anchor.py`).
+        overlap: a position that writes is also the first normal token of the next tail, and predicts from there.
         shallow_window: tokens that a token sees in the shallow slice, itself among them and the first one beside them;
             None for all. The shallow cache then stops growing.
         prefill_chunk: tokens that a cached forward takes at a time, so that no mask grows with their square; 0 for all.
@@ -118,8 +119,8 @@ class OnlineConfig(ConceptConfig):
     model_type = "sememe-online"
 
     def __init__(self, text_config=None, split=(4, 22, 4), bridge: bool = False, anchor: bool = False,
-                 shallow_window: int | None = None, prefill_chunk: int = 1024, **kwargs):
-        self.split, self.bridge, self.anchor = list(split), bridge, anchor
+                 overlap: bool = False, shallow_window: int | None = None, prefill_chunk: int = 1024, **kwargs):
+        self.split, self.bridge, self.anchor, self.overlap = list(split), bridge, anchor, overlap
         self.shallow_window, self.prefill_chunk = shallow_window, prefill_chunk
         super().__init__(text_config=text_config, **kwargs)
 
@@ -192,6 +193,7 @@ class PlannerConfig(AdaptedConfig):
         code_temperature: of the mixture that straight-through gradients are of.
         straight_through: what the executor reads passes its gradient on to the planner.
         plan_weight: of the plan's own cross entropy in the loss, nats per concept beside nats per target token.
+        plan_dropout: share of the rows whose text is written without their plan, in training.
         seed: of the new modules' start.
     """
 
@@ -199,11 +201,11 @@ class PlannerConfig(AdaptedConfig):
 
     def __init__(self, text_config=None, plan_sizes=(512, 512), plan_lengths=(4, 8), parallel: bool = False, multi_token: int = 1,
                  plan_max_source: int | None = None, code_temperature: float = 1.0, straight_through: bool = False,
-                 plan_weight: float = 1.0, seed: int = 0, **kwargs):
+                 plan_weight: float = 1.0, plan_dropout: float = 0.0, seed: int = 0, **kwargs):
         self.plan_sizes, self.plan_lengths = list(plan_sizes), list(plan_lengths)
         self.parallel, self.multi_token, self.plan_max_source = parallel, multi_token, plan_max_source
         self.code_temperature, self.straight_through = code_temperature, straight_through
-        self.plan_weight, self.seed = plan_weight, seed
+        self.plan_weight, self.plan_dropout, self.seed = plan_weight, plan_dropout, seed
         super().__init__(text_config=text_config, **kwargs)
 
     @property

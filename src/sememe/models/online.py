@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.cache import ConceptCache, deep_slots, ring_slots
-from sememe.backbone.split import Spine
+from sememe.backbone.split import Rope, Spine
 from sememe.concepts.anchor import TokenAnchor
 from sememe.concepts.bridge import TailBridge
 from sememe.concepts.codebook import ConceptEmbedding
@@ -129,6 +129,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         A token that writes nothing skips the middle layers: there it is what the shallow slice left."""
         shallow, middle, deep = self.config.split
         left = spine.record
+        left[-deep:] = [d_BED[:, -written_BT.shape[1] :] for d_BED in left[-deep:]]
         h_BTD, states = left[shallow - 1], [step.embed_BTD, *left[:shallow]]
         for c_bCD in left[shallow : len(left) - deep]:
             c_BCD = c_bCD
@@ -151,8 +152,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         tail_BTD, last_BD = self._tail(h_BTD, known_BCD, read, cache)
         if self.training:
             c_BCD = self._confidence(c_BCD, known_BCD, h_BTD, read)
-        d_BTD = pack.unpack(c_BCD, written_BT, tail_BTD)
-        d_BTD = self._deep(spine, d_BTD, written_BT, step, read.state)
+        d_BTD = self._deep(spine, c_BCD, tail_BTD, pack, written_BT, step, read.state)
 
         ids_BT = torch.full_like(step.position_BT.expand(written_BT.shape), NULL)
         ids_BT = ids_BT.scatter(1, pack.index_BC, torch.where(pack.valid_BC, ids_BC, NULL))
@@ -190,7 +190,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         first, last = self.config.split[0], sum(self.config.split[:2])
         cache, rows = step.cache, None
         position_BC = pack.pack(step.position_BT)
-        rope = {kind: tuple(pack.pack(x.expand(len(e_BCD), -1, -1)) for x in pair) for kind, pair in step.rope.items()}
+        rope = _packed(step.rope, pack)
         query = key = all_concepts(position_BC, pack.valid_BC)
         ragged = step.padded or len(e_BCD) > 1
         if cache is not None:
@@ -214,28 +214,46 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         c_BCD = spine.run(first, last, e_BCD, position_BC, rope, self._mask(query, key, free), cache)
         return c_BCD if rows is None else every.index_copy(0, rows, c_BCD)
 
-    def _deep(self, spine: Spine, d_BTD: Tensor, written_BT: Tensor, step: Step, state: GateState) -> Tensor:
-        """One state per position: concepts ≤ t and the tail of t."""
-        split, cache, length = self.config.split, step.cache, d_BTD.shape[1]
-        before = torch.from_numpy(step.written_before).to(d_BTD.device)[:, None]
-        query = key = Lane(step.position_BT, before + written_BT.cumsum(1), written_BT, step.valid_BT)
-        free = step.plain
+    def _deep(self, spine: Spine, c_BCD: Tensor, tail_BTD: Tensor, pack: Packing, written_BT: Tensor, step: Step,
+              state: GateState) -> Tensor:
+        """Concepts ≤ t and the tail of t. One state per position; with `overlap` the positions that write have two: E entries,
+        the concepts ahead of the tokens. (B, T, D) of the tokens."""
+        split, cache, rope, kept_BE = self.config.split, step.cache, step.rope, step.valid_BT
+        before = torch.from_numpy(step.written_before).to(c_BCD.device)[:, None]
+        entry = Lane(step.position_BT, before + written_BT.cumsum(1), written_BT, step.valid_BT)
+        if not self._overlaps:
+            d_BED = pack.unpack(c_BCD, written_BT, tail_BTD)
+        elif not written_BT.any():
+            d_BED = tail_BTD
+        else:
+            rank_BC = before + 1 + torch.arange(c_BCD.shape[1], device=c_BCD.device)
+            concept = Lane(pack.pack(step.position_BT.expand(written_BT.shape)), rank_BC, pack.valid_BC, pack.valid_BC)
+            kept_BE = torch.cat([pack.valid_BC, step.valid_BT & (entry.written == entry.written[:, -1:])], 1)
+            entry = concept.then(entry._replace(concept=torch.zeros_like(written_BT)))
+            rope = {kind: tuple(torch.cat([c, x.expand(len(c), -1, -1)], 1) for c, x in zip(pair, step.rope[kind], strict=True))
+                    for kind, pair in _packed(step.rope, pack).items()}
+            d_BED = torch.cat([c_BCD, tail_BTD], 1)
+        query, key, free, several = entry, entry, step.plain, d_BED.shape[1] > 1
         if cache is not None:
-            lane, written = cache.deep, written_BT.cpu().numpy()
-            slot, tail = deep_slots(written, step.valid_BT.cpu().numpy(), step.written_before, cache.tail)
+            lane = cache.deep
+            slot, tail = deep_slots(entry.concept.cpu().numpy(), kept_BE.cpu().numpy(), step.written_before, cache.tail)
             total_B = state.concepts + tail
-            seen = lane.plan(torch.from_numpy(slot).to(d_BTD.device), step.position_BT, int(total_B.max()), None, length > 1,
-                             total_B)
+            seen = lane.plan(torch.from_numpy(slot).to(d_BED.device), entry.position, int(total_B.max()), None, several, total_B)
             cache.tail = tail
             if lane.before is not None:
-                old_concept = torch.arange(seen[0].shape[1], device=d_BTD.device) < before
+                old_concept = torch.arange(seen[0].shape[1], device=d_BED.device) < before
                 old = Lane(seen[0], before.expand(seen[0].shape), old_concept, seen[1])
                 key = old.then(query)
             else:
                 key = all_concepts(*seen)
-                free = len(d_BTD) == 1 and not step.padded
-        return spine.run(split[0] + split[1], sum(split), d_BTD, step.position_BT, step.rope,
-                         self._mask(query, key, free), cache)
+                free = len(d_BED) == 1 and not step.padded
+        d_BED = spine.run(split[0] + split[1], sum(split), d_BED, entry.position, rope, self._mask(query, key, free), cache)
+        return d_BED[:, -tail_BTD.shape[1] :]
+
+    @property
+    def _overlaps(self) -> bool:
+        """Where every token writes there are no tails, and nothing to keep beside the concepts."""
+        return self.config.overlap and self.config.rate < 1
 
     def new_cache(self, batch: int) -> ConceptCache:
         """An empty cache for `batch` rows."""
@@ -263,6 +281,12 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows)
+
+
+def _packed(rope: Rope, pack: Packing) -> Rope:
+    """That of the concepts, from that of the tokens."""
+    rows = len(pack.index_BC)
+    return {kind: tuple(pack.pack(x.expand(rows, -1, -1)) for x in pair) for kind, pair in rope.items()}
 
 
 def _check(h_BTD: Tensor, attention_mask: Tensor | None, cache, output_attentions: bool | None) -> None:

@@ -286,6 +286,9 @@ class PlannerForCausalLM(Planning, AdaptedModel):
         if config.straight_through and torch.is_grad_enabled():
             with torch.autocast(h_BCD.device.type, enabled=False):
                 e_BPD = straight_through(self.plan_embeddings(plan_ids), self.plans.soft(logits, config.code_temperature))
+        if self.training and config.plan_dropout > 0:
+            lost_B1 = torch.rand(len(plan_ids), 1, device=plan_ids.device) < config.plan_dropout
+            plan_ids = plan_ids.masked_fill(lost_B1, NULL)
         out.logits = self.executor_logits(plan_ids, labels, e_BPD)
         nll, own = _nll(out.logits, labels).sum(), (labels != -100).sum().clamp(min=1)
         count = own if kwargs.get("num_items_in_batch") is None else kwargs["num_items_in_batch"]

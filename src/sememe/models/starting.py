@@ -98,7 +98,8 @@ class Starting:
             last_BTD = read.pack.last(self._middle(spine, read.h_BCD, read.pack, written_BT, step), written_BT)
             everywhere = torch.ones_like(written_BT)
             target_BTD = self._middle(spine, h_BTD, packing(everywhere), everywhere, step)
-            tail_BT = ~written_BT & (written_BT.cumsum(1) > 1)  # behind the sink alone there is no concept to read
+            tail_BT = everywhere if config.overlap else ~written_BT
+            tail_BT = tail_BT & (written_BT.cumsum(1) > 1)  # behind the sink alone there is no concept to read
             for kept, x in ((states, h_BTD), (lasts, last_BTD), (targets, target_BTD)):
                 kept.append(x[tail_BT].float())
         config.rate = asked

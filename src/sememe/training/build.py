@@ -33,14 +33,15 @@ def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
         plan = recipe.plan
         config = PlannerConfig(
             plan_sizes=plan.sizes, plan_lengths=plan.lengths, parallel=plan.parallel, multi_token=plan.multi_token,
-            plan_weight=plan.weight, straight_through=plan.straight_through, code_temperature=recipe.code_temperature,
+            plan_weight=plan.weight, plan_dropout=plan.dropout,
+            straight_through=plan.straight_through, code_temperature=recipe.code_temperature,
             plan_max_source=recipe.source_length, seed=recipe.seed, **shared,
         )
     else:
         check_split(split, layers)
     if recipe.system == "online":
         config = OnlineConfig(
-            split=split, shallow_window=recipe.shallow_window, bridge=recipe.bridge, anchor=recipe.anchor,
+            split=split, shallow_window=recipe.shallow_window, bridge=recipe.bridge, anchor=recipe.anchor, overlap=recipe.overlap,
             lora_first=0 if recipe.lora.shallow else split[0], **shared, **_concepts(recipe),
         )
     elif recipe.system in BASELINES:

@@ -1,7 +1,10 @@
 """The parts of a recipe that pairs and plans are trained by: typed, each check where its key is."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+OFTEN, SELDOM, SPAN = 0.5, 0.2, 4  # of an adaptive interval
 PROPOSERS = ("beam", "diverse", "sample", "edit", "gradient")  # of training/em/propose.py
 
 
@@ -16,6 +19,10 @@ class Plan(Strict):
     """Ids of each type of concept; types may be levels, coarse ones first."""
     lengths: list[int] = [2, 8]
     """Concepts of each type at most."""
+    begins: Literal["pieces", "words"] = "pieces"
+    """What ids stand for at first: `words`, key words of the target; `pieces`, clusters of the words in its pieces."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the targets that the executor learns to write without a plan."""
     parallel: bool = False
     """Types are written at the same time, each from the source alone; else each also from those before it."""
     multi_token: int = Field(1, ge=1)
@@ -44,6 +51,9 @@ class Em(Strict):
     """Steps between E-steps; 0: never."""
     proposers: dict[str, int] = {"beam": 4, "sample": 4, "edit": 8}
     """Candidates that each way of proposing adds, beside the incumbent."""
+    adaptive: bool = False
+    """Halves the interval where an E-step changed more than half of the plans, and doubles it where fewer than a fifth; a quarter
+    of `every` at least, and four times it at most."""
     examples: int = Field(0, ge=0)
     """Pairs of one E-step at most, those first that are trained on next; 0: all that the steps up to the next one see."""
     batch: int = Field(8, ge=1)
@@ -77,10 +87,12 @@ class Em(Strict):
         """Steps done before the first E-step."""
         return round((self.warmup + self.distil) * steps)
 
-    def due(self, step: int, steps: int) -> bool:
-        """Whether an E-step stands ahead of step number `step`, counted from 0."""
-        start = self.starts(steps)
-        return self.every > 0 and step >= start and (step - start) % self.every == 0
+    def interval(self, now: int, flips: float | None) -> int:
+        """Steps to the next E-step, behind one that came `now` steps after the last and changed that share of the plans."""
+        if not self.adaptive or flips is None:
+            return now
+        factor = 0.5 if flips > OFTEN else 2 if flips < SELDOM else 1
+        return max(1, self.every // SPAN, min(self.every * SPAN, int(now * factor)))
 
 
 class Curriculum(Strict):

@@ -144,6 +144,9 @@ class Recipe(Strict):
     `window`: in every layer; none: as many as the caches of `rate` and `split` have room for at the end of a sequence."""
     anchor: bool = False
     """A concept starts from what the token that writes it tells, by a linear map of its embedding; the codes say the rest."""
+    overlap: bool = False
+    """A position that writes is also the first normal token of the next tail, and predicts from there: one more deep state per
+    concept."""
     pool: bool = False
     """Codes of `online` are read from the mean of the segment's tail too, by a map that is trained; not with boundary: threshold.
     Those of a `compressor` always stand for all of their segment."""

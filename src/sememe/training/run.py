@@ -82,7 +82,8 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
         _say_start(say, model.start_bridge(calibration_NT))
     elif isinstance(model, PlannerForCausalLM):
         meter = PlanMeter(model.config.plan_shape)
-        callbacks.insert(0, Search(recipe, examples, model.config.plan_shape, run, checkpoint, meter, say, show))
+        callbacks.insert(0, Search(recipe, examples, model.config.plan_shape, run, checkpoint, meter, say,
+                                   tokenizer.convert_ids_to_tokens(range(len(tokenizer))), show))
     recorder = Recorder(recipe, run / "metrics.jsonl", heldout, meter, show, examples.tokens)
     trainer = ConceptTrainer(recipe, model, _arguments(recipe, run, world), examples, meter, [*callbacks, recorder])
     trainer.remove_callback(transformers.PrinterCallback)

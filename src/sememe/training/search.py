@@ -3,6 +3,7 @@
 RUN/assignments belongs to the run's last step; every checkpoint holds it as it was then, so that a resumed run is the same run.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -21,10 +22,12 @@ from sememe.pairs import IGNORED, PairTensors
 from sememe.training.em.start import start_plans
 from sememe.training.em.step import EStep
 from sememe.training.em.store import Assignments
+from sememe.training.em.words import word_plans
 from sememe.training.pairing import PairExamples
 from sememe.training.recipe import Recipe
 
 FOLDER = "assignments"
+DUE = "due.json"  # in a checkpoint: the step of the next E-step, and the interval
 FEW = 8  # pairs of an E-step that the planner plans itself, to see whether it comes near
 
 
@@ -116,39 +119,45 @@ class Search(TrainerCallback):
     """Keeps z* of every training pair, searches for better ones when it is time, and tells the model which stage it is in."""
 
     def __init__(self, recipe: Recipe, examples: PairExamples, shape: PlanShape, run: Path, checkpoint: Path | None,
-                 meter: PlanMeter, say: Callable[[str], None], show: bool = True):
-        """Plans are those of `checkpoint`. What the folder held else is of steps that are taken again.
+                 meter: PlanMeter, say: Callable[[str], None], pieces_V: list[str], show: bool = True):
+        """Plans are those of `checkpoint`; what the folder held else is of steps that are taken again. `pieces_V`: how the
+        tokenizer writes each id.
 
         Raises CheckpointError where those are of other pairs or of another shape.
         """
         self.recipe, self.examples, self.shape, self.folder = recipe, examples, shape, run / FOLDER
-        self.fresh, self.meter, self.say, self.show = checkpoint is None, meter, say, show
+        self.fresh, self.meter, self.say, self.show, self.pieces_V = checkpoint is None, meter, say, show, pieces_V
+        self.next, self.interval = recipe.em.starts(recipe.steps), recipe.em.every
         shutil.rmtree(self.folder, ignore_errors=True)
         if checkpoint is not None:
             shutil.copytree(checkpoint / FOLDER, self.folder)
+            self.next, self.interval = json.loads((self.folder / DUE).read_text())
         self.store = Assignments.open(self.folder, shape, len(examples.pairs), examples.pairs.digest())
         examples.plans = self.store.read
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.fresh:
             pairs = self.examples.pairs
-            plan_NP = start_plans(model, pairs, self.shape, self.recipe.seed).cpu()
+            if self.recipe.plan.begins == "words":
+                plan_NP, means = word_plans(model, pairs, self.pieces_V), "key words"
+            else:
+                plan_NP, means = start_plans(model, pairs, self.shape, self.recipe.seed).cpu(), "k-means"
             self.store.write(torch.arange(len(pairs)), plan_NP)
-            self.say(f"start: plans of {len(pairs)} pairs from k-means of their targets, {len(plan_NP.unique(dim=0))} of them "
+            self.say(f"start: plans of {len(pairs)} pairs from {means} of their targets, {len(plan_NP.unique(dim=0))} of them "
                      "different")
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         recipe, step = self.recipe, state.global_step
         warm = step < round(recipe.em.warmup * recipe.steps)
         stage(model, recipe, warm)
-        if recipe.em.due(step, recipe.steps):
+        if recipe.em.every and step == self.next:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
                 self.search(model, step)
 
     def search(self, model: PlannerForCausalLM, step: int) -> None:
         """One E-step, over the pairs that are trained on next. All follows from the step, the weights and the plans."""
         em = self.recipe.em
-        index_n = self.examples.upcoming(step, em.every)
+        index_n = self.examples.upcoming(step, self.interval)
         index_n = index_n[: em.examples or len(index_n)]
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
         started = time.monotonic()
@@ -157,10 +166,14 @@ class Search(TrainerCallback):
                 model, self.examples.pairs, self.store, index_n, generator, bar.update)
         seconds = round(time.monotonic() - started, 2)
         found |= reach(model, self.examples.pairs.rows(index_n), self.store.read(index_n), step)
-        self.meter.note(found | {"em_seconds": seconds})
+        self.interval = em.interval(self.interval, found.get("em_flips"))
+        self.next = step + self.interval
+        self.meter.note(found | {"em_seconds": seconds, "em_interval": self.interval})
 
     def on_save(self, args, state, control, **kwargs):
-        self.store.copy_to(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER)
+        kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
+        self.store.copy_to(kept)
+        (kept / DUE).write_text(json.dumps([self.next, self.interval]))
 
 
 def stage(model: PlannerForCausalLM, recipe: Recipe, warm: bool) -> None:
