@@ -16,9 +16,10 @@ from sememe.backbone.adapters import without_lora
 from sememe.data import token_blocks
 from sememe.errors import DataError
 from sememe.evaluation import baselines, reconstruction
-from sememe.evaluation.continuation import PASSES, continuation, model_nll, written_again
+from sememe.evaluation.coding import price, shuffled, written_again
+from sememe.evaluation.continuation import PASSES, continuation, model_nll
 from sememe.evaluation.questions import answer, model_answer, overlap, read_questions
-from sememe.evaluation.reconstruction import continuation_blocks, curve, price, reconstruct, reconstruct_files, shuffled
+from sememe.evaluation.reconstruction import continuation_blocks, curve, reconstruct, reconstruct_files
 from sememe.evaluation.scores import exact_match, longest_common, rouge_l, scores, token_accuracy
 from sememe.models import CompressorConfig, CompressorForCausalLM
 from sememe.models.loading import load_base

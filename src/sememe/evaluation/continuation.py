@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.evaluation.baselines import base_nll
+from sememe.evaluation.coding import written_again
 from sememe.models.compressor import CompressorForCausalLM
 
 PASSES = 7  # over all tokens: what `continuation` ticks
@@ -32,17 +33,6 @@ def model_nll(model: CompressorForCausalLM, ids_NT: Tensor, context: int, given:
         counts.append(torch.zeros(len(ids_BT)) if made is None else made.read.coded_BC.sum(1).cpu())
         tick(ids_BT.numel())
     return torch.cat(found), torch.cat(counts).long()
-
-
-def written_again(model: CompressorForCausalLM, ids_NT: Tensor, window: int | None = None, batch: int = 16) -> list[list[int]]:
-    """The (N, T) texts as the model writes them from their concepts, `window` tokens at a time (None: all at once)."""
-    rows: list[list[int]] = [[] for _ in ids_NT]
-    for ids_Nw in ids_NT.split(window or ids_NT.shape[1], 1):
-        for start in range(0, len(rows), batch):
-            texts = model.decompress(model.compress(ids_Nw[start : start + batch]))
-            for row, text in zip(rows[start : start + batch], texts, strict=True):
-                row += text
-    return rows
 
 
 def continuation(model: CompressorForCausalLM, base, ids_NT: Tensor, context: int, batch: int = 4,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sememe.errors import DataError
 from sememe.evaluation.baselines import base_nll
-from sememe.evaluation.continuation import written_again
+from sememe.evaluation.coding import written_again
 from sememe.models.compressor import CompressorForCausalLM
 from sememe.models.decompressing import Encoded
 

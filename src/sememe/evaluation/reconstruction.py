@@ -1,64 +1,28 @@
 """Text → concept ids → text, free-running: how much comes back, and for how many bits (RUN/reconstruct.json)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sememe.concepts.codebook import count_digits
 from sememe.data import token_blocks
 from sememe.errors import CheckpointError, DataError
 from sememe.evaluation import continuation as going_on
 from sememe.evaluation import questions as asking
 from sememe.evaluation.baselines import lossless
+from sememe.evaluation.coding import Lists, Tick, compress, decompress, price, shuffled
 from sememe.evaluation.dial import check_rates, rate_error
 from sememe.evaluation.figures import keep, run_recipe
 from sememe.evaluation.files import base_beside, heldout_blocks, heldout_texts
 from sememe.evaluation.online_cost import load_online, online_cost
-from sememe.evaluation.quality import code_use, token_nll
+from sememe.evaluation.quality import token_nll
 from sememe.evaluation.scores import scores
 from sememe.models.compressor import CompressorForCausalLM
 from sememe.models.loading import load_base, load_model, resolve
 
 CONTEXT, NEXT = 512, 128  # tokens that a continuation has ahead of it, and at most predicts
-Tick = Callable[[int], None]
-Lists = list[list[int]]
-
-
-def compress(model, ids_NT: Tensor, batch: int) -> Lists:
-    """The concept ids of each row of (N, T) windows."""
-    return [ids for ids_BT in ids_NT.split(batch) for ids in model.compress(ids_BT)]
-
-
-def decompress(model, concepts: Lists, batch: int, tick: Tick = lambda n: None, tokens: int = 0) -> Lists:
-    """The token ids of each list; ticks `tokens` for each."""
-    rebuilt: Lists = []
-    for start in range(0, len(concepts), batch):
-        rebuilt += model.decompress(concepts[start : start + batch])
-        tick(tokens * len(concepts[start : start + batch]))
-    return rebuilt
-
-
-def shuffled(concepts: Lists, seed: int = 0) -> Lists:
-    """All ids permuted over all lists; each list stays as long as it was."""
-    flat = [i for ids in concepts for i in ids]
-    order = iter(torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).tolist())
-    return [[flat[next(order)] for _ in ids] for ids in concepts]
-
-
-def price(concepts: Lists, tokens: int, num_concepts: int, codes_per_concept: int) -> dict[str, Any]:
-    """What lists of concepts cost for `tokens` tokens. A concept is `codes_per_concept` ids, and every one counts."""
-    flat = torch.tensor([i for ids in concepts for i in ids], dtype=torch.long)
-    ids, use = len(flat) * codes_per_concept, code_use(count_digits(flat, num_concepts, codes_per_concept))
-    return {
-        "concept_rate": len(flat) / tokens, "ids_per_token": ids / tokens, "compression_ratio": tokens / max(1, ids),
-        "bits_per_token": ids * math.log2(num_concepts) / tokens,
-        "bits_per_token_used": len(flat) * (use["bits_per_concept"] or 0.0) / tokens,
-        "bits_per_concept": use["bits_per_concept"], "code_perplexity_by_stage": use["code_perplexity_by_stage"],
-    }
 
 
 def reconstruct(model: CompressorForCausalLM, tokenizer, ids_NT: Tensor, batch: int = 16, tick: Tick = lambda n: None

@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from sememe.errors import DataError
+from sememe.evaluation.coding import price
 from sememe.evaluation.figures import keep, run_recipe
 from sememe.evaluation.files import base_beside, prompts, torch_dtype
 from sememe.evaluation.memory import weight_bytes
-from sememe.evaluation.reconstruction import price
 from sememe.evaluation.speed import in_turn, summary
 from sememe.models.compressor import CompressorForCausalLM
 from sememe.models.configuration import CompressorConfig
