@@ -131,7 +131,8 @@ class Search(TrainerCallback):
         shutil.rmtree(self.folder, ignore_errors=True)
         if checkpoint is not None:
             shutil.copytree(checkpoint / FOLDER, self.folder)
-            self.next, self.interval = json.loads((self.folder / DUE).read_text())
+            if (self.folder / DUE).exists():  # not in those of earlier versions
+                self.next, self.interval = json.loads((self.folder / DUE).read_text())
         self.store = Assignments.open(self.folder, shape, len(examples.pairs), examples.pairs.digest())
         examples.plans = self.store.read
 
@@ -150,7 +151,7 @@ class Search(TrainerCallback):
         recipe, step = self.recipe, state.global_step
         warm = step < round(recipe.em.warmup * recipe.steps)
         stage(model, recipe, warm)
-        if recipe.em.every and step == self.next:
+        if recipe.em.every and step >= self.next:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
                 self.search(model, step)
 
