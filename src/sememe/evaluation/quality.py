@@ -37,10 +37,10 @@ def token_nll(model, ids_NT: Tensor, batch: int = 4, ablation: str | None = None
 
 def layer_share(config, rate: float | None = None) -> float:
     """Layer applications per token over the base's: (S + M · rate + D) / (S + M + D), at the *realised* rate of an online
-    model. Skipping the middle is rate 0; the control and a plain base run every layer: 1."""
+    model; with overlap D · (1 + rate). Skipping the middle is rate 0; the control and a plain base run every layer: 1."""
     if isinstance(config, OnlineConfig):
         shallow, middle, deep = config.split
-        return (shallow + middle * rate + deep) / (shallow + middle + deep)
+        return (shallow + middle * rate + deep * config.deep_entries(rate)) / (shallow + middle + deep)
     if isinstance(config, CompressorConfig):  # read once by one adapter, written once by the other
         layers = config.text_config.num_hidden_layers
         rate = config.rate if rate is None else rate

@@ -59,8 +59,8 @@ def ceiling_decode(base: nn.Module, config: OnlineConfig, rate: float) -> float:
     at = config.codes_per_concept * rate + (1.0 - rate if config.head == "joint" else 0.0)  # its first stage is the score too
     codes = config.num_concepts * config.text_config.hidden_size * at
     bridge = 2 * config.text_config.hidden_size**2 if config.bridge else 0
-    deep *= 1 + rate if config.overlap else 1
-    return (sum(config.split) * layer + head) / ((shallow + deep + middle * rate) * layer + head + codes + bridge)
+    layers = shallow + middle * rate + deep * config.deep_entries(rate)
+    return (sum(config.split) * layer + head) / (layers * layer + head + codes + bridge)
 
 
 @torch.no_grad()

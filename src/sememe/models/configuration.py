@@ -124,6 +124,10 @@ class OnlineConfig(ConceptConfig):
         self.shallow_window, self.prefill_chunk = shallow_window, prefill_chunk
         super().__init__(text_config=text_config, **kwargs)
 
+    def deep_entries(self, rate: float) -> float:
+        """States of the deep slice per token, at a realised rate. Where every token writes nothing overlaps."""
+        return 1 + rate if self.overlap and rate < 1 else 1.0
+
     def check(self) -> None:
         """Raises RecipeError where a value cannot be run."""
         check_split(self.split, self.text_config.num_hidden_layers)

@@ -26,7 +26,7 @@ from sememe.training.run import train
 _CONCEPTS = dict.fromkeys((
     "rate", "max_tail", "head", "boundary", "num_concepts", "codes_per_concept", "shared_map", "gate_noise", "concept_dropout",
     "code_temperature", "gumbel", "estimator", "usage_weight", "commitment_weight", "revive_every", "distil", "anchor", "pool",
-    "content", "depth", "continuation_share", "shallow_window",
+    "content", "depth", "continuation_share", "shallow_window", "overlap",
 ), True) | {"schedule": {"rate", "quantise"}, "lora": {"shallow"}}
 _MIDDLE = dict.fromkeys(("split", "bridge", "concept_learning_rate", "calibration_tokens"), True)
 _CACHE = ("rate", "split", "shallow_window")
