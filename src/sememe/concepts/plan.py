@@ -119,6 +119,12 @@ class PlanEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size + 1))
         self.log_sharpness = nn.Parameter(torch.zeros(()))
 
+    @torch.no_grad()
+    def begin(self, x_nD: Tensor) -> None:
+        """The first n ids become these, each at scale 1: an id is also what the planner's states, of scale 1, are multiplied
+        with, and long ones would win."""
+        self.weight[: len(x_nD)] = F.rms_norm(x_nD, x_nD.shape[-1:], eps=1e-6).to(self.weight)
+
     def logits(self, x: Tensor) -> Tensor:
         """(…, D) states of scale 1 → (…, K + 1), `<EOS>` last. At the start their deviation is 1."""
         rows = torch.cat([self.weight, self.eos]).float() * (self.log_sharpness.float().exp() / x.shape[-1] ** 0.5)
@@ -150,6 +156,10 @@ class PlanCodes(nn.Module):
     def to_states(self, x: Tensor) -> Tensor:
         """(…, D) normalised coordinates → (…, D) fp32 inputs of the base."""
         return self.mean.float() + self.scale.float() * x.float()
+
+    def to_frame(self, state: Tensor) -> Tensor:
+        """(…, D) inputs of the base → (…, D) fp32 normalised coordinates."""
+        return (state.float() - self.mean) / self.scale
 
     def table(self, i: int) -> Tensor:
         """(K_i, D) fp32 states of the ids of type i."""

@@ -124,9 +124,14 @@ class OnlineConfig(ConceptConfig):
         self.shallow_window, self.prefill_chunk = shallow_window, prefill_chunk
         super().__init__(text_config=text_config, **kwargs)
 
+    def overlaps(self, rate: float) -> bool:
+        """Whether concepts have states of their own beside the tokens that write them. Where every token writes there are no
+        tails, and nothing to keep."""
+        return self.overlap and rate < 1
+
     def deep_entries(self, rate: float) -> float:
-        """States of the deep slice per token, at a realised rate. Where every token writes nothing overlaps."""
-        return 1 + rate if self.overlap and rate < 1 else 1.0
+        """States of the deep slice per token, at a realised rate."""
+        return 1 + rate if self.overlaps(rate) else 1.0
 
     def check(self) -> None:
         """Raises RecipeError where a value cannot be run."""

@@ -221,18 +221,14 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         split, cache, rope, kept_BE = self.config.split, step.cache, step.rope, step.valid_BT
         before = torch.from_numpy(step.written_before).to(c_BCD.device)[:, None]
         entry = Lane(step.position_BT, before + written_BT.cumsum(1), written_BT, step.valid_BT)
-        if not self._overlaps:
+        if not self.config.overlaps(self.config.rate):
             d_BED = pack.unpack(c_BCD, written_BT, tail_BTD)
         elif not written_BT.any():
             d_BED = tail_BTD
         else:
-            rank_BC = before + 1 + torch.arange(c_BCD.shape[1], device=c_BCD.device)
-            concept = Lane(pack.pack(step.position_BT.expand(written_BT.shape)), rank_BC, pack.valid_BC, pack.valid_BC)
-            kept_BE = torch.cat([pack.valid_BC, step.valid_BT & (entry.written == entry.written[:, -1:])], 1)
-            entry = concept.then(entry._replace(concept=torch.zeros_like(written_BT)))
-            rope = {kind: tuple(torch.cat([c, x.expand(len(c), -1, -1)], 1) for c, x in zip(pair, step.rope[kind], strict=True))
-                    for kind, pair in _packed(step.rope, pack).items()}
             d_BED = torch.cat([c_BCD, tail_BTD], 1)
+            kept_BE = torch.cat([pack.valid_BC, step.valid_BT & (entry.written == entry.written[:, -1:])], 1)
+            entry, rope = _two_entries(entry, pack, before, step)
         query, key, free, several = entry, entry, step.plain, d_BED.shape[1] > 1
         if cache is not None:
             lane = cache.deep
@@ -249,11 +245,6 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
                 free = len(d_BED) == 1 and not step.padded
         d_BED = spine.run(split[0] + split[1], sum(split), d_BED, entry.position, rope, self._mask(query, key, free), cache)
         return d_BED[:, -tail_BTD.shape[1] :]
-
-    @property
-    def _overlaps(self) -> bool:
-        """Where every token writes there are no tails, and nothing to keep beside the concepts."""
-        return self.config.overlap and self.config.rate < 1
 
     def new_cache(self, batch: int) -> ConceptCache:
         """An empty cache for `batch` rows."""
@@ -281,6 +272,15 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows)
+
+
+def _two_entries(token: Lane, pack: Packing, before_B1: Tensor, step: Step) -> tuple[Lane, Rope]:
+    """(E entries, their rope): the concepts as entries of their own, and behind them the tokens, none of which is one."""
+    rank_BC = before_B1 + 1 + torch.arange(pack.valid_BC.shape[1], device=before_B1.device)
+    concept = Lane(pack.pack(token.position.expand(token.valid.shape)), rank_BC, pack.valid_BC, pack.valid_BC)
+    rope = {kind: tuple(torch.cat([c, x.expand(len(c), -1, -1)], 1) for c, x in zip(pair, step.rope[kind], strict=True))
+            for kind, pair in _packed(step.rope, pack).items()}
+    return concept.then(token._replace(concept=torch.zeros_like(token.concept))), rope
 
 
 def _packed(rope: Rope, pack: Packing) -> Rope:

@@ -27,7 +27,7 @@ from sememe.training.codes import Revive
 from sememe.training.instruments import ConceptMeter
 from sememe.training.pairing import PairExamples
 from sememe.training.recipe import CONCEPTS, Recipe, check_recipe
-from sememe.training.search import PlanMeter, Search, stage
+from sememe.training.search import PlanMeter, Search, first_plans, stage
 from sememe.training.trainer import Blocks, ConceptTrainer
 
 
@@ -66,9 +66,11 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     model = build_model(recipe, folder)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    checkpoint, first_NP = last_checkpoint(run / "checkpoints", clean=first), None
+    if isinstance(model, PlannerForCausalLM) and checkpoint is None:
+        first_NP = first_plans(recipe, model, examples.pairs, tokenizer, say)
     if first:
         _open_run(recipe, run)
-    checkpoint = last_checkpoint(run / "checkpoints", clean=first)
     meter, stop = None, Stop()
     callbacks = [Finite(), stop, Seal()]
     if isinstance(model, Writing):
@@ -82,8 +84,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
         _say_start(say, model.start_bridge(calibration_NT))
     elif isinstance(model, PlannerForCausalLM):
         meter = PlanMeter(model.config.plan_shape)
-        callbacks.insert(0, Search(recipe, examples, model.config.plan_shape, run, checkpoint, meter, say,
-                                   tokenizer.convert_ids_to_tokens(range(len(tokenizer))), show))
+        callbacks.insert(0, Search(recipe, examples, model.config.plan_shape, run, checkpoint, meter, first_NP, show))
     recorder = Recorder(recipe, run / "metrics.jsonl", heldout, meter, show, examples.tokens)
     trainer = ConceptTrainer(recipe, model, _arguments(recipe, run, world), examples, meter, [*callbacks, recorder])
     trainer.remove_callback(transformers.PrinterCallback)

@@ -115,18 +115,31 @@ def reach(model: PlannerForCausalLM, pairs: PairTensors, plan_NP: Tensor, seed: 
     return found
 
 
+def first_plans(recipe: Recipe, model: PlannerForCausalLM, pairs: PairTensors, tokenizer, say: Callable[[str], None]) -> Tensor:
+    """(N, P) plans that a run begins with, read off the targets; the model's tables begin as what they mean.
+
+    Raises DataError where the targets do not tell pairs apart, or have no words in common.
+    """
+    if recipe.plan.begins == "words":
+        plan_NP, means = word_plans(model, pairs, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))), "key words"
+    else:
+        plan_NP, means = start_plans(model, pairs, model.plans.shape, recipe.seed).cpu(), "k-means"
+    say(f"start: plans of {len(pairs)} pairs from {means} of their targets, {len(plan_NP.unique(dim=0))} of them different")
+    return plan_NP
+
+
 class Search(TrainerCallback):
     """Keeps z* of every training pair, searches for better ones when it is time, and tells the model which stage it is in."""
 
     def __init__(self, recipe: Recipe, examples: PairExamples, shape: PlanShape, run: Path, checkpoint: Path | None,
-                 meter: PlanMeter, say: Callable[[str], None], pieces_V: list[str], show: bool = True):
-        """Plans are those of `checkpoint`; what the folder held else is of steps that are taken again. `pieces_V`: how the
-        tokenizer writes each id.
+                 meter: PlanMeter, first_NP: Tensor | None = None, show: bool = True):
+        """Plans are those of `checkpoint`, or of a fresh run `first_NP`; what the folder held else is of steps that are taken
+        again.
 
         Raises CheckpointError where those are of other pairs or of another shape.
         """
         self.recipe, self.examples, self.shape, self.folder = recipe, examples, shape, run / FOLDER
-        self.fresh, self.meter, self.say, self.show, self.pieces_V = checkpoint is None, meter, say, show, pieces_V
+        self.meter, self.show = meter, show
         self.next, self.interval = recipe.em.starts(recipe.steps), recipe.em.every
         shutil.rmtree(self.folder, ignore_errors=True)
         if checkpoint is not None:
@@ -134,18 +147,9 @@ class Search(TrainerCallback):
             if (self.folder / DUE).exists():  # not in those of earlier versions
                 self.next, self.interval = json.loads((self.folder / DUE).read_text())
         self.store = Assignments.open(self.folder, shape, len(examples.pairs), examples.pairs.digest())
+        if first_NP is not None:
+            self.store.write(torch.arange(len(first_NP)), first_NP)
         examples.plans = self.store.read
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.fresh:
-            pairs = self.examples.pairs
-            if self.recipe.plan.begins == "words":
-                plan_NP, means = word_plans(model, pairs, self.pieces_V), "key words"
-            else:
-                plan_NP, means = start_plans(model, pairs, self.shape, self.recipe.seed).cpu(), "k-means"
-            self.store.write(torch.arange(len(pairs)), plan_NP)
-            self.say(f"start: plans of {len(pairs)} pairs from {means} of their targets, {len(plan_NP.unique(dim=0))} of them "
-                     "different")
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         recipe, step = self.recipe, state.global_step

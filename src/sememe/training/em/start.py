@@ -7,7 +7,6 @@ Suffixes: N pairs · M different targets · B of them · Y target tokens · L pi
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.backbone.split import Spine
@@ -76,7 +75,7 @@ def _rarity(target_MY: Tensor, vocab: int) -> Tensor:
 def _words(model: PlannerForCausalLM, target_BY: Tensor, weight_V: Tensor) -> tuple[Tensor, Tensor]:
     """(B, Y, D) fp32 embeddings of the targets' tokens in the tables' frame, times their weights, and (B,) lengths."""
     ids_BY, plans = target_BY.clamp(min=0), model.plans
-    x_BYD = (Spine(model.backbone).embed(ids_BY.to(model.device)).float() - plans.mean) / plans.scale
+    x_BYD = plans.to_frame(Spine(model.backbone).embed(ids_BY.to(model.device)))
     return x_BYD * weight_V[ids_BY].to(x_BYD).unsqueeze(-1), (target_BY >= 0).sum(1).to(model.device)
 
 
@@ -107,9 +106,7 @@ def _start_table(model: PlannerForCausalLM, i: int, x_MLD: Tensor, there_ML: Ten
     left = [float(assign(x_nD, centroid_KD)[1].sum()) for centroid_KD in tried]
     # The first of those that are as good: two starts often end in one place, and rounding should not choose whose numbers count.
     centroid_KD = next(centroid_KD for centroid_KD, one in zip(tried, left, strict=True) if one <= min(left) * 1.001 + 1e-6)
-    # A concept is also what the planner's states, of scale 1, are multiplied with: one scale for all, or long ones win.
-    table, word_KD = model.plans.types[i].weight, centroid_KD * scale_D
-    table[: len(word_KD)] = F.rms_norm(word_KD, word_KD.shape[-1:], eps=1e-6).to(table)
+    model.plans.types[i].begin(centroid_KD * scale_D)
     return mean_LD, scale_D, centroid_KD
 
 

@@ -10,7 +10,6 @@ import math
 from collections import Counter
 
 import torch
-import torch.nn.functional as F
 
 from sememe.backbone.split import Spine
 from sememe.concepts.plan import PlanShape
@@ -19,7 +18,7 @@ from sememe.models.planner import PlannerForCausalLM
 from sememe.pairs import IGNORED, PairTensors
 
 LEAST = 2  # texts that a word must stand in: from one alone nobody learns anything
-SPACE = ("Ġ", "▁", " ")  # what pieces of BPE and SentencePiece begin with where a word does
+SPACE = "Ġ▁ "  # what pieces of BPE and SentencePiece begin with where a word does
 
 
 @torch.no_grad()
@@ -54,25 +53,28 @@ def word_plans(model: PlannerForCausalLM, pairs: PairTensors, pieces_V: list[str
 
 def words_of(ids: list[int], pieces_V: list[str]) -> dict[str, list[int]]:
     """Each word of a text, letters and digits alone, in the order in which they first come; with its token ids there."""
-    words: list[tuple[str, list[int]]] = []
+    words: list[list[int]] = []
     inside = False
     for token in ids:
         if token == IGNORED:
             break
-        piece = pieces_V[token]
-        bare = piece.lstrip("".join(SPACE))
+        bare = _bare(pieces_V[token])
         if not bare.isalnum():
             inside = False
-        elif inside and bare == piece:
-            word, so_far = words[-1]
-            words[-1] = (word + bare, [*so_far, token])
+        elif inside and bare == pieces_V[token]:
+            words[-1].append(token)
         else:
-            words.append((bare, [token]))
+            words.append([token])
             inside = True
     found: dict[str, list[int]] = {}
-    for word, spelling in words:
-        found.setdefault(word, spelling)
+    for spelling in words:
+        found.setdefault("".join(_bare(pieces_V[token]) for token in spelling), spelling)
     return found
+
+
+def _bare(piece: str) -> str:
+    return piece.lstrip(SPACE)
+
 
 
 def _named(text: dict[str, list[int]], table: dict[str, int], most: int, news: dict[str, float]) -> list[int]:
@@ -82,8 +84,6 @@ def _named(text: dict[str, list[int]], table: dict[str, int], most: int, news: d
 
 
 def _start_table(model: PlannerForCausalLM, i: int, spelled: list[list[int]]) -> None:
-    plans, weight = model.plans, model.plans.types[i].weight
     embed = Spine(model.backbone).embed
     word_KD = torch.stack([embed(torch.tensor(ids, device=model.device)).float().mean(0) for ids in spelled])
-    # One scale for all, as in `start.py`: a concept is also what the planner's states are multiplied with.
-    weight[: len(word_KD)] = F.rms_norm((word_KD - plans.mean) / plans.scale, word_KD.shape[-1:], eps=1e-6).to(weight)
+    model.plans.types[i].begin(model.plans.to_frame(word_KD))
