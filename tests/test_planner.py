@@ -1,6 +1,7 @@
 """Source → plan → text: who sees what, cached = uncached, rows alone = rows together, search against enumeration, training."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -353,11 +354,11 @@ def learned(model: PlannerForCausalLM) -> set[str]:
 def test_gradients_reach_what_they_are_for(straight_through):
     model, plan, u, y = tiny_planner(straight_through=straight_through), plans(3), text(3, 6), text(3, 5)
     out = model.train()(u, plan_ids=plan, labels=y)
-    out.target_nll.backward(retain_graph=True)
+    out.target_nll.backward()
     assert {"executor", "plans.types.0.weight", "plans.separator", "plans.kind"} <= learned(model)
     assert ("planner" in learned(model)) == straight_through, "the text's loss reaches the planner by straight-through alone"
     model.zero_grad()
-    out.plan_nll.backward()
+    model(u, plan_ids=plan).loss.backward()
     assert "executor" not in learned(model) and {"planner", "plans.types.2.eos", "plans.types.1.bias"} <= learned(model)
     model.zero_grad()
     model(u, plan_ids=plan, labels=y).loss.backward()
@@ -383,6 +384,33 @@ def test_losses_are_the_sums_they_say_and_each_adapter_is_its_own():
                 p.mul_(3)
         assert torch.equal(model.plan_log_prob(u, None, plan), before[0])
         assert not torch.equal(model.target_log_prob(plan, y), before[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel": True, "multi_token": 2, "plan_weight": 0.3, "plan_dropout": 0.4}], ids=str)
+def test_the_planners_loss_is_settled_with_the_same_gradients_and_keeps_nothing(changes, monkeypatch):
+    (u, mask), y = sources(), text(3, 6, seed=2)
+
+    def gradients() -> tuple[dict[str, torch.Tensor], int]:
+        class Kept:
+            def __init__(self, x):
+                self.x = x
+                kept.add(self)
+
+        model, kept = tiny_planner(**changes).train(), weakref.WeakSet()
+        torch.manual_seed(0)  # of probes and dropped plans
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda one: one.x):
+            loss = model(u, mask, plans(3), labels=y, num_items_in_batch=7).loss
+            count = len(kept)
+            (2 * loss).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, count
+
+    found, count = gradients()
+    monkeypatch.setattr("sememe.models.planner.settled", lambda loss, parameters: loss)
+    plain, more = gradients()
+    assert found.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    assert count < 0.7 * more
 
 
 @pytest.mark.parametrize("changes", [{}, {"parallel": True, "multi_token": 2, "straight_through": True}], ids=str)

@@ -26,6 +26,7 @@ from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PlannerConfig
 from sememe.models.planning import EXECUTOR, PLANNER, Columns, Planning, SourceRead
+from sememe.models.settling import settled
 
 FRAME_ROWS = 4096  # embeddings that mean and scale are taken from
 LOGITS_AT_ONCE = 2**25  # of a text's log-probability without gradient: 128 MB
@@ -34,7 +35,8 @@ LOGITS_AT_ONCE = 2**25  # of a text's log-probability without gradient: 128 MB
 @dataclass
 class PlannerOutput(CausalLMOutputWithPast):
     """`logits` (B, Y, V) of each target token. `target_nll`: nats per target token; `plan_nll`: nats per concept, `<EOS>`
-    included; `plan_logits`: (B, L_i + 1, K_i + 1) of each type; `plan_ids`: the plan that was read."""
+    included; `plan_logits`: (B, L_i + 1, K_i + 1) of each type; `plan_ids`: the plan that was read. In training `loss` alone leads
+    back to the planner."""
 
     target_nll: Tensor | None = None
     plan_nll: Tensor | None = None
@@ -278,6 +280,9 @@ class PlannerForCausalLM(Planning, AdaptedModel):
             target = [shape.targets(plan_ids, i) for i in range(shape.types)]
             plan_nll = sum(_nll(x, t).sum() for x, t in zip(logits, target, strict=True)) / sum((t != -100).sum() for t in target)
             term = plan_nll if anchor_BI is None else plan_nll + self._probe_loss(probe_BInD, anchor_BI, target)
+        if self.training and labels is not None and not config.straight_through and term.requires_grad:
+            # The executor has nothing to do with the planner's activations: they do not wait for its own.
+            term, plan_nll, logits = settled(term, self.parameters()), plan_nll.detach(), [x.detach() for x in logits]
         out = PlannerOutput(plan_nll=plan_nll, plan_logits=tuple(logits), plan_ids=plan_ids)
         if labels is None:
             out.loss = term
