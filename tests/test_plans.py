@@ -11,11 +11,13 @@ import torch
 from conftest import run, sememe, tiny_recipe
 from plan_runs import SAID, planner_recipe, write_pairs
 from sememe.concepts.plan import NULL, PlanShape
-from sememe.errors import SememeError
+from sememe.errors import DataError, SememeError
+from sememe.evaluation.answers import Answers, ending
 from sememe.evaluation.plan_ablation import dropped, plan_passes
 from sememe.evaluation.plan_files import pair_form
 from sememe.evaluation.plans import IGNORED, other_plans, plan_figures, planned, target_nll
 from sememe.models.loading import load_model
+from sememe.pairs import PairTensors
 from sememe.show_plan import edited
 from sememe.training.posterior import best_plans
 
@@ -121,6 +123,56 @@ def test_the_posterior_is_at_least_as_good_by_its_own_measure(loaded):
     assert "posterior" not in {line["given"] for line in plan_figures(model, pairs)["given"]}, "only where it was searched for"
 
 
+@pytest.mark.parametrize("text, words", [
+    ("Every bim is a dol. Velko is a dol.", ["velko", "is", "dol"]), ("So it is 3 + 4.\n#### 7\n", ["7"]),
+    ("no end", ["no", "end"]), ("Yes! No", ["no"]), ("", []), ("It cost 3.50. He paid 3.50", ["he", "paid", "350"])])
+def test_an_answer_is_the_last_sentence(text, words):
+    assert ending(text) == words
+
+
+def test_right_answers_are_counted(runs, loaded):
+    model, tokenizer, pairs = loaded
+    texts = [SAID[key] for key in ("aa", "bb", "cc", "dd")] * 2
+    asked = Answers(tokenizer, pairs, batch=3)
+
+    class Writes:
+        def __init__(self, words: list[str]):
+            self.words, self.sources, self.config = iter(words), [], model.config
+
+        def write(self, plan_BP, longest):
+            return [tokenizer(next(self.words), add_special_tokens=False).input_ids[:longest] for _ in plan_BP]
+
+        def generate(self, ids_BU, attention_mask, **asked):
+            self.sources += [row[kept.bool()].tolist() for row, kept in zip(ids_BU, attention_mask, strict=True)]
+            assert bool((attention_mask[:, -1] == 1).all())
+            return torch.cat([ids_BU, torch.tensor(tokenizer([next(self.words) for _ in ids_BU], padding=True).input_ids)], 1)
+
+        device = model.device
+
+    none = torch.full((8, 3), NULL)
+    assert asked.of_plans(Writes(texts), none) == 1.0 and asked.of_plans(Writes(texts[1:] + texts[:1]), none) == 0.0
+    assert asked.of_plans(Writes([*texts[:6], "the cat", "The fish in this lake!"]), none) == 6 / 8
+    reader = Writes(texts)
+    sources = [row[kept.bool()].tolist() for row, kept in zip(pairs.source_NU, pairs.source_mask_NU, strict=True)]
+    assert asked.of_sources(reader) == 1.0 and reader.sources == [[model.bos, *row] for row in sources]
+    cut = PairTensors(pairs.source_NU, pairs.source_mask_NU, pairs.target_NY[:, : int((pairs.target_NY != IGNORED).sum(1).min())])
+    assert 0 < len(Answers(tokenizer, cut).right) < 8, "what was cut has lost its answer"
+    with pytest.raises(DataError, match="longer target_length"):
+        Answers(tokenizer, PairTensors(pairs.source_NU, pairs.source_mask_NU, pairs.target_NY[:, :3]))
+
+
+def test_evaluate_counts_right_answers_beside_the_nll(runs):
+    words = ("--tokens", 160, "--answers", "--search", 0, "--json", runs / "n.json")
+    printed = sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
+    result = json.loads((runs / "n.json").read_text())
+    right = {line["given"]: line["right"] for line in result["given"]}
+    assert [*right] == ["planner", "shuffle", "random", "empty", "source (control)"] and result["answers"] == 8
+    assert right["planner"] >= 0.75 and max(right["shuffle"], right["random"], right["empty"]) <= 0.5, right
+    assert f"{right['planner']:.1%}" in printed and "answers right" in printed
+    sememe("evaluate", runs / "r-control", *words)
+    assert json.loads((runs / "n.json").read_text())["given"][0]["right"] == right["source (control)"]
+
+
 def test_ablate_drops_and_swaps(runs):
     ticks: list[int] = []
     printed = sememe("ablate", runs / "r", "--tokens", 160, "--seeds", 2, "--shares", "0,0.5,1", "--json", runs / "a.json")
@@ -172,6 +224,7 @@ def test_what_cannot_be_asked_of_a_planner_is_one_sentence(runs, base_folder, te
     run(tiny_recipe(base_folder, texts) | {"system": "control", "steps": 1}, tmp_path / "plain")
     for words, said in (
         (("evaluate", planner, "--rate", 0.5), "got --rate"), (("evaluate", planner, "--rates", "0.5"), "got --rates"),
+        (("evaluate", tmp_path / "plain", "--answers"), "got --answers"),
         (("evaluate", planner, "--sequence-length", 64), "got --sequence-length"),
         (("evaluate", planner, "--data", runs / "train.jsonl"), "is what .* was trained on"),
         (("evaluate", planner, "--data", texts[1]), "is plain text, it has no fields"),

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -146,6 +147,10 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1)] = 4,
     rate: Rate = None,
     rates: Annotated[str | None, typer.Option(metavar="R,R,…", help="Table of these settings of the dial as well.")] = None,
+    answers: Annotated[bool, typer.Option("--answers", help="Of pairs: write each target too, and count those whose last "
+                                          "sentence is right.")] = False,
+    rounds: Annotated[int, typer.Option("--search", min=0, help="Of a planner: rounds of search for the best plans z*; 0 leaves "
+                                        "them out, which is much faster.")] = 3,
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -155,13 +160,16 @@ def evaluate(
     Example: `sememe evaluate runs/demo --data data/heldout.txt --control runs/demo-control`
 
     Over the dial: `sememe evaluate runs/demo --data data/heldout.txt --rates 0.25,0.33,0.5,1`
+
+    Right answers of a planner: `sememe evaluate runs/prosqa --data data/prosqa/heldout.jsonl --answers --search 0`
     """
     from sememe.evaluation.files import evaluate_files
     from sememe.training.posterior import best_plans
 
     dial = numbers(rates, "--rates", "0.25,0.33,0.5,1")
     texts = data or [_heldout(model)]
-    result = evaluate_files(model, texts, tokens, control, sequence_length, batch, base, rate, dial, best_plans)
+    search = partial(best_plans, rounds=rounds) if rounds else None
+    result = evaluate_files(model, texts, tokens, control, sequence_length, batch, base, rate, dial, search, answers)
     (show_plans if "given" in result else show_quality)(result)
     write_json(json_file, result)
 

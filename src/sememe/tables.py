@@ -54,10 +54,11 @@ def show_plans(result: dict[str, Any]) -> None:
     names = {"planner": "the planner's own plan", "posterior": "z*, found with the target in view", "shuffle": "plans shuffled",
              "random": "random plans", "empty": "no plan", "source": "the source itself"}
     for one in result.get("by_data", [result]):
-        rows = [(names.get(line["given"], line["given"]), line["nll"], f"{line['delta_nll']:+.4f}", line["plan_nats_per_token"])
-                for line in one["given"]]
+        asked = ("answers right",) if "answers" in one else ()
+        rows = [(names.get(line["given"], line["given"]), line["nll"], f"{line['delta_nll']:+.4f}", line["plan_nats_per_token"],
+                 *(f"{line['right']:.1%}" for _ in asked)) for line in one["given"]]
         table(rows, f"{one['model']} on {one['data']}: {one['tokens']:,} target tokens of {one['pairs']} pairs",
-              ("given", "NLL", "Δ", "plan, nats/token"))
+              ("given", "NLL", "Δ", "plan, nats/token", *asked))
         if "plan_sizes" in one:
             keys = ("plan_sizes", "plan_most", "plan_lengths", "plan_ids_used", "plan_perplexity")
             rows = [(f"type {i}", *cells) for i, cells in enumerate(zip(*(one[key] for key in keys), strict=True))]

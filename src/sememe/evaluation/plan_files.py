@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sememe.errors import CheckpointError, DataError, SememeError
+from sememe.evaluation.answers import Answers
 from sememe.evaluation.figures import CONTRACT, keep, refuse_trained, run_recipe
 from sememe.evaluation.plan_ablation import plan_curve, plan_passes
 from sememe.evaluation.plans import IGNORED, KINDS, by_position, joined_nll, plan_figures
@@ -48,11 +49,12 @@ def _refuse(model: str, **options) -> None:
 
 def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, control: str | None = None, batch: int = 8,
                         base: str | None = None, search: Search | None = None, sequence_length: int | None = None,
-                        rate: float | None = None, rates: Sequence[float] = ()) -> dict[str, Any]:
+                        rate: float | None = None, rates: Sequence[float] = (), answers: bool = False) -> dict[str, Any]:
     """`plan_figures` of a saved planner on pairs of a text, or the NLL of a control on pairs; kept as RUN/evaluate.json.
 
     Several texts are measured one by one: the figures are those of the first, and `by_data` has one object for each.
-    `search` finds z* of the held-out pairs, with their targets in view.
+    `search` finds z* of the held-out pairs, with their targets in view. With `answers` every target is written too, and those
+    that end rightly are counted.
 
     Raises:
         DataError: a text is missing, has no such pairs, or is the one that the run was trained on.
@@ -68,19 +70,20 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
     found = []
     for name in data:
         pairs = form.load(name, tokenizer, tokens=tokens)
+        asked = Answers(tokenizer, pairs, batch) if answers else None
         if isinstance(loaded, PlannerForCausalLM):
             best, passes = None, 3 + len(KINDS) + (other is not None) + (search is not None)
             if search is not None:
                 with tqdm(total=len(pairs), desc="z* of held-out pairs", unit="pair") as bar:
                     best = search(loaded, pairs, _recipe(model).get("em", {}), bar.update)
             with tqdm(total=passes * len(pairs), desc="evaluate", unit="pair", mininterval=1) as bar:
-                result = plan_figures(loaded, pairs, best, other, batch, bar.update)
+                result = plan_figures(loaded, pairs, best, other, batch, bar.update, asked)
             result["samples"] = samples(loaded, tokenizer, pairs)
         else:
-            result = _alone(loaded, pairs, other, batch)
+            result = _alone(loaded, pairs, other, batch, asked)
         result |= {"bits_per_byte": result["nll"] * result["tokens"] / math.log(2) / target_bytes(pairs, tokenizer),
                    "system": system_of(loaded.config), "model": str(model), "data": str(name), "control": control,
-                   "tokens_asked": tokens}
+                   "tokens_asked": tokens, **({} if asked is None else {"answers": len(asked.right)})}
         found.append(dict.fromkeys(CONTRACT) | result)
     result = found[0]
     if len(found) > 1:
@@ -102,13 +105,14 @@ def _control(name: str, form: PairForm, tokenizer, base: str | None):
     return other
 
 
-def _alone(model, pairs: PairTensors, control, batch: int) -> dict[str, Any]:
+def _alone(model, pairs: PairTensors, control, batch: int, answers: Answers | None = None) -> dict[str, Any]:
     """A control on pairs: it sees the source, and the loss is of the target."""
     tokens = int((pairs.target_NY != IGNORED).sum())
     nll_NY, control_NY = (None if one is None else joined_nll(one, pairs, batch) for one in (model, control))
     nll = float(nll_NY.double().sum()) / tokens
     found = {"pairs": len(pairs), "tokens": tokens, "nll": nll, "nll_by_position": by_position(nll_NY, pairs, control_NY),
-             "given": [{"given": "source", "nll": nll, "delta_nll": 0.0, "plan_nats_per_token": None}], "layer_share": 1.0}
+             "given": [{"given": "source", "nll": nll, "delta_nll": 0.0, "plan_nats_per_token": None}
+                       | ({} if answers is None else {"right": answers.of_sources(model)})], "layer_share": 1.0}
     if control_NY is not None:
         found["control_nll"] = float(control_NY.double().sum()) / tokens
         found["delta_nll_control"] = nll - found["control_nll"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import DataError
+from sememe.evaluation.answers import Answers
 from sememe.evaluation.quality import BUCKET, perplexity
 from sememe.models.configuration import sink_id
 from sememe.models.planner import PlannerForCausalLM
@@ -159,12 +160,13 @@ def pair_figures(model, pairs: PairTensors, batch: int = 8) -> dict[str, float |
 
 
 def plan_figures(model: PlannerForCausalLM, pairs: PairTensors, best: Tensor | None = None, control=None, batch: int = 8,
-                 tick: Tick = lambda n: None) -> dict[str, Any]:
+                 tick: Tick = lambda n: None, answers: Answers | None = None) -> dict[str, Any]:
     """All figures of a planner on held-out pairs, always together. `best` (N, P): z* of these pairs, found with their targets in
     view, a posterior; `control`: a model that sees the source.
 
-    `given` has a line for each reading: nats per target token, how much more than with the planner's own plan, and of plans
-    what telling them costs beside, nats per target token. Raises DataError for an NLL that is not finite.
+    `given` has a line for each reading: nats per target token, how much more than with the planner's own plan, of plans what
+    telling them costs beside, nats per target token, and with `answers` the share of those that are right. Raises DataError for
+    an NLL that is not finite.
     """
     shape, plan_NP = model.plans.shape, planned(model, pairs, batch, tick)
     tokens = int((pairs.target_NY != IGNORED).sum())
@@ -181,10 +183,12 @@ def plan_figures(model: PlannerForCausalLM, pairs: PairTensors, best: Tensor | N
             continue
         one = nll if name == "planner" else _mean(target_nll(model, pairs, other_NP, batch, tick), pairs)
         told = plan_nats(model, pairs, other_NP, batch) * len(pairs) / tokens if name in ("planner", "posterior") else None
-        given.append({"given": name, "nll": one, "delta_nll": one - nll, "plan_nats_per_token": told})
+        given.append({"given": name, "nll": one, "delta_nll": one - nll, "plan_nats_per_token": told}
+                     | ({} if answers is None else {"right": answers.of_plans(model, other_NP)}))
     if control_NY is not None:
         one = _mean(control_NY, pairs)
-        given.append({"given": "source (control)", "nll": one, "delta_nll": one - nll, "plan_nats_per_token": None})
+        given.append({"given": "source (control)", "nll": one, "delta_nll": one - nll, "plan_nats_per_token": None}
+                     | ({} if answers is None else {"right": answers.of_sources(control)}))
     at = {one["given"]: one for one in given}
     return {
         "pairs": len(pairs), "tokens": tokens, "nll": nll, "given": given,

@@ -35,8 +35,8 @@ LOGITS_AT_ONCE = 2**25  # of a text's log-probability without gradient: 128 MB
 @dataclass
 class PlannerOutput(CausalLMOutputWithPast):
     """`logits` (B, Y, V) of each target token. `target_nll`: nats per target token; `plan_nll`: nats per concept, `<EOS>`
-    included; `plan_logits`: (B, L_i + 1, K_i + 1) of each type; `plan_ids`: the plan that was read. In training `loss` alone leads
-    back to the planner."""
+    included; `plan_logits`: (B, L_i + 1, K_i + 1) of each type; `plan_ids`: the plan that was read. In training the planner is
+    reached through `loss` alone."""
 
     target_nll: Tensor | None = None
     plan_nll: Tensor | None = None

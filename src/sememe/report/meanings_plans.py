@@ -35,6 +35,7 @@ EVALUATE: dict[str, tuple[str, str]] = {
     "plan_max_prob": ("share", "probability that it gives its first choice"),
     "soft_hard_cosine": OF_TRAINING["soft_hard_cosine"],
     "soft_hard_distance": OF_TRAINING["soft_hard_distance"],
+    "answers": ("count", "targets written and compared by their last sentence"),
     **{key: OF_ALL[key] for key in ("by_data", "model", "control", "tokens_asked")},
     "system": ("", "planner: what is written is planned first"),
 }

@@ -131,7 +131,7 @@ def _of_plans(run: Run, evaluate: dict, benchmark: dict, latest: dict) -> dict:
     shown = {key: value for key, value in evaluate.items() if value is not None or key in meanings_plans.EVALUATE}
     drawn = instrument_plots(plans.by_type(run.metrics), meanings_plans.instruments(plans.types_of(run.metrics)))
     return dict(
-        plans=dict(given_columns=plans.GIVEN_COLUMNS, given=plans.given_rows(evaluate), type_columns=plans.TYPE_COLUMNS,
+        plans=dict(given_columns=plans.given_columns(evaluate), given=plans.given_rows(evaluate), type_columns=plans.TYPE_COLUMNS,
                    types=plans.type_rows(evaluate, latest), written=plans.written(evaluate)),
         tiles=plans.plan_tiles(evaluate, latest),
         verdict=plans.plan_verdict(evaluate),

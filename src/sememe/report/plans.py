@@ -107,7 +107,6 @@ def slot_plot(run: Metrics) -> Plot | None:
                 "that are certain from the start carry nothing; places that stay undecided are not told by the source.")
 
 
-GIVEN_COLUMNS = ["written from", "NLL", "more than from its own plan", "telling the plan, nats per target token"]
 TYPE_COLUMNS = ["type", "ids", "used", "perplexity", "concepts at most", "on average", "in z*"]
 
 
@@ -125,10 +124,16 @@ def type_rows(evaluate: dict, latest: dict) -> list[list[str]]:
     return [[str(i), *(show(number(x[i]) if i < len(x) else None) for x in every)] for i in range(max(map(len, (used, length))))]
 
 
+def given_columns(evaluate: dict) -> list[str]:
+    columns = ["written from", "NLL", "more than from its own plan", "telling the plan, nats per target token"]
+    return [*columns, "answers right"] if "answers" in evaluate else columns
+
+
 def given_rows(evaluate: dict) -> list[list[str]]:
-    return [[GIVEN.get(str(one.get("given")), show(one.get("given"))), show(number(one.get("nll")), "nats"),
-             show(number(one.get("delta_nll")), "delta"), show(number(one.get("plan_nats_per_token")), "nats")]
-            for one in _given(evaluate)]
+    keys = {"nll": "nats", "delta_nll": "delta", "plan_nats_per_token": "nats"} | (
+        {"right": "share"} if "answers" in evaluate else {})
+    return [[GIVEN.get(str(one.get("given")), show(one.get("given"))),
+             *(show(number(one.get(key)), kind) for key, kind in keys.items())] for one in _given(evaluate)]
 
 
 def written(evaluate: dict) -> list[Written]:
