@@ -15,9 +15,10 @@ from sememe.errors import DataError, SememeError
 from sememe.evaluation.answers import Answers, ending
 from sememe.evaluation.plan_ablation import dropped, plan_passes
 from sememe.evaluation.plan_files import pair_form
+from sememe.evaluation.plan_signals import plan_states, signal_figures
 from sememe.evaluation.plans import IGNORED, other_plans, plan_figures, planned, target_nll
 from sememe.models.loading import load_model
-from sememe.pairs import PairTensors
+from sememe.pairs import Pair, PairTensors, pair_tensors
 from sememe.show_plan import edited
 from sememe.training.posterior import best_plans
 
@@ -173,6 +174,35 @@ def test_evaluate_counts_right_answers_beside_the_nll(runs):
     assert json.loads((runs / "n.json").read_text())["given"][0]["right"] == right["source (control)"]
 
 
+def asked_in(path) -> list[str]:
+    return [json.loads(line)["instruction"] for line in path.read_text().splitlines()]
+
+
+def test_probes_read_signals_off_the_plan_alone(runs, loaded):
+    model, tokenizer, _ = loaded
+    plan = SHAPE.pack([[[0], [1, 2]], [[3], []], [[], [5]]])
+    x, table = plan_states(model, plan), [one.weight.detach() for one in model.plans.types]
+    wanted = [torch.cat([table[0][0], table[1][[1, 2]].mean(0)]), torch.cat([table[0][3], torch.zeros_like(table[1][0])]),
+              torch.cat([torch.zeros_like(table[0][0]), table[1][5]])]
+    torch.testing.assert_close(x, torch.stack(wanted), atol=1e-5, rtol=1e-5)
+    # The plan says which sentence is asked for; here other texts, which have signals, stand for the four.
+    of = {"aa": "It was 1969.", "bb": "We met Anna there.", "cc": "Why is it so?", "dd": "so it goes"}
+    train, heldout = (pair_tensors([Pair(asked, of[re.search("aa|bb|cc|dd", asked)[0]]) for asked in rows], tokenizer, 12, 24)
+                      for rows in (asked_in(runs / "train.jsonl"), asked_in(runs / "heldout.jsonl")))
+    found = signal_figures(model, tokenizer, train, heldout)
+    for name, base in (("number", 0.75), ("entity", 0.75), ("kind", 0.75)):
+        assert found[name]["accuracy"] >= 0.875 and found[name]["base_accuracy"] == base, name
+        assert found[name]["loss"] < 0.7 * found[name]["base_loss"] and found[name]["auroc"] > 0.8, name
+    assert found["length"]["auroc"] is None and found["length"]["accuracy"] == 1.0, "all are short"
+    moved = PairTensors(heldout.source_NU.roll(1, 0), heldout.source_mask_NU.roll(1, 0), heldout.target_NY)
+    assert signal_figures(model, tokenizer, train, moved)["number"]["auroc"] < 0.6, "the plan of another text"
+    with pytest.raises(DataError, match="at least 20"):
+        signal_figures(model, tokenizer, heldout, heldout)
+    printed = sememe("evaluate", runs / "r", "--tokens", 160, "--search", 0, "--signals", 20, "--json", runs / "s.json")
+    assert [*json.loads((runs / "s.json").read_text())["signals"]] == ["length", "kind", "entity", "number", "terms"]
+    assert "by linear probes" in printed
+
+
 def test_ablate_drops_and_swaps(runs):
     ticks: list[int] = []
     printed = sememe("ablate", runs / "r", "--tokens", 160, "--seeds", 2, "--shares", "0,0.5,1", "--json", runs / "a.json")
@@ -225,6 +255,7 @@ def test_what_cannot_be_asked_of_a_planner_is_one_sentence(runs, base_folder, te
     for words, said in (
         (("evaluate", planner, "--rate", 0.5), "got --rate"), (("evaluate", planner, "--rates", "0.5"), "got --rates"),
         (("evaluate", tmp_path / "plain", "--answers"), "got --answers"),
+        (("evaluate", control, "--signals", 40), "got --signals"),
         (("evaluate", planner, "--sequence-length", 64), "got --sequence-length"),
         (("evaluate", planner, "--data", runs / "train.jsonl"), "is what .* was trained on"),
         (("evaluate", planner, "--data", texts[1]), "is plain text, it has no fields"),

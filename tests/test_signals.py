@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
+from sememe.concepts import signals
+from sememe.concepts.signals import SignalProbe, SignalReader, auroc, document_counts, hashed, key_terms, kind_of
 from sememe.errors import DataError
-from sememe.training import signals
-from sememe.training.signals import SignalProbe, SignalReader, auroc, document_counts, hashed, key_terms, kind_of
 
 
 @pytest.mark.parametrize(("words", "bucket"), [(0, 0), (7, 0), (8, 1), (15, 1), (16, 2), (255, 5), (256, 6), (9999, 6)])

@@ -151,6 +151,8 @@ def evaluate(
                                           "sentence is right.")] = False,
     rounds: Annotated[int, typer.Option("--search", min=0, help="Of a planner: rounds of search for the best plans z*; 0 leaves "
                                         "them out, which is much faster.")] = 3,
+    signals: Annotated[int, typer.Option(min=0, metavar="N", help="Of a planner: what plans tell of length, kind, names, numbers "
+                                         "and key words, by linear probes fitted on N training pairs.")] = 0,
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -169,7 +171,8 @@ def evaluate(
     dial = numbers(rates, "--rates", "0.25,0.33,0.5,1")
     texts = data or [_heldout(model)]
     search = partial(best_plans, rounds=rounds) if rounds else None
-    result = evaluate_files(model, texts, tokens, control, sequence_length, batch, base, rate, dial, search, answers)
+    result = evaluate_files(model, texts, tokens, control, sequence_length, batch, base, rate, dial, search, answers,
+                            signals)
     (show_plans if "given" in result else show_quality)(result)
     write_json(json_file, result)
 

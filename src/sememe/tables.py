@@ -49,6 +49,10 @@ def show_quality(result: dict[str, Any]) -> None:
             table(rows, f"the dial on {one['data']}", tuple(asked.values()))
 
 
+SIGNALS = {"accuracy": "right", "base_accuracy": "the most frequent", "auroc": "AUROC", "loss": "nats a label",
+           "base_loss": "by frequency"}
+
+
 def show_plans(result: dict[str, Any]) -> None:
     """What a target is read from, beside each other; equal tokens throughout."""
     names = {"planner": "the planner's own plan", "posterior": "z*, found with the target in view", "shuffle": "plans shuffled",
@@ -64,6 +68,9 @@ def show_plans(result: dict[str, Any]) -> None:
             rows = [(f"type {i}", *cells) for i, cells in enumerate(zip(*(one[key] for key in keys), strict=True))]
             table(rows, f"entropy {one['plan_entropy']:.3f} nats a concept, largest probability {one['plan_max_prob']:.3f}",
                   ("the planner's plans", "ids", "at most", "mean length", "ids used", "perplexity"))
+        if "signals" in one:
+            rows = [(name, *(found[key] for key in SIGNALS)) for name, found in one["signals"].items()]
+            table(rows, "what its plans tell of the target, by linear probes", ("signal", *SIGNALS.values()))
 
 
 def show_ablation(result: dict[str, Any]) -> None:

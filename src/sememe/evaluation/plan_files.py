@@ -13,6 +13,7 @@ from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.answers import Answers
 from sememe.evaluation.figures import CONTRACT, keep, refuse_trained, run_recipe
 from sememe.evaluation.plan_ablation import plan_curve, plan_passes
+from sememe.evaluation.plan_signals import signal_figures
 from sememe.evaluation.plans import IGNORED, KINDS, by_position, joined_nll, plan_figures
 from sememe.evaluation.quality import system_of
 from sememe.models import PlannerConfig, PlannerForCausalLM
@@ -49,12 +50,13 @@ def _refuse(model: str, **options) -> None:
 
 def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, control: str | None = None, batch: int = 8,
                         base: str | None = None, search: Search | None = None, sequence_length: int | None = None,
-                        rate: float | None = None, rates: Sequence[float] = (), answers: bool = False) -> dict[str, Any]:
+                        rate: float | None = None, rates: Sequence[float] = (), answers: bool = False,
+                        signals: int = 0) -> dict[str, Any]:
     """`plan_figures` of a saved planner on pairs of a text, or the NLL of a control on pairs; kept as RUN/evaluate.json.
 
     Several texts are measured one by one: the figures are those of the first, and `by_data` has one object for each.
     `search` finds z* of the held-out pairs, with their targets in view. With `answers` every target is written too, and those
-    that end rightly are counted.
+    that end rightly are counted. With `signals` linear probes are fitted on the plans of so many training pairs.
 
     Raises:
         DataError: a text is missing, has no such pairs, or is the one that the run was trained on.
@@ -66,6 +68,7 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
     for name in data:
         refuse_trained(model, name)
     loaded, tokenizer = load_model(model, base=base)
+    taught = _training_pairs(model, loaded, tokenizer, signals) if signals else None
     other = None if control is None else _control(control, form, tokenizer, base)
     found = []
     for name in data:
@@ -79,6 +82,9 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
             with tqdm(total=passes * len(pairs), desc="evaluate", unit="pair", mininterval=1) as bar:
                 result = plan_figures(loaded, pairs, best, other, batch, bar.update, asked)
             result["samples"] = samples(loaded, tokenizer, pairs)
+            if taught is not None:
+                with tqdm(total=len(taught) + len(pairs), desc="plans for the probes", unit="pair", mininterval=1) as bar:
+                    result["signals"] = signal_figures(loaded, tokenizer, taught, pairs, batch, bar.update)
         else:
             result = _alone(loaded, pairs, other, batch, asked)
         result |= {"bits_per_byte": result["nll"] * result["tokens"] / math.log(2) / target_bytes(pairs, tokenizer),
@@ -90,6 +96,15 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
         result["by_data"] = [{key: value for key, value in one.items() if key != "samples"} for one in found]
     keep(model, "evaluate.json", result)
     return result
+
+
+def _training_pairs(model: str, loaded, tokenizer, count: int) -> PairTensors:
+    """The first pairs that a run was trained on. Raises SememeError where there are no plans, or no run."""
+    recipe = _recipe(model)
+    if not isinstance(loaded, PlannerForCausalLM) or not recipe:
+        raise SememeError(f"got --signals, but {model} is no run of system: planner, on whose training pairs probes are fitted: "
+                          "need one. try: without --signals")
+    return pair_form(model).load(recipe["data"]["train"], tokenizer, most=count)
 
 
 def _control(name: str, form: PairForm, tokenizer, base: str | None):

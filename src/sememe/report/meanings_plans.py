@@ -39,7 +39,7 @@ EVALUATE: dict[str, tuple[str, str]] = {
     **{key: OF_ALL[key] for key in ("by_data", "model", "control", "tokens_asked")},
     "system": ("", "planner: what is written is planned first"),
 }
-EVALUATE_DRAWN = frozenset({"nll_by_position", "samples", "given"})
+EVALUATE_DRAWN = frozenset({"nll_by_position", "samples", "given", "signals"})
 
 METRICS: dict[str, tuple[str, str]] = {
     "step": ("count", "optimiser steps done"),

@@ -132,7 +132,8 @@ def _of_plans(run: Run, evaluate: dict, benchmark: dict, latest: dict) -> dict:
     drawn = instrument_plots(plans.by_type(run.metrics), meanings_plans.instruments(plans.types_of(run.metrics)))
     return dict(
         plans=dict(given_columns=plans.given_columns(evaluate), given=plans.given_rows(evaluate), type_columns=plans.TYPE_COLUMNS,
-                   types=plans.type_rows(evaluate, latest), written=plans.written(evaluate)),
+                   types=plans.type_rows(evaluate, latest), written=plans.written(evaluate),
+                   signal_columns=plans.SIGNAL_COLUMNS, signals=plans.signal_rows(evaluate)),
         tiles=plans.plan_tiles(evaluate, latest),
         verdict=plans.plan_verdict(evaluate),
         training_plots=_drawn(plots.loss_plot(run.metrics, run.control, planner=True)),

@@ -124,6 +124,17 @@ def type_rows(evaluate: dict, latest: dict) -> list[list[str]]:
     return [[str(i), *(show(number(x[i]) if i < len(x) else None) for x in every)] for i in range(max(map(len, (used, length))))]
 
 
+SIGNAL_COLUMNS = ["what a linear probe reads off the plan", "right", "the most frequent answer", "AUROC", "nats a label",
+                  "by frequency alone"]
+
+
+def signal_rows(evaluate: dict) -> list[list[str]]:
+    listed = evaluate.get("signals")
+    kinds = {"accuracy": "share", "base_accuracy": "share", "auroc": "", "loss": "nats", "base_loss": "nats"}
+    return [[show(name), *(show(number(one.get(key)), kind) for key, kind in kinds.items())]
+            for name, one in (listed.items() if isinstance(listed, dict) else ()) if isinstance(one, dict)]
+
+
 def given_columns(evaluate: dict) -> list[str]:
     columns = ["written from", "NLL", "more than from its own plan", "telling the plan, nats per target token"]
     return [*columns, "answers right"] if "answers" in evaluate else columns

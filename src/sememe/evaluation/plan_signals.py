@@ -1,0 +1,56 @@
+"""What plans tell of the texts that are written from them: linear probes read signals of the target (length, kind, names,
+numbers, key words) off the planner's own plan, fitted on training pairs and scored on held-out ones."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sememe.concepts.plan import NULL
+from sememe.concepts.signals import SignalProbe, SignalReader
+from sememe.errors import DataError
+from sememe.evaluation.plans import Tick, planned
+from sememe.models.planner import PlannerForCausalLM
+from sememe.pairs import IGNORED, PairTensors
+
+DECAYS = (1e-3, 1e-2, 1e-1, 1.0)  # tried on a fifth of the training pairs
+LEAST = 20  # training pairs
+
+
+@torch.no_grad()
+def plan_states(model: PlannerForCausalLM, plan_NP: Tensor) -> Tensor:
+    """(N, I · D) mean of each type's concepts in the tables' frame, 0 where it has none; on the host."""
+    shape, frame = model.plans.shape, model.plans
+    there_N1P = (plan_NP != NULL).unsqueeze(1)
+    x_NDP = frame.to_frame(frame(plan_NP.to(model.device))).cpu().mT * there_N1P
+    return torch.cat([shape.of_type(x_NDP, i).sum(-1) / shape.of_type(there_N1P, i).sum(-1).clamp(min=1)
+                      for i in range(shape.types)], 1)
+
+
+def signal_figures(model: PlannerForCausalLM, tokenizer, train: PairTensors, heldout: PairTensors, batch: int = 8,
+                   tick: Tick = lambda n: None) -> dict[str, dict[str, Any]]:
+    """Of each signal `loss` (nats a label), `accuracy`, `auroc` (None where no label has both answers) on the held-out pairs,
+    and `base_loss`, `base_accuracy` of saying what is most frequent in training. Raises DataError for fewer than 20 training
+    pairs."""
+    if len(train) < LEAST:
+        raise DataError(f"{len(train)} training pairs for the probes of signals: need at least {LEAST}. try: --signals 200")
+    texts, heldout_texts = ([tokenizer.decode(row[row != IGNORED], skip_special_tokens=True) for row in pairs.target_NY]
+                            for pairs in (train, heldout))
+    reader = SignalReader.fit(texts)
+    labels, wanted = reader(texts), reader(heldout_texts)
+    x_NF, x_MF = (plan_states(model, planned(model, pairs, batch, tick)) for pairs in (train, heldout))
+    most = len(train) - len(train) // 5
+
+    def some(part: slice) -> dict[str, Tensor]:
+        return {name: label[part] for name, label in labels.items()}
+
+    def probe(part: slice, decay: float) -> SignalProbe:
+        return SignalProbe(x_NF.shape[1], reader.sizes).fit(x_NF[part], some(part), decay)
+
+    def left(decay: float) -> float:
+        found = probe(slice(0, most), decay).score(x_NF[most:], some(slice(most, None)), some(slice(0, most)))
+        return sum(one["loss"] for one in found.values())
+
+    scores = probe(slice(None), min(DECAYS, key=left)).score(x_MF, wanted, labels)
+    return {name: {key: None if math.isnan(x) else x for key, x in one.items()} for name, one in scores.items()}
