@@ -75,11 +75,14 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
         pairs = form.load(name, tokenizer, tokens=tokens)
         asked = Answers(tokenizer, pairs, batch) if answers else None
         if isinstance(loaded, PlannerForCausalLM):
-            best, passes = None, 3 + len(KINDS) + (other is not None) + (search is not None)
+            best, readings = None, 1 + len(KINDS) + (other is not None) + (search is not None)
             if search is not None:
                 with tqdm(total=len(pairs), desc="z* of held-out pairs", unit="pair") as bar:
                     best = search(loaded, pairs, _recipe(model).get("em", {}), bar.update)
-            with tqdm(total=passes * len(pairs), desc="evaluate", unit="pair", mininterval=1) as bar:
+            written = 0 if asked is None else readings * len(asked.right)
+            with tqdm(total=(2 + readings) * len(pairs) + written, desc="evaluate", unit="pair", mininterval=1) as bar:
+                if asked is not None:
+                    asked.tick = bar.update
                 result = plan_figures(loaded, pairs, best, other, batch, bar.update, asked)
             result["samples"] = samples(loaded, tokenizer, pairs)
             if taught is not None:
