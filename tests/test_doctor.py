@@ -207,6 +207,17 @@ def test_a_gate_without_feedback_on_other_text(clinic, monkeypatch):
     assert gap["heldout_nll"] > gap["loss"] + 0.5
 
 
+def test_held_out_text_that_gets_worse(clinic):
+    """Equal characters in another order: what is learnt first helps, and what comes then is wrong there."""
+    (clinic.folder / "backwards.txt").write_text(chain(2000, 2)[::-1])
+    run = clinic("by-heart", heldout="backwards", steps=48, heldout_every=4, system="control")
+    rises = findings(run)["held-out text gets worse"]["evidence"]
+    measured = {line["step"]: line["heldout_nll"] for line in metrics(run) if "heldout_nll" in line}
+    assert rises["heldout_nll at best"] == min(measured.values()) == measured[rises["at step"]]
+    assert rises["heldout_nll at last"] == measured[48] > rises["heldout_nll at best"] + 0.1
+    assert "steps=48" != f"steps={rises['at step']}" in {x for one in examine(run)["findings"] for x in one["try"]}
+
+
 def test_concepts_that_serve_the_opening_alone(clinic):
     falls = findings(clinic("openings", heldout="openings-heldout", text="openings", steps=48))["only the opening improves"]
     assert falls["evidence"]["fall of the first bucket"] > 10 * falls["evidence"]["fall of the others"]

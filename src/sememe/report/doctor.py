@@ -64,6 +64,19 @@ def heldout_gap(case: Case, limit: dict) -> Finding | None:
                    "that is alike", (*dropout, case.scaled("lora.rank", 0.5), case.scaled("steps", 0.5)), step)
 
 
+def heldout_rises(case: Case, limit: dict) -> Finding | None:
+    """Where the training loss rises as well it is no learning by heart."""
+    found = logged(case.stage, "heldout_nll")
+    if len(found) < 2:
+        raise Unknown("heldout_nll is not measured twice in the final stage")
+    (at, best), (step, last) = min(found, key=lambda one: one[1]), found[-1]
+    before, behind = ([loss for when, loss in logged(case.stage, "loss") if (when <= at) == early] for early in (True, False))
+    if last - best <= limit["nats"] or (before and fmean(behind) >= fmean(before)):
+        return None
+    return Finding({"heldout_nll at best": best, "at step": at, "heldout_nll at last": last}, "the rest of the run was learnt by "
+                   "heart: stop sooner, more text, a smaller adapter", (f"steps={at}", case.scaled("lora.rank", 0.5)), step)
+
+
 def gradient_explodes(case: Case, limit: dict) -> Finding | None:
     early, late = thirds([norm for _, norm in logged(case.lines, "grad_norm")], "grad_norm")
     if median(late) <= max(limit["growth"] * median(early), limit["clips"]):
@@ -183,6 +196,8 @@ RULES = (
     Rule("loss does not fall", "in the final stage neither loss (first third to last third, beyond its noise) nor heldout_nll "
          "(first to last) falls by {nats} nats", {"nats": 0.02}, loss_flat, EVERY),
     Rule("held-out far above training", "heldout_nll is more than {nats} nats above loss", {"nats": 0.5}, heldout_gap, PLANLESS),
+    Rule("held-out text gets worse", "in the final stage heldout_nll ends more than {nats} nats above its least, while loss "
+         "falls", {"nats": 0.1}, heldout_rises, EVERY),
     Rule("gradient explodes", "grad_norm in the last third of the run is over {growth} times that of the first and over {clips} "
          "(medians; it is clipped at 1)", {"growth": 3, "clips": 3}, gradient_explodes, EVERY),
     Rule("no gradient", "a module's norm is below {share} of grad_norm (median)", {"share": 1e-4}, no_gradient, PLANLESS),
