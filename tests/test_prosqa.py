@@ -32,6 +32,23 @@ def distance(question: Question, start: int, end: int) -> int | None:
     return None
 
 
+def test_what_is_reached_is_a_search_up_to_the_target(questions):
+    for question in questions:
+        words, found = question.idx_to_symbol, question.reached()
+        near = {word: distance(question, question.root, words.index(word)) for word in found}
+        assert found[-1] == words[question.target] and len(set(found)) == len(found)
+        assert list(near.values()) == sorted(near.values()), "breadth first"
+        level = [word for n, word in enumerate(words) if n != question.root and (
+            distance(question, question.root, n) or 99) < near[found[-1]]]
+        assert set(level) == {word for word in found if near[word] < near[found[-1]]}, "each nearer one"
+        assert question.response("reached") == f"{words[question.root]}: {', '.join(found)}. {question.answer}"
+    chain = Question("Every b is a d. A is a c. A is a b. E is a f. Every c is a g. Every b is a g. Is A a f or d?", "A is a d.",
+                     ["A is a b.", "Every b is a d."], ["A", "E", "c", "b", "f", "g", "d"],
+                     [(0, 2), (0, 3), (1, 4), (2, 5), (3, 5), (3, 6)], 0, 6, 4)
+    check(chain)
+    assert chain.reached() == ["c", "b", "g", "d"]
+
+
 def test_each_question_has_one_answer_and_steps_of_the_shortest_length(questions):
     for question in questions:
         check(question)
@@ -119,7 +136,7 @@ def test_answer_of(text, answer):
 
 
 def test_answer_of_responses(questions):
-    assert all(answer_of(q.response(steps)) == q.answer for q in questions for steps in (False, True))
+    assert all(answer_of(q.response(thought)) == q.answer for q in questions for thought in ("none", "steps", "reached"))
 
 
 def test_words_are_different_and_a_longer_list_begins_alike():
@@ -131,7 +148,7 @@ def test_words_are_different_and_a_longer_list_begins_alike():
 
 
 def test_files_are_read_again_as_pairs_and_as_questions(tmp_path, questions):
-    write_jsonl(questions[:5], tmp_path / "a.jsonl", steps=True)
+    write_jsonl(questions[:5], tmp_path / "a.jsonl", "steps")
     pairs = read_pairs(str(tmp_path / "a.jsonl"), ("instruction", "response"))
     assert [tuple(pair) for pair in pairs] == [(q.question, " ".join([*q.steps, q.answer])) for q in questions[:5]]
     (tmp_path / "a.json").write_text(json.dumps([asdict(q) for q in questions[:5]]))
@@ -165,9 +182,9 @@ def test_the_example_writes_train_and_heldout_and_converts(tmp_path, questions, 
     assert (len(train), len(heldout)) == (30, 10) and not set(train) & set(heldout)
     assert all(answer_of(pair.target) == pair.target for pair in train)
     (tmp_path / "real.json").write_text(json.dumps([asdict(q) for q in questions[:3]]))
-    assert script(monkeypatch, out, "--convert", tmp_path / "real.json", "--steps") is None
+    assert script(monkeypatch, out, "--convert", tmp_path / "real.json", "--thought", "steps") is None
     pairs = read_pairs(str(out / "real.jsonl"), ("instruction", "response"))
-    assert [pair.target for pair in pairs] == [question.response(steps=True) for question in questions[:3]]
+    assert [pair.target for pair in pairs] == [question.response("steps") for question in questions[:3]]
     assert "30 questions" in capsys.readouterr().out
     assert script(monkeypatch, out, "--convert", tmp_path / "none.json").startswith("error: ")
     assert script(monkeypatch, "--help") == 0 and "data/easy" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sememe.errors import DataError
 from sememe.tasks.words import concept_words, person_names
@@ -19,6 +20,7 @@ PERSON_SHARE = 0.045  # of the nodes beyond the two people that the question is 
 ROOT_ONLY, OTHER_ONLY = 0.5, 0.35  # share of concepts that may not have the other's, or the root's, among their ancestors
 FREE_TRIES, TRIES = 20, 2000  # graphs drawn without a chain laid out, and in all
 Range = int | tuple[int, int]
+Thought = Literal["none", "steps", "reached"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,18 @@ class Question:
     target: int
     neg_target: int
 
-    def response(self, steps: bool = False) -> str:
-        """The answer's sentence, behind the chain of thought if `steps`."""
-        return " ".join([*self.steps, self.answer] if steps else [self.answer])
+    def response(self, thought: Thought = "none") -> str:
+        """The answer's sentence, behind a thought: the `steps` that lead to it, or what was `reached` on the way."""
+        said = {"none": [], "steps": self.steps, "reached": [f"{self.idx_to_symbol[self.root]}: {', '.join(self.reached())}."]}
+        return " ".join([*said[thought], self.answer])
+
+    def reached(self) -> list[str]:
+        """What a search from the root finds, breadth first and in the order of the text, up to the target."""
+        root, target = self.idx_to_symbol[self.root], self.idx_to_symbol[self.target]
+        facts, found = re.findall(r"(\w+) is a (\w+)\.", self.question), [root]
+        for subject in found:
+            found += dict.fromkeys(b for a, b in facts if a == subject and b not in found)
+        return found[1 : found.index(target) + 1]
 
 
 def generate(count: int, seed: int = 0, hops: Range = (3, 6), nodes: Range = (17, 28)) -> list[Question]:
@@ -241,8 +252,8 @@ def read_prosqa(path: Path | str) -> list[Question]:
                         f"{', '.join(Question.__dataclass_fields__)}. try: one that ends in _valid.json") from fault
 
 
-def write_jsonl(questions: Iterable[Question], path: Path | str, steps: bool = False) -> None:
-    """One JSON object per line: `instruction` the question, `response` its answer's sentence, behind the steps if asked.
+def write_jsonl(questions: Iterable[Question], path: Path | str, thought: Thought = "none") -> None:
+    """One JSON object per line: `instruction` the question, `response` its answer's sentence, behind a thought if asked.
 
     Raises:
         DataError: a question that `check` refuses; then nothing is written.
@@ -252,4 +263,4 @@ def write_jsonl(questions: Iterable[Question], path: Path | str, steps: bool = F
         check(question)
     with Path(path).open("w", encoding="utf-8") as file:
         for question in questions:
-            file.write(json.dumps({"instruction": question.question, "response": question.response(steps)}) + "\n")
+            file.write(json.dumps({"instruction": question.question, "response": question.response(thought)}) + "\n")
