@@ -1,6 +1,7 @@
 """Training planners: a task that a plan solves, resume = uninterrupted with the plans on disk, stages, the control's pairs."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,12 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
         copy = tmp_path / "copy.jsonl"
         copy.write_bytes((tmp_path / "train.jsonl").read_bytes())
         run({**values, "data": {**values["data"], "heldout": str(copy)}}, tmp_path / "r")
+    same = tmp_path / "same.jsonl"
+    same.write_text("".join(json.dumps({"instruction": f"say {n}", "response": "the same"}) + "\n" for n in range(8)))
+    for begins, said in (("pieces", "all get the same plan"), ("words", "need more words")):
+        with pytest.raises(DataError, match=said):
+            run({**values, "data": {**values["data"], "train": str(same)}, "plan": {**values["plan"], "begins": begins}},
+                tmp_path / "r")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match=r"in 2 processes: need one"):
         run(values, tmp_path / "r")
