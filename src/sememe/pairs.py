@@ -56,12 +56,11 @@ class PairTensors:
         order = mask.argsort(dim=1, descending=True, stable=True)
         return tuple(x.gather(1, order) for x in (ids, mask, labels))
 
-    def opened(self, bos: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1 + U) ids of some sources behind a BOS, padded on the left, and their mask."""
-        source_BU, mask_BU = self.source_NU[index], self.source_mask_NU[index]
-        first_B1 = source_BU.shape[1] - mask_BU.sum(1, keepdim=True)
-        ids = torch.cat([torch.zeros_like(first_B1), source_BU], 1).scatter(1, first_B1, bos)
-        mask = torch.cat([torch.zeros_like(first_B1), mask_BU], 1).scatter(1, first_B1, 1)
+    def opened(self, bos: int) -> tuple[Tensor, Tensor]:
+        """(N, 1 + U) ids of BOS and source, padded on the left, and their mask."""
+        first_N1 = self.source_NU.shape[1] - self.source_mask_NU.sum(1, keepdim=True)
+        ids = torch.cat([torch.zeros_like(first_N1), self.source_NU], 1).scatter(1, first_N1, bos)
+        mask = torch.cat([torch.zeros_like(first_N1), self.source_mask_NU], 1).scatter(1, first_N1, 1)
         return ids, mask
 
     def digest(self) -> str:

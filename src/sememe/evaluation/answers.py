@@ -55,7 +55,7 @@ class Answers:
         bos, longest = sink_id(model.config.get_text_config()), self.pairs.target_NY.shape[1]
 
         def written(index_B: Tensor) -> list[list[int]]:
-            ids_BU, mask_BU = self.pairs.opened(bos, index_B)
+            ids_BU, mask_BU = self.pairs.rows(index_B).opened(bos)
             made_BT = model.generate(ids_BU.to(model.device), attention_mask=mask_BU.to(model.device), max_new_tokens=longest,
                                      do_sample=False, pad_token_id=self.tokenizer.eos_token_id)
             return made_BT[:, ids_BU.shape[1] :].tolist()

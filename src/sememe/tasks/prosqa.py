@@ -38,8 +38,10 @@ class Question:
 
     def response(self, thought: Thought = "none") -> str:
         """The answer's sentence, behind a thought: the `steps` that lead to it, or what was `reached` on the way."""
-        said = {"none": [], "steps": self.steps, "reached": [f"{self.idx_to_symbol[self.root]}: {', '.join(self.reached())}."]}
-        return " ".join([*said[thought], self.answer])
+        said = self.steps if thought == "steps" else []
+        if thought == "reached":
+            said = [f"{self.idx_to_symbol[self.root]}: {', '.join(self.reached())}."]
+        return " ".join([*said, self.answer])
 
     def reached(self) -> list[str]:
         """What a search from the root finds, breadth first and in the order of the text, up to the target."""

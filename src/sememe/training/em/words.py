@@ -76,7 +76,6 @@ def _bare(piece: str) -> str:
     return piece.lstrip(SPACE)
 
 
-
 def _named(text: dict[str, list[int]], table: dict[str, int], most: int, news: dict[str, float]) -> list[int]:
     known = [word for word in text if word in table]
     kept = set(sorted(known, key=lambda word: -news[word])[:most])
