@@ -98,12 +98,25 @@ def test_knobs(hops, nodes):
         assert least <= len(question.idx_to_symbol) <= most
 
 
-@pytest.mark.parametrize(("hops", "nodes", "said"), [
-    (0, 20, "hops = 0"), ((4, 2), 20, r"hops = \(4, 2\)"), (3, 3, "nodes = 3"), (4, (6, 20), "at least 7 nodes"),
+@pytest.mark.parametrize(("hops", "nodes"), [(1, 4), (2, (6, 8)), ((2, 3), (9, 14)), ((3, 6), (17, 28))])
+def test_even_questions_tell_nothing_by_distance(hops, nodes):
+    """From the nearest person who is not asked about, the wrong answer is as far as the right one is from the root."""
+    for question in generate(20, 1, hops, nodes, even=True):
+        check(question)
+        people = [n for n, word in enumerate(question.idx_to_symbol) if word.istitle() and n != question.root]
+        found = [distance(question, person, question.neg_target) for person in people]
+        assert min(steps for steps in found if steps) == len(question.steps)
+    nearer = [min(distance(q, n, q.neg_target) or 99 for n in (0, 1)) < len(q.steps) for q in generate(40, 1, 3, (9, 11))]
+    assert sum(nearer) > 20, "as they come, most wrong answers are nearer: the option does something"
+
+
+@pytest.mark.parametrize(("hops", "nodes", "even", "said"), [
+    (0, 20, False, "hops = 0"), ((4, 2), 20, False, r"hops = \(4, 2\)"), (3, 3, False, "nodes = 3"),
+    (4, (6, 20), False, "at least 7 nodes"), (4, (9, 20), True, "at least 10 nodes"),
 ])
-def test_what_no_graph_fits_is_refused(hops, nodes, said):
+def test_what_no_graph_fits_is_refused(hops, nodes, even, said):
     with pytest.raises(DataError, match=said):
-        generate(1, 0, hops, nodes)
+        generate(1, 0, hops, nodes, even)
 
 
 def test_check_finds_each_fault(questions):
@@ -177,7 +190,7 @@ def script(monkeypatch, *words) -> str | int | None:
 
 def test_the_example_writes_train_and_heldout_and_converts(tmp_path, questions, monkeypatch, capsys):
     out = tmp_path / "out"
-    assert script(monkeypatch, out, "--count", 30, "--heldout", 10, "--hops", 1, 2, "--nodes", 5, 6) is None
+    assert script(monkeypatch, out, "--count", 30, "--heldout", 10, "--hops", 1, 2, "--nodes", 5, 6, "--even") is None
     train, heldout = (read_pairs(str(out / name), ("instruction", "response")) for name in ("train.jsonl", "heldout.jsonl"))
     assert (len(train), len(heldout)) == (30, 10) and not set(train) & set(heldout)
     assert all(answer_of(pair.target) == pair.target for pair in train)
