@@ -1,6 +1,7 @@
 """Questions on a graph: one answer each, equal for equal seeds, of the asked size, and graded by one sentence."""
 
 import json
+import re
 import runpy
 import sys
 from collections import Counter
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from sememe.errors import DataError
+from sememe.evaluation.answers import ending
 from sememe.pairs import read_pairs
-from sememe.tasks.prosqa import Question, answer_of, check, generate, read_prosqa, write_jsonl
+from sememe.tasks.prosqa import Question, check, generate, read_prosqa, write_jsonl
 from sememe.tasks.words import concept_words, person_names
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "prosqa.py"
@@ -137,19 +139,9 @@ def test_check_finds_each_fault(questions):
             check(replace(question, **change))
 
 
-@pytest.mark.parametrize(("text", "answer"), [
-    ("Velko is a drolvim.", "Velko is a drolvim."),
-    (" Velko is an ulmar.\n", "Velko is a ulmar."),
-    ("Velko is a mur. Every mur is a drolvim. Velko is a drolvim.", "Velko is a drolvim."),
-    ("Velko is a mur. Every mur is a drolvim.", "Velko is a mur."),
-    ("Velko is a drolv", None), ("Every mur is a drolvim.", None), ("", None), ("velko is a drolvim.", None),
-])
-def test_answer_of(text, answer):
-    assert answer_of(text) == answer
-
-
-def test_answer_of_responses(questions):
-    assert all(answer_of(q.response(thought)) == q.answer for q in questions for thought in ("none", "steps", "reached"))
+def test_every_response_ends_with_the_answer(questions):
+    for question in questions:
+        assert all(ending(question.response(thought)) == ending(question.answer) for thought in ("none", "steps", "reached"))
 
 
 def test_words_are_different_and_a_longer_list_begins_alike():
@@ -193,7 +185,7 @@ def test_the_example_writes_train_and_heldout_and_converts(tmp_path, questions, 
     assert script(monkeypatch, out, "--count", 30, "--heldout", 10, "--hops", 1, 2, "--nodes", 5, 6, "--even") is None
     train, heldout = (read_pairs(str(out / name), ("instruction", "response")) for name in ("train.jsonl", "heldout.jsonl"))
     assert (len(train), len(heldout)) == (30, 10) and not set(train) & set(heldout)
-    assert all(answer_of(pair.target) == pair.target for pair in train)
+    assert all(re.fullmatch(r"[A-Z]\w+ is a \w+\.", pair.target) for pair in train)
     (tmp_path / "real.json").write_text(json.dumps([asdict(q) for q in questions[:3]]))
     assert script(monkeypatch, out, "--convert", tmp_path / "real.json", "--thought", "steps") is None
     pairs = read_pairs(str(out / "real.jsonl"), ("instruction", "response"))

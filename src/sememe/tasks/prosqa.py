@@ -243,12 +243,6 @@ def check(question: Question) -> None:
                         "try: leave that question out")
 
 
-def answer_of(text: str) -> str | None:
-    """The last sentence of a text that says what a person is, "Velko is a drolvim.", to compare with `answer`; None: no such."""
-    found = re.findall(r"\b((?!Every\b)[A-Z]\w*) is an? (\w+)\.", text)
-    return f"{found[-1][0]} is a {found[-1][1]}." if found else None
-
-
 def read_prosqa(path: Path | str) -> list[Question]:
     """The questions of a ProsQA JSON file.
 
