@@ -1,8 +1,8 @@
 """Questions on a graph for a planner: made up, or taken from a ProsQA file. From the repository's root:
 
-python examples/prosqa.py data/prosqa --count 20000 --thought steps → data/prosqa/train.jsonl and heldout.jsonl
-python examples/prosqa.py data/easy --hops 2 2 --nodes 6 8 --even   small graphs, for a small model
-python examples/prosqa.py data/real --convert prosqa_valid.json     → data/real/prosqa_valid.jsonl
+python examples/prosqa.py prosqa --count 20000 --thought steps → prosqa/train.jsonl and heldout.jsonl
+python examples/prosqa.py easy --hops 2 2 --nodes 6 8 --even   small graphs, for a small model
+python examples/prosqa.py real --convert prosqa_valid.json     → real/prosqa_valid.jsonl
 """
 
 import argparse

@@ -192,4 +192,4 @@ def test_the_example_writes_train_and_heldout_and_converts(tmp_path, questions, 
     assert [pair.target for pair in pairs] == [question.response("steps") for question in questions[:3]]
     assert "30 questions" in capsys.readouterr().out
     assert script(monkeypatch, out, "--convert", tmp_path / "none.json").startswith("error: ")
-    assert script(monkeypatch, "--help") == 0 and "data/easy" in capsys.readouterr().out
+    assert script(monkeypatch, "--help") == 0 and "easy" in capsys.readouterr().out

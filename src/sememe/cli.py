@@ -163,7 +163,7 @@ def evaluate(
 
     Over the dial: `sememe evaluate runs/demo --data data/heldout.txt --rates 0.25,0.33,0.5,1`
 
-    Right answers of a planner: `sememe evaluate runs/prosqa --data data/prosqa/heldout.jsonl --answers --search 0`
+    Right answers of a planner: `sememe evaluate runs/prosqa --data prosqa/heldout.jsonl --answers --search 0`
     """
     from sememe.evaluation.files import evaluate_files
     from sememe.training.posterior import best_plans
