@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from families import FAMILIES, left_padded, move, text, tiny_base
 from sememe.backbone.split import Spine
 from sememe.concepts.plan import NULL, PlanShape
+from sememe.concepts.signals import SignalReader
 from sememe.errors import CheckpointError, RecipeError
 from sememe.models import MODELS, PlannerConfig, PlannerForCausalLM
 
@@ -386,6 +387,29 @@ def test_losses_are_the_sums_they_say_and_each_adapter_is_its_own():
         assert not torch.equal(model.target_log_prob(plan, y), before[1])
 
 
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_probes_of_signals_are_a_term_of_the_loss_and_move_the_concepts(straight_through):
+    model, plan, u, y = tiny_planner(plan_signals=0.5, straight_through=straight_through), plans(3), text(3, 6), text(3, 5)
+    torch.nn.init.normal_(model.signals.heads["kind"].weight, generator=torch.Generator().manual_seed(0))  # all start at 0
+    labels = SignalReader.fit(["the whale"])(["It was 1969.", "- one\n- two", "We met Anna there."])
+    out, plain = (model(u, plan_ids=plan, labels=y, signals=one) for one in (labels, None))
+    assert plain.signal_nll is None and torch.equal(out.logits, plain.logits), "they read, and are read by nobody"
+    torch.testing.assert_close(out.loss, plain.loss + 0.5 * out.signal_nll)
+    probe, frame = model.signals, model.plans
+    means = torch.stack([torch.cat([
+        frame.types[i].weight[ids].mean(0) if ids else torch.zeros_like(frame.types[i].weight[0])
+        for i, ids in enumerate(row)]) for row in SHAPE.unpack(plan)])
+    torch.testing.assert_close(out.signal_nll, sum(probe(means, labels).values()))
+    out.signal_nll.backward()
+    moved = {"signals.heads.kind.weight", *(f"plans.types.{i}.weight" for i in range(3))}
+    assert moved <= learned(model) and "executor" not in learned(model)
+    assert ("planner" in learned(model)) == straight_through
+    read = {x for row in SHAPE.unpack(plan) for x in row[0]}
+    found = {int(x) for x in frame.types[0].weight.grad.abs().sum(1).nonzero()}
+    assert found == (set(range(7)) if straight_through else read), "of ids that are read, or may be"
+    assert tiny_planner().signals is None
+
+
 @pytest.mark.parametrize("changes", [{}, {"parallel": True, "multi_token": 2, "plan_weight": 0.3, "plan_dropout": 0.4}], ids=str)
 def test_the_planners_loss_is_settled_with_the_same_gradients_and_keeps_nothing(changes, monkeypatch):
     (u, mask), y = sources(), text(3, 6, seed=2)
@@ -437,10 +461,12 @@ def test_texts_come_back_through_plans_and_not_through_others(changes):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention):
     torch.manual_seed(0)
-    config = PlannerConfig(base=str(base_folder), plan_sizes=SHAPE.sizes, plan_lengths=SHAPE.lengths, multi_token=2, seed=3)
+    config = PlannerConfig(base=str(base_folder), plan_sizes=SHAPE.sizes, plan_lengths=SHAPE.lengths, multi_token=2, seed=3,
+                           plan_signals=0.1)
     model = PlannerForCausalLM.from_base(config, attention=attention).eval()
     move(model, torch.Generator().manual_seed(0))
     with torch.no_grad():
+        model.signals.heads["length"].weight.fill_(0.25)
         model.plans.types[0].weight.mul_(1.5)
     model.save_pretrained(tmp_path / "m")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation=attention)
@@ -450,6 +476,7 @@ def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention):
         for a, b in zip(model.plan_logits(u, None, plan), again.plan_logits(u, None, plan), strict=True):
             assert torch.equal(a, b)
         assert torch.equal(model.executor_logits(plan, y), again.executor_logits(plan, y))
+    assert torch.equal(model.signals.heads["length"].weight, again.signals.heads["length"].weight)
     assert torch.equal(model.plan(u)[0], again.plan(u)[0]) and model.write(plan, 4) == again.write(plan, 4)
     small = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
     assert (tmp_path / "m" / "model.safetensors").stat().st_size < small * 1.2 + 20_000, "own weights only"

@@ -43,7 +43,7 @@ def store_of(values: dict, folder) -> Assignments:
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"plan": {"sizes": [4, 6], "lengths": [1, 2], "straight_through": True, "multi_token": 2}},
+    {}, {"plan": {"sizes": [4, 6], "lengths": [1, 2], "straight_through": True, "multi_token": 2, "signals": 0.5}},
     {"plan": {"sizes": [2, 6], "lengths": [1, 2], "begins": "words", "dropout": 0.3}},
 ])
 def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path, changes):
@@ -62,6 +62,7 @@ def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path, changes)
     parts = run(values, tmp_path / "parts")
     for key in ("loss", "target_nll", "plan_nll", "em_score", "em_flips", "heldout_nll", "tokens"):
         assert [x.get(key) for x in parts] == [x.get(key) for x in whole], key
+    assert all(("signal_nll" in x) == ("signals" in values["plan"]) for x in whole if "target_nll" in x)
     count = sum("em_score" in x for x in whole)
     assert count > 2 if values["em"].get("adaptive") else count == 2, "at steps 4 and 6, or sooner"
     a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))

@@ -74,13 +74,13 @@ def test_hashed_is_the_same_everywhere_and_without_order():
 
 
 def test_the_reader_gives_one_label_for_each_text_and_counts_training_texts_only():
-    reader = SignalReader.fit(["the whale", "the ship", "the sea", "the sun", "the moon"], hashes=16)
+    reader = SignalReader.fit(["the whale", "the ship", "the sea", "the sun", "the moon"])
     labels = reader(["the whale met Anna in 1851", "- one\n- two"])
     assert labels["length"].tolist() == [0, 0] and labels["kind"].tolist() == [0, signals.KINDS.index("list")]
     assert labels["entity"].tolist() == [[1], [0]] == labels["number"].tolist()
-    assert torch.equal(labels["terms"][0], hashed(["whale", "met", "anna"], 16))
+    assert torch.equal(labels["terms"][0], hashed(["whale", "met", "anna"]))
     assert {name: 1 if label.dim() == 1 else label.shape[1] for name, label in labels.items()} == {
-        name: size if name not in ("length", "kind") else 1 for name, size in reader.sizes.items()}
+        name: size if name not in ("length", "kind") else 1 for name, size in signals.SIZES.items()}
     with pytest.raises(DataError, match="no text"):
         reader([])
 
@@ -133,8 +133,7 @@ def test_texts_to_scores():
     texts = ["- one\n- two", "- a\n- b 1", "Who is it?", "Who was 1 of them?", "It was so.", "It was 7 then."] * 20
     labels = SignalReader.fit(texts)(texts)
     bag = torch.nn.functional.one_hot(labels["kind"], 5).float()
-    reader = SignalReader.fit(texts)
-    scores = SignalProbe(5, reader.sizes).fit(bag, labels).score(bag, labels, labels)
+    scores = SignalProbe(5).fit(bag, labels).score(bag, labels, labels)
     assert set(scores) == {"length", "kind", "entity", "number", "terms"}
     assert scores["kind"]["accuracy"] == 1 and scores["number"]["auroc"] == 0.5
     assert math.isnan(scores["entity"]["auroc"])

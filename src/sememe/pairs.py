@@ -63,6 +63,10 @@ class PairTensors:
         mask = torch.cat([torch.zeros_like(first_N1), self.source_mask_NU], 1).scatter(1, first_N1, 1)
         return ids, mask
 
+    def target_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The targets as they are written, what was cut left out."""
+        return [tokenizer.decode(row[row != IGNORED], skip_special_tokens=True) for row in self.target_NY]
+
     def digest(self) -> str:
         """sha256 over shapes and contents: what is stored for these pairs fits no others."""
         said = hashlib.sha256()

@@ -170,6 +170,13 @@ class PlanCodes(nn.Module):
         of_type, clamped = self.shape.of_type, plan_BP.clamp(min=0)
         return torch.cat([self.to_states(F.embedding(of_type(clamped, i), one.weight)) for i, one in enumerate(self.types)], 1)
 
+    def means(self, plan_BP: Tensor, e_BPD: Tensor) -> Tensor:
+        """(B, I · D) fp32 mean of each type's concept states in this frame, 0 where it has none."""
+        there_B1P = (plan_BP != NULL).unsqueeze(1)
+        x_BDP, of_type = self.to_frame(e_BPD).mT * there_B1P, self.shape.of_type
+        return torch.cat([of_type(x_BDP, i).sum(-1) / of_type(there_B1P, i).sum(-1).clamp(min=1)
+                          for i in range(self.shape.types)], 1)
+
     def soft(self, logits: list[Tensor], temperature: float = 1.0) -> Tensor:
         """(B, P, D) mixtures of each slot's concepts, from (B, L_i + 1, K_i + 1) logits, given that it holds one. The vectors
         themselves get no gradient from here; they have that of the concept that was read."""

@@ -16,6 +16,8 @@ from sememe.errors import DataError
 LENGTHS = (8, 16, 32, 64, 128, 256)  # words; the bucket of a text is how many of these it reaches
 KINDS = ("prose", "list", "code", "question", "dialogue")
 TERMS, HASHES = 5, 64
+SIZES = {"length": len(LENGTHS) + 1, "kind": len(KINDS), "entity": 1, "number": 1, "terms": HASHES}
+"""Classes of each signal; `terms` is that many yes-or-no labels, `entity` and `number` are one each."""
 COMMON = 0.2  # a word that more of the documents have is no term
 
 ITEM = re.compile(r"\s*(?:[-*•+]|\(?\w{1,2}[.)])\s+\S")
@@ -97,26 +99,20 @@ class SignalReader:
 
     counts: Counter[str] = field(repr=False)
     documents: int
-    hashes: int = HASHES
 
     @classmethod
-    def fit(cls, texts: list[str], hashes: int = HASHES) -> "SignalReader":
-        return cls(document_counts(texts), len(texts), hashes)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Classes of each signal; `terms` is that many yes-or-no labels, `entity` and `number` are one each."""
-        return {"length": len(LENGTHS) + 1, "kind": len(KINDS), "entity": 1, "number": 1, "terms": self.hashes}
+    def fit(cls, texts: list[str]) -> "SignalReader":
+        return cls(document_counts(texts), len(texts))
 
     def __call__(self, texts: list[str]) -> dict[str, Tensor]:
-        """`length`, `kind` (N,) long; `entity`, `number` (N, 1) and `terms` (N, hashes) of 0 and 1.
+        """`length`, `kind` (N,) long; `entity`, `number` (N, 1) and `terms` (N, HASHES) of 0 and 1.
 
         Raises:
             DataError: no text.
         """
         if not texts:
             raise DataError("there is no text to read signals off: need at least one. try: another file")
-        bags = [hashed(key_terms(text, self.counts, self.documents), self.hashes) for text in texts]
+        bags = [hashed(key_terms(text, self.counts, self.documents)) for text in texts]
         return {
             "length": torch.tensor([length_bucket(text) for text in texts]),
             "kind": torch.tensor([KINDS.index(kind_of(text)) for text in texts]),
@@ -129,10 +125,10 @@ class SignalReader:
 class SignalProbe(nn.Module):
     """One linear layer per signal on what stands for a plan, (B, F): its bag of ids, or states.
 
-    `forward` is differentiable in its input too, so it can be a term of a model's loss; `fit` and `score` measure.
+    `forward` is differentiable in its input too: a term of a planner's loss. `fit` and `score` measure.
     """
 
-    def __init__(self, features: int, sizes: dict[str, int]) -> None:
+    def __init__(self, features: int, sizes: dict[str, int] = SIZES) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(features, size) for name, size in sizes.items()})
         for head in self.heads.values():

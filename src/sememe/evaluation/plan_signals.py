@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sememe.concepts.plan import NULL
 from sememe.concepts.signals import SignalProbe, SignalReader
 from sememe.errors import DataError
 from sememe.evaluation.plans import Tick, planned
 from sememe.models.planner import PlannerForCausalLM
-from sememe.pairs import IGNORED, PairTensors
+from sememe.pairs import PairTensors
 
 DECAYS = (1e-3, 1e-2, 1e-1, 1.0)  # tried on a fifth of the training pairs
 LEAST = 20  # training pairs
@@ -21,11 +20,8 @@ LEAST = 20  # training pairs
 @torch.no_grad()
 def plan_states(model: PlannerForCausalLM, plan_NP: Tensor) -> Tensor:
     """(N, I · D) mean of each type's concepts in the tables' frame, 0 where it has none; on the host."""
-    shape, frame = model.plans.shape, model.plans
-    there_N1P = (plan_NP != NULL).unsqueeze(1)
-    x_NDP = frame.to_frame(frame(plan_NP.to(model.device))).cpu().mT * there_N1P
-    return torch.cat([shape.of_type(x_NDP, i).sum(-1) / shape.of_type(there_N1P, i).sum(-1).clamp(min=1)
-                      for i in range(shape.types)], 1)
+    plan_NP = plan_NP.to(model.device)
+    return model.plans.means(plan_NP, model.plan_embeddings(plan_NP)).cpu()
 
 
 def signal_figures(model: PlannerForCausalLM, tokenizer, train: PairTensors, heldout: PairTensors, batch: int = 8,
@@ -35,8 +31,7 @@ def signal_figures(model: PlannerForCausalLM, tokenizer, train: PairTensors, hel
     pairs."""
     if len(train) < LEAST:
         raise DataError(f"{len(train)} training pairs for the probes of signals: need at least {LEAST}. try: --signals 200")
-    texts, heldout_texts = ([tokenizer.decode(row[row != IGNORED], skip_special_tokens=True) for row in pairs.target_NY]
-                            for pairs in (train, heldout))
+    texts, heldout_texts = train.target_texts(tokenizer), heldout.target_texts(tokenizer)
     reader = SignalReader.fit(texts)
     labels, wanted = reader(texts), reader(heldout_texts)
     x_NF, x_MF = (plan_states(model, planned(model, pairs, batch, tick)) for pairs in (train, heldout))
@@ -46,7 +41,7 @@ def signal_figures(model: PlannerForCausalLM, tokenizer, train: PairTensors, hel
         return {name: label[part] for name, label in labels.items()}
 
     def probe(part: slice, decay: float) -> SignalProbe:
-        return SignalProbe(x_NF.shape[1], reader.sizes).fit(x_NF[part], some(part), decay)
+        return SignalProbe(x_NF.shape[1]).fit(x_NF[part], some(part), decay)
 
     def left(decay: float) -> float:
         found = probe(slice(0, most), decay).score(x_NF[most:], some(slice(most, None)), some(slice(0, most)))

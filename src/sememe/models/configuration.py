@@ -203,6 +203,7 @@ class PlannerConfig(AdaptedConfig):
         straight_through: what the executor reads passes its gradient on to the planner.
         plan_weight: of the plan's own cross entropy in the loss, nats per concept beside nats per target token.
         plan_dropout: share of the rows whose text is written without their plan, in training.
+        plan_signals: of what linear probes of the plan lose on the signals of the text, in the loss; 0 for no probes.
         seed: of the new modules' start.
     """
 
@@ -210,11 +211,11 @@ class PlannerConfig(AdaptedConfig):
 
     def __init__(self, text_config=None, plan_sizes=(512, 512), plan_lengths=(4, 8), parallel: bool = False, multi_token: int = 1,
                  plan_max_source: int | None = None, code_temperature: float = 1.0, straight_through: bool = False,
-                 plan_weight: float = 1.0, plan_dropout: float = 0.0, seed: int = 0, **kwargs):
+                 plan_weight: float = 1.0, plan_dropout: float = 0.0, plan_signals: float = 0.0, seed: int = 0, **kwargs):
         self.plan_sizes, self.plan_lengths = list(plan_sizes), list(plan_lengths)
         self.parallel, self.multi_token, self.plan_max_source = parallel, multi_token, plan_max_source
         self.code_temperature, self.straight_through = code_temperature, straight_through
-        self.plan_weight, self.plan_dropout, self.seed = plan_weight, plan_dropout, seed
+        self.plan_weight, self.plan_dropout, self.plan_signals, self.seed = plan_weight, plan_dropout, plan_signals, seed
         super().__init__(text_config=text_config, **kwargs)
 
     @property

@@ -22,6 +22,7 @@ from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Spine
 from sememe.concepts.masks import Lane, allow, segment_mask
 from sememe.concepts.plan import NULL, PlanCodes, straight_through
+from sememe.concepts.signals import SignalProbe
 from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PlannerConfig
@@ -35,13 +36,14 @@ LOGITS_AT_ONCE = 2**25  # of a text's log-probability without gradient: 128 MB
 @dataclass
 class PlannerOutput(CausalLMOutputWithPast):
     """`logits` (B, Y, V) of each target token. `target_nll`: nats per target token; `plan_nll`: nats per concept, `<EOS>`
-    included; `plan_logits`: (B, L_i + 1, K_i + 1) of each type; `plan_ids`: the plan that was read. In training the planner is
-    reached through `loss` alone."""
+    included; `plan_logits`: (B, L_i + 1, K_i + 1) of each type; `plan_ids`: the plan that was read; `signal_nll`: nats per label,
+    summed over the signals. In training the planner is reached through `loss` alone."""
 
     target_nll: Tensor | None = None
     plan_nll: Tensor | None = None
     plan_logits: tuple[Tensor, ...] | None = None
     plan_ids: Tensor | None = None
+    signal_nll: Tensor | None = None
 
 
 class PlannerForCausalLM(Planning, AdaptedModel):
@@ -50,7 +52,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
     config_class = PlannerConfig
     supports_gradient_checkpointing = False  # recomputed layers would meet whichever adapter is on by then
     foldable = False
-    _keep_in_fp32_modules_strict = [*AdaptedModel._keep_in_fp32_modules_strict, r"^(plans|probes)\b"]
+    _keep_in_fp32_modules_strict = [*AdaptedModel._keep_in_fp32_modules_strict, r"^(plans|probes|signals)\b"]
 
     def __init__(self, config: PlannerConfig, backbone=None):
         super().__init__(config, backbone)
@@ -58,6 +60,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
         width = config.text_config.hidden_size
         self.plans = PlanCodes(config.plan_shape, width)
         self.probes = nn.Embedding(config.multi_token - 1, width) if config.multi_token > 1 else None
+        self.signals = SignalProbe(len(config.plan_sizes) * width) if config.plan_signals > 0 else None
         self.start_plans(config.seed)
         self.finish()
 
@@ -258,14 +261,15 @@ class PlannerForCausalLM(Planning, AdaptedModel):
 
     @can_return_tuple
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, plan_ids: Tensor | None = None,
-                labels: Tensor | None = None, **kwargs) -> PlannerOutput:
+                labels: Tensor | None = None, signals: dict[str, Tensor] | None = None, **kwargs) -> PlannerOutput:
         """The plan from the source and the text from the plan, both teacher forced. `loss`: nats per target token, and
-        `plan_weight` times nats per concept.
+        `plan_weight` times nats per concept, `plan_signals` times nats per label of what probes of the plan tell of the text.
 
         Args:
             input_ids, attention_mask: (B, U) the source, and 0 on its padding.
             plan_ids: (B, P); None for the planner's own, greedy.
             labels: (B, Y) the text, -100 behind its end; None for the plan's part alone.
+            signals: of the texts, `SignalReader`'s labels; None to leave them out.
         """
         config, shape = self.config, self.plans.shape
         if plan_ids is None:
@@ -291,13 +295,18 @@ class PlannerForCausalLM(Planning, AdaptedModel):
         if config.straight_through and torch.is_grad_enabled():
             with torch.autocast(h_BCD.device.type, enabled=False):
                 e_BPD = straight_through(self.plan_embeddings(plan_ids), self.plans.soft(logits, config.code_temperature))
+        if signals is not None and self.signals is not None:
+            x_BF = self.plans.means(plan_ids, self.plan_embeddings(plan_ids) if e_BPD is None else e_BPD)
+            with torch.autocast(x_BF.device.type, enabled=False):
+                out.signal_nll = sum(self.signals(x_BF, signals).values())
         if self.training and config.plan_dropout > 0:
             lost_B1 = torch.rand(len(plan_ids), 1, device=plan_ids.device) < config.plan_dropout
             plan_ids = plan_ids.masked_fill(lost_B1, NULL)
         out.logits = self.executor_logits(plan_ids, labels, e_BPD)
         nll, own = _nll(out.logits, labels).sum(), (labels != -100).sum().clamp(min=1)
         count = own if kwargs.get("num_items_in_batch") is None else kwargs["num_items_in_batch"]
-        out.target_nll, out.loss = nll / own, (nll + config.plan_weight * term * own) / count
+        beside = config.plan_weight * term + (0 if out.signal_nll is None else config.plan_signals * out.signal_nll)
+        out.target_nll, out.loss = nll / own, (nll + beside * own) / count
         if self.training:  # every rank's gradients in step, whatever its batch used
             out.loss = out.loss + sum(p.float().sum() for p in self.parameters() if p.requires_grad) * 0.0
         return out

@@ -47,6 +47,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "seconds": ("time", "time spent"),
     "loss": ("nats", "training loss: nats per target token, and the plan's by its weight"),
     "target_nll": ("nats", "nats per target token, with z*"),
+    "signal_nll": ("nats", "nats per label, summed over the signals, of the probes that read them off the plan"),
     "plan_nll": ("nats", "nats per concept of z*, which the planner is to write"),
     "plan_match": ("share", "places of z* where it is the planner's first choice"),
     "heldout_nll": ("nats", "nats per target token of held-out pairs, with the planner's own plan"),

@@ -34,7 +34,7 @@ def build_model(recipe: Recipe, folder: Path) -> AdaptedModel:
         config = PlannerConfig(
             plan_sizes=plan.sizes, plan_lengths=plan.lengths, parallel=plan.parallel, multi_token=plan.multi_token,
             plan_weight=plan.weight, plan_dropout=plan.dropout, straight_through=plan.straight_through,
-            code_temperature=recipe.code_temperature,
+            plan_signals=plan.signals, code_temperature=recipe.code_temperature,
             plan_max_source=recipe.source_length, seed=recipe.seed, **shared,
         )
     else:

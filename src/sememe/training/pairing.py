@@ -22,6 +22,7 @@ class PairExamples(Dataset):
         self.recipe, self.pairs = recipe, pairs
         self.order_n = block_order(len(pairs), recipe.steps, recipe.batch_size, recipe.seed)
         self.plans: Callable[[Tensor], Tensor] | None = None
+        self.signals: dict[str, Tensor] | None = None  # labels of all pairs
         self._joined = pairs.joined(bos) if recipe.system == "control" else None
         kept_n = torch.tensor([self._length(i) for i in range(len(self.order_n))])
         targets_n = (pairs.target_NY != IGNORED).sum(1)[self.order_n]
@@ -65,6 +66,9 @@ class PairExamples(Dataset):
             width = int(mask_T.sum())
             return {key: value[:, :width] for key, value in inputs.items()}
         first, width = int((~mask_T).sum()), int(target_T.sum())
-        plan_BP = self.plans(inputs["pair"].cpu()).to(inputs["pair"].device)
-        return {"input_ids": inputs["input_ids"][:, first:], "attention_mask": inputs["attention_mask"][:, first:],
-                "labels": inputs["labels"][:, :width], "plan_ids": plan_BP}
+        pair_B, device = inputs["pair"].cpu(), inputs["pair"].device
+        made = {"input_ids": inputs["input_ids"][:, first:], "attention_mask": inputs["attention_mask"][:, first:],
+                "labels": inputs["labels"][:, :width], "plan_ids": self.plans(pair_B).to(device)}
+        if self.signals is not None:
+            made["signals"] = {name: label[pair_B].to(device) for name, label in self.signals.items()}
+        return made

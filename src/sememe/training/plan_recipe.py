@@ -31,6 +31,8 @@ class Plan(Strict):
     """Of the plan's own cross entropy in the loss: nats per concept, beside nats per target token."""
     straight_through: bool = False
     """What the executor reads passes its gradient on to the planner."""
+    signals: float = Field(0.0, ge=0)
+    """Of what linear probes of the plan lose on the target's length, kind, names, numbers and key words: nats per label."""
 
     @model_validator(mode="after")
     def _types_fit(self) -> "Plan":

@@ -17,6 +17,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
+from sememe.concepts.signals import SignalReader
 from sememe.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from sememe.models.planner import PlannerForCausalLM
 from sememe.models.writing import Writing
@@ -67,6 +68,9 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     checkpoint, first_NP = last_checkpoint(run / "checkpoints", clean=first), None
+    if isinstance(model, PlannerForCausalLM) and model.signals is not None:
+        texts = examples.pairs.target_texts(tokenizer)
+        examples.signals = SignalReader.fit(texts)(texts)
     if isinstance(model, PlannerForCausalLM) and checkpoint is None:
         first_NP = first_plans(recipe, model, examples.pairs, tokenizer, say)
     if first:

@@ -43,7 +43,7 @@ class PlanMeter:
         self.clear()
 
     def clear(self) -> None:
-        self.target = self.plan = 0.0
+        self.target = self.plan = self.signal = 0.0
         self.tokens = self.concepts = self.rows = 0
         self.counts_I = torch.zeros(self.shape.types, dtype=torch.long)
         self.ids = [torch.zeros(size, dtype=torch.float64) for size in self.shape.sizes]
@@ -57,6 +57,8 @@ class PlanMeter:
         concepts = sum(int((self.shape.targets(plan_BP, i) != -100).sum()) for i in range(self.shape.types))
         self.target += float(outputs.target_nll.detach()) * tokens
         self.plan += float(outputs.plan_nll.detach()) * concepts
+        if outputs.signal_nll is not None:
+            self.signal += float(outputs.signal_nll.detach()) * len(plan_BP)
         self.tokens, self.concepts, self.rows = self.tokens + tokens, self.concepts + concepts, self.rows + len(plan_BP)
         self.counts_I += self.shape.counts(plan_BP).sum(0)
         for i, counts_K in enumerate(self.ids):
@@ -96,6 +98,7 @@ class PlanMeter:
                      "plan_perplexity": [perplexity(x) if bool(x.any()) else None for x in self.ids],
                      "plan_largest_share": [float(x.max() / x.sum()) if bool(x.any()) else None for x in self.ids],
                      "plan_match": float(self.sure_4P[3].sum() / places_P.sum().clamp(min=1)),
+                     **({"signal_nll": self.signal / self.rows} if self.signal else {}),
                      "plan_entropy_by_slot": entropy, "plan_max_prob_by_slot": most} | found
         self.clear()
         return found
