@@ -18,8 +18,9 @@ ALLOWED = {
     "show": {"models", "show_plan", "errors"}, "show_plan": {"show", "errors"},
     "tables": {"errors", "evaluation"}, "options": {"errors"},
     "cli_compressor": {"options", "tables", "compression", "evaluation"},
-    "cli": {"options", "cli_compressor", "tables", "errors", "backbone", "models", "training", "evaluation", "report", "show",
-            "demo"},
+    "cli_benchmark": {"options", "cli_compressor", "tables", "errors", "evaluation", "report"},
+    "cli": {"options", "cli_benchmark", "cli_compressor", "tables", "errors", "backbone", "models", "training", "evaluation",
+            "report", "show", "demo"},
     "demo": {"tables", "errors", "backbone", "models", "training", "evaluation", "report", "show"},
     "__init__": {"models", "compression"}, "__main__": {"cli"},
 }

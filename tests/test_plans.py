@@ -203,6 +203,21 @@ def test_probes_read_signals_off_the_plan_alone(runs, loaded):
     assert "by linear probes" in printed
 
 
+def test_the_budget_is_a_dial_of_plans(runs):
+    words = ("--tokens", 160, "--search", 0, "--json", runs / "b.json")
+    lengths = {}
+    for budget in (None, "1,1", "0"):
+        sememe("evaluate", runs / "r", *words, *(() if budget is None else ("--budget", budget)))
+        result = json.loads((runs / "b.json").read_text())
+        lengths[budget] = result["plan_lengths"]
+        assert result.get("budget") == {None: None, "1,1": [1, 1], "0": [0, 0]}[budget]
+    assert lengths[None][1] > 1 >= max(lengths["1,1"]) and lengths["0"] == [0, 0]
+    assert result["nll"] == pytest.approx(next(x["nll"] for x in result["given"] if x["given"] == "empty"))
+    sememe("generate", runs / "r", "--prompt", "say aa", "--budget", "0,2", "--json", runs / "b.json")
+    plan = json.loads((runs / "b.json").read_text())["plan"]
+    assert plan[0] == [] and len(plan[1]) <= 2
+
+
 def test_ablate_drops_and_swaps(runs):
     ticks: list[int] = []
     printed = sememe("ablate", runs / "r", "--tokens", 160, "--seeds", 2, "--shares", "0,0.5,1", "--json", runs / "a.json")
@@ -256,6 +271,12 @@ def test_what_cannot_be_asked_of_a_planner_is_one_sentence(runs, base_folder, te
         (("evaluate", planner, "--rate", 0.5), "got --rate"), (("evaluate", planner, "--rates", "0.5"), "got --rates"),
         (("evaluate", tmp_path / "plain", "--answers"), "got --answers"),
         (("evaluate", control, "--signals", 40), "got --signals"),
+        (("evaluate", control, "--budget", "1"), "got --budget"),
+        (("evaluate", tmp_path / "plain", "--budget", "1"), "got --budget"),
+        (("evaluate", planner, "--budget", "1,2,3"), "one for each of 2 types.*try: --budget 1,2"),
+        (("generate", planner, "--prompt", "say aa", "--budget", "-1"), "of at least 0"),
+        (("generate", planner, "--prompt", "say aa", "--budget", "a"), "whole numbers"),
+        (("generate", control, "--prompt", "say aa", "--budget", "1"), "makes no plans.*without --budget"),
         (("evaluate", planner, "--sequence-length", 64), "got --sequence-length"),
         (("evaluate", planner, "--data", runs / "train.jsonl"), "is what .* was trained on"),
         (("evaluate", planner, "--data", texts[1]), "is plain text, it has no fields"),

@@ -10,16 +10,15 @@ from typing import Annotated
 import typer
 
 from sememe import cli_compressor
+from sememe.cli_benchmark import benchmark
 from sememe.errors import Interrupted, SememeError
-from sememe.options import Json, Model, Rate, numbers
+from sememe.options import Budget, Json, Model, Rate, counts, numbers
 from sememe.tables import (
     out,
     show_ablation,
     show_diagnosis,
     show_plans,
     show_quality,
-    show_speed,
-    show_speed_sweep,
     table,
     write_json,
 )
@@ -153,6 +152,7 @@ def evaluate(
                                         "them out, which is much faster.")] = 3,
     signals: Annotated[int, typer.Option(min=0, metavar="N", help="Of a planner: what plans tell of length, kind, names, numbers "
                                          "and key words, by linear probes fitted on N training pairs.")] = 0,
+    budget: Budget = None,
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -172,7 +172,7 @@ def evaluate(
     texts = data or [_heldout(model)]
     search = partial(best_plans, rounds=rounds) if rounds else None
     result = evaluate_files(model, texts, tokens, control, sequence_length, batch, base, rate, dial, search, answers,
-                            signals)
+                            signals, counts(budget, "--budget", "2,4"))
     (show_plans if "given" in result else show_quality)(result)
     write_json(json_file, result)
 
@@ -227,6 +227,7 @@ def generate(
     edit: Annotated[list[str] | None, typer.Option(
         metavar="TYPE:SLOT=ID", help="Change an id of the plan and print both texts; may be given several times.")] = None,
     rate: Rate = None,
+    budget: Budget = None,
     base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -240,86 +241,12 @@ def generate(
     from sememe.show import generate_text
 
     made = generate_text(model, prompt, max_new_tokens, temperature, top_p, seed, show_concepts, out, base, rate, show_plan,
-                         edit)
+                         edit, counts(budget, "--budget", "2,4"))
     write_json(json_file, made)
 
 
-for command in (cli_compressor.compress, cli_compressor.decompress, cli_compressor.reconstruct):
+for command in (cli_compressor.compress, cli_compressor.decompress, cli_compressor.reconstruct, benchmark):
     app.command()(command)
-
-
-@app.command()
-def benchmark(
-    context: typer.Context,
-    model: Model,
-    prompt_tokens: Annotated[int | None, typer.Option(
-        min=2, help="Default: 512; of a compressor the tokens of a window, as compress has them.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="A compressor writes what its ids say instead.")] = 64,
-    batch: Annotated[int | None, typer.Option(min=1, help="Default: 1; of a compressor 16 windows.")] = None,
-    repeats: Annotated[int | None, typer.Option(
-        min=1, help="Counted rounds; the median is reported. Default: 5, with --sweep 3.")] = None,
-    training: Annotated[bool, typer.Option(help="Time the training step too.")] = True,
-    data: Annotated[str | None, typer.Option(help="Text for the prompts; default: the run's held-out text.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for both.")] = "float32",
-    rate: Rate = None,
-    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Time a grid of the four options below; MODEL may be a base.")] = False,
-    prompt_lengths: Annotated[str, typer.Option(metavar="T,T,…", help="Default: 128,512,2048.")] = "",
-    batches: Annotated[str, typer.Option(metavar="B,B,…", help="Default: 1.")] = "",
-    rates: Annotated[str, typer.Option(metavar="R,R,…", help="Default: 0.5,0.25,0.125.")] = "",
-    splits: Annotated[str, typer.Option(metavar="S/M/D,…", help="Of untrained models over the base; default: MODEL's own, "
-                                                                "of a base 2/15 at each edge.")] = "",
-    folder: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="Where sweep.json and speed.html go; "
-                                                "default: the run, or benchmark-sweep.")] = None,
-    json_file: Json = None,
-) -> None:
-    """Speed and cache beside the unmodified base: one process, same dtype and kernel, alternating, medians.
-
-    Example: `sememe benchmark runs/demo --prompt-tokens 512 --new-tokens 128`
-
-    Of a compressor: compressing beside one forward of the base over the same text, decompressing beside the base's own writing.
-
-    A grid, with llama.cpp beside where it is installed; the same command goes on after Ctrl-C:
-    `sememe benchmark smollm2-135m --sweep --rates 0.5,0.25 --splits 4/22/4,8/14/8`
-    """
-    from sememe.evaluation.files import benchmark_files
-    from sememe.evaluation.speed_compressor import is_compressor
-
-    of_one = {"prompt_tokens": "--prompt-lengths", "batch": "--batches", "rate": "--rates", "training": "without it"}
-    of_sweep = dict.fromkeys(("prompt_lengths", "batches", "rates", "splits", "folder"), "--sweep")
-    _refuse(context, of_one if sweep else of_sweep, "a grid" if sweep else "one measurement")
-    if sweep:
-        _benchmark_sweep(model, folder, (prompt_lengths, batches, rates, splits), new_tokens, repeats or 3, dtype, data, base,
-                         json_file)
-        return
-    if is_compressor(model):
-        _refuse(context, {"new_tokens": "without it", "training": "without it"}, "a compressor")
-        result = cli_compressor.benchmark(model, prompt_tokens, batch, repeats or 5, data, dtype, base, rate)
-    else:
-        result = benchmark_files(model, prompt_tokens or 512, new_tokens, batch or 1, repeats or 5, training, data, dtype, base,
-                                 rate)
-        show_speed(result)
-    write_json(json_file, result)
-
-
-def _refuse(context: typer.Context, options: dict[str, str], what: str) -> None:
-    """Raises SememeError for an option of the command line that says nothing about `what`; `options`: what to try instead."""
-    for name, instead in options.items():
-        if context.get_parameter_source(name).name == "COMMANDLINE":
-            option = "--out" if name == "folder" else f"--{name.replace('_', '-')}"
-            raise SememeError(f"got {option}, which is not for {what}: need the options of that. try: {instead}")
-
-
-def _benchmark_sweep(model: str, folder: Path | None, grid: tuple[str, str, str, str], new_tokens: int, repeats: int, dtype: str,
-                     data: str | None, base: str | None, json_file: Path | None) -> None:
-    from sememe.evaluation.speed_sweep import parse_grid, place_for, sweep_speed
-    from sememe.report import write_speed
-
-    folder = folder or place_for(model)
-    found = sweep_speed(model, folder, parse_grid(*grid), new_tokens, repeats, dtype, data, base, say=out.print)
-    show_speed_sweep(found)
-    out.print(f"figures: {folder / 'sweep.json'}\nplot: {write_speed(folder)}", soft_wrap=True)
-    write_json(json_file, found)
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """Text on a terminal with its concepts: each segment in a colour, the id that closed it behind it."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
@@ -57,7 +59,7 @@ class ConceptStreamer(BaseStreamer):
 
 def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
                   show_concepts: bool, console: Console, base: str | None = None, rate: float | None = None,
-                  show_plan: bool = False, edits: list[str] | None = None) -> dict:
+                  show_plan: bool = False, edits: list[str] | None = None, budget: Sequence[int] = ()) -> dict:
     """Streams a continuation and returns prompt, text, and (for an online model) the concept id of every token that the model
     read: all but the last new one. Of a planner: see `show_plan.write_planned`.
 
@@ -81,8 +83,10 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
         raise CheckpointError(f"{model} is a compressor, which writes a text again and none of its own: need a language model. "
                               "try: sememe compress and sememe decompress")
     planner = isinstance(loaded, PlannerForCausalLM)
-    check_options(model, planner, show_concepts, show_plan, edits or [], top_p)
+    check_options(model, planner, show_concepts, show_plan, edits or [], top_p, budget)
     if planner:
+        if budget:
+            loaded.limit(budget)
         return write_planned(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, show_plan, edits or [], console)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(loaded.device)
     longest = loaded.config.get_text_config().max_position_embeddings

@@ -1,6 +1,7 @@
 """A planner on a terminal: prompt → plan, each type's ids beside the text, and what the text becomes when ids are changed."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -83,11 +84,12 @@ def edited(plan: list[list[int]], edits: list[str], shape) -> list[list[int]]:
     return made
 
 
-def check_options(model: str, planner: bool, show_concepts: bool, show_plan: bool, edits: list[str], top_p: float) -> None:
+def check_options(model: str, planner: bool, show_concepts: bool, show_plan: bool, edits: list[str], top_p: float,
+                  budget: Sequence[int]) -> None:
     """Raises CheckpointError for an option that says nothing about this kind of model."""
-    if not planner and (show_plan or edits):
-        raise CheckpointError(f"{model} makes no plans: need a run of system: planner. try: without "
-                              f"{'--edit' if edits else '--show-plan'}")
+    for option, given in (("--edit", edits), ("--show-plan", show_plan), ("--budget", budget)):
+        if given and not planner:
+            raise CheckpointError(f"{model} makes no plans: need a run of system: planner. try: without {option}")
     if planner and show_concepts:
         raise CheckpointError(f"{model} is a planner, its concepts stand ahead of the text: need --show-plan. try: --show-plan")
     if planner and top_p < 1:

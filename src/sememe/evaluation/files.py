@@ -39,13 +39,13 @@ def heldout_blocks(model: str, loaded, tokenizer, texts: list[str], tokens: int,
 def evaluate_files(model: str, data: str | Sequence[str], tokens: int = 8192, control: str | None = None,
                    sequence_length: int | None = None, batch: int = 4, base: str | None = None,
                    rate: float | None = None, rates: Sequence[float] = (), search: Search | None = None,
-                   answers: bool = False, signals: int = 0) -> dict[str, Any]:
+                   answers: bool = False, signals: int = 0, budget: Sequence[int] = ()) -> dict[str, Any]:
     """`evaluation.quality.evaluate` on a saved model and a text; kept as RUN/evaluate.json.
 
     Several texts are measured one by one: the figures are those of the first, and `by_data` has one line for each.
     `rate` is the dial that all is measured at; `rates` are more of its settings, each a line of `dial`. What reads pairs has
     the figures of `evaluation.plans` instead; `search` finds z* for them, `answers` counts those that are right,
-    `signals` probes what plans tell.
+    `signals` probes what plans tell, `budget` bounds a planner's plans.
 
     Raises:
         DataError: a text is missing, too short, or the one that the run was trained on.
@@ -55,11 +55,11 @@ def evaluate_files(model: str, data: str | Sequence[str], tokens: int = 8192, co
     names = [data] if isinstance(data, str) else list(data)
     if pair_form(model) is not None:
         return evaluate_pair_files(model, names, tokens, control, batch, base, search, sequence_length, rate, rates, answers,
-                                   signals)
-    if answers or signals:
-        option = "--answers" if answers else "--signals"
-        raise SememeError(f"got {option}, but {model} reads running text, not pairs of a source and a target: need pairs. "
-                          f"try: without {option}")
+                                   signals, budget)
+    for option, value in (("--answers", answers), ("--signals", signals), ("--budget", budget)):
+        if value:
+            raise SememeError(f"got {option}, but {model} reads running text, not pairs of a source and a target: need pairs. "
+                              f"try: without {option}")
     texts = [heldout_texts(model, name) for name in names]
     loaded, tokenizer = load_model(model, base=base, rate=rate)
     check_rates(loaded, rates, model)

@@ -51,12 +51,13 @@ def _refuse(model: str, **options) -> None:
 def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, control: str | None = None, batch: int = 8,
                         base: str | None = None, search: Search | None = None, sequence_length: int | None = None,
                         rate: float | None = None, rates: Sequence[float] = (), answers: bool = False,
-                        signals: int = 0) -> dict[str, Any]:
+                        signals: int = 0, budget: Sequence[int] = ()) -> dict[str, Any]:
     """`plan_figures` of a saved planner on pairs of a text, or the NLL of a control on pairs; kept as RUN/evaluate.json.
 
     Several texts are measured one by one: the figures are those of the first, and `by_data` has one object for each.
     `search` finds z* of the held-out pairs, with their targets in view. With `answers` every target is written too, and those
-    that end rightly are counted. With `signals` linear probes are fitted on the plans of so many training pairs.
+    that end rightly are counted. With `signals` linear probes are fitted on the plans of so many training pairs. With `budget`
+    the planner's own plans have so many concepts of each type at most; z* may have more.
 
     Raises:
         DataError: a text is missing, has no such pairs, or is the one that the run was trained on.
@@ -68,6 +69,10 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
     for name in data:
         refuse_trained(model, name)
     loaded, tokenizer = load_model(model, base=base)
+    if budget:
+        if not isinstance(loaded, PlannerForCausalLM):
+            raise SememeError(f"got --budget, but {model} makes no plans: need a run of system: planner. try: without --budget")
+        loaded.limit(budget)
     taught = _training_pairs(model, loaded, tokenizer, signals) if signals else None
     other = None if control is None else _control(control, form, tokenizer, base)
     found = []
@@ -92,7 +97,8 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
             result = _alone(loaded, pairs, other, batch, asked)
         result |= {"bits_per_byte": result["nll"] * result["tokens"] / math.log(2) / target_bytes(pairs, tokenizer),
                    "system": system_of(loaded.config), "model": str(model), "data": str(name), "control": control,
-                   "tokens_asked": tokens, **({} if asked is None else {"answers": len(asked.right)})}
+                   "tokens_asked": tokens, **({"budget": list(loaded.budget)} if budget else {}),
+                   **({} if asked is None else {"answers": len(asked.right)})}
         found.append(dict.fromkeys(CONTRACT) | result)
     result = found[0]
     if len(found) > 1:

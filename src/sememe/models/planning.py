@@ -6,6 +6,7 @@ Suffixes as in `concepts/plan.py`; U source tokens · S = 1 + U with the BOS · 
 rows of a search · M the largest K_i, and `<EOS>`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -194,6 +195,18 @@ class Search:
 class Planning:
     """Mixin of the planner: how it is used."""
 
+    budget: tuple[int, ...] | None = None
+    """Concepts of each type at most, where a call says nothing else."""
+
+    def limit(self, most: Sequence[int]) -> None:
+        """Sets the budget: a number for each type, or one for all. Raises RecipeError for others."""
+        lengths, wanted = self.plans.shape.lengths, list(most)
+        wanted = wanted * len(lengths) if len(wanted) == 1 else wanted
+        if len(wanted) != len(lengths) or min(wanted) < 0:
+            raise RecipeError(f"a budget of {', '.join(map(str, most))} concepts: need one number, or one for each of "
+                              f"{len(lengths)} types, of at least 0. try: --budget {','.join(map(str, lengths))}")
+        self.budget = tuple(wanted)
+
     def read_source(self, source_BU: Tensor, source_mask: Tensor | None = None) -> SourceRead:
         """The planner's pass over (B, U) sources, once for all plans that are to be searched or scored."""
         ids_BS, columns, length_B1 = self.source_columns(source_BU.to(self.device), source_mask)
@@ -215,7 +228,8 @@ class Planning:
             num_beams: hypotheses kept; at least `num_return`. 1 is greedy.
             diversity: nats that a hypothesis loses for repeating another's concept; 0 for plain beams.
             do_sample, temperature, generator: draws instead. The log-probabilities are those at temperature 1.
-            min_length, max_length: concepts of each type, or one number for all; the budget. A type is cut to what it can hold.
+            min_length, max_length: concepts of each type, or one number for all; the budget, where none is set by `limit`. A type
+                is cut to what it can hold.
             read: what `read_source` made of the source, which is then not read again.
         """
         shape, parallel = self.plans.shape, self.config.parallel
@@ -255,7 +269,7 @@ class Planning:
 
     def _bounds(self, least, most) -> tuple[list[int], list[int]]:
         shape = self.plans.shape
-        most = shape.lengths if most is None else most
+        most = (self.budget or shape.lengths) if most is None else most
         least, most = ([x] * shape.types if isinstance(x, int) else list(x) for x in (least, most))
         fits = len(least) == len(most) == shape.types
         if fits:
