@@ -69,8 +69,9 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
     for name in data:
         refuse_trained(model, name)
     loaded, tokenizer = load_model(model, base=base)
+    planner = isinstance(loaded, PlannerForCausalLM)
     if budget:
-        if not isinstance(loaded, PlannerForCausalLM):
+        if not planner:
             raise SememeError(f"got --budget, but {model} makes no plans: need a run of system: planner. try: without --budget")
         loaded.limit(budget)
     taught = _training_pairs(model, loaded, tokenizer, signals) if signals else None
@@ -78,23 +79,23 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
     found = []
     for name in data:
         pairs = form.load(name, tokenizer, tokens=tokens)
-        asked = Answers(tokenizer, pairs, batch) if answers else None
-        if isinstance(loaded, PlannerForCausalLM):
-            best, readings = None, 1 + len(KINDS) + (other is not None) + (search is not None)
-            if search is not None:
-                with tqdm(total=len(pairs), desc="z* of held-out pairs", unit="pair") as bar:
-                    best = search(loaded, pairs, _recipe(model).get("em", {}), bar.update)
-            written = 0 if asked is None else readings * len(asked.right)
-            with tqdm(total=(2 + readings) * len(pairs) + written, desc="evaluate", unit="pair", mininterval=1) as bar:
-                if asked is not None:
-                    asked.tick = bar.update
+        asked, best = Answers(tokenizer, pairs, batch) if answers else None, None
+        if planner and search is not None:
+            with tqdm(total=len(pairs), desc="z* of held-out pairs", unit="pair") as bar:
+                best = search(loaded, pairs, _recipe(model).get("em", {}), bar.update)
+        readings = 1 + (other is not None) + planner * (len(KINDS) + (best is not None))
+        passes, written = readings + 2 * planner, 0 if asked is None else (readings if planner else 1) * len(asked.right)
+        with tqdm(total=passes * len(pairs) + written, desc="evaluate", unit="pair", mininterval=1) as bar:
+            if asked is not None:
+                asked.tick = bar.update
+            if planner:
                 result = plan_figures(loaded, pairs, best, other, batch, bar.update, asked)
-            result["samples"] = samples(loaded, tokenizer, pairs)
-            if taught is not None:
-                with tqdm(total=len(taught) + len(pairs), desc="plans for the probes", unit="pair", mininterval=1) as bar:
-                    result["signals"] = signal_figures(loaded, tokenizer, taught, pairs, batch, bar.update)
-        else:
-            result = _alone(loaded, pairs, other, batch, asked)
+                result["samples"] = samples(loaded, tokenizer, pairs)
+            else:
+                result = _alone(loaded, pairs, other, batch, bar.update, asked)
+        if taught is not None:
+            with tqdm(total=len(taught) + len(pairs), desc="plans for the probes", unit="pair", mininterval=1) as bar:
+                result["signals"] = signal_figures(loaded, tokenizer, taught, pairs, batch, bar.update)
         result |= {"bits_per_byte": result["nll"] * result["tokens"] / math.log(2) / target_bytes(pairs, tokenizer),
                    "system": system_of(loaded.config), "model": str(model), "data": str(name), "control": control,
                    "tokens_asked": tokens, **({"budget": list(loaded.budget)} if budget else {}),
@@ -129,10 +130,11 @@ def _control(name: str, form: PairForm, tokenizer, base: str | None):
     return other
 
 
-def _alone(model, pairs: PairTensors, control, batch: int, answers: Answers | None = None) -> dict[str, Any]:
+def _alone(model, pairs: PairTensors, control, batch: int, tick: Callable[[int], None],
+           answers: Answers | None) -> dict[str, Any]:
     """A control on pairs: it sees the source, and the loss is of the target."""
     tokens = int((pairs.target_NY != IGNORED).sum())
-    nll_NY, control_NY = (None if one is None else joined_nll(one, pairs, batch) for one in (model, control))
+    nll_NY, control_NY = (None if one is None else joined_nll(one, pairs, batch, tick) for one in (model, control))
     nll = float(nll_NY.double().sum()) / tokens
     found = {"pairs": len(pairs), "tokens": tokens, "nll": nll, "nll_by_position": by_position(nll_NY, pairs, control_NY),
              "given": [{"given": "source", "nll": nll, "delta_nll": 0.0, "plan_nats_per_token": None}
