@@ -147,7 +147,7 @@ def _alone(model, pairs: PairTensors, control, batch: int, tick: Callable[[int],
 
 def target_bytes(pairs: PairTensors, tokenizer) -> int:
     """UTF-8 bytes of all targets, the end of text left out."""
-    return sum(len(tokenizer.decode(row[row != IGNORED], skip_special_tokens=True).encode()) for row in pairs.target_NY)
+    return sum(len(text.encode()) for text in pairs.target_texts(tokenizer))
 
 
 @torch.no_grad()

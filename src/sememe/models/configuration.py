@@ -237,9 +237,9 @@ class PlannerConfig(AdaptedConfig):
         if self.plan_max_source is not None and self.plan_max_source < 1:
             raise RecipeError(f"plan_max_source = {self.plan_max_source}: need at least 1 token, or none for no limit. "
                               "try: plan_max_source=512")
-        if self.code_temperature <= 0 or self.plan_weight < 0:
-            raise RecipeError(f"code_temperature = {self.code_temperature} and plan_weight = {self.plan_weight}: need above 0, "
-                              "and at least 0. try: code_temperature=1 plan_weight=1")
+        if self.code_temperature <= 0 or min(self.plan_weight, self.plan_signals) < 0:
+            raise RecipeError(f"code_temperature = {self.code_temperature}, plan_weight = {self.plan_weight} and plan_signals = "
+                              f"{self.plan_signals}: need above 0, and at least 0. try: code_temperature=1 plan_weight=1")
 
 
 class ControlConfig(AdaptedConfig):
