@@ -27,6 +27,7 @@ from transformers.integrations import flex_attention as flex
 
 from conftest import byte_tokenizer
 from families import left_padded, online_over, positions, text, tiny_base, tiny_online
+from sememe.backbone.calling import CACHE, set_checkpointing
 from sememe.concepts import masks
 from sememe.errors import CheckpointError
 from sememe.models import ControlConfig, ControlForCausalLM, OnlineConfig, OnlineForCausalLM, writing
@@ -57,7 +58,7 @@ def stepwise(model, ids, sizes, mask=None, **named):
     for size in sizes:
         start, end = end, end + size
         part = None if mask is None else mask[:, :end]
-        outs.append(model(ids[:, start:end], attention_mask=part, past_key_values=cache, **named))
+        outs.append(model(ids[:, start:end], attention_mask=part, cache=cache, **named))
     return outs, cache
 
 
@@ -164,7 +165,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token():
     ({"input_ids": text(2), "inputs_embeds": torch.zeros(2, 20, 64)}, "either input_ids or inputs_embeds"),
     ({"input_ids": text(2), "attention_mask": torch.ones(2, 1, 20, 20)}, r"attention_mask has shape \(2, 1, 20, 20\)"),
     ({"input_ids": text(2), "attention_mask": torch.ones(2, 5)}, r"need \(2, past \+ 20\)"),
-    ({"input_ids": text(2), "past_key_values": DynamicCache()}, "is a DynamicCache: need this model's own"),
+    ({"input_ids": text(2), "cache": DynamicCache()}, "is a DynamicCache: need this model's own"),
     ({"input_ids": text(2), "output_attentions": True}, "no .* table of weights"),
 ])
 def test_what_it_cannot_take_is_said_in_one_sentence(inputs, said):
@@ -220,9 +221,9 @@ def test_copied_caches_go_on_apart():
     _, cache = stepwise(model, ids, [9])
     other = copy.deepcopy(cache)
     elsewhere = torch.cat([ids[:, :9], text(2, 12, seed=5)], 1)
-    got = model(elsewhere[:, 9:], past_key_values=other).logits
+    got = model(elsewhere[:, 9:], cache=other).logits
     torch.testing.assert_close(got, model(elsewhere).logits[:, 9:], **CLOSE)
-    torch.testing.assert_close(model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:], **CLOSE)
+    torch.testing.assert_close(model(ids[:, 9:], cache=cache).logits, model(ids).logits[:, 9:], **CLOSE)
 
 
 @torch.no_grad()
@@ -315,7 +316,7 @@ def test_moving_to_a_gpu_and_back():
     model.to("cuda")
     got = model(ids.cuda(), use_cache=True)
     torch.testing.assert_close(got.logits.cpu(), want.logits, atol=1e-2, rtol=0)  # TF32 may be on
-    assert got.past_key_values.concept_ids.device.type == "cuda"
+    assert got.cache.concept_ids.device.type == "cuda"
     assert torch.equal(model.generate(ids.cuda(), **GREEDY).cpu(), made_here)
     assert torch.equal(model.cpu()(ids).logits, want.logits)
 
@@ -399,17 +400,17 @@ def test_gradient_checkpointing_in_every_way(family, reentrant):
     for checkpointing in (False, True):
         model = copy.deepcopy(made(family)).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            set_checkpointing(model, True, {"use_reentrant": reentrant})
             model.enable_input_require_grads()  # a frozen base gives a re-entrant checkpoint no gradient to start from
         out = model(ids, attention_mask=mask, labels=ids, use_cache=checkpointing)
-        assert out.past_key_values is None, "checkpointed layers drop what a cache would hold"
+        assert out.cache is None, "checkpointed layers drop what a cache would hold"
         out.loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
     for name, grad in grads[0].items():  # 0.0 seen: the same operations a second time
         torch.testing.assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    model.gradient_checkpointing_disable()
-    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 14
+    set_checkpointing(model, False)
+    assert model(ids, use_cache=True).cache.get_seq_length() == 14
 
 
 @pytest.mark.parametrize("settings", [
@@ -451,7 +452,7 @@ def test_a_row_does_not_depend_on_its_neighbours(settings):
         ids, mask = left_padded([rows[i] for i in which])
         cache = model.new_cache(len(which))
         settings = GREEDY | {"max_new_tokens": 16, "min_new_tokens": 16}
-        new = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+        new = model.generate(ids, attention_mask=mask, cache=cache, **settings)
         concepts = [ids_T[mask_T.argmax() :].tolist() for ids_T, mask_T in zip(cache.concept_ids, mask, strict=True)]
         return [(a[ids.shape[1] :].tolist(), c) for a, c in zip(new, concepts, strict=True)]
 
@@ -524,7 +525,7 @@ def test_a_second_turn_goes_on_from_the_first_ones_cache(family):
     first = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     whole = torch.cat([first.sequences, text(3, 5, seed=8)], 1)
     seen = F.pad(mask, (0, 11), value=1)
-    again = model.generate(whole, attention_mask=seen, past_key_values=first.past_key_values, **GREEDY)
+    again = model.generate(whole, attention_mask=seen, cache=first[CACHE], **GREEDY)
     assert torch.equal(again, model.generate(whole, attention_mask=seen, **GREEDY))
 
 
@@ -555,7 +556,7 @@ def test_going_on_from_embeddings():
     embed = model.get_input_embeddings()
     first = model.generate(inputs_embeds=embed(ids), return_dict_in_generate=True, **GREEDY)
     whole = embed(torch.cat([ids, first.sequences, text(2, 5, seed=8)], 1))
-    again = model.generate(inputs_embeds=whole, past_key_values=first.past_key_values, **GREEDY)
+    again = model.generate(inputs_embeds=whole, cache=first[CACHE], **GREEDY)
     assert torch.equal(again, model.generate(inputs_embeds=whole, **GREEDY))
 
 
@@ -576,7 +577,7 @@ def test_generating_from_nothing_and_in_pipelines():
     ({"cache_implementation": "dynamic"}, "cache_implementation = 'dynamic'"),
     ({"cache_implementation": "quantized"}, "cache_implementation = 'quantized'"),
     ({"cache_implementation": "offloaded"}, "cache_implementation = 'offloaded'"),
-    ({"past_key_values": DynamicCache()}, "is a DynamicCache: need this model's own"),
+    ({"cache": DynamicCache()}, "is a DynamicCache: need this model's own"),
     ({"output_attentions": True, "return_dict_in_generate": True}, "no .* table of weights"),
     ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive"), ({"dola_layers": "low"}, "Dola"),  # transformers' own refusals
 ], ids=str)
@@ -594,7 +595,7 @@ def test_assistants_are_refused_on_either_side():
 
 def test_caches_of_another_batch_are_refused():
     for settings in ({"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}):
-        with pytest.raises(ValueError, match=r"past_key_values has 2 rows, the batch has 6.*try: new_cache\(6\)"):
-            made().generate(text(2), past_key_values=made().new_cache(2), **{**GREEDY, **settings})
+        with pytest.raises(ValueError, match=r"the cache has 2 rows, the batch has 6.*try: new_cache\(6\)"):
+            made().generate(text(2), cache=made().new_cache(2), **{**GREEDY, **settings})
     want = made().generate(text(2), num_beams=3, **GREEDY)
-    assert torch.equal(made().generate(text(2), num_beams=3, past_key_values=made().new_cache(6), **GREEDY), want)
+    assert torch.equal(made().generate(text(2), num_beams=3, cache=made().new_cache(6), **GREEDY), want)

@@ -6,6 +6,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import sememe.backbone.cache as cache_module
 from families import left_padded, text, tiny_online, uncached_greedy
+from sememe.backbone.calling import CACHE, set_checkpointing
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
@@ -64,7 +65,7 @@ def test_going_on_from_a_returned_cache(model):
     whole = model.generate(ids, **{**GREEDY, "max_new_tokens": 12})
     first = model.generate(ids, **{**GREEDY, "max_new_tokens": 5, "min_new_tokens": 5}, return_dict_in_generate=True)
     # An explicit mask: a random model writes the pad token too, and generate would take it for padding.
-    second = model.generate(first.sequences, past_key_values=first.past_key_values,
+    second = model.generate(first.sequences, cache=first[CACHE],
                             attention_mask=torch.ones_like(first.sequences),
                             **{**GREEDY, "max_new_tokens": 7, "min_new_tokens": 7})
     assert torch.equal(second, whole)
@@ -82,7 +83,7 @@ def test_streamer_and_concept_ids(model):
             self.tokens.append("end")
 
     ids, cache, streamer = text(1, 9), model.new_cache(1), Collect()
-    made = model.generate(ids, past_key_values=cache, streamer=streamer, **GREEDY)
+    made = model.generate(ids, cache=cache, streamer=streamer, **GREEDY)
     assert streamer.tokens == [*made[0].tolist(), "end"]
     assert torch.equal(cache.concept_ids, model(made[:, :-1]).concept_ids), "what was written while decoding"
 
@@ -90,7 +91,7 @@ def test_streamer_and_concept_ids(model):
 def test_cache_holds_what_the_formula_says(model):
     """S·T + M·concepts + D·(concepts + tail) rows of keys and values, plus the slots kept in reserve."""
     cache = model.new_cache(1)
-    model(text(1, 100), past_key_values=cache)
+    model(text(1, 100), cache=cache)
     concepts, tail = int(cache.concepts[0]), int(cache.tail[0])
     assert (cache.shallow.used, cache.middle.used, cache.deep.used) == (100, concepts, concepts + tail)
     assert concepts < 60 and tail <= model.config.max_tail
@@ -104,11 +105,11 @@ def test_chunks_of_a_prompt_find_their_room_made(window, monkeypatch):
     grown, model = [], tiny_online(prefill_chunk=16, shallow_window=window)
     monkeypatch.setattr(cache_module, "_grow", lambda x, size, grow=cache_module._grow: grown.append(x.dim()) or grow(x, size))
     cache = model.new_cache(1)
-    model(text(1, 100), past_key_values=cache)
+    model(text(1, 100), cache=cache)
     assert grown and 4 not in grown, "positions grow once for each slice, its layers never"
     assert cache.shallow.capacity == (window + 1 if window else 100)
     assert cache.middle.capacity == cache.deep.capacity == 40 + cache_module.GROWTH
-    model(text(1, 100), past_key_values=cache)
+    model(text(1, 100), cache=cache)
     assert cache.concepts[0] > 60 and cache.get_seq_length() == 200
 
 
@@ -124,7 +125,7 @@ def test_gradient_checkpointing_changes_nothing(model):
     for checkpointing in (False, True):
         one = tiny_online().train()
         if checkpointing:
-            one.gradient_checkpointing_enable()
+            set_checkpointing(one)
         one(ids, labels=ids).loss.backward()
         grads.append({n: p.grad for n, p in one.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()

@@ -80,7 +80,7 @@ def test_fast_forward_is_the_specification(settings):
 def chunked(model, ids, cuts, mask=None):
     cache, outs, start = model.new_cache(len(ids)), [], 0
     for cut in [*cuts, ids.shape[1]]:
-        out = model(ids[:, start:cut], attention_mask=None if mask is None else mask[:, :cut], past_key_values=cache)
+        out = model(ids[:, start:cut], attention_mask=None if mask is None else mask[:, :cut], cache=cache)
         outs.append(out.logits)
         start = cut
     return torch.cat(outs, 1), cache
@@ -113,10 +113,10 @@ def test_a_long_prompt_is_read_in_chunks(settings):
     for size in (1, 5, 16):
         model.config.prefill_chunk = size
         cache = model.new_cache(3)
-        got = model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+        got = model(ids[:, :30], attention_mask=mask[:, :30], cache=cache)
         torch.testing.assert_close(got.logits[mask[:, :30].bool()], want.logits[:, :30][mask[:, :30].bool()], **CLOSE)
         assert torch.equal(got.concept_ids, want.concept_ids[:, :30])
-        got = model(ids[:, 30:], attention_mask=mask, past_key_values=cache, logits_to_keep=2)
+        got = model(ids[:, 30:], attention_mask=mask, cache=cache, logits_to_keep=2)
         torch.testing.assert_close(got.logits, want.logits[:, -2:], **CLOSE)
         assert torch.equal(cache.concept_ids, want.concept_ids)
 

@@ -75,11 +75,11 @@ def test_the_context_is_read_online_and_the_same_tokens_are_predicted(online, id
     for row, row_nll, row_wrote in zip(ids[:3], nll, wrote, strict=True):
         cache = online.new_cache(1)
         with torch.no_grad():
-            made = online(input_ids=F.pad(row[None, :CONTEXT], (1, 0), value=1), past_key_values=cache)
+            made = online(input_ids=F.pad(row[None, :CONTEXT], (1, 0), value=1), cache=cache)
             assert torch.equal(made.concept_ids[0, 1:] != NULL, row_wrote) and made.concept_ids[0, 0] < NULL
             for token, want in zip(row[CONTEXT:], row_nll, strict=True):
                 torch.testing.assert_close(F.cross_entropy(made.logits[:, -1], token[None]), want, atol=1e-4, rtol=1e-4)
-                made = online(input_ids=token[None, None], past_key_values=cache)
+                made = online(input_ids=token[None, None], cache=cache)
 
 
 def test_both_stand_at_one_rate_behind_the_same_contexts(compressor, online, base_folder, ids, monkeypatch):

@@ -80,7 +80,7 @@ def test_cached_is_parallel_and_rows_do_not_meet(data):
     model.config.prefill_chunk = chunk
     cache, logits, start = model.new_cache(len(ids)), [], 0
     for end in data.draw(cuts(ids.shape[1])):
-        logits.append(model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
+        logits.append(model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache).logits)
         start = end
     torch.testing.assert_close(torch.cat(logits, 1)[seen], whole.logits[seen], **CLOSE)
     assert torch.equal(cache.concept_ids, whole.concept_ids)

@@ -94,7 +94,7 @@ def test_an_untrained_model_leaves_the_base_as_it_is(family):
         want = base(ids).logits
         model = untrained(base, (1, 2, 1), [0.25, 0.05])
         cache = model.new_cache(2)
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, cache=cache, use_cache=True)
         assert torch.equal(base(ids).logits, want)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert model.backbone is base and model.config.codes_per_concept == 2 and model.bridge is not None

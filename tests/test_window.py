@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from families import text, tiny_base
+from sememe.backbone.calling import CACHE
 from sememe.errors import RecipeError
 from sememe.models import ControlConfig, ControlForCausalLM
 from sememe.training.recipe import check_recipe
@@ -47,8 +48,8 @@ def test_cached_is_parallel_and_padding_is_not_seen(family):
         parts = [out.logits]
         for start in (5, 6, 9):
             end = {5: 6, 6: 9, 9: 14}[start]
-            mask, cache = torch.ones(1, end, dtype=torch.long), out.past_key_values
-            parts.append(model(ids[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+            mask, cache = torch.ones(1, end, dtype=torch.long), out[CACHE]
+            parts.append(model(ids[:, start:end], attention_mask=mask, cache=cache, use_cache=True).logits)
         torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
         padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
         mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], 1)

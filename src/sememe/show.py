@@ -104,7 +104,7 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     made = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
-                           past_key_values=cache, pad_token_id=pad, **sampling)
+                           pad_token_id=pad, **({"cache": cache} if online else {}), **sampling)
     new = made[0, ids.shape[1] :]
     result = {"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "new_tokens": len(new)}
     if online:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
+from sememe.backbone.calling import cache_argument
 from sememe.errors import BaseError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -75,7 +77,7 @@ class Spine:
             if kind not in masks:
                 masks[kind] = mask(self.window if kind == SLIDING else None)
             out = layer(h, attention_mask=masks[kind], position_ids=position_ids, position_embeddings=rope[kind],
-                        past_key_values=cache, use_cache=cache is not None)
+                        use_cache=cache is not None, **cache_argument(layer, cache))
             h = out[0] if isinstance(out, tuple) else out
             if self.record is not None:
                 self.record.append(h)
@@ -100,9 +102,11 @@ def causal_mask(position_ids: Tensor, window: int | None, attn_implementation: s
 
 @torch.no_grad()
 def self_check(base: nn.Module, tokens: int = 12) -> float:
-    """Base against the loop over its layers, on a few tokens. Returns the largest logit difference.
+    """Base against the loop over its layers, on a few tokens, the last of them read from a cache. Returns the largest logit
+    difference.
 
-    Raises BaseError where they differ: the family does something between its layers that the loop does not.
+    Raises BaseError where they differ: the family does something between its layers that the loop does not, or the layers
+    did not look into the cache that they were handed.
     The tolerance is relative: exact for every supported family in fp32 (0.0 seen); a wrong scale or cap gives > 1e-2.
     """
     spine = Spine(base)
@@ -110,15 +114,11 @@ def self_check(base: nn.Module, tokens: int = 12) -> float:
     base.eval()
     device = next(base.parameters()).device
     ids = torch.arange(1, tokens + 1, device=device)[None] % spine.decoder.config.vocab_size
+    cache = DynamicCache()
     try:
         want = base(input_ids=ids, use_cache=False).logits
-        position_ids = torch.arange(tokens, device=device)[None]
-        h = spine.embed(ids)
-        attention = spine.decoder.config._attn_implementation
-        got = spine.logits(
-            spine.run(0, len(spine), h, position_ids, spine.rope(h, position_ids),
-                      lambda window: causal_mask(position_ids, window, attention))
-        )
+        parts = (0, tokens - 1), (tokens - 1, tokens)
+        got = torch.cat([_through_layers(spine, ids, start, end, cache) for start, end in parts], 1)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise BaseError(
             f"the layers of this base ({spine.decoder.config.model_type}) cannot be called one by one ({error}): "
@@ -132,3 +132,16 @@ def self_check(base: nn.Module, tokens: int = 12) -> float:
             f"{difference:.1e} of its logits: need 0. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
         )
     return difference
+
+
+def _through_layers(spine: Spine, ids: Tensor, start: int, end: int, cache: DynamicCache) -> Tensor:
+    """(B, end - start, V) logits of these places of (B, T) ids, one layer after another; those before are in the cache."""
+    attention = spine.decoder.config._attn_implementation
+    key_ids = torch.arange(end, device=ids.device)[None]
+
+    def mask(window: int | None) -> Tensor | None:
+        allowed = causal_mask(key_ids, window, attention)
+        return None if allowed is None else allowed[:, :, start:]
+
+    position_ids, h = key_ids[:, start:], spine.embed(ids[:, start:end])
+    return spine.logits(spine.run(0, len(spine), h, position_ids, spine.rope(h, position_ids), mask, cache))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sememe.backbone.adapters import linear_names
+from sememe.backbone.calling import CACHE
 from sememe.errors import CheckpointError
 from sememe.evaluation.memory import extra_bytes, weight_bytes
 from sememe.models.online import OnlineConfig, OnlineForCausalLM
@@ -70,7 +71,7 @@ def prefill(model, ids_BT: Tensor):
 
 def generate(model, ids_BT: Tensor, new_tokens: int, cache):
     return model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new_tokens, use_cache=True,
-                          min_new_tokens=new_tokens, do_sample=False, past_key_values=cache, pad_token_id=0)
+                          min_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **{CACHE: cache})
 
 
 def cache_bytes(cache) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from sememe.backbone.calling import cache_argument
 from sememe.errors import DataError
 from sememe.evaluation.coding import price
 from sememe.evaluation.figures import keep, run_recipe
@@ -33,7 +34,7 @@ def greedy(base, bos: int, batch: int, tokens: int) -> Tensor:
     """(B, n) tokens that the base writes behind `bos`: its own cached decoding in a bare loop, as the decompressor's is."""
     cache, written = DynamicCache(config=base.config), [torch.full((batch, 1), bos, device=base.device)]
     for _ in range(tokens):
-        logits_B1V = base(input_ids=written[-1], past_key_values=cache, use_cache=True).logits
+        logits_B1V = base(input_ids=written[-1], use_cache=True, **cache_argument(base, cache)).logits
         written.append(logits_B1V[:, -1:].argmax(-1))
     return torch.cat(written[1:], 1)
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 
 from sememe.backbone.adapters import add_lora, merge_lora
 from sememe.backbone.bases import fingerprint, load_base, resolve
+from sememe.backbone.calling import name_cache
 from sememe.backbone.split import self_check
 from sememe.concepts.masks import FLEX
 from sememe.errors import CheckpointError
@@ -68,6 +69,10 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def bos(self) -> int:
         """What stands ahead of every text."""
         return sink_id(self.config.text_config)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        name_cache(model_kwargs)  # whatever the caller called it
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sememe.backbone.calling import cache_argument, check_places, parameters, refuse_unknown, take_cache
 from sememe.backbone.split import SLIDING, Spine, causal_mask
 from sememe.concepts.bridge import TailBridge
 from sememe.concepts.masks import Lane, allow, segment_mask
@@ -77,13 +78,22 @@ class ControlForCausalLM(AdaptedModel):
         h_ND = torch.cat(states)
         return {"bridge_explains": self.bridge.start(h_ND, torch.zeros_like(h_ND), torch.cat(targets))}
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
-        """As the base's own forward. Its arguments are named because `generate` and the Trainer look for them."""
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None,
+                logits_to_keep=0, **kwargs):
+        """As the base's own forward. Its arguments are named because `generate` and the Trainer look for them.
+
+        Raises:
+            ValueError: an argument that the base does not know; a window over tokens that do not go on from the cache.
+        """
+        cache = take_cache(cache, kwargs)
+        refuse_unknown(kwargs, self, parameters(type(self.backbone)))
         if self.config.window is not None:
-            tokens_BT = input_ids if input_ids is not None else kwargs["inputs_embeds"][..., 0]
-            attention_mask = self._recent(tokens_BT, attention_mask, kwargs.get("past_key_values"))
-        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels,
-                             logits_to_keep=logits_to_keep, **kwargs)
+            tokens_BT = input_ids if input_ids is not None else inputs_embeds[..., 0]
+            check_places(tokens_BT.shape[1], attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())
+            attention_mask = self._recent(tokens_BT, attention_mask, cache)
+        return self.backbone(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                             inputs_embeds=inputs_embeds, labels=labels, logits_to_keep=logits_to_keep,
+                             **cache_argument(self.backbone, cache), **kwargs)
 
     def _recent(self, tokens_BT: Tensor, mask_BS: Tensor | None, cache) -> Tensor:
         """(B, 1, T, S) in the kernel's form: which of the S tokens up to now the new ones see."""

@@ -8,6 +8,7 @@ T deep layer applications. Suffixes as in `concepts`.
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.cache import ConceptCache, deep_slots, ring_slots
+from sememe.backbone.calling import CACHE, check_places, name_cache, refuse_unknown, take_cache
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.anchor import TokenAnchor
 from sememe.concepts.bridge import TailBridge
@@ -39,6 +41,9 @@ class OnlineOutput(CausalLMOutputWithPast):
 
     concept_ids: Tensor | None = None
     term: Tensor | None = None
+
+    if CACHE != "cache":  # before transformers 5.24
+        cache = property(attrgetter(CACHE))
 
 
 class OnlineForCausalLM(Starting, Writing, AdaptedModel):
@@ -68,7 +73,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
 
     @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                position_ids: Tensor | None = None, past_key_values: ConceptCache | None = None,
+                position_ids: Tensor | None = None, cache: ConceptCache | None = None,
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
                 logits_to_keep: int | Tensor = 0, output_hidden_states: bool | None = None, ablation: str | None = None,
                 **kwargs) -> OnlineOutput:
@@ -78,23 +83,26 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D).
             attention_mask: (B, past + T), 0 on padding; left and right padding both work.
             position_ids: (B, T); default: counted from the first real token.
-            past_key_values: a ConceptCache (`new_cache`), grown in place.
+            cache: a ConceptCache (`new_cache`), grown in place; `past_key_values` is its former name.
             labels: (B, T) targets, -100 ignored; shifted inside, as in transformers.
             use_cache: True starts a cache; without it none is made.
             logits_to_keep: logits of the last n positions only, or of these indices; 0 for all.
             output_hidden_states: return what each layer left too, see `_hidden_states`.
             ablation: replace the codes, see `concepts/ablation.py`: `zero`, `shuffle` (across the batch), `random`,
                 `swap` (with the next row) or `drop:SHARE`; `@SEED` behind it for another draw.
+
+        Raises:
+            ValueError: an argument that would be ignored, tokens that do not go on from the cache, several texts in a row.
         """
-        spine = self.spine
+        spine, cache = self.spine, take_cache(cache, kwargs)
+        refuse_unknown(kwargs, self)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward takes either input_ids or inputs_embeds, got both or neither. try: input_ids alone")
         h_BTD = spine.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
         drops = self.training and getattr(spine.decoder.layers[0], "gradient_checkpointing", False)
         if cache is None and use_cache and not drops:  # checkpointed layers would leave it empty
             cache = self.new_cache(h_BTD.shape[0])
-        _check(h_BTD, attention_mask, cache, kwargs.get("output_attentions") or self.config.output_attentions)
+        _check(h_BTD, attention_mask, position_ids, cache, kwargs.get("output_attentions") or self.config.output_attentions)
         record = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         length, size = h_BTD.shape[1], self.config.prefill_chunk
         if cache is None or self.training or not size:
@@ -122,7 +130,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         hidden = parts[0][3]
         if record and len(parts) > 1:
             hidden = tuple(torch.cat(states, 1) for states in zip(*(part[3] for part in parts), strict=True))
-        return OnlineOutput(loss=loss, logits=logits, past_key_values=cache, hidden_states=hidden, concept_ids=ids_BT, term=term)
+        return OnlineOutput(loss=loss, logits=logits, hidden_states=hidden, concept_ids=ids_BT, term=term, **{CACHE: cache})
 
     def _hidden_states(self, spine: Spine, step: Step, written_BT: Tensor, pack: Packing) -> tuple[Tensor, ...]:
         """(B, T, D) × (layers + 1), as transformers has them: the embeddings, what each layer left, the last one normed.
@@ -261,7 +269,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
                 "assisted decoding takes tokens back, and tails that a concept closed cannot come back. "
                 "try: generate without assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
             )
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if name_cache(model_kwargs) is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, *args
             )
@@ -271,7 +279,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
                 "that fits this model. try: leave it out"
             )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.new_cache(rows)
+        model_kwargs[CACHE] = self.new_cache(rows)
 
 
 def _two_entries(token: Lane, pack: Packing, before_B1: Tensor, step: Step) -> tuple[Lane, Rope]:
@@ -289,7 +297,8 @@ def _packed(rope: Rope, pack: Packing) -> Rope:
     return {kind: tuple(pack.pack(x.expand(rows, -1, -1)) for x in pair) for kind, pair in rope.items()}
 
 
-def _check(h_BTD: Tensor, attention_mask: Tensor | None, cache, output_attentions: bool | None) -> None:
+def _check(h_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache,
+           output_attentions: bool | None) -> None:
     """Raises ValueError for what some models take and this one cannot."""
     batch, length = h_BTD.shape[:2]
     if output_attentions:
@@ -299,7 +308,8 @@ def _check(h_BTD: Tensor, attention_mask: Tensor | None, cache, output_attention
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, past + {length}), 0 on "
                          "padding. try: the mask that the tokenizer returns")
     if cache is not None and not isinstance(cache, ConceptCache):
-        raise ValueError(f"past_key_values is a {type(cache).__name__}: need this model's own cache. try: new_cache({batch})")
+        raise ValueError(f"the cache is a {type(cache).__name__}: need this model's own. try: new_cache({batch})")
     if cache is not None and len(cache.tail) != batch:
-        raise ValueError(f"past_key_values has {len(cache.tail)} rows, the batch has {batch}: need one for each, beams and "
+        raise ValueError(f"the cache has {len(cache.tail)} rows, the batch has {batch}: need one for each, beams and "
                          f"num_return_sequences counted. try: new_cache({batch})")
+    check_places(length, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())

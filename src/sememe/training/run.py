@@ -17,6 +17,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
+from sememe.backbone.calling import set_checkpointing
 from sememe.concepts.signals import SignalReader
 from sememe.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from sememe.models.planner import PlannerForCausalLM
@@ -66,7 +67,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
         calibration_NT = None
     model = build_model(recipe, folder)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        set_checkpointing(model)
     checkpoint, first_NP = last_checkpoint(run / "checkpoints", clean=first), None
     if isinstance(model, PlannerForCausalLM) and model.signals is not None:
         texts = examples.pairs.target_texts(tokenizer)
