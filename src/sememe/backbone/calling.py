@@ -20,8 +20,8 @@ from sememe.errors import BaseError
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # That of this release: of the outputs, and of what `generate` hands from step to step.
 CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
-# What generate, the Trainer, pipelines and tokenizers pass and no decoder needs.
-HARMLESS = ("return_dict", "token_type_ids", "num_items_in_batch", "output_attentions", "output_hidden_states", "use_cache")
+# What generate, the Trainer, pipelines and tokenizers pass to `forward`, and what is used if it is there.
+FORWARD = ("return_dict", "token_type_ids", "num_items_in_batch", "output_attentions", "output_hidden_states", "use_cache")
 
 
 @lru_cache
@@ -66,14 +66,15 @@ def name_cache(named: dict[str, Any]) -> Any:
     return cache
 
 
-def refuse_unknown(named: dict[str, Any], model: nn.Module, extra: Iterable[str] = ()) -> None:
-    """Raises ValueError for arguments of `model.forward` that it would not use, with the nearest name that it knows."""
-    known = parameters(type(model)).union(HARMLESS, extra)
+def refuse_unknown(named: dict[str, Any], known: Iterable[str], what: str) -> None:
+    """Raises ValueError for arguments of `what` that it would not use, with the nearest name that it knows. None asks for
+    nothing."""
+    known = set(known)
     for name, value in named.items():
         if name not in known and value is not None:
             near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"{type(model).__name__}.forward got {name}, which it does not know and would ignore: need one of "
-                             f"{', '.join(sorted(known))}. try: {near[0] + '=…' if near else 'leave it out'}")
+            raise ValueError(f"{what} got {name}, which it does not know and would ignore: need an argument of its own. "
+                             f"try: {near[0] + '=…' if near else 'leave it out'}")
 
 
 def check_places(length: int, attention_mask: Tensor | None, position_ids: Tensor | None, seen: int) -> None:

@@ -12,13 +12,20 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 
 from sememe.backbone.adapters import add_lora, merge_lora
 from sememe.backbone.bases import fingerprint, load_base, resolve
-from sememe.backbone.calling import name_cache
+from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
 from sememe.backbone.split import self_check
 from sememe.concepts.masks import FLEX
 from sememe.errors import CheckpointError
 from sememe.models.configuration import sink_id
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+# Options of transformers that are used, or that say nothing about a local folder of adapters; and those that ask for nothing
+# with the value that transformers gives them.
+LOADING = ("dtype", "torch_dtype", "attn_implementation", "device_map", "output_loading_info", "_from_auto", "_from_pipeline",
+           "_commit_hash", "adapter_kwargs", "trust_remote_code", "cache_dir", "force_download", "local_files_only", "proxies",
+           "token", "use_auth_token", "low_cpu_mem_usage", "use_safetensors", "weights_only")
+SAVING = ("safe_serialization", "max_shard_size", "token", "save_peft_format", "save_original_format")
+DEFAULTS = {"revision": "main", "subfolder": "", "ignore_mismatched_sizes": False, "push_to_hub": False, "use_kernels": False}
 
 
 class AdaptedModel(PreTrainedModel, GenerationMixin):
@@ -56,6 +63,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self.generation_config = self.backbone.generation_config
         if self.config.base is not None:
             self.add_adapters()
+            # Or the Trainer, when it resumes, would warn of every weight of the base as missing.
+            self._keys_to_ignore_on_save = set(self.state_dict()) - set(self.own_state())
 
     def add_adapters(self) -> None:
         """LoRA as the configuration has it."""
@@ -69,6 +78,10 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def bos(self) -> int:
         """What stands ahead of every text."""
         return sink_id(self.config.text_config)
+
+    def refuse_unknown(self, named: dict, extra: frozenset[str] = frozenset()) -> None:
+        """Raises ValueError for what `forward` got and would ignore."""
+        refuse_unknown(named, parameters(type(self)).union(FORWARD, extra), f"{type(self).__name__}.forward")
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         name_cache(model_kwargs)  # whatever the caller called it
@@ -138,7 +151,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self._own_dtype = dtype
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs) -> None:
-        """Writes config, weights and manifest. An adapted model saves its own few MB; a merged one everything."""
+        """Writes config, weights and manifest. An adapted model saves its own few MB; a merged one everything.
+
+        Raises:
+            ValueError: an option that would be ignored.
+        """
+        refuse_unknown(_asked(kwargs), SAVING, f"{type(self).__name__}.save_pretrained")
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -166,6 +184,9 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             base_from: another place to take the same base from (keyword).
             dtype, attn_implementation, device_map: as in transformers; device_map takes one device.
             Keys of the configuration override it, as in transformers.
+
+        Raises:
+            ValueError: an option that would be ignored.
         """
         folder = Path(pretrained_model_name_or_path)
         base = kwargs.pop("base_from", None)
@@ -176,6 +197,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         check_manifest(folder)
         if config.base is None:
             return super().from_pretrained(folder, *args, config=config, **kwargs)
+        known = {*LOADING, *config.to_dict(), "base_from"}
+        refuse_unknown(_asked(kwargs), known, f"{cls.__name__}.from_pretrained")
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
         dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
         attention = kwargs.pop("attn_implementation", None) or config._attn_implementation or "sdpa"
@@ -219,8 +242,14 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         """Folds LoRA into the base in place; the model then saves whole and needs no base."""
         merge_lora(self.backbone)
         self.config.base = self.config.base_sha256 = None
+        self._keys_to_ignore_on_save = None
         self.config.lora_rank = 0
         return self
+
+
+def _asked(named: dict) -> dict:
+    """Without the options that have the value they have anyway."""
+    return {name: value for name, value in named.items() if name not in DEFAULTS or value != DEFAULTS[name]}
 
 
 def write_weights(state: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:

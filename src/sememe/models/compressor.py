@@ -20,7 +20,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.adapters import adapter, add_lora
-from sememe.backbone.calling import refuse_unknown
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.bins import Confusion, WordBins
 from sememe.concepts.codebook import SHARPNESS, ConceptEmbedding
@@ -242,7 +241,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, Adapte
 
         Returns logits (B, T, V) as a language model's: those at t are of token t + 1.
         """
-        refuse_unknown(kwargs, self)
+        self.refuse_unknown(kwargs)
         spine, share = Spine(self.backbone), self.config.continuation_share
         made = self.encode(input_ids, attention_mask, ablation)
         logits_BSV = self._heard(spine, made)()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sememe.backbone.calling import cache_argument, check_places, parameters, refuse_unknown, take_cache
+from sememe.backbone.calling import cache_argument, check_places, parameters, take_cache
 from sememe.backbone.split import SLIDING, Spine, causal_mask
 from sememe.concepts.bridge import TailBridge
 from sememe.concepts.masks import Lane, allow, segment_mask
@@ -86,7 +86,7 @@ class ControlForCausalLM(AdaptedModel):
             ValueError: an argument that the base does not know; a window over tokens that do not go on from the cache.
         """
         cache = take_cache(cache, kwargs)
-        refuse_unknown(kwargs, self, parameters(type(self.backbone)))
+        self.refuse_unknown(kwargs, parameters(type(self.backbone)))
         if self.config.window is not None:
             tokens_BT = input_ids if input_ids is not None else inputs_embeds[..., 0]
             check_places(tokens_BT.shape[1], attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.cache import ConceptCache, deep_slots, ring_slots
-from sememe.backbone.calling import CACHE, check_places, name_cache, refuse_unknown, take_cache
+from sememe.backbone.calling import CACHE, check_places, name_cache, take_cache
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.anchor import TokenAnchor
 from sememe.concepts.bridge import TailBridge
@@ -95,7 +95,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             ValueError: an argument that would be ignored, tokens that do not go on from the cache, several texts in a row.
         """
         spine, cache = self.spine, take_cache(cache, kwargs)
-        refuse_unknown(kwargs, self)
+        self.refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward takes either input_ids or inputs_embeds, got both or neither. try: input_ids alone")
         h_BTD = spine.embed(input_ids) if inputs_embeds is None else inputs_embeds

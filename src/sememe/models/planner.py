@@ -19,7 +19,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.adapters import adapter, add_lora
-from sememe.backbone.calling import refuse_unknown
 from sememe.backbone.split import Spine
 from sememe.concepts.masks import Lane, allow, segment_mask
 from sememe.concepts.plan import NULL, PlanCodes, straight_through
@@ -272,7 +271,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
             labels: (B, Y) the text, -100 behind its end; None for the plan's part alone.
             signals: of the texts, `SignalReader`'s labels; None to leave them out.
         """
-        refuse_unknown(kwargs, self)
+        self.refuse_unknown(kwargs)
         config, shape = self.config, self.plans.shape
         if plan_ids is None:
             plan_ids = self.plan(input_ids, attention_mask)[0][:, 0]

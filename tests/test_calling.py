@@ -1,0 +1,216 @@
+"""Calls between transformers and the models: the cache under every name, and what would be ignored is refused."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, DynamicCache, Trainer, TrainingArguments
+
+from families import left_padded, online_over, text, tiny_base, tiny_online, uncached_greedy
+from sememe.backbone.calling import CACHE, CACHE_NAMES, cache_argument
+from sememe.backbone.split import self_check
+from sememe.errors import BaseError
+from sememe.models import ControlConfig, ControlForCausalLM, OnlineForCausalLM
+
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+FAMILIES = ["llama", "qwen3", "gemma3_text", "mistral"]
+WAYS = {
+    "greedy": {}, "beams": {"num_beams": 3}, "sampling": {"do_sample": True, "top_k": 20},
+    "returned": {"num_beams": 2, "num_return_sequences": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_online()
+
+
+def control(**settings) -> ControlForCausalLM:
+    base = tiny_base()
+    return ControlForCausalLM(ControlConfig(text_config=base.config, base="tiny", lora_rank=4, **settings), base).eval()
+
+
+def generated(model, ids, **named):
+    """`generate`, or None where transformers refuses a name. Its own warning of an old name is the caller's, not ours."""
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            return model.generate(ids, **named)
+        except ValueError as error:
+            assert "not used by the model" in str(error), error
+            return None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_uses_a_cache_of_any_name_or_refuses_it(family, way):
+    model, settings = tiny_online(family), GREEDY | WAYS[way]
+    ids, mask = left_padded([text(1, n, seed=n) for n in (5, 9)])
+    rows = 2 * settings.get("num_beams", 1)
+    want = generated(model, ids, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(generated(model, ids, attention_mask=mask, **settings), want)
+    used = []
+    for name in CACHE_NAMES:
+        cache = model.new_cache(rows)
+        got = generated(model, ids, attention_mask=mask, **{name: cache}, **settings)
+        if got is not None:
+            assert torch.equal(got, want) and cache.get_seq_length() == 9 + 7, name
+            used.append(name)
+    assert {"cache", CACHE} <= set(used)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_going_on_from_a_cache_of_any_name(family):
+    model, ids = tiny_online(family), text(1, 9)
+    want = uncached_greedy(model, ids, 8)
+    for name in CACHE_NAMES:
+        cache = model.new_cache(1)
+        first = model.generate(ids, cache=cache, **GREEDY | {"max_new_tokens": 3, "min_new_tokens": 3})
+        got = generated(model, first, attention_mask=torch.ones_like(first), **{name: cache},
+                        **GREEDY | {"max_new_tokens": 5, "min_new_tokens": 5})
+        assert got is None or torch.equal(got, want), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_forward_uses_a_cache_of_any_name(model, name):
+    ids, cache = text(2, 12), model.new_cache(2)
+    parts = [model(ids[:, a:b], **{name: cache}) for a, b in ((0, 7), (7, 8), (8, 12))]
+    torch.testing.assert_close(torch.cat([out.logits for out in parts], 1), model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert parts[0].cache is cache and parts[0][CACHE] is cache and cache.get_seq_length() == 12
+    base, beside = control(), DynamicCache()
+    parts = [base(ids[:, a:b], use_cache=True, **{name: beside}).logits for a, b in ((0, 7), (7, 12))]
+    torch.testing.assert_close(torch.cat(parts, 1), base(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_window_keeps_its_width_under_any_name(name):
+    one, ids, cache = control(window=3), text(1, 12), DynamicCache()
+    parts = [one(ids[:, a:b], use_cache=True, **{name: cache}).logits for a, b in ((0, 7), (7, 12))]
+    torch.testing.assert_close(torch.cat(parts, 1), one(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+IDS = text(2, 6)
+PACKED = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
+
+
+@pytest.mark.parametrize("named, said", [
+    ({"input_ids": IDS, "past_states": torch.zeros(1)}, "got past_states, which it does not know"),
+    ({"input_ids": IDS, "label": IDS}, "got label, .* try: labels=…"),
+    ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 6])}, "got cu_seq_lens_q"),
+    ({"input_ids": IDS[:, -1:], "attention_mask": torch.ones(2, 6)}, r"6 wide, for 1 new tokens and 0 in the cache: need 1\."),
+    ({"input_ids": IDS[:, -1:], "position_ids": torch.full((2, 1), 5)}, "begin at 5 and there is no cache"),
+    ({"input_ids": IDS[:, 3:], "position_ids": torch.arange(3, 6)[None]}, "begin at 3 and there is no cache"),
+    ({"input_ids": IDS, "position_ids": PACKED}, "start again within a row, as in packed texts"),
+    ({"input_ids": IDS[:, :0]}, "no new token"),
+], ids=str)
+@pytest.mark.parametrize("kind", ["online", "window"])
+def test_what_would_be_ignored_is_refused_in_one_sentence(model, kind, named, said):
+    if kind == "window" and "cu_seq" in said:
+        pytest.skip("an argument of the base's own")
+    with pytest.raises(ValueError, match=said) as refused:
+        (model if kind == "online" else control(window=3))(**named)
+    assert "try:" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_two_caches_are_refused_and_one_under_two_names_is_not(model):
+    one, other = model.new_cache(2), model.new_cache(2)
+    with pytest.raises(ValueError, match="two caches under the names"):
+        model(IDS, cache=one, past_key_values=other)
+    assert model(IDS, cache=one, past_key_values=one)[CACHE].get_seq_length() == 6
+
+
+def test_a_used_cache_with_a_prompt_that_it_has_read_is_refused(model):
+    cache = model.new_cache(1)
+    model.generate(text(1, 9), cache=cache, **GREEDY)
+    with pytest.raises(ValueError, match=r"no new token \(16 are in the cache\).* a new cache"):
+        model(text(1, 9)[:, 9:], cache=cache)
+    with pytest.raises(ValueError):
+        model.generate(text(1, 4), cache=cache, **GREEDY)
+
+
+def test_padding_on_either_side_is_no_packed_text(model):
+    ids, mask = left_padded([text(1, n, seed=n) for n in (5, 9)])
+    position = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as `generate` numbers them
+    for flip in (False, True):
+        one, seen, place = (x.flip(1) if flip else x for x in (ids, mask, position))
+        model(one, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0) if flip else place)
+
+
+class Forgetful(nn.Module):
+    """A layer as those of 5.40: what is not called by its name is swallowed."""
+
+    def __init__(self, layer, name: str | None):
+        super().__init__()
+        self.layer, self.name = layer, name
+
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        return self.layer(hidden_states, **{k: v for k, v in kwargs.items() if k not in CACHE_NAMES})
+
+
+class Nameless(Forgetful):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs)
+
+
+def test_the_self_check_decodes_and_notices_layers_that_forget_their_cache():
+    base = tiny_base()
+    assert self_check(base) < 1e-5
+    for kind, said in ((Forgetful, "differs from the loop"), (Nameless, "names no cache")):
+        base = tiny_base()
+        base.model.layers[2] = kind(base.model.layers[2], None)
+        with pytest.raises(BaseError, match=said):
+            self_check(base)
+    assert cache_argument(base, None) == {} and set(cache_argument(base, 1)) == {CACHE}
+
+
+# ---- loading and saving ----
+
+
+@pytest.fixture(scope="module")
+def saved(base_folder, tmp_path_factory):
+    one = online_over(base_folder, torch.randint(3, 259, (16, 24), generator=torch.Generator().manual_seed(0)))
+    folder = tmp_path_factory.mktemp("saved")
+    one.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("named, near", [
+    ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "leave it out|try: "), ({"ratee": 0.25}, "rate=…"),
+    ({"base_form": "elsewhere"}, "base_from=…"), ({"tp_plan": "auto"}, "try: "), ({"variant": "fp16"}, "try: "),
+    ({"revision": "nonexistent"}, "try: "), ({"subfolder": "other"}, "try: "), ({"pol": False}, "pool=…"),
+], ids=str)
+def test_options_of_loading_that_would_vanish_are_refused(saved, named, near):
+    with pytest.raises(ValueError, match=f"from_pretrained got {next(iter(named))}, .*{near}"):
+        OnlineForCausalLM.from_pretrained(saved, **named)
+
+
+def test_options_of_loading_that_ask_for_nothing_are_taken(saved):
+    got = OnlineForCausalLM.from_pretrained(saved, rate=0.25, revision="main", subfolder="", trust_remote_code=False,
+                                            local_files_only=True, variant=None, quantization_config=None)
+    assert got.config.rate == 0.25
+
+
+def test_options_of_saving_that_would_vanish_are_refused(saved, tmp_path):
+    one = OnlineForCausalLM.from_pretrained(saved)
+    with pytest.raises(ValueError, match="save_pretrained got push_to_hub"):
+        one.save_pretrained(tmp_path / "m", push_to_hub=True)
+    assert not (tmp_path / "m").exists()
+    one.save_pretrained(tmp_path / "m", push_to_hub=False, safe_serialization=True, max_shard_size="1GB")
+
+
+def test_the_trainer_resumes_without_a_word_about_weights_of_the_base(saved, tmp_path, caplog):
+    one = OnlineForCausalLM.from_pretrained(saved)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 259, (8, 16))]
+    for steps in (2, 3):
+        options = TrainingArguments(str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to=[],
+                                    use_cpu=True, disable_tqdm=True)
+        trainer = Trainer(one, options, train_dataset=rows)
+        with caplog.at_level(logging.WARNING, "transformers"):
+            logging.getLogger("transformers").propagate = True
+            trainer.train(resume_from_checkpoint=steps == 3)
+            logging.getLogger("transformers").propagate = False
+    assert trainer.state.global_step == 3 and "missing keys" not in caplog.text
