@@ -1,8 +1,10 @@
-# The two commands of a newcomer: make demo, make test. Everything they need goes into .venv.
+# The two commands of a newcomer: make demo, make test. Everything they need goes into .venv, in the versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-.PHONY: demo test lint clean
+PIP := -m pip install --quiet --disable-pip-version-check
+OLD_ENOUGH := import sys; v = sys.version_info[:2]; \
+	sys.exit(v < (3, 11) and "Python %d.%d: need 3.11 or newer. try: make PYTHON=python3.11" % v)
+.PHONY: demo test test-newest test-oldest lock lint clean
 
 demo: .venv/.ready
 	@$(BIN)/sememe demo
@@ -10,17 +12,40 @@ demo: .venv/.ready
 test: .venv/.ready
 	@$(BIN)/python -m pytest
 
+# Before a release: the newest and the oldest libraries that pyproject.toml allows. Both take torch from constraints.txt, since
+# another one is gigabytes of CUDA on most machines; `make TORCH=torch test-newest` takes the newest of it too.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+test-newest:
+	@rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
+	@.venv-newest/bin/python $(PIP) $(TORCH)
+	@.venv-newest/bin/python $(PIP) --editable '.[dev]'
+	@.venv-newest/bin/python -m pip list --format=freeze | grep -iE '^(torch|transformers|peft|accelerate|datasets)=='
+	@.venv-newest/bin/python -m pytest
+
+test-oldest:
+	@rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python $(PIP) $(TORCH) uv
+	@.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct $(TORCH) --editable '.[dev]'
+	@.venv-oldest/bin/python -m pip list --format=freeze | grep -iE '^(torch|transformers|peft|accelerate|datasets)=='
+	@.venv-oldest/bin/python -m pytest
+
+# Writes constraints.txt anew from what .venv-newest holds, once `make test-newest` has passed there.
+lock:
+	@grep '^#' constraints.txt > .lock
+	@.venv-newest/bin/python -m pip list --format=freeze --exclude-editable | grep -vE '^(pip|setuptools)==' | sed 's/+cpu$$//' >> .lock
+	@mv .lock constraints.txt
+
 lint: .venv/.ready
 	@$(BIN)/ruff check src tests examples
 
-# torch comes first and pinned: on a machine without it, a bare "torch" would bring the newest build with all of CUDA.
-.venv/.ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d: need 3.11 or newer. try: make PYTHON=python3.11" % sys.version_info[:2])'
+# torch comes first: on a machine without it, a bare "torch" would bring the newest build with all of CUDA.
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(OLD_ENOUGH)'
 	@echo "setting up .venv: torch, transformers and what they need (a minute where packages are near; once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) torch==2.13.0
-	@$(PIP) --editable '.[dev]'
+	@$(BIN)/python $(PIP) --constraint constraints.txt torch
+	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-newest .venv-oldest runs
