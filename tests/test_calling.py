@@ -1,6 +1,10 @@
 """Calls between transformers and the models: the cache under every name, and what would be ignored is refused."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -13,6 +17,7 @@ from sememe.backbone.calling import CACHE, CACHE_NAMES, cache_argument
 from sememe.backbone.split import self_check
 from sememe.errors import BaseError
 from sememe.models import ControlConfig, ControlForCausalLM, OnlineForCausalLM
+from sememe.training.recipe import check_recipe
 
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FAMILIES = ["llama", "qwen3", "gemma3_text", "mistral"]
@@ -165,6 +170,20 @@ def test_the_self_check_decodes_and_notices_layers_that_forget_their_cache():
         with pytest.raises(BaseError, match=said):
             self_check(base)
     assert cache_argument(base, None) == {} and set(cache_argument(base, 1)) == {CACHE}
+
+
+def test_users_read_no_announcement_of_a_library(recipe_values, tmp_path):
+    """The commands in a process of their own, FutureWarnings as errors: transformers announces what it will take away."""
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(check_recipe(recipe_values | {"gradient_checkpointing": True, "steps": 2}, "test").yaml())
+    words = [["train", recipe, "--out", run], ["generate", run, "--prompt", "the cat", "--max-new-tokens", "4"],
+             ["benchmark", run, "--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1"],
+             ["evaluate", run, "--tokens", "64"]]
+    program = "import json, sys; from sememe import cli; [cli.app(w, standalone_mode=False) for w in json.loads(sys.argv[1])]"
+    done = subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", program, json.dumps(words, default=str)],
+                          text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "deprecated" not in said.lower(), said
 
 
 # ---- loading and saving ----

@@ -210,7 +210,7 @@ class ConceptCache(Cache):
         )
 
     def reset(self) -> None:
-        raise ValueError("a concept cache cannot be reset. try: start from past_key_values=None")
+        raise ValueError("a concept cache cannot be reset. try: a new one, new_cache(batch)")
 
 
 def deep_slots(written: np.ndarray, valid: np.ndarray, concepts: np.ndarray, tail: np.ndarray):
