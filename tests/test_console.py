@@ -36,11 +36,11 @@ def test_tables_take_no_markup(capsys):
 
 
 def test_diagnosis_takes_no_markup(capsys):
-    found = {"run": "run[/v2]", "step": 3, "findings": [], "passed": ["[b]"], "unchecked": [{"rule": "a", "because": "[/c]"}]}
-    tables.show_diagnosis(found)
+    clean = {"run": "run[/v2]", "step": 3, "findings": [], "passed": ["[b]"], "unchecked": [{"rule": "a", "because": "[/c]"}]}
+    tables.show_diagnosis(clean)
     assert capsys.readouterr().out == "run[/v2] is healthy at step 3\nnothing found by: [b]\nnot checked: a ([/c])\n"
     one = {"rule": "x", "advice": "[/a]", "sign": "s", "evidence": {}, "step": 1, "try": ["data=[/b]"]}
-    tables.show_diagnosis(found | {"findings": [one]})
+    tables.show_diagnosis(clean | {"findings": [one]})
     assert "data=[/b]" in capsys.readouterr().out
 
 
@@ -53,7 +53,9 @@ class Cache:
 
 def streamed(text: str, read: list[int] | None, extra: tuple[int, ...] = ()) -> str:
     """What is printed of a prompt and a text that comes token by token; each step has read what came before."""
-    tokenizer, out, cache = byte_tokenizer(), io.StringIO(), None if read is None else Cache()
+    tokenizer = byte_tokenizer()
+    out = io.StringIO()
+    cache = None if read is None else Cache()
     prompt = "日 :key:\t["
     ids = tokenizer(prompt).input_ids
     streamer = show.ConceptStreamer(tokenizer, console.new_console(file=out, width=40), prompt, cache)
@@ -115,10 +117,10 @@ def test_nothing_is_printed_elsewhere(path):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             assert name not in {"Console", "Progress", "track", "get_console", "from_markup", "echo", "secho"} or (
                 name == "track" and ast.unparse(node.func) == "gate.track"), f"{path}:{node.lineno}: {name}"
-            given = {word.arg for word in node.keywords}
-            assert not given & {"markup", "emoji", "highlight"}, f"{path}:{node.lineno}: set in console.py"
+            options = {word.arg for word in node.keywords}
+            assert not options & {"markup", "emoji", "highlight"}, f"{path}:{node.lineno}: set in console.py"
             if name == "print" and isinstance(node.func, ast.Name):
-                assert "file" in given, f"{path}:{node.lineno}: print"
+                assert "file" in options, f"{path}:{node.lineno}: print"
         if isinstance(node, ast.ImportFrom) and node.module == "rich":
             assert not {alias.name for alias in node.names} & {"print", "get_console"}, path
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -36,11 +36,12 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_pieces_are_the_text_and_whole_characters(kind):
     tokenizer, ids = CASES[kind]
-    whole, found = decode(tokenizer, ids), pieces(tokenizer, ids)
+    whole = decode(tokenizer, ids)
+    cut = pieces(tokenizer, ids)
     assert whole == (TEXT if kind == "bytes" else "the cat 本日🙂 sat .\t the")
-    assert len(found) == len(ids) and "".join(found) == whole and not any(INCOMPLETE in piece for piece in found)
+    assert len(cut) == len(ids) and "".join(cut) == whole and not any(INCOMPLETE in piece for piece in cut)
     stream = Detokenizer(tokenizer)
-    assert [stream.add(token) for token in ids] == found and stream.rest() == ""
+    assert [stream.add(token) for token in ids] == cut and stream.rest() == ""
 
 
 def test_a_character_comes_with_its_last_token_and_a_word_with_its_space():
@@ -77,6 +78,6 @@ def test_samples_are_cut_between_characters():
     block = torch.tensor(ids[1:5])  # two bytes of the first character, two of the second
     assert "".join(piece["text"] for piece in sample(block, torch.full((4,), 7), tokenizer)["pieces"]) == ""
     block = torch.tensor(ids[1:7])
-    found = sample(block, torch.tensor([-2, -1, 3, -1, 4, -1]), tokenizer)["pieces"]
-    assert [(piece["text"], piece["concept"], piece["sink"]) for piece in found] == [
+    rows = sample(block, torch.tensor([-2, -1, 3, -1, 4, -1]), tokenizer)["pieces"]
+    assert [(piece["text"], piece["concept"], piece["sink"]) for piece in rows] == [
         ("", None, True), ("", None, False), ("", 3, False), ("", None, False), ("本", 4, False), ("", None, False)]

@@ -19,7 +19,8 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer, skip_special_tokens: bool = False):
-        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
+        self.tokenizer = tokenizer
+        self.skip_special_tokens = skip_special_tokens
         self.before: list[int] = []
         self.held: list[int] = []
 
@@ -41,8 +42,12 @@ class Detokenizer:
 def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     """The text of ids cut into one piece a token, special tokens among them: put together, the pieces are the whole text. Half
     characters at its ends, where a block of tokens was cut out of a longer text, are left out."""
-    whole, stream, cut, at = decode(tokenizer, ids), Detokenizer(tokenizer), [], 0
-    first, last = len(whole) - len(whole.lstrip(INCOMPLETE)), len(whole.rstrip(INCOMPLETE))
+    whole = decode(tokenizer, ids)
+    first = len(whole) - len(whole.lstrip(INCOMPLETE))
+    last = len(whole.rstrip(INCOMPLETE))
+    stream = Detokenizer(tokenizer)
+    cut: list[str] = []
+    at = 0
     for token in ids:
         # Only the length: of bytes that are no character, what comes later may change how a tokenizer decodes them.
         end = at + len(stream.add(token))

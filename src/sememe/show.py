@@ -21,11 +21,15 @@ class ConceptStreamer(BaseStreamer):
     the model has read it."""
 
     def __init__(self, tokenizer, console: Console, prompt: str, cache=None):
-        self.console, self.prompt, self.cache = console, prompt, cache
+        self.console = console
+        self.prompt = prompt
+        self.cache = cache
         self.text = Detokenizer(tokenizer, skip_special_tokens=cache is None)
         self.pieces: list[str] = []
-        self.seen = self.closed = 0
-        """Tokens whose concept is known, and those of them in segments that are printed."""
+        self.seen = 0
+        """Tokens whose concept is known."""
+        self.closed = 0
+        """Those of them in segments that are printed."""
 
     def put(self, value) -> None:
         new = [self.text.add(token) for token in value.flatten().tolist()]

@@ -168,6 +168,6 @@ def evaluate(model, tokenizer, ids_NT: Tensor, control=None, batch: int = 4, sam
 
 def sample(ids_T: Tensor, concepts_T: Tensor, tokenizer) -> dict[str, Any]:
     """One text as pieces (one per token, see `detokenize.pieces`) with the concept that each token wrote, if any."""
-    found = zip(pieces(tokenizer, ids_T.tolist()), concepts_T.tolist(), strict=True)
+    columns = zip(pieces(tokenizer, ids_T.tolist()), concepts_T.tolist(), strict=True)
     return {"pieces": [{"text": text, "concept": concept if concept >= 0 else None, "sink": i == 0 and concept < NULL}
-                       for i, (text, concept) in enumerate(found)]}
+                       for i, (text, concept) in enumerate(columns)]}
