@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -75,6 +76,17 @@ def test_generate_streams_and_marks_concepts(runs):
         assert concept < 0 or f"⟨{concept}⟩" in printed.replace("\n", "")
     plain = sememe("generate", runs / "r-control", "--prompt", "the cat", "--max-new-tokens", 4, "--temperature", 0.8)
     assert plain.startswith("the cat") and "⟨" not in plain
+
+
+def test_text_and_paths_are_printed_as_they_are(runs):
+    prompt, odd = "ratio a:b:c [/b] then :key: and\ttab, 日本 🙂", runs / "r[v2]" / ":key:[" / "b]"
+    shutil.copytree(runs / "r", odd)
+    printed = sememe("generate", odd, "--prompt", prompt, "--max-new-tokens", 4, "--json", runs / "odd.json")
+    assert printed == prompt + json.loads((runs / "odd.json").read_text(encoding="utf-8"))["text"] + "\n"
+    marked = sememe("generate", odd, "--prompt", prompt, "--max-new-tokens", 1, "--show-concepts")
+    assert re.sub("⟨[^⟩]*⟩", "", marked).startswith(prompt)
+    assert f"report: {odd / 'report.html'}\n" in sememe("report", odd)
+    assert str(odd) in sememe("export", odd, "--to", odd / "merged")
 
 
 def test_benchmark_gives_the_contract(runs):

@@ -11,10 +11,10 @@ import typer
 
 from sememe import cli_compressor
 from sememe.cli_benchmark import benchmark
+from sememe.console import out, replace_unknown, say
 from sememe.errors import Interrupted, SememeError
 from sememe.options import Budget, Json, Model, Rate, counts, numbers
 from sememe.tables import (
-    out,
     show_ablation,
     show_diagnosis,
     show_plans,
@@ -35,6 +35,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: a fault of the input is one sentence and exit code 1, never a traceback."""
+    replace_unknown()
     try:
         app()
     except SememeError as error:
@@ -62,14 +63,14 @@ def pull(
         rows = [(n, b.layers, b.licence, b.description) for n, b in bases.KNOWN.items()]
         rows += [(n, c["text_config"]["num_hidden_layers"], "Apache-2.0", f"{c['base']} with concepts, R = {1 / c['rate']:g}")
                  for n, c in ours.items()]
-        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", ("name", "layers", "licence", "what"))
         write_json(json_file, [dict(zip(("name", "layers", "licence", "description"), row, strict=True)) for row in rows])
+        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", ("name", "layers", "licence", "what"))
         return
     if name in ours:
         name = ours[name]["base"]
-    folder = bases.pull(name, to=to, say=out.print)
-    out.print(f"{name} is at {folder}", soft_wrap=True)
+    folder = bases.pull(name, to=to, say=say)
     write_json(json_file, {"name": name, "folder": str(folder), "sha256": bases.fingerprint(folder)})
+    say(f"{name} is at {folder}")
 
 
 @app.command()
@@ -96,13 +97,13 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     first = int(os.environ.get("RANK", "0")) == 0
     if first and not same_run(loaded, run):
-        out.print(loaded.yaml(whole=False), style="dim", highlight=False)
-    model = run_training(loaded, run, say=out.print if first else lambda line: None)
+        say(loaded.yaml(whole=False), "dim")
+    model = run_training(loaded, run, say=say if first else lambda line: None)
     if first:
         last = {k: v for line in read_metrics(run / "metrics.jsonl") for k, v in line.items()}
-        table([(k, v) for k, v in last.items() if not isinstance(v, list)], f"{run}", ("measure", "last"))
-        out.print(f"model: {model}", soft_wrap=True)
         write_json(json_file, {"run": str(run), "model": str(model), **last})
+        table([(k, v) for k, v in last.items() if not isinstance(v, list)], f"{run}", ("measure", "last"))
+        say(f"model: {model}")
 
 
 @app.command()
@@ -127,10 +128,10 @@ def sweep(
     from sememe.report import write_report
     from sememe.training import sweep as sweeps
 
-    found = sweeps.sweep(recipe, grid or [], folder, control, tokens, data, sweeps.parse_seeds(seeds), say=out.print)
-    table(*sweeps.as_table(found))
-    out.print(f"figures: {folder / 'sweep.json'}\nplot: {write_report(folder)}", soft_wrap=True)
+    found = sweeps.sweep(recipe, grid or [], folder, control, tokens, data, sweeps.parse_seeds(seeds), say=say)
     write_json(json_file, found)
+    table(*sweeps.as_table(found))
+    say(f"figures: {folder / 'sweep.json'}\nplot: {write_report(folder)}")
     sweeps.check_faults(found)
 
 
@@ -173,8 +174,8 @@ def evaluate(
     search = partial(best_plans, rounds=rounds) if rounds else None
     result = evaluate_files(model, texts, tokens, control, sequence_length, batch, base, rate, dial, search, answers,
                             signals, counts(budget, "--budget", "2,4"))
-    (show_plans if "given" in result else show_quality)(result)
     write_json(json_file, result)
+    (show_plans if "given" in result else show_quality)(result)
 
 
 def _heldout(model: str) -> str:
@@ -210,8 +211,8 @@ def ablate(
 
     dropped = numbers(shares, "--shares", "0,0.25,0.5,0.75")
     result = ablate_files(model, data or _heldout(model), tokens, dropped or SHARES, seeds, sequence_length, batch, base, rate)
-    show_ablation(result)
     write_json(json_file, result)
+    show_ablation(result)
 
 
 @app.command()
@@ -267,8 +268,8 @@ def report(
     from sememe.report import write_report
 
     page = write_report(runs[0], control, runs[1:])
-    out.print(f"report: {page}", soft_wrap=True)
     write_json(json_file, {"report": str(page)})
+    say(f"report: {page}")
 
 
 @app.command()
@@ -283,8 +284,8 @@ def doctor(
     from sememe.report.doctor import examine
 
     found = examine(run)
-    show_diagnosis(found)
     write_json(json_file, found)
+    show_diagnosis(found)
     if not found["healthy"]:
         raise typer.Exit(1)
 
@@ -303,8 +304,8 @@ def export(
     from sememe.models.loading import export_model
 
     folder, size = export_model(model, to, base)
-    out.print(f"merged model: {folder} ({size / 1e6:.0f} MB)", soft_wrap=True)
     write_json(json_file, {"folder": str(folder), "bytes": size})
+    say(f"merged model: {folder} ({size / 1e6:.0f} MB)")
 
 
 @app.command()

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from sememe import cli_compressor
+from sememe.console import say
 from sememe.errors import SememeError
 from sememe.options import Json, Model, Rate
-from sememe.tables import out, show_speed, show_speed_sweep, write_json
+from sememe.tables import show_compressor_speed, show_speed, show_speed_sweep, write_json
 
 
 def benchmark(
@@ -45,7 +45,7 @@ def benchmark(
     `sememe benchmark smollm2-135m --sweep --rates 0.5,0.25 --splits 4/22/4,8/14/8`
     """
     from sememe.evaluation.files import benchmark_files
-    from sememe.evaluation.speed_compressor import is_compressor
+    from sememe.evaluation.speed_compressor import BATCH, benchmark_compressor_files, is_compressor
 
     of_one = {"prompt_tokens": "--prompt-lengths", "batch": "--batches", "rate": "--rates", "training": "without it"}
     of_sweep = dict.fromkeys(("prompt_lengths", "batches", "rates", "splits", "folder"), "--sweep")
@@ -54,14 +54,16 @@ def benchmark(
         _benchmark_sweep(model, folder, (prompt_lengths, batches, rates, splits), new_tokens, repeats or 3, dtype, data, base,
                          json_file)
         return
+    show = show_speed
     if is_compressor(model):
         _refuse(context, {"new_tokens": "without it", "training": "without it"}, "a compressor")
-        result = cli_compressor.benchmark(model, prompt_tokens, batch, repeats or 5, data, dtype, base, rate)
+        result = benchmark_compressor_files(model, prompt_tokens, batch or BATCH, repeats or 5, data, dtype, base, rate)
+        show = show_compressor_speed
     else:
         result = benchmark_files(model, prompt_tokens or 512, new_tokens, batch or 1, repeats or 5, training, data, dtype, base,
                                  rate)
-        show_speed(result)
     write_json(json_file, result)
+    show(result)
 
 
 def _refuse(context: typer.Context, options: dict[str, str], what: str) -> None:
@@ -78,7 +80,7 @@ def _benchmark_sweep(model: str, folder: Path | None, grid: tuple[str, str, str,
     from sememe.report import write_speed
 
     folder = folder or place_for(model)
-    found = sweep_speed(model, folder, parse_grid(*grid), new_tokens, repeats, dtype, data, base, say=out.print)
-    show_speed_sweep(found)
-    out.print(f"figures: {folder / 'sweep.json'}\nplot: {write_speed(folder)}", soft_wrap=True)
+    found = sweep_speed(model, folder, parse_grid(*grid), new_tokens, repeats, dtype, data, base, say=say)
     write_json(json_file, found)
+    show_speed_sweep(found)
+    say(f"figures: {folder / 'sweep.json'}\nplot: {write_speed(folder)}")

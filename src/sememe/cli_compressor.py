@@ -1,12 +1,14 @@
 """Sub-commands of the compressor: text ⇄ files of concept ids, and how much comes back."""
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from sememe.console import say, write
 from sememe.options import Json, Rate, numbers
-from sememe.tables import figure, show_compressor_speed, show_reconstruction, table, write_json
+from sememe.tables import figure, show_reconstruction, table, write_json
 
 Compressor = Annotated[str, typer.Argument(metavar="MODEL", help="A run of system: compressor, or its saved model.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows at a time.")]
@@ -36,10 +38,10 @@ def compress(
     from sememe.compression.files import compress_file
 
     found = compress_file(model, file, to, window, batch, rate, base)
+    write_json(json_file, found)
     table([(key, value) for key, value in found.items() if key not in ("model", "data", "out")], f"{model} on {file}",
           ("measure", "value"))
-    typer.echo(f"codes: {to}")
-    write_json(json_file, found)
+    say(f"codes: {to}")
 
 
 def decompress(
@@ -61,15 +63,15 @@ def decompress(
     from sememe.compression.files import decompress_file
 
     found, text = decompress_file(model, codes, to, batch, base, beams)
+    write_json(json_file, found)
     if to is None:  # the text alone on stdout, for pipes
-        typer.echo(text, nl=False)
-        typer.echo("\n" + ", ".join(f"{key} {figure(value)}" for key, value in found.items() if isinstance(value, (int, float))),
-                   err=True)
+        write(text)
+        print("\n" + ", ".join(f"{key} {figure(value)}" for key, value in found.items() if isinstance(value, (int, float))),
+              file=sys.stderr)
     else:
         table([(key, value) for key, value in found.items() if key not in ("model", "codes", "out")], f"{model} on {codes}",
               ("measure", "value"))
-        typer.echo(f"text: {to}")
-    write_json(json_file, found)
+        say(f"text: {to}")
 
 
 def reconstruct(
@@ -97,15 +99,5 @@ def reconstruct(
 
     dial = numbers(rates, "--rates", "0.25,0.33,0.5")
     result = reconstruct_files(model, data, tokens, window, dial, context, batch, base, questions, online, beams)
-    show_reconstruction(result)
     write_json(json_file, result)
-
-
-def benchmark(model: str, window: int | None, batch: int | None, repeats: int, data: str | None, dtype: str, base: str | None,
-              rate: float | None) -> dict[str, Any]:
-    """`sememe benchmark` of a compressor: figures, printed."""
-    from sememe.evaluation.speed_compressor import BATCH, benchmark_compressor_files
-
-    result = benchmark_compressor_files(model, window, batch or BATCH, repeats, data, dtype, base, rate)
-    show_compressor_speed(result)
-    return result
+    show_reconstruction(result)

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
+
+from sememe.console import write
+from sememe.detokenize import Detokenizer, decode
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
@@ -15,46 +17,44 @@ def colour(concept: int) -> str:
 
 
 class ConceptStreamer(BaseStreamer):
-    """Prints tokens as they come; a token's concept is known one step later, when the model has read it."""
+    """Prints the prompt, and tokens as they come. With `cache` in segments: the concept of a token is known one step later, when
+    the model has read it."""
 
-    def __init__(self, tokenizer, console: Console, cache=None):
-        self.tokenizer, self.console, self.cache = tokenizer, console, cache
-        self.segment: list[int] = []
+    def __init__(self, tokenizer, console: Console, prompt: str, cache=None):
+        self.console = console
+        self.prompt = prompt
+        self.cache = cache
+        self.text = Detokenizer(tokenizer, skip_special_tokens=cache is None)
+        self.pieces: list[str] = []
         self.seen = 0
-        self.ids: list[int] = []
-        self.shown = ""
+        """Tokens whose concept is known."""
+        self.closed = 0
+        """Those of them in segments that are printed."""
 
     def put(self, value) -> None:
-        self.ids += value.flatten().tolist()
+        new = [self.text.add(token) for token in value.flatten().tolist()]
         if self.cache is None:
-            self._plain()
+            # The prompt comes first, all at once; its tokens need not decode to the very same text.
+            write("".join(new) if self.pieces else self.prompt, console=self.console)
+            self.pieces += new
             return
+        self.pieces += new
         read = self.cache.concept_ids[0].tolist()
         while self.seen < len(read):
-            self.segment.append(self.ids[self.seen])
-            if read[self.seen] != -1:
-                self._close(read[self.seen])
             self.seen += 1
+            if read[self.seen - 1] != -1:
+                self._close(read[self.seen - 1])
 
-    def _plain(self) -> None:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a multi-byte character
-            self.console.print(text[len(self.shown):], end="", markup=False, highlight=False, soft_wrap=True)
-            self.shown = text
-
-    def _close(self, concept: int | None) -> None:
-        text = self.tokenizer.decode(self.segment)
-        style = "dim" if concept is None or concept < 0 else colour(concept)
-        mark = "" if concept is None else "⟨sink⟩" if concept < 0 else f"⟨{concept}⟩"
-        self.console.print(Text(text, style=style) + Text(mark, style="dim"), end="", soft_wrap=True)
-        self.segment = []
+    def _close(self, concept: int) -> None:
+        text = "".join(self.pieces[self.closed : self.seen])
+        write(text, "dim" if concept < 0 else colour(concept), self.console)
+        write("⟨sink⟩" if concept < 0 else f"⟨{concept}⟩", "dim", self.console)
+        self.closed = self.seen
 
     def end(self) -> None:
-        if self.cache is not None:
-            self.segment += self.ids[self.seen :]
-            if self.segment:
-                self._close(None)
-        self.console.print()
+        tail = [] if self.cache is None else self.pieces[self.closed :]
+        write("".join([*tail, self.text.rest()]), "" if self.cache is None else "dim", self.console)
+        write("\n", console=self.console)
 
 
 def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
@@ -99,14 +99,15 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
     if show_concepts and not online:
         raise CheckpointError(f"{model} has no concepts to show: need a run of system: online. try: without --show-concepts")
     cache = loaded.new_cache(1) if online else None
-    streamer = ConceptStreamer(tokenizer, console, cache if show_concepts else None)
+    streamer = ConceptStreamer(tokenizer, console, prompt, cache if show_concepts else None)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     made = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
                            pad_token_id=pad, **({"cache": cache} if online else {}), **sampling)
-    new = made[0, ids.shape[1] :]
-    result = {"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "new_tokens": len(new)}
+    # Behind the prompt: alone, the first new token may lose its space.
+    text = decode(tokenizer, made[0], skip_special_tokens=True)[len(decode(tokenizer, ids[0], skip_special_tokens=True)):]
+    result = {"prompt": prompt, "text": text, "new_tokens": made.shape[1] - ids.shape[1]}
     if online:
         result |= {"concept_ids": cache.concept_ids[0].tolist(),
                    "concept_rate": float(cache.concepts[0] / cache.gate_state.tokens[0])}

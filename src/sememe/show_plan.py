@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from sememe.console import write
+from sememe.detokenize import decode
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.show import colour
 
@@ -41,10 +43,10 @@ def write_planned(loaded, tokenizer, prompt: str, max_new_tokens: int, temperatu
     made = []
     for plan in plans:
         new = loaded.write(shape.pack([plan]), max_new_tokens, generator=draw(), **sampling)[0]
-        text = tokenizer.decode(new, skip_special_tokens=True)
+        text = decode(tokenizer, new, skip_special_tokens=True)
         if show_plan or edits:
             console.print(plan_line(plan, plans[0]), soft_wrap=True)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        write(f"{text}\n", console=console)
         made.append({"plan": plan, "text": text, "new_tokens": len(new)})
     return {"prompt": prompt, **made[0]} | ({"edits": edits, "edited": made[1]} if edits else {})
 

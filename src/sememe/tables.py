@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from sememe.console import out, say
 from sememe.evaluation.figures import CONTRACT, put
 
-out = Console()
 POINT = {"split": "split", "rate": "rate", "prompt_tokens": "T", "batch": "B"}
 """What names a point of a speed sweep, and the column of each: T tokens of the prompt, B of them at once."""
 
@@ -87,13 +85,13 @@ def show_ablation(result: dict[str, Any]) -> None:
     table(rows, title, ("ablation", "ΔNLL", "least", "most", ""))
     if "content" in result:
         own, theirs = (f"{result['content'][key]:.0%}" for key in ("own_words", "plans_words"))
-        out.print(f"a text written from the next pair's plan has {own} of the words of its own target, and {theirs} of those of "
-                  "the target that the plan is of", soft_wrap=True, highlight=False)
+        say(f"a text written from the next pair's plan has {own} of the words of its own target, and {theirs} of those of "
+            "the target that the plan is of")
 
 
 def show_reconstruction(result: dict[str, Any]) -> None:
     """What comes back and what it costs, beside what it costs to lose nothing; and what a compressed context tells."""
-    out.print(f"{result['model']} on {result['data']}: {result['windows']} windows of {result['window']} tokens", soft_wrap=True)
+    say(f"{result['model']} on {result['data']}: {result['windows']} windows of {result['window']} tokens")
     keys = ("token_accuracy", "exact_match", "bleu", "chrf", "rouge_l", "length_ratio", "nll")
     rows = [(key, result[key], result["shuffled"][key]) for key in keys]
     table(rows, "written again from ids alone", ("measure", "value", "ids shuffled"))
@@ -105,24 +103,23 @@ def show_reconstruction(result: dict[str, Any]) -> None:
     rows.append(("ids and what they leave open", result["bits_per_token_lossless"]))
     table(rows, "to lose nothing", ("coder", "bits/token"))
     for fault in sorted({one["fault"] for one in result["lossless"] if one["fault"]}):
-        out.print(fault, soft_wrap=True, highlight=False, markup=False)
+        say(fault)
     found = result["continuation"]
     if found is None:
-        out.print("no continuation: --context 0, or the text has no room for one")
+        say("no continuation: --context 0, or the text has no room for one")
     else:
         share = found["continuation_share"]
         note = f"trained for it, continuation_share {share:g}" if share > 0 else "never trained for it: continuation_share 0"
-        out.print(f"going on from {found['context']} tokens, the next {found['next_tokens']} of {found['blocks']} texts ({note})",
-                  soft_wrap=True, highlight=False)
+        say(f"going on from {found['context']} tokens, the next {found['next_tokens']} of {found['blocks']} texts ({note})")
         keys = ("reader", "given", "length", "nll", "perplexity", "percent_over_whole")
         rows = [tuple(one[key] for key in keys) for one in found["given"]]
         table(rows, "continuation", (*keys[:3], "NLL", keys[4], "% over whole"))
     found = result["online"]
     if found is not None:
         keys = ("reader", "given", "length", "nll", "perplexity", "percent_over_whole")
-        out.print(f"{found['model']} beside it, its dial at {found['target_rate']:.4g}: {found['concept_rate']:.4g} concepts per "
-                  f"token realised, R {figure(found['compression_ratio'])} of every id; being online costs "
-                  f"{found['delta_nll']:+.4f} nats", soft_wrap=True, highlight=False)
+        say(f"{found['model']} beside it, its dial at {found['target_rate']:.4g}: {found['concept_rate']:.4g} concepts per "
+            f"token realised, R {figure(found['compression_ratio'])} of every id; being online costs "
+            f"{found['delta_nll']:+.4f} nats")
         table([tuple(one[key] for key in keys) for one in found["given"]], "what being online costs",
               (*keys[:3], "NLL", keys[4], "% over whole"))
     found = result["questions"]
@@ -185,10 +182,10 @@ def show_speed_sweep(found: dict[str, Any]) -> None:
         skipped.setdefault(one["fault"], []).append(", ".join(f"{POINT[key]} {figure(one[key])}" for key in POINT))
     for fault, those in skipped.items():
         more = f" and {len(those) - 1} more" if len(those) > 1 else ""
-        out.print(f"skipped: {those[0]}{more}: {fault}", soft_wrap=True, highlight=False, markup=False)
+        say(f"skipped: {those[0]}{more}: {fault}")
     for one in found["alternatives"]:
         if one["fault"] is not None:
-            out.print(f"{one['name']}: {one['fault']}", soft_wrap=True, highlight=False, markup=False)
+            say(f"{one['name']}: {one['fault']}")
 
 
 def show_diagnosis(found: dict[str, Any]) -> None:
@@ -201,11 +198,11 @@ def show_diagnosis(found: dict[str, Any]) -> None:
         where = "evaluate.json" if one["step"] is None else f"step {one['step']}"
         seen = [f"{key} {figure(value)}" for key, value in one["evidence"].items()]
         cells = ([one["rule"].upper(), one["advice"]], [f"{one['sign']}:", *seen, where], one["try"])
-        made.add_row(*(Text("\n".join(cell)) for cell in cells))
+        made.add_row(*("\n".join(cell) for cell in cells))
     if found["findings"]:
         out.print(made)
     else:
-        out.print(f"{found['run']} is healthy at step {found['step']}")
-    out.print(f"nothing found by: {', '.join(found['passed']) or '–'}")
+        say(f"{found['run']} is healthy at step {found['step']}")
+    say(f"nothing found by: {', '.join(found['passed']) or '–'}")
     for one in found["unchecked"]:
-        out.print(f"not checked: {one['rule']} ({one['because']})")
+        say(f"not checked: {one['rule']} ({one['because']})")

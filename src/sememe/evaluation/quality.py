@@ -12,6 +12,7 @@ from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.segments import tail_lengths
+from sememe.detokenize import pieces
 from sememe.errors import DataError
 from sememe.models.configuration import CompressorConfig, ConceptConfig, ControlConfig, OnlineConfig, PlannerConfig
 from sememe.models.writing import NULL, Writing
@@ -166,9 +167,7 @@ def evaluate(model, tokenizer, ids_NT: Tensor, control=None, batch: int = 4, sam
 
 
 def sample(ids_T: Tensor, concepts_T: Tensor, tokenizer) -> dict[str, Any]:
-    """One text as pieces (one per token) with the concept that each token wrote, if any."""
-    pieces = []
-    for i, (token, concept) in enumerate(zip(ids_T.tolist(), concepts_T.tolist(), strict=True)):
-        pieces.append({"text": tokenizer.decode([token]), "concept": concept if concept >= 0 else None,
-                       "sink": i == 0 and concept < NULL})
-    return {"pieces": pieces}
+    """One text as pieces (one per token, see `detokenize.pieces`) with the concept that each token wrote, if any."""
+    columns = zip(pieces(tokenizer, ids_T.tolist()), concepts_T.tolist(), strict=True)
+    return {"pieces": [{"text": text, "concept": concept if concept >= 0 else None, "sink": i == 0 and concept < NULL}
+                       for i, (text, concept) in enumerate(columns)]}

@@ -126,7 +126,8 @@ def _frequent(texts: list[list[Segment]], most: int = 12, most_writers: int = 8)
     for segment in (segment for text in texts for segment in text):
         if segment.concept is not None:
             counts[segment.concept] += 1
-            writers[segment.concept][segment.writer.strip()[:40]] += 1
+            if segment.writer:  # '' is a token that ends inside a character
+                writers[segment.concept][segment.writer.strip()[:40]] += 1
     often = [(concept, count) for concept, count in counts.most_common(most) if count > 1]
     return [
         Frequent(concept, hue(concept), count, [w for w, _ in writers[concept].most_common(most_writers)])
