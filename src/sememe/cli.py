@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+import sememe
 from sememe import cli_compressor
 from sememe.cli_benchmark import benchmark
 from sememe.errors import Interrupted, SememeError
@@ -34,13 +35,34 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: a fault of the input is one sentence and exit code 1, never a traceback."""
+    """Entry point: what is wrong with the input or with a path is one sentence and exit code 1, never a traceback."""
     try:
         app()
     except SememeError as error:
         code = 130 if isinstance(error, Interrupted) else 1
         print(f"{'' if code == 130 else 'error: '}{error}", file=sys.stderr)
         sys.exit(code)
+    except OSError as error:  # the system's own: no permission, a full disk, a text where a path is due
+        if error.errno is None:
+            raise
+        where = "a file" if error.filename is None else f"{error.filename!s:.200}"
+        print(f"error: {where} cannot be used ({error.strerror}): need a path that can be read or written. try: another path, or "
+              "other permissions", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sememe {sememe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
+                                          help="Print the version and exit.")] = False,
+) -> None:
+    """Options ahead of a command."""
 
 
 @app.command()
@@ -62,14 +84,14 @@ def pull(
         rows = [(n, b.layers, b.licence, b.description) for n, b in bases.KNOWN.items()]
         rows += [(n, c["text_config"]["num_hidden_layers"], "Apache-2.0", f"{c['base']} with concepts, R = {1 / c['rate']:g}")
                  for n, c in ours.items()]
-        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", ("name", "layers", "licence", "what"))
         write_json(json_file, [dict(zip(("name", "layers", "licence", "description"), row, strict=True)) for row in rows])
+        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", ("name", "layers", "licence", "what"))
         return
     if name in ours:
         name = ours[name]["base"]
     folder = bases.pull(name, to=to, say=out.print)
-    out.print(f"{name} is at {folder}", soft_wrap=True)
     write_json(json_file, {"name": name, "folder": str(folder), "sha256": bases.fingerprint(folder)})
+    out.print(f"{name} is at {folder}", soft_wrap=True)
 
 
 @app.command()
@@ -90,7 +112,7 @@ def train(
     """
     from sememe.training.callbacks import read_metrics
     from sememe.training.recipe import load_recipe
-    from sememe.training.run import same_run
+    from sememe.training.resume import same_run
     from sememe.training.run import train as run_training
 
     loaded = load_recipe(recipe, overrides or [])
@@ -100,9 +122,9 @@ def train(
     model = run_training(loaded, run, say=out.print if first else lambda line: None)
     if first:
         last = {k: v for line in read_metrics(run / "metrics.jsonl") for k, v in line.items()}
+        write_json(json_file, {"run": str(run), "model": str(model), **last})
         table([(k, v) for k, v in last.items() if not isinstance(v, list)], f"{run}", ("measure", "last"))
         out.print(f"model: {model}", soft_wrap=True)
-        write_json(json_file, {"run": str(run), "model": str(model), **last})
 
 
 @app.command()
@@ -128,9 +150,8 @@ def sweep(
     from sememe.training import sweep as sweeps
 
     found = sweeps.sweep(recipe, grid or [], folder, control, tokens, data, sweeps.parse_seeds(seeds), say=out.print)
-    table(*sweeps.as_table(found))
+    write_json(json_file, found, lambda: table(*sweeps.as_table(found)))
     out.print(f"figures: {folder / 'sweep.json'}\nplot: {write_report(folder)}", soft_wrap=True)
-    write_json(json_file, found)
     sweeps.check_faults(found)
 
 
@@ -173,8 +194,7 @@ def evaluate(
     search = partial(best_plans, rounds=rounds) if rounds else None
     result = evaluate_files(model, texts, tokens, control, sequence_length, batch, base, rate, dial, search, answers,
                             signals, counts(budget, "--budget", "2,4"))
-    (show_plans if "given" in result else show_quality)(result)
-    write_json(json_file, result)
+    write_json(json_file, result, lambda: (show_plans if "given" in result else show_quality)(result))
 
 
 def _heldout(model: str) -> str:
@@ -210,8 +230,7 @@ def ablate(
 
     dropped = numbers(shares, "--shares", "0,0.25,0.5,0.75")
     result = ablate_files(model, data or _heldout(model), tokens, dropped or SHARES, seeds, sequence_length, batch, base, rate)
-    show_ablation(result)
-    write_json(json_file, result)
+    write_json(json_file, result, lambda: show_ablation(result))
 
 
 @app.command()
@@ -267,8 +286,8 @@ def report(
     from sememe.report import write_report
 
     page = write_report(runs[0], control, runs[1:])
-    out.print(f"report: {page}", soft_wrap=True)
     write_json(json_file, {"report": str(page)})
+    out.print(f"report: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -283,8 +302,8 @@ def doctor(
     from sememe.report.doctor import examine
 
     found = examine(run)
-    show_diagnosis(found)
     write_json(json_file, found)
+    show_diagnosis(found)
     if not found["healthy"]:
         raise typer.Exit(1)
 
@@ -303,8 +322,8 @@ def export(
     from sememe.models.loading import export_model
 
     folder, size = export_model(model, to, base)
-    out.print(f"merged model: {folder} ({size / 1e6:.0f} MB)", soft_wrap=True)
     write_json(json_file, {"folder": str(folder), "bytes": size})
+    out.print(f"merged model: {folder} ({size / 1e6:.0f} MB)", soft_wrap=True)
 
 
 @app.command()

@@ -56,12 +56,12 @@ def benchmark(
         return
     if is_compressor(model):
         _refuse(context, {"new_tokens": "without it", "training": "without it"}, "a compressor")
-        result = cli_compressor.benchmark(model, prompt_tokens, batch, repeats or 5, data, dtype, base, rate)
+        result, show = cli_compressor.benchmark(model, prompt_tokens, batch, repeats or 5, data, dtype, base, rate)
     else:
         result = benchmark_files(model, prompt_tokens or 512, new_tokens, batch or 1, repeats or 5, training, data, dtype, base,
                                  rate)
-        show_speed(result)
-    write_json(json_file, result)
+        show = show_speed
+    write_json(json_file, result, lambda: show(result))
 
 
 def _refuse(context: typer.Context, options: dict[str, str], what: str) -> None:
@@ -79,6 +79,5 @@ def _benchmark_sweep(model: str, folder: Path | None, grid: tuple[str, str, str,
 
     folder = folder or place_for(model)
     found = sweep_speed(model, folder, parse_grid(*grid), new_tokens, repeats, dtype, data, base, say=out.print)
-    show_speed_sweep(found)
+    write_json(json_file, found, lambda: show_speed_sweep(found))
     out.print(f"figures: {folder / 'sweep.json'}\nplot: {write_speed(folder)}", soft_wrap=True)
-    write_json(json_file, found)

@@ -1,5 +1,6 @@
 """Sub-commands of the compressor: text ⇄ files of concept ids, and how much comes back."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,10 +37,10 @@ def compress(
     from sememe.compression.files import compress_file
 
     found = compress_file(model, file, to, window, batch, rate, base)
+    write_json(json_file, found)
     table([(key, value) for key, value in found.items() if key not in ("model", "data", "out")], f"{model} on {file}",
           ("measure", "value"))
     typer.echo(f"codes: {to}")
-    write_json(json_file, found)
 
 
 def decompress(
@@ -97,15 +98,12 @@ def reconstruct(
 
     dial = numbers(rates, "--rates", "0.25,0.33,0.5")
     result = reconstruct_files(model, data, tokens, window, dial, context, batch, base, questions, online, beams)
-    show_reconstruction(result)
-    write_json(json_file, result)
+    write_json(json_file, result, lambda: show_reconstruction(result))
 
 
 def benchmark(model: str, window: int | None, batch: int | None, repeats: int, data: str | None, dtype: str, base: str | None,
-              rate: float | None) -> dict[str, Any]:
-    """`sememe benchmark` of a compressor: figures, printed."""
+              rate: float | None) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
+    """`sememe benchmark` of a compressor: figures, and what prints them."""
     from sememe.evaluation.speed_compressor import BATCH, benchmark_compressor_files
 
-    result = benchmark_compressor_files(model, window, batch or BATCH, repeats, data, dtype, base, rate)
-    show_compressor_speed(result)
-    return result
+    return benchmark_compressor_files(model, window, batch or BATCH, repeats, data, dtype, base, rate), show_compressor_speed

@@ -1,6 +1,5 @@
 """The page itself: files → figures → template → RUN/report.html or SWEEP/sweep.html, written all or nothing."""
 
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from sememe import storage
 from sememe.errors import CheckpointError
 from sememe.report import comparison, meanings, meanings_plans, plans, plots
 from sememe.report.files import Run, read_run
@@ -65,15 +65,9 @@ def write_speed(folder: Path) -> Path:
 
 
 def _put(page: Path, html: str) -> Path:
-    part = page.with_name(f".{page.name}.{os.getpid()}")
     try:
-        with part.open("w", encoding="utf-8", errors="replace") as out:
-            out.write(html)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, page)
+        storage.write(page, html.encode("utf-8", "replace"))
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(
             f"got {error.strerror} when writing {page}; need a folder with room that can be written to. "
             "try: free some space, or copy the run folder to where you may write"

@@ -257,7 +257,7 @@ def held_run(recipe: Recipe, out: Path) -> Path | None:
 @lru_cache(maxsize=1000)
 def _read(path: Path, changed: int) -> Recipe | None:
     with suppress(SememeError, OSError, ValueError, yaml.YAMLError):
-        return check_recipe(yaml.safe_load(path.read_text()), str(path))
+        return check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     return None
 
 
