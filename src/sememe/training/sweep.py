@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
+from sememe import storage
 from sememe.data import read_texts
 from sememe.errors import Interrupted, RecipeError, SememeError
 from sememe.evaluation.figures import CONTRACT, kept, put
@@ -317,6 +318,7 @@ def _check_place(out: Path) -> None:
 def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        storage.check(out / "sweep.json")
     except OSError as error:
         raise RecipeError(
             f"{out} cannot be made ({error.strerror}): need a folder that can be written to. try: another --out"
