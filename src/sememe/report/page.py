@@ -7,7 +7,6 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from sememe import storage
 from sememe.errors import CheckpointError
 from sememe.report import comparison, meanings, meanings_plans, plans, plots
 from sememe.report.files import Run, read_run
@@ -19,6 +18,7 @@ from sememe.report.speed import alternative_rows, is_speed, point_rows, read_spe
 from sememe.report.sweeps import Sweep, is_sweep, read_sweep
 from sememe.report.tiles import tiles, verdict
 from sememe.report.values import show
+from sememe.storage import write
 
 HERE = Path(__file__).parent
 STYLE = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # ours, so not escaped
@@ -66,7 +66,7 @@ def write_speed(folder: Path) -> Path:
 
 def _put(page: Path, html: str) -> Path:
     try:
-        storage.write(page, html.encode("utf-8", "replace"))
+        write(page, html.encode("utf-8", "replace"))
     except OSError as error:
         raise CheckpointError(
             f"got {error.strerror} when writing {page}; need a folder with room that can be written to. "
