@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+import sememe
 from sememe import cli_compressor
 from sememe.cli_benchmark import benchmark
 from sememe.console import out, replace_unknown, say
@@ -34,7 +35,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: a fault of the input is one sentence and exit code 1, never a traceback."""
+    """Entry point: what is wrong with the input or with a path is one sentence and exit code 1, never a traceback."""
     replace_unknown()
     try:
         app()
@@ -42,6 +43,27 @@ def main() -> None:
         code = 130 if isinstance(error, Interrupted) else 1
         print(f"{'' if code == 130 else 'error: '}{error}", file=sys.stderr)
         sys.exit(code)
+    except OSError as error:  # the system's own: no permission, a full disk, a text where a path is due
+        if error.errno is None:
+            raise
+        where = "a file" if error.filename is None else f"{error.filename!s:.200}"
+        print(f"error: {where} cannot be used ({error.strerror}): need a path that can be read or written. try: another path, or "
+              "other permissions", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"sememe {sememe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
+                                          help="Print the version and exit.")] = False,
+) -> None:
+    """Options ahead of a command."""
 
 
 @app.command()
@@ -91,7 +113,7 @@ def train(
     """
     from sememe.training.callbacks import read_metrics
     from sememe.training.recipe import load_recipe
-    from sememe.training.run import same_run
+    from sememe.training.resume import same_run
     from sememe.training.run import train as run_training
 
     loaded = load_recipe(recipe, overrides or [])
@@ -129,8 +151,7 @@ def sweep(
     from sememe.training import sweep as sweeps
 
     found = sweeps.sweep(recipe, grid or [], folder, control, tokens, data, sweeps.parse_seeds(seeds), say=say)
-    write_json(json_file, found)
-    table(*sweeps.as_table(found))
+    write_json(json_file, found, lambda: table(*sweeps.as_table(found)))
     say(f"figures: {folder / 'sweep.json'}\nplot: {write_report(folder)}")
     sweeps.check_faults(found)
 
@@ -174,8 +195,7 @@ def evaluate(
     search = partial(best_plans, rounds=rounds) if rounds else None
     result = evaluate_files(model, texts, tokens, control, sequence_length, batch, base, rate, dial, search, answers,
                             signals, counts(budget, "--budget", "2,4"))
-    write_json(json_file, result)
-    (show_plans if "given" in result else show_quality)(result)
+    write_json(json_file, result, lambda: (show_plans if "given" in result else show_quality)(result))
 
 
 def _heldout(model: str) -> str:
@@ -211,8 +231,7 @@ def ablate(
 
     dropped = numbers(shares, "--shares", "0,0.25,0.5,0.75")
     result = ablate_files(model, data or _heldout(model), tokens, dropped or SHARES, seeds, sequence_length, batch, base, rate)
-    write_json(json_file, result)
-    show_ablation(result)
+    write_json(json_file, result, lambda: show_ablation(result))
 
 
 @app.command()

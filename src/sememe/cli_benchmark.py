@@ -62,8 +62,7 @@ def benchmark(
     else:
         result = benchmark_files(model, prompt_tokens or 512, new_tokens, batch or 1, repeats or 5, training, data, dtype, base,
                                  rate)
-    write_json(json_file, result)
-    show(result)
+    write_json(json_file, result, lambda: show(result))
 
 
 def _refuse(context: typer.Context, options: dict[str, str], what: str) -> None:
@@ -81,6 +80,5 @@ def _benchmark_sweep(model: str, folder: Path | None, grid: tuple[str, str, str,
 
     folder = folder or place_for(model)
     found = sweep_speed(model, folder, parse_grid(*grid), new_tokens, repeats, dtype, data, base, say=say)
-    write_json(json_file, found)
-    show_speed_sweep(found)
+    write_json(json_file, found, lambda: show_speed_sweep(found))
     say(f"figures: {folder / 'sweep.json'}\nplot: {write_speed(folder)}")

@@ -99,5 +99,4 @@ def reconstruct(
 
     dial = numbers(rates, "--rates", "0.25,0.33,0.5")
     result = reconstruct_files(model, data, tokens, window, dial, context, batch, base, questions, online, beams)
-    write_json(json_file, result)
-    show_reconstruction(result)
+    write_json(json_file, result, lambda: show_reconstruction(result))

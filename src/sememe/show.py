@@ -76,6 +76,8 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
     from sememe.models.planner import PlannerForCausalLM
     from sememe.show_plan import check_options, write_planned
 
+    if temperature < 1e-6:  # colder is greedy, and logits divided by it overflow
+        temperature = 0.0
     if not prompt.strip():
         raise DataError("the prompt is empty: need some text to go on from. try: --prompt \"Once upon a time\"")
     loaded, tokenizer = load_model(model, base=base, rate=rate)

@@ -1,7 +1,9 @@
 """What commands print and write: tables of figures, and JSON beside them."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.table import Table
 
@@ -12,10 +14,17 @@ POINT = {"split": "split", "rate": "rate", "prompt_tokens": "T", "batch": "B"}
 """What names a point of a speed sweep, and the column of each: T tokens of the prompt, B of them at once."""
 
 
-def write_json(path: Path | None, value: Any) -> None:
-    """What `--json` asks for, if it does."""
-    if path is not None:
-        put(path, value)
+def write_json(to: Path | TextIO | None, value: Any, show: Callable[[], None] | None = None) -> None:
+    """What `--json` asks for, if it does: a file, or the stdout that the option has set aside. Then `show`: neither a terminal
+    that cannot print something nor a full disk costs both."""
+    try:
+        if isinstance(to, Path):
+            put(to, value)
+        elif to is not None:
+            to.write(json.dumps(value, indent=1) + "\n")  # ASCII, whatever the terminal's encoding
+    finally:
+        if show is not None:
+            show()
 
 
 def table(rows: list[tuple], title: str, columns: tuple[str, ...], narrow: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ def resolve(base: str, pull_missing: bool = True, say: Say = _tell) -> Path:
         if not pull_missing and not _is_complete(folder, base):
             raise BaseError(f"base {base!r} is not on this machine: need it pulled. try: sememe pull {base}")
         return pull(base, say=say)
-    path = Path(base).expanduser()
+    path = Path(os.path.expanduser(base))  # `Path.expanduser` raises RuntimeError for ~nobody
     if base and path.is_dir():  # Path('') is the current folder
         return _checked(path)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII):

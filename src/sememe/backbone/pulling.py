@@ -69,8 +69,11 @@ KNOWN: dict[str, KnownBase] = {
 
 
 def home() -> Path:
-    """Where sememe keeps what it pulls: $SEMEME_HOME, or ~/.cache/sememe."""
-    return Path(os.environ.get("SEMEME_HOME") or "~/.cache/sememe").expanduser()
+    """Where sememe keeps what it pulls: $SEMEME_HOME, or ~/.cache/sememe. Raises BaseError where this user has no home folder."""
+    try:
+        return Path(os.environ.get("SEMEME_HOME") or "~/.cache/sememe").expanduser()
+    except RuntimeError as fault:
+        raise BaseError(f"{fault} Need a folder for bases. try: SEMEME_HOME=/path/to/folder") from fault
 
 
 def _tell(line: str) -> None:
@@ -86,7 +89,7 @@ def pull(name: str, to: Path | None = None, say: Say = _tell) -> Path:
     known = KNOWN.get(name)
     if known is None:
         raise BaseError(f"no base is named {name!r}: {_known_names(name)}")
-    target = Path(to).expanduser() if to is not None else home() / "bases" / name
+    target = Path(os.path.expanduser(to)) if to is not None else home() / "bases" / name
     if _is_complete(target, name):
         return target
     if to is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):

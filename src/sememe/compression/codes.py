@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sememe import storage
 from sememe.errors import CodesError
 
 FORMAT, VERSION = "sememe-codes", 1
@@ -150,15 +150,9 @@ def is_codes(path: Path) -> bool:
 
 def write_whole(path: Path, content: str) -> None:
     """A file, whole or not at all. Raises CodesError where it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        storage.write(path, content.encode("utf-8"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
 
 

@@ -55,8 +55,8 @@ def decompress_file(model: str, source: Path, out: Path | None = None, batch: in
 
 def check_place(out: Path, source: str | Path) -> None:
     """Raises CodesError where `out` cannot be written, before anything is worked on."""
-    if out.is_dir() or not out.parent.is_dir():
-        what = "is a folder" if out.is_dir() else f"is in {out.parent}, which is no folder"
+    if (out.exists() and not out.is_file()) or not out.parent.is_dir():
+        what = "is a folder, a pipe or a device" if out.exists() else f"is in {out.parent}, which is no folder"
         raise CodesError(f"{out} {what}: need a file in a folder that is there. try: --out codes.json")
     read = [path for path in (Path(source), Path(str(source).rpartition("#")[0])) if path.is_file()]
     if out.exists() and any(out.samefile(path) for path in read):

@@ -4,13 +4,15 @@ Imports nothing large: `tables` writes with it before torch is there.
 """
 
 import json
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sememe import storage
 from sememe.errors import DataError, SememeError
+from sememe.evaluation.inputs import located
 
 CONTRACT = (
     "tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "layer_share", "nll_at_concepts", "nll_in_tail",
@@ -21,20 +23,27 @@ CONTRACT = (
 
 def put(path: Path, value: Any) -> None:
     """A JSON file, whole or not at all; a path that cannot be written is a user fault."""
-    temporary = path.with_name(path.name + ".tmp")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     try:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        storage.write(path, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair becomes \udXXX, as JSON has it
     except OSError as error:
-        raise SememeError(
-            f"could not write {path} ({error.strerror}): need free space in a folder that can be written to. try: another folder"
-        ) from error
+        raise storage.unwritable(path, error) from error
 
 
 def run_recipe(model: str | Path) -> dict[str, Any]:
-    """The recipe of a run folder as plain values; empty for anything else."""
+    """The recipe of a run folder as plain values, its texts where they are now; empty for anything else.
+
+    Raises SememeError where it cannot be read.
+    """
     path = Path(model) / "recipe.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return recipe | {"data": located(Path(model), recipe["data"])}
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        said = str(error).splitlines()[0]
+        raise SememeError(f"{path} cannot be read ({said}): need the recipe of a run. try: another run folder") from error
 
 
 def refuse_trained(model: str | Path, data: str) -> None:
@@ -45,9 +54,13 @@ def refuse_trained(model: str | Path, data: str) -> None:
 
 
 def keep(model: str | Path, name: str, value: dict[str, Any]) -> None:
-    """Puts the figures beside the run, where `model` is one."""
+    """Puts the figures beside the run, where `model` is one. That a run may only be read is a remark on stderr: they are also
+    printed."""
     if run_recipe(model):
-        put(Path(model) / name, value)
+        try:
+            put(Path(model) / name, value)
+        except SememeError as error:
+            print(f"not kept beside the run: {error}", file=sys.stderr)
 
 
 def kept(run: str | Path, name: str, **same: Any) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ def reset_peak(device: torch.device) -> bool:
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
-        RESET.write_text("5")  # Linux: forget the peak of the resident set
+        RESET.write_text("5", encoding="utf-8")  # Linux: forget the peak of the resident set
     except OSError:
         return False
     return True
@@ -84,7 +84,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _kilobytes(file: Path, key: str) -> int | None:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
         return None
     found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]

@@ -1,6 +1,7 @@
 """Answers out of a compressed context, as in SQuAD: beside the whole context, as much of it as there are ids, and none."""
 
 import json
+import os
 import re
 import string
 from collections import Counter
@@ -32,7 +33,7 @@ class Question:
 
 def read_questions(path: str | Path) -> list[Question]:
     """One JSON object a line, with the texts `context` and `question` and the list `answers`. Raises DataError."""
-    path, found = Path(path).expanduser(), []
+    path, found = Path(os.path.expanduser(path)), []
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from sememe import storage
 from sememe.data import read_texts
 from sememe.errors import RecipeError, SememeError
 from sememe.evaluation import alternatives
@@ -163,6 +164,7 @@ def _begin(out: Path, head: dict[str, Any]) -> dict[str, Any]:
     """What OUT/sweep.json holds, if it was measured alike; else a fresh one, not written yet."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        storage.check(out / FILE)
         text = (out / FILE).read_text(encoding="utf-8") if (out / FILE).exists() else None
         found = json.loads(text) if text is not None else head | {"points": [], "alternatives": []}
     except OSError as error:

@@ -266,7 +266,7 @@ def write_weights(state: dict[str, torch.Tensor], folder: Path, metadata: dict[s
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(temporary, folder / WEIGHTS)
         manifest = folder / (MANIFEST + ".tmp")
-        manifest.write_text(json.dumps({WEIGHTS: digest, **metadata}, indent=2))
+        manifest.write_text(json.dumps({WEIGHTS: digest, **metadata}, indent=2), encoding="utf-8")
         os.replace(manifest, folder / MANIFEST)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

@@ -111,7 +111,7 @@ def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[
         raise CheckpointError(f"{model} is a plain base: need a trained model to merge. try: runs/demo")
     if not loaded.foldable:
         loaded.merged()  # says why not
-    temporary = to.with_name(to.name + ".tmp")
+    temporary = to.absolute().with_name(to.absolute().name + ".tmp")  # of `.` too
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         loaded.save_pretrained(temporary)

@@ -1,6 +1,5 @@
 """The page itself: files → figures → template → RUN/report.html or SWEEP/sweep.html, written all or nothing."""
 
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from sememe.report.speed import alternative_rows, is_speed, point_rows, read_spe
 from sememe.report.sweeps import Sweep, is_sweep, read_sweep
 from sememe.report.tiles import tiles, verdict
 from sememe.report.values import show
+from sememe.storage import write
 
 HERE = Path(__file__).parent
 STYLE = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # ours, so not escaped
@@ -65,15 +65,9 @@ def write_speed(folder: Path) -> Path:
 
 
 def _put(page: Path, html: str) -> Path:
-    part = page.with_name(f".{page.name}.{os.getpid()}")
     try:
-        with part.open("w", encoding="utf-8", errors="replace") as out:
-            out.write(html)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, page)
+        write(page, html.encode("utf-8", "replace"))
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(
             f"got {error.strerror} when writing {page}; need a folder with room that can be written to. "
             "try: free some space, or copy the run folder to where you may write"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 from sememe.errors import TrainingError
 from sememe.evaluation.plans import pair_figures
 from sememe.pairs import PairTensors
-from sememe.training.checkpoints import seal
+from sememe.training.checkpoints import rotate, seal
 from sememe.training.instruments import ConceptMeter, gradient_norms, heldout_figures
 from sememe.training.recipe import Recipe
 
@@ -139,7 +140,7 @@ class Recorder(TrainerCallback):
         return {"step": step, "tokens": self.tokens(step), "seconds": round(time.monotonic() - self.started, 2)}
 
     def _write(self, line: dict) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def stopped(self, step: int, reason: str) -> None:
@@ -153,14 +154,18 @@ class Recorder(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C (or SIGTERM) ends the run after the step in progress, with a checkpoint; a second one at once."""
+    """Ctrl-C (or SIGTERM) ends the run after the step in progress, with a checkpoint; a second one at once.
+
+    In a thread other than the main one Python lets nobody handle signals: training there goes on without.
+    """
 
     def __init__(self):
         self.asked = False
         self._old: dict[int, object] = {}
 
     def on_train_begin(self, *args, **kwargs):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
             self._old[number] = signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
@@ -179,8 +184,10 @@ class Stop(TrainerCallback):
 
 
 class Seal(TrainerCallback):
-    """Writes a checkpoint's manifest last: one without it was cut off while saving and is not resumed from."""
+    """Writes a checkpoint's manifest last: one without it was cut off while saving and is not resumed from. Then older ones go.
+    """
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            rotate(Path(args.output_dir))

@@ -1,19 +1,19 @@
 """Recipe → run folder: build, train or resume, save the finished model.
 
-RUN/{recipe.yaml, env.json, metrics.jsonl, checkpoints/checkpoint-N/, model/, tensorboard/}, of a planner also assignments/
+RUN/{recipe.yaml, env.json, inputs.json, metrics.jsonl, checkpoints/checkpoint-N/, model/, tensorboard/}, of a planner also
+assignments/
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-import yaml
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
@@ -24,17 +24,19 @@ from sememe.models.planner import PlannerForCausalLM
 from sememe.models.writing import Writing
 from sememe.training.build import base_and_tokenizer, build_blocks, build_model, build_pairs
 from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop
-from sememe.training.checkpoints import last_checkpoint
+from sememe.training.checkpoints import last_checkpoint, step_of
 from sememe.training.codes import Revive
 from sememe.training.instruments import ConceptMeter
 from sememe.training.pairing import PairExamples
-from sememe.training.recipe import CONCEPTS, Recipe, check_recipe
+from sememe.training.recipe import CONCEPTS, Recipe
+from sememe.training.resume import open_run, same_run
 from sememe.training.search import PlanMeter, Search, first_plans, stage
 from sememe.training.trainer import Blocks, ConceptTrainer
 
 
 def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: bool = True) -> Path:
-    """Trains `recipe` into `run` and returns RUN/model. A finished run is left as it is; an unfinished one resumes.
+    """Trains `recipe` into `run` and returns RUN/model. A finished run is left as it is; an unfinished one resumes, and one with
+    fewer steps is made longer. In a thread other than the main one there is no Ctrl-C handling.
 
     Raises:
         RecipeError: `run` holds another recipe, or batch_size does not divide among processes and parts.
@@ -75,7 +77,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     if isinstance(model, PlannerForCausalLM) and checkpoint is None:
         first_NP = first_plans(recipe, model, examples.pairs, tokenizer, say)
     if first:
-        _open_run(recipe, run)
+        open_run(recipe, run, _environment(recipe), model.config.base_sha256, checkpoint, say)
     meter, stop = None, Stop()
     callbacks = [Finite(), stop, Seal()]
     if isinstance(model, Writing):
@@ -96,7 +98,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     trainer.remove_callback(transformers.ProgressCallback)
     try:
         if checkpoint is not None:
-            say(f"resuming from step {checkpoint.name.split('-')[1]} of {recipe.steps}")
+            say(f"resuming from step {step_of(checkpoint)} of {recipe.steps}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < recipe.steps:
             raise Interrupted(
@@ -127,36 +129,13 @@ def _say_start(say, found: dict[str, float]) -> None:
         say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
 
 
-def same_run(recipe: Recipe, run: Path) -> bool:
-    """True where `run` is a finished run of this recipe; False where it is new or unfinished.
-
-    Raises RecipeError where it holds another recipe.
-    """
-    if not (run / "recipe.yaml").is_file():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise RecipeError(f"{run} is there and is no run folder: need an empty or new one. try: another --out")
-        return False
-    held = check_recipe(yaml.safe_load((run / "recipe.yaml").read_text()), str(run / "recipe.yaml"))
-    if held != recipe:
-        a, b = held.model_dump(), recipe.model_dump()
-        key = next(k for k in a if a[k] != b[k])
-        raise RecipeError(
-            f"{run} holds a run with {key} = {a[key]}, not {b[key]}: need the same recipe to resume. try: another --out"
-        )
-    return (run / "model" / "manifest.json").is_file()
-
-
-def _open_run(recipe: Recipe, run: Path) -> None:
-    run.mkdir(parents=True, exist_ok=True)
+def _environment(recipe: Recipe) -> dict[str, Any]:
     packages = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensors")
-    environment = {
+    return {
         "python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "precision": precision(recipe), **{name: importlib.metadata.version(name) for name in packages},
     }
-    for name, text in (("env.json", json.dumps(environment, indent=2)), ("recipe.yaml", recipe.yaml())):
-        (run / f"{name}.tmp").write_text(text)
-        os.replace(run / f"{name}.tmp", run / name)
 
 
 def precision(recipe: Recipe) -> str:
@@ -176,7 +155,7 @@ def _arguments(recipe: Recipe, run: Path, world: int) -> TrainingArguments:
         gradient_accumulation_steps=recipe.gradient_accumulation, max_grad_norm=1.0,
         bf16=precision(recipe) == "bf16",
         logging_steps=recipe.log_every, logging_nan_inf_filter=False, save_strategy="steps",
-        save_steps=recipe.save_every, save_total_limit=2, seed=recipe.seed, report_to=["tensorboard"],
+        save_steps=recipe.save_every, seed=recipe.seed, report_to=["tensorboard"],
         disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False, ignore_data_skip=False,
     )

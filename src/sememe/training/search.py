@@ -148,7 +148,7 @@ class Search(TrainerCallback):
         if checkpoint is not None:
             shutil.copytree(checkpoint / FOLDER, self.folder)
             if (self.folder / DUE).exists():  # not in those of earlier versions
-                self.next, self.interval = json.loads((self.folder / DUE).read_text())
+                self.next, self.interval = json.loads((self.folder / DUE).read_text(encoding="utf-8"))
         self.store = Assignments.open(self.folder, shape, len(examples.pairs), examples.pairs.digest())
         if first_NP is not None:
             self.store.write(torch.arange(len(first_NP)), first_NP)
@@ -181,7 +181,7 @@ class Search(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER
         self.store.copy_to(kept)
-        (kept / DUE).write_text(json.dumps([self.next, self.interval]))
+        (kept / DUE).write_text(json.dumps([self.next, self.interval]), encoding="utf-8")
 
 
 def stage(model: PlannerForCausalLM, recipe: Recipe, warm: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
+from sememe import storage
 from sememe.data import read_texts
 from sememe.errors import Interrupted, RecipeError, SememeError
 from sememe.evaluation.figures import CONTRACT, kept, put
@@ -257,7 +258,7 @@ def held_run(recipe: Recipe, out: Path) -> Path | None:
 @lru_cache(maxsize=1000)
 def _read(path: Path, changed: int) -> Recipe | None:
     with suppress(SememeError, OSError, ValueError, yaml.YAMLError):
-        return check_recipe(yaml.safe_load(path.read_text()), str(path))
+        return check_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     return None
 
 
@@ -317,6 +318,7 @@ def _check_place(out: Path) -> None:
 def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        storage.check(out / "sweep.json")
     except OSError as error:
         raise RecipeError(
             f"{out} cannot be made ({error.strerror}): need a folder that can be written to. try: another --out"

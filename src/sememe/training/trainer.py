@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with a fixed batch order, two learning rates, a schedule, and no non-finite step."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,15 @@ from sememe.training.instruments import ConceptMeter
 from sememe.training.pairing import PairExamples
 from sememe.training.recipe import Recipe, ramp
 from sememe.training.search import PlanMeter
+
+
+def cosine(step: int, steps: int) -> float:
+    """The learning rate's share of its peak at a step: linear warm-up over 5 % of the steps, cosine to 10 %."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 class Blocks(Dataset):
@@ -63,14 +73,8 @@ class ConceptTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Linear warm-up over 5 % of the steps, cosine to 10 %."""
-        warm = max(1, num_training_steps // 20)
-
-        def factor(step: int) -> float:
-            if step < warm:
-                return (step + 1) / warm
-            done = (step - warm) / max(1, num_training_steps - warm)
-            return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        """`cosine`, of LoRA times its ramp."""
+        factor = partial(cosine, steps=num_training_steps)
 
         def lora_factor(step: int) -> float:
             return factor(step) * ramp(step / max(1, num_training_steps - 1), *self.recipe.schedule.lora)
