@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +24,10 @@ def runs(tmp_path_factory, base_folder, texts):
     recipe.write_text(yaml.safe_dump(tiny_recipe(base_folder, texts) | {"steps": 6}))
     sememe("train", recipe, "--out", folder / "r", "--json", folder / "train.json")
     sememe("train", recipe, "system=control", "--out", folder / "r-control")
+    shutil.copy(texts[0], folder / "copy.txt")
+    shutil.copytree(folder / "r", folder / "moved", symlinks=True)  # its training text is no longer where the recipe says
+    moved = (folder / "moved" / "recipe.yaml").read_text().replace(str(texts[0]), "gone.txt")
+    (folder / "moved" / "recipe.yaml").write_text(moved)
     return folder
 
 
@@ -105,6 +110,22 @@ def test_export_needs_no_base(runs):
     (("train", "missing.yaml"), "no recipe at missing.yaml"),
     (("evaluate", "RUNS/r", "--data", "missing.txt"), "missing.txt"),
     (("evaluate", "RUNS/r", "--data", "TRAIN"), "is what .* was trained on"),
+    (("evaluate", "RUNS/r", "--data", "RUNS/copy.txt"), "is what .* was trained on"),
+    (("ablate", "RUNS/r", "--data", "RUNS/copy.txt#text"), "is what .* was trained on"),
+    (("evaluate", "RUNS/moved", "--data", "RUNS/copy.txt"), "is what .* was trained on"),
+    (("evaluate", "RUNS/r", "--data", "once upon a time " * 30), r"\(510 characters\) does not exist"),
+    (("generate", "x" * 300, "--prompt", "cat"), r"\(300 characters\)' is neither a known base"),
+    (("generate", "RUNS/r", "--prompt", "caf\udce9"), "the prompt has half of a character"),
+    (("train", "x" * 300), "cannot be used as a path"),
+    (("train", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
+    (("train", "RUNS/tiny.yaml", "sequence_length=300", "--out", "RUNS/long"), "300 tokens .* 256.*sequence_length=256"),
+    (("sweep", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
+    (("evaluate", "RUNS/r", "--sequence-length", "300"), "300 tokens .* places for 256.*--sequence-length 256"),
+    (("ablate", "RUNS/r", "--sequence-length", "300"), "300 tokens .* places for 256"),
+    (("benchmark", "RUNS/r", "--prompt-tokens", "200"), "200 tokens of text and 64 behind them.*--prompt-tokens 192"),
+    (("report", "x" * 300), "cannot be used as a path"),
+    (("doctor", "x" * 300), "cannot be used as a path"),
+    (("export", "RUNS/r", "--to", "x" * 300), "cannot be used as a path"),
     (("evaluate", "RUNS/nowhere/at/all", "--data", "HELD"), "neither a known base"),
     (("evaluate", "RUNS/r", "--data", "HELD", "--control", "RUNS"), "holds no model"),
     (("generate", "RUNS/r", "--prompt", "  "), "the prompt is empty"),
@@ -123,6 +144,7 @@ def test_bad_input_is_one_sentence(runs, texts, words, said):
     message = sememe(*words, code=1)
     assert re.search(said, message), message
     assert "try: " in message and "\n" not in message
+    assert not (runs / "long").exists(), "nothing is begun"
 
 
 def test_a_fault_ends_with_one_line_and_code_1(tmp_path):

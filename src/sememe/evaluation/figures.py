@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from sememe.errors import DataError, SememeError
+from sememe.errors import SememeError
+from sememe.paths import existing, usable
 
 CONTRACT = (
     "tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "layer_share", "nll_at_concepts", "nll_in_tail",
@@ -33,21 +34,15 @@ def put(path: Path, value: Any) -> None:
 
 def run_recipe(model: str | Path) -> dict[str, Any]:
     """The recipe of a run folder as plain values; empty for anything else."""
-    path = Path(model) / "recipe.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
-
-
-def refuse_trained(model: str | Path, data: str) -> None:
-    """Raises DataError where a text is the one that the run was trained on."""
-    recipe = run_recipe(model)
-    if recipe and Path(recipe["data"]["train"]).resolve() == Path(data).resolve() and Path(data).exists():
-        raise DataError(f"{data} is what {model} was trained on: need held-out text. try: {recipe['data']['heldout']}")
+    folder = existing(model)
+    path = None if folder is None else folder / "recipe.yaml"
+    return yaml.safe_load(path.read_text()) if path is not None and path.is_file() else {}
 
 
 def keep(model: str | Path, name: str, value: dict[str, Any]) -> None:
     """Puts the figures beside the run, where `model` is one."""
     if run_recipe(model):
-        put(Path(model) / name, value)
+        put(usable(model) / name, value)
 
 
 def kept(run: str | Path, name: str, **same: Any) -> dict[str, Any] | None:

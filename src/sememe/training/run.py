@@ -21,7 +21,8 @@ from sememe.concepts.signals import SignalReader
 from sememe.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from sememe.models.planner import PlannerForCausalLM
 from sememe.models.writing import Writing
-from sememe.training.build import base_and_tokenizer, build_blocks, build_model, build_pairs
+from sememe.paths import usable
+from sememe.training.build import base_and_tokenizer, build_blocks, build_model, build_pairs, check_apart
 from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint
 from sememe.training.codes import Revive
@@ -36,11 +37,12 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     """Trains `recipe` into `run` and returns RUN/model. A finished run is left as it is; an unfinished one resumes.
 
     Raises:
+        DataError: missing, empty or too short text, held-out text that is the training text, or sequences too long for the base.
         RecipeError: `run` holds another recipe, or batch_size does not divide among processes and parts.
         TrainingError: a non-finite loss or gradient, or a disk that cannot take the checkpoint.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
+    run, first = usable(run), int(os.environ.get("RANK", "0")) == 0
     world = int(os.environ.get("WORLD_SIZE", "1"))
     # The other ranks look only at a finished run: an unfinished one is being opened by the first at this moment.
     if (first or (run / "model" / "manifest.json").is_file()) and same_run(recipe, run):
@@ -56,6 +58,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     if recipe.system == "planner" and world > 1:
         raise RecipeError(f"system = planner in {world} processes: need one, E-steps are not shared out. try: sememe train "
                           "without torchrun")
+    train_sha256 = check_apart(recipe)
     folder, tokenizer = base_and_tokenizer(recipe, say)
     if recipe.pairs is None:
         blocks_NT, heldout = build_blocks(recipe, tokenizer)
@@ -74,7 +77,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     if isinstance(model, PlannerForCausalLM) and checkpoint is None:
         first_NP = first_plans(recipe, model, examples.pairs, tokenizer, say)
     if first:
-        _open_run(recipe, run)
+        _open_run(recipe, run, train_sha256)
     meter, stop = None, Stop()
     callbacks = [Finite(), stop, Seal()]
     if isinstance(model, Writing):
@@ -129,8 +132,9 @@ def _say_start(say, found: dict[str, float]) -> None:
 def same_run(recipe: Recipe, run: Path) -> bool:
     """True where `run` is a finished run of this recipe; False where it is new or unfinished.
 
-    Raises RecipeError where it holds another recipe.
+    Raises RecipeError where it holds another recipe, SememeError where it cannot be a path.
     """
+    run = usable(run)
     if not (run / "recipe.yaml").is_file():
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise RecipeError(f"{run} is there and is no run folder: need an empty or new one. try: another --out")
@@ -145,13 +149,14 @@ def same_run(recipe: Recipe, run: Path) -> bool:
     return (run / "model" / "manifest.json").is_file()
 
 
-def _open_run(recipe: Recipe, run: Path) -> None:
+def _open_run(recipe: Recipe, run: Path, train_sha256: str) -> None:
     run.mkdir(parents=True, exist_ok=True)
     packages = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensors")
     environment = {
         "python": platform.python_version(), "machine": platform.machine(), "cpus": os.cpu_count(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "precision": precision(recipe), **{name: importlib.metadata.version(name) for name in packages},
+        "precision": precision(recipe), "train_sha256": train_sha256,
+        **{name: importlib.metadata.version(name) for name in packages},
     }
     for name, text in (("env.json", json.dumps(environment, indent=2)), ("recipe.yaml", recipe.yaml())):
         (run / f"{name}.tmp").write_text(text)
