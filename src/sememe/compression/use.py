@@ -15,7 +15,7 @@ from sememe.compression.codes import Codes, Document, Window
 from sememe.compression.opening import Opened, check_writer, opened
 from sememe.compression.partial import Partial
 from sememe.compression.windows import batches, cut_texts
-from sememe.errors import CodesError, DataError
+from sememe.errors import CodesError
 from sememe.models.loading import check_length
 
 
@@ -59,8 +59,6 @@ def compress_texts(use: Opened, texts: list[str], window: int | None, batch: int
                    ) -> tuple[Codes, dict[str, Any], Partial]:
     """Codes, figures, and what is kept of them beside `out`."""
     config, window = use.model.config, min(use.window, use.longest) if window is None else window
-    if window < 1:
-        raise DataError(f"a window of {window} tokens: need at least 1. try: --window {min(use.window, use.longest)}")
     check_length(use.longest, window, "--window ")
     documents = cut_texts(texts, use.tokenizer, window)
     rows = [cut.ids for cuts in documents for cut in cuts]

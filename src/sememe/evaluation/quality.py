@@ -135,7 +135,7 @@ def evaluate(model, tokenizer, blocks: TextBlocks, control=None, batch: int = 4,
     if not torch.isfinite(nll_NT).all():
         raise DataError(f"the NLL is {nll}: need finite logits. try: another checkpoint, or float32")
     control_NT = token_nll(control, ids_NT, batch, tick=tick)[0] if control is not None else None
-    num_bytes = int(blocks.bytes_NT[:, 1:].sum())
+    num_bytes = int(blocks.bytes_NT[: len(nll_NT), 1:].sum())
     result: dict[str, Any] = {
         "tokens": nll_NT.numel(), "nll": nll,
         "bits_per_byte": float(nll_NT.double().sum()) / math.log(2) / num_bytes if num_bytes else None,

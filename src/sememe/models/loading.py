@@ -91,12 +91,13 @@ def longest_text(config, opened: bool | None = None) -> int:
 
 
 def check_length(longest: int, tokens: int, option: str, more: int = 0) -> None:
-    """Raises DataError where a text of `tokens`, and `more` behind it, go beyond the `longest` that the base has places for:
-    what a model says there means nothing. `option`: what a user sets `tokens` with."""
-    if tokens + more > longest:
+    """Raises DataError where a text of `tokens` (at least 1), and `more` behind it, go beyond the `longest` that the base has
+    places for: what a model says there means nothing. `option`: what a user sets `tokens` with."""
+    most = max(1, longest - more)
+    if not 1 <= tokens <= longest - more:
         behind = f" and {more} behind them" if more else ""
-        raise DataError(f"got {tokens} tokens of text{behind}, and this base has places for {longest}: need "
-                        f"{max(1, longest - more)} at most. try: {option}{max(1, longest - more)}")
+        raise DataError(f"got {tokens} tokens of text{behind}, and this base has places for {longest}: need 1 to {most}. "
+                        f"try: {option}{most}")
 
 
 def set_rate(config, rate: float, model: str | Path) -> None:
