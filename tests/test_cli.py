@@ -106,6 +106,17 @@ def test_export_needs_no_base(runs):
     assert "sat" in sememe("generate", runs / "merged", "--prompt", "the cat sat", "--max-new-tokens", 2)
 
 
+def test_bits_per_byte_are_of_the_text(runs, tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "gö"}\n' * 60)  # three bytes, three tokens, and one for the eos
+    sememe("evaluate", runs / "r", "--data", tmp_path / "short.jsonl", "--sequence-length", 9, "--tokens", 90, "--json",
+           tmp_path / "e.json")
+    found = json.loads((tmp_path / "e.json").read_text())
+    stream = ([1, 1, 1] + [0, 1, 1, 1] * 59)[:90]  # the first text has no eos ahead of it
+    num_bytes = sum(sum(stream[start + 1 : start + 9]) for start in range(0, 90, 9))
+    assert found["tokens"] == 80 and num_bytes == 60
+    assert found["bits_per_byte"] == pytest.approx(found["nll"] * 80 / math.log(2) / num_bytes)
+
+
 @pytest.mark.parametrize("words, said", [
     (("train", "missing.yaml"), "no recipe at missing.yaml"),
     (("evaluate", "RUNS/r", "--data", "missing.txt"), "missing.txt"),

@@ -132,7 +132,7 @@ def test_a_point_beyond_the_base_is_a_row_that_says_so(swept):
     skipped = [one for one in json.loads((out / "sweep.json").read_text())["points"] if one["fault"]]
     assert {one["prompt_tokens"] for one in skipped} == {300} and "decode_speedup" not in skipped[0]
     assert skipped[0]["fault"].startswith("got 300 tokens of text and 6 behind them, and this base has places for 256")
-    assert "and 7 more: 300 + 6 tokens" in printed and "try: --prompt-lengths 250" in printed
+    assert "and 7 more: got 300 tokens" in printed and "try: --prompt-lengths 250" in printed
 
 
 def test_alternatives_without_llama(swept):
