@@ -12,7 +12,7 @@ import yaml
 from conftest import byte_tokenizer, sememe
 from families import online_over, text, tiny_online
 from sememe.concepts.ablation import ablate, parse
-from sememe.data import token_blocks
+from sememe.data import TextBlocks, token_blocks
 from sememe.errors import CheckpointError
 from sememe.evaluation.ablation import DRAWN, ablation_curve, passes
 from sememe.evaluation.dial import dial
@@ -142,13 +142,17 @@ def test_drop_sets_states_to_zero_and_leaves_the_others(monkeypatch):
     assert torch.equal(e_BCD[kept], plain[kept])
 
 
+def blocks_of(ids):
+    return TextBlocks(ids, torch.ones_like(ids), b"x" * ids.numel())
+
+
 def test_the_curve():
     model, ids = tiny_online(), text(5, 32)
     ticks, shares = [], (0.0, 0.25, 0.5, 1.0)
     found = ablation_curve(model, ids, shares, seeds=2, batch=4, tick=ticks.append)
     assert sum(ticks) == passes(shares, 2) * ids.numel()
     assert found["batch"] == 5, "a last batch of one row would keep its own codes under swap"
-    whole = evaluate(model, byte_tokenizer(), ids, batch=5, samples=0)
+    whole = evaluate(model, byte_tokenizer(), blocks_of(ids), batch=5, samples=0)
     assert found["nll"] == whole["nll"] and found["concept_rate"] == pytest.approx(whole["concept_rate"])
     assert found["zero"]["delta_nll"] == whole["delta_nll_zero"]
     for kind in ("shuffle", "random"):  # of several seeds the first is the one that every evaluation takes
@@ -169,7 +173,7 @@ def test_the_dial_holds_its_rates_and_is_put_back():
     model, ids = tiny_online(), text(4, 64)
     rows = dial(model, ids, (0.2, 0.4, 0.75, 1.0), control_nll=1.0)
     assert model.config.rate == 0.4
-    assert rows[1]["nll"] == evaluate(model, byte_tokenizer(), ids, samples=0)["nll"]
+    assert rows[1]["nll"] == evaluate(model, byte_tokenizer(), blocks_of(ids), samples=0)["nll"]
     for row in rows:
         # The weak feedback of these models lets rows of 64 tokens end 6 % off; a dial that does nothing is 20 % off.
         assert abs(row["concept_rate"] - row["target_rate"]) < 0.1

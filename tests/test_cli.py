@@ -24,6 +24,10 @@ def runs(tmp_path_factory, base_folder, texts):
     recipe.write_text(yaml.safe_dump(tiny_recipe(base_folder, texts) | {"steps": 6}))
     sememe("train", recipe, "--out", folder / "r", "--json", folder / "train.json")
     sememe("train", recipe, "system=control", "--out", folder / "r-control")
+    shutil.copy(texts[0], folder / "copy.txt")
+    shutil.copytree(folder / "r", folder / "moved", symlinks=True)  # its training text is no longer where the recipe says
+    moved = (folder / "moved" / "recipe.yaml").read_text().replace(str(texts[0]), "gone.txt")
+    (folder / "moved" / "recipe.yaml").write_text(moved)
     return folder
 
 
@@ -113,10 +117,37 @@ def test_export_needs_no_base(runs):
     assert "sat" in sememe("generate", runs / "merged", "--prompt", "the cat sat", "--max-new-tokens", 2)
 
 
+def test_bits_per_byte_are_of_the_text(runs, tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "gö"}\n' * 60)  # three bytes, three tokens, and one for the eos
+    sememe("evaluate", runs / "r", "--data", tmp_path / "short.jsonl", "--sequence-length", 9, "--tokens", 90, "--json",
+           tmp_path / "e.json")
+    found = json.loads((tmp_path / "e.json").read_text())
+    stream = ([1, 1, 1] + [0, 1, 1, 1] * 59)[:90]  # the first text has no eos ahead of it
+    num_bytes = sum(sum(stream[start + 1 : start + 9]) for start in range(0, 90, 9))
+    assert found["tokens"] == 80 and num_bytes == 60
+    assert found["bits_per_byte"] == pytest.approx(found["nll"] * 80 / math.log(2) / num_bytes)
+
+
 @pytest.mark.parametrize("words, said", [
     (("train", "missing.yaml"), "no recipe at missing.yaml"),
     (("evaluate", "RUNS/r", "--data", "missing.txt"), "missing.txt"),
     (("evaluate", "RUNS/r", "--data", "TRAIN"), "is what .* was trained on"),
+    (("evaluate", "RUNS/r", "--data", "RUNS/copy.txt"), "is what .* was trained on"),
+    (("ablate", "RUNS/r", "--data", "RUNS/copy.txt#text"), "is what .* was trained on"),
+    (("evaluate", "RUNS/moved", "--data", "RUNS/copy.txt"), "is what .* was trained on"),
+    (("evaluate", "RUNS/r", "--data", "once upon a time " * 30), r"\(510 characters\) does not exist"),
+    (("generate", "x" * 300, "--prompt", "cat"), r"\(300 characters\)' is neither a known base"),
+    (("generate", "RUNS/r", "--prompt", "caf\udce9"), "the prompt has half of a character"),
+    (("train", "x" * 300), "cannot be used as a path"),
+    (("train", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
+    (("train", "RUNS/tiny.yaml", "sequence_length=300", "--out", "RUNS/long"), "300 tokens .* 256.*sequence_length=256"),
+    (("sweep", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
+    (("evaluate", "RUNS/r", "--sequence-length", "300"), "300 tokens .* places for 256.*--sequence-length 256"),
+    (("ablate", "RUNS/r", "--sequence-length", "300"), "300 tokens .* places for 256"),
+    (("benchmark", "RUNS/r", "--prompt-tokens", "200"), "200 tokens of text and 64 behind them.*--prompt-tokens 192"),
+    (("report", "x" * 300), "cannot be used as a path"),
+    (("doctor", "x" * 300), "cannot be used as a path"),
+    (("export", "RUNS/r", "--to", "x" * 300), "cannot be used as a path"),
     (("evaluate", "RUNS/nowhere/at/all", "--data", "HELD"), "neither a known base"),
     (("evaluate", "RUNS/r", "--data", "HELD", "--control", "RUNS"), "holds no model"),
     (("generate", "RUNS/r", "--prompt", "  "), "the prompt is empty"),
@@ -135,6 +166,7 @@ def test_bad_input_is_one_sentence(runs, texts, words, said):
     message = sememe(*words, code=1)
     assert re.search(said, message), message
     assert "try: " in message and "\n" not in message
+    assert not (runs / "long").exists(), "nothing is begun"
 
 
 def test_a_fault_ends_with_one_line_and_code_1(tmp_path):

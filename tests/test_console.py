@@ -135,6 +135,6 @@ def test_json_is_written_before_figures_are_printed(name):
         calls = [(node.lineno, ast.unparse(node.func)) for node in ast.walk(function) if isinstance(node, ast.Call)]
         json = [line for line, called in calls if called == "write_json"]
         shown = [line for line, called in calls if re.match(r"show\b|show_|table$|\(show", called)]
-        assert not json or not shown or min(json) < min(shown), function.name
+        assert not json or not shown or min(json) <= min(shown), function.name  # or within it, as its `show`
         seen += bool(json and shown)
     assert seen

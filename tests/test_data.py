@@ -7,11 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sememe import data
 from sememe.errors import DataError
+from sememe.paths import source_sha256
 
 WORDS = "the quick brown fox, it jumps over 12 lazy dogs.\nAnd then: two\n\nparagraphs  with   gaps 3.\n"
 
@@ -74,6 +75,8 @@ def test_a_hash_in_a_file_name_is_no_field(tmp_path: Path) -> None:
     (b'["a"]', "line 3 holds a list"),
     (b'{"txt": "a"}', r"line 3 has no field 'text', it has 'txt'.*FILE#txt"),
     (b'{"text": 7}', "line 3 has a int in 'text'"),
+    (b'{"text": null}', "line 3 has null in 'text'.*try: drop that row"),
+    (b'{"text": "cut \\ud83d off"}', r"line 3, field 'text', has half of a character \('\\ud83d'\) at character 4"),
 ])
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     path = tmp_path / "a.jsonl"
@@ -82,12 +85,21 @@ def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, said: str) -> No
         data.read_texts(str(path))
 
 
+def test_a_byte_order_mark_alone_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\n{"text": "one"}\n')
+    assert data.read_texts(str(path)) == ["one"]
+
+
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["one", "two"], "n": [1, 2]}), path)
     assert data.read_texts(str(path)) == ["one", "two"]
     with pytest.raises(DataError, match="row 0 has a int in 'n'"):
         data.read_texts(f"{path}#n")
+    pq.write_table(pa.table({"text": ["one", None]}), tmp_path / "null.parquet")
+    with pytest.raises(DataError, match="row 1 has null in 'text'"):
+        data.read_texts(str(tmp_path / "null.parquet"))
     with pytest.raises(DataError, match="no field 'body', it has 'text', 'n'"):
         data.read_texts(f"{path}#body")
     path.write_bytes(b"not parquet")
@@ -100,6 +112,32 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(data, "_from_datasets", lambda *args: pytest.fail("a path is no dataset id"))
     with pytest.raises(DataError, match=r"does not exist.*Did you mean .*stories\.txt\?"):
         data.read_texts(str(tmp_path / "storys.txt"))
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("data/a#b/missing.txt", r"^data/a#b/missing\.txt does not exist"),
+    ("missing.txt#body", r"^missing\.txt#body does not exist"),
+    ("once upon a time " * 30, r"^once upon .{60,80}… \(510 characters\) does not exist.*try: put a text into a \.txt file"),
+    ("nul\0.txt", "does not exist"),
+    ("~nobody-of-that-name/a.txt", "does not exist"),
+    ("x" * 300 + ".jsonl", "does not exist"),
+])
+def test_what_is_no_path_is_one_sentence(source: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        data.read_texts(source)
+    assert len(source_sha256(source)) == 64
+
+
+def test_a_source_is_told_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jsonl", "copy.jsonl"):
+        (tmp_path / name).write_text('{"text": "one", "body": "two"}\n')
+    (tmp_path / "a.txt").write_text("one")
+    monkeypatch.chdir(tmp_path)
+    same = {source_sha256(str(name)) for name in ("a.jsonl", "a.jsonl#text", tmp_path / "a.jsonl", "copy.jsonl#text")}
+    assert len(same) == 1
+    others = {source_sha256(name) for name in ("a.jsonl#body", "a.txt", "org/name", "org/name#body")}
+    assert len(others | same) == 5
+    assert source_sha256("a.txt") == source_sha256("a.txt#any")
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
@@ -191,6 +229,47 @@ def test_pieces_never_lose_a_character(monkeypatch: pytest.MonkeyPatch, text: st
     pieces = list(data._pieces(text))
     assert "".join(pieces) == text
     assert len(pieces) > 1
+
+
+MIXED = "Ünïcode 👩‍👩‍👧 日本語\r\n\n  and  spaces \t at the end 🙂 \n"
+
+
+@pytest.mark.parametrize("kind", ["byte level", "trimmed", "prefix", "slow"])
+def test_blocks_have_the_bytes_of_the_source(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = {"prefix": pre_tokenizers.Split("▁", "merged_with_next")}.get(kind, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    space = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]) if kind == "prefix" else None
+    tokenizer = train(pieces, "<eos>", space)
+    if kind == "trimmed":  # as GPT-2: offsets leave white space out
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    if kind == "slow":
+        fast = tokenizer
+        tokenizer = lambda texts, **options: fast(texts, **options)  # noqa: E731
+        tokenizer.eos_token_id = fast.eos_token_id
+    monkeypatch.setattr(data, "PIECE_CHARS", 30)
+    texts = [MIXED, " ", "go", MIXED * 3, "go"]
+    whole = "".join(text for text in texts if text.strip()).encode()
+    made = data.text_blocks(texts, tokenizer, 1)
+    assert made.text == whole == b"".join(made.windows())
+    assert made.ids_NT.tolist() == data.token_blocks(texts, tokenizer, 1).tolist()
+    assert int(made.bytes_NT.sum()) == len(whole)
+    assert int(made.bytes_NT.min()) >= 0
+    eos = made.ids_NT == tokenizer.eos_token_id
+    assert int(eos.sum()) == 3
+    assert int(made.bytes_NT[eos].sum()) == 0
+    few = data.text_blocks(texts, tokenizer, 7, limit=50)
+    assert few.ids_NT.tolist() == data.token_blocks(texts, tokenizer, 7, limit=50).tolist()
+    assert few.bytes_NT.flatten().tolist() == made.bytes_NT.flatten()[: few.ids_NT.numel()].tolist()
+    assert whole.startswith(few.text)
+    assert [len(window) for window in few.windows()] == few.bytes_NT.sum(1).tolist()
+
+
+def test_a_row_that_is_cut_inside_a_character_has_its_own_bytes() -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = data.text_blocks([MIXED], PreTrainedTokenizerFast(tokenizer_object=raw), 5)  # one token a byte
+    assert set(made.bytes_NT.flatten().tolist()) == {1}
+    assert made.windows() == [MIXED.encode()[at : at + 5] for at in range(0, made.ids_NT.numel(), 5)]
 
 
 def test_limit_is_exact_and_stops_the_tokenizer(

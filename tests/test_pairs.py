@@ -41,8 +41,9 @@ def test_two_named_fields_of_a_jsonl_and_a_parquet(tmp_path):
 @pytest.mark.parametrize(("row", "said"), [
     ({"instruction": "x", "response": " \n"}, r"line 3 has nothing in 'response'"),
     ({"instruction": "", "response": "y"}, r"line 3 has nothing in 'instruction'"),
+    ({"instruction": "x", "response": "\ud83d"}, r"line 3, field 'response', has half of a character"),
     ({"instruction": "x"}, r"line 3 has no field 'response', it has 'instruction'"),
-    ({"instruction": "x", "response": None}, r"line 3 has a NoneType in 'response'"),
+    ({"instruction": "x", "response": None}, r"line 3 has null in 'response'"),
 ])
 def test_an_empty_or_missing_field_names_its_line(tmp_path, row, said):
     path = jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "response": "y"}, row])  # a blank line stands between
@@ -134,6 +135,12 @@ def test_a_tokenizer_without_eos_and_pad_ends_nothing():
     made = pair_tensors([Pair("ab", "c"), Pair("a", "cd")], bare, 4, 4)
     assert made.target_NY.shape == (2, 2) and made.target_NY[0, 1] == -100
     assert made.source_NU[1, 0] == 0 and made.source_mask_NU[1].tolist() == [0, 1]
+
+
+def test_bytes_of_targets_are_those_of_the_text_without_what_was_cut(tokenizer):
+    made = pair_tensors([Pair("a", "日本"), Pair("a", "日"), Pair("a", "bc")], tokenizer, 4, 4)  # one token a byte
+    assert made.target_bytes_N.tolist() == [4, 3, 2], "an end of text has none, half a character those that are there"
+    assert made.rows(torch.tensor([2, 0])).target_bytes_N.tolist() == [2, 4]
 
 
 def test_the_digest_is_of_ids_and_shapes_alone(tokenizer):

@@ -233,6 +233,13 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
         with pytest.raises(DataError, match=said):
             run({**values, "data": {**values["data"], "train": str(same)}, "plan": {**values["plan"], "begins": begins}},
                 tmp_path / "r")
+    same.write_text(json.dumps({"instruction": "x" * 200, "response": "y" * 100}) + "\n")
+    long = {**values, "data": {**values["data"], "train": str(same)}, "source_length": 200, "target_length": 100}
+    with pytest.raises(DataError, match=r"got 200 tokens of text and 100 behind them, .* places for 255.*source_length=155"):
+        run({**long, "system": "control"}, tmp_path / "r")
+    same.write_text(json.dumps({"instruction": "x", "response": "y" * 255}) + "\n")
+    with pytest.raises(DataError, match=r"255 tokens of text .*try: target_length="):
+        run({**long, "target_length": 255}, tmp_path / "r")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match=r"in 2 processes: need one"):
         run(values, tmp_path / "r")

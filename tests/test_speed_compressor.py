@@ -136,7 +136,7 @@ def test_benchmark_prints_keeps_and_is_drawn(run, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("RUN", "--prompt-tokens", "300"), "a window of 300 tokens: need 1 to 255.*try: --prompt-tokens 255"),
+    (("RUN", "--prompt-tokens", "300"), "got 300 tokens .*need 1 to 255.*try: --prompt-tokens 255"),
     (("RUN", "--new-tokens", "8"), "got --new-tokens, which is not for a compressor"),
     (("RUN", "--no-training"), "got --training, which is not for a compressor"),
     (("RUN", "--dtype", "float8"), "need one of float32"),

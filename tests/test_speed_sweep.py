@@ -131,8 +131,8 @@ def test_a_point_beyond_the_base_is_a_row_that_says_so(swept):
     out, printed = swept
     skipped = [one for one in json.loads((out / "sweep.json").read_text())["points"] if one["fault"]]
     assert {one["prompt_tokens"] for one in skipped} == {300} and "decode_speedup" not in skipped[0]
-    assert skipped[0]["fault"].startswith("300 + 6 tokens, but the base has 256 places")
-    assert "and 7 more: 300 + 6 tokens" in printed and "try: --prompt-lengths 250" in printed
+    assert skipped[0]["fault"].startswith("got 300 tokens of text and 6 behind them, and this base has places for 256")
+    assert "and 7 more: got 300 tokens" in printed and "try: --prompt-lengths 250" in printed
 
 
 def test_alternatives_without_llama(swept):
@@ -224,7 +224,7 @@ def test_splits_of_a_run_are_untrained_with_its_sizes(runs, tmp_path):
     (("BASE", "--splits", "a/b/c"), "need shallow/middle/deep layers"),
     (("BASE", "--dtype", "float8"), "need one of float32"),
     (("BASE", "--data", "missing.txt"), "missing.txt does not exist"),
-    (("BASE", "--prompt-lengths", "400"), "none of 3 points could be timed.*256 places"),
+    (("BASE", "--prompt-lengths", "400"), "none of 3 points could be timed.*places for 256"),
     (("RUNS/c",), "has no concepts"),
     (("no-such-base",), "neither a known base"),
     (("BASE", "--batch", "4"), "got --batch, which is not for a grid.*try: --batches"),

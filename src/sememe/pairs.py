@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sememe.data import read_texts
+from sememe.data import byte_counts, encoder, jsonl_lines, read_texts
 from sememe.errors import DataError
+from sememe.paths import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,8 @@ class PairTensors:
     target_NY: Tensor
     cut_sources: int = 0
     cut_targets: int = 0
+    target_bytes_N: Tensor | None = None
+    """UTF-8 bytes of each target, of what was cut none; None where the pairs are not of a text."""
 
     def __len__(self) -> int:
         return len(self.source_NU)
@@ -45,7 +48,7 @@ class PairTensors:
     def rows(self, index: Tensor | slice) -> PairTensors:
         """Some of the pairs, in the order of `index`; how many were cut stays that of all."""
         return PairTensors(self.source_NU[index], self.source_mask_NU[index], self.target_NY[index], self.cut_sources,
-                           self.cut_targets)
+                           self.cut_targets, None if self.target_bytes_N is None else self.target_bytes_N[index])
 
     def joined(self, bos: int) -> tuple[Tensor, Tensor, Tensor]:
         """(N, 1 + U + Y) ids of BOS, source and target without a gap, their mask, and labels: -100 but for the target."""
@@ -134,10 +137,10 @@ def read_pairs(spec: str, fields: tuple[str, str] | None = None, opening: float 
     if fields is None:
         return _cut_pairs(spec, read_texts(spec, split=split), opening, chars)
     source, target = fields
-    name, hash_, named = spec.rpartition("#")
-    if hash_ and not Path(spec).expanduser().exists():
-        raise DataError(f"{spec} names the field {named!r}, and source = {source}, target = {target} name two more: need one "
-                        f"way. try: {name}")
+    path, name, _ = locate(spec)
+    if name != spec:
+        raise DataError(f"{spec} names the field {spec[len(name) + 1:]!r}, and source = {source}, target = {target} name two "
+                        f"more: need one way. try: {name}")
     if source == target:
         raise DataError(f"source and target are both the field {source!r} of {spec}: need two fields. "
                         "try: source: instruction, target: response; or neither, to cut the text")
@@ -148,19 +151,16 @@ def read_pairs(spec: str, fields: tuple[str, str] | None = None, opening: float 
     for row, pair in enumerate(zip(*columns, strict=True)):
         for field, text in zip(fields, pair, strict=True):
             if not text.strip():
-                raise DataError(f"{spec} {_place(spec, row)} has nothing in {field!r}: need some text in both {source!r} and "
+                raise DataError(f"{spec} {_place(path, row)} has nothing in {field!r}: need some text in both {source!r} and "
                                 f"{target!r}. try: drop that row")
     return [Pair(*texts) for texts in zip(*columns, strict=True)]
 
 
-def _place(spec: str, row: int) -> str:
+def _place(path: Path | None, row: int) -> str:
     """Where a row of a jsonl is, blank lines counted; of anything else, its number."""
-    path = Path(spec).expanduser()
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path is None or path.suffix != ".jsonl":
         return f"row {row}"
-    with path.open("rb") as file:
-        filled = (number for number, line in enumerate(file, start=1) if line.strip())
-        return f"line {next(number for place, number in enumerate(filled) if place == row)}"
+    return f"line {next(itertools.islice(jsonl_lines(path), row, None))[0]}"
 
 
 def _cut_pairs(spec: str, texts: list[str], opening: float, chars: int | None) -> list[Pair]:
@@ -221,8 +221,9 @@ def pair_tensors(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, source_l
                         "try: source_length=128, target_length=128")
     if not pairs:
         raise DataError("there are no pairs: need at least one. try: another file")
-    sources, targets = (tokenizer([pair[side] for pair in pairs], add_special_tokens=False, verbose=False)["input_ids"]
-                        for side in (0, 1))
+    encode = encoder(tokenizer)
+    sources, encoded = (encode([pair[side] for pair in pairs]) for side in (0, 1))
+    sources, targets = ([one.ids for one in side] for side in (sources, encoded))
     for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
         if not source or not target:
             raise DataError(f"the {'target' if source else 'source'} of pair {number} has no token: need text that the "
@@ -232,11 +233,13 @@ def pair_tensors(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, source_l
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ending = [] if eos is None else [eos]
     sources = [ids[-source_length:] for ids in sources]
+    bytes_N = torch.tensor([int(byte_counts(pair.target, one.offsets)[:target_length].sum()) if len(one.ids) > target_length
+                            else len(pair.target.encode()) for pair, one in zip(pairs, encoded, strict=True)])
     targets = [ids + ending if len(ids) < target_length else ids[:target_length] for ids in targets]
     pad = pad if pad is not None else eos if eos is not None else 0
     source_NU = _padded(sources, pad, left=True)
     mask_NU = _padded([[1] * len(ids) for ids in sources], 0, left=True)
-    return PairTensors(source_NU, mask_NU, _padded(targets, IGNORED, left=False), cut_sources, cut_targets)
+    return PairTensors(source_NU, mask_NU, _padded(targets, IGNORED, left=False), cut_sources, cut_targets, bytes_N)
 
 
 def _padded(rows: list[list[int]], fill: int, left: bool) -> Tensor:

@@ -64,11 +64,12 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
     read: all but the last new one. Of a planner: see `show_plan.write_planned`.
 
     Raises:
-        DataError: an empty prompt, or one longer than the model's context.
+        DataError: an empty prompt, one that is not UTF-8, or one longer than the model's context.
         CheckpointError: `show_concepts` for a model without concepts.
     """
     import torch
 
+    from sememe.data import check_text
     from sememe.errors import CheckpointError, DataError
     from sememe.models.compressor import CompressorForCausalLM
     from sememe.models.loading import load_model
@@ -78,7 +79,7 @@ def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: flo
 
     if temperature < 1e-6:  # colder is greedy, and logits divided by it overflow
         temperature = 0.0
-    if not prompt.strip():
+    if not check_text(prompt, "the prompt").strip():
         raise DataError("the prompt is empty: need some text to go on from. try: --prompt \"Once upon a time\"")
     loaded, tokenizer = load_model(model, base=base, rate=rate)
     if isinstance(loaded, CompressorForCausalLM):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from sememe.backbone.pulling import (
     pull,
 )
 from sememe.errors import BaseError
+from sememe.paths import existing, shown
 
 if TYPE_CHECKING:  # transformers takes seconds to import: a wrong name must not cost them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,11 +49,11 @@ def resolve(base: str, pull_missing: bool = True, say: Say = _tell) -> Path:
         if not pull_missing and not _is_complete(folder, base):
             raise BaseError(f"base {base!r} is not on this machine: need it pulled. try: sememe pull {base}")
         return pull(base, say=say)
-    path = Path(os.path.expanduser(base))  # `Path.expanduser` raises RuntimeError for ~nobody
-    if base and path.is_dir():  # Path('') is the current folder
+    path = existing(base) if base else None  # Path('') is the current folder
+    if path is not None and path.is_dir():
         return _checked(path)
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII):
-        raise BaseError(f"base {base!r} is neither a known base, nor a local folder, nor a Hub id like "
+    if path is not None or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII):
+        raise BaseError(f"base {shown(base)!r} is neither a known base, nor a local folder, nor a Hub id like "
                         f"'org/name': {_known_names(base)}, or base=/path/to/folder")
     return _checked(_from_hub(base, pull_missing, say))
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from sememe.errors import BaseError
+from sememe.paths import usable
 
 Say = Callable[[str], None]
 MANIFEST = "manifest.json"
@@ -69,11 +70,8 @@ KNOWN: dict[str, KnownBase] = {
 
 
 def home() -> Path:
-    """Where sememe keeps what it pulls: $SEMEME_HOME, or ~/.cache/sememe. Raises BaseError where this user has no home folder."""
-    try:
-        return Path(os.environ.get("SEMEME_HOME") or "~/.cache/sememe").expanduser()
-    except RuntimeError as fault:
-        raise BaseError(f"{fault} Need a folder for bases. try: SEMEME_HOME=/path/to/folder") from fault
+    """Where sememe keeps what it pulls: $SEMEME_HOME, or ~/.cache/sememe."""
+    return usable(os.environ.get("SEMEME_HOME") or "~/.cache/sememe")
 
 
 def _tell(line: str) -> None:
@@ -89,7 +87,7 @@ def pull(name: str, to: Path | None = None, say: Say = _tell) -> Path:
     known = KNOWN.get(name)
     if known is None:
         raise BaseError(f"no base is named {name!r}: {_known_names(name)}")
-    target = Path(os.path.expanduser(to)) if to is not None else home() / "bases" / name
+    target = usable(to) if to is not None else home() / "bases" / name
     if _is_complete(target, name):
         return target
     if to is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):

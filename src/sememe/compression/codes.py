@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sememe import storage
 from sememe.errors import CodesError
+from sememe.paths import usable
 
 FORMAT, VERSION = "sememe-codes", 1
 START = f'{{\n"format": "{FORMAT}"'
@@ -106,7 +107,7 @@ class Codes(Part):
     @classmethod
     def load(cls, path: str | Path) -> "Codes":
         """Reads and checks the file. Raises CodesError where it is not one that `save` wrote."""
-        path = Path(path)
+        path = usable(path)
         try:
             value = json.loads(path.read_bytes().decode("utf-8"))
         except OSError as error:

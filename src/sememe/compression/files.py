@@ -11,6 +11,7 @@ from sememe.compression.opening import check_writer, opened
 from sememe.compression.use import compress_texts, decompress_codes
 from sememe.data import read_texts
 from sememe.errors import CodesError, Interrupted
+from sememe.paths import locate, usable
 
 
 def compress_file(model: str, source: str, out: Path, window: int | None = None, batch: int = 16, rate: float | None = None,
@@ -55,11 +56,12 @@ def decompress_file(model: str, source: Path, out: Path | None = None, batch: in
 
 def check_place(out: Path, source: str | Path) -> None:
     """Raises CodesError where `out` cannot be written, before anything is worked on."""
+    usable(out)
     if (out.exists() and not out.is_file()) or not out.parent.is_dir():
         what = "is a folder, a pipe or a device" if out.exists() else f"is in {out.parent}, which is no folder"
         raise CodesError(f"{out} {what}: need a file in a folder that is there. try: --out codes.json")
-    read = [path for path in (Path(source), Path(str(source).rpartition("#")[0])) if path.is_file()]
-    if out.exists() and any(out.samefile(path) for path in read):
+    read = locate(str(source))[0]
+    if out.exists() and read is not None and out.samefile(read):
         raise CodesError(f"--out {out} is the file that is read: need another one. try: --out {out.stem}-2{out.suffix}")
 
 

@@ -16,7 +16,16 @@ from sememe.compression.codes import Codes, Writer
 from sememe.errors import CheckpointError, CodesError
 from sememe.models import CompressorConfig, CompressorForCausalLM
 from sememe.models.adapted import MANIFEST, WEIGHTS, check_manifest
-from sememe.models.loading import load_model, load_tokenizer, model_folder, read_config, resolve, set_rate, tokenizer_folder
+from sememe.models.loading import (
+    load_model,
+    load_tokenizer,
+    longest_text,
+    model_folder,
+    read_config,
+    resolve,
+    set_rate,
+    tokenizer_folder,
+)
 
 WINDOW = 512  # tokens, where no run says what its model was trained on
 
@@ -33,7 +42,7 @@ class Opened:
     @property
     def longest(self) -> int:
         """Tokens that fit behind the BOS."""
-        return self.model.config.get_text_config().max_position_embeddings - 1
+        return longest_text(self.model.config)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from sememe.compression.codes import Codes, Document, Window
 from sememe.compression.opening import Opened, check_writer, opened
 from sememe.compression.partial import Partial
 from sememe.compression.windows import batches, cut_texts
-from sememe.errors import CodesError, DataError
+from sememe.errors import CodesError
+from sememe.models.loading import check_length
 
 
 def compress(model, texts: str | Iterable[str], *, window: int | None = None, batch: int = 16, rate: float | None = None,
@@ -58,9 +59,7 @@ def compress_texts(use: Opened, texts: list[str], window: int | None, batch: int
                    ) -> tuple[Codes, dict[str, Any], Partial]:
     """Codes, figures, and what is kept of them beside `out`."""
     config, window = use.model.config, min(use.window, use.longest) if window is None else window
-    if not 1 <= window <= use.longest:
-        raise DataError(f"a window of {window} tokens: need 1 to {use.longest}, the places that this base has behind the BOS. "
-                        f"try: --window {min(use.window, use.longest)}")
+    check_length(use.longest, window, "--window ")
     documents = cut_texts(texts, use.tokenizer, window)
     rows = [cut.ids for cuts in documents for cut in cuts]
     whole = [[i for cut in cuts for i in cut.ids] for cuts in documents]

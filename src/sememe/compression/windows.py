@@ -1,10 +1,10 @@
 """Documents → windows of at most N tokens, and windows → batches."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from sememe.data import check_text, encoder
 from sememe.errors import DataError
 
 
@@ -25,22 +25,14 @@ def cut_texts(texts: Iterable[str], tokenizer, window: int) -> list[list[Cut]]:
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"{type(tokenizer).__name__} does not tell which characters its tokens stand for: need a tokenizer of "
                         "the tokenizers library. try: another base")
-    plain = copy.deepcopy(tokenizer.backend_tokenizer)
-    plain.post_processor = None  # adds nothing, and trims no white space off the places
-    plain.no_truncation()
-    plain.no_padding()
-    return [_cut(text, number, plain, window) for number, text in enumerate(texts)]
+    encode = encoder(tokenizer)
+    return [_cut(text, number, encode, window) for number, text in enumerate(texts)]
 
 
-def _cut(text: str, number: int, plain, window: int) -> list[Cut]:
+def _cut(text: str, number: int, encode, window: int) -> list[Cut]:
     if not isinstance(text, str):
         raise DataError(f"document {number} is a {type(text).__name__}: need text. try: str(…) of it")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"document {number} has half of a character ({text[error.start]!r}) at {error.start}: need text that "
-                        "UTF-8 can hold. try: text.encode('utf-8', 'replace').decode()") from error
-    found = plain.encode(text, add_special_tokens=False)
+    (found,) = encode([check_text(text, f"document {number}")])
     ids, places = found.ids, found.offsets
     cuts, at, here = [], 0, 0
     while at < len(ids):

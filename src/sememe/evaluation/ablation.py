@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.figures import keep
-from sememe.evaluation.files import heldout_blocks, heldout_texts
+from sememe.evaluation.heldout import heldout_blocks, heldout_texts
 from sememe.evaluation.plan_files import ablate_pair_files, pair_form
 from sememe.evaluation.quality import token_nll
 from sememe.models.loading import load_model
@@ -71,7 +71,7 @@ def ablate_files(model: str, data: str, tokens: int = 4096, shares: Sequence[flo
     loaded, tokenizer = load_model(model, base=base, rate=rate)
     if not isinstance(loaded, Writing):
         raise CheckpointError(f"{model} has no concepts to ablate: need a run of system: online or compressor. try: runs/demo")
-    ids_NT = heldout_blocks(model, loaded, tokenizer, texts, tokens, sequence_length)
+    ids_NT = heldout_blocks(model, loaded, tokenizer, texts, tokens, sequence_length).ids_NT
     if len(ids_NT) < 2:
         length = ids_NT.shape[1]
         raise DataError(f"{data} and --tokens {tokens} make one block of {length} tokens: need at least two, to swap codes "

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sememe.data import TextBlocks
+
 Tick = Callable[[int], None]
 
 
@@ -28,11 +30,11 @@ def zstd(data: bytes) -> int:
     return len(zstandard.ZstdCompressor(compression_params=settings).compress(data))
 
 
-def classical(text: str, windows: Sequence[str], tokens: int) -> list[dict[str, Any]]:
+def classical(text: bytes, windows: Sequence[bytes], tokens: int) -> list[dict[str, Any]]:
     """Bits per token of a text of `tokens` tokens as one, and of its windows each alone; lines as `lossless` has them."""
     found = []
     for name, pack in (("zstd", zstd), ("xz", xz)):
-        for of, parts in (("whole text", [text.encode()]), ("each window", [one.encode() for one in windows])):
+        for of, parts in (("whole text", [text]), ("each window", windows)):
             line: dict[str, Any] = {"name": name, "of": of, "bits_per_token": None, "fault": None}
             try:
                 line["bits_per_token"] = 8 * sum(map(pack, parts)) / tokens
@@ -56,9 +58,8 @@ def base_nll(base, bos: int, ids_NT: Tensor, last: int | None = None, batch: int
     return torch.cat(found)
 
 
-def lossless(base, bos: int, ids_NT: Tensor, tokenizer, batch: int = 4, tick: Tick = lambda n: None) -> list[dict[str, Any]]:
+def lossless(base, bos: int, blocks: TextBlocks, batch: int = 4, tick: Tick = lambda n: None) -> list[dict[str, Any]]:
     """The lossless costs of (N, T) windows as {name, of, bits_per_token, fault}; the base first: it reads each window alone."""
-    text, *windows = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (ids_NT.flatten(), *ids_NT))
-    bits = float(base_nll(base, bos, ids_NT, batch=batch, tick=tick).mean()) / math.log(2)
+    bits = float(base_nll(base, bos, blocks.ids_NT, batch=batch, tick=tick).mean()) / math.log(2)
     return [{"name": "base", "of": "each window", "bits_per_token": bits, "fault": None},
-            *classical(text, windows, ids_NT.numel())]
+            *classical(blocks.text, blocks.windows(), blocks.ids_NT.numel())]

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from sememe import storage
-from sememe.errors import DataError, SememeError
+from sememe.errors import SememeError
 from sememe.evaluation.inputs import located
+from sememe.paths import existing, usable
 
 CONTRACT = (
     "tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "layer_share", "nll_at_concepts", "nll_in_tail",
@@ -35,22 +36,16 @@ def run_recipe(model: str | Path) -> dict[str, Any]:
 
     Raises SememeError where it cannot be read.
     """
-    path = Path(model) / "recipe.yaml"
-    if not path.is_file():
+    folder = existing(model)
+    if folder is None or not (folder / "recipe.yaml").is_file():
         return {}
+    path = folder / "recipe.yaml"
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return recipe | {"data": located(Path(model), recipe["data"])}
+        return recipe | {"data": located(folder, recipe["data"])}
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         said = str(error).splitlines()[0]
         raise SememeError(f"{path} cannot be read ({said}): need the recipe of a run. try: another run folder") from error
-
-
-def refuse_trained(model: str | Path, data: str) -> None:
-    """Raises DataError where a text is the one that the run was trained on."""
-    recipe = run_recipe(model)
-    if recipe and Path(recipe["data"]["train"]).resolve() == Path(data).resolve() and Path(data).exists():
-        raise DataError(f"{data} is what {model} was trained on: need held-out text. try: {recipe['data']['heldout']}")
 
 
 def keep(model: str | Path, name: str, value: dict[str, Any]) -> None:
@@ -58,7 +53,7 @@ def keep(model: str | Path, name: str, value: dict[str, Any]) -> None:
     printed."""
     if run_recipe(model):
         try:
-            put(Path(model) / name, value)
+            put(usable(model) / name, value)
         except SememeError as error:
             print(f"not kept beside the run: {error}", file=sys.stderr)
 

@@ -10,30 +10,18 @@ from tqdm.auto import tqdm
 from sememe.data import read_texts, token_blocks
 from sememe.errors import CheckpointError, SememeError
 from sememe.evaluation.dial import check_rates, dial, rate_error
-from sememe.evaluation.figures import CONTRACT, keep, refuse_trained, run_recipe
+from sememe.evaluation.figures import CONTRACT, keep, run_recipe
+from sememe.evaluation.heldout import heldout_blocks, heldout_texts
 from sememe.evaluation.plan_files import Search, evaluate_pair_files, pair_form
 from sememe.evaluation.quality import evaluate
 from sememe.evaluation.speed import benchmark_training, benchmark_use
 from sememe.models import ControlConfig, ControlForCausalLM
 from sememe.models.adapted import AdaptedModel
-from sememe.models.loading import load_base, load_model, load_tokenizer, model_folder, resolve
+from sememe.models.loading import check_length, load_base, load_model, load_tokenizer, longest_text, model_folder, resolve
 from sememe.models.online import OnlineForCausalLM
 from sememe.models.writing import Writing
 
 BY_DATA = ("data", *CONTRACT, "target_rate", "rate_error_percent", "dial")
-
-
-def heldout_texts(model: str, data: str) -> list[str]:
-    """The documents of a text. Raises DataError where it cannot be read, or is the one that the run was trained on."""
-    refuse_trained(model, data)
-    return read_texts(data)
-
-
-def heldout_blocks(model: str, loaded, tokenizer, texts: list[str], tokens: int, sequence_length: int | None) -> torch.Tensor:
-    """(N, T) blocks of `sequence_length`, or of that of the run, or of 512 tokens. Raises DataError for less than one."""
-    longest = loaded.config.get_text_config().max_position_embeddings
-    length = sequence_length or min(run_recipe(model).get("sequence_length", 512), longest)
-    return token_blocks(texts, tokenizer, length, limit=max(tokens, length))
 
 
 def evaluate_files(model: str, data: str | Sequence[str], tokens: int = 8192, control: str | None = None,
@@ -71,9 +59,10 @@ def evaluate_files(model: str, data: str | Sequence[str], tokens: int = 8192, co
             raise CheckpointError(f"{control} has another tokenizer than {model}: need the same base. try: its own control")
     passes = (4 if isinstance(loaded, Writing) else 1) + (other is not None) + len(rates)
     found = []
-    with tqdm(total=passes * sum(ids.numel() for ids in blocks), desc="evaluate", unit="token", mininterval=1) as bar:
-        for name, ids_NT in zip(names, blocks, strict=True):
-            result = evaluate(loaded, tokenizer, ids_NT, other, batch, tick=bar.update)
+    with tqdm(total=passes * sum(one.ids_NT.numel() for one in blocks), desc="evaluate", unit="token", mininterval=1) as bar:
+        for name, one in zip(names, blocks, strict=True):
+            ids_NT = one.ids_NT
+            result = evaluate(loaded, tokenizer, one, other, batch, tick=bar.update)
             asked = getattr(loaded.config, "rate", None)
             result |= {"model": str(model), "data": str(name), "control": control, "tokens_asked": tokens,
                        "target_rate": asked, "rate_error_percent": rate_error(result["concept_rate"], asked)}
@@ -101,6 +90,7 @@ def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, 
         raise CheckpointError(f"{model} has no concepts to decode with: need a run of system: online. try: runs/demo")
     named = base_beside(model, loaded.config, base)
     source = resolve(named)
+    check_length(longest_text(loaded.config), prompt_tokens, "--prompt-tokens ", new_tokens)
     ids_BT = prompts(data or recipe.get("data", {}).get("heldout"), load_tokenizer(source), prompt_tokens, batch)
     ids_BT = ids_BT.to(loaded.device)
     rounds = (repeats + 1) * (6 if training and loaded.config.base else 4)

@@ -1,11 +1,12 @@
 """What a run was trained on, by content: its base and its texts may be elsewhere by now (RUN/inputs.json)."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from sememe.paths import locate, source_sha256
 
 INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
@@ -26,15 +27,10 @@ def recorded(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def content(source: str) -> dict[str, Any] | None:
-    """Size and sha256 of the file of a text, and the field of it that is read; None for what is no file here."""
-    found = _file(source)
-    if found is None:
-        return None
-    path, field = found
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest, "field": field}
+def content(source: str) -> dict[str, Any]:
+    """What tells a text from others: its sha256, and the size of its file, None for a datasets id."""
+    path = locate(source)[0]
+    return {"bytes": None if path is None else path.stat().st_size, "sha256": source_sha256(source)}
 
 
 def located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
@@ -55,16 +51,7 @@ def located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
 def _first(sources: Iterable[str], wanted: dict[str, Any] | None) -> str | None:
     """The first that is a file, of the recorded size: another project may have a text of the same name."""
     for source in sources:
-        found = _file(source)
-        if found is not None and (wanted is None or found[0].stat().st_size == wanted["bytes"]):
+        path = locate(source)[0]
+        if path is not None and path.is_file() and (wanted is None or path.stat().st_size == wanted["bytes"]):
             return source
-    return None
-
-
-def _file(source: str) -> tuple[Path, str] | None:
-    """The file of `FILE` or `FILE#field`, and the field; None where there is none, as of a datasets id."""
-    name, _, field = source.rpartition("#")
-    for path, read in ((source, "text"), (name, field)):
-        if path and os.path.isfile(os.path.expanduser(path)):
-            return Path(os.path.expanduser(path)), read
     return None

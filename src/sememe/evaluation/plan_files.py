@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.answers import Answers
-from sememe.evaluation.figures import CONTRACT, keep, refuse_trained, run_recipe
+from sememe.evaluation.figures import CONTRACT, keep, run_recipe
+from sememe.evaluation.heldout import refuse_trained
 from sememe.evaluation.plan_ablation import plan_curve, plan_passes
 from sememe.evaluation.plan_signals import signal_figures
 from sememe.evaluation.plans import IGNORED, KINDS, by_position, joined_nll, plan_figures
@@ -96,7 +97,7 @@ def evaluate_pair_files(model: str, data: Sequence[str], tokens: int = 8192, con
         if taught is not None:
             with tqdm(total=len(taught) + len(pairs), desc="plans for the probes", unit="pair", mininterval=1) as bar:
                 result["signals"] = signal_figures(loaded, tokenizer, taught, pairs, batch, bar.update)
-        result |= {"bits_per_byte": result["nll"] * result["tokens"] / math.log(2) / target_bytes(pairs, tokenizer),
+        result |= {"bits_per_byte": result["nll"] * result["tokens"] / math.log(2) / int(pairs.target_bytes_N.sum()),
                    "system": system_of(loaded.config), "model": str(model), "data": str(name), "control": control,
                    "tokens_asked": tokens, **({"budget": list(loaded.budget)} if budget else {}),
                    **({} if asked is None else {"answers": len(asked.right)})}
@@ -143,11 +144,6 @@ def _alone(model, pairs: PairTensors, control, batch: int, tick: Callable[[int],
         found["control_nll"] = float(control_NY.double().sum()) / tokens
         found["delta_nll_control"] = nll - found["control_nll"]
     return found
-
-
-def target_bytes(pairs: PairTensors, tokenizer) -> int:
-    """UTF-8 bytes of all targets, the end of text left out."""
-    return sum(len(text.encode()) for text in pairs.target_texts(tokenizer))
 
 
 @torch.no_grad()

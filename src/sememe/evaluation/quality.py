@@ -12,6 +12,7 @@ from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.segments import tail_lengths
+from sememe.data import TextBlocks
 from sememe.detokenize import pieces
 from sememe.errors import DataError
 from sememe.models.configuration import CompressorConfig, ConceptConfig, ControlConfig, OnlineConfig, PlannerConfig
@@ -106,11 +107,6 @@ def longest_tail(written_NT: Tensor) -> int:
     return int(tail_lengths(written_NT, torch.ones_like(written_NT)).max())
 
 
-def text_bytes(ids_NT: Tensor, tokenizer) -> int:
-    """UTF-8 bytes of the predicted tokens (all but each row's first)."""
-    return sum(len(tokenizer.decode(row[1:]).encode()) for row in ids_NT)
-
-
 def by_position(nll_NT: Tensor, control_NT: Tensor | None) -> list[dict[str, float | None]]:
     """Mean NLL in buckets of the predicted token's position."""
     buckets = []
@@ -123,14 +119,15 @@ def by_position(nll_NT: Tensor, control_NT: Tensor | None) -> list[dict[str, flo
     return buckets
 
 
-def evaluate(model, tokenizer, ids_NT: Tensor, control=None, batch: int = 4, samples: int = 2,
+def evaluate(model, tokenizer, blocks: TextBlocks, control=None, batch: int = 4, samples: int = 2,
              tick: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
     """All quality figures of a model on (N, T) held-out blocks, the gate running free.
 
+    Bits per byte are of the source's own bytes, those of the predicted tokens (all but each row's first).
     Deltas are to the model's own NLL (ablations: positive = the codes matter) or to the control's (`delta_nll_control`,
     positive = worse than the control). Raises DataError for ids outside the vocabulary or a non-finite NLL.
     """
-    vocab = model.config.get_text_config().vocab_size
+    ids_NT, vocab = blocks.ids_NT, model.config.get_text_config().vocab_size
     if int(ids_NT.max()) >= vocab or int(ids_NT.min()) < 0:
         raise DataError(f"token id {int(ids_NT.max())} is outside this model's vocabulary of {vocab}: need its own "
                         "tokenizer. try: the tokenizer saved beside the model")
@@ -139,9 +136,10 @@ def evaluate(model, tokenizer, ids_NT: Tensor, control=None, batch: int = 4, sam
     if not torch.isfinite(nll_NT).all():
         raise DataError(f"the NLL is {nll}: need finite logits. try: another checkpoint, or float32")
     control_NT = token_nll(control, ids_NT, batch, tick=tick)[0] if control is not None else None
+    num_bytes = int(blocks.bytes_NT[: len(nll_NT), 1:].sum())
     result: dict[str, Any] = {
         "tokens": nll_NT.numel(), "nll": nll,
-        "bits_per_byte": float(nll_NT.double().sum()) / text_bytes(ids_NT, tokenizer) / torch.log(torch.tensor(2.0)).item(),
+        "bits_per_byte": float(nll_NT.double().sum()) / math.log(2) / num_bytes if num_bytes else None,
         **dict.fromkeys((
             "concept_rate", "compression_ratio", "nll_at_concepts", "nll_in_tail", "longest_tail", "delta_nll_control",
             "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_perplexity", "codes_used",

@@ -1,7 +1,6 @@
 """Answers out of a compressed context, as in SQuAD: beside the whole context, as much of it as there are ids, and none."""
 
 import json
-import os
 import re
 import string
 from collections import Counter
@@ -14,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sememe.data import check_text, jsonl_lines
 from sememe.errors import DataError
 from sememe.evaluation.baselines import base_nll
 from sememe.evaluation.coding import written_again
 from sememe.models.compressor import CompressorForCausalLM
 from sememe.models.decompressing import Encoded
+from sememe.paths import usable
 
 LONGEST = 16  # tokens of an answer; it ends with its line
 LINE = '{"context": "…", "question": "…", "answers": ["…"]}'
@@ -33,16 +34,14 @@ class Question:
 
 def read_questions(path: str | Path) -> list[Question]:
     """One JSON object a line, with the texts `context` and `question` and the list `answers`. Raises DataError."""
-    path, found = Path(os.path.expanduser(path)), []
+    path, found = usable(path), []
     try:
-        lines = path.read_bytes().split(b"\n")
+        rows = list(jsonl_lines(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): need questions in a .jsonl. try: lines as {LINE}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in rows:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json.loads(line.decode("utf-8"))
             one = Question(row["context"], row["question"], tuple(row["answers"]))
             whole = isinstance(row["answers"], list) and bool(one.answers) and all(
                 isinstance(text, str) and text.strip() for text in (one.context, one.question, *one.answers))
@@ -51,6 +50,8 @@ def read_questions(path: str | Path) -> list[Question]:
         if not whole:
             raise DataError(f"{path} line {number} is no question: need the texts context and question, and a list of answers. "
                             f"try: {LINE}")
+        for text in (one.context, one.question, *one.answers):
+            check_text(text, f"{path} line {number}")
         found.append(one)
     if not found:
         raise DataError(f"{path} is empty: need questions, one a line. try: {LINE}")

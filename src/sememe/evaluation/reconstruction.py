@@ -15,12 +15,13 @@ from sememe.evaluation.baselines import lossless
 from sememe.evaluation.coding import Lists, Tick, compress, decompress, price, shuffled
 from sememe.evaluation.dial import check_rates, rate_error
 from sememe.evaluation.figures import keep, run_recipe
-from sememe.evaluation.files import base_beside, heldout_blocks, heldout_texts
+from sememe.evaluation.files import base_beside
+from sememe.evaluation.heldout import heldout_blocks, heldout_texts
 from sememe.evaluation.online_cost import load_online, online_cost
 from sememe.evaluation.quality import token_nll
 from sememe.evaluation.scores import scores
 from sememe.models.compressor import CompressorForCausalLM
-from sememe.models.loading import load_base, load_model, resolve
+from sememe.models.loading import load_base, load_model, longest_text, resolve
 
 CONTEXT, NEXT = 512, 128  # tokens that a continuation has ahead of it, and at most predicts
 
@@ -61,14 +62,14 @@ def continuation_blocks(texts: list[str], tokenizer, tokens: int, context: int |
     while wanted >= 2:
         length = wanted + min(NEXT, wanted)
         try:
-            if length < longest:  # one place is the BOS
+            if length <= longest:
                 return token_blocks(texts, tokenizer, length, limit=max(tokens, length)), wanted
-            fault = f"this base has {longest} places"
+            fault = f"this base has places for {longest}"
         except DataError as error:
             fault = str(error).partition(":")[0]
         if context is not None:
             raise DataError(f"--context {context} and the {length - wanted} tokens behind it do not fit ({fault}): need "
-                            f"{length + 1} tokens. try: --context {wanted // 2}, or 0 for none")
+                            f"{length} tokens. try: --context {wanted // 2}, or 0 for none")
         wanted //= 2
     return None
 
@@ -92,7 +93,8 @@ def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | N
                               "try: sememe evaluate, which takes any model")
     check_rates(loaded, rates, model)
     loaded.config.beams = beams or loaded.config.beams
-    ids_NT = heldout_blocks(model, loaded, tokenizer, texts, tokens, window)
+    blocks = heldout_blocks(model, loaded, tokenizer, texts, tokens, window, "--window")
+    ids_NT = blocks.ids_NT
     if len(ids_NT) < 2:
         length = ids_NT.shape[1]
         raise DataError(f"{data} and --tokens {tokens} make one window of {length} tokens: need at least two, to shuffle ids "
@@ -101,8 +103,7 @@ def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | N
     if online is not None:
         heldout_texts(online, data)
         other = load_online(online, model, loaded, tokenizer, base)
-    places = loaded.config.get_text_config().max_position_embeddings
-    found = continuation_blocks(texts, tokenizer, tokens, context, places)
+    found = continuation_blocks(texts, tokenizer, tokens, context, longest_text(loaded.config))
     if other is not None and found is None:
         raise DataError(f"--online compares how a text goes on, and there is no context to go on from in {data}: need --context "
                         "other than 0, and a text with room for it. try: more text, or without --online")
@@ -120,7 +121,7 @@ def reconstruct_files(model: str, data: str, tokens: int = 4096, window: int | N
             "shuffled": scores(ids_NT.tolist(), mixed, tokenizer)
             | {"nll": float(token_nll(loaded, ids_NT, 4, "shuffle", bar.update)[0].mean())},
             "curve": curve(loaded, tokenizer, ids_NT, own, rates, batch, bar.update),
-            "lossless": lossless(plain, loaded.bos, ids_NT, tokenizer, tick=bar.update),
+            "lossless": lossless(plain, loaded.bos, blocks, tick=bar.update),
             "continuation": None, "online": None, "questions": None,
             "samples": [sample(*three, tokenizer) for three in zip(ids_NT[:3].tolist(), rebuilt, concepts, strict=False)],
         }

@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from sememe.backbone.calling import cache_argument
-from sememe.errors import DataError
 from sememe.evaluation.coding import price
 from sememe.evaluation.figures import keep, run_recipe
 from sememe.evaluation.files import base_beside, prompts, torch_dtype
@@ -17,7 +16,16 @@ from sememe.evaluation.memory import weight_bytes
 from sememe.evaluation.speed import in_turn, summary
 from sememe.models.compressor import CompressorForCausalLM
 from sememe.models.configuration import CompressorConfig
-from sememe.models.loading import load_base, load_model, load_tokenizer, model_folder, read_config, resolve
+from sememe.models.loading import (
+    check_length,
+    load_base,
+    load_model,
+    load_tokenizer,
+    longest_text,
+    model_folder,
+    read_config,
+    resolve,
+)
 
 WINDOW, BATCH = 512, 16  # tokens of a window where no run says otherwise, and windows at once: as `sememe compress` has them
 JOBS = 5  # runs in a round
@@ -108,11 +116,10 @@ def benchmark_compressor_files(model: str, window: int | None = None, batch: int
     kind, recipe = torch_dtype(dtype), run_recipe(model)
     loaded, _ = load_model(model, dtype=kind, base=base, rate=rate)
     named = base_beside(model, loaded.config, base)
-    source, longest = resolve(named), loaded.config.get_text_config().max_position_embeddings - 1
+    source = resolve(named)
+    longest = longest_text(loaded.config)
     length = window or min(recipe.get("sequence_length", WINDOW), longest)
-    if length > longest:
-        raise DataError(f"a window of {length} tokens: need 1 to {longest}, the places that this base has behind the BOS. "
-                        f"try: --prompt-tokens {longest}")
+    check_length(longest, length, "--prompt-tokens ")
     source_text = data or recipe.get("data", {}).get("heldout")
     ids_BT = prompts(source_text, load_tokenizer(source), length, batch).to(loaded.device)
     plain = load_base(source, dtype=kind).to(loaded.device).eval()

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from sememe import storage
 from sememe.data import read_texts
-from sememe.errors import RecipeError, SememeError
+from sememe.errors import DataError, RecipeError, SememeError
 from sememe.evaluation import alternatives
 from sememe.evaluation.figures import put, run_recipe
 from sememe.evaluation.files import prompts, torch_dtype
@@ -23,7 +23,7 @@ from sememe.evaluation.memory import free_bytes, needed_bytes, out_of_memory, pe
 from sememe.evaluation.speed import benchmark_use, unclear
 from sememe.evaluation.speed_models import Bench, Split, Subject, find_subject
 from sememe.models.configuration import check_split, default_split
-from sememe.models.loading import set_rate
+from sememe.models.loading import check_length, set_rate
 from sememe.models.online import OnlineForCausalLM
 
 FILE, KIND = "sweep.json", "speed"
@@ -251,11 +251,11 @@ class Timing:
         }
 
     def too_long(self, point: Point) -> str | None:
-        tokens, places = point.prompt_tokens + self.new_tokens, self.subject.places
-        if tokens <= places:
-            return None
-        return (f"{point.prompt_tokens} + {self.new_tokens} tokens, but the base has {places} places: need at most as many. "
-                f"try: --prompt-lengths {max(2, places - self.new_tokens)}")
+        try:
+            check_length(self.subject.places, point.prompt_tokens, "--prompt-lengths ", self.new_tokens)
+        except DataError as error:
+            return str(error)
+        return None
 
     def too_large(self, point: Point, model: OnlineForCausalLM) -> str | None:
         tokens, chunk = point.prompt_tokens + self.new_tokens, getattr(model.config, "prefill_chunk", 0)

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sememe.backbone.bases import load_base, load_tokenizer, resolve
-from sememe.errors import CheckpointError, RecipeError
+from sememe.errors import CheckpointError, DataError, RecipeError
 from sememe.models.adapted import AdaptedModel
-from sememe.models.configuration import AdaptedConfig, ConceptConfig
+from sememe.models.configuration import AdaptedConfig, CompressorConfig, ConceptConfig
+from sememe.paths import existing, usable
 
 SHIPPED = Path(__file__).parents[1] / "reference"
 
@@ -26,9 +27,9 @@ def model_folder(model: str | Path) -> Path | None:
     Raises:
         CheckpointError: a run that has not finished, or an empty folder.
     """
-    path = Path(model)
-    if not path.exists() and str(model) in shipped():
-        return shipped()[str(model)]
+    path = existing(model)
+    if path is None:
+        return shipped().get(str(model))
     if (path / "recipe.yaml").is_file():
         if not (path / "model" / "config.json").is_file():
             raise CheckpointError(
@@ -83,6 +84,22 @@ def tokenizer_folder(folder: Path, config, base: str | None = None) -> Path:
     return folder if (folder / "tokenizer.json").is_file() or not config.base else resolve(base or config.base)
 
 
+def longest_text(config, opened: bool | None = None) -> int:
+    """Tokens of a text that a model, or base, has places for. `opened`: a BOS takes one of them; default: as the compressor."""
+    opened = isinstance(config, CompressorConfig) if opened is None else opened
+    return config.get_text_config().max_position_embeddings - opened
+
+
+def check_length(longest: int, tokens: int, option: str, more: int = 0) -> None:
+    """Raises DataError where a text of `tokens` (at least 1), and `more` behind it, go beyond the `longest` that the base has
+    places for: what a model says there means nothing. `option`: what a user sets `tokens` with."""
+    most = max(1, longest - more)
+    if not 1 <= tokens <= longest - more:
+        behind = f" and {more} behind them" if more else ""
+        raise DataError(f"got {tokens} tokens of text{behind}, and this base has places for {longest}: need 1 to {most}. "
+                        f"try: {option}{most}")
+
+
 def set_rate(config, rate: float, model: str | Path) -> None:
     """Turns the dial of a loaded model: the gate holds any rate from the scores it has (`concepts/gate.py`).
 
@@ -104,6 +121,7 @@ def set_rate(config, rate: float, model: str | Path) -> None:
 
 def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[Path, int]:
     """Writes the merged model and its tokenizer to a new folder; returns it and its bytes."""
+    to = usable(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"{to} is not empty: need a new or empty folder. try: --to {to}-2")
     loaded, tokenizer = load_model(model, base=base)

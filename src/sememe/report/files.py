@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sememe.errors import CheckpointError
+from sememe.paths import usable
 from sememe.report.values import number
 
 LONGEST_DETAIL = 100_000  # characters of recipe and environment shown; the page has a size to keep
@@ -77,7 +78,7 @@ def read_run(run: Path, control: Path | None = None) -> Run:
 
 def read_metrics(run: Path) -> Metrics:
     """The training log of `run`. A resumed run repeats steps: the last line of a step counts."""
-    if not run.is_dir():
+    if not usable(run).is_dir():
         raise CheckpointError(
             f"got {run}, which is not a folder; need a run folder with a metrics.jsonl. "
             "try: the folder that `sememe train` printed"

@@ -8,6 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from sememe.errors import CheckpointError
+from sememe.paths import usable
 from sememe.report import comparison, meanings, meanings_plans, plans, plots
 from sememe.report.files import Run, read_run
 from sememe.report.instruments import instrument_plots
@@ -31,8 +32,8 @@ def write_report(run: Path, control: Path | None = None, beside: Iterable[Path] 
     `control`: the folder of the control run whose curves are drawn beside; None takes the sibling folder
     `<run>-control` where there is one. `beside`: further runs and sweeps, drawn on the same axes.
     """
-    run = Path(run)
-    others = [_read(Path(path)) for path in beside]
+    run = usable(run)
+    others = [_read(usable(path)) for path in beside]
     if is_sweep(run):
         if control is not None:
             raise CheckpointError(f"got {run}, a sweep, and --control; need a run for that. try: it without --control")

@@ -1,6 +1,5 @@
 """Recipe → model and token blocks."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -13,7 +12,9 @@ from sememe.errors import DataError
 from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import check_split, sink_id
+from sememe.models.loading import check_length, longest_text
 from sememe.pairs import PairTensors
+from sememe.paths import source_sha256
 from sememe.training.pairing import PairExamples
 from sememe.training.recipe import BASELINES, Recipe
 
@@ -63,9 +64,8 @@ def build_blocks(recipe: Recipe, tokenizer) -> tuple[Tensor, Tensor]:
     """(steps · batch_size, T) training blocks in their order, and (N, T) held-out blocks.
 
     Raises:
-        DataError: missing, empty or too short text; held-out text that is the training text.
+        DataError: missing, empty or too short text.
     """
-    _check_apart(recipe)
     length, wanted = recipe.sequence_length, recipe.steps * recipe.batch_size
     train = token_blocks(read_texts(recipe.data.train), tokenizer, length, limit=wanted * length)
     heldout = token_blocks(read_texts(recipe.data.heldout), tokenizer, length, limit=max(recipe.heldout_tokens, length))
@@ -77,33 +77,38 @@ def build_pairs(recipe: Recipe, tokenizer, folder: Path, say) -> tuple[PairExamp
     """Examples in their order, of as many pairs as the run can see, and held-out pairs of at least `heldout_tokens` target
     tokens.
 
-    Raises DataError: missing or empty text or fields; held-out text that is the training text.
+    Raises DataError: missing or empty text or fields; more tokens of a pair than the base has places for.
     """
-    _check_apart(recipe)
     form = recipe.pairs
     train = form.load(recipe.data.train, tokenizer, most=recipe.steps * recipe.batch_size)
     heldout = form.load(recipe.data.heldout, tokenizer, tokens=recipe.heldout_tokens)
     if cut := train.cut():
         say(f"{recipe.data.train}: {cut}")
-    return PairExamples(recipe, train, sink_id(AutoConfig.from_pretrained(folder).get_text_config())), heldout
+    text_config = AutoConfig.from_pretrained(folder).get_text_config()
+    longest, (source, target) = longest_text(text_config, opened=True), (x.shape[1] for x in (train.source_NU, train.target_NY))
+    if recipe.system == "planner":  # source and target each stand beside a plan, never beside each other
+        beside = 1 + sum(recipe.plan.lengths) + len(recipe.plan.lengths)
+        check_length(longest, source, "source_length=", beside)
+        check_length(longest, target, "target_length=", beside)
+    else:
+        check_length(longest, source, "source_length=", target)
+    return PairExamples(recipe, train, sink_id(text_config)), heldout
 
 
-def _check_apart(recipe: Recipe) -> None:
-    if _same_text(recipe.data.train, recipe.data.heldout):
+def check_apart(recipe: Recipe) -> None:
+    """Raises DataError where the held-out text is the training text."""
+    if source_sha256(recipe.data.train) == source_sha256(recipe.data.heldout):
         raise DataError(
             f"{recipe.data.heldout} holds the same bytes as {recipe.data.train}: need held-out text that is never "
             "trained on. try: another file for data.heldout"
         )
 
 
-def _same_text(a: str, b: str) -> bool:
-    paths = [Path(x.split("#")[0]) for x in (a, b)]
-    if not all(path.is_file() for path in paths) or paths[0].stat().st_size != paths[1].stat().st_size:
-        return False
-    digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
-    return digests[0] == digests[1] and a.partition("#")[2] == b.partition("#")[2]
-
-
 def base_and_tokenizer(recipe: Recipe, say) -> tuple[Path, object]:
+    """The folder of the base, and its tokenizer. Raises DataError where the recipe's sequences are longer than the base has
+    places for."""
     folder = resolve(recipe.base, say=say)
+    if recipe.pairs is None:
+        longest = longest_text(AutoConfig.from_pretrained(folder), opened=recipe.system == "compressor")
+        check_length(longest, recipe.sequence_length, "sequence_length=")
     return folder, load_tokenizer(folder)

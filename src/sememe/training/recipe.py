@@ -15,6 +15,7 @@ from sememe.concepts.quantise import ESTIMATORS
 from sememe.errors import RecipeError
 from sememe.models.configuration import default_split
 from sememe.pairs import PairForm
+from sememe.paths import usable
 from sememe.training.plan_recipe import Curriculum, Em, Plan, Strict
 
 CONCEPTS = ("online", "compressor")  # systems that write them
@@ -270,7 +271,7 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         RecipeError: file missing or not YAML, an unknown key, a value out of range.
     """
-    path = Path(path)
+    path = usable(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = str(path.parent / near[0]) if near else "recipes/tiny-cpu.yaml"

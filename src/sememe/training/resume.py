@@ -12,6 +12,7 @@ from sememe import storage
 from sememe.backbone.bases import fingerprint, resolve
 from sememe.errors import BaseError, RecipeError
 from sememe.evaluation.inputs import INPUTS, TEXTS, content, record, recorded
+from sememe.paths import usable
 from sememe.training.checkpoints import last_checkpoint, step_of
 from sememe.training.recipe import CONCEPTS, Recipe, check_recipe
 from sememe.training.trainer import cosine
@@ -22,8 +23,10 @@ FIGURES = ("evaluate.json", "ablate.json", "benchmark.json", "reconstruct.json")
 def same_run(recipe: Recipe, run: Path) -> bool:
     """True where `run` is a finished run of this recipe; False where it is new, unfinished, or made longer by it.
 
-    Raises RecipeError where it holds another recipe. The same weights and texts at another place are the same recipe.
+    Raises RecipeError where it holds another recipe, SememeError where it cannot be a path. The same weights and texts at another
+    place are the same recipe.
     """
+    run = usable(run)
     if not (run / "recipe.yaml").is_file():
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise RecipeError(f"{run} is there and is no run folder: need an empty or new one. try: another --out")
@@ -118,10 +121,8 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _same_text(name: str, held: str, asked: str, run: Path) -> bool:
-    """By content where that is known; what is no file, as a datasets id, by its name."""
-    before = recorded(run).get(name) or (content(held) if held != asked else None)
-    now = content(asked)
-    return before == now if before and now else held == asked
+    before = recorded(run).get(name) or content(held)
+    return before["sha256"] == content(asked)["sha256"]
 
 
 def _may_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:

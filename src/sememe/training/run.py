@@ -22,7 +22,8 @@ from sememe.concepts.signals import SignalReader
 from sememe.errors import CheckpointError, Interrupted, RecipeError, TrainingError
 from sememe.models.planner import PlannerForCausalLM
 from sememe.models.writing import Writing
-from sememe.training.build import base_and_tokenizer, build_blocks, build_model, build_pairs
+from sememe.paths import usable
+from sememe.training.build import base_and_tokenizer, build_blocks, build_model, build_pairs, check_apart
 from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint, step_of
 from sememe.training.codes import Revive
@@ -39,11 +40,12 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     fewer steps is made longer. In a thread other than the main one there is no Ctrl-C handling.
 
     Raises:
+        DataError: missing, empty or too short text, held-out text that is the training text, or sequences too long for the base.
         RecipeError: `run` holds another recipe, or batch_size does not divide among processes and parts.
         TrainingError: a non-finite loss or gradient, or a disk that cannot take the checkpoint.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
+    run, first = usable(run), int(os.environ.get("RANK", "0")) == 0
     world = int(os.environ.get("WORLD_SIZE", "1"))
     # The other ranks look only at a finished run: an unfinished one is being opened by the first at this moment.
     if (first or (run / "model" / "manifest.json").is_file()) and same_run(recipe, run):
@@ -59,6 +61,7 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     if recipe.system == "planner" and world > 1:
         raise RecipeError(f"system = planner in {world} processes: need one, E-steps are not shared out. try: sememe train "
                           "without torchrun")
+    check_apart(recipe)
     folder, tokenizer = base_and_tokenizer(recipe, say)
     if recipe.pairs is None:
         blocks_NT, heldout = build_blocks(recipe, tokenizer)

@@ -21,6 +21,7 @@ from sememe.data import read_texts
 from sememe.errors import Interrupted, RecipeError, SememeError
 from sememe.evaluation.figures import CONTRACT, kept, put
 from sememe.evaluation.files import evaluate_files
+from sememe.paths import usable
 from sememe.training.recipe import BASELINES, Recipe, check_recipe, load_recipe
 from sememe.training.run import train
 
@@ -78,6 +79,7 @@ def sweep(recipe: Path, words: list[str], out: Path, control: bool = False, toke
         DataError: `data` cannot be read.
         Interrupted: Ctrl-C; the same call goes on.
     """
+    out = usable(out)
     _check_place(out)
     grid = parse_grid(words)
     if seeds:
