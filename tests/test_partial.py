@@ -212,9 +212,10 @@ def test_estimates_follow_what_stages_really_took(monkeypatch):
 
 
 def test_bars_write_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    with progress.bar(total=10, desc="work", unit="part") as shown:
-        progress.skip(shown, 4)
-        shown.update(6)
+    with progress.bar(total=1, desc="outside"), progress.bar(total=10, desc="work", unit="part") as shown:
+        progress.advance(shown, 4, reused=True)
+        progress.advance(shown, 6, reused=False)
         assert (shown.n, shown.initial) == (10, 4)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and lines[-1].startswith("work: 100%") and "\r" not in "".join(lines)
+    assert [line.split("%")[0] for line in lines] == ["outside:   0", "work:   0", "work: 100", "outside:   0"]
+    assert not {"\r", "\x1b"} & set("".join(lines))

@@ -16,6 +16,9 @@ class _Lines(std.tqdm):
                 print(text, file=file, flush=True)
         return write
 
+    def moveto(self, n: int) -> None:
+        """A bar inside another has lines of its own."""
+
     def close(self) -> None:
         if not self.disable:
             self.display()  # how far it came; `close` of a bar would add control codes
@@ -30,9 +33,11 @@ def bar(**options: Any) -> std.tqdm:
     return _Lines(**options | {"mininterval": 30, "miniters": 1})
 
 
-def skip(shown: std.tqdm, amount: float) -> None:
-    """Moves a bar by what an earlier run of the same command has done: the estimate of the time left is of new work alone."""
-    if not shown.disable:
+def advance(shown: std.tqdm, amount: float, reused: bool) -> None:
+    """Moves a bar. What an earlier run of the same command has done tells nothing of the time that is left."""
+    if not reused:
+        shown.update(amount)
+    elif not shown.disable:
         shown.n += amount
         shown.initial += amount
         shown.last_print_n += amount

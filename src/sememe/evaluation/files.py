@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sememe.data import read_texts, token_blocks
 from sememe.errors import CheckpointError, SememeError
@@ -20,8 +19,8 @@ from sememe.models.adapted import AdaptedModel
 from sememe.models.loading import load_base, load_model, load_tokenizer, model_folder, resolve
 from sememe.models.online import OnlineForCausalLM
 from sememe.models.writing import Writing
+from sememe.progress import advance
 from sememe.progress import bar as progress_bar
-from sememe.progress import skip
 
 BY_DATA = ("data", *CONTRACT, "target_rate", "rate_error_percent", "dial")
 
@@ -83,7 +82,7 @@ def evaluate_files(model: str, data: str | Sequence[str], tokens: int = 8192, co
         def tick(tokens: int) -> None:
             if seconds is not None and len(blocks) == 1:  # what there will be time for
                 bar.total = max(bar.n + tokens, min(total, round((bar.n + tokens) * seconds / max(partial.seconds, 1e-9))))
-            (skip if partial.reused else tqdm.update)(bar, tokens)
+            advance(bar, tokens, partial.reused)
 
         for place, (name, ids_NT) in enumerate(zip(names, blocks, strict=True)):
             result = evaluate(loaded, tokenizer, ids_NT, other, batch, 2, tick, partial, seconds, f"{place} ")
@@ -131,7 +130,7 @@ def benchmark_files(model: str, prompt_tokens: int = 512, new_tokens: int = 64, 
     share = None if seconds is None else seconds / groups
     with progress_bar(total=2 * (repeats + 1) * groups, desc="benchmark", unit="run") as bar:
         def tick() -> None:
-            skip(bar, 1) if partial.reused else bar.update(1)
+            advance(bar, 1, partial.reused)
 
         trained: dict[str, Any] = {}
         if training and loaded.config.base:
