@@ -18,6 +18,7 @@ from sememe.report import write_report
 from sememe.show import generate_text
 from sememe.tables import show_quality, show_speed
 from sememe.training.build import build_blocks, build_model
+from sememe.training.checkpoints import last_checkpoint
 from sememe.training.recipe import Recipe, load_recipe
 from sememe.training.run import precision, train
 
@@ -94,10 +95,11 @@ def _measure(recipe_path: Path, run: Path, control: Path, out: Console, clock: C
     asked = {"data": recipe.data.heldout, "control": str(control)}
     figures = kept(run, "evaluate.json", target_rate=recipe.rate, **asked)
     speed = kept(run, "benchmark.json", settings={"target_rate": recipe.rate})
-    training = plan["steps"] * step_s
+    at = {p: plan["steps"] if str(p) in reused else _steps_done(p) for p in (control, run)}
+    calibration = 0.0 if at[run] else plan["calibration_seconds"]
     clock.estimates = {
-        "control": 0.0 if str(control) in reused else training,
-        "concept model": 0.0 if str(run) in reused else training + plan["calibration_seconds"],
+        "control": (plan["steps"] - at[control]) * step_s,
+        "concept model": (plan["steps"] - at[run]) * step_s + calibration,
         "evaluation": 0.0 if figures else plan["evaluate_seconds"], "sample": SAMPLE * step_s + 5,
         "benchmark": 0.0 if speed else plan["benchmark_seconds"] + 15, "report": 3.0,
     }
@@ -109,11 +111,11 @@ def _measure(recipe_path: Path, run: Path, control: Path, out: Console, clock: C
     with clock.stage("concept model"):
         train(recipe, run, say=out.print)
     with clock.stage("evaluation"):
-        figures = figures or evaluate_files(str(run), tokens=TOKENS, seconds=_share(clock, "evaluation", plan), **asked)
+        figures = figures or evaluate_files(str(run), tokens=TOKENS, seconds=_share(clock, "evaluation"), **asked)
     with clock.stage("sample"):
         generate_text(str(run), PROMPT, 48, 0.7, 0.9, 0, True, out)
     with clock.stage("benchmark"):
-        speed = speed or benchmark_files(str(run), 256, 48, 1, REPEATS, seconds=_share(clock, "benchmark", plan))
+        speed = speed or benchmark_files(str(run), 256, 48, 1, REPEATS, seconds=_share(clock, "benchmark"))
     with clock.stage("report"):
         page = write_report(run, control)
     out.rule("result")
@@ -124,7 +126,12 @@ def _measure(recipe_path: Path, run: Path, control: Path, out: Console, clock: C
     return {"report": str(page), "evaluate": figures, "benchmark": speed}
 
 
-def _share(clock: Clock, name: str, plan: dict) -> float:
+def _steps_done(run: Path) -> int:
+    checkpoint = last_checkpoint(run / "checkpoints", clean=False)
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
+
+
+def _share(clock: Clock, name: str) -> float:
     """Seconds that a stage may take so that the limit holds. It is what gives where the machine has become slower."""
     return max(clock.estimates[name] / 2, LIMIT_S - clock.spent - clock.left(name))
 
