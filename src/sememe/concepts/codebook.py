@@ -4,6 +4,8 @@ Codes live in normalised coordinates, `state = mean + scale · Σ_g table_g[digi
 every base. A concept is one integer in mixed radix, `id = Σ_g digit_g · K^g`; the first stage is digit 0.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -101,7 +103,8 @@ class ConceptEmbedding(nn.Module):
 
 
 @torch.no_grad()
-def start_from_states(codes: ConceptEmbedding, head: nn.Module, h_ND: Tensor, seed: int = 0) -> dict[str, float | list[float]]:
+def start_from_states(codes: ConceptEmbedding, head: nn.Module, h_ND: Tensor, seed: int = 0,
+                      tick: Callable[[], None] = lambda: None) -> dict[str, float | list[float]]:
     """Codebook and head from the model's own shallow states, stage by stage: k-means of what the stages before have
     left, and its nearest-centroid classifier.
 
@@ -113,7 +116,7 @@ def start_from_states(codes: ConceptEmbedding, head: nn.Module, h_ND: Tensor, se
     variance, left_by_stage = x_ND.square().sum(1).mean(), []
     r_ND = x_ND
     for g in range(codes.codes_per_concept):
-        centroid_KD, nearest_N = kmeans(r_ND, codes.num_concepts, seed=seed + g)
+        centroid_KD, nearest_N = kmeans(r_ND, codes.num_concepts, seed=seed + g, tick=tick)
         codes.weight[g] = centroid_KD
         r_ND = r_ND - centroid_KD[nearest_N]
         left = r_ND.square().sum(1).mean()

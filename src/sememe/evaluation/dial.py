@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sememe.evaluation.quality import token_nll
+from sememe.evaluation.partial import Partial
+from sememe.evaluation.quality import measure
 from sememe.models.loading import set_rate
 from sememe.models.online import NULL, OnlineForCausalLM
 
@@ -23,13 +24,15 @@ def rate_error(realised: float | None, asked: float | None) -> float | None:
 
 
 def dial(model: OnlineForCausalLM, ids_NT: Tensor, rates: Sequence[float], control_nll: float | None = None,
-         batch: int = 4, tick: Callable[[int], None] = lambda n: None) -> list[dict[str, Any]]:
+         batch: int = 4, tick: Callable[[int], None] = lambda n: None, partial: Partial | None = None,
+         prefix: str = "") -> list[dict[str, Any]]:
     """NLL and realised rate on (N, T) blocks at each of the rates. The model's own rate is put back afterwards."""
     rows, own = [], model.config.rate
     try:
         for rate in rates:
             model.config.rate = rate
-            nll_NT, concepts_NT = token_nll(model, ids_NT, batch, tick=tick)
+            name = f"rate {rate}"
+            nll_NT, concepts_NT = measure({name: (model, None)}, ids_NT, batch, tick, partial or Partial(), prefix=prefix)[name]
             nll, realised = float(nll_NT.mean()), float((concepts_NT != NULL).float().mean())
             rows.append({
                 "target_rate": rate, "concept_rate": realised, "rate_error_percent": rate_error(realised, rate), "nll": nll,

@@ -15,10 +15,12 @@ from sememe.concepts.segments import tail_lengths
 from sememe.data import TextBlocks
 from sememe.detokenize import pieces
 from sememe.errors import DataError
+from sememe.evaluation.partial import Partial
 from sememe.models.configuration import CompressorConfig, ConceptConfig, ControlConfig, OnlineConfig, PlannerConfig
 from sememe.models.writing import NULL, Writing
 
 BUCKET = 64  # positions per bucket of `nll_by_position`
+FLOOR = 2048  # tokens that are measured however little time there is
 
 
 @torch.no_grad()
@@ -35,6 +37,36 @@ def token_nll(model, ids_NT: Tensor, batch: int = 4, ablation: str | None = None
             ids.append(out.concept_ids.cpu())
         tick(part_BT.numel())
     return torch.cat(nll), torch.cat(ids) if ids else None
+
+
+def partial_nll(*asked) -> Callable[[], list]:
+    """`token_nll` as JSON, when it is called."""
+    return lambda: [None if x is None else x.tolist() for x in token_nll(*asked)]
+
+
+def measure(sides: dict[str, tuple[Any, str | None]], ids_NT: Tensor, batch: int, tick: Callable[[int], None], partial: Partial,
+            seconds: float | None = None, prefix: str = "") -> dict[str, tuple[Tensor, Tensor | None]]:
+    """`token_nll` of several sides (model, ablation) on (N, T) blocks: every side on a batch before any has the next.
+
+    A batch that `partial` holds is not run again. Where `seconds` run out, all sides end with the same first blocks, of at
+    least `FLOOR` tokens. Raises DataError for a non-finite NLL of the first side.
+    """
+    rows: dict[str, list] = {name: [] for name in sides}
+    first, before = next(iter(sides)), partial.seconds
+    for start in range(0, len(ids_NT), batch):
+        due = seconds is not None and start * ids_NT.shape[1] >= FLOOR
+        if due and (partial.seconds - before) * (1 + batch / start) > seconds:
+            break
+        ids_BT = ids_NT[start : start + batch]
+        for name, (model, ablation) in sides.items():
+            nll, ids = partial.part(f"{prefix}{name} {start}", partial_nll(model, ids_BT, batch, ablation))
+            rows[name].append((torch.tensor(nll), None if ids is None else torch.tensor(ids)))
+            if name == first and not rows[name][-1][0].isfinite().all():
+                raise DataError(f"the NLL is {float(rows[name][-1][0].mean())}: need finite logits. try: another checkpoint, or "
+                                "float32")
+            tick(ids_BT.numel())
+    columns = {name: zip(*parts, strict=True) for name, parts in rows.items()}
+    return {name: (torch.cat(nll), None if ids[0] is None else torch.cat(ids)) for name, (nll, ids) in columns.items()}
 
 
 def layer_share(config, rate: float | None = None) -> float:
@@ -120,22 +152,27 @@ def by_position(nll_NT: Tensor, control_NT: Tensor | None) -> list[dict[str, flo
 
 
 def evaluate(model, tokenizer, blocks: TextBlocks, control=None, batch: int = 4, samples: int = 2,
-             tick: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
+             tick: Callable[[int], None] = lambda n: None, partial: Partial | None = None, seconds: float | None = None,
+             prefix: str = "") -> dict[str, Any]:
     """All quality figures of a model on (N, T) held-out blocks, the gate running free.
 
     Bits per byte are of the source's own bytes, those of the predicted tokens (all but each row's first).
     Deltas are to the model's own NLL (ablations: positive = the codes matter) or to the control's (`delta_nll_control`,
-    positive = worse than the control). Raises DataError for ids outside the vocabulary or a non-finite NLL.
+    positive = worse than the control). `partial`, `seconds`, `prefix`: see `measure`. Raises DataError for ids outside the
+    vocabulary or a non-finite NLL.
     """
     ids_NT, vocab = blocks.ids_NT, model.config.get_text_config().vocab_size
     if int(ids_NT.max()) >= vocab or int(ids_NT.min()) < 0:
         raise DataError(f"token id {int(ids_NT.max())} is outside this model's vocabulary of {vocab}: need its own "
                         "tokenizer. try: the tokenizer saved beside the model")
-    nll_NT, concepts_NT = token_nll(model, ids_NT, batch, tick=tick)
+    sides = {"own": (model, None)} | ({"control": (control, None)} if control is not None else {})
+    if isinstance(model, Writing):
+        sides |= {kind: (model, kind) for kind in ABLATIONS}
+    found = measure(sides, ids_NT, batch, tick, partial or Partial(), seconds, prefix)
+    nll_NT, concepts_NT = found["own"]
+    ids_NT = ids_NT[: len(nll_NT)]
     nll = float(nll_NT.mean())
-    if not torch.isfinite(nll_NT).all():
-        raise DataError(f"the NLL is {nll}: need finite logits. try: another checkpoint, or float32")
-    control_NT = token_nll(control, ids_NT, batch, tick=tick)[0] if control is not None else None
+    control_NT = found["control"][0] if control is not None else None
     num_bytes = int(blocks.bytes_NT[: len(nll_NT), 1:].sum())
     result: dict[str, Any] = {
         "tokens": nll_NT.numel(), "nll": nll,
@@ -159,7 +196,7 @@ def evaluate(model, tokenizer, blocks: TextBlocks, control=None, batch: int = 4,
     result["nll_at_concepts"] = float(nll_NT[wrote].mean())
     result["nll_in_tail"] = float(nll_NT[~wrote].mean()) if (~wrote).any() else None
     for kind in ABLATIONS:
-        result[f"delta_nll_{kind}"] = float(token_nll(model, ids_NT, batch, kind, tick)[0].mean()) - nll
+        result[f"delta_nll_{kind}"] = float(found[kind][0].mean()) - nll
     result["samples"] = [sample(ids, concepts, tokenizer) for ids, concepts in zip(ids_NT[:samples], concepts_NT, strict=False)]
     return result
 

@@ -13,6 +13,7 @@ from sememe.backbone.adapters import linear_names
 from sememe.backbone.calling import CACHE
 from sememe.errors import CheckpointError
 from sememe.evaluation.memory import extra_bytes, weight_bytes
+from sememe.evaluation.partial import Partial
 from sememe.models.online import OnlineConfig, OnlineForCausalLM
 
 
@@ -22,26 +23,44 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def in_turn(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, tick=lambda: None) -> dict[str, list[float]]:
-    """Seconds of each job in each of `repeats` rounds, in turn, after one round not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(repeats + 1):
+def in_turn(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, tick=lambda: None,
+            partial: Partial | None = None, seconds: float | None = None, prefix: str = "") -> dict[str, list[float]]:
+    """Seconds of each job in each of `repeats` rounds, in turn, after one round not counted.
+
+    Rounds that `partial` holds are not run again. Where `seconds` run out, the rounds that there was time for, at least one.
+    """
+    partial, found = partial or Partial(), {name: [] for name in jobs}
+
+    def timed(job: Callable[[], Any]) -> float:
+        start = clock(device)
+        job()
+        return clock(device) - start
+
+    spent, warm = 0.0, False
+    for turn in range(repeats):
+        keys = {name: f"{prefix}{name} {turn}" for name in jobs}
+        if not warm and not all(map(partial.holds, keys.values())):
+            warm, partial.reused = True, False
+            for job in jobs.values():
+                spent += timed(job)
+                tick()
+        if turn and seconds is not None and spent * (1 + 1 / (turn + warm)) > seconds:
+            break
         for name, job in jobs.items():
-            start = clock(device)
-            job()
-            if turn:
-                seconds[name].append(clock(device) - start)
+            found[name].append(partial.part(keys[name], lambda job=job: timed(job)))
+            spent += found[name][-1]
             tick()
-    return seconds
+    return found
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
 
 
-def alternate(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, tick=lambda: None) -> dict[str, dict]:
+def alternate(jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, tick=lambda: None,
+              partial: Partial | None = None, seconds: float | None = None, prefix: str = "") -> dict[str, dict]:
     """Seconds of each job over the rounds of `in_turn`: median, minimum and maximum."""
-    return {name: summary(found) for name, found in in_turn(jobs, repeats, device, tick).items()}
+    return {name: summary(found) for name, found in in_turn(jobs, repeats, device, tick, partial, seconds, prefix).items()}
 
 
 def layer_macs(base: nn.Module) -> tuple[int, int]:
@@ -83,9 +102,9 @@ def cache_bytes(cache) -> int:
 
 def throughput(fill: dict[str, float], whole: dict[str, float], batch: int, length: int, new_tokens: int) -> dict[str, Any]:
     """Tokens per second of reading (B, T) prompts and of writing, from the seconds of prefill and of all of `generate`."""
-    decoding = max(whole["median"] - fill["median"], 1e-9)
+    decoding = max(whole["median"] - fill["median"], 1e-9)  # see `unclear`
     return {
-        "prefill_tokens_per_s": batch * length / fill["median"],
+        "prefill_tokens_per_s": batch * length / max(fill["median"], 1e-9),
         "decode_tokens_per_s": batch * (new_tokens - 1) / decoding,
         "prefill_seconds": fill, "generate_seconds": whole,
     }
@@ -126,10 +145,12 @@ def train_twice(model, ids_BT: Tensor) -> None:
         train_step(model, ids_BT, optimizer)
 
 
-def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, tick=lambda: None) -> dict[str, Any]:
+def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, tick=lambda: None,
+                  partial: Partial | None = None, seconds: float | None = None) -> dict[str, Any]:
     """Prefill, decode, cache and memory figures of a (merged) concept model beside its base.
 
-    Raises CheckpointError where `model` has no concepts.
+    `partial`, `seconds`: see `in_turn`, the latter of reading and of writing each. Raises CheckpointError where `model` has no
+    concepts, or a cache stays empty.
     """
     if not isinstance(model, OnlineForCausalLM):
         raise CheckpointError("this model has no concepts: need a run of system: online. try: runs/demo")
@@ -145,15 +166,28 @@ def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, ti
     pair = {"concept": model, "base": base}
     for one in pair.values():
         prefill(one, ids_BT[:, :2])  # reads weights that are in a file still
-    memory = peaks(pair, lambda m: prefill(m, ids_BT), ids_BT.device)
-    fill = alternate({n: lambda m=m: prefill(m, ids_BT) for n, m in pair.items()}, repeats, ids_BT.device, tick)
-    whole = alternate({n: decode(n, m) for n, m in pair.items()}, repeats, ids_BT.device, tick)
-    cache = caches["concept"]
-    rate = float(cache.concepts.sum() / cache.gate_state.tokens.sum())
+    def cached() -> dict[str, float]:
+        for name, one in pair.items():
+            if name not in caches:  # all rounds were run before a stop
+                decode(name, one)()
+        cache = caches["concept"]
+        found = {name: cache_bytes(caches[name]) for name in pair} | {"read": int(cache.gate_state.tokens.sum())}
+        if empty := [name for name, amount in found.items() if not amount]:
+            raise CheckpointError(f"the cache is empty after {ids_BT.shape[1] + new_tokens} tokens ({empty[0]}): need one that "
+                                  "holds what was read. try: the newest release of transformers that pyproject.toml allows")
+        return found | {"concepts": int(cache.concepts.sum())}
+
+    partial = partial or Partial()
+    memory = partial.part("prefill peaks", lambda: peaks(pair, lambda m: prefill(m, ids_BT), ids_BT.device))
+    fill = alternate({n: lambda m=m: prefill(m, ids_BT) for n, m in pair.items()}, repeats, ids_BT.device, tick, partial, seconds,
+                     "prefill ")
+    whole = alternate({n: decode(n, m) for n, m in pair.items()}, repeats, ids_BT.device, tick, partial, seconds, "generate ")
+    held = partial.part("cache", cached)
+    rate = held["concepts"] / held["read"]
     result: dict[str, Any] = {}
     for name in pair:
         result[name] = throughput(fill[name], whole[name], batch, length, new_tokens)
-        result[name] |= {"cache_bytes": cache_bytes(caches[name]), "weight_bytes": weight_bytes(pair[name]),
+        result[name] |= {"cache_bytes": held[name], "weight_bytes": weight_bytes(pair[name]),
                          "prefill_peak_bytes": memory[name]}
     concept, plain = result["concept"], result["base"]
     return result | {
@@ -166,11 +200,15 @@ def benchmark_use(model, base, ids_BT: Tensor, new_tokens: int, repeats: int, ti
     }
 
 
-def benchmark_training(model, control, ids_BT: Tensor, repeats: int, tick=lambda: None) -> dict[str, Any]:
-    """Training step of the concept model against the same base with the same LoRA and no concepts: time and memory."""
+def benchmark_training(model, control, ids_BT: Tensor, repeats: int, tick=lambda: None,
+                       partial: Partial | None = None, limit: float | None = None) -> dict[str, Any]:
+    """Training step of the concept model against the same base with the same LoRA and no concepts: time and memory.
+    `partial`, `limit`: as `partial` and `seconds` of `in_turn`."""
+    partial = partial or Partial()
     pair = {"concept": model.train(), "base": control.train()}
-    seconds = alternate({n: lambda m=m: train_step(m, ids_BT) for n, m in pair.items()}, repeats, ids_BT.device, tick)
-    memory = peaks(pair, lambda m: train_twice(m, ids_BT), ids_BT.device)
+    seconds = alternate({n: lambda m=m: train_step(m, ids_BT) for n, m in pair.items()}, repeats, ids_BT.device, tick, partial,
+                        limit, "train ")
+    memory = partial.part("train peaks", lambda: peaks(pair, lambda m: train_twice(m, ids_BT), ids_BT.device))
     return {
         **{n: {"train_tokens_per_s": ids_BT.numel() / s["median"], "train_peak_bytes": memory[n], "train_seconds": s}
            for n, s in seconds.items()},

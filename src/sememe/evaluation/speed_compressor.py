@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from sememe.backbone.calling import cache_argument
@@ -13,6 +12,7 @@ from sememe.evaluation.coding import price
 from sememe.evaluation.figures import keep, run_recipe
 from sememe.evaluation.files import base_beside, prompts, torch_dtype
 from sememe.evaluation.memory import weight_bytes
+from sememe.evaluation.partial import Partial, partial_of
 from sememe.evaluation.speed import in_turn, summary
 from sememe.models.compressor import CompressorForCausalLM
 from sememe.models.configuration import CompressorConfig
@@ -26,6 +26,8 @@ from sememe.models.loading import (
     read_config,
     resolve,
 )
+from sememe.progress import advance
+from sememe.progress import bar as progress_bar
 
 WINDOW, BATCH = 512, 16  # tokens of a window where no run says otherwise, and windows at once: as `sememe compress` has them
 JOBS = 5  # runs in a round
@@ -67,7 +69,8 @@ def side(model, read: list[float], write: list[float], tokens: int, written: int
     }
 
 
-def benchmark_compressor(model: CompressorForCausalLM, base, ids_BT: Tensor, repeats: int, tick=lambda: None) -> dict[str, Any]:
+def benchmark_compressor(model: CompressorForCausalLM, base, ids_BT: Tensor, repeats: int, tick=lambda: None,
+                         partial: Partial | None = None) -> dict[str, Any]:
     """Figures of (B, T) windows, compressed and decompressed all at once, beside the base that reads the same tokens (one
     plain forward with the logits of every token) and writes about as many."""
     model, base, config = model.eval(), base.eval(), model.config
@@ -82,7 +85,7 @@ def benchmark_compressor(model: CompressorForCausalLM, base, ids_BT: Tensor, rep
     rows, device = len(ids_BT), ids_BT.device
     read = {"compress": lambda: model.compress(ids_BT), "forward": lambda: forward(0), "states": lambda: forward(1)}
     write = {"decompress": lambda: model.decompress(concepts), "greedy": lambda: greedy(base, model.bos, rows, steps)}
-    seconds = in_turn(read, repeats, device, tick) | in_turn(write, repeats, device, tick)
+    seconds = in_turn(read, repeats, device, tick, partial) | in_turn(write, repeats, device, tick, partial)
     forwards, forwards_range = ratio_of(seconds, "compress", "forward")
     share = written / (rows * steps)  # of the base's tokens
     speedup, speedup_range = ratio_of(seconds, "greedy", "decompress")
@@ -123,12 +126,15 @@ def benchmark_compressor_files(model: str, window: int | None = None, batch: int
     source_text = data or recipe.get("data", {}).get("heldout")
     ids_BT = prompts(source_text, load_tokenizer(source), length, batch).to(loaded.device)
     plain = load_base(source, dtype=kind).to(loaded.device).eval()
-    with tqdm(total=JOBS * (repeats + 1), desc="benchmark", unit="run") as bar:
-        result = benchmark_compressor(loaded, plain, ids_BT, repeats, lambda: bar.update(1))
-    result |= {"model": str(model), "base_name": named, "settings": {
+    settings = {
         "window": length, "batch": batch, "repeats": repeats, "dtype": dtype, "attention": "sdpa",
         "threads": torch.get_num_threads(), "device": str(loaded.device), "prompts": "text" if source_text else "random tokens",
         "model_folder": str(model_folder(model)), "target_rate": loaded.config.rate,
-    }}
+    }
+    partial = partial_of(model, "benchmark.json", texts=[ids_BT], **settings)
+    with progress_bar(total=JOBS * (repeats + 1), desc="benchmark", unit="run") as bar:
+        result = benchmark_compressor(loaded, plain, ids_BT, repeats, lambda: advance(bar, 1, partial.reused), partial)
+    result |= {"model": str(model), "base_name": named, "settings": settings}
     keep(model, "benchmark.json", result)
+    partial.finish()
     return result

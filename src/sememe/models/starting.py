@@ -4,17 +4,41 @@ Frame of the codes, threshold of the gate, codebook and head by k-means, bridge 
 All take (N, T) blocks of training text and one or two forwards over them, no gradient.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.backbone.split import Spine
 from sememe.concepts.codebook import start_from_states
+from sememe.concepts.kmeans import ITERATIONS
 from sememe.concepts.segments import packing
+
+BRIDGE_TOKENS = 16384  # at most, that the bridge is fitted on
 
 
 class Starting:
     """Mixin of the models that write concepts."""
+
+    on_work: Callable[[float], None] = staticmethod(lambda macs: None)  # of what follows, as it is done; sums to `work`
+
+    def work(self, ids_NT: Tensor, rate: float) -> tuple[float, float]:
+        """About how many multiply-accumulates `start_frame` and `start_codes` of an online model take on (N, T) blocks."""
+        config, layer, tokens = self.config, self._layer_macs, ids_NT.numel()
+        shallow, middle, _ = config.split
+        fitted = min(tokens, BRIDGE_TOKENS) if self.bridge is not None else 0
+        states = tokens + self._vocabulary(ids_NT, 0).numel()
+        return (layer * (shallow * tokens + (shallow + middle * (1 + rate)) * fitted),
+                layer * shallow * (states + tokens) + (ITERATIONS + 1) * config.codes_per_concept * self._assign_macs(states))
+
+    def _assign_macs(self, states: int) -> float:
+        return float(states * self.config.num_concepts * self.config.text_config.hidden_size)
+
+    @property
+    def _layer_macs(self) -> float:
+        """Per token, of one layer."""
+        return float(sum(p.numel() for p in self.backbone.get_decoder().layers[0].parameters()))
 
     @torch.no_grad()
     def start_frame(self, ids_NT: Tensor, rate: float | None = None, h_NTD: Tensor | None = None) -> dict[str, float]:
@@ -40,7 +64,8 @@ class Starting:
         if self.anchor is not None:
             found["anchor_explains"] = self.anchor.start(embed_ND, self.codes.normalise(h_ND))
             h_ND = h_ND - self.codes.scale.float() * self.anchor(embed_ND)
-        found |= start_from_states(self.codes, self.head, h_ND, seed=seed)
+        macs = self._assign_macs(len(h_ND))
+        found |= start_from_states(self.codes, self.head, h_ND, seed=seed, tick=lambda: self.on_work(macs))
         self.calibrate_gate(ids_NT)
         return found
 
@@ -86,7 +111,7 @@ class Starting:
         score_NT = self.gate.boundary.score(self.head, x_NTD, self._previous(x_NTD, None))
         self.gate.calibrate(score_NT[:, 1:].flatten())
 
-    def _start_bridge(self, ids_NT: Tensor, rate: float, tokens: int = 16384) -> dict[str, float]:
+    def _start_bridge(self, ids_NT: Tensor, rate: float, tokens: int = BRIDGE_TOKENS) -> dict[str, float]:
         """Least squares from the shallow states and last concepts of tail positions to the states that the base itself
         would enter the deep slice with. Concepts are continuous here; LoRA is still zero, so the base is the teacher."""
         config, spine = self.config, self.spine
@@ -102,6 +127,7 @@ class Starting:
             tail_BT = tail_BT & (written_BT.cumsum(1) > 1)  # behind the sink alone there is no concept to read
             for kept, x in ((states, h_BTD), (lasts, last_BTD), (targets, target_BTD)):
                 kept.append(x[tail_BT].float())
+            self.on_work(self._layer_macs * config.split[1] * (1 + rate) * h_BTD.shape[0] * h_BTD.shape[1])
         config.rate = asked
         if sum(map(len, states)) == 0:
             return {}
@@ -147,6 +173,8 @@ class Starting:
             step = self._step(spine, h_BTD, None, None, None)
             step.ids_BT = ids_BT
             yield step, self._shallow(spine, h_BTD, step)
+            if hasattr(self.config, "split"):
+                self.on_work(self._layer_macs * self.config.split[0] * ids_BT.numel())
         self.train(was_training)
 
 

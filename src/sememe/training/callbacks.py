@@ -6,30 +6,49 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from sememe.errors import TrainingError
 from sememe.evaluation.plans import pair_figures
+from sememe.models.online import OnlineForCausalLM
 from sememe.pairs import PairTensors
+from sememe.progress import bar
 from sememe.training.checkpoints import rotate, seal
 from sememe.training.instruments import ConceptMeter, gradient_norms, heldout_figures
 from sememe.training.recipe import Recipe
 
 
+@contextlib.contextmanager
+def calibrating(model, ids_NT: Tensor, rate: float, part: int, show: bool) -> Iterator[None]:
+    """A bar for what an online model does before its first step (part 0) and before its first quantised one (part 1)."""
+    if not isinstance(model, OnlineForCausalLM):
+        yield
+        return
+    work = model.work(ids_NT, rate)[part]
+    name = ("calibrate: gate and bridge", "calibrate: codes by k-means")[part]
+    shape = "{desc}: {percentage:.0f}% |{bar}| [{elapsed}, {remaining} left]"
+    with bar(total=100.0, desc=name, disable=not show, bar_format=shape) as shown:
+        model.on_work = lambda macs: shown.update(min(100 * macs / work, 100 - shown.n))
+        try:
+            yield
+        finally:
+            del model.on_work
+
+
 class Schedule(TrainerCallback):
     """Sets the model's concept rate and quantisation before each step; the end of the run is the recipe's own.
 
-    The codebook starts with the first step that is quantised, from the states as they are then.
+    The codebook starts with the first step that is quantised, from the states as they are then. A checkpoint is written after
+    that step: what came before takes as long as many steps.
     """
 
-    def __init__(self, recipe: Recipe, calibration_NT: Tensor, say: Callable[[str], None]):
-        self.recipe, self.calibration_NT, self.say = recipe, calibration_NT, say
+    def __init__(self, recipe: Recipe, calibration_NT: Tensor, say: Callable[[str], None], show: bool = False):
+        self.recipe, self.calibration_NT, self.say, self.show, self.started = recipe, calibration_NT, say, show, False
 
     def _at(self, step: int) -> tuple[float, float]:
         return self.recipe.schedule.at(step / max(1, self.recipe.steps - 1), self.recipe.rate)
@@ -38,7 +57,9 @@ class Schedule(TrainerCallback):
         step = state.global_step
         model.config.rate, model.config.quantise = self._at(step)
         if model.config.quantise > 0 and (step == 0 or self._at(step - 1)[1] == 0):
-            found = model.start_codes(self.calibration_NT, self.recipe.seed)
+            with calibrating(model, self.calibration_NT, self.recipe.rate, 1, self.show):
+                found = model.start_codes(self.calibration_NT, self.recipe.seed)
+            self.started = True
             if "variance_left" in found:
                 self.say(f"codebook: k-means of {found['states']:.0f} shallow states leaves {found['variance_left']:.0%} of "
                          "their variance")
@@ -48,6 +69,11 @@ class Schedule(TrainerCallback):
             if args.world_size > 1:  # equal on equal machines; made sure of on others
                 for value in (*model.head.state_dict().values(), *model.codes.state_dict().values()):
                     torch.distributed.broadcast(value, 0)
+
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= self.started
+        self.started = False
 
 
 class Finite(TrainerCallback):
@@ -85,8 +111,8 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.monotonic() - self._before()
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"train {self.recipe.system}",
-                            unit="step", disable=not self.show)
+            self.bar = bar(total=state.max_steps, initial=state.global_step, desc=f"train {self.recipe.system}",
+                           unit="step", disable=not self.show)
 
     def _before(self) -> float:
         """Seconds that earlier parts of this run took."""

@@ -24,7 +24,7 @@ from sememe.models.planner import PlannerForCausalLM
 from sememe.models.writing import Writing
 from sememe.paths import usable
 from sememe.training.build import base_and_tokenizer, build_blocks, build_model, build_pairs, check_apart
-from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop
+from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop, calibrating
 from sememe.training.checkpoints import last_checkpoint, step_of
 from sememe.training.codes import Revive
 from sememe.training.instruments import ConceptMeter
@@ -86,8 +86,9 @@ def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: b
     if isinstance(model, Writing):
         meter = ConceptMeter(recipe.num_concepts, recipe.codes_per_concept)
         if checkpoint is None:
-            _say_start(say, model.start_frame(calibration_NT, recipe.rate))
-        callbacks.insert(0, Schedule(recipe, calibration_NT, say))
+            with calibrating(model, calibration_NT, recipe.rate, 0, show and first):
+                _say_start(say, model.start_frame(calibration_NT, recipe.rate))
+        callbacks.insert(0, Schedule(recipe, calibration_NT, say, show and first))
         if recipe.revive_every:
             callbacks.insert(1, Revive(recipe, blocks_NT, say))
     elif recipe.bridge and recipe.system == "skip" and checkpoint is None:
