@@ -4,6 +4,7 @@ command line. Nothing is downloaded."""
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,15 @@ def base_folder(tmp_path_factory):
     torch.manual_seed(0)
     tiny_base(vocab_size=259, num_hidden_layers=4, initializer_range=0.1).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def long_base_folder(base_folder):
+    """The same with places for the prompt of the demo's benchmark."""
+    folder = shutil.copytree(base_folder, base_folder.with_name("long"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     return folder
 
 

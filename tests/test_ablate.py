@@ -253,7 +253,7 @@ def test_kept_figures_are_of_this_model_and_measured_alike(tmp_path):
     weights = tmp_path / "model" / "model.safetensors"
     weights.parent.mkdir()
     weights.touch()
-    (tmp_path / "recipe.yaml").write_text("rate: 0.5")
+    (tmp_path / "recipe.yaml").write_text("rate: 0.5\ndata: {train: a.txt, heldout: b.txt}")
     figures = {"nll": 1.5, "settings": {"target_rate": 0.5, "dtype": "float32"}}
     keep(tmp_path, "benchmark.json", figures)
     assert kept(tmp_path, "benchmark.json", nll=1.5, settings={"target_rate": 0.5}) == figures

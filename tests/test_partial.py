@@ -172,8 +172,8 @@ def test_the_plan_holds_the_limit_on_slow_machines(step):
     assert 4096 <= plan["calibration_tokens"] <= 16384
 
 
-def test_the_demo_goes_on_from_any_stage(base_folder, texts, tmp_path, monkeypatch):
-    changes = {"base": str(base_folder), "data": {"train": str(texts[0]), "heldout": str(texts[1])}, "num_concepts": 32,
+def test_the_demo_goes_on_from_any_stage(long_base_folder, texts, tmp_path, monkeypatch):
+    changes = {"base": str(long_base_folder), "data": {"train": str(texts[0]), "heldout": str(texts[1])}, "num_concepts": 32,
                "sequence_length": 32, "split": {"shallow": 1, "middle": 2, "deep": 1}, "calibration_tokens": 256}
     (tmp_path / "demo.yaml").write_text(recipe_of(**changes).yaml())
     monkeypatch.setattr(demo, "STEPS", (4, 6))
