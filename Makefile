@@ -4,13 +4,15 @@ BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 OLD_ENOUGH := import sys; v = sys.version_info[:2]; \
 	sys.exit(v < (3, 11) and "Python %d.%d: need 3.11 or newer. try: make PYTHON=python3.11" % v)
+# The models of the tests are tiny: one process a core, each with one thread.
+PYTEST := -m pytest --numprocesses logical --dist worksteal
 .PHONY: demo test test-newest test-oldest lock lint clean
 
 demo: .venv/.ready
 	@$(BIN)/sememe demo
 
 test: .venv/.ready
-	@$(BIN)/python -m pytest
+	@$(BIN)/python $(PYTEST)
 
 # Before a release: the newest and the oldest libraries that pyproject.toml allows. Both take torch from constraints.txt, since
 # another one is gigabytes of CUDA on most machines; `make TORCH=torch test-newest` takes the newest of it too.
@@ -20,14 +22,14 @@ test-newest:
 	@.venv-newest/bin/python $(PIP) $(TORCH)
 	@.venv-newest/bin/python $(PIP) --editable '.[dev]'
 	@.venv-newest/bin/python -m pip list --format=freeze | grep -iE '^(torch|transformers|peft|accelerate|datasets)=='
-	@.venv-newest/bin/python -m pytest
+	@.venv-newest/bin/python $(PYTEST)
 
 test-oldest:
 	@rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python $(PIP) $(TORCH) uv
 	@.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct $(TORCH) --editable '.[dev]'
 	@.venv-oldest/bin/python -m pip list --format=freeze | grep -iE '^(torch|transformers|peft|accelerate|datasets)=='
-	@.venv-oldest/bin/python -m pytest
+	@.venv-oldest/bin/python $(PYTEST)
 
 # Writes constraints.txt anew from what .venv-newest holds, once `make test-newest` has passed there.
 lock:
