@@ -33,6 +33,14 @@ def bar(**options: Any) -> std.tqdm:
     return _Lines(**options | {"mininterval": 30, "miniters": 1})
 
 
+def leave_out(seconds: float) -> None:
+    """What took this long since the last step, and comes once, tells the bars that stand nothing of their further steps."""
+    for shown in list(std.tqdm._instances):
+        if not shown.disable:
+            shown.start_t += seconds
+            shown.last_print_t += seconds
+
+
 def advance(shown: std.tqdm, amount: float, reused: bool) -> None:
     """Moves a bar. What an earlier run of the same command has done tells nothing of the time that is left."""
     if not reused:

@@ -17,7 +17,7 @@ from sememe.errors import TrainingError
 from sememe.evaluation.plans import pair_figures
 from sememe.models.online import OnlineForCausalLM
 from sememe.pairs import PairTensors
-from sememe.progress import bar
+from sememe.progress import bar, leave_out
 from sememe.training.checkpoints import rotate, seal
 from sememe.training.instruments import ConceptMeter, gradient_norms, heldout_figures
 from sememe.training.recipe import Recipe
@@ -32,12 +32,14 @@ def calibrating(model, ids_NT: Tensor, rate: float, part: int, show: bool) -> It
     work = model.work(ids_NT, rate)[part]
     name = ("calibrate: gate and bridge", "calibrate: codes by k-means")[part]
     shape = "{desc}: {percentage:.0f}% |{bar}| [{elapsed}, {remaining} left]"
+    began = time.time()
     with bar(total=100.0, desc=name, disable=not show, bar_format=shape) as shown:
         model.on_work = lambda macs: shown.update(min(100 * macs / work, 100 - shown.n))
         try:
             yield
         finally:
             del model.on_work
+    leave_out(time.time() - began)
 
 
 class Schedule(TrainerCallback):
