@@ -12,6 +12,7 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -94,7 +95,9 @@ def check_places(length: int, attention_mask: Tensor | None, position_ids: Tenso
     if position_ids is None or (seen and length == 1):
         return
     position_BT = position_ids.cpu()
-    real_BT = position_BT == position_BT if attention_mask is None else attention_mask[:, -length:].bool().cpu()
+    real_BT = torch.ones_like(position_BT, dtype=torch.bool)
+    if attention_mask is not None:
+        real_BT = attention_mask[:, -length:].bool().cpu()
     if ((position_BT.diff(dim=1) <= 0) & real_BT[:, 1:] & real_BT[:, :-1]).any():
         raise ValueError("position_ids start again within a row, as in packed texts: need one text a row, since concepts of one "
                          "text would be read by the next. try: a row for each, padded, with its attention_mask")
