@@ -148,9 +148,9 @@ def test_padding_on_either_side_is_no_packed_text(model):
 class Forgetful(nn.Module):
     """A layer as those of 5.40: what is not called by its name is swallowed."""
 
-    def __init__(self, layer, name: str | None):
+    def __init__(self, layer):
         super().__init__()
-        self.layer, self.name = layer, name
+        self.layer = layer
 
     def forward(self, hidden_states, past_key_values=None, **kwargs):
         return self.layer(hidden_states, **{k: v for k, v in kwargs.items() if k not in CACHE_NAMES})
@@ -166,7 +166,7 @@ def test_the_self_check_decodes_and_notices_layers_that_forget_their_cache():
     assert self_check(base) < 1e-5
     for kind, said in ((Forgetful, "differs from the loop"), (Nameless, "names no cache")):
         base = tiny_base()
-        base.model.layers[2] = kind(base.model.layers[2], None)
+        base.model.layers[2] = kind(base.model.layers[2])
         with pytest.raises(BaseError, match=said):
             self_check(base)
     assert cache_argument(base, None) == {} and set(cache_argument(base, 1)) == {CACHE}

@@ -72,7 +72,6 @@ class Schedule(TrainerCallback):
                 for value in (*model.head.state_dict().values(), *model.codes.state_dict().values()):
                     torch.distributed.broadcast(value, 0)
 
-
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save |= self.started
         self.started = False
