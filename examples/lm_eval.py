@@ -21,7 +21,9 @@ from sememe.models.loading import load_model
 def main(models: list[str], tasks: list[str], limit: int | None) -> None:
     manager = TaskManager(include_path="examples/tasks")
     for name in models:
-        model, tokenizer = load_model(name)  # a run folder, a saved model, the reference model, or a base
+        model, tokenizer = load_model(
+            name
+        )  # a run folder, a saved model, the reference model, or a base
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal")
         results = simple_evaluate(wrapped, tasks=tasks, limit=limit, task_manager=manager)
         print(f"{name}\n{make_table(results)}")

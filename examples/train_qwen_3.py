@@ -1,7 +1,7 @@
-"""System 3 (planner and executor) on a Qwen base: recipe → run folder → figures. From the repository's root:
+"""System 3 (planner and executor) on a Qwen base: recipe → run folder → figures. From the
+repository's root:
 
-python examples/train_qwen_3.py [BASE] [RUN]
-"""
+python examples/train_qwen_3.py [BASE] [RUN]"""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,9 @@ def main(base: str = "Qwen/Qwen3-0.6B", run: str = "runs/qwen-planner") -> None:
     recipe = Recipe(
         system="planner",
         base=base,
-        data=Data(train="data/train.txt", heldout="data/heldout.txt", opening=0.25),  # or source and target: fields of a .jsonl
+        data=Data(
+            train="data/train.txt", heldout="data/heldout.txt", opening=0.25
+        ),  # or source and target: fields of a .jsonl
         steps=400,
         batch_size=8,
         source_length=32,

@@ -1,5 +1,5 @@
-"""Fixtures: a tiny saved base with a byte tokenizer, texts and a recipe to train on; and how tests train, stop and call the
-command line. Nothing is downloaded."""
+"""Fixtures: a tiny saved base with a byte tokenizer, texts and a recipe to train on; and how tests
+train, stop and call the command line. Nothing is downloaded."""
 
 import contextlib
 import json
@@ -25,7 +25,9 @@ from sememe.training import callbacks
 from sememe.training.recipe import check_recipe
 from sememe.training.run import train
 
-torch.set_num_threads(1)  # the models are tiny; threads that wait for each other cost more than they bring
+torch.set_num_threads(
+    1
+)  # the models are tiny; threads that wait for each other cost more than they bring
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -34,7 +36,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -71,11 +75,24 @@ def texts(tmp_path_factory):
 def tiny_recipe(base_folder: Path, texts: tuple[Path, Path]) -> dict:
     """A recipe that trains in about a second."""
     return {
-        "system": "online", "base": str(base_folder), "data": {"train": str(texts[0]), "heldout": str(texts[1])},
-        "steps": 8, "sequence_length": 32, "batch_size": 2, "rate": 0.5, "max_tail": 6,
-        "split": {"shallow": 1, "middle": 2, "deep": 1}, "num_concepts": 32, "precision": "fp32",
-        "lora": {"rank": 4, "dropout": 0.1}, "log_every": 1, "heldout_every": 4, "heldout_tokens": 64, "save_every": 4,
-        "calibration_tokens": 256, "schedule": {"rate": [0.0, 0.1]},
+        "system": "online",
+        "base": str(base_folder),
+        "data": {"train": str(texts[0]), "heldout": str(texts[1])},
+        "steps": 8,
+        "sequence_length": 32,
+        "batch_size": 2,
+        "rate": 0.5,
+        "max_tail": 6,
+        "split": {"shallow": 1, "middle": 2, "deep": 1},
+        "num_concepts": 32,
+        "precision": "fp32",
+        "lora": {"rank": 4, "dropout": 0.1},
+        "log_every": 1,
+        "heldout_every": 4,
+        "heldout_tokens": 64,
+        "save_every": 4,
+        "calibration_tokens": 256,
+        "schedule": {"rate": [0.0, 0.1]},
     }
 
 
@@ -113,10 +130,27 @@ def launch(values: dict, folder: Path, processes: int = 1) -> subprocess.Popen:
     """`sememe train` in processes of its own."""
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(check_recipe(values, "test").yaml())
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
-               "-m", "sememe"] if processes > 1 else [sys.executable, "-m", "sememe"]
-    return subprocess.Popen([*program, "train", str(recipe), "--out", str(folder)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    program = (
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--standalone",
+            "-m",
+            "sememe",
+        ]
+        if processes > 1
+        else [sys.executable, "-m", "sememe"]
+    )
+    return subprocess.Popen(
+        [*program, "train", str(recipe), "--out", str(folder)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def sememe(*words, code: int = 0) -> str:

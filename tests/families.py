@@ -6,9 +6,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sememe.models import CompressorConfig, CompressorForCausalLM, OnlineConfig, OnlineForCausalLM
 
 COMMON = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0, "initializer_range": 0.2,
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
 }
 # A window of 6 places is shorter than every text in the tests, so a wrong window mask cannot hide.
 FAMILIES = {
@@ -17,7 +26,10 @@ FAMILIES = {
     "qwen3": {},
     "mistral": {"sliding_window": 6},
     "olmo2": {},
-    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3_text": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "smollm3": {},
     "phi3": {"pad_token_id": 0},
 }
@@ -29,10 +41,20 @@ def tiny_base(family: str = "llama", seed: int = 0, attention: str = "sdpa", **c
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
-def tiny_online(family: str = "llama", seed: int = 0, attention: str = "sdpa", **changes) -> OnlineForCausalLM:
-    """An online model over a tiny base, with LoRA, codes and gate off their starting points so that nothing is 0."""
+def tiny_online(
+    family: str = "llama", seed: int = 0, attention: str = "sdpa", **changes
+) -> OnlineForCausalLM:
+    """An online model over a tiny base, with LoRA, codes and gate off their starting points so that
+    nothing is 0."""
     base = tiny_base(family, seed, attention)
-    settings = {"split": (1, 2, 1), "rate": 0.4, "max_tail": 5, "num_concepts": 16, "base": "tiny", "lora_rank": 4}
+    settings = {
+        "split": (1, 2, 1),
+        "rate": 0.4,
+        "max_tail": 5,
+        "num_concepts": 16,
+        "base": "tiny",
+        "lora_rank": 4,
+    }
     config = OnlineConfig(text_config=base.config, **{**settings, **changes})
     config._attn_implementation = attention
     model = OnlineForCausalLM(config, base)
@@ -57,10 +79,20 @@ def online_over(folder, ids_NT: torch.Tensor, **changes) -> OnlineForCausalLM:
 
 
 def compressor_over(folder, ids_NT: torch.Tensor, **changes) -> CompressorForCausalLM:
-    """A compressor over a saved base, its codes and gate started from `ids_NT`. Its segments end at different lengths."""
+    """A compressor over a saved base, its codes and gate started from `ids_NT`. Its segments end at
+    different lengths."""
     torch.manual_seed(0)
-    settings = {"rate": 0.5, "max_tail": 3, "num_concepts": 16, "boundary": "null", "head": "nearest", "lora_rank": 4}
-    model = CompressorForCausalLM.from_base(CompressorConfig(base=str(folder), **{**settings, **changes}))
+    settings = {
+        "rate": 0.5,
+        "max_tail": 3,
+        "num_concepts": 16,
+        "boundary": "null",
+        "head": "nearest",
+        "lora_rank": 4,
+    }
+    model = CompressorForCausalLM.from_base(
+        CompressorConfig(base=str(folder), **{**settings, **changes})
+    )
     generator = torch.Generator().manual_seed(0)
     move(model, generator)
     model.start_frame(ids_NT)
@@ -83,10 +115,13 @@ def text(batch: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
 
 
 def left_padded(rows: list[torch.Tensor], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1, n) rows of any lengths → (B, T) ids with `pad` on the left, and the mask that hides it."""
+    """(1, n) rows of any lengths → (B, T) ids with `pad` on the left, and the mask that hides
+    it."""
     longest = max(row.shape[1] for row in rows)
-    ids, mask = ([torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=value) for row in kind]
-                 for kind, value in ((rows, pad), ([torch.ones_like(row) for row in rows], 0)))
+    ids, mask = (
+        [torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=value) for row in kind]
+        for kind, value in ((rows, pad), ([torch.ones_like(row) for row in rows], 0))
+    )
     return torch.cat(ids), torch.cat(mask)
 
 

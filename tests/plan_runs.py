@@ -1,15 +1,28 @@
-"""A task that a plan solves, and a tiny planner's recipe for it: the source names one of a few sentences, the target is it."""
+"""A task that a plan solves, and a tiny planner's recipe for it: the source names one of a few
+sentences, the target is it."""
 
 import json
 from pathlib import Path
 
-SAID = {"aa": "the cat sat on a mat", "bb": "dogs dig up old bones", "cc": "we sail at first light", "dd": "no fish in this lake"}
+SAID = {
+    "aa": "the cat sat on a mat",
+    "bb": "dogs dig up old bones",
+    "cc": "we sail at first light",
+    "dd": "no fish in this lake",
+}
 
 
 def write_pairs(folder: Path) -> tuple[Path, Path]:
     """(train, heldout): the same four sentences, asked for in other words."""
-    for name, asked in (("train", ("say {}", "{}!", "now {}", "{} please", "give {}")), ("heldout", ("I want {}", "{} now"))):
-        rows = [{"instruction": form.format(key), "response": said} for form in asked for key, said in SAID.items()]
+    for name, asked in (
+        ("train", ("say {}", "{}!", "now {}", "{} please", "give {}")),
+        ("heldout", ("I want {}", "{} now")),
+    ):
+        rows = [
+            {"instruction": form.format(key), "response": said}
+            for form in asked
+            for key, said in SAID.items()
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "train.jsonl", folder / "heldout.jsonl"
 
@@ -17,10 +30,30 @@ def write_pairs(folder: Path) -> tuple[Path, Path]:
 def planner_recipe(base: Path, files: tuple[Path, Path]) -> dict:
     """A few seconds of training."""
     return {
-        "system": "planner", "base": str(base), "steps": 8, "batch_size": 4, "source_length": 12, "target_length": 24,
-        "data": {"train": str(files[0]), "heldout": str(files[1]), "source": "instruction", "target": "response"},
+        "system": "planner",
+        "base": str(base),
+        "steps": 8,
+        "batch_size": 4,
+        "source_length": 12,
+        "target_length": 24,
+        "data": {
+            "train": str(files[0]),
+            "heldout": str(files[1]),
+            "source": "instruction",
+            "target": "response",
+        },
         "plan": {"sizes": [4, 6], "lengths": [1, 2]},
-        "em": {"every": 2, "proposers": {"beam": 2, "sample": 1, "edit": 2}, "warmup": 0.25, "distil": 0.25, "batch": 16},
-        "precision": "fp32", "lora": {"rank": 4, "dropout": 0.1}, "log_every": 1, "heldout_every": 4, "heldout_tokens": 64,
+        "em": {
+            "every": 2,
+            "proposers": {"beam": 2, "sample": 1, "edit": 2},
+            "warmup": 0.25,
+            "distil": 0.25,
+            "batch": 16,
+        },
+        "precision": "fp32",
+        "lora": {"rank": 4, "dropout": 0.1},
+        "log_every": 1,
+        "heldout_every": 4,
+        "heldout_tokens": 64,
         "save_every": 4,
     }

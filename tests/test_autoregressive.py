@@ -1,5 +1,5 @@
-"""Boundary autoregressive: slot by slot = all slots at once, rows alone = rows together, who sees what, lengths that learn and
-the rate that they realise."""
+"""Boundary autoregressive: slot by slot = all slots at once, rows alone = rows together, who sees
+what, lengths that learn and the rate that they realise."""
 
 import copy
 import functools
@@ -14,13 +14,22 @@ from families import FAMILIES, move, text, tiny_base
 from sememe.backbone.split import Spine
 from sememe.concepts.lengths import Lengths, covering
 from sememe.errors import Interrupted, RecipeError
-from sememe.models import CompressorConfig, CompressorForCausalLM, OnlineConfig, OnlineForCausalLM, compressor
+from sememe.models import (
+    CompressorConfig,
+    CompressorForCausalLM,
+    OnlineConfig,
+    OnlineForCausalLM,
+    compressor,
+)
 from test_compressor import compressor_recipe, tiny_compressor, uncached
 
 
 def ragged(lengths=(1, 7, 20), longest: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask) of rows with padding on the right."""
-    ids, mask = text(len(lengths), longest, seed=4), torch.zeros(len(lengths), longest, dtype=torch.long)
+    ids, mask = (
+        text(len(lengths), longest, seed=4),
+        torch.zeros(len(lengths), longest, dtype=torch.long),
+    )
     for row, length in zip(mask, lengths, strict=True):
         row[:length] = 1
     return ids * mask, mask
@@ -28,7 +37,8 @@ def ragged(lengths=(1, 7, 20), longest: int = 20) -> tuple[torch.Tensor, torch.T
 
 @pytest.fixture(autouse=True, scope="module")
 def one_vote():
-    """Which weight votes start with is not what is tested here, and trying them out is most of the time that a start takes."""
+    """Which weight votes start with is not what is tested here, and trying them out is most of the
+    time that a start takes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compressor, "VOTES", (8.0,))
         yield
@@ -44,24 +54,40 @@ def segmented(**changes) -> CompressorForCausalLM:
     return copy.deepcopy(built(**changes))
 
 
-@pytest.mark.parametrize("family, attention, changes", [
-    *((family, "sdpa", {}) for family in FAMILIES), ("llama", "eager", {"codes_per_concept": 2, "depth": 2}),
-    ("gemma3_text", "eager", {"rate": 0.25}), ("qwen3", "sdpa", {"quantise": 0.5}), ("qwen3", "sdpa", {"quantise": 0.0}),
-])
+@pytest.mark.parametrize(
+    "family, attention, changes",
+    [
+        *((family, "sdpa", {}) for family in FAMILIES),
+        ("llama", "eager", {"codes_per_concept": 2, "depth": 2}),
+        ("gemma3_text", "eager", {"rate": 0.25}),
+        ("qwen3", "sdpa", {"quantise": 0.5}),
+        ("qwen3", "sdpa", {"quantise": 0.0}),
+    ],
+)
 def test_slot_by_slot_is_all_at_once(family, attention, changes):
-    """Without gradient slots are written one by one with a cache; with it, one forward computes them all."""
+    """Without gradient slots are written one by one with a cache; with it, one forward computes
+    them all."""
     model = tiny_compressor(family, attention, boundary="autoregressive", **changes)
     for ids, mask in (ragged(), (text(2, 18), None))[: 1 if attention == "eager" else 2]:
         with torch.no_grad():
             stepped = model.encode(ids, mask)
         at_once = model.encode(ids, mask)
-        assert torch.equal(stepped.read.written_BT, at_once.read.written_BT) and torch.equal(stepped.ids_BC, at_once.ids_BC)
+        assert torch.equal(stepped.read.written_BT, at_once.read.written_BT) and torch.equal(
+            stepped.ids_BC, at_once.ids_BC
+        )
         real = stepped.read.rest_BC > 0
-        assert len(set(stepped.read.length_BC[real].tolist())) > 1, "segments of one length test nothing"
+        assert len(set(stepped.read.length_BC[real].tolist())) > 1, (
+            "segments of one length test nothing"
+        )
         coded = stepped.read.coded_BC
-        # 1e-4: seen 1e-5 (log-probabilities near -20); a slot that sees one entry too many or too few is off by 1e-1
-        torch.testing.assert_close(stepped.read.log_p_BCN[real], at_once.read.log_p_BCN[real], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(stepped.read.h_BCD[coded], at_once.read.h_BCD[coded], atol=1e-4, rtol=1e-4)
+        # 1e-4: seen 1e-5 (log-probabilities near -20); a slot that sees one entry too many or too
+        # few is off by 1e-1
+        torch.testing.assert_close(
+            stepped.read.log_p_BCN[real], at_once.read.log_p_BCN[real], atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            stepped.read.h_BCD[coded], at_once.read.h_BCD[coded], atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_row_is_what_it_is_alone_and_covered_once():
@@ -84,7 +110,9 @@ def test_codes_depend_on_what_is_to_come_and_slots_on_earlier_ones_only():
     changed[:, -1] = (ids[:, -1] + 1) % 97
     with torch.no_grad():
         a, b = model.encode(ids), model.encode(changed)
-    assert not torch.equal(a.read.log_p_BCN[:, 0], b.read.log_p_BCN[:, 0]), "the first slot has read the last token"
+    assert not torch.equal(a.read.log_p_BCN[:, 0], b.read.log_p_BCN[:, 0]), (
+        "the first slot has read the last token"
+    )
     assert any(x != y for x, y in zip(model.compress(ids), model.compress(changed), strict=True))
     spine = Spine(model.backbone)
     with torch.no_grad(), model.compressing():
@@ -95,12 +123,15 @@ def test_codes_depend_on_what_is_to_come_and_slots_on_earlier_ones_only():
         before = model._at_once(spine, step, slots, real)
         slots.code_BCD[:, middle] += 1.0
         after = model._at_once(spine, step, slots, real)
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1][:, :middle], after[1][:, :middle])
+    assert torch.equal(before[0], after[0]) and torch.equal(
+        before[1][:, :middle], after[1][:, :middle]
+    )
     assert not torch.equal(before[1][:, middle:], after[1][:, middle:])
 
 
 def test_the_text_is_read_as_every_compressor_reads_it():
-    """Slots change nothing of the text's own states, so a slot whose map is 0 leaves a segment's news as they were."""
+    """Slots change nothing of the text's own states, so a slot whose map is 0 leaves a segment's
+    news as they were."""
     model, ids = segmented(), text(3, 20)
     with torch.no_grad():
         model.segmenter.more.zero_()
@@ -118,8 +149,18 @@ def test_untrained_it_writes_news_at_the_rate():
     """At the start lengths are the same everywhere, and what slots say is nothing."""
     base = tiny_base()
     for rate, longest in ((0.5, 5), (0.25, 16), (1.0, 3), (0.4, 9)):
-        model = CompressorForCausalLM(CompressorConfig(text_config=base.config, rate=rate, max_tail=longest, num_concepts=16,
-                                                       head="nearest", boundary="autoregressive", content="news"), tiny_base())
+        model = CompressorForCausalLM(
+            CompressorConfig(
+                text_config=base.config,
+                rate=rate,
+                max_tail=longest,
+                num_concepts=16,
+                head="nearest",
+                boundary="autoregressive",
+                content="news",
+            ),
+            tiny_base(),
+        )
         mean = torch.softmax(model.segmenter.lengths.bias, 0) @ torch.arange(1.0, longest + 2)
         # 1e-2: where every length is 1 the tilt stops at 20
         torch.testing.assert_close(mean, torch.tensor(1 / rate), atol=1e-2, rtol=0)
@@ -128,18 +169,26 @@ def test_untrained_it_writes_news_at_the_rate():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_of_it_learns(precision):
-    """Under autocast too, where weights that the first pass cast without gradient must not serve the second."""
+    """Under autocast too, where weights that the first pass cast without gradient must not serve
+    the second."""
     torch.manual_seed(0)
     model, ids = segmented(continuation_share=0.25), text(4, 16)
     model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         model(ids, labels=ids).loss.backward()
     segmenter = model.segmenter
-    for name, p in (("before", segmenter.before), ("more", segmenter.more), *segmenter.lengths.named_parameters()):
+    for name, p in (
+        ("before", segmenter.before),
+        ("more", segmenter.more),
+        *segmenter.lengths.named_parameters(),
+    ):
         assert p.grad.abs().sum() > 0, name
     for name in ("compressor", "decompressor"):
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters()
-                   if f".{name}." in n and "lora_B" in n), name
+        assert all(
+            p.grad is not None and p.grad.abs().sum() > 0
+            for n, p in model.named_parameters()
+            if f".{name}." in n and "lora_B" in n
+        ), name
     assert segmenter.lengths.price != 0 and segmenter.lengths.nats > 0
 
 
@@ -153,7 +202,9 @@ def test_what_a_segment_cost_reaches_its_own_length():
     nll = torch.rand(3, 20) * mask
     model._length_term(made.read, made.rank_BT, nll)
     want = []
-    for row, (written, length) in enumerate(zip(made.read.written_BT[:, 1:], mask.sum(1).tolist(), strict=True)):
+    for row, (written, length) in enumerate(
+        zip(made.read.written_BT[:, 1:], mask.sum(1).tolist(), strict=True)
+    ):
         total = 0.0
         for t in range(length):
             total += float(nll[row, t])
@@ -224,13 +275,21 @@ def test_the_rate_is_realised(trained, asked):
         written = model(ids).concept_ids >= 0
     assert [int(row.sum()) for row in written] == [48 * asked] * 24, "each text gets its share"
     halves = written[:, :24].float().mean(1)
-    assert len(set(halves.tolist())) > 1 and abs(float(halves.mean()) / asked - 1) < 0.2, "spent on the way as it likes"
+    assert len(set(halves.tolist())) > 1 and abs(float(halves.mean()) / asked - 1) < 0.2, (
+        "spent on the way as it likes"
+    )
     assert model.compress(ids) == model.compress(ids), "nothing is drawn in use"
 
 
 def test_drawn_lengths_have_the_rate_of_the_start():
     base = tiny_base()
-    config = CompressorConfig(text_config=base.config, rate=0.25, num_concepts=32, head="nearest", boundary="autoregressive")
+    config = CompressorConfig(
+        text_config=base.config,
+        rate=0.25,
+        num_concepts=32,
+        head="nearest",
+        boundary="autoregressive",
+    )
     model = CompressorForCausalLM(config, base)
     model.start_frame(text(8, 24))
     model.start_codes(text(8, 24))
@@ -252,15 +311,21 @@ def test_ablations_and_continuation_are_those_of_every_compressor():
     model, ids = segmented(codes_per_concept=2), text(4, 16)
     with torch.no_grad():
         plain, shuffled, zero = (model(ids, ablation=kind) for kind in (None, "shuffle", "zero"))
-        assert torch.equal(plain.concept_ids >= 0, shuffled.concept_ids >= 0), "what is replaced is the codes alone"
-        assert not torch.equal(plain.logits, shuffled.logits) and not torch.equal(plain.logits, zero.logits)
+        assert torch.equal(plain.concept_ids >= 0, shuffled.concept_ids >= 0), (
+            "what is replaced is the codes alone"
+        )
+        assert not torch.equal(plain.logits, shuffled.logits) and not torch.equal(
+            plain.logits, zero.logits
+        )
         assert model.continuation_logits(model.encode(ids[:, :8]), ids[:, 8:]).shape == (4, 8, 97)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention):
     torch.manual_seed(0)
-    config = CompressorConfig(base=str(base_folder), num_concepts=32, head="nearest", rate=0.5, boundary="autoregressive")
+    config = CompressorConfig(
+        base=str(base_folder), num_concepts=32, head="nearest", rate=0.5, boundary="autoregressive"
+    )
     model = CompressorForCausalLM.from_base(config, attention=attention)
     move(model, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -276,32 +341,57 @@ def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention):
 
 
 def test_training_resumes_where_it_stopped(recipe_values, tmp_path):
-    values = compressor_recipe(recipe_values, boundary="autoregressive", rate=0.25, steps=6, save_every=3, heldout_every=6)
+    values = compressor_recipe(
+        recipe_values, boundary="autoregressive", rate=0.25, steps=6, save_every=3, heldout_every=6
+    )
     run(values, tmp_path / "whole")
     with ctrl_c(4), pytest.raises(Interrupted):
         run(values, tmp_path / "cut")
     run(values, tmp_path / "cut")
-    keys = ("step", "loss", "heldout_nll", "rate", "heldout_rate", "price", "tail_mean", "code_perplexity")
-    lines = [[{k: line.get(k) for k in keys} for line in metrics(tmp_path / name)] for name in ("whole", "cut")]
+    keys = (
+        "step",
+        "loss",
+        "heldout_nll",
+        "rate",
+        "heldout_rate",
+        "price",
+        "tail_mean",
+        "code_perplexity",
+    )
+    lines = [
+        [{k: line.get(k) for k in keys} for line in metrics(tmp_path / name)]
+        for name in ("whole", "cut")
+    ]
     assert lines[0] == lines[1]
-    assert all(line["price"] is not None for line in lines[0]) and lines[0][-1]["price"] != lines[0][0]["price"]
+    assert (
+        all(line["price"] is not None for line in lines[0])
+        and lines[0][-1]["price"] != lines[0][0]["price"]
+    )
     assert abs(lines[0][-1]["heldout_rate"] - 0.25) < 0.0125
     assert "grad_norm_segmenter" in metrics(tmp_path / "whole")[-1]
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"system": "online"}, "reads all of a text.*need system: compressor"),
-    ({"system": "control"}, "need system: compressor"),
-    ({"system": "skip"}, "need system: compressor"),
-    ({"schedule": {"rate": [0.0, 0.1]}}, "need no ramp. try: schedule.rate"),
-    ({"gate_noise": 0.5}, "gate_noise"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"system": "online"}, "reads all of a text.*need system: compressor"),
+        ({"system": "control"}, "need system: compressor"),
+        ({"system": "skip"}, "need system: compressor"),
+        ({"schedule": {"rate": [0.0, 0.1]}}, "need no ramp. try: schedule.rate"),
+        ({"gate_noise": 0.5}, "gate_noise"),
+    ],
+)
 def test_what_cannot_be_trained_is_one_sentence(recipe_values, tmp_path, changes, said):
     with pytest.raises(RecipeError, match=said):
-        run({**compressor_recipe(recipe_values, boundary="autoregressive"), **changes}, tmp_path / "run")
+        run(
+            {**compressor_recipe(recipe_values, boundary="autoregressive"), **changes},
+            tmp_path / "run",
+        )
 
 
 def test_an_online_model_cannot_have_it():
     base = tiny_base()
     with pytest.raises(RecipeError, match="need system: compressor for it"):
-        OnlineForCausalLM(OnlineConfig(text_config=base.config, split=(1, 2, 1), boundary="autoregressive"), base)
+        OnlineForCausalLM(
+            OnlineConfig(text_config=base.config, split=(1, 2, 1), boundary="autoregressive"), base
+        )

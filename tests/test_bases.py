@@ -19,12 +19,23 @@ IDS = torch.tensor([[1, 5, 9, 30, 2]])
 
 def save_tiny(folder: Path) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, vocab_size=64, max_position_embeddings=64)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "one": 2, "two": 3}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<eos>": 1, "one": 2, "two": 3}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", unk_token="<unk>"
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -43,7 +54,9 @@ def fail(*args: object, **kwargs: object) -> None:
 
 def test_resolve_folders(tiny: Path, tmp_path: Path) -> None:
     assert bases.resolve(str(tiny)) == tiny
-    (tiny / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
+    (tiny / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00002.safetensors"}}'
+    )
     with pytest.raises(BaseError, match=r"model-00002\.safetensors is missing"):
         bases.resolve(str(tiny))
     (tiny / "model.safetensors").unlink()
@@ -63,7 +76,9 @@ def test_what_cannot_be_a_hub_id_never_reaches_the_network(
         bases.resolve(base)
 
 
-def test_hub_offline_takes_the_cached_copy_or_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_offline_takes_the_cached_copy_or_says_so(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub as hub
 
     asked: list[object] = []
@@ -81,10 +96,15 @@ def test_hub_offline_takes_the_cached_copy_or_says_so(tiny: Path, monkeypatch: p
     monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert bases.resolve("org/cached") == tiny
-    with pytest.raises(BaseError, match=r"'org/other' is neither .*Name or service not known.* sememe pull"):
+    with pytest.raises(
+        BaseError, match=r"'org/other' is neither .*Name or service not known.* sememe pull"
+    ):
         bases.resolve("org/other")
     assert bases.resolve("org/cached", pull_missing=False) == tiny
-    assert asked == ["org/cached", "org/other"]  # and not a third time: pull_missing=False is offline
+    assert asked == [
+        "org/cached",
+        "org/other",
+    ]  # and not a third time: pull_missing=False is offline
 
 
 # fingerprint
@@ -142,12 +162,15 @@ def drop_a_weight(folder: Path) -> None:
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(("harm", "said"), [
-    (truncate, "cannot be loaded"),
-    (unknown_type, "cannot be loaded"),
-    (broken_config, "cannot be loaded"),
-    (drop_a_weight, r"lacks 1 weights, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
-])
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (truncate, "cannot be loaded"),
+        (unknown_type, "cannot be loaded"),
+        (broken_config, "cannot be loaded"),
+        (drop_a_weight, r"lacks 1 weights, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
+    ],
+)
 def test_a_harmed_base_is_one_sentence(tiny: Path, harm, said: str) -> None:
     harm(tiny)
     with pytest.raises(BaseError, match=said) as caught:
@@ -170,5 +193,6 @@ def test_smollm2_answers_paris() -> None:
     assert model.config.num_hidden_layers == bases.KNOWN["smollm2-135m"].layers
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
-    # The rule that a gguf loses: with it, the two newlines before a digit are one token, as in training.
+    # The rule that a gguf loses: with it, the two newlines before a digit are one token, as in
+    # training.
     assert tokenizer.tokenize("a\n\n10") == ["a", "ĊĊ", "1", "0"]

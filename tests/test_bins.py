@@ -1,5 +1,5 @@
-"""Bins of words: rivals apart, codes that spell segments exactly, votes that find the words again, and a search that finds the
-likeliest text."""
+"""Bins of words: rivals apart, codes that spell segments exactly, votes that find the words again,
+and a search that finds the likeliest text."""
 
 import itertools
 import math
@@ -28,16 +28,23 @@ def test_codes_are_shared_out_among_lengths_and_places(codes, lengths, rate, eve
         found = radices(count, places, even)
         assert len(found) == places and min(found) >= 1 and math.prod(found) <= count
         assert not even or max(found) - min(found) <= 1
-        assert even or found[-1] == max(found), "segments end at the word that is hardest to foretell"
+        assert even or found[-1] == max(found), (
+            "segments end at the word that is hardest to foretell"
+        )
 
 
 def test_two_words_share_all_codes_where_all_segments_are_pairs():
-    assert allot(4096, 2, 0.5, True) == [64, 4032] and radices(4032, 2, True) == [63, 64] and radices(4096, 2, True) == [64, 64]
+    assert (
+        allot(4096, 2, 0.5, True) == [64, 4032]
+        and radices(4032, 2, True) == [63, 64]
+        and radices(4096, 2, True) == [64, 64]
+    )
     assert np.argmax(allot(4096, 9, 0.25, True)) == 3, "R = 4"
 
 
 def test_words_that_are_taken_for_one_another_lie_apart():
-    """Two cliques of 8 words each, and 84 words that no context calls for: in 8 bins no rivals meet, and none is left empty."""
+    """Two cliques of 8 words each, and 84 words that no context calls for: in 8 bins no rivals
+    meet, and none is left empty."""
     vocab, taken = 100, Confusion(100)
     for clique in (range(8), range(8, 16)):
         for word in clique:
@@ -56,21 +63,38 @@ def test_words_that_are_taken_for_one_another_lie_apart():
 
 def tiny(boundary: str = "fixed", **changes) -> CompressorForCausalLM:
     base, blocks = tiny_base("llama"), text(16, 24, seed=2)
-    values = {"rate": 0.5, "max_tail": 4, "num_concepts": 256, "head": "nearest", "base": "tiny", "lora_rank": 4}
-    model = CompressorForCausalLM(CompressorConfig(text_config=base.config, boundary=boundary, **{**values, **changes}), base)
+    values = {
+        "rate": 0.5,
+        "max_tail": 4,
+        "num_concepts": 256,
+        "head": "nearest",
+        "base": "tiny",
+        "lora_rank": 4,
+    }
+    model = CompressorForCausalLM(
+        CompressorConfig(text_config=base.config, boundary=boundary, **{**values, **changes}), base
+    )
     move(model, torch.Generator().manual_seed(1))
     model.start_frame(blocks)
     model.start_codes(blocks)
     return model.eval()
 
 
-@pytest.mark.parametrize("boundary, changes", [
-    ("fixed", {}), ("fixed", {"rate": 0.25, "codes_per_concept": 2}), ("fixed", {"rate": 0.3, "head": "joint"}),
-    ("null", {}), ("surprise", {"codes_per_concept": 2, "num_concepts": 64}), ("threshold", {"head": "factored"}),
-    ("autoregressive", {}),
-])
+@pytest.mark.parametrize(
+    "boundary, changes",
+    [
+        ("fixed", {}),
+        ("fixed", {"rate": 0.25, "codes_per_concept": 2}),
+        ("fixed", {"rate": 0.3, "head": "joint"}),
+        ("null", {}),
+        ("surprise", {"codes_per_concept": 2, "num_concepts": 64}),
+        ("threshold", {"head": "factored"}),
+        ("autoregressive", {}),
+    ],
+)
 def test_a_code_spells_its_segment(boundary, changes):
-    """Every state is one of the codes, the one with the bins of its words; what is voted for are the words of the bin."""
+    """Every state is one of the codes, the one with the bins of its words; what is voted for are
+    the words of the bin."""
     model, ids = tiny(boundary, **changes), text(4, 21, seed=9)
     if model.segmenter is not None:
         model.segmenter.more.data.zero_()
@@ -78,21 +102,29 @@ def test_a_code_spells_its_segment(boundary, changes):
         made = model.encode(ids)
     coded, bins = made.read.coded_BC, model.bins
     x_nD = model.codes.normalise(made.read.h_BCD[coded])
-    torch.testing.assert_close(model.codes.normalise(model.codes(made.ids_BC[coded])), x_nD, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model.codes.normalise(model.codes(made.ids_BC[coded])), x_nD, atol=1e-4, rtol=1e-4
+    )
     e_BTD = made.e_BCD.gather(1, made.rank_BT.unsqueeze(-1).expand(-1, -1, made.e_BCD.shape[-1]))
     x_BTD = model.codes.normalise(e_BTD)
     length_BT, place_BT = model.reader.length(x_BTD), made.place_BT
     assert len(length_BT.unique()) > 1
     kind_BT = bins.kind_NP[length_BT - 1, place_BT]
-    vote_BTV = bins.votes(model.reader.votes(x_BTD, place_BT) / model.reader.gain, place_BT, length_BT)
+    vote_BTV = bins.votes(
+        model.reader.votes(x_BTD, place_BT) / model.reader.gain, place_BT, length_BT
+    )
     apart = []
-    for kind, word, vote_V in zip(kind_BT.flatten(), ids.flatten(), vote_BTV.flatten(0, 1), strict=True):
+    for kind, word, vote_V in zip(
+        kind_BT.flatten(), ids.flatten(), vote_BTV.flatten(0, 1), strict=True
+    ):
         if kind < 0:
             assert not vote_V.any()
             continue
         mates = bins.bin_LV[kind] == bins.bin_LV[kind, word]
         apart.append(not (~mates).any() or bool(vote_V[mates].min() > vote_V[~mates].max()))
-    assert sum(apart) > 0.9 * len(apart), "64 coordinates for the vectors of several places: now and then they are not told apart"
+    assert sum(apart) > 0.9 * len(apart), (
+        "64 coordinates for the vectors of several places: now and then they are not told apart"
+    )
 
 
 def test_with_a_bin_for_each_word_nothing_is_lost():
@@ -110,25 +142,45 @@ def test_with_a_bin_for_each_word_nothing_is_lost():
 
 @pytest.mark.parametrize("boundary", ["fixed", "null"])
 def test_saved_and_loaded_it_spells_the_same(base_folder, tmp_path, boundary):
-    model = CompressorForCausalLM.from_base(CompressorConfig(
-        base=str(base_folder), num_concepts=64, head="nearest", rate=0.5, max_tail=3, boundary=boundary))
+    model = CompressorForCausalLM.from_base(
+        CompressorConfig(
+            base=str(base_folder),
+            num_concepts=64,
+            head="nearest",
+            rate=0.5,
+            max_tail=3,
+            boundary=boundary,
+        )
+    )
     ids = text(4, 24)
     model.start_frame(ids)
     model.start_codes(ids)
     model.eval().save_pretrained(tmp_path / "m")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     concepts = model.compress(ids)
-    assert again.compress(ids) == concepts and again.decompress(concepts) == model.decompress(concepts)
+    assert again.compress(ids) == concepts and again.decompress(concepts) == model.decompress(
+        concepts
+    )
     assert model.compress(ids) != model.compress(ids.flip(1))
     slower = AutoModelForCausalLM.from_pretrained(tmp_path / "m", rate=0.25)
     assert len(slower.compress(ids)[0]) < len(concepts[0])
     assert torch.equal(slower.bins.bin_LV, model.bins.bin_LV), "a dial moves no bins"
-    adapters = {name for name in ("compressor", "decompressor") for key, _ in model.named_parameters() if f".{name}." in key}
-    assert adapters == ({"decompressor"} if boundary == "fixed" else {"compressor", "decompressor"}), "none where nobody reads"
+    adapters = {
+        name
+        for name in ("compressor", "decompressor")
+        for key, _ in model.named_parameters()
+        if f".{name}." in key
+    }
+    assert adapters == (
+        {"decompressor"} if boundary == "fixed" else {"compressor", "decompressor"}
+    ), "none where nobody reads"
 
 
 def test_fewer_codes_than_lengths_are_refused():
-    with pytest.raises(RecipeError, match=r"num_concepts = 8 with max_tail = 16: need a code for each length.*max_tail=7"):
+    with pytest.raises(
+        RecipeError,
+        match=r"num_concepts = 8 with max_tail = 16: need a code for each length.*max_tail=7",
+    ):
         CompressorConfig(text_config=tiny_base().config, num_concepts=8, max_tail=16).check()
     with pytest.raises(RecipeError, match="content = 'words': need one of bins, news"):
         CompressorConfig(text_config=tiny_base().config, content="words").check()
@@ -137,19 +189,26 @@ def test_fewer_codes_than_lengths_are_refused():
 # ---- the search ----
 
 
-def written(step_logits: list, most: int, ends: list[int], margin: float = math.inf) -> tuple[list[list[int]], list[int]]:
-    """Texts of a made-up model, log-odds of words given the word before, (V, V) for each row and place; and beams at each."""
+def written(
+    step_logits: list, most: int, ends: list[int], margin: float = math.inf
+) -> tuple[list[list[int]], list[int]]:
+    """Texts of a made-up model, log-odds of words given the word before, (V, V) for each row and
+    place; and beams at each."""
     rows, beams = len(ends), []
     found = Beams(rows, 0, "cpu")
     for place, tables_BVV in enumerate(step_logits):
         row_n, logits_nV = found.row_n, tables_BVV[found.row_n, found.token_n]
         open_B = torch.tensor([place < end for end in ends])
         came = found.go_on(logits_nV.log_softmax(-1), open_B, most, margin)
-        count_B, best_B = found.row_n.bincount(minlength=rows), torch.tensor([float(found.score_n[found.row_n == b].max())
-                                                                             for b in range(rows)])
+        count_B, best_B = (
+            found.row_n.bincount(minlength=rows),
+            torch.tensor([float(found.score_n[found.row_n == b].max()) for b in range(rows)]),
+        )
         assert (count_B >= 1).all() and (count_B <= most).all() and (count_B[~open_B] == 1).all()
         assert (found.score_n >= best_B[found.row_n] - margin).all()
-        assert came is None if most == 1 else torch.equal(row_n[came], found.row_n), "of its own row"
+        assert came is None if most == 1 else torch.equal(row_n[came], found.row_n), (
+            "of its own row"
+        )
         beams.append(len(found.row_n))
     return found.best(), beams
 
@@ -160,9 +219,14 @@ def test_enough_beams_find_the_likeliest_text():
     ends = [4, 2, 0]
     best = []
     for row, end in enumerate(ends):
+
         def log_p(words, row=row):
             before = (0, *words)
-            return sum(float(tables[i][row, before[i]].log_softmax(-1)[word]) for i, word in enumerate(words))
+            return sum(
+                float(tables[i][row, before[i]].log_softmax(-1)[word])
+                for i, word in enumerate(words)
+            )
+
         best.append(list(max(itertools.product(range(5), repeat=end), key=log_p)))
     every, beams = written(tables, 625, ends)
     assert every == best and beams == [5 + 5 + 1, 25 + 25 + 1, 125 + 1 + 1, 625 + 1 + 1]
@@ -170,11 +234,18 @@ def test_enough_beams_find_the_likeliest_text():
     for row, end in enumerate(ends):
         for place in range(end):
             greedy[row].append(int(tables[place][row, greedy[row][-1] if place else 0].argmax()))
-    assert written(tables, 1, ends)[0] == written(tables, 625, ends, margin=0.0)[0] == greedy != best
-    alone = [written([table[row : row + 1] for table in tables], 2, ends[row : row + 1])[0][0] for row in range(3)]
+    assert (
+        written(tables, 1, ends)[0] == written(tables, 625, ends, margin=0.0)[0] == greedy != best
+    )
+    alone = [
+        written([table[row : row + 1] for table in tables], 2, ends[row : row + 1])[0][0]
+        for row in range(3)
+    ]
     assert written(tables, 2, ends)[0] == alone
     few, fewer = written(tables, 625, ends, margin=4.0)
-    assert few == best and sum(fewer) < sum(beams) / 3, "the likeliest was never far behind, most others were"
+    assert few == best and sum(fewer) < sum(beams) / 3, (
+        "the likeliest was never far behind, most others were"
+    )
 
 
 def test_a_search_finds_likelier_texts_than_the_likeliest_word_each_time(monkeypatch):
@@ -187,14 +258,25 @@ def test_a_search_finds_likelier_texts_than_the_likeliest_word_each_time(monkeyp
         with torch.no_grad():
             made = model.encode(ids)
             made.ids_BS = model.opened(words)
-            e_BTD = made.e_BCD.gather(1, made.rank_BT.unsqueeze(-1).expand(-1, -1, made.e_BCD.shape[-1]))
+            e_BTD = made.e_BCD.gather(
+                1, made.rank_BT.unsqueeze(-1).expand(-1, -1, made.e_BCD.shape[-1])
+            )
             x_BTD = spine.embed(made.ids_BS[:, :-1]) + model.told(e_BTD, made.place_BT)
-            h_BTD = model._decompressor(spine, x_BTD, torch.arange(x_BTD.shape[1]).expand(x_BTD.shape[:2]))
+            h_BTD = model._decompressor(
+                spine, x_BTD, torch.arange(x_BTD.shape[1]).expand(x_BTD.shape[:2])
+            )
             foreseen, votes = model._foreseen(spine, h_BTD, e_BTD, made.place_BT)
-            torch.testing.assert_close(foreseen + votes, model._heard(spine, made)()[:, :-1], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                foreseen + votes, model._heard(spine, made)()[:, :-1], atol=1e-5, rtol=1e-5
+            )
         return (foreseen.log_softmax(-1) + votes).gather(-1, words.unsqueeze(-1)).sum((1, 2))
 
     found = {beams: score(model.decompress(concepts, beams)) for beams in (1, 8)}
     monkeypatch.setattr(decompressing, "TEXTS_AT_ONCE", 24)
-    assert torch.equal(score(model.decompress(concepts, 8)), found[8]), "three rows at a time, with all of them eight"
-    assert float((found[8] - found[1]).mean()) > 0.05 and (found[8] >= found[1] - 1e-4).float().mean() > 0.7
+    assert torch.equal(score(model.decompress(concepts, 8)), found[8]), (
+        "three rows at a time, with all of them eight"
+    )
+    assert (
+        float((found[8] - found[1]).mean()) > 0.05
+        and (found[8] >= found[1] - 1e-4).float().mean() > 0.7
+    )

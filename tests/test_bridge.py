@@ -20,7 +20,9 @@ def test_least_squares_finds_a_linear_map():
 
 
 def test_a_penalty_shrinks_and_few_states_do_not_break_it():
-    h, last, target = torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0))  # fewer states than features
+    h, last, target = torch.randn(
+        3, 12, 8, generator=torch.Generator().manual_seed(0)
+    )  # fewer states than features
     exact, shrunk = TailBridge(8), TailBridge(8)
     exact.start(h, last, target, penalty=1e-6)
     shrunk.start(h, last, target, penalty=10.0)
@@ -46,7 +48,9 @@ def test_online_bridge_comes_closer_to_the_base_on_other_text():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_skip_with_a_bridge(attention):
     base = tiny_base(attention=attention)
-    config = ControlConfig(text_config=base.config, base="tiny", skipped=(1, 3), bridge=True, lora_rank=0)
+    config = ControlConfig(
+        text_config=base.config, base="tiny", skipped=(1, 3), bridge=True, lora_rank=0
+    )
     config._attn_implementation = attention
     model, ids = ControlForCausalLM(config, base).eval(), text(2)
     unbridged = model(ids).logits

@@ -1,4 +1,5 @@
-"""Calls between transformers and the models: the cache under every name, and what would be ignored is refused."""
+"""Calls between transformers and the models: the cache under every name, and what would be ignored
+is refused."""
 
 import json
 import logging
@@ -22,7 +23,9 @@ from sememe.training.recipe import check_recipe
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FAMILIES = ["llama", "qwen3", "gemma3_text", "mistral"]
 WAYS = {
-    "greedy": {}, "beams": {"num_beams": 3}, "sampling": {"do_sample": True, "top_k": 20},
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 20},
     "returned": {"num_beams": 2, "num_return_sequences": 2},
 }
 
@@ -34,11 +37,14 @@ def model():
 
 def control(**settings) -> ControlForCausalLM:
     base = tiny_base()
-    return ControlForCausalLM(ControlConfig(text_config=base.config, base="tiny", lora_rank=4, **settings), base).eval()
+    return ControlForCausalLM(
+        ControlConfig(text_config=base.config, base="tiny", lora_rank=4, **settings), base
+    ).eval()
 
 
 def generated(model, ids, **named):
-    """`generate`, or None where transformers refuses a name. Its own warning of an old name is the caller's, not ours."""
+    """`generate`, or None where transformers refuses a name. Its own warning of an old name is the
+    caller's, not ours."""
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -73,9 +79,16 @@ def test_going_on_from_a_cache_of_any_name(family):
     want = uncached_greedy(model, ids, 8)
     for name in CACHE_NAMES:
         cache = model.new_cache(1)
-        first = model.generate(ids, cache=cache, **GREEDY | {"max_new_tokens": 3, "min_new_tokens": 3})
-        got = generated(model, first, attention_mask=torch.ones_like(first), **{name: cache},
-                        **GREEDY | {"max_new_tokens": 5, "min_new_tokens": 5})
+        first = model.generate(
+            ids, cache=cache, **GREEDY | {"max_new_tokens": 3, "min_new_tokens": 3}
+        )
+        got = generated(
+            model,
+            first,
+            attention_mask=torch.ones_like(first),
+            **{name: cache},
+            **GREEDY | {"max_new_tokens": 5, "min_new_tokens": 5},
+        )
         assert got is None or torch.equal(got, want), name
 
 
@@ -84,10 +97,14 @@ def test_going_on_from_a_cache_of_any_name(family):
 def test_forward_uses_a_cache_of_any_name(model, name):
     ids, cache = text(2, 12), model.new_cache(2)
     parts = [model(ids[:, a:b], **{name: cache}) for a, b in ((0, 7), (7, 8), (8, 12))]
-    torch.testing.assert_close(torch.cat([out.logits for out in parts], 1), model(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([out.logits for out in parts], 1), model(ids).logits, atol=1e-5, rtol=1e-5
+    )
     assert parts[0].cache is cache and parts[0][CACHE] is cache and cache.get_seq_length() == 12
     base, beside = control(), DynamicCache()
-    parts = [base(ids[:, a:b], use_cache=True, **{name: beside}).logits for a, b in ((0, 7), (7, 12))]
+    parts = [
+        base(ids[:, a:b], use_cache=True, **{name: beside}).logits for a, b in ((0, 7), (7, 12))
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), base(ids).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -102,16 +119,35 @@ IDS = text(2, 6)
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
 
 
-@pytest.mark.parametrize("named, said", [
-    ({"input_ids": IDS, "past_states": torch.zeros(1)}, "got past_states, which it does not know"),
-    ({"input_ids": IDS, "label": IDS}, "got label, .* try: labels=…"),
-    ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 6])}, "got cu_seq_lens_q"),
-    ({"input_ids": IDS[:, -1:], "attention_mask": torch.ones(2, 6)}, r"6 wide, for 1 new tokens and 0 in the cache: need 1\."),
-    ({"input_ids": IDS[:, -1:], "position_ids": torch.full((2, 1), 5)}, "begin at 5 and there is no cache"),
-    ({"input_ids": IDS[:, 3:], "position_ids": torch.arange(3, 6)[None]}, "begin at 3 and there is no cache"),
-    ({"input_ids": IDS, "position_ids": PACKED}, "start again within a row, as in packed texts"),
-    ({"input_ids": IDS[:, :0]}, "no new token"),
-], ids=str)
+@pytest.mark.parametrize(
+    "named, said",
+    [
+        (
+            {"input_ids": IDS, "past_states": torch.zeros(1)},
+            "got past_states, which it does not know",
+        ),
+        ({"input_ids": IDS, "label": IDS}, "got label, .* try: labels=…"),
+        ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 6])}, "got cu_seq_lens_q"),
+        (
+            {"input_ids": IDS[:, -1:], "attention_mask": torch.ones(2, 6)},
+            r"6 wide, for 1 new tokens and 0 in the cache: need 1\.",
+        ),
+        (
+            {"input_ids": IDS[:, -1:], "position_ids": torch.full((2, 1), 5)},
+            "begin at 5 and there is no cache",
+        ),
+        (
+            {"input_ids": IDS[:, 3:], "position_ids": torch.arange(3, 6)[None]},
+            "begin at 3 and there is no cache",
+        ),
+        (
+            {"input_ids": IDS, "position_ids": PACKED},
+            "start again within a row, as in packed texts",
+        ),
+        ({"input_ids": IDS[:, :0]}, "no new token"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["online", "window"])
 def test_what_would_be_ignored_is_refused_in_one_sentence(model, kind, named, said):
     if kind == "window" and "cu_seq" in said:
@@ -142,7 +178,11 @@ def test_padding_on_either_side_is_no_packed_text(model):
     position = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as `generate` numbers them
     for flip in (False, True):
         one, seen, place = (x.flip(1) if flip else x for x in (ids, mask, position))
-        model(one, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0) if flip else place)
+        model(
+            one,
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp(min=0) if flip else place,
+        )
 
 
 class Forgetful(nn.Module):
@@ -153,7 +193,9 @@ class Forgetful(nn.Module):
         self.layer = layer
 
     def forward(self, hidden_states, past_key_values=None, **kwargs):
-        return self.layer(hidden_states, **{k: v for k, v in kwargs.items() if k not in CACHE_NAMES})
+        return self.layer(
+            hidden_states, **{k: v for k, v in kwargs.items() if k not in CACHE_NAMES}
+        )
 
 
 class Nameless(Forgetful):
@@ -173,15 +215,32 @@ def test_the_self_check_decodes_and_notices_layers_that_forget_their_cache():
 
 
 def test_users_read_no_announcement_of_a_library(recipe_values, tmp_path):
-    """The commands in a process of their own, FutureWarnings as errors: transformers announces what it will take away."""
+    """The commands in a process of their own, FutureWarnings as errors: transformers announces what
+    it will take away."""
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(check_recipe(recipe_values | {"gradient_checkpointing": True, "steps": 2}, "test").yaml())
-    words = [["train", recipe, "--out", run], ["generate", run, "--prompt", "the cat", "--max-new-tokens", "4"],
-             ["benchmark", run, "--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1"],
-             ["evaluate", run, "--tokens", "64"]]
+    recipe.write_text(
+        check_recipe(recipe_values | {"gradient_checkpointing": True, "steps": 2}, "test").yaml()
+    )
+    words = [
+        ["train", recipe, "--out", run],
+        ["generate", run, "--prompt", "the cat", "--max-new-tokens", "4"],
+        ["benchmark", run, "--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1"],
+        ["evaluate", run, "--tokens", "64"],
+    ]
     program = "import json, sys; from sememe import cli; [cli.app(w, standalone_mode=False) for w in json.loads(sys.argv[1])]"
-    done = subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", program, json.dumps(words, default=str)],
-                          text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error::FutureWarning",
+            "-c",
+            program,
+            json.dumps(words, default=str),
+        ],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "deprecated" not in said.lower(), said
 
@@ -191,25 +250,44 @@ def test_users_read_no_announcement_of_a_library(recipe_values, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(base_folder, tmp_path_factory):
-    one = online_over(base_folder, torch.randint(3, 259, (16, 24), generator=torch.Generator().manual_seed(0)))
+    one = online_over(
+        base_folder, torch.randint(3, 259, (16, 24), generator=torch.Generator().manual_seed(0))
+    )
     folder = tmp_path_factory.mktemp("saved")
     one.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("named, near", [
-    ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "leave it out|try: "), ({"ratee": 0.25}, "rate=…"),
-    ({"base_form": "elsewhere"}, "base_from=…"), ({"tp_plan": "auto"}, "try: "), ({"variant": "fp16"}, "try: "),
-    ({"revision": "nonexistent"}, "try: "), ({"subfolder": "other"}, "try: "), ({"pol": False}, "pool=…"),
-], ids=str)
+@pytest.mark.parametrize(
+    "named, near",
+    [
+        ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "leave it out|try: "),
+        ({"ratee": 0.25}, "rate=…"),
+        ({"base_form": "elsewhere"}, "base_from=…"),
+        ({"tp_plan": "auto"}, "try: "),
+        ({"variant": "fp16"}, "try: "),
+        ({"revision": "nonexistent"}, "try: "),
+        ({"subfolder": "other"}, "try: "),
+        ({"pol": False}, "pool=…"),
+    ],
+    ids=str,
+)
 def test_options_of_loading_that_would_vanish_are_refused(saved, named, near):
     with pytest.raises(ValueError, match=f"from_pretrained got {next(iter(named))}, .*{near}"):
         OnlineForCausalLM.from_pretrained(saved, **named)
 
 
 def test_options_of_loading_that_ask_for_nothing_are_taken(saved):
-    got = OnlineForCausalLM.from_pretrained(saved, rate=0.25, revision="main", subfolder="", trust_remote_code=False,
-                                            local_files_only=True, variant=None, quantization_config=None)
+    got = OnlineForCausalLM.from_pretrained(
+        saved,
+        rate=0.25,
+        revision="main",
+        subfolder="",
+        trust_remote_code=False,
+        local_files_only=True,
+        variant=None,
+        quantization_config=None,
+    )
     assert got.config.rate == 0.25
 
 
@@ -218,15 +296,24 @@ def test_options_of_saving_that_would_vanish_are_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="save_pretrained got push_to_hub"):
         one.save_pretrained(tmp_path / "m", push_to_hub=True)
     assert not (tmp_path / "m").exists()
-    one.save_pretrained(tmp_path / "m", push_to_hub=False, safe_serialization=True, max_shard_size="1GB")
+    one.save_pretrained(
+        tmp_path / "m", push_to_hub=False, safe_serialization=True, max_shard_size="1GB"
+    )
 
 
 def test_the_trainer_resumes_without_a_word_about_weights_of_the_base(saved, tmp_path, caplog):
     one = OnlineForCausalLM.from_pretrained(saved)
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 259, (8, 16))]
     for steps in (2, 3):
-        options = TrainingArguments(str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to=[],
-                                    use_cpu=True, disable_tqdm=True)
+        options = TrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
         trainer = Trainer(one, options, train_dataset=rows)
         with caplog.at_level(logging.WARNING, "transformers"):
             logging.getLogger("transformers").propagate = True

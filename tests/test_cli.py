@@ -1,4 +1,5 @@
-"""The command line as a user meets it: help, the whole path on a tiny base, and one sentence for bad input."""
+"""The command line as a user meets it: help, the whole path on a tiny base, and one sentence for
+bad input."""
 
 import json
 import math
@@ -25,7 +26,9 @@ def runs(tmp_path_factory, base_folder, texts):
     sememe("train", recipe, "--out", folder / "r", "--json", folder / "train.json")
     sememe("train", recipe, "system=control", "--out", folder / "r-control")
     shutil.copy(texts[0], folder / "copy.txt")
-    shutil.copytree(folder / "r", folder / "moved", symlinks=True)  # its training text is no longer where the recipe says
+    shutil.copytree(
+        folder / "r", folder / "moved", symlinks=True
+    )  # its training text is no longer where the recipe says
     moved = (folder / "moved" / "recipe.yaml").read_text().replace(str(texts[0]), "gone.txt")
     (folder / "moved" / "recipe.yaml").write_text(moved)
     return folder
@@ -38,9 +41,13 @@ def test_help_teaches(command):
 
 def test_help_and_report_start_without_torch():
     # argv[0] as on the command line: the package itself imports its models for any other program.
-    program = ("import sys; sys.argv[0] = 'sememe'; import sememe.cli, sememe.report; "
-               "print({'torch', 'transformers'} & {*sys.modules})")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import sys; sys.argv[0] = 'sememe'; import sememe.cli, sememe.report; "
+        "print({'torch', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "set()"
 
 
@@ -51,18 +58,52 @@ def test_train_writes_its_figures_and_is_not_repeated(runs):
 
 
 def test_evaluate_gives_the_contract(runs, texts):
-    printed = sememe("evaluate", runs / "r", "--data", texts[1], "--tokens", 512, "--control", runs / "r-control",
-                     "--json", runs / "e.json")
+    printed = sememe(
+        "evaluate",
+        runs / "r",
+        "--data",
+        texts[1],
+        "--tokens",
+        512,
+        "--control",
+        runs / "r-control",
+        "--json",
+        runs / "e.json",
+    )
     result = json.loads((runs / "e.json").read_text())
-    for key in ("tokens", "nll", "bits_per_byte", "concept_rate", "compression_ratio", "layer_share", "nll_at_concepts",
-                "nll_in_tail", "longest_tail", "delta_nll_control", "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random",
-                "code_perplexity", "codes_used", "largest_code_share"):
+    for key in (
+        "tokens",
+        "nll",
+        "bits_per_byte",
+        "concept_rate",
+        "compression_ratio",
+        "layer_share",
+        "nll_at_concepts",
+        "nll_in_tail",
+        "longest_tail",
+        "delta_nll_control",
+        "delta_nll_zero",
+        "delta_nll_shuffle",
+        "delta_nll_random",
+        "code_perplexity",
+        "codes_used",
+        "largest_code_share",
+    ):
         assert isinstance(result[key], (int, float)), key
         assert key in printed
     assert result["tokens"] == 16 * 31
     assert result["concept_rate"] == pytest.approx(1 / result["compression_ratio"])
     assert json.loads((runs / "r" / "evaluate.json").read_text()) == result
-    control = sememe("evaluate", runs / "r-control", "--data", texts[1], "--tokens", 512, "--json", runs / "c.json")
+    control = sememe(
+        "evaluate",
+        runs / "r-control",
+        "--data",
+        texts[1],
+        "--tokens",
+        512,
+        "--json",
+        runs / "c.json",
+    )
     assert "nll" in control
     alone = json.loads((runs / "c.json").read_text())
     assert alone["concept_rate"] is None and alone["layer_share"] == 1.0
@@ -71,22 +112,45 @@ def test_evaluate_gives_the_contract(runs, texts):
 
 
 def test_generate_streams_and_marks_concepts(runs):
-    printed = sememe("generate", runs / "r", "--prompt", "the cat sat", "--max-new-tokens", 8, "--show-concepts",
-                     "--json", runs / "g.json")
+    printed = sememe(
+        "generate",
+        runs / "r",
+        "--prompt",
+        "the cat sat",
+        "--max-new-tokens",
+        8,
+        "--show-concepts",
+        "--json",
+        runs / "g.json",
+    )
     result = json.loads((runs / "g.json").read_text())
     assert "⟨sink⟩" in printed and "the cat" not in result["text"]
     assert result["new_tokens"] <= 8 and len(result["concept_ids"]) >= 11
     for concept in result["concept_ids"]:
         assert concept < 0 or f"⟨{concept}⟩" in printed.replace("\n", "")
-    plain = sememe("generate", runs / "r-control", "--prompt", "the cat", "--max-new-tokens", 4, "--temperature", 0.8)
+    plain = sememe(
+        "generate",
+        runs / "r-control",
+        "--prompt",
+        "the cat",
+        "--max-new-tokens",
+        4,
+        "--temperature",
+        0.8,
+    )
     assert plain.startswith("the cat") and "⟨" not in plain
 
 
 def test_text_and_paths_are_printed_as_they_are(runs):
     prompt, odd = "ratio a:b:c [/b] then :key: and\ttab, 日本 🙂", runs / "r[v2]" / ":key:[" / "b]"
     shutil.copytree(runs / "r", odd)
-    printed = sememe("generate", odd, "--prompt", prompt, "--max-new-tokens", 4, "--json", runs / "odd.json")
-    assert printed == prompt + json.loads((runs / "odd.json").read_text(encoding="utf-8"))["text"] + "\n"
+    printed = sememe(
+        "generate", odd, "--prompt", prompt, "--max-new-tokens", 4, "--json", runs / "odd.json"
+    )
+    assert (
+        printed
+        == prompt + json.loads((runs / "odd.json").read_text(encoding="utf-8"))["text"] + "\n"
+    )
     marked = sememe("generate", odd, "--prompt", prompt, "--max-new-tokens", 1, "--show-concepts")
     assert re.sub("⟨[^⟩]*⟩", "", marked).startswith(prompt)
     assert f"report: {odd / 'report.html'}\n" in sememe("report", odd)
@@ -94,14 +158,36 @@ def test_text_and_paths_are_printed_as_they_are(runs):
 
 
 def test_benchmark_gives_the_contract(runs):
-    sememe("benchmark", runs / "r", "--prompt-tokens", 32, "--new-tokens", 8, "--repeats", 1, "--json", runs / "b.json")
+    sememe(
+        "benchmark",
+        runs / "r",
+        "--prompt-tokens",
+        32,
+        "--new-tokens",
+        8,
+        "--repeats",
+        1,
+        "--json",
+        runs / "b.json",
+    )
     result = json.loads((runs / "b.json").read_text())
     for side in ("concept", "base"):
-        for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes", "train_tokens_per_s"):
+        for key in (
+            "prefill_tokens_per_s",
+            "decode_tokens_per_s",
+            "cache_bytes",
+            "train_tokens_per_s",
+        ):
             assert result[side][key] > 0, (side, key)
         for key in ("prefill_peak_bytes", "train_peak_bytes"):  # None where nobody can tell
             assert (result[side][key] or math.inf) >= result[side]["weight_bytes"] > 0, (side, key)
-    for key in ("prefill_speedup", "decode_speedup", "cache_reduction", "ceiling_decode_speedup", "train_step_ratio"):
+    for key in (
+        "prefill_speedup",
+        "decode_speedup",
+        "cache_reduction",
+        "ceiling_decode_speedup",
+        "train_step_ratio",
+    ):
         assert result[key] > 0, key
     assert {"prefill_memory_ratio", "train_memory_ratio"} < result.keys()
     assert 0.4 < result["realised_rate"] < 0.65
@@ -114,13 +200,27 @@ def test_report_is_written(runs):
 
 def test_export_needs_no_base(runs):
     sememe("export", runs / "r", "--to", runs / "merged")
-    assert "sat" in sememe("generate", runs / "merged", "--prompt", "the cat sat", "--max-new-tokens", 2)
+    assert "sat" in sememe(
+        "generate", runs / "merged", "--prompt", "the cat sat", "--max-new-tokens", 2
+    )
 
 
 def test_bits_per_byte_are_of_the_text(runs, tmp_path):
-    (tmp_path / "short.jsonl").write_text('{"text": "gö"}\n' * 60)  # three bytes, three tokens, and one for the eos
-    sememe("evaluate", runs / "r", "--data", tmp_path / "short.jsonl", "--sequence-length", 9, "--tokens", 90, "--json",
-           tmp_path / "e.json")
+    (tmp_path / "short.jsonl").write_text(
+        '{"text": "gö"}\n' * 60
+    )  # three bytes, three tokens, and one for the eos
+    sememe(
+        "evaluate",
+        runs / "r",
+        "--data",
+        tmp_path / "short.jsonl",
+        "--sequence-length",
+        9,
+        "--tokens",
+        90,
+        "--json",
+        tmp_path / "e.json",
+    )
     found = json.loads((tmp_path / "e.json").read_text())
     stream = ([1, 1, 1] + [0, 1, 1, 1] * 59)[:90]  # the first text has no eos ahead of it
     num_bytes = sum(sum(stream[start + 1 : start + 9]) for start in range(0, 90, 9))
@@ -128,38 +228,68 @@ def test_bits_per_byte_are_of_the_text(runs, tmp_path):
     assert found["bits_per_byte"] == pytest.approx(found["nll"] * 80 / math.log(2) / num_bytes)
 
 
-@pytest.mark.parametrize("words, said", [
-    (("train", "missing.yaml"), "no recipe at missing.yaml"),
-    (("evaluate", "RUNS/r", "--data", "missing.txt"), "missing.txt"),
-    (("evaluate", "RUNS/r", "--data", "TRAIN"), "is what .* was trained on"),
-    (("evaluate", "RUNS/r", "--data", "RUNS/copy.txt"), "is what .* was trained on"),
-    (("ablate", "RUNS/r", "--data", "RUNS/copy.txt#text"), "is what .* was trained on"),
-    (("evaluate", "RUNS/moved", "--data", "RUNS/copy.txt"), "is what .* was trained on"),
-    (("evaluate", "RUNS/r", "--data", "once upon a time " * 30), r"\(510 characters\) does not exist"),
-    (("generate", "x" * 300, "--prompt", "cat"), r"\(300 characters\)' is neither a known base"),
-    (("generate", "RUNS/r", "--prompt", "caf\udce9"), "the prompt has half of a character"),
-    (("train", "x" * 300), "cannot be used as a path"),
-    (("train", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
-    (("train", "RUNS/tiny.yaml", "sequence_length=300", "--out", "RUNS/long"), "300 tokens .* 256.*sequence_length=256"),
-    (("sweep", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
-    (("evaluate", "RUNS/r", "--sequence-length", "300"), "300 tokens .* places for 256.*--sequence-length 256"),
-    (("ablate", "RUNS/r", "--sequence-length", "300"), "300 tokens .* places for 256"),
-    (("benchmark", "RUNS/r", "--prompt-tokens", "200"), "200 tokens of text and 64 behind them.*--prompt-tokens 192"),
-    (("report", "x" * 300), "cannot be used as a path"),
-    (("doctor", "x" * 300), "cannot be used as a path"),
-    (("export", "RUNS/r", "--to", "x" * 300), "cannot be used as a path"),
-    (("evaluate", "RUNS/nowhere/at/all", "--data", "HELD"), "neither a known base"),
-    (("evaluate", "RUNS/r", "--data", "HELD", "--control", "RUNS"), "holds no model"),
-    (("generate", "RUNS/r", "--prompt", "  "), "the prompt is empty"),
-    (("generate", "RUNS/r", "--prompt", "cat", "--max-new-tokens", "9999"), "need at most 256"),
-    (("generate", "RUNS/r-control", "--prompt", "cat", "--show-concepts"), "has no concepts"),
-    (("benchmark", "RUNS/r-control"), "has no concepts"),
-    (("benchmark", "RUNS/r", "--dtype", "float8"), "need one of float32"),
-    (("report", "RUNS/nowhere"), "nowhere"),
-    (("pull", "smollm"), "smollm2-135m"),
-    (("export", "RUNS/r", "--to", "RUNS"), "is not empty"),
-    (("evaluate", "RUNS/r", "--data", "HELD", "--tokens", "64", "--json", "RUNS/no/such/e.json"), "could not write"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("train", "missing.yaml"), "no recipe at missing.yaml"),
+        (("evaluate", "RUNS/r", "--data", "missing.txt"), "missing.txt"),
+        (("evaluate", "RUNS/r", "--data", "TRAIN"), "is what .* was trained on"),
+        (("evaluate", "RUNS/r", "--data", "RUNS/copy.txt"), "is what .* was trained on"),
+        (("ablate", "RUNS/r", "--data", "RUNS/copy.txt#text"), "is what .* was trained on"),
+        (("evaluate", "RUNS/moved", "--data", "RUNS/copy.txt"), "is what .* was trained on"),
+        (
+            ("evaluate", "RUNS/r", "--data", "once upon a time " * 30),
+            r"\(510 characters\) does not exist",
+        ),
+        (
+            ("generate", "x" * 300, "--prompt", "cat"),
+            r"\(300 characters\)' is neither a known base",
+        ),
+        (("generate", "RUNS/r", "--prompt", "caf\udce9"), "the prompt has half of a character"),
+        (("train", "x" * 300), "cannot be used as a path"),
+        (("train", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
+        (
+            ("train", "RUNS/tiny.yaml", "sequence_length=300", "--out", "RUNS/long"),
+            "300 tokens .* 256.*sequence_length=256",
+        ),
+        (("sweep", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
+        (
+            ("evaluate", "RUNS/r", "--sequence-length", "300"),
+            "300 tokens .* places for 256.*--sequence-length 256",
+        ),
+        (("ablate", "RUNS/r", "--sequence-length", "300"), "300 tokens .* places for 256"),
+        (
+            ("benchmark", "RUNS/r", "--prompt-tokens", "200"),
+            "200 tokens of text and 64 behind them.*--prompt-tokens 192",
+        ),
+        (("report", "x" * 300), "cannot be used as a path"),
+        (("doctor", "x" * 300), "cannot be used as a path"),
+        (("export", "RUNS/r", "--to", "x" * 300), "cannot be used as a path"),
+        (("evaluate", "RUNS/nowhere/at/all", "--data", "HELD"), "neither a known base"),
+        (("evaluate", "RUNS/r", "--data", "HELD", "--control", "RUNS"), "holds no model"),
+        (("generate", "RUNS/r", "--prompt", "  "), "the prompt is empty"),
+        (("generate", "RUNS/r", "--prompt", "cat", "--max-new-tokens", "9999"), "need at most 256"),
+        (("generate", "RUNS/r-control", "--prompt", "cat", "--show-concepts"), "has no concepts"),
+        (("benchmark", "RUNS/r-control"), "has no concepts"),
+        (("benchmark", "RUNS/r", "--dtype", "float8"), "need one of float32"),
+        (("report", "RUNS/nowhere"), "nowhere"),
+        (("pull", "smollm"), "smollm2-135m"),
+        (("export", "RUNS/r", "--to", "RUNS"), "is not empty"),
+        (
+            (
+                "evaluate",
+                "RUNS/r",
+                "--data",
+                "HELD",
+                "--tokens",
+                "64",
+                "--json",
+                "RUNS/no/such/e.json",
+            ),
+            "could not write",
+        ),
+    ],
+)
 def test_bad_input_is_one_sentence(runs, texts, words, said):
     known = {"RUNS": str(runs), "TRAIN": str(texts[0]), "HELD": str(texts[1])}
     words = [known.get(word, word.replace("RUNS", str(runs))) for word in words]
@@ -170,6 +300,11 @@ def test_bad_input_is_one_sentence(runs, texts, words, said):
 
 
 def test_a_fault_ends_with_one_line_and_code_1(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "sememe", "train", "nowhere.yaml"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "sememe", "train", "nowhere.yaml"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("error: no recipe at") and len(done.stderr.splitlines()) == 1

@@ -1,4 +1,5 @@
-"""Codebook, heads' code logits and quantisation: each stage against its definition, and codes that come back to life."""
+"""Codebook, heads' code logits and quantisation: each stage against its definition, and codes that
+come back to life."""
 
 import copy
 
@@ -13,11 +14,23 @@ from sememe.concepts.kmeans import assign
 from sememe.concepts.quantise import quantise, revive
 from sememe.evaluation.quality import rate_and_codes
 
-SETTINGS = [(head, stages, mapped) for head in HEADS for stages, mapped in ((1, False), (3, False), (2, True))]
+SETTINGS = [
+    (head, stages, mapped)
+    for head in HEADS
+    for stages, mapped in ((1, False), (3, False), (2, True))
+]
 
 
-def started(head: str = "factored", stages: int = 1, mapped: bool = False, k: int = 7, width: int = 8, count: int = 500):
-    """(codes, head, normalised states), started, and then moved a little so that nothing is at its starting point."""
+def started(
+    head: str = "factored",
+    stages: int = 1,
+    mapped: bool = False,
+    k: int = 7,
+    width: int = 8,
+    count: int = 500,
+):
+    """(codes, head, normalised states), started, and then moved a little so that nothing is at its
+    starting point."""
     torch.manual_seed(0)
     codes, made = ConceptEmbedding(k, width, stages, mapped), HEADS[head](width, k, stages)
     states = 3 + 2 * torch.randn(count, width)
@@ -39,18 +52,29 @@ def test_ids_and_digits_are_inverse(k, stages, number):
 
 
 def test_use_is_that_of_the_digits():
-    """Ids 0 and 15 + 16·3 as often as each other: one bit in each of two stages, and a sink and NULLs that are no codes."""
+    """Ids 0 and 15 + 16·3 as often as each other: one bit in each of two stages, and a sink and
+    NULLs that are no codes."""
     ids = torch.tensor([[-2, 0, -1, 63, -1, 0, -1, 63]])
     found = rate_and_codes(ids, 16, 2)
-    assert found["concept_rate"] == 5 / 8 and found["codes_used"] == 2 and found["code_counts"] == [2, 2]
-    assert found["bits_per_concept"] == pytest.approx(2) and found["code_perplexity_by_stage"] == pytest.approx([2, 2])
+    assert (
+        found["concept_rate"] == 5 / 8
+        and found["codes_used"] == 2
+        and found["code_counts"] == [2, 2]
+    )
+    assert found["bits_per_concept"] == pytest.approx(2) and found[
+        "code_perplexity_by_stage"
+    ] == pytest.approx([2, 2])
     assert rate_and_codes(ids[:, :1], 16, 2)["bits_per_concept"] is None
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_head_starts_as_nearest_centroid_of_what_is_left(name):
     torch.manual_seed(0)
-    codes, head, states = ConceptEmbedding(7, 8, 3), HEADS[name](8, 7, 3), 3 + 2 * torch.randn(500, 8)
+    codes, head, states = (
+        ConceptEmbedding(7, 8, 3),
+        HEADS[name](8, 7, 3),
+        3 + 2 * torch.randn(500, 8),
+    )
     codes.start_frame(states)
     found = start_from_states(codes, head, states)
     left, by_stage = codes.normalise(states), []
@@ -60,7 +84,13 @@ def test_head_starts_as_nearest_centroid_of_what_is_left(name):
         left = left - codes.table(g)[nearest].detach()
         by_stage.append(float(left.square().sum() / codes.normalise(states).square().sum()))
     assert found["variance_left_by_stage"] == pytest.approx(by_stage, rel=1e-4)
-    assert 1 > by_stage[0] > by_stage[1] > by_stage[2] == pytest.approx(found["variance_left"], rel=1e-4)
+    assert (
+        1
+        > by_stage[0]
+        > by_stage[1]
+        > by_stage[2]
+        == pytest.approx(found["variance_left"], rel=1e-4)
+    )
 
 
 @pytest.mark.parametrize("name, stages, mapped", SETTINGS)
@@ -98,16 +128,25 @@ def test_gradient_is_that_of_the_mixtures(name, stages, mapped, usage, commitmen
             shares[g].append(p)
             entropies.append(-(p * log_p).sum())
             sure.append(float(p.max()))
-        total = total + (2 * (hard - want_D) * soft).sum() + commitment * (x_D - hard).square().mean() / 30
+        total = (
+            total
+            + (2 * (hard - want_D) * soft).sum()
+            + commitment * (x_D - hard).square().mean() / 30
+        )
     for p in shares:
         mean = torch.stack(p).mean(0).clamp(min=1e-12)
         total = total + usage * (mean * mean.log()).sum()
     (total + usage * sum(entropies) / 30).backward()
 
     torch.testing.assert_close(fast_x.grad, slow_x.grad, atol=1e-4, rtol=1e-3)
-    for fast, slow in zip([*codes.parameters(), *head.parameters()], [*slow_codes.parameters(), *slow_head.parameters()],
-                          strict=True):
-        torch.testing.assert_close(fast.grad, slow.grad, atol=1e-4, rtol=1e-3)  # of order 10; rounding is 2e-5
+    for fast, slow in zip(
+        [*codes.parameters(), *head.parameters()],
+        [*slow_codes.parameters(), *slow_head.parameters()],
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            fast.grad, slow.grad, atol=1e-4, rtol=1e-3
+        )  # of order 10; rounding is 2e-5
     assert float(found.entropy) == pytest.approx(float(sum(entropies)) / 30, abs=1e-4)
     assert float(found.max_prob) == pytest.approx(sum(sure) / len(sure), abs=1e-5)
 
@@ -178,20 +217,30 @@ def test_revival_moves_dead_codes_alone(name, stages, mapped):
     codes, head, x = started(name, stages, mapped, k=16)
     with torch.no_grad():
         for g in range(stages):
-            dead, far = torch.tensor([2, 9]), torch.full((2, 8), 50.0)  # from everything: no head writes them
+            dead, far = (
+                torch.tensor([2, 9]),
+                torch.full((2, 8), 50.0),
+            )  # from everything: no head writes them
             codes.set_rows(g, dead, far)
             head.start(g, far, torch.tensor(0.1), dead)
-    head_before, before = copy.deepcopy(head), [codes.table(g).detach().clone() for g in range(stages)]
+    head_before, before = (
+        copy.deepcopy(head),
+        [codes.table(g).detach().clone() for g in range(stages)],
+    )
     codes.use.fill_(3.0)
     codes.use[:, [2, 9]] = 0.1
     moved = revive(codes, head, x, 0.5, torch.Generator().manual_seed(1))
     assert moved.nonzero().tolist() == [[g, k] for g in range(stages) for k in (2, 9)]
-    assert (codes.use[:, [2, 9]] == 1).all() and not revive(codes, head, x, 0.5, torch.Generator()).any()
+    assert (codes.use[:, [2, 9]] == 1).all() and not revive(
+        codes, head, x, 0.5, torch.Generator()
+    ).any()
     left = x
     for g in range(stages):
         table, kept = codes.table(g).detach(), ~moved[g]
         assert torch.equal(table[kept], before[g][kept])
-        assert torch.cdist(table[moved[g]], left).min(1).values.max() < 5e-3, "at states of this stage"
+        assert torch.cdist(table[moved[g]], left).min(1).values.max() < 5e-3, (
+            "at states of this stage"
+        )
         for now, was in zip(head.rows(g), head_before.rows(g), strict=True):
             same = (now == was)[:16].flatten(1).all(1) if now.dim() > 1 else (now == was)[:16]
             assert same.tolist() == kept.tolist()

@@ -1,4 +1,5 @@
-"""Texts ⇄ files of concept ids: windows, the format and what is refused, batches, resuming, the commands, Python."""
+"""Texts ⇄ files of concept ids: windows, the format and what is refused, batches, resuming, the
+commands, Python."""
 
 import json
 
@@ -53,11 +54,24 @@ def source(tmp_path):
 
 def spaced_tokenizer() -> PreTrainedTokenizerFast:
     """As llama 2: a space ahead of every text, and bytes for what is not in the vocabulary."""
-    vocab = {token: i for i, token in enumerate(["<unk>", "▁", *"abcdehnost", *(f"<0x{i:02X}>" for i in range(256))])}
+    vocab = {
+        token: i
+        for i, token in enumerate(
+            ["<unk>", "▁", *"abcdehnost", *(f"<0x{i:02X}>" for i in range(256))]
+        )
+    }
     made = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                      decoders.Strip(" ", 1, 0)])
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
@@ -70,7 +84,10 @@ def test_windows_put_together_are_the_document(make, window):
     tokenizer = make()
     for text, cuts in zip(TEXTS, cut_texts(TEXTS, tokenizer, window), strict=True):
         ids = [i for cut in cuts for i in cut.ids]
-        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"] and tokenizer.decode(ids) == text
+        assert (
+            ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+            and tokenizer.decode(ids) == text
+        )
         assert all(1 <= len(cut.ids) <= window for cut in cuts)
         assert "".join(text[slice(*cut.span)] for cut in cuts) == text
         assert [cut.span[0] for cut in cuts] == [0, *(cut.span[1] for cut in cuts)][: len(cuts)]
@@ -95,20 +112,33 @@ def test_half_a_character_and_what_is_no_text_are_refused():
 
 def test_documents_windows_and_ids_survive_the_file(codes, tmp_path):
     assert [document.characters for document in codes.documents] == [len(text) for text in TEXTS]
-    assert [bool(document.windows) for document in codes.documents] == [bool(text) for text in TEXTS]
+    assert [bool(document.windows) for document in codes.documents] == [
+        bool(text) for text in TEXTS
+    ]
     tokens = [len(byte_tokenizer()(text)["input_ids"]) for text in TEXTS]
-    assert [sum(window.tokens for window in document.windows) for document in codes.documents] == tokens
-    assert all(0 <= i < 256 for window in codes.windows for i in window.concepts) and max(w.tokens for w in codes.windows) == 16
+    assert [
+        sum(window.tokens for window in document.windows) for document in codes.documents
+    ] == tokens
+    assert (
+        all(0 <= i < 256 for window in codes.windows for i in window.concepts)
+        and max(w.tokens for w in codes.windows) == 16
+    )
     codes.save(tmp_path / "codes.json")
     again = Codes.load(tmp_path / "codes.json")
-    assert again == codes and again.sha256 == checksum(json.loads((tmp_path / "codes.json").read_text()))
+    assert again == codes and again.sha256 == checksum(
+        json.loads((tmp_path / "codes.json").read_text())
+    )
 
 
 def test_ids_are_what_the_model_writes_and_texts_what_it_reads(model, codes):
     ids = byte_tokenizer()(TEXTS[4], return_tensors="pt").input_ids[:, :16]
     assert codes.documents[4].windows[0].concepts == model.compress(ids)[0]
     back = package.decompress(model, codes)
-    read = [i for row in model.decompress([window.concepts for window in codes.documents[4].windows]) for i in row]
+    read = [
+        i
+        for row in model.decompress([window.concepts for window in codes.documents[4].windows])
+        for i in row
+    ]
     assert back[4] == byte_tokenizer().decode(read) and back[0] == "" and len(back) == len(TEXTS)
 
 
@@ -126,21 +156,47 @@ def test_nothing_and_a_single_text(model, saved):
 
 def test_a_megabyte(tmp_path):
     words = ["concept", "segment", "windows", "decoder", "written"]
-    picks = torch.randint(len(words), (130_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    picks = torch.randint(
+        len(words), (130_000,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     text = " ".join(words[i] for i in picks)
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator([text[:20_000]], trainers.BpeTrainer(vocab_size=320, show_progress=False,
-                                                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    base = tiny_base(vocab_size=320, num_hidden_layers=1, hidden_size=32, head_dim=16, intermediate_size=32)
-    big = CompressorForCausalLM(CompressorConfig(text_config=base.config, rate=0.25, max_tail=3, num_concepts=16, base="tiny",
-                                                 boundary="fixed"), base)
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    made.train_from_iterator(
+        [text[:20_000]],
+        trainers.BpeTrainer(
+            vocab_size=320,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    base = tiny_base(
+        vocab_size=320, num_hidden_layers=1, hidden_size=32, head_dim=16, intermediate_size=32
+    )
+    big = CompressorForCausalLM(
+        CompressorConfig(
+            text_config=base.config,
+            rate=0.25,
+            max_tail=3,
+            num_concepts=16,
+            base="tiny",
+            boundary="fixed",
+        ),
+        base,
+    )
     ids = torch.randint(3, 97, (4, 24))
     big.start_frame(ids)
     big.start_codes(ids)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
     found = package.compress(big, text, window=128, batch=256, tokenizer=tokenizer)
-    assert len(text) > 1e6 and found.documents[0].characters == len(text) and found.windows[-1].span[1] == len(text)
+    assert (
+        len(text) > 1e6
+        and found.documents[0].characters == len(text)
+        and found.windows[-1].span[1] == len(text)
+    )
     assert sum(window.tokens for window in found.windows) == len(tokenizer(text)["input_ids"])
     found.save(tmp_path / "codes.json")
     assert Codes.load(tmp_path / "codes.json") == found
@@ -148,7 +204,8 @@ def test_a_megabyte(tmp_path):
 
 
 def test_what_was_learned_comes_back(base_folder):
-    """A tiny model that has learned its texts by heart gives them back, over windows that cut them."""
+    """A tiny model that has learned its texts by heart gives them back, over windows that cut
+    them."""
     texts = ["the cat 😀 on ", "a mat and saw it"]
     model = compressor_over(base_folder, blocks(), boundary="fixed", num_concepts=256, lora_rank=8)
     ids = torch.tensor([cut.ids for cuts in cut_texts(texts, byte_tokenizer(), 8) for cut in cuts])
@@ -174,23 +231,32 @@ def first(value: dict) -> dict:
     return value["documents"][4]["windows"][0]
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda v: first(v)["concepts"].__setitem__(0, 1), "checksum differs"),
-    (lambda v: v["model"].update(name="another"), "checksum differs"),
-    (lambda v: (first(v)["concepts"].__setitem__(0, 256), reseal(v)), "concept id 256, but ids are from 0 to 255"),
-    (lambda v: (first(v)["concepts"].__setitem__(0, -1), reseal(v)), "concept id -1"),
-    (lambda v: (first(v)["concepts"].__setitem__(0, 1.5), reseal(v)), "valid integer"),
-    (lambda v: (first(v).pop("span"), reseal(v)), "span: field required"),
-    (lambda v: (first(v).update(tokens=17), reseal(v)), "at most 16"),
-    (lambda v: (v["documents"][4]["windows"].pop(1), reseal(v)), "behind the one that ends at"),
-    (lambda v: (v["documents"][4]["windows"].pop(), reseal(v)), "which has 76"),
-    (lambda v: v.pop("sha256"), "sha256: field required"),
-    (lambda v: (v.update(more=1), reseal(v)), "more: extra"),
-    (lambda v: (v.update(version=2), reseal(v)), "version 2 of the format: need version 1"),
-    (lambda v: (v.update(num_concepts=32), reseal(v)), "2 codes of 32 a concept, but .* has 2 of 16"),
-    (lambda v: (v.update(codes_per_concept=10**9), reseal(v)), "that no model has"),
-    (lambda v: v.update(format="other"), 'no "format"'),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda v: first(v)["concepts"].__setitem__(0, 1), "checksum differs"),
+        (lambda v: v["model"].update(name="another"), "checksum differs"),
+        (
+            lambda v: (first(v)["concepts"].__setitem__(0, 256), reseal(v)),
+            "concept id 256, but ids are from 0 to 255",
+        ),
+        (lambda v: (first(v)["concepts"].__setitem__(0, -1), reseal(v)), "concept id -1"),
+        (lambda v: (first(v)["concepts"].__setitem__(0, 1.5), reseal(v)), "valid integer"),
+        (lambda v: (first(v).pop("span"), reseal(v)), "span: field required"),
+        (lambda v: (first(v).update(tokens=17), reseal(v)), "at most 16"),
+        (lambda v: (v["documents"][4]["windows"].pop(1), reseal(v)), "behind the one that ends at"),
+        (lambda v: (v["documents"][4]["windows"].pop(), reseal(v)), "which has 76"),
+        (lambda v: v.pop("sha256"), "sha256: field required"),
+        (lambda v: (v.update(more=1), reseal(v)), "more: extra"),
+        (lambda v: (v.update(version=2), reseal(v)), "version 2 of the format: need version 1"),
+        (
+            lambda v: (v.update(num_concepts=32), reseal(v)),
+            "2 codes of 32 a concept, but .* has 2 of 16",
+        ),
+        (lambda v: (v.update(codes_per_concept=10**9), reseal(v)), "that no model has"),
+        (lambda v: v.update(format="other"), 'no "format"'),
+    ],
+)
 def test_a_file_that_was_changed_is_refused(saved, codes, tmp_path, change, said):
     value = json.loads(codes.as_json())
     change(value)
@@ -201,11 +267,20 @@ def test_a_file_that_was_changed_is_refused(saved, codes, tmp_path, change, said
     assert [path.name for path in tmp_path.iterdir()] == ["codes.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": "sememe-codes", "ver'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": "sememe-codes", "ver']
+)
 def test_what_is_no_file_of_codes_is_refused(saved, tmp_path, content):
     (tmp_path / "codes.json").write_bytes(content)
-    message = sememe("decompress", saved, tmp_path / "codes.json", "--out", tmp_path / "back.jsonl", code=1)
-    assert "need a " in message and "try: " in message and "\n" not in message and not (tmp_path / "back.jsonl").exists()
+    message = sememe(
+        "decompress", saved, tmp_path / "codes.json", "--out", tmp_path / "back.jsonl", code=1
+    )
+    assert (
+        "need a " in message
+        and "try: " in message
+        and "\n" not in message
+        and not (tmp_path / "back.jsonl").exists()
+    )
 
 
 def test_another_model_is_refused(model, codes, base_folder, tmp_path):
@@ -215,7 +290,9 @@ def test_another_model_is_refused(model, codes, base_folder, tmp_path):
         with pytest.raises(CodesError, match="need the model that wrote them"):
             package.decompress(wrong, codes)
     changed = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
-    assert package.decompress(changed, package.compress(tmp_path / "other", "one")), "from memory it is the one in the folder"
+    assert package.decompress(changed, package.compress(tmp_path / "other", "one")), (
+        "from memory it is the one in the folder"
+    )
     kept = package.compress(changed, "one")
     move(changed, torch.Generator().manual_seed(5))
     with pytest.raises(CodesError, match="need the model that wrote them"):
@@ -236,25 +313,47 @@ def test_a_window_that_does_not_fit_is_refused(model):
 
 def test_commands_go_there_and_back_and_give_figures(saved, source, tmp_path):
     out, back = tmp_path / "codes.json", tmp_path / "back.jsonl"
-    printed = sememe("compress", saved, source, "--out", out, "--batch", 3, "--json", tmp_path / "c.json")
+    printed = sememe(
+        "compress", saved, source, "--out", out, "--batch", 3, "--json", tmp_path / "c.json"
+    )
     found = json.loads((tmp_path / "c.json").read_text())
     codes = Codes.load(out)
-    assert codes.model.name == str(saved) and codes.window == 16 and found["documents"] == len(TEXTS)
-    assert found["ids"] == 2 * found["concepts"] and found["compression_ratio"] == found["tokens"] / found["ids"]
-    assert found["bits_per_token"] == pytest.approx(4 * found["ids"] / found["tokens"]) and found["tokens_per_s"] > 0
+    assert (
+        codes.model.name == str(saved) and codes.window == 16 and found["documents"] == len(TEXTS)
+    )
+    assert (
+        found["ids"] == 2 * found["concepts"]
+        and found["compression_ratio"] == found["tokens"] / found["ids"]
+    )
+    assert (
+        found["bits_per_token"] == pytest.approx(4 * found["ids"] / found["tokens"])
+        and found["tokens_per_s"] > 0
+    )
     assert "bits_per_token" in printed and "tokens_per_s" in printed
     sememe("decompress", saved, out, "--out", back, "--json", tmp_path / "d.json")
     texts = package.decompress(saved / "model", out)
     assert [json.loads(line)["text"] for line in back.read_text().split("\n")[:-1]] == texts
     found = json.loads((tmp_path / "d.json").read_text())
-    assert found["tokens_written"] > 0 and found["tokens_per_s"] > 0 and found["windows"] == len(codes.windows)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.jsonl", "c.json", "codes.json", "d.json", "texts.jsonl"]
+    assert (
+        found["tokens_written"] > 0
+        and found["tokens_per_s"] > 0
+        and found["windows"] == len(codes.windows)
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "back.jsonl",
+        "c.json",
+        "codes.json",
+        "d.json",
+        "texts.jsonl",
+    ]
 
 
 def test_the_dial_and_the_terminal(saved, tmp_path):
     (tmp_path / "a.txt").write_text("the cat sat on a mat")
     few = compress_file(str(saved), str(tmp_path / "a.txt"), tmp_path / "few.json", rate=0.3)
-    many = compress_file(str(saved), str(tmp_path / "a.txt"), tmp_path / "few.json", rate=1.0)  # codes may be written over
+    many = compress_file(
+        str(saved), str(tmp_path / "a.txt"), tmp_path / "few.json", rate=1.0
+    )  # codes may be written over
     assert few["concepts"] < many["concepts"] == few["tokens"]
     text = package.decompress(saved, tmp_path / "few.json")[0]
     assert text + "\n" in sememe("decompress", saved, tmp_path / "few.json")
@@ -294,13 +393,18 @@ def test_the_same_command_goes_on(saved, source, tmp_path, monkeypatch, cut):
             if len(calls) > after:
                 raise KeyboardInterrupt
             return real(self, *args)
+
         return stop
 
-    for name, do, to in (("compress", lambda: compress_file(str(saved), source, out, batch=2), out),
-                         ("decompress", lambda: decompress_file(str(saved), out, back, batch=2)[0], back)):
+    for name, do, to in (
+        ("compress", lambda: compress_file(str(saved), source, out, batch=2), out),
+        ("decompress", lambda: decompress_file(str(saved), out, back, batch=2)[0], back),
+    ):
         partial = to.with_name(to.name + ".partial")
         with monkeypatch.context() as patch:
-            patch.setattr(CompressorForCausalLM, name, stopping(getattr(CompressorForCausalLM, name)))
+            patch.setattr(
+                CompressorForCausalLM, name, stopping(getattr(CompressorForCausalLM, name))
+            )
             with pytest.raises(Interrupted, match="the same command goes on"):
                 do()
         assert partial.is_file() and not to.exists()
@@ -313,7 +417,9 @@ def test_the_same_command_goes_on(saved, source, tmp_path, monkeypatch, cut):
 
 def test_what_another_command_left_is_not_gone_on_with(saved, source, tmp_path):
     partial = tmp_path / "codes.json.partial"
-    partial.write_text(json.dumps({"command": "compress", "model": "another", "window": 16}) + "\n[0, [1]]\n")
+    partial.write_text(
+        json.dumps({"command": "compress", "model": "another", "window": 16}) + "\n[0, [1]]\n"
+    )
     with pytest.raises(CodesError, match="model, rate, text differs"):
         compress_file(str(saved), source, tmp_path / "codes.json")
     partial.write_text('{"command": "comp')  # killed before there was anything

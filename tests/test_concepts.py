@@ -52,7 +52,9 @@ def test_pack_and_unpack_are_inverse(rows):
         want = x[b][written[b]]
         assert torch.equal(pack.pack(x)[b, : len(want)], want)
         assert int(pack.valid_BC[b].sum()) == len(want)
-    assert torch.equal(pack.unpack(pack.pack(x) * 2, written, x), torch.where(written[..., None], 2 * x, x))
+    assert torch.equal(
+        pack.unpack(pack.pack(x) * 2, written, x), torch.where(written[..., None], 2 * x, x)
+    )
 
 
 def test_tail_lengths_count_since_the_last_concept():
@@ -66,14 +68,24 @@ def test_tail_lengths_count_since_the_last_concept():
 def test_gate_is_the_naive_gate(stride, extra, threshold, seed):
     rate, max_tail = 1 / stride, stride + extra
     scores = np.random.default_rng(seed).normal(size=(1, 40)).astype(np.float32)
-    written, _ = decide(scores, np.ones((1, 40), bool), rate=rate, max_tail=max_tail, threshold=threshold, gain=0.1,
-                        state=GateState.start(1))
-    assert written[0].tolist() == naive_decisions(scores[0].tolist(), rate, max_tail, threshold, 0.1)
+    written, _ = decide(
+        scores,
+        np.ones((1, 40), bool),
+        rate=rate,
+        max_tail=max_tail,
+        threshold=threshold,
+        gain=0.1,
+        state=GateState.start(1),
+    )
+    assert written[0].tolist() == naive_decisions(
+        scores[0].tolist(), rate, max_tail, threshold, 0.1
+    )
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.25, 0.125])
 def test_gate_realises_the_rate_and_bounds_the_tail(rate):
-    """Within 5 % relative on unseen scores, also when they are shifted by half a standard deviation."""
+    """Within 5 % relative on unseen scores, also when they are shifted by half a standard
+    deviation."""
     torch.manual_seed(0)
     gate = RateGate("null", 8)
     gate.calibrate(torch.randn(50_000))
@@ -83,7 +95,9 @@ def test_gate_realises_the_rate_and_bounds_the_tail(rate):
         assert abs(written.float().mean() / rate - 1) < 0.05, (rate, shift)
         assert int(tail_lengths(written, valid).max()) <= int(4 / rate)
     written, _ = gate(torch.full((1, 64), -100.0), valid[:1, :64], rate=0.1, max_tail=9)
-    assert written[0].nonzero().flatten().tolist() == list(range(0, 64, 10)), "forced after max_tail NULLs"
+    assert written[0].nonzero().flatten().tolist() == list(range(0, 64, 10)), (
+        "forced after max_tail NULLs"
+    )
 
 
 def test_gate_without_score_is_a_fixed_stride():
@@ -110,7 +124,9 @@ def test_head_gives_one_distribution_over_ids_and_null(name):
     assert total.shape == (3, 6)
     assert torch.allclose(total.sum(-1), torch.ones(3), atol=1e-6)
     if name == "joint":  # the factored form of a joint softmax is that softmax
-        assert torch.allclose(log_probs(head, x, previous, table), head.logits[0](x).log_softmax(-1), atol=1e-6)
+        assert torch.allclose(
+            log_probs(head, x, previous, table), head.logits[0](x).log_softmax(-1), atol=1e-6
+        )
     write_more = log_probs(head, x, previous, table, threshold=-2.0).exp()
     assert (write_more[:, -1] < total[:, -1]).all(), "a lower threshold makes NULL less likely"
 
@@ -126,8 +142,12 @@ def test_kmeans_covers_separated_clusters_and_leaves_no_code_empty():
     torch.manual_seed(0)
     centres = 10 * torch.randn(5, 3)
     points = (centres[:, None] + 0.01 * torch.randn(5, 40, 3)).flatten(0, 1)
-    found, nearest = kmeans(points, 15, seed=1)  # three codes a cluster: no local optimum can miss one
+    found, nearest = kmeans(
+        points, 15, seed=1
+    )  # three codes a cluster: no local optimum can miss one
     assert torch.cdist(centres, found).min(1).values.max() < 0.1
     assert len(nearest.unique()) == 15
-    torch.testing.assert_close(assign(points, found)[1], (points - found[nearest]).square().sum(1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        assign(points, found)[1], (points - found[nearest]).square().sum(1), atol=1e-3, rtol=0
+    )
     assert kmeans(points[:3], 5)[0].isfinite().all(), "fewer points than codes"

@@ -10,9 +10,9 @@
 | Trainer, resuming, accumulation, two processes | `test_training` |
 | everything else | here |
 
-Refused on purpose, each in one sentence: attention weights (the slices attend over different lists of keys), 4D masks, other
-caches, assisted decoding (closed tails cannot come back), flash attention, and flex attention on a CPU.
-"""
+Refused on purpose, each in one sentence: attention weights (the slices attend over different lists
+of keys), 4D masks, other caches, assisted decoding (closed tails cannot come back), flash
+attention, and flex attention on a CPU."""
 
 import copy
 import functools
@@ -22,7 +22,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.integrations import flex_attention as flex
 
 from conftest import byte_tokenizer
@@ -30,15 +36,30 @@ from families import left_padded, online_over, positions, text, tiny_base, tiny_
 from sememe.backbone.calling import CACHE, set_checkpointing
 from sememe.concepts import masks
 from sememe.errors import CheckpointError
-from sememe.models import ControlConfig, ControlForCausalLM, OnlineConfig, OnlineForCausalLM, writing
+from sememe.models import (
+    ControlConfig,
+    ControlForCausalLM,
+    OnlineConfig,
+    OnlineForCausalLM,
+    writing,
+)
 
-CLOSE = {"atol": 2e-4, "rtol": 0}  # as in test_online: 2e-5 at worst here, where a wrong mask or slot gives 0.1 and more
+CLOSE = {
+    "atol": 2e-4,
+    "rtol": 0,
+}  # as in test_online: 2e-5 at worst here, where a wrong mask or slot gives 0.1 and more
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-# One family with plain layers, one with windows and two ropes, one with a window alone, one with normed queries.
+# One family with plain layers, one with windows and two ropes, one with a window alone, one with
+# normed queries.
 SOME = ["llama", "gemma3_text", "mistral", "qwen3"]
-WHOLE = {"bridge": True, "anchor": True, "head": "nearest", "codes_per_concept": 2}  # what the recipes train
-# Mean, in nats: 1e-4, and 4e-3 where rounding changes one code of 160. Casts that go wrong raise, or lose the codes; one wrong
-# slot would pass (7e-3) and is for the fp32 tests to find.
+WHOLE = {
+    "bridge": True,
+    "anchor": True,
+    "head": "nearest",
+    "codes_per_concept": 2,
+}  # what the recipes train
+# Mean, in nats: 1e-4, and 4e-3 where rounding changes one code of 160. Casts that go wrong raise,
+# or lose the codes; one wrong slot would pass (7e-3) and is for the fp32 tests to find.
 KL_16_BIT = 0.02
 
 
@@ -68,7 +89,9 @@ def stepwise(model, ids, sizes, mask=None, **named):
 @pytest.mark.parametrize("family", SOME)
 def test_hidden_states_at_birth_are_those_of_the_base(family):
     base, (ids, mask) = tiny_base(family), batch()
-    config = OnlineConfig(text_config=base.config, split=(1, 2, 1), rate=1.0, quantise=0.0, num_concepts=8)
+    config = OnlineConfig(
+        text_config=base.config, split=(1, 2, 1), rate=1.0, quantise=0.0, num_concepts=8
+    )
     asked = {"attention_mask": mask, "output_hidden_states": True}
     want = base(ids, position_ids=positions(mask), **asked).hidden_states
     got = OnlineForCausalLM(config, base).eval()(ids, **asked).hidden_states
@@ -87,16 +110,24 @@ def test_hidden_states_are_one_for_each_layer_and_position(split):
     assert torch.equal(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
     silent = out.concept_ids == -1
     for h in out.hidden_states[split[0] + 1 : sum(split[:2]) + 1]:
-        assert torch.equal(h[silent], out.hidden_states[split[0]][silent]), "a token that writes nothing skips the middle"
+        assert torch.equal(h[silent], out.hidden_states[split[0]][silent]), (
+            "a token that writes nothing skips the middle"
+        )
         assert not torch.isclose(h[~silent], out.hidden_states[split[0]][~silent]).all(-1).any()
-    steps, _ = stepwise(model, ids, [3, *[1] * 17], output_hidden_states=True)  # steps in which no, some and all rows write
+    steps, _ = stepwise(
+        model, ids, [3, *[1] * 17], output_hidden_states=True
+    )  # steps in which no, some and all rows write
     for k, whole in enumerate(out.hidden_states):
-        torch.testing.assert_close(torch.cat([step.hidden_states[k] for step in steps], 1), whole, **CLOSE)
+        torch.testing.assert_close(
+            torch.cat([step.hidden_states[k] for step in steps], 1), whole, **CLOSE
+        )
 
 
 def test_hidden_states_by_configuration_and_in_generate():
     model, ids = copy.deepcopy(made()), text(2)
-    new = model.generate(ids, output_hidden_states=True, return_dict_in_generate=True, **GREEDY).hidden_states
+    new = model.generate(
+        ids, output_hidden_states=True, return_dict_in_generate=True, **GREEDY
+    ).hidden_states
     assert [len(step) for step in new] == [5] * 6
     assert [step[-1].shape[1] for step in new] == [20, 1, 1, 1, 1, 1]
     model.config.output_hidden_states = True
@@ -112,7 +143,9 @@ def test_hidden_states_have_gradients():
     out.logits[0, -1].sum().backward()
     model.zero_grad()
     for h in out.hidden_states[1:2]:
-        assert h.grad is not None and h.grad[0].abs().sum() > 0 and not h.grad[1].any(), "rows do not mix"
+        assert h.grad is not None and h.grad[0].abs().sum() > 0 and not h.grad[1].any(), (
+            "rows do not mix"
+        )
 
 
 def test_tuples_are_the_same_outputs():
@@ -129,7 +162,10 @@ def test_tuples_are_the_same_outputs():
 def test_embeddings_are_as_good_as_ids(family):
     model, (ids, mask) = made(family), batch()
     embeds = model.get_input_embeddings()(ids)
-    assert torch.equal(model(inputs_embeds=embeds, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    assert torch.equal(
+        model(inputs_embeds=embeds, attention_mask=mask).logits,
+        model(ids, attention_mask=mask).logits,
+    )
     got = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY)
     assert torch.equal(got, model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :])
 
@@ -155,19 +191,37 @@ def test_loss_is_the_cross_entropy_of_the_next_token():
     labels = ids.masked_fill(mask == 0, -100)
     out = model(ids, attention_mask=mask, labels=labels)
     want = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(out.loss, want, atol=1e-6, rtol=0)  # 0.0 seen; counting the padding in gives 0.5
-    several = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=56).loss  # of a step in two parts
-    torch.testing.assert_close(several, want * (labels[:, 1:] != -100).sum() / 56, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        out.loss, want, atol=1e-6, rtol=0
+    )  # 0.0 seen; counting the padding in gives 0.5
+    several = model(
+        ids, attention_mask=mask, labels=labels, num_items_in_batch=56
+    ).loss  # of a step in two parts
+    torch.testing.assert_close(
+        several, want * (labels[:, 1:] != -100).sum() / 56, atol=1e-6, rtol=0
+    )
 
 
-@pytest.mark.parametrize("inputs, said", [
-    ({}, "either input_ids or inputs_embeds"),
-    ({"input_ids": text(2), "inputs_embeds": torch.zeros(2, 20, 64)}, "either input_ids or inputs_embeds"),
-    ({"input_ids": text(2), "attention_mask": torch.ones(2, 1, 20, 20)}, r"attention_mask has shape \(2, 1, 20, 20\)"),
-    ({"input_ids": text(2), "attention_mask": torch.ones(2, 5)}, r"need \(2, past \+ 20\)"),
-    ({"input_ids": text(2), "cache": DynamicCache()}, "is a DynamicCache: need this model's own"),
-    ({"input_ids": text(2), "output_attentions": True}, "no .* table of weights"),
-])
+@pytest.mark.parametrize(
+    "inputs, said",
+    [
+        ({}, "either input_ids or inputs_embeds"),
+        (
+            {"input_ids": text(2), "inputs_embeds": torch.zeros(2, 20, 64)},
+            "either input_ids or inputs_embeds",
+        ),
+        (
+            {"input_ids": text(2), "attention_mask": torch.ones(2, 1, 20, 20)},
+            r"attention_mask has shape \(2, 1, 20, 20\)",
+        ),
+        ({"input_ids": text(2), "attention_mask": torch.ones(2, 5)}, r"need \(2, past \+ 20\)"),
+        (
+            {"input_ids": text(2), "cache": DynamicCache()},
+            "is a DynamicCache: need this model's own",
+        ),
+        ({"input_ids": text(2), "output_attentions": True}, "no .* table of weights"),
+    ],
+)
 def test_what_it_cannot_take_is_said_in_one_sentence(inputs, said):
     with pytest.raises(ValueError, match=said) as refused:
         made()(**inputs)
@@ -181,7 +235,12 @@ def test_what_it_cannot_take_is_said_in_one_sentence(inputs, said):
 @pytest.mark.parametrize("rows", [105, 97, 80])
 def test_resizing_the_vocabulary(tied, rows, tmp_path):
     base = tiny_base(tie_word_embeddings=tied)
-    model = OnlineForCausalLM(OnlineConfig(text_config=base.config, split=(1, 2, 1), rate=0.4, max_tail=5, num_concepts=16), base)
+    model = OnlineForCausalLM(
+        OnlineConfig(
+            text_config=base.config, split=(1, 2, 1), rate=0.4, max_tail=5, num_concepts=16
+        ),
+        base,
+    )
     model.start_frame(text(16, 24))
     model.start_codes(text(16, 24))
     ids = text(2).clamp(max=79)
@@ -193,7 +252,9 @@ def test_resizing_the_vocabulary(tied, rows, tmp_path):
     assert torch.equal(model(ids).logits[..., :kept], before[..., :kept])
     assert model.generate(ids, **GREEDY).shape == (2, 26)
     model.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits
+    )
 
 
 def test_resizing_what_would_not_be_saved_is_refused():
@@ -212,7 +273,9 @@ def test_copies_and_state_dicts_are_the_same_model():
     other.load_state_dict(model.state_dict(), strict=True)
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other, model):
         got = same(ids)
-        assert torch.equal(got.logits, want.logits) and torch.equal(got.concept_ids, want.concept_ids)
+        assert torch.equal(got.logits, want.logits) and torch.equal(
+            got.concept_ids, want.concept_ids
+        )
 
 
 @torch.no_grad()
@@ -223,23 +286,37 @@ def test_copied_caches_go_on_apart():
     elsewhere = torch.cat([ids[:, :9], text(2, 12, seed=5)], 1)
     got = model(elsewhere[:, 9:], cache=other).logits
     torch.testing.assert_close(got, model(elsewhere).logits[:, 9:], **CLOSE)
-    torch.testing.assert_close(model(ids[:, 9:], cache=cache).logits, model(ids).logits[:, 9:], **CLOSE)
+    torch.testing.assert_close(
+        model(ids[:, 9:], cache=cache).logits, model(ids).logits[:, 9:], **CLOSE
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("settings", [{}, {"boundary": "threshold"}, {"boundary": "entropy"}, {"family": "mistral"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"boundary": "threshold"}, {"boundary": "entropy"}, {"family": "mistral"}],
+    ids=str,
+)
 def test_casting_the_whole_model(settings, dtype):
-    """In 16 bits a position's rounding depends on the shape of its chunk, so a code close to another may change."""
+    """In 16 bits a position's rounding depends on the shape of its chunk, so a code close to
+    another may change."""
     model, ids = copy.deepcopy(made(**settings)).to(dtype), text(4, 40)
     whole, (steps, cache) = model(ids), stepwise(model, ids, [7, *[1] * 33])
     assert whole.logits.dtype == model.dtype == dtype
-    q, p = (x.double().log_softmax(-1) for x in (torch.cat([step.logits for step in steps], 1), whole.logits))
+    q, p = (
+        x.double().log_softmax(-1)
+        for x in (torch.cat([step.logits for step in steps], 1), whole.logits)
+    )
     assert float((p.exp() * (p - q)).sum(-1).mean()) < KL_16_BIT
-    assert float((cache.concept_ids == whole.concept_ids).double().mean()) > 0.97  # 0.994 at worst: one id of 160
+    assert (
+        float((cache.concept_ids == whole.concept_ids).double().mean()) > 0.97
+    )  # 0.994 at worst: one id of 160
     assert model.generate(ids, **GREEDY).shape == (4, 46)
     if dtype == torch.float64:
-        assert torch.equal(model.float()(ids).logits, made(**settings)(ids).logits), "there and back"
+        assert torch.equal(model.float()(ids).logits, made(**settings)(ids).logits), (
+            "there and back"
+        )
 
 
 def test_training_a_cast_model():
@@ -261,18 +338,31 @@ def folders(base_folder, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["adapted", "merged"])
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "auto"])
 def test_loading_in_a_dtype_keeps_the_codes(folders, kind, dtype):
-    """The frame is near 100 in some bases, where bf16 has steps of 0.5: rounded, every id would be another."""
-    whole, model = (AutoModelForCausalLM.from_pretrained(folders / kind, dtype=d) for d in (torch.float32, dtype))
+    """The frame is near 100 in some bases, where bf16 has steps of 0.5: rounded, every id would be
+    another."""
+    whole, model = (
+        AutoModelForCausalLM.from_pretrained(folders / kind, dtype=d)
+        for d in (torch.float32, dtype)
+    )
     want = {"bfloat16": torch.bfloat16, "auto": torch.float32}.get(dtype, dtype)
-    assert model.dtype == model.get_input_embeddings().weight.dtype == model.bridge.shallow.weight.dtype == want
+    assert (
+        model.dtype
+        == model.get_input_embeddings().weight.dtype
+        == model.bridge.shallow.weight.dtype
+        == want
+    )
     state = model.state_dict()
     for name, value in whole.state_dict().items():
         own = name.split(".")[0]
-        if own in ("head", "codes", "gate", "anchor") or (own == "bridge" and name.endswith(("mean", "scale"))):
+        if own in ("head", "codes", "gate", "anchor") or (
+            own == "bridge" and name.endswith(("mean", "scale"))
+        ):
             assert torch.equal(state[name], value), name
     ids = text(2)
     assert model(ids).logits.dtype == want
-    assert torch.equal(model.generate(ids, **GREEDY), model.generate(ids, use_cache=False, **GREEDY))
+    assert torch.equal(
+        model.generate(ids, **GREEDY), model.generate(ids, use_cache=False, **GREEDY)
+    )
 
 
 @pytest.mark.parametrize("kind", ["adapted", "merged"])
@@ -285,20 +375,34 @@ def test_arguments_of_from_pretrained(folders, kind, tmp_path):
     for device_map in ("cpu", "auto", {"": "cpu"}, torch.device("cpu")):
         assert torch.equal(load(device_map=device_map)(ids).logits, want)
     model, info = load(output_loading_info=True)
-    assert torch.equal(model(ids).logits, want) and not info["missing_keys"] and not info["unexpected_keys"]
-    assert load(rate=0.7).config.rate == AutoModelForCausalLM.from_pretrained(folders / kind, rate=0.7).config.rate == 0.7
+    assert (
+        torch.equal(model(ids).logits, want)
+        and not info["missing_keys"]
+        and not info["unexpected_keys"]
+    )
+    assert (
+        load(rate=0.7).config.rate
+        == AutoModelForCausalLM.from_pretrained(folders / kind, rate=0.7).config.rate
+        == 0.7
+    )
     torch.testing.assert_close(load(attn_implementation="eager")(ids).logits, want, **CLOSE)
     model.generation_config.temperature, model.generation_config.do_sample = 0.7, True
     model.save_pretrained(tmp_path / "again")
-    assert OnlineForCausalLM.from_pretrained(tmp_path / "again").generation_config.temperature == 0.7
+    assert (
+        OnlineForCausalLM.from_pretrained(tmp_path / "again").generation_config.temperature == 0.7
+    )
     state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "given", state_dict=state)  # as a Trainer does that has gathered shards
+    model.save_pretrained(
+        tmp_path / "given", state_dict=state
+    )  # as a Trainer does that has gathered shards
     assert not OnlineForCausalLM.from_pretrained(tmp_path / "given").codes.weight.any()
 
 
 def test_device_maps_over_several_devices_are_refused(folders):
     with pytest.raises(CheckpointError, match="need one device"):
-        OnlineForCausalLM.from_pretrained(folders / "adapted", device_map={"backbone": "cpu", "head": "meta"})
+        OnlineForCausalLM.from_pretrained(
+            folders / "adapted", device_map={"backbone": "cpu", "head": "meta"}
+        )
 
 
 def test_configurations_round_trip_and_build(folders):
@@ -306,7 +410,9 @@ def test_configurations_round_trip_and_build(folders):
         config = AutoConfig.from_pretrained(folders / kind)
         assert type(config).from_dict(config.to_dict()).to_dict() == config.to_dict()
         built = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        assert isinstance(built, OnlineForCausalLM) and built(text(1)).logits.dtype == torch.bfloat16
+        assert (
+            isinstance(built, OnlineForCausalLM) and built(text(1)).logits.dtype == torch.bfloat16
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -328,7 +434,10 @@ def test_moving_to_a_gpu_and_back():
 @pytest.mark.parametrize("family", SOME)
 def test_kernels_agree_and_can_be_switched(family):
     model, (ids, mask) = copy.deepcopy(made(family)), batch()
-    want, made_so = model(ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, **GREEDY)
+    want, made_so = (
+        model(ids, attention_mask=mask).logits,
+        model.generate(ids, attention_mask=mask, **GREEDY),
+    )
     model.set_attn_implementation("eager")
     got, _ = stepwise(model, ids, [5, 1, 8], mask)
     seen = mask.bool()
@@ -347,7 +456,10 @@ def test_flex_agrees_and_can_be_switched(family, window, monkeypatch):
     monkeypatch.setattr(masks, "FLEX_DEVICES", ("cpu",))
     monkeypatch.setattr(flex, "WrappedFlexAttention", lambda training: lambda: flex_attention)
     model, (ids, mask) = copy.deepcopy(made(family, shallow_window=window)), batch()
-    want, made_so = model(ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, **GREEDY)
+    want, made_so = (
+        model(ids, attention_mask=mask).logits,
+        model.generate(ids, attention_mask=mask, **GREEDY),
+    )
     alone, calls, make = model(ids[:1, 1:]).logits, [], writing.segment_blocks
     monkeypatch.setattr(writing, "segment_blocks", lambda *lanes: calls.append(1) or make(*lanes))
     model.set_attn_implementation("flex_attention")
@@ -369,7 +481,10 @@ def test_flex_agrees_compiled_with_gradients():
         model.zero_grad()
         out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
         out.loss.backward()
-        found[kernel] = out.logits[mask.bool()], [p.grad for p in model.parameters() if p.grad is not None]
+        found[kernel] = (
+            out.logits[mask.bool()],
+            [p.grad for p in model.parameters() if p.grad is not None],
+        )
     for a, b in zip(found["sdpa"][1], found["flex_attention"][1], strict=True):
         torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)  # TF32 may be on
     torch.testing.assert_close(*(logits for logits, _ in found.values()), atol=1e-2, rtol=0)
@@ -377,16 +492,26 @@ def test_flex_agrees_compiled_with_gradients():
 
 @pytest.mark.parametrize("kind", ["adapted", "merged"])
 def test_other_kernels_are_refused_before_they_run(folders, kind):
-    with pytest.raises((CheckpointError, ImportError, ValueError), match=r"need one of sdpa, eager, flex_attention|[Ff]lash"):
-        AutoModelForCausalLM.from_pretrained(folders / kind, attn_implementation="flash_attention_2")
+    with pytest.raises(
+        (CheckpointError, ImportError, ValueError),
+        match=r"need one of sdpa, eager, flex_attention|[Ff]lash",
+    ):
+        AutoModelForCausalLM.from_pretrained(
+            folders / kind, attn_implementation="flash_attention_2"
+        )
     with pytest.raises((ValueError, ImportError), match=r"does not support|not supported"):
         copy.deepcopy(made()).set_attn_implementation("flash_attention_2")
-    # On a CPU flex has no backward, and tried in the base's self-check it brought the whole process down.
-    model = AutoModelForCausalLM.from_pretrained(folders / kind, attn_implementation="flex_attention")
+    # On a CPU flex has no backward, and tried in the base's self-check it brought the whole process
+    # down.
+    model = AutoModelForCausalLM.from_pretrained(
+        folders / kind, attn_implementation="flex_attention"
+    )
     with pytest.raises(CheckpointError, match=r"'flex_attention' on cpu: need a GPU. try: sdpa"):
         model(text(1))
     with pytest.raises(CheckpointError, match=r"need one of sdpa, eager\. try: sdpa"):
-        ControlForCausalLM(ControlConfig(text_config=tiny_base().config, attn_implementation="flex_attention"))
+        ControlForCausalLM(
+            ControlConfig(text_config=tiny_base().config, attn_implementation="flex_attention")
+        )
 
 
 # ---- training ----
@@ -401,21 +526,32 @@ def test_gradient_checkpointing_in_every_way(family, reentrant):
         model = copy.deepcopy(made(family)).train()
         if checkpointing:
             set_checkpointing(model, True, {"use_reentrant": reentrant})
-            model.enable_input_require_grads()  # a frozen base gives a re-entrant checkpoint no gradient to start from
+            # a frozen base gives a re-entrant checkpoint no gradient to start from
+            model.enable_input_require_grads()
         out = model(ids, attention_mask=mask, labels=ids, use_cache=checkpointing)
         assert out.cache is None, "checkpointed layers drop what a cache would hold"
         out.loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
     for name, grad in grads[0].items():  # 0.0 seen: the same operations a second time
-        torch.testing.assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            grad, grads[1][name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
     set_checkpointing(model, False)
     assert model(ids, use_cache=True).cache.get_seq_length() == 14
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"head": "joint"}, {"head": "factored"}, {"boundary": "threshold"}, {"shared_map": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"head": "joint"},
+        {"head": "factored"},
+        {"boundary": "threshold"},
+        {"shared_map": True},
+    ],
+    ids=str,
+)
 def test_every_trainable_parameter_gets_a_gradient(settings):
     model, ids = copy.deepcopy(made(**settings)).train(), text(2)
     model(ids, labels=ids).loss.backward()
@@ -439,12 +575,26 @@ def test_autocast_and_inference_mode():
 # ---- generate ----
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"family": "gemma3_text"}, {"family": "mistral"}, {"family": "qwen3"}, {"boundary": "threshold"}, {"boundary": "entropy"},
-    {"boundary": "fixed"}, {"head": "joint"}, {"split": (2, 0, 2)}, {"rate": 1.0}, {"attention": "eager"},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"family": "gemma3_text"},
+        {"family": "mistral"},
+        {"family": "qwen3"},
+        {"boundary": "threshold"},
+        {"boundary": "entropy"},
+        {"boundary": "fixed"},
+        {"head": "joint"},
+        {"split": (2, 0, 2)},
+        {"rate": 1.0},
+        {"attention": "eager"},
+    ],
+    ids=str,
+)
 def test_a_row_does_not_depend_on_its_neighbours(settings):
-    """Ragged rows in batches of 1, 2 and 5, and in another order: the same tokens and the same concepts, exactly."""
+    """Ragged rows in batches of 1, 2 and 5, and in another order: the same tokens and the same
+    concepts, exactly."""
     model = made(**settings)
     rows = [text(1, n, seed=n) for n in (9, 3, 14, 1, 7)]
 
@@ -453,7 +603,10 @@ def test_a_row_does_not_depend_on_its_neighbours(settings):
         cache = model.new_cache(len(which))
         settings = GREEDY | {"max_new_tokens": 16, "min_new_tokens": 16}
         new = model.generate(ids, attention_mask=mask, cache=cache, **settings)
-        concepts = [ids_T[mask_T.argmax() :].tolist() for ids_T, mask_T in zip(cache.concept_ids, mask, strict=True)]
+        concepts = [
+            ids_T[mask_T.argmax() :].tolist()
+            for ids_T, mask_T in zip(cache.concept_ids, mask, strict=True)
+        ]
         return [(a[ids.shape[1] :].tolist(), c) for a, c in zip(new, concepts, strict=True)]
 
     alone = [continued([i])[0] for i in range(5)]
@@ -463,38 +616,56 @@ def test_a_row_does_not_depend_on_its_neighbours(settings):
 
 def test_rows_that_end_early_do_not_disturb_the_others():
     model, ids = made(), text(5)
-    ends = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": list(range(20, 28))}
+    ends = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": list(range(20, 28)),
+    }
     together = model.generate(ids, **ends)
     alone = [model.generate(ids[i : i + 1], **ends)[0] for i in range(5)]
-    assert len({len(row) for row in alone}) > 2, "rows must end at different places for this to test anything"
+    assert len({len(row) for row in alone}) > 2, (
+        "rows must end at different places for this to test anything"
+    )
     for got, want in zip(together, alone, strict=True):
         assert torch.equal(got[: len(want)], want) and not got[len(want) :].any()
 
 
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("settings", [
-    {"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 3, "do_sample": True, "min_new_tokens": None},
-    {"do_sample": True, "top_p": 0.9, "num_return_sequences": 3, "min_new_tokens": None},
-    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[5]]},
-    {"num_beams": 2, "length_penalty": 0.5, "early_stopping": True, "min_new_tokens": None},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 3, "do_sample": True, "min_new_tokens": None},
+        {"do_sample": True, "top_p": 0.9, "num_return_sequences": 3, "min_new_tokens": None},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[5]]},
+        {"num_beams": 2, "length_penalty": 0.5, "early_stopping": True, "min_new_tokens": None},
+    ],
+    ids=str,
+)
 def test_left_padded_decoding_is_the_same_without_a_cache(family, settings):
     model, (ids, mask) = made(family), batch()
     drawn = []
     for use_cache in (True, False):
         torch.manual_seed(3)
-        drawn.append(model.generate(ids, attention_mask=mask, use_cache=use_cache, **{**GREEDY, **settings}))
+        drawn.append(
+            model.generate(ids, attention_mask=mask, use_cache=use_cache, **{**GREEDY, **settings})
+        )
     assert torch.equal(*drawn)
     assert len(drawn[0]) == 3 * settings.get("num_return_sequences", 1)
 
 
 def test_scores_are_the_logits_of_a_forward():
     model, ids = made(), text(2)
-    out = model.generate(ids, output_logits=True, output_scores=True, return_dict_in_generate=True, **GREEDY)
+    out = model.generate(
+        ids, output_logits=True, output_scores=True, return_dict_in_generate=True, **GREEDY
+    )
     want = model(out.sequences).logits[:, 19:-1]
     torch.testing.assert_close(torch.stack(out.logits, 1), want, **CLOSE)
     found = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
-    said = want.index_fill(-1, torch.tensor(model.generation_config.eos_token_id), -torch.inf).log_softmax(-1)
+    said = want.index_fill(
+        -1, torch.tensor(model.generation_config.eos_token_id), -torch.inf
+    ).log_softmax(-1)
     torch.testing.assert_close(found, said.gather(-1, out.sequences[:, 20:, None])[..., 0], **CLOSE)
 
 
@@ -507,7 +678,11 @@ def test_stopping_criteria_end_rows_one_by_one():
     free = model.generate(ids, **GREEDY)
     got = model.generate(ids, stopping_criteria=StoppingCriteriaList([At()]), **GREEDY)
     assert got.shape == (2, 24)
-    assert torch.equal(got[0, :22], free[0, :22]) and not got[0, 22:].any() and torch.equal(got[1], free[1, :24])
+    assert (
+        torch.equal(got[0, :22], free[0, :22])
+        and not got[0, 22:].any()
+        and torch.equal(got[1], free[1, :24])
+    )
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -515,12 +690,15 @@ def test_stopping_criteria_end_rows_one_by_one():
 def test_prefill_in_chunks_changes_nothing(family, chunk):
     model, (ids, mask) = made(family), batch()
     want = model.generate(ids, attention_mask=mask, **GREEDY)
-    assert torch.equal(model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **GREEDY), want)
+    assert torch.equal(
+        model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **GREEDY), want
+    )
 
 
 @pytest.mark.parametrize("family", SOME)
 def test_a_second_turn_goes_on_from_the_first_ones_cache(family):
-    """A conversation: the cache of a left-padded batch, then new tokens of a user behind what was generated."""
+    """A conversation: the cache of a left-padded batch, then new tokens of a user behind what was
+    generated."""
     model, (ids, mask) = made(family), batch()
     first = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     whole = torch.cat([first.sequences, text(3, 5, seed=8)], 1)
@@ -529,16 +707,28 @@ def test_a_second_turn_goes_on_from_the_first_ones_cache(family):
     assert torch.equal(again, model.generate(whole, attention_mask=seen, **GREEDY))
 
 
-@pytest.mark.parametrize("settings", [{}, {"family": "mistral"}, {"boundary": "threshold"}, {"boundary": "entropy"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"family": "mistral"}, {"boundary": "threshold"}, {"boundary": "entropy"}],
+    ids=str,
+)
 def test_a_second_turn_behind_rows_that_ended_at_different_places(settings):
-    """What is masked in the middle of a row is not there: neither for the gate, which compares neighbours, nor for what the
-    cache remembers of the last token."""
+    """What is masked in the middle of a row is not there: neither for the gate, which compares
+    neighbours, nor for what the cache remembers of the last token."""
     model = made(**settings)
     parts = [(text(1, n, seed=n), text(1, 7, seed=30 + n)) for n in (9, 4, 6)]
     ids = torch.cat([torch.cat([F.pad(a, (0, 9 - a.shape[1])), b], 1) for a, b in parts])
-    mask = torch.cat([torch.cat([F.pad(torch.ones_like(a), (0, 9 - a.shape[1])), torch.ones_like(b)], 1) for a, b in parts])
+    mask = torch.cat(
+        [
+            torch.cat([F.pad(torch.ones_like(a), (0, 9 - a.shape[1])), torch.ones_like(b)], 1)
+            for a, b in parts
+        ]
+    )
     steps, _ = stepwise(model, ids, [9, 1, 6], mask)
-    whole, pieces = model(ids, attention_mask=mask), torch.cat([step.concept_ids for step in steps], 1)
+    whole, pieces = (
+        model(ids, attention_mask=mask),
+        torch.cat([step.concept_ids for step in steps], 1),
+    )
     logits = torch.cat([step.logits for step in steps], 1)
     new = model.generate(ids, attention_mask=mask, **GREEDY)[:, 16:]
     for row, part in enumerate(parts):
@@ -546,7 +736,10 @@ def test_a_second_turn_behind_rows_that_ended_at_different_places(settings):
         want = model(alone)
         for got, written in ((whole.logits, whole.concept_ids), (logits, pieces)):
             torch.testing.assert_close(got[row, real], want.logits[0], **CLOSE)
-            assert torch.equal(written[row, real], want.concept_ids[0]) and (written[row, ~real] == -1).all()
+            assert (
+                torch.equal(written[row, real], want.concept_ids[0])
+                and (written[row, ~real] == -1).all()
+            )
         assert torch.equal(new[row], model.generate(alone, **GREEDY)[0, alone.shape[1] :])
 
 
@@ -567,20 +760,29 @@ def test_generating_from_nothing_and_in_pipelines():
     tokenizer = byte_tokenizer()
     model = copy.deepcopy(made(family="llama", base=None, lora_rank=0))
     model.resize_token_embeddings(len(tokenizer))
-    said, settings = ["the cat", "a", "the dog saw"], {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    said, settings = (
+        ["the cat", "a", "the dog saw"],
+        {"max_new_tokens": 5, "do_sample": False, "return_full_text": False},
+    )
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     assert pipe(said, batch_size=3, **settings) == [pipe(one, **settings) for one in said]
 
 
-@pytest.mark.parametrize("settings, said", [
-    ({"assistant_early_exit": 2}, "take tokens back|takes tokens back"), ({"prompt_lookup_num_tokens": 3}, "takes tokens back"),
-    ({"cache_implementation": "dynamic"}, "cache_implementation = 'dynamic'"),
-    ({"cache_implementation": "quantized"}, "cache_implementation = 'quantized'"),
-    ({"cache_implementation": "offloaded"}, "cache_implementation = 'offloaded'"),
-    ({"cache": DynamicCache()}, "is a DynamicCache: need this model's own"),
-    ({"output_attentions": True, "return_dict_in_generate": True}, "no .* table of weights"),
-    ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive"), ({"dola_layers": "low"}, "Dola"),  # transformers' own refusals
-], ids=str)
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"assistant_early_exit": 2}, "take tokens back|takes tokens back"),
+        ({"prompt_lookup_num_tokens": 3}, "takes tokens back"),
+        ({"cache_implementation": "dynamic"}, "cache_implementation = 'dynamic'"),
+        ({"cache_implementation": "quantized"}, "cache_implementation = 'quantized'"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation = 'offloaded'"),
+        ({"cache": DynamicCache()}, "is a DynamicCache: need this model's own"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "no .* table of weights"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive"),
+        ({"dola_layers": "low"}, "Dola"),  # transformers' own refusals
+    ],
+    ids=str,
+)
 def test_decoding_that_cannot_work_is_refused(settings, said):
     with pytest.raises(ValueError, match=said) as refused:
         made().generate(text(1), **{**GREEDY, **settings})
@@ -595,7 +797,11 @@ def test_assistants_are_refused_on_either_side():
 
 def test_caches_of_another_batch_are_refused():
     for settings in ({"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}):
-        with pytest.raises(ValueError, match=r"the cache has 2 rows, the batch has 6.*try: new_cache\(6\)"):
+        with pytest.raises(
+            ValueError, match=r"the cache has 2 rows, the batch has 6.*try: new_cache\(6\)"
+        ):
             made().generate(text(2), cache=made().new_cache(2), **{**GREEDY, **settings})
     want = made().generate(text(2), num_beams=3, **GREEDY)
-    assert torch.equal(made().generate(text(2), num_beams=3, cache=made().new_cache(6), **GREEDY), want)
+    assert torch.equal(
+        made().generate(text(2), num_beams=3, cache=made().new_cache(6), **GREEDY), want
+    )

@@ -7,7 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from sememe import data
@@ -18,7 +26,9 @@ WORDS = "the quick brown fox, it jumps over 12 lazy dogs.\nAnd then: two\n\npara
 
 
 def train(
-    pre_tokenizer: pre_tokenizers.PreTokenizer, eos: str | None, normalizer: normalizers.Normalizer | None = None
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+    eos: str | None,
+    normalizer: normalizers.Normalizer | None = None,
 ) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizer
@@ -26,8 +36,15 @@ def train(
         raw.normalizer = normalizer
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([WORDS * 20], trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<unk>", "<eos>"], show_progress=False))
+    raw.train_from_iterator(
+        [WORDS * 20],
+        trainers.BpeTrainer(
+            vocab_size=400,
+            initial_alphabet=alphabet,
+            special_tokens=["<unk>", "<eos>"],
+            show_progress=False,
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos)
 
 
@@ -59,9 +76,15 @@ def test_txt_in_another_encoding_names_the_line(tmp_path: Path) -> None:
 def test_jsonl_rows_keep_their_order_and_their_pairs(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"text": "one\u2028still one", "response": "1"}, {"text": "", "response": "2"}]
-    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8"
+    )
     assert data.read_texts(str(path)) == ["one\u2028still one", ""]
-    assert data.read_texts(f"{path}#response") == ["1", "2"] == data.read_texts(str(path), field="response")
+    assert (
+        data.read_texts(f"{path}#response")
+        == ["1", "2"]
+        == data.read_texts(str(path), field="response")
+    )
 
 
 def test_a_hash_in_a_file_name_is_no_field(tmp_path: Path) -> None:
@@ -69,15 +92,21 @@ def test_a_hash_in_a_file_name_is_no_field(tmp_path: Path) -> None:
     assert data.read_texts(str(tmp_path / "a#b.txt")) == ["here"]
 
 
-@pytest.mark.parametrize(("line", "said"), [
-    (b'{"text": "a"', "line 3 is not JSON"),
-    (b'{"text": "\xff"}', "line 3 is not JSON"),
-    (b'["a"]', "line 3 holds a list"),
-    (b'{"txt": "a"}', r"line 3 has no field 'text', it has 'txt'.*FILE#txt"),
-    (b'{"text": 7}', "line 3 has a int in 'text'"),
-    (b'{"text": null}', "line 3 has null in 'text'.*try: drop that row"),
-    (b'{"text": "cut \\ud83d off"}', r"line 3, field 'text', has half of a character \('\\ud83d'\) at character 4"),
-])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "a"', "line 3 is not JSON"),
+        (b'{"text": "\xff"}', "line 3 is not JSON"),
+        (b'["a"]', "line 3 holds a list"),
+        (b'{"txt": "a"}', r"line 3 has no field 'text', it has 'txt'.*FILE#txt"),
+        (b'{"text": 7}', "line 3 has a int in 'text'"),
+        (b'{"text": null}', "line 3 has null in 'text'.*try: drop that row"),
+        (
+            b'{"text": "cut \\ud83d off"}',
+            r"line 3, field 'text', has half of a character \('\\ud83d'\) at character 4",
+        ),
+    ],
+)
 def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
@@ -107,21 +136,32 @@ def test_parquet(tmp_path: Path) -> None:
         data.read_texts(str(path))
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_names_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "stories.txt").write_text("x")
-    monkeypatch.setattr(data, "_from_datasets", lambda *args: pytest.fail("a path is no dataset id"))
+    monkeypatch.setattr(
+        data, "_from_datasets", lambda *args: pytest.fail("a path is no dataset id")
+    )
     with pytest.raises(DataError, match=r"does not exist.*Did you mean .*stories\.txt\?"):
         data.read_texts(str(tmp_path / "storys.txt"))
 
 
-@pytest.mark.parametrize(("source", "said"), [
-    ("data/a#b/missing.txt", r"^data/a#b/missing\.txt does not exist"),
-    ("missing.txt#body", r"^missing\.txt#body does not exist"),
-    ("once upon a time " * 30, r"^once upon .{60,80}… \(510 characters\) does not exist.*try: put a text into a \.txt file"),
-    ("nul\0.txt", "does not exist"),
-    ("~nobody-of-that-name/a.txt", "does not exist"),
-    ("x" * 300 + ".jsonl", "does not exist"),
-])
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("data/a#b/missing.txt", r"^data/a#b/missing\.txt does not exist"),
+        ("missing.txt#body", r"^missing\.txt#body does not exist"),
+        (
+            "once upon a time " * 30,
+            r"^once upon .{60,80}… \(510 characters\) does not exist.*try: put a text into a \.txt "
+            r"file",
+        ),
+        ("nul\0.txt", "does not exist"),
+        ("~nobody-of-that-name/a.txt", "does not exist"),
+        ("x" * 300 + ".jsonl", "does not exist"),
+    ],
+)
 def test_what_is_no_path_is_one_sentence(source: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         data.read_texts(source)
@@ -133,21 +173,31 @@ def test_a_source_is_told_by_its_content(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name).write_text('{"text": "one", "body": "two"}\n')
     (tmp_path / "a.txt").write_text("one")
     monkeypatch.chdir(tmp_path)
-    same = {source_sha256(str(name)) for name in ("a.jsonl", "a.jsonl#text", tmp_path / "a.jsonl", "copy.jsonl#text")}
+    same = {
+        source_sha256(str(name))
+        for name in ("a.jsonl", "a.jsonl#text", tmp_path / "a.jsonl", "copy.jsonl#text")
+    }
     assert len(same) == 1
-    others = {source_sha256(name) for name in ("a.jsonl#body", "a.txt", "org/name", "org/name#body")}
+    others = {
+        source_sha256(name) for name in ("a.jsonl#body", "a.txt", "org/name", "org/name#body")
+    }
     assert len(others | same) == 5
     assert source_sha256("a.txt") == source_sha256("a.txt#any")
 
 
-@pytest.mark.parametrize(("name", "content", "said"), [
-    ("a.csv", "text\nx\n", r"file \.csv: need one of \.txt, \.jsonl, \.parquet"),
-    ("a.txt", "", "is empty"),
-    ("a.txt", " \n\t\n", "is empty"),
-    ("a.jsonl", "\n", "is empty"),
-    ("a.jsonl", '{"text": " "}\n', "is empty"),
-])
-def test_other_kinds_and_empty_files_are_refused(tmp_path: Path, name: str, content: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "text\nx\n", r"file \.csv: need one of \.txt, \.jsonl, \.parquet"),
+        ("a.txt", "", "is empty"),
+        ("a.txt", " \n\t\n", "is empty"),
+        ("a.jsonl", "\n", "is empty"),
+        ("a.jsonl", '{"text": " "}\n', "is empty"),
+    ],
+)
+def test_other_kinds_and_empty_files_are_refused(
+    tmp_path: Path, name: str, content: str, said: str
+) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=said):
         data.read_texts(str(tmp_path / name))
@@ -164,7 +214,9 @@ def test_a_dataset_id(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows = datasets.Dataset.from_dict({"story": ["one", "two"]})
     monkeypatch.setattr(HfApi, "dataset_info", lambda *args, **kwargs: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: rows if split == "test" else None)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda source, split: rows if split == "test" else None
+    )
     assert data.read_texts("org/name#story", split="test") == ["one", "two"]
     with pytest.raises(DataError, match="no field 'text', it has 'story'"):
         data.read_texts("org/name", split="test")
@@ -180,8 +232,14 @@ def test_a_dataset_id(monkeypatch: pytest.MonkeyPatch) -> None:
 # token_blocks
 
 
-def test_blocks_are_the_stream_with_eos_between_documents(tokenizer: PreTrainedTokenizerFast) -> None:
-    one, two, eos = ids(tokenizer, "the quick fox"), ids(tokenizer, "lazy dogs"), tokenizer.eos_token_id
+def test_blocks_are_the_stream_with_eos_between_documents(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    one, two, eos = (
+        ids(tokenizer, "the quick fox"),
+        ids(tokenizer, "lazy dogs"),
+        tokenizer.eos_token_id,
+    )
     stream = [*one, eos, *two]
     whole = data.token_blocks(["the quick fox", " \n", "", "lazy dogs"], tokenizer, 1)
     assert whole.dtype == torch.long
@@ -203,7 +261,9 @@ def test_pieces_give_the_ids_of_the_whole(
 ) -> None:
     if kind == "prefix":  # as llama 2: a space of its own before every text
         space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        tokenizer = train(pre_tokenizers.Split("▁", "merged_with_next"), "<eos>", normalizers.Sequence(space))
+        tokenizer = train(
+            pre_tokenizers.Split("▁", "merged_with_next"), "<eos>", normalizers.Sequence(space)
+        )
     # No double spaces and no word over 13 characters, so that every piece ends before a lone space.
     text = "the quick brown fox, it jumps over 12 lazy dogs. And then two paragraphs with gaps " * 9
     monkeypatch.setattr(data, "PIECE_CHARS", chars)
@@ -236,8 +296,14 @@ MIXED = "Ünïcode 👩‍👩‍👧 日本語\r\n\n  and  spaces \t at the end
 
 @pytest.mark.parametrize("kind", ["byte level", "trimmed", "prefix", "slow"])
 def test_blocks_have_the_bytes_of_the_source(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = {"prefix": pre_tokenizers.Split("▁", "merged_with_next")}.get(kind, pre_tokenizers.ByteLevel(add_prefix_space=False))
-    space = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]) if kind == "prefix" else None
+    pieces = {"prefix": pre_tokenizers.Split("▁", "merged_with_next")}.get(
+        kind, pre_tokenizers.ByteLevel(add_prefix_space=False)
+    )
+    space = (
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        if kind == "prefix"
+        else None
+    )
     tokenizer = train(pieces, "<eos>", space)
     if kind == "trimmed":  # as GPT-2: offsets leave white space out
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -266,10 +332,17 @@ def test_blocks_have_the_bytes_of_the_source(kind: str, monkeypatch: pytest.Monk
 def test_a_row_that_is_cut_inside_a_character_has_its_own_bytes() -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made = data.text_blocks([MIXED], PreTrainedTokenizerFast(tokenizer_object=raw), 5)  # one token a byte
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    made = data.text_blocks(
+        [MIXED], PreTrainedTokenizerFast(tokenizer_object=raw), 5
+    )  # one token a byte
     assert set(made.bytes_NT.flatten().tolist()) == {1}
-    assert made.windows() == [MIXED.encode()[at : at + 5] for at in range(0, made.ids_NT.numel(), 5)]
+    assert made.windows() == [
+        MIXED.encode()[at : at + 5] for at in range(0, made.ids_NT.numel(), 5)
+    ]
 
 
 def test_limit_is_exact_and_stops_the_tokenizer(

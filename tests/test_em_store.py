@@ -33,7 +33,11 @@ def batch(value: int, rows: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def said(store: Assignments, index: torch.Tensor = ROWS) -> list[float]:
     """All different numbers of these rows."""
-    return torch.cat([store.read(index).double(), store.scores(index), store.moves(index)], 1).unique().tolist()
+    return (
+        torch.cat([store.read(index).double(), store.scores(index), store.moves(index)], 1)
+        .unique()
+        .tolist()
+    )
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -47,14 +51,23 @@ def put(folder: Path, files: dict[str, bytes]) -> None:
 
 def test_what_is_written_is_read_again(tmp_path):
     store = opened(tmp_path / "a")
-    assert not store.assigned(ROWS).any() and (store.read(ROWS) == -1).all() and store.scores(ROWS).isnan().all()
+    assert (
+        not store.assigned(ROWS).any()
+        and (store.read(ROWS) == -1).all()
+        and store.scores(ROWS).isnan().all()
+    )
     plan = SHAPE.pack([[[], []], [[5], [1, 2, 3]]])
-    store.write(torch.tensor([4, 1]), plan, torch.tensor([[-3.0, -2, -1, 0.5], [-4.0, -3, -1, torch.nan]]))
+    store.write(
+        torch.tensor([4, 1]), plan, torch.tensor([[-3.0, -2, -1, 0.5], [-4.0, -3, -1, torch.nan]])
+    )
     for again in (store, opened(tmp_path / "a")):
         assert torch.equal(again.read(torch.tensor([1, 4])), plan.flip(0)), "the empty plan is one"
         assert again.assigned(ROWS).tolist() == [False, True, False, False, True, False, False]
         assert not again.searched(ROWS).any() and again.moves(ROWS).isnan().all()
-        assert again.scores(torch.tensor([4])).tolist() == [[-3, -2, -1, 0.5]] and again.scores(torch.tensor([1]))[0, 3].isnan()
+        assert (
+            again.scores(torch.tensor([4])).tolist() == [[-3, -2, -1, 0.5]]
+            and again.scores(torch.tensor([1]))[0, 3].isnan()
+        )
     assert (tmp_path / "a" / "journal.bin").stat().st_size == 0
     raw = np.fromfile(tmp_path / "a" / "plans.bin", "<i4").reshape(7, 5)
     assert raw[1].tolist() == [5, -1, 1, 2, 3] and (raw[0] == -2).all(), "as the formats say"
@@ -72,10 +85,15 @@ def test_steps_are_counted_and_say_who_was_searched(tmp_path):
     assert opened(tmp_path).version == 3 and said(store, ROWS[:4]) == [2]
 
 
-@pytest.mark.parametrize("change, name", [
-    ({"shape": PlanShape((1000, 999), (2, 3))}, "sizes"), ({"shape": PlanShape((1000, 1000), (3, 2))}, "lengths"),
-    ({"examples": 8}, "examples"), ({"digest": "f" * 64}, "digest = these: need ffffffffffff…"),
-])
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"shape": PlanShape((1000, 999), (2, 3))}, "sizes"),
+        ({"shape": PlanShape((1000, 1000), (3, 2))}, "lengths"),
+        ({"examples": 8}, "examples"),
+        ({"digest": "f" * 64}, "digest = these: need ffffffffffff…"),
+    ],
+)
 def test_assignments_of_something_else_are_refused(tmp_path, change, name):
     opened(tmp_path).write(ROWS, *batch(3))
     before = bytes_of(tmp_path)
@@ -88,10 +106,16 @@ def test_damage_is_said(tmp_path):
     opened(tmp_path).write(ROWS, *batch(3))
     whole = bytes_of(tmp_path)
     for name, data, match in (
-        ("header.json", b"{", "cannot be read"), ("header.json", b'{"version": -1}', "version -1"),
+        ("header.json", b"{", "cannot be read"),
+        ("header.json", b'{"version": -1}', "version -1"),
         ("header.json", b"[]", "cannot be read"),
-        ("header.json", json.dumps({**json.loads(whole["header.json"]), "format": 2}).encode(), "format = 2"),
-        ("plans.bin", whole["plans.bin"][:-1], "139 bytes: need 140"), ("scores.bin", whole["scores.bin"] + b"0", "113 bytes"),
+        (
+            "header.json",
+            json.dumps({**json.loads(whole["header.json"]), "format": 2}).encode(),
+            "format = 2",
+        ),
+        ("plans.bin", whole["plans.bin"][:-1], "139 bytes: need 140"),
+        ("scores.bin", whole["scores.bin"] + b"0", "113 bytes"),
     ):
         put(tmp_path, {name: data})
         with pytest.raises(CheckpointError, match=match):
@@ -109,10 +133,14 @@ def test_wrong_batches_change_nothing(tmp_path):
     store = opened(tmp_path)
     store.write(ROWS, *batch(3))
     plan, scores, moves = batch(4)
-    for wrong, match in (((ROWS + 1, plan), "need 0 to 6"), ((ROWS - 1, plan), "need 0 to 6"),
-                         ((ROWS, plan + 999), "plan id 1003"), ((ROWS, plan[:, :4]), "need integers"),
-                         ((ROWS, plan, scores[:, :3]), "scores of shape"),
-                         ((ROWS, plan[:6], scores, moves), "plans of shape")):
+    for wrong, match in (
+        ((ROWS + 1, plan), "need 0 to 6"),
+        ((ROWS - 1, plan), "need 0 to 6"),
+        ((ROWS, plan + 999), "plan id 1003"),
+        ((ROWS, plan[:, :4]), "need integers"),
+        ((ROWS, plan, scores[:, :3]), "scores of shape"),
+        ((ROWS, plan[:6], scores, moves), "plans of shape"),
+    ):
         with pytest.raises(CheckpointError, match=match):
             store.write(*wrong)
     with pytest.raises(CheckpointError, match="need 0 to 6"):
@@ -126,7 +154,8 @@ def test_wrong_batches_change_nothing(tmp_path):
 
 
 def test_a_journal_counts_if_it_is_whole_and_of_this_store(tmp_path, monkeypatch):
-    """Cut anywhere, or with any byte changed, it is dropped; whole, it is applied over tables that were reached in part."""
+    """Cut anywhere, or with any byte changed, it is dropped; whole, it is applied over tables that
+    were reached in part."""
     store = opened(tmp_path)
     store.write(ROWS, *batch(3))
     before = bytes_of(tmp_path)
@@ -148,11 +177,17 @@ def test_a_journal_counts_if_it_is_whole_and_of_this_store(tmp_path, monkeypatch
     after = bytes_of(tmp_path)
     for name in ("plans.bin", "scores.bin", "moves.bin", "steps.bin"):
         for cut in range(0, len(before[name]), 9):  # applied up to here
-            put(tmp_path, before | {"journal.bin": journal, name: after[name][:cut] + before[name][cut:]})
+            put(
+                tmp_path,
+                before | {"journal.bin": journal, name: after[name][:cut] + before[name][cut:]},
+            )
             assert said(opened(tmp_path)) == [4] and bytes_of(tmp_path) == after
     other = opened(tmp_path / "other", digest="others")
     (tmp_path / "other" / "journal.bin").write_bytes(journal)
-    assert not opened(tmp_path / "other", digest="others").assigned(ROWS).any() and not other.assigned(ROWS).any()
+    assert (
+        not opened(tmp_path / "other", digest="others").assigned(ROWS).any()
+        and not other.assigned(ROWS).any()
+    )
 
 
 def test_an_exception_while_applying_is_made_good_by_the_next_write(tmp_path, monkeypatch):
@@ -196,7 +231,11 @@ def test_killed_at_every_second_line_it_is_before_or_after(tmp_path):
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
-    assert [x for i, x in enumerate(found) if x not in found[:i]] == [([3], 0), ([4], 0), ([4], 1)] and found == sorted(found)
+    assert [x for i, x in enumerate(found) if x not in found[:i]] == [
+        ([3], 0),
+        ([4], 0),
+        ([4], 1),
+    ] and found == sorted(found)
     assert process.exitcode == 0 and len(found) > 25
 
 
@@ -219,7 +258,9 @@ def test_killed_at_any_time_it_is_before_or_after(tmp_path):
         time.sleep(0.003 * attempt)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        met.update(found := said(Assignments.open(tmp_path, SHAPE, rows, "many"), torch.arange(rows)))
+        met.update(
+            found := said(Assignments.open(tmp_path, SHAPE, rows, "many"), torch.arange(rows))
+        )
         assert len(found) == 1, "all rows are of one batch"
     assert len(met) > 1
 

@@ -1,4 +1,5 @@
-"""Files and folders as users have them: links, pipes, what may not be written to, what was moved, and what is not ours."""
+"""Files and folders as users have them: links, pipes, what may not be written to, what was moved,
+and what is not ours."""
 
 import errno
 import json
@@ -27,7 +28,12 @@ posix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
 
 @posix
 def test_pipes_and_links_are_written_into(tmp_path):
-    pipe, link, target, read = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "target.json", []
+    pipe, link, target, read = (
+        tmp_path / "pipe",
+        tmp_path / "link.json",
+        tmp_path / "target.json",
+        [],
+    )
     os.mkfifo(pipe)
     target.write_text("old")
     target.chmod(0o600)
@@ -45,18 +51,28 @@ def test_pipes_and_links_are_written_into(tmp_path):
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text("old")
-    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
+    )
     with pytest.raises(SememeError, match="No space left"):
         figures.put(tmp_path / "x.json", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"] and (tmp_path / "x.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"] and (
+        tmp_path / "x.json"
+    ).read_text() == "old"
 
 
 def test_a_file_that_cannot_be_renamed_onto_is_written_in_place(tmp_path, monkeypatch):
     """A single file that is mounted into a container, or one in a folder that is read-only."""
     (tmp_path / "x.json").write_text("old, and longer than the new")
-    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
+    monkeypatch.setattr(
+        os, "replace", lambda *names: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy"))
+    )
     figures.put(tmp_path / "x.json", ["\ud83d"])
-    assert json.loads((tmp_path / "x.json").read_text()) == ["\ud83d"], "half a character is JSON too"
+    assert json.loads((tmp_path / "x.json").read_text()) == ["\ud83d"], (
+        "half a character is JSON too"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
     monkeypatch.undo()
     figures.put(tmp_path / ("n" * 250), {})
@@ -75,8 +91,12 @@ def test_json_on_stdout_stands_alone(tmp_path):
     assert json.loads(result.stdout)[0]["name"] == "smollm2-135m" and "known bases" in result.stderr
     if os.path.exists("/dev/fd/1"):  # what /dev/stdout leads to
         with (tmp_path / "out").open("w") as out:
-            subprocess.run([sys.executable, "-m", "sememe", "pull", "--json", "/dev/fd/1"], stdout=out, stderr=subprocess.PIPE,
-                           check=True)
+            subprocess.run(
+                [sys.executable, "-m", "sememe", "pull", "--json", "/dev/fd/1"],
+                stdout=out,
+                stderr=subprocess.PIPE,
+                check=True,
+            )
         assert json.loads((tmp_path / "out").read_text()) and not Path("-").exists()
 
 
@@ -100,12 +120,22 @@ def test_a_run_that_may_only_be_read_is_evaluated(recipe_values, tmp_path, monke
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    assert "nll" in sememe("evaluate", tmp_path / "r", "--tokens", 64, "--json", tmp_path / "e.json")
+    assert "nll" in sememe(
+        "evaluate", tmp_path / "r", "--tokens", 64, "--json", tmp_path / "e.json"
+    )
     assert json.loads((tmp_path / "e.json").read_text())["nll"] > 0
 
 
-@pytest.mark.parametrize("name", ["checkpoint-best", "checkpoint-4.tar.gz", "checkpoint-1-mine", "checkpoint-99-mine",
-                                  "checkpoint-7"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoint-best",
+        "checkpoint-4.tar.gz",
+        "checkpoint-1-mine",
+        "checkpoint-99-mine",
+        "checkpoint-7",
+    ],
+)
 def test_what_else_lies_beside_checkpoints_stays(recipe_values, tmp_path, name):
     with ctrl_c(5), pytest.raises(Interrupted):
         run(recipe_values, tmp_path / "r")
@@ -116,7 +146,9 @@ def test_what_else_lies_beside_checkpoints_stays(recipe_values, tmp_path, name):
     run(recipe_values, tmp_path / "r")
     assert (mine / "notes.txt").read_text() == "mine"
     for folder, steps in ((tmp_path / "r", {"5", "8"}), (tmp_path / "r2", {"7", "8"})):
-        names = {p.name for p in (folder / "checkpoints").iterdir()} - {name} | ({name} if folder.name == "r2" else set())
+        names = {p.name for p in (folder / "checkpoints").iterdir()} - {name} | (
+            {name} if folder.name == "r2" else set()
+        )
         assert {f"checkpoint-{step}" for step in steps} <= names | {name}
 
 
@@ -145,12 +177,16 @@ def test_a_thread_trains(recipe_values, tmp_path):
 
 @pytest.fixture
 def project(base_folder, texts, recipe_values, tmp_path):
-    """A folder with base and texts, its recipe's values (relative paths), and a run that was stopped at step 5 of 8."""
+    """A folder with base and texts, its recipe's values (relative paths), and a run that was
+    stopped at step 5 of 8."""
     folder = tmp_path / "old"
     shutil.copytree(base_folder, folder / "base")
     for name, path in zip(("train.txt", "heldout.txt"), texts, strict=True):
         shutil.copy(path, folder / name)
-    values = recipe_values | {"base": "base", "data": {"train": "train.txt", "heldout": "heldout.txt"}}
+    values = recipe_values | {
+        "base": "base",
+        "data": {"train": "train.txt", "heldout": "heldout.txt"},
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with ctrl_c(5), pytest.raises(Interrupted):
@@ -162,9 +198,14 @@ def test_a_moved_run_goes_on(project, tmp_path, monkeypatch):
     folder, values = project
     folder.rename(tmp_path / "new")
     monkeypatch.chdir(tmp_path)
-    values = values | {"base": str(tmp_path / "new" / "base"), "data": {"train": "new/train.txt", "heldout": "new/heldout.txt"}}
+    values = values | {
+        "base": str(tmp_path / "new" / "base"),
+        "data": {"train": "new/train.txt", "heldout": "new/heldout.txt"},
+    }
     said = []
-    assert [line["step"] for line in run(values, tmp_path / "new" / "run", said.append)] == list(range(1, 9))
+    assert [line["step"] for line in run(values, tmp_path / "new" / "run", said.append)] == list(
+        range(1, 9)
+    )
     assert any("data.train is new/train.txt now, and was train.txt" in line for line in said)
     assert "nothing to train" in "".join(_said(values, tmp_path / "new" / "run"))
 
@@ -180,7 +221,9 @@ def test_other_content_under_the_same_name_is_refused(project, monkeypatch):
     monkeypatch.chdir(folder)
     with (folder / "train.txt").open("a") as file:
         file.write("more")
-    with pytest.raises(RecipeError, match=r"data.train = train.txt, which was changed since.*try: "):
+    with pytest.raises(
+        RecipeError, match=r"data.train = train.txt, which was changed since.*try: "
+    ):
         run(values, Path("run"))
     os.rename("train.txt", "other.txt")
     with pytest.raises(RecipeError, match=r"data.train = train.txt, not other.txt"):
@@ -195,23 +238,33 @@ def test_texts_are_found_from_another_folder(project, tmp_path, monkeypatch):
     (elsewhere / "heldout.txt").write_text("of another project")
     assert figures.run_recipe(folder / "run")["data"]["heldout"] == str(folder / "heldout.txt")
     folder.rename(tmp_path / "new")
-    assert figures.run_recipe(tmp_path / "new" / "run")["data"]["train"] == str(tmp_path / "new" / "train.txt")
+    assert figures.run_recipe(tmp_path / "new" / "run")["data"]["train"] == str(
+        tmp_path / "new" / "train.txt"
+    )
     monkeypatch.chdir(tmp_path / "new")
-    assert figures.run_recipe("run")["data"]["heldout"] == "heldout.txt", "as it was typed, where that holds"
+    assert figures.run_recipe("run")["data"]["heldout"] == "heldout.txt", (
+        "as it was typed, where that holds"
+    )
 
 
 def test_a_finished_run_is_made_longer(recipe_values, tmp_path):
     run(recipe_values, tmp_path / "r")
     sememe("evaluate", tmp_path / "r", "--tokens", 64)
-    with pytest.raises(RecipeError, match=r"ahead of the end of schedule.quantise.*need at most 14 steps.*try: "):
+    with pytest.raises(
+        RecipeError, match=r"ahead of the end of schedule.quantise.*need at most 14 steps.*try: "
+    ):
         run({**recipe_values, "steps": 16}, tmp_path / "r")
     said = _said({**recipe_values, "steps": 12}, tmp_path / "r")
     assert any("the learning rate goes from 10% of its peak to 36%" in line for line in said), said
     lines = metrics(tmp_path / "r")
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert all(line["quantise"] == 1 for line in lines[8:])
-    assert (tmp_path / "r" / "model-8" / "evaluate.json").is_file() and not (tmp_path / "r" / "evaluate.json").exists()
-    assert json.loads((tmp_path / "r" / "inputs.json").read_text())["lengthened"] == [{"step": 8, "steps": 8}]
+    assert (tmp_path / "r" / "model-8" / "evaluate.json").is_file() and not (
+        tmp_path / "r" / "evaluate.json"
+    ).exists()
+    assert json.loads((tmp_path / "r" / "inputs.json").read_text())["lengthened"] == [
+        {"step": 8, "steps": 8}
+    ]
     assert yaml.safe_load((tmp_path / "r" / "recipe.yaml").read_text())["steps"] == 12
     with pytest.raises(RecipeError, match="with steps = 12, not 8"):
         run(recipe_values, tmp_path / "r")
@@ -219,8 +272,19 @@ def test_a_finished_run_is_made_longer(recipe_values, tmp_path):
 
 def test_a_temperature_near_zero_is_greedy(recipe_values, tmp_path):
     run(recipe_values, tmp_path / "r")
-    texts = [sememe("generate", tmp_path / "r", "--prompt", "the cat", "--max-new-tokens", 4, "--temperature", t)
-             for t in ("0", "1e-40")]
+    texts = [
+        sememe(
+            "generate",
+            tmp_path / "r",
+            "--prompt",
+            "the cat",
+            "--max-new-tokens",
+            4,
+            "--temperature",
+            t,
+        )
+        for t in ("0", "1e-40")
+    ]
     assert texts[0] == texts[1]
 
 
@@ -228,8 +292,13 @@ def test_version():
     assert sememe("--version").startswith("sememe 0.")
 
 
-@pytest.mark.parametrize("words", [("evaluate", "n" * 300, "--data", "a.txt"), ("export", "~nobody-at-all/x", "--to", "out")])
+@pytest.mark.parametrize(
+    "words",
+    [("evaluate", "n" * 300, "--data", "a.txt"), ("export", "~nobody-at-all/x", "--to", "out")],
+)
 def test_what_the_system_refuses_is_one_line(tmp_path, words):
-    done = subprocess.run([sys.executable, "-m", "sememe", *words], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "sememe", *words], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "try: " in done.stderr
     assert len(done.stderr.splitlines()) == 1

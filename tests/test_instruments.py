@@ -17,7 +17,8 @@ from sememe.training.trainer import ConceptTrainer
 
 
 def some_ids(seed: int, top: int) -> torch.Tensor:
-    """(3, 40) concept ids: the sink unquantised, most positions NULL, a skewed choice of codes below `top`."""
+    """(3, 40) concept ids: the sink unquantised, most positions NULL, a skewed choice of codes
+    below `top`."""
     generator = torch.Generator().manual_seed(seed)
     skewed = (torch.rand(3, 40, generator=generator) ** 3 * top).long()
     ids = torch.where(torch.rand(3, 40, generator=generator) < 0.4, skewed, NULL)
@@ -57,22 +58,36 @@ def test_meter_is_the_naive_count(codes_per_concept):
     digit = [[one // base**g % base for one in coded] for g in range(codes_per_concept)]
     tails = [naive_tails(ids) for ids in batches]
     closed = [tail for some, _ in tails for tail in some]
-    assert found == pytest.approx({
-        "rate": sum(one != NULL for one in every) / len(every), "longest_tail": max(longest for _, longest in tails),
-        "tail_mean": sum(closed) / len(closed), "code_perplexity": math.exp(naive_entropy(digit[0])),
-        "codes_used": len(set(digit[0])), "largest_code_share": max(map(digit[0].count, digit[0])) / len(digit[0]),
-        "bits_per_concept": sum(map(naive_entropy, digit)) / math.log(2),
-    }, rel=1e-9)
+    assert found == pytest.approx(
+        {
+            "rate": sum(one != NULL for one in every) / len(every),
+            "longest_tail": max(longest for _, longest in tails),
+            "tail_mean": sum(closed) / len(closed),
+            "code_perplexity": math.exp(naive_entropy(digit[0])),
+            "codes_used": len(set(digit[0])),
+            "largest_code_share": max(map(digit[0].count, digit[0])) / len(digit[0]),
+            "bits_per_concept": sum(map(naive_entropy, digit)) / math.log(2),
+        },
+        rel=1e-9,
+    )
     assert meter.read() == {"rate": 0, "longest_tail": 0}, "a reading starts the next interval"
     meter.add(torch.tensor([[-2, NULL, NULL]]))
-    assert meter.read() == {"rate": pytest.approx(1 / 3), "longest_tail": 2}, "no code and no closed segment: no figure"
+    assert meter.read() == {"rate": pytest.approx(1 / 3), "longest_tail": 2}, (
+        "no code and no closed segment: no figure"
+    )
 
 
 def test_meter_counts_over_ranks_first_and_divides_once(monkeypatch):
-    """The other rank's sums are added by a stand-in for all_reduce; the figures are those of both texts together."""
+    """The other rank's sums are added by a stand-in for all_reduce; the figures are those of both
+    texts together."""
     here, there, both = (ConceptMeter(7, 2) for _ in range(3))
     other = torch.cat([some_ids(1, 49), some_ids(2, 49)])
-    for meter, ids in ((here, some_ids(0, 49)), (there, other), (both, some_ids(0, 49)), (both, other)):
+    for meter, ids in (
+        (here, some_ids(0, 49)),
+        (there, other),
+        (both, some_ids(0, 49)),
+        (both, other),
+    ):
         meter.add(ids)
     want, sent = both.read(), []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -81,7 +96,11 @@ def test_meter_counts_over_ranks_first_and_divides_once(monkeypatch):
     there.read()
 
     def reduce(x, op=torch.distributed.ReduceOp.SUM):
-        x.copy_(torch.maximum(x, sent.pop(0)) if op == torch.distributed.ReduceOp.MAX else x + sent.pop(0))
+        x.copy_(
+            torch.maximum(x, sent.pop(0))
+            if op == torch.distributed.ReduceOp.MAX
+            else x + sent.pop(0)
+        )
 
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     assert here.read() == pytest.approx(want, rel=1e-12)
@@ -93,7 +112,11 @@ def test_gradient_norms_are_those_of_the_modules():
     found = gradient_norms(model)
     assert set(found) == {"lora", "head", "codes", "bridge"}
     for part, norm in found.items():
-        mine = [p for name, p in model.named_parameters() if ("lora_" in name if part == "lora" else name.startswith(part + "."))]
+        mine = [
+            p
+            for name, p in model.named_parameters()
+            if ("lora_" in name if part == "lora" else name.startswith(part + "."))
+        ]
         flat = torch.cat([p.grad.flatten() for p in mine if p.grad is not None])
         assert norm == pytest.approx(float(flat.norm()), rel=1e-5) and norm > 0
     every = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -106,27 +129,42 @@ def test_heldout_figures_are_the_naive_ones():
     found = heldout_figures(model, ids)
     with torch.no_grad():
         out = model(input_ids=ids)
-        nll = {None: out} | {kind: model(input_ids=ids, ablation=kind) for kind in ("zero", "shuffle", "random")}
+        nll = {None: out} | {
+            kind: model(input_ids=ids, ablation=kind) for kind in ("zero", "shuffle", "random")
+        }
     for kind, one in nll.items():
         log_p = F.log_softmax(one.logits.double(), -1)
-        nll[kind] = [[-float(log_p[row, t, ids[row, t + 1]]) for t in range(99)] for row in range(4)]
+        nll[kind] = [
+            [-float(log_p[row, t, ids[row, t + 1]]) for t in range(99)] for row in range(4)
+        ]
     mean = {kind: sum(map(sum, rows)) / (4 * 99) for kind, rows in nll.items()}
     closed, _ = naive_tails(out.concept_ids)
-    want = {f"delta_nll_{kind}": mean[kind] - mean[None] for kind in ("zero", "shuffle", "random")} | {
-        "heldout_nll": mean[None], "heldout_rate": float((out.concept_ids != NULL).double().mean()),
+    want = {
+        f"delta_nll_{kind}": mean[kind] - mean[None] for kind in ("zero", "shuffle", "random")
+    } | {
+        "heldout_nll": mean[None],
+        "heldout_rate": float((out.concept_ids != NULL).double().mean()),
         "heldout_tail_mean": sum(closed) / len(closed),
     }
     assert {key: found[key] for key in want} == pytest.approx(want, abs=1e-4)
-    assert abs(found["delta_nll_zero"]) > 1e-3, "the ablation must have done something for this to mean anything"
-    assert found["heldout_tail_histogram"] == [closed.count(length) for length in range(max(closed) + 1)]
+    assert abs(found["delta_nll_zero"]) > 1e-3, (
+        "the ablation must have done something for this to mean anything"
+    )
+    assert found["heldout_tail_histogram"] == [
+        closed.count(length) for length in range(max(closed) + 1)
+    ]
     starts = range(0, 99, BUCKET)
-    buckets = [[one for row in nll[None] for one in row[start : start + BUCKET]] for start in starts]
-    assert found["heldout_nll_by_position"] == pytest.approx([sum(one) / len(one) for one in buckets], abs=1e-4)
+    buckets = [
+        [one for row in nll[None] for one in row[start : start + BUCKET]] for start in starts
+    ]
+    assert found["heldout_nll_by_position"] == pytest.approx(
+        [sum(one) / len(one) for one in buckets], abs=1e-4
+    )
 
 
 def test_ablations_are_measured_on_a_small_batch(monkeypatch):
-    """Of many blocks the first few; of one long block its beginning; and compared with the same tokens unablated (1e-4 as
-    above; all the tokens differ by 0.01 and more)."""
+    """Of many blocks the first few; of one long block its beginning; and compared with the same
+    tokens unablated (1e-4 as above; all the tokens differ by 0.01 and more)."""
     model, seen = tiny_online(), []
     real = instruments.token_nll
 
@@ -139,15 +177,29 @@ def test_ablations_are_measured_on_a_small_batch(monkeypatch):
     for ids, small in ((text(4, 20), (2, 20)), (text(1, 80), (1, 50))):
         seen.clear()
         found = heldout_figures(model, ids)
-        plain, dropped = (real(model, ids[: small[0], : small[1]], ablation=kind)[0].mean() for kind in (None, "zero"))
+        plain, dropped = (
+            real(model, ids[: small[0], : small[1]], ablation=kind)[0].mean()
+            for kind in (None, "zero")
+        )
         assert found["delta_nll_zero"] == pytest.approx(float(dropped - plain), abs=1e-4)
         assert abs(float(plain) - found["heldout_nll"]) > 0.01
-        assert seen == [(None, tuple(ids.shape)), *((kind, small) for kind in ("zero", "shuffle", "random"))]
+        assert seen == [
+            (None, tuple(ids.shape)),
+            *((kind, small) for kind in ("zero", "shuffle", "random")),
+        ]
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"code_temperature": 7.0}, {"codes_per_concept": 2}, {"head": "joint"}, {"boundary": "fixed", "codes_per_concept": 2},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"code_temperature": 7.0},
+        {"codes_per_concept": 2},
+        {"head": "joint"},
+        {"boundary": "fixed", "codes_per_concept": 2},
+    ],
+    ids=str,
+)
 def test_head_figures_are_the_naive_ones(settings):
     """State by state; 1e-4 is float32 in another order of sums (2e-6 seen)."""
     model, ids = tiny_online(**settings), text(3, 24)
@@ -167,29 +219,51 @@ def test_head_figures_are_the_naive_ones(settings):
                 entropy -= float((p * p.log()).nan_to_num().sum())
                 surest.append(float(p.max()))
                 soft, hard = soft + (p.float() @ table), hard + table[logits.argmax()]
-            naive.append((entropy, sum(surest) / len(surest), float(F.cosine_similarity(soft, hard, dim=0)),
-                          float((soft - hard).norm() / hard.norm())))
+            naive.append(
+                (
+                    entropy,
+                    sum(surest) / len(surest),
+                    float(F.cosine_similarity(soft, hard, dim=0)),
+                    float((soft - hard).norm() / hard.norm()),
+                )
+            )
     assert len(naive) > 10
     means = [sum(column) / len(naive) for column in zip(*naive, strict=True)]
-    want = dict(zip(("code_entropy", "code_max_prob", "soft_hard_cosine", "soft_hard_distance"), means, strict=True))
+    want = dict(
+        zip(
+            ("code_entropy", "code_max_prob", "soft_hard_cosine", "soft_hard_distance"),
+            means,
+            strict=True,
+        )
+    )
     assert found == pytest.approx(want, abs=1e-4)
-    assert found["code_entropy"] > 0.01 and found["soft_hard_distance"] > 0.01, "or a constant would pass"
+    assert found["code_entropy"] > 0.01 and found["soft_hard_distance"] > 0.01, (
+        "or a constant would pass"
+    )
 
 
 def test_codes_are_not_measured_before_there_are_any():
     model = tiny_online()
     model.config.quantise = 0.0
     assert set(heldout_figures(model, text())) == {
-        "heldout_nll", "heldout_nll_by_position", "heldout_rate", "heldout_tail_mean", "heldout_tail_histogram"}
+        "heldout_nll",
+        "heldout_nll_by_position",
+        "heldout_rate",
+        "heldout_tail_mean",
+        "heldout_tail_histogram",
+    }
     base = tiny_base()
-    control = ControlForCausalLM(ControlConfig(text_config=base.config, base="tiny", lora_rank=4), base).eval()
+    control = ControlForCausalLM(
+        ControlConfig(text_config=base.config, base="tiny", lora_rank=4), base
+    ).eval()
     assert set(heldout_figures(control, text())) == {"heldout_nll", "heldout_nll_by_position"}
     sinks_only = tiny_online(boundary="fixed", rate=0.03, max_tail=60)
     assert head_figures(sinks_only, text()) == {}, "no coded concept: no figure"
 
 
 def test_looking_changes_nothing():
-    """Weights, gate and random state: else a run with other `heldout_every` would be another run."""
+    """Weights, gate and random state: else a run with other `heldout_every` would be another
+    run."""
     model = tiny_online(gumbel=1.0, gate_noise=0.5, concept_dropout=0.5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -199,18 +273,46 @@ def test_looking_changes_nothing():
 
 
 ALWAYS = {
-    "step", "tokens", "seconds", "loss", "learning_rate", "grad_norm", "rate", "longest_tail", "tail_mean", "target_rate",
-    "quantise", "grad_norm_lora", "grad_norm_head", "grad_norm_codes", "grad_norm_bridge",
+    "step",
+    "tokens",
+    "seconds",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "rate",
+    "longest_tail",
+    "tail_mean",
+    "target_rate",
+    "quantise",
+    "grad_norm_lora",
+    "grad_norm_head",
+    "grad_norm_codes",
+    "grad_norm_bridge",
 }
 CODED = {"code_perplexity", "codes_used", "largest_code_share", "bits_per_concept"}
-HELDOUT = {"heldout_nll", "heldout_rate", "heldout_tail_mean", "heldout_tail_histogram", "heldout_nll_by_position"}
-ABLATED = {"delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_entropy", "code_max_prob", "soft_hard_cosine",
-           "soft_hard_distance"}
+HELDOUT = {
+    "heldout_nll",
+    "heldout_rate",
+    "heldout_tail_mean",
+    "heldout_tail_histogram",
+    "heldout_nll_by_position",
+}
+ABLATED = {
+    "delta_nll_zero",
+    "delta_nll_shuffle",
+    "delta_nll_random",
+    "code_entropy",
+    "code_max_prob",
+    "soft_hard_cosine",
+    "soft_hard_distance",
+}
 
 
-def test_a_run_logs_what_it_measures_and_norms_are_those_before_clipping(recipe_values, tmp_path, monkeypatch):
-    """Gradients made 100 times as long are clipped, and each module's norm is still that of before (1e-3: the whole is
-    clipped with 1e-6 beside it)."""
+def test_a_run_logs_what_it_measures_and_norms_are_those_before_clipping(
+    recipe_values, tmp_path, monkeypatch
+):
+    """Gradients made 100 times as long are clipped, and each module's norm is still that of before
+    (1e-3: the whole is clipped with 1e-6 beside it)."""
     before: list[dict] = []
     real = ConceptTrainer._clip_grad_norm
 
@@ -222,7 +324,13 @@ def test_a_run_logs_what_it_measures_and_norms_are_those_before_clipping(recipe_
         return real(self, model)
 
     monkeypatch.setattr(ConceptTrainer, "_clip_grad_norm", enlarge)
-    values = {**recipe_values, "steps": 9, "log_every": 2, "bridge": True, "schedule": {"rate": [0, 0], "quantise": [0, 0.5]}}
+    values = {
+        **recipe_values,
+        "steps": 9,
+        "log_every": 2,
+        "bridge": True,
+        "schedule": {"rate": [0, 0], "quantise": [0, 0.5]},
+    }
     lines = run(values, tmp_path / "r")
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]
     for line in lines:

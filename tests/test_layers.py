@@ -8,27 +8,85 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "sememe"
 # Each part may import itself and what is listed. `report` reads files only.
 ALLOWED = {
-    "errors": set(), "console": set(), "detokenize": set(), "storage": {"errors"}, "progress": set(),
-    "paths": {"errors"}, "concepts": {"errors"},
-    "backbone": {"paths", "errors"}, "data": {"paths", "errors"}, "pairs": {"data", "paths", "errors"}, "tasks": {"errors"},
+    "errors": set(),
+    "console": set(),
+    "detokenize": set(),
+    "storage": {"errors"},
+    "progress": set(),
+    "paths": {"errors"},
+    "concepts": {"errors"},
+    "backbone": {"paths", "errors"},
+    "data": {"paths", "errors"},
+    "pairs": {"data", "paths", "errors"},
+    "tasks": {"errors"},
     "models": {"concepts", "backbone", "paths", "errors"},
-    "evaluation": {"models", "concepts", "backbone", "data", "pairs", "detokenize", "paths", "errors", "storage",
-                   "progress"},
-    "training": {"storage", "progress", "evaluation", "models", "concepts", "backbone", "data", "pairs", "paths", "errors"},
+    "evaluation": {
+        "models",
+        "concepts",
+        "backbone",
+        "data",
+        "pairs",
+        "detokenize",
+        "paths",
+        "errors",
+        "storage",
+        "progress",
+    },
+    "training": {
+        "storage",
+        "progress",
+        "evaluation",
+        "models",
+        "concepts",
+        "backbone",
+        "data",
+        "pairs",
+        "paths",
+        "errors",
+    },
     "report": {"paths", "errors", "storage"},
     "compression": {"models", "data", "paths", "errors", "storage"},
     "show": {"models", "data", "show_plan", "console", "detokenize", "errors"},
     "show_plan": {"show", "console", "detokenize", "errors"},
-    "tables": {"console", "errors", "evaluation"}, "options": {"errors", "storage"},
+    "tables": {"console", "errors", "evaluation"},
+    "options": {"errors", "storage"},
     "cli_compressor": {"options", "tables", "console", "compression", "evaluation"},
     "cli_benchmark": {"options", "tables", "console", "errors", "evaluation", "report"},
-    "cli": {"options", "cli_benchmark", "cli_compressor", "tables", "console", "errors", "backbone", "models", "training",
-            "evaluation", "report", "show", "demo"},
-    "demo": {"progress", "console", "tables", "errors", "backbone", "models", "training", "evaluation", "report", "show"},
-    "__init__": {"models", "compression"}, "__main__": {"cli"},
+    "cli": {
+        "options",
+        "cli_benchmark",
+        "cli_compressor",
+        "tables",
+        "console",
+        "errors",
+        "backbone",
+        "models",
+        "training",
+        "evaluation",
+        "report",
+        "show",
+        "demo",
+    },
+    "demo": {
+        "progress",
+        "console",
+        "tables",
+        "errors",
+        "backbone",
+        "models",
+        "training",
+        "evaluation",
+        "report",
+        "show",
+    },
+    "__init__": {"models", "compression"},
+    "__main__": {"cli"},
 }
-HEAVY = {"concepts": {"transformers", "peft", "datasets"}, "report": {"torch", "transformers", "peft"},
-         "tasks": {"torch", "transformers", "peft"}}
+HEAVY = {
+    "concepts": {"transformers", "peft", "datasets"},
+    "report": {"torch", "transformers", "peft"},
+    "tasks": {"torch", "transformers", "peft"},
+}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -43,7 +101,11 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "sememe" else {node.module}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "sememe"
+                else {node.module}
+            )
     return found
 
 
@@ -74,18 +136,33 @@ def test_files_stay_small(path):
 def test_text_files_are_utf_8_whatever_the_locale(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            mode = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
+            mode = (
+                node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
+            )
             text = node.func.attr in ("read_text", "write_text") or (
-                node.func.attr == "open" and (not node.args or mode) and "b" not in mode)
+                node.func.attr == "open" and (not node.args or mode) and "b" not in mode
+            )
             named = any(keyword.arg == "encoding" for keyword in node.keywords)
-            assert named or not text, f"{path}:{node.lineno} reads or writes text in the locale's encoding"
+            assert named or not text, (
+                f"{path}:{node.lineno} reads or writes text in the locale's encoding"
+            )
 
 
 def test_no_registry_host_and_no_machine_path_in_the_tree():
-    words = ("pypi" + ".org", "pythonhosted" + ".org", "registry.npmjs" + ".org", "/work" + "/", "download.pytorch" + ".org")
+    words = (
+        "pypi" + ".org",
+        "pythonhosted" + ".org",
+        "registry.npmjs" + ".org",
+        "/work" + "/",
+        "download.pytorch" + ".org",
+    )
     root = SOURCE.parents[1]
     for folder in ("src", "tests", "docs", "recipes", "examples", "."):
         for path in (root / folder).glob("**/*" if folder != "." else "*"):
-            if path.is_file() and path.suffix in {".py", ".md", ".yaml", ".toml", ".html", ".css", ""} and path.name != ".git":
+            if (
+                path.is_file()
+                and path.suffix in {".py", ".md", ".yaml", ".toml", ".html", ".css", ""}
+                and path.name != ".git"
+            ):
                 text = path.read_text(errors="ignore")
                 assert not [w for w in words if w in text], path

@@ -1,4 +1,5 @@
-"""Memory of a benchmark: what a job takes beside what is there, and a training step that leaves no trace."""
+"""Memory of a benchmark: what a job takes beside what is there, and a training step that leaves no
+trace."""
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from families import text, tiny_base, tiny_online
 from sememe.evaluation import memory, speed
 
 CPU, MEGA = torch.device("cpu"), 2**20
-on_linux = pytest.mark.skipif(memory.peak_bytes(CPU) is None or not memory.reset_peak(CPU), reason="nobody can tell here")
+on_linux = pytest.mark.skipif(
+    memory.peak_bytes(CPU) is None or not memory.reset_peak(CPU), reason="nobody can tell here"
+)
 
 
 def small_blocks(megabytes: int) -> list[torch.Tensor]:
@@ -18,7 +21,9 @@ def small_blocks(megabytes: int) -> list[torch.Tensor]:
 @on_linux
 def test_a_job_is_charged_what_it_takes():
     before = torch.ones(64 * MEGA // 4)
-    assert memory.extra_bytes(lambda: None, CPU) < 8 * MEGA, "what was there before it is not its own"
+    assert memory.extra_bytes(lambda: None, CPU) < 8 * MEGA, (
+        "what was there before it is not its own"
+    )
     # The kernel counts pages by the hundred: up to 0.2 MB of 32 were seen missing.
     assert 31 * MEGA <= memory.extra_bytes(lambda: torch.ones(32 * MEGA // 4), CPU) < 48 * MEGA
     assert before.sum() > 0
@@ -55,7 +60,9 @@ def test_the_training_step_changes_no_weight(monkeypatch):
     monkeypatch.setattr(speed, "train_step", step)
     speed.train_twice(model, text())
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert seen[0] == 0 < seen[1] <= len(trained), "the second step has the optimizer's state beside it"
+    assert seen[0] == 0 < seen[1] <= len(trained), (
+        "the second step has the optimizer's state beside it"
+    )
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None, name
 
@@ -65,4 +72,6 @@ def test_prefill_is_at_least_its_weights():
     found = speed.benchmark_use(tiny_online(), base, text(1, 24), 4, 1)
     for side in ("concept", "base"):
         assert (found[side]["prefill_peak_bytes"] or float("inf")) >= found[side]["weight_bytes"]
-    assert found["base"]["weight_bytes"] == 4 * sum(p.numel() for p in base.parameters()) + sum(b.nbytes for b in base.buffers())
+    assert found["base"]["weight_bytes"] == 4 * sum(p.numel() for p in base.parameters()) + sum(
+        b.nbytes for b in base.buffers()
+    )

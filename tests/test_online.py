@@ -11,8 +11,8 @@ from sememe.backbone.split import self_check
 from sememe.errors import BaseError, RecipeError
 from sememe.models import OnlineConfig, OnlineForCausalLM
 
-# Logits here are of order 10. fp32 rounding through 4 layers was 1e-5 at worst (ragged shapes change the order of
-# sums); a wrong mask, position or slot changed logits by 0.1 and more.
+# Logits here are of order 10. fp32 rounding through 4 layers was 1e-5 at worst (ragged shapes
+# change the order of sums); a wrong mask, position or slot changed logits by 0.1 and more.
 CLOSE = {"atol": 2e-4, "rtol": 0}
 LEFT_PAD = torch.tensor([[0] * 4 + [1] * 16, [1] * 20])
 
@@ -22,8 +22,18 @@ LEFT_PAD = torch.tensor([[0] * 4 + [1] * 16, [1] * 20])
 def test_identity_at_birth(family, attention):
     """Rate 1, codes bypassed, fresh LoRA: the base's logits, with and without left padding."""
     base, ids = tiny_base(family, attention=attention), text()
-    want, want_padded = base(ids).logits, base(ids, attention_mask=LEFT_PAD, position_ids=positions(LEFT_PAD)).logits
-    config = OnlineConfig(text_config=base.config, split=(1, 2, 1), rate=1.0, quantise=0.0, num_concepts=8, base="tiny")
+    want, want_padded = (
+        base(ids).logits,
+        base(ids, attention_mask=LEFT_PAD, position_ids=positions(LEFT_PAD)).logits,
+    )
+    config = OnlineConfig(
+        text_config=base.config,
+        split=(1, 2, 1),
+        rate=1.0,
+        quantise=0.0,
+        num_concepts=8,
+        base="tiny",
+    )
     config._attn_implementation = attention
     model = OnlineForCausalLM(config, base).eval()
     torch.testing.assert_close(model(ids).logits, want, **CLOSE)
@@ -43,19 +53,48 @@ def test_self_check_refuses_what_it_cannot_split():
         self_check(base)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"head": "joint"}, {"boundary": "fixed", "rate": 0.25}, {"quantise": 0.5}, {"quantise": 0.0},
-    {"rate": 1.0}, {"family": "gemma3_text"}, {"family": "mistral", "split": (2, 1, 1)}, {"attention": "eager"},
-    {"split": (1, 0, 3)}, {"bridge": True}, {"anchor": True}, {"boundary": "threshold"}, {"boundary": "surprise", "bridge": True},
-    {"boundary": "threshold", "bridge": True, "quantise": 0.0}, {"codes_per_concept": 2},
-    {"anchor": True, "codes_per_concept": 2, "head": "nearest", "bridge": True, "quantise": 0.5}, {"head": "nearest"},
-    {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5}, {"shared_map": True},
-    {"head": "nearest", "codes_per_concept": 2, "shared_map": True, "quantise": 0.5}, {"shallow_window": 4, "split": (2, 1, 1)},
-    {"pool": True, "bridge": True, "quantise": 0.0}, {"pool": True, "anchor": True, "head": "nearest", "boundary": "fixed"},
-    {"overlap": True}, {"overlap": True, "bridge": True, "family": "gemma3_text"}, {"overlap": True, "rate": 1.0},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"head": "joint"},
+        {"boundary": "fixed", "rate": 0.25},
+        {"quantise": 0.5},
+        {"quantise": 0.0},
+        {"rate": 1.0},
+        {"family": "gemma3_text"},
+        {"family": "mistral", "split": (2, 1, 1)},
+        {"attention": "eager"},
+        {"split": (1, 0, 3)},
+        {"bridge": True},
+        {"anchor": True},
+        {"boundary": "threshold"},
+        {"boundary": "surprise", "bridge": True},
+        {"boundary": "threshold", "bridge": True, "quantise": 0.0},
+        {"codes_per_concept": 2},
+        {
+            "anchor": True,
+            "codes_per_concept": 2,
+            "head": "nearest",
+            "bridge": True,
+            "quantise": 0.5,
+        },
+        {"head": "nearest"},
+        {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5},
+        {"shared_map": True},
+        {"head": "nearest", "codes_per_concept": 2, "shared_map": True, "quantise": 0.5},
+        {"shallow_window": 4, "split": (2, 1, 1)},
+        {"pool": True, "bridge": True, "quantise": 0.0},
+        {"pool": True, "anchor": True, "head": "nearest", "boundary": "fixed"},
+        {"overlap": True},
+        {"overlap": True, "bridge": True, "family": "gemma3_text"},
+        {"overlap": True, "rate": 1.0},
+    ],
+    ids=str,
+)
 def test_fast_forward_is_the_specification(settings):
-    """Logits, ids and gradients of the fast path against the per-step reading, on ragged rows of T = 20."""
+    """Logits, ids and gradients of the fast path against the per-step reading, on ragged rows of T
+    = 20."""
     model, ids = tiny_online(**settings), text(3)
     out = model(ids)
     for row in range(3):
@@ -63,7 +102,9 @@ def test_fast_forward_is_the_specification(settings):
         torch.testing.assert_close(out.logits[row], want, **CLOSE)
         assert out.concept_ids[row].tolist() == want_ids
     if model.config.rate < 1 and model.config.boundary != "fixed":
-        assert len({int((row != -1).sum()) for row in out.concept_ids}) > 1, "rows must be ragged for this to test packing"
+        assert len({int((row != -1).sum()) for row in out.concept_ids}) > 1, (
+            "rows must be ragged for this to test packing"
+        )
 
     slow = copy.deepcopy(model).train()
     logits = torch.stack([per_step_logits(slow, row)[0] for row in ids])
@@ -74,19 +115,25 @@ def test_fast_forward_is_the_specification(settings):
     assert want_grads
     for name, p in model.named_parameters():
         if name in want_grads:
-            torch.testing.assert_close(p.grad, want_grads[name], atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                p.grad, want_grads[name], atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def chunked(model, ids, cuts, mask=None):
     cache, outs, start = model.new_cache(len(ids)), [], 0
     for cut in [*cuts, ids.shape[1]]:
-        out = model(ids[:, start:cut], attention_mask=None if mask is None else mask[:, :cut], cache=cache)
+        out = model(
+            ids[:, start:cut], attention_mask=None if mask is None else mask[:, :cut], cache=cache
+        )
         outs.append(out.logits)
         start = cut
     return torch.cat(outs, 1), cache
 
 
-@pytest.mark.parametrize("cuts", [list(range(1, 20)), [7, 8, 9, 14, 15, 16, 17, 18], [3, 10], [19]], ids=str)
+@pytest.mark.parametrize(
+    "cuts", [list(range(1, 20)), [7, 8, 9, 14, 15, 16, 17, 18], [3, 10], [19]], ids=str
+)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_cached_is_parallel(cuts, padded, batch):
@@ -105,7 +152,8 @@ def test_cached_is_parallel(cuts, padded, batch):
 
 @pytest.mark.parametrize("settings", [{}, {"shallow_window": 4, "split": (2, 1, 1)}], ids=str)
 def test_a_long_prompt_is_read_in_chunks(settings):
-    """Same logits and ids, whole or the last ones, ragged rows padded on the left by more than a chunk; then decoding."""
+    """Same logits and ids, whole or the last ones, ragged rows padded on the left by more than a
+    chunk; then decoding."""
     model, ids = tiny_online(**settings), text(3, 33)
     mask = torch.ones_like(ids)
     mask[1, :3] = mask[2, :17] = 0
@@ -114,7 +162,9 @@ def test_a_long_prompt_is_read_in_chunks(settings):
         model.config.prefill_chunk = size
         cache = model.new_cache(3)
         got = model(ids[:, :30], attention_mask=mask[:, :30], cache=cache)
-        torch.testing.assert_close(got.logits[mask[:, :30].bool()], want.logits[:, :30][mask[:, :30].bool()], **CLOSE)
+        torch.testing.assert_close(
+            got.logits[mask[:, :30].bool()], want.logits[:, :30][mask[:, :30].bool()], **CLOSE
+        )
         assert torch.equal(got.concept_ids, want.concept_ids[:, :30])
         got = model(ids[:, 30:], attention_mask=mask, cache=cache, logits_to_keep=2)
         torch.testing.assert_close(got.logits, want.logits[:, -2:], **CLOSE)
@@ -130,19 +180,34 @@ def test_a_window_bounds_the_shallow_cache():
     other = ids.clone()
     other[:, 50] = (ids[:, 50] + 1) % 90
     moved = (model.shallow_states(ids) - model.shallow_states(other)).abs().sum((0, 2)) > 0
-    assert moved.nonzero().flatten().tolist() == list(range(50, 57)), "two layers of 4 tokens reach back 6"
+    assert moved.nonzero().flatten().tolist() == list(range(50, 57)), (
+        "two layers of 4 tokens reach back 6"
+    )
 
 
-@pytest.mark.parametrize("settings", [{"family": family} for family in FAMILIES] + [
-    {"boundary": "threshold"}, {"boundary": "threshold", "bridge": True}, {"boundary": "entropy", "bridge": True, "anchor": True},
-    {"codes_per_concept": 3, "num_concepts": 4096}, {"head": "nearest", "codes_per_concept": 2, "shared_map": True},
-    {"shallow_window": 4, "split": (2, 1, 1)}, {"shallow_window": 1},
-    {"shallow_window": 3, "family": "gemma3_text", "bridge": True}, {"pool": True, "bridge": True, "anchor": True},
-    {"overlap": True}, {"overlap": True, "bridge": True, "boundary": "fixed", "family": "gemma3_text"},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"family": family} for family in FAMILIES]
+    + [
+        {"boundary": "threshold"},
+        {"boundary": "threshold", "bridge": True},
+        {"boundary": "entropy", "bridge": True, "anchor": True},
+        {"codes_per_concept": 3, "num_concepts": 4096},
+        {"head": "nearest", "codes_per_concept": 2, "shared_map": True},
+        {"shallow_window": 4, "split": (2, 1, 1)},
+        {"shallow_window": 1},
+        {"shallow_window": 3, "family": "gemma3_text", "bridge": True},
+        {"pool": True, "bridge": True, "anchor": True},
+        {"overlap": True},
+        {"overlap": True, "bridge": True, "boundary": "fixed", "family": "gemma3_text"},
+    ],
+    ids=str,
+)
 def test_cached_is_parallel_in_every_family_and_boundary(settings):
     model, ids = tiny_online(**settings), text(2)
-    torch.testing.assert_close(chunked(model, ids, list(range(1, 20)))[0], model(ids).logits, **CLOSE)
+    torch.testing.assert_close(
+        chunked(model, ids, list(range(1, 20)))[0], model(ids).logits, **CLOSE
+    )
     torch.testing.assert_close(chunked(model, ids, [7, 8, 9, 14])[0], model(ids).logits, **CLOSE)
 
 
@@ -152,19 +217,35 @@ def test_batch_is_singles_and_padding_changes_nothing():
     for row in range(4):
         torch.testing.assert_close(model(ids[row : row + 1]).logits[0], together[row], **CLOSE)
     short = ids[:1, 4:]
-    for mask, padded in ((LEFT_PAD[:1], ids[:1]), (LEFT_PAD[:1].flip(1), torch.cat([short, ids[:1, :4]], 1))):
+    for mask, padded in (
+        (LEFT_PAD[:1], ids[:1]),
+        (LEFT_PAD[:1].flip(1), torch.cat([short, ids[:1, :4]], 1)),
+    ):
         got = model(padded, attention_mask=mask).logits[mask.bool()]
         torch.testing.assert_close(got, model(short).logits[0], **CLOSE)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"family": "gemma3_text"}, {"head": "joint"}, {"bridge": True}, {"boundary": "threshold", "bridge": True},
-    {"boundary": "entropy"}, {"boundary": "fixed", "bridge": True, "anchor": True}, {"head": "nearest", "codes_per_concept": 2},
-    {"shallow_window": 4, "split": (2, 1, 1)}, {"pool": True}, {"overlap": True, "bridge": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"family": "gemma3_text"},
+        {"head": "joint"},
+        {"bridge": True},
+        {"boundary": "threshold", "bridge": True},
+        {"boundary": "entropy"},
+        {"boundary": "fixed", "bridge": True, "anchor": True},
+        {"head": "nearest", "codes_per_concept": 2},
+        {"shallow_window": 4, "split": (2, 1, 1)},
+        {"pool": True},
+        {"overlap": True, "bridge": True},
+    ],
+    ids=str,
+)
 def test_causality_by_perturbation(settings):
-    """Change any token: the ids before it are the same, and so are the logits but for the last bit (a changed number
-    of concepts changes the shape of the packed matmuls: 4e-6 seen; a leak of one future token gives > 0.1)."""
+    """Change any token: the ids before it are the same, and so are the logits but for the last bit
+    (a changed number of concepts changes the shape of the packed matmuls: 4e-6 seen; a leak of one
+    future token gives > 0.1)."""
     model, ids = tiny_online(**settings), text(1, 18)
     model.train()  # the gate's threshold must be causal in training too; no dropout here
     frozen = copy.deepcopy(model.state_dict())
@@ -176,14 +257,21 @@ def test_causality_by_perturbation(settings):
         after = model(changed)
         assert torch.equal(after.concept_ids[:, :t], before.concept_ids[:, :t])
         torch.testing.assert_close(after.logits[:, :t], before.logits[:, :t], atol=2e-5, rtol=0)
-        assert not torch.allclose(after.logits[:, t:], before.logits[:, t:], atol=1e-3), "a change must be felt from t on"
+        assert not torch.allclose(after.logits[:, t:], before.logits[:, t:], atol=1e-3), (
+            "a change must be felt from t on"
+        )
 
 
 def test_tail_is_bounded_in_prefill_and_decoding():
     model, ids = tiny_online(rate=0.2, max_tail=4), text(2, 40)
     model.gate.quantiles += 100  # a gate that never wants to write
-    for concept_ids in (model(ids).concept_ids, chunked(model, ids, list(range(5, 40)))[1].concept_ids):
-        assert [t for t, z in enumerate(concept_ids[0].tolist()) if z != -1] == list(range(0, 40, 5))
+    for concept_ids in (
+        model(ids).concept_ids,
+        chunked(model, ids, list(range(5, 40)))[1].concept_ids,
+    ):
+        assert [t for t, z in enumerate(concept_ids[0].tolist()) if z != -1] == list(
+            range(0, 40, 5)
+        )
 
 
 def test_the_first_real_token_is_an_unquantised_concept():
@@ -194,13 +282,21 @@ def test_the_first_real_token_is_an_unquantised_concept():
     assert (written[:, 5:] != -2).all()
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"split": (1, 1, 1)}, "= 3, but this base has 4 layers"), ({"rate": 0.0}, "rate = 0"),
-    ({"rate": 0.1, "max_tail": 3}, "need max_tail ≥ 9"), ({"head": "x"}, "head = 'x'"),
-    ({"boundary": "x"}, "boundary = 'x'"), ({"num_concepts": 1}, "num_concepts = 1"),
-    ({"codes_per_concept": 13}, "at most 48 bits"), ({"codes_per_concept": 0}, "codes_per_concept = 0"),
-    ({"estimator": "x"}, "estimator = 'x'"), ({"estimator": "identity"}, "try: head=nearest"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"split": (1, 1, 1)}, "= 3, but this base has 4 layers"),
+        ({"rate": 0.0}, "rate = 0"),
+        ({"rate": 0.1, "max_tail": 3}, "need max_tail ≥ 9"),
+        ({"head": "x"}, "head = 'x'"),
+        ({"boundary": "x"}, "boundary = 'x'"),
+        ({"num_concepts": 1}, "num_concepts = 1"),
+        ({"codes_per_concept": 13}, "at most 48 bits"),
+        ({"codes_per_concept": 0}, "codes_per_concept = 0"),
+        ({"estimator": "x"}, "estimator = 'x'"),
+        ({"estimator": "identity"}, "try: head=nearest"),
+    ],
+)
 def test_configurations_that_cannot_run_are_refused(changes, said):
     with pytest.raises(RecipeError, match=said):
         tiny_online(**changes)

@@ -31,22 +31,33 @@ def jsonl(path, rows):
 
 
 def test_two_named_fields_of_a_jsonl_and_a_parquet(tmp_path):
-    rows = [{"instruction": "Say one.", "response": "one"}, {"response": "two", "instruction": "Say two."}]
+    rows = [
+        {"instruction": "Say one.", "response": "one"},
+        {"response": "two", "instruction": "Say two."},
+    ]
     wanted = [Pair("Say one.", "one"), Pair("Say two.", "two")]
     assert read_pairs(jsonl(tmp_path / "a.jsonl", rows), FIELDS) == wanted
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read_pairs(str(tmp_path / "a.parquet"), FIELDS) == wanted
 
 
-@pytest.mark.parametrize(("row", "said"), [
-    ({"instruction": "x", "response": " \n"}, r"line 3 has nothing in 'response'"),
-    ({"instruction": "", "response": "y"}, r"line 3 has nothing in 'instruction'"),
-    ({"instruction": "x", "response": "\ud83d"}, r"line 3, field 'response', has half of a character"),
-    ({"instruction": "x"}, r"line 3 has no field 'response', it has 'instruction'"),
-    ({"instruction": "x", "response": None}, r"line 3 has null in 'response'"),
-])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "x", "response": " \n"}, r"line 3 has nothing in 'response'"),
+        ({"instruction": "", "response": "y"}, r"line 3 has nothing in 'instruction'"),
+        (
+            {"instruction": "x", "response": "\ud83d"},
+            r"line 3, field 'response', has half of a character",
+        ),
+        ({"instruction": "x"}, r"line 3 has no field 'response', it has 'instruction'"),
+        ({"instruction": "x", "response": None}, r"line 3 has null in 'response'"),
+    ],
+)
 def test_an_empty_or_missing_field_names_its_line(tmp_path, row, said):
-    path = jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "response": "y"}, row])  # a blank line stands between
+    path = jsonl(
+        tmp_path / "a.jsonl", [{"instruction": "x", "response": "y"}, row]
+    )  # a blank line stands between
     with pytest.raises(DataError, match=said):
         read_pairs(path, FIELDS)
 
@@ -57,22 +68,30 @@ def test_an_empty_field_of_a_parquet_names_its_row(tmp_path):
         read_pairs(str(tmp_path / "a.parquet"), ("u", "y"))
 
 
-@pytest.mark.parametrize(("name", "fields", "said"), [
-    ("a.jsonl#text", FIELDS, "names the field 'text'.*try: .*a.jsonl$"),
-    ("a.jsonl", ("text", "text"), "both the field 'text'"),
-    ("a.txt", FIELDS, "plain text, it has no fields"),
-])
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("a.jsonl#text", FIELDS, "names the field 'text'.*try: .*a.jsonl$"),
+        ("a.jsonl", ("text", "text"), "both the field 'text'"),
+        ("a.txt", FIELDS, "plain text, it has no fields"),
+    ],
+)
 def test_fields_that_cannot_be_are_refused(tmp_path, name, fields, said):
     with pytest.raises(DataError, match=said):
         read_pairs(str(tmp_path / name), fields)
 
 
 def test_a_hash_in_a_file_name_is_no_field(tmp_path):
-    assert read_pairs(jsonl(tmp_path / "a#b.jsonl", [{"u": "one", "y": "two"}]), ("u", "y")) == [Pair("one", "two")]
+    assert read_pairs(jsonl(tmp_path / "a#b.jsonl", [{"u": "one", "y": "two"}]), ("u", "y")) == [
+        Pair("one", "two")
+    ]
 
 
 def test_documents_are_cut_in_front_of_the_white_space_nearest_to_the_opening(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", [{"text": "one two three four"}, {"text": " \n"}, {"text": "word"}, {"text": " a\nb  "}])
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        [{"text": "one two three four"}, {"text": " \n"}, {"text": "word"}, {"text": " a\nb  "}],
+    )
     assert read_pairs(path) == [Pair("one", " two three four"), Pair(" a", "\nb  ")]
     assert read_pairs(path, opening=0.7)[0] == Pair("one two three", " four")
     assert read_pairs(path, opening=0.01)[0] == Pair("one", " two three four")
@@ -96,11 +115,23 @@ def test_cutting_loses_nothing_and_both_sides_have_a_word(text, opening, chars):
     if len(text.split()) < 2:
         assert at is None
     else:
-        assert text[:at].strip() and text[at:].strip() and text[at].isspace() and not text[at - 1].isspace()
+        assert (
+            text[:at].strip()
+            and text[at:].strip()
+            and text[at].isspace()
+            and not text[at - 1].isspace()
+        )
 
 
-@pytest.mark.parametrize(("options", "said"), [({"opening": 0.0}, "opening = 0.0"), ({"opening": 1.0}, "opening = 1.0"),
-                                               ({"chars": 1}, "pieces of 1 char"), ({}, "no document of two words")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"opening": 0.0}, "opening = 0.0"),
+        ({"opening": 1.0}, "opening = 1.0"),
+        ({"chars": 1}, "pieces of 1 char"),
+        ({}, "no document of two words"),
+    ],
+)
 def test_what_cannot_be_cut_is_refused(tmp_path, options, said):
     with pytest.raises(DataError, match=said):
         read_pairs(jsonl(tmp_path / "a.jsonl", [{"text": "word"}]), **options)
@@ -121,12 +152,20 @@ def test_sources_end_and_targets_begin_at_the_same_column(tokenizer):
 
 
 def test_too_long_sources_keep_their_end_targets_their_beginning_and_that_is_said(tokenizer):
-    made = pair_tensors([Pair("abcd", "efgh"), Pair("abc", "efg"), Pair("a", "ef")], tokenizer, 3, 3)
+    made = pair_tensors(
+        [Pair("abcd", "efgh"), Pair("abc", "efg"), Pair("a", "ef")], tokenizer, 3, 3
+    )
     b, c, d, e, f, g = (tokenizer.convert_tokens_to_ids(x) for x in "bcdefg")
     assert made.source_NU[0].tolist() == [b, c, d]
-    assert made.target_NY.tolist() == [[e, f, g], [e, f, g], [e, f, tokenizer.eos_token_id]]  # the second has no room for eos
+    assert made.target_NY.tolist() == [
+        [e, f, g],
+        [e, f, g],
+        [e, f, tokenizer.eos_token_id],
+    ]  # the second has no room for eos
     assert (made.cut_sources, made.cut_targets) == (1, 1)
-    assert made.cut() == "of 3 pairs, 1 sources keep their last 3 tokens and 1 targets their first 3"
+    assert (
+        made.cut() == "of 3 pairs, 1 sources keep their last 3 tokens and 1 targets their first 3"
+    )
 
 
 def test_a_tokenizer_without_eos_and_pad_ends_nothing():
@@ -138,26 +177,42 @@ def test_a_tokenizer_without_eos_and_pad_ends_nothing():
 
 
 def test_bytes_of_targets_are_those_of_the_text_without_what_was_cut(tokenizer):
-    made = pair_tensors([Pair("a", "日本"), Pair("a", "日"), Pair("a", "bc")], tokenizer, 4, 4)  # one token a byte
-    assert made.target_bytes_N.tolist() == [4, 3, 2], "an end of text has none, half a character those that are there"
+    made = pair_tensors(
+        [Pair("a", "日本"), Pair("a", "日"), Pair("a", "bc")], tokenizer, 4, 4
+    )  # one token a byte
+    assert made.target_bytes_N.tolist() == [4, 3, 2], (
+        "an end of text has none, half a character those that are there"
+    )
     assert made.rows(torch.tensor([2, 0])).target_bytes_N.tolist() == [2, 4]
 
 
 def test_the_digest_is_of_ids_and_shapes_alone(tokenizer):
-    made, again = (pair_tensors([Pair("abc", "de"), Pair("f", "g")], tokenizer, 8, 8) for _ in range(2))
+    made, again = (
+        pair_tensors([Pair("abc", "de"), Pair("f", "g")], tokenizer, 8, 8) for _ in range(2)
+    )
     assert made.digest() == again.digest() and len(made.digest()) == 64
-    others = [pair_tensors(p, tokenizer, 8, 8) for p in (
-        [Pair("f", "g"), Pair("abc", "de")], [Pair("abc", "dx"), Pair("f", "g")], [Pair("abc", "de")])]
+    others = [
+        pair_tensors(p, tokenizer, 8, 8)
+        for p in (
+            [Pair("f", "g"), Pair("abc", "de")],
+            [Pair("abc", "dx"), Pair("f", "g")],
+            [Pair("abc", "de")],
+        )
+    ]
     assert len({made.digest(), *(other.digest() for other in others)}) == 4
     assert made.digest() == made.rows(slice(None)).digest()
     assert made.rows(torch.tensor([1])).source_NU.tolist() == made.source_NU[1:].tolist()
 
 
-@pytest.mark.parametrize(("given", "lengths", "said"), [
-    ([Pair("a", "b")], (0, 4), "0 source tokens and 4 target tokens"), ([], (4, 4), "there are no pairs"),
-    ([Pair("a", "b"), Pair("", "b")], (4, 4), "source of pair 1 has no token"),
-    ([Pair("a", "")], (4, 4), "target of pair 0 has no token"),
-])
+@pytest.mark.parametrize(
+    ("given", "lengths", "said"),
+    [
+        ([Pair("a", "b")], (0, 4), "0 source tokens and 4 target tokens"),
+        ([], (4, 4), "there are no pairs"),
+        ([Pair("a", "b"), Pair("", "b")], (4, 4), "source of pair 1 has no token"),
+        ([Pair("a", "")], (4, 4), "target of pair 0 has no token"),
+    ],
+)
 def test_what_has_no_tensor_is_refused(tokenizer, given, lengths, said):
     with pytest.raises(DataError, match=said):
         pair_tensors(given, tokenizer, *lengths)

@@ -1,4 +1,5 @@
-"""Evaluation, benchmark and demo are bounded in time, say how far they are, and go on where they were stopped."""
+"""Evaluation, benchmark and demo are bounded in time, say how far they are, and go on where they
+were stopped."""
 
 import io
 import json
@@ -57,19 +58,28 @@ def test_parts_are_held_where_they_are_about_the_same(tmp_path):
     assert third.holds("a") and third.holds("b") and third.holds("c")
     other = Partial(path, {"weights": "b"})
     assert not other.holds("a") and other.part("a", lambda: 5) == 5
-    assert Partial(path, {"weights": "b"}).holds("a") and not Partial(path, {"weights": "a"}).holds("a")
+    assert Partial(path, {"weights": "b"}).holds("a") and not Partial(path, {"weights": "a"}).holds(
+        "a"
+    )
     other.finish()
     assert not path.exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
+)
 def test_a_folder_that_is_only_read_costs_the_parts_alone(tmp_path):
     tmp_path.chmod(0o500)
     assert Partial(tmp_path / "x", {}).part("a", lambda: 1) == 1
 
 
 def test_evaluation_goes_on_where_it_was_stopped(runs, texts, monkeypatch):
-    asked = {"data": str(texts[1]), "tokens": 1024, "control": str(runs / "r-control"), "rates": (0.5, 1.0)}
+    asked = {
+        "data": str(texts[1]),
+        "tokens": 1024,
+        "control": str(runs / "r-control"),
+        "rates": (0.5, 1.0),
+    }
     whole = evaluate_files(str(runs / "r"), **asked)
     real = quality.token_nll
     monkeypatch.setattr(quality, "token_nll", Stops(real, 18))
@@ -85,27 +95,40 @@ def test_evaluation_goes_on_where_it_was_stopped(runs, texts, monkeypatch):
 
 def test_evaluation_of_little_time_measures_fewer_tokens(runs, texts):
     asked = {"data": str(texts[1]), "tokens": 3072, "rates": (0.5,)}
-    short, whole = (evaluate_files(str(runs / "r"), **asked, seconds=seconds) for seconds in (0.0, 1e9))
+    short, whole = (
+        evaluate_files(str(runs / "r"), **asked, seconds=seconds) for seconds in (0.0, 1e9)
+    )
     assert short["tokens"] == quality.FLOOR // 32 * 31 < whole["tokens"]
     first = evaluate_files(str(runs / "r"), **asked | {"tokens": quality.FLOOR})
-    assert short | {"tokens_asked": 0} == first | {"tokens_asked": 0}, "all figures are of the same tokens"
+    assert short | {"tokens_asked": 0} == first | {"tokens_asked": 0}, (
+        "all figures are of the same tokens"
+    )
 
 
 def test_benchmark_keeps_its_rounds(runs, monkeypatch):
     asked = {"prompt_tokens": 24, "new_tokens": 4, "repeats": 3}
     real, steps = speed.generate, speed.train_step
-    monkeypatch.setattr(speed, "generate", Stops(real, 6))  # two warm, two rounds of concept, one of the base
+    monkeypatch.setattr(
+        speed, "generate", Stops(real, 6)
+    )  # two warm, two rounds of concept, one of the base
     with pytest.raises(KeyboardInterrupt):
         benchmark_files(str(runs / "r"), **asked)
-    before = {(part := json.loads(line))["key"]: part["value"]
-              for line in (runs / "r" / "benchmark.partial.jsonl").read_text().splitlines()[1:] if line}
+    before = {
+        (part := json.loads(line))["key"]: part["value"]
+        for line in (runs / "r" / "benchmark.partial.jsonl").read_text().splitlines()[1:]
+        if line
+    }
     trained, wrote = Stops(steps), Stops(real)
     monkeypatch.setattr(speed, "train_step", trained)
     monkeypatch.setattr(speed, "generate", wrote)
     found = benchmark_files(str(runs / "r"), **asked)
     assert (trained.calls, wrote.calls) == (0, 2 + 3), "what was timed is not timed again"
-    assert found["concept"]["train_seconds"]["max"] == max(before[f"train concept {turn}"] for turn in range(3))
-    assert found["base"]["prefill_seconds"]["min"] == min(before[f"prefill base {turn}"] for turn in range(3))
+    assert found["concept"]["train_seconds"]["max"] == max(
+        before[f"train concept {turn}"] for turn in range(3)
+    )
+    assert found["base"]["prefill_seconds"]["min"] == min(
+        before[f"prefill base {turn}"] for turn in range(3)
+    )
     assert found["cache_reduction"] > 0 and not (runs / "r" / "benchmark.partial.jsonl").exists()
 
 
@@ -126,22 +149,31 @@ def test_benchmark_of_little_time_takes_one_round(runs, monkeypatch):
     monkeypatch.setattr(speed, "generate", wrote)
     found = benchmark_files(str(runs / "r"), 24, 4, repeats=5, training=False, seconds=0.0)
     assert wrote.calls == 4, "one round not counted and one counted, of both sides"
-    assert found["concept"]["generate_seconds"]["min"] == found["concept"]["generate_seconds"]["max"]
+    assert (
+        found["concept"]["generate_seconds"]["min"] == found["concept"]["generate_seconds"]["max"]
+    )
 
 
 def test_an_empty_cache_is_a_fault_and_no_division(runs, monkeypatch):
     monkeypatch.setattr(speed, "cache_bytes", lambda cache: 0)
-    with pytest.raises(CheckpointError, match=r"the cache is empty after 28 tokens \(concept\): need .* try: "):
+    with pytest.raises(
+        CheckpointError, match=r"the cache is empty after 28 tokens \(concept\): need .* try: "
+    ):
         benchmark_files(str(runs / "r"), 24, 4, repeats=1, training=False)
 
 
 def test_a_checkpoint_stands_behind_the_calibration(recipe_values, tmp_path):
     run({**recipe_values, "save_every": 100, "schedule": {"quantise": [0.3, 0.6]}}, tmp_path / "r")
     first = next(line["step"] for line in metrics(tmp_path / "r") if line["quantise"] > 0)
-    assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()} == {f"checkpoint-{first}", "checkpoint-8"}
+    assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()} == {
+        f"checkpoint-{first}",
+        "checkpoint-8",
+    }
 
 
-@pytest.mark.parametrize("changes", [{}, {"bridge": False}, {"codes_per_concept": 1, "pool": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"bridge": False}, {"codes_per_concept": 1, "pool": True}], ids=str
+)
 def test_what_calibration_reports_is_what_it_was_said_to_take(recipe_values, changes):
     """Within a tenth: the rate that is realised is not quite the one asked for."""
     from sememe.backbone.bases import load_tokenizer
@@ -150,7 +182,9 @@ def test_what_calibration_reports_is_what_it_was_said_to_take(recipe_values, cha
     recipe = check_recipe(recipe_values | changes, "test")
     folder = Path(recipe.base)
     ids_NT, model = build_blocks(recipe, load_tokenizer(folder))[0][:8], build_model(recipe, folder)
-    for expected, start in zip(model.work(ids_NT, recipe.rate), (model.start_frame, model.start_codes), strict=True):
+    for expected, start in zip(
+        model.work(ids_NT, recipe.rate), (model.start_frame, model.start_codes), strict=True
+    ):
         done: list[float] = []
         model.on_work = done.append
         start(ids_NT)
@@ -165,16 +199,27 @@ def recipe_of(**changes):
 @pytest.mark.parametrize("step", [0.5, 3.0, 6.0, 12.0, 20.0, 30.0, 45.0])
 def test_the_plan_holds_the_limit_on_slow_machines(step):
     plan = demo.choose(recipe_of(), step, calibration_seconds=9 * step, threads=1)
-    parts = 2 * plan["steps"] * step + sum(plan[f"{name}_seconds"] for name in ("calibration", "evaluate", "benchmark"))
+    parts = 2 * plan["steps"] * step + sum(
+        plan[f"{name}_seconds"] for name in ("calibration", "evaluate", "benchmark")
+    )
     assert parts + demo.SAMPLE * step <= (demo.PLAN_S if step < 30 else demo.LIMIT_S)
-    assert demo.STEPS[0] <= plan["steps"] <= demo.STEPS[1] and plan["evaluate_seconds"] >= demo.EVALUATE[1] * step * 0.9
+    assert (
+        demo.STEPS[0] <= plan["steps"] <= demo.STEPS[1]
+        and plan["evaluate_seconds"] >= demo.EVALUATE[1] * step * 0.9
+    )
     assert (plan["steps"] == demo.STEPS[1]) == (step < 1)
     assert 4096 <= plan["calibration_tokens"] <= 16384
 
 
 def test_the_demo_goes_on_from_any_stage(long_base_folder, texts, tmp_path, monkeypatch):
-    changes = {"base": str(long_base_folder), "data": {"train": str(texts[0]), "heldout": str(texts[1])}, "num_concepts": 32,
-               "sequence_length": 32, "split": {"shallow": 1, "middle": 2, "deep": 1}, "calibration_tokens": 256}
+    changes = {
+        "base": str(long_base_folder),
+        "data": {"train": str(texts[0]), "heldout": str(texts[1])},
+        "num_concepts": 32,
+        "sequence_length": 32,
+        "split": {"shallow": 1, "middle": 2, "deep": 1},
+        "calibration_tokens": 256,
+    }
     (tmp_path / "demo.yaml").write_text(recipe_of(**changes).yaml())
     monkeypatch.setattr(demo, "STEPS", (4, 6))
     timed = Stops(demo.time_machine)
@@ -182,19 +227,40 @@ def test_the_demo_goes_on_from_any_stage(long_base_folder, texts, tmp_path, monk
     said = io.StringIO()
 
     def go() -> dict:
-        return demo.run_demo(tmp_path / "demo.yaml", tmp_path / "runs", Console(file=said, width=120))
+        return demo.run_demo(
+            tmp_path / "demo.yaml", tmp_path / "runs", Console(file=said, width=120)
+        )
 
-    for module, name, at in ((quality, "token_nll", 30), (speed, "generate", 3), (demo, "write_report", 1)):
-        with monkeypatch.context() as patch, pytest.raises(Interrupted, match="the same command goes on from there"):
+    for module, name, at in (
+        (quality, "token_nll", 30),
+        (speed, "generate", 3),
+        (demo, "write_report", 1),
+    ):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(Interrupted, match="the same command goes on from there"),
+        ):
             patch.setattr(module, name, Stops(getattr(module, name), at))
             go()
     done = go()
     assert timed.calls == 1, "a run that has begun keeps its plan"
     stages = [line for line in said.getvalue().splitlines() if line.startswith("stage ")]
-    assert stages[-1] == "stage 8 of 8 · less than a minute left · report" and "minutes in all" in said.getvalue()
-    recipes = [yaml.safe_load((tmp_path / "runs" / name / "recipe.yaml").read_text()) for name in ("demo", "demo-control")]
-    assert recipes[0]["steps"] == recipes[1]["steps"] == json.loads((tmp_path / "runs" / "demo-plan.json").read_text())["steps"]
-    assert done["evaluate"]["tokens"] > quality.FLOOR and not list(tmp_path.glob("runs/*/*.partial.jsonl"))
+    assert (
+        stages[-1] == "stage 8 of 8 · less than a minute left · report"
+        and "minutes in all" in said.getvalue()
+    )
+    recipes = [
+        yaml.safe_load((tmp_path / "runs" / name / "recipe.yaml").read_text())
+        for name in ("demo", "demo-control")
+    ]
+    assert (
+        recipes[0]["steps"]
+        == recipes[1]["steps"]
+        == json.loads((tmp_path / "runs" / "demo-plan.json").read_text())["steps"]
+    )
+    assert done["evaluate"]["tokens"] > quality.FLOOR and not list(
+        tmp_path.glob("runs/*/*.partial.jsonl")
+    )
 
 
 def test_estimates_follow_what_stages_really_took(monkeypatch):
@@ -207,22 +273,33 @@ def test_estimates_follow_what_stages_really_took(monkeypatch):
         now[0] += 300
     with clock.stage("concept model"):
         now[0] += 600
-    assert said.getvalue().splitlines() == ["stage 3 of 8 · about 6 minutes left · control",
-                                            "stage 4 of 8 · about 12 minutes left · concept model"]
+    assert said.getvalue().splitlines() == [
+        "stage 3 of 8 · about 6 minutes left · control",
+        "stage 4 of 8 · about 12 minutes left · concept model",
+    ]
 
 
 def test_bars_write_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    with progress.bar(total=1, desc="outside"), progress.bar(total=10, desc="work", unit="part") as shown:
+    with (
+        progress.bar(total=1, desc="outside"),
+        progress.bar(total=10, desc="work", unit="part") as shown,
+    ):
         progress.advance(shown, 4, reused=True)
         progress.advance(shown, 6, reused=False)
         assert (shown.n, shown.initial) == (10, 4)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split("%")[0] for line in lines] == ["outside:   0", "work:   0", "work: 100", "outside:   0"]
+    assert [line.split("%")[0] for line in lines] == [
+        "outside:   0",
+        "work:   0",
+        "work: 100",
+        "outside:   0",
+    ]
     assert not {"\r", "\x1b"} & set("".join(lines))
 
 
 def test_what_comes_once_tells_nothing_of_further_steps():
-    """A calibration of ten minutes between steps of a second: 8 steps take 8 seconds more, not an hour."""
+    """A calibration of ten minutes between steps of a second: 8 steps take 8 seconds more, not an
+    hour."""
     with progress.bar(total=10, desc="train") as shown:
         now = [shown.start_t]
         shown._time = lambda: now[0]

@@ -1,4 +1,5 @@
-"""What a user names is a path that is there, one that may be made, or none at all; never a traceback."""
+"""What a user names is a path that is there, one that may be made, or none at all; never a
+traceback."""
 
 import os
 

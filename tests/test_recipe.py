@@ -18,7 +18,12 @@ def path(tmp_path, recipe_values):
 
 def test_overrides_are_dotted_and_typed(path):
     recipe = load_recipe(path, ["rate=0.25", "split.middle=1", "split.deep=2", "boundary=fixed"])
-    assert (recipe.rate, recipe.split.middle, recipe.split.deep, recipe.boundary) == (0.25, 1, 2, "fixed")
+    assert (recipe.rate, recipe.split.middle, recipe.split.deep, recipe.boundary) == (
+        0.25,
+        1,
+        2,
+        "fixed",
+    )
 
 
 def test_yaml_null_is_the_null_boundary(recipe_values):
@@ -37,15 +42,25 @@ def test_what_is_shown_of_a_recipe_is_all_that_matters(name):
     assert check_recipe(shown, "shown") == recipe and ("plan" in shown) == name.endswith("planner")
 
 
-@pytest.mark.parametrize("override, said", [
-    ("ratio=0.5", "unknown key 'ratio'.*try: "), ("split.midle=3", "unknown key 'split.midle'.*try: split.middle"),
-    ("rate=1.5", "rate = 1.5: .*less than or equal to 1"), ("rate=0", "rate = 0: .*greater than 0"),
-    ("rate=fast", "rate = 'fast'"), ("head=both", "head = 'both'"), ("steps=0", "steps = 0"), ("steps", "need key=value"),
-    ("boundary=stride", "boundary = 'stride'"), ("distil=0.5 system=control", "distil = 0.5 is for system: online"),
-    ("gate_noise=0.3 boundary=fixed", "samples the decisions of boundary: null alone"),
-    ("rate=0.1", "max_tail = 6 forces a concept more often"),
-    ("schedule.rate=[0.5,0.1]", r"schedule.rate.*0 ≤ start ≤ end ≤ 1"), ("data.heldout=${data.train}", "held-out text is never"),
-])
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("ratio=0.5", "unknown key 'ratio'.*try: "),
+        ("split.midle=3", "unknown key 'split.midle'.*try: split.middle"),
+        ("rate=1.5", "rate = 1.5: .*less than or equal to 1"),
+        ("rate=0", "rate = 0: .*greater than 0"),
+        ("rate=fast", "rate = 'fast'"),
+        ("head=both", "head = 'both'"),
+        ("steps=0", "steps = 0"),
+        ("steps", "need key=value"),
+        ("boundary=stride", "boundary = 'stride'"),
+        ("distil=0.5 system=control", "distil = 0.5 is for system: online"),
+        ("gate_noise=0.3 boundary=fixed", "samples the decisions of boundary: null alone"),
+        ("rate=0.1", "max_tail = 6 forces a concept more often"),
+        ("schedule.rate=[0.5,0.1]", r"schedule.rate.*0 ≤ start ≤ end ≤ 1"),
+        ("data.heldout=${data.train}", "held-out text is never"),
+    ],
+)
 def test_bad_values_are_one_sentence(path, override, said):
     with pytest.raises(RecipeError, match=said) as caught:
         load_recipe(path, override.split())
@@ -69,10 +84,16 @@ def test_missing_key_is_named(recipe_values):
         check_recipe(recipe_values, "r")
 
 
-@pytest.mark.parametrize("given, want", [
-    ({}, (4, 22, 4)), ({"shallow": 6}, (6, 20, 4)), ({"middle": 18, "deep": 8}, (4, 18, 8)), ({"middle": 18}, (4, 18, 8)),
-    ({"shallow": 1, "middle": 2, "deep": 3}, (1, 2, 3)),
-])
+@pytest.mark.parametrize(
+    "given, want",
+    [
+        ({}, (4, 22, 4)),
+        ({"shallow": 6}, (6, 20, 4)),
+        ({"middle": 18, "deep": 8}, (4, 18, 8)),
+        ({"middle": 18}, (4, 18, 8)),
+        ({"shallow": 1, "middle": 2, "deep": 3}, (1, 2, 3)),
+    ],
+)
 def test_split_is_filled_to_the_base(given, want):
     assert Split(**given).resolve(30) == want
 
@@ -87,6 +108,21 @@ def test_schedule_goes_from_identity_to_the_recipe():
 
 
 def test_known_keys_name_what_other_tools_rely_on():
-    assert {"system", "base", "data.train", "data.heldout", "steps", "sequence_length", "batch_size", "rate",
-            "split.shallow", "split.middle", "split.deep", "max_tail", "head", "boundary", "num_concepts",
-            "seed"} <= set(known_keys())
+    assert {
+        "system",
+        "base",
+        "data.train",
+        "data.heldout",
+        "steps",
+        "sequence_length",
+        "batch_size",
+        "rate",
+        "split.shallow",
+        "split.middle",
+        "split.deep",
+        "max_tail",
+        "head",
+        "boundary",
+        "num_concepts",
+        "seed",
+    } <= set(known_keys())

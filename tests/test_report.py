@@ -116,7 +116,9 @@ def run(tmp_path: Path) -> Path:
 
 def build_run(folder: Path) -> Path:
     write_metrics(folder, [metrics_line(step) for step in range(1, 301)])
-    write_metrics(folder.with_name(folder.name + "-control"), [metrics_line(s, -0.12) for s in range(1, 301)])
+    write_metrics(
+        folder.with_name(folder.name + "-control"), [metrics_line(s, -0.12) for s in range(1, 301)]
+    )
     (folder / "recipe.yaml").write_text(f"name: tiny\n# {HOSTILE}\n")
     (folder / "env.json").write_text(json.dumps({"torch": "2.11", "note": HOSTILE}))
     (folder / "evaluate.json").write_text(json.dumps(EVALUATE))
@@ -169,12 +171,36 @@ def test_page_shows_the_figures_of_the_files(run):
     seen = Seen(html)
     assert not seen.open
     assert html.lower().startswith("<!doctype html>")
-    titles = ("Loss", "Concept rate", "Quality against training tokens", "NLL by position", "Code usage", "Codes in use",
-              "Gradient norms")
+    titles = (
+        "Loss",
+        "Concept rate",
+        "Quality against training tokens",
+        "NLL by position",
+        "Code usage",
+        "Codes in use",
+        "Gradient norms",
+    )
     assert seen.tags.count("svg") == seen.tags.count("figure") == len(titles)
     assert all(f"<h3>{title}</h3>" in html for title in titles)
-    figures = ("3.4321", "+0.1230", "3.98×", "+1.7500", "+0.3100", "65,536", "1.50×", "3.00×", "1.235 MB")
-    for figure in (*figures, "5,123 tokens/s", "wiki.txt", "float32", "1,228,800 tokens", "tiny-control"):
+    figures = (
+        "3.4321",
+        "+0.1230",
+        "3.98×",
+        "+1.7500",
+        "+0.3100",
+        "65,536",
+        "1.50×",
+        "3.00×",
+        "1.235 MB",
+    )
+    for figure in (
+        *figures,
+        "5,123 tokens/s",
+        "wiki.txt",
+        "float32",
+        "1,228,800 tokens",
+        "tiny-control",
+    ):
         assert figure in seen.text, figure
     assert "below its ceiling of 1.77×" in seen.text
     assert "within the 0.15 aimed at for R ≤ 4" in seen.text
@@ -182,7 +208,9 @@ def test_page_shows_the_figures_of_the_files(run):
     assert "control, held out" in seen.text  # the legend of the loss plot
     assert "1,500 of 4,096 codes" in seen.text
     assert path.stat().st_size < 1_000_000
-    assert [p.name for p in run.iterdir() if "report" in p.name] == ["report.html"]  # no temporary file stays
+    assert [p.name for p in run.iterdir() if "report" in p.name] == [
+        "report.html"
+    ]  # no temporary file stays
 
 
 def test_not_finite_and_null_are_not_available(run):
@@ -212,7 +240,9 @@ def test_run_folder_name_is_escaped(tmp_path):
 def test_page_refers_to_nothing_outside_itself(run):
     html = written(run)
     seen = Seen(html)
-    links = seen.values("href") + seen.values("src") + seen.values("xlink:href") + seen.values("srcset")
+    links = (
+        seen.values("href") + seen.values("src") + seen.values("xlink:href") + seen.values("srcset")
+    )
     assert links and all(link.startswith("#") for link in links)
     assert set(links) <= {"#" + name for name in seen.values("id")}
     assert not {"script", "link", "img", "iframe", "object", "base"} & set(seen.tags)
@@ -245,7 +275,9 @@ def test_damaged_evaluation_does_not_stop_the_page(run, content):
     assert "evaluate.json is there but is not a readable JSON object." in Seen(written(run)).text
 
 
-@pytest.mark.parametrize("junk", [None, 7, "text", [None, 7, "text", []], {"a": 1}, [{}], [{"pieces": 3}]])
+@pytest.mark.parametrize(
+    "junk", [None, 7, "text", [None, 7, "text", []], {"a": 1}, [{}], [{"pieces": 3}]]
+)
 def test_unexpected_shapes_draw_nothing(run, junk):
     broken = dict.fromkeys(EVALUATE, junk)
     (run / "evaluate.json").write_text(json.dumps(broken))
@@ -268,7 +300,9 @@ def test_one_logged_step_is_a_visible_point(tmp_path):
 
 
 def test_resumed_run_keeps_the_last_line_of_a_step(tmp_path):
-    lines = [{"step": s, "loss": 9.0} for s in range(1, 6)] + [{"step": s, "loss": 2.0} for s in range(3, 8)]
+    lines = [{"step": s, "loss": 9.0} for s in range(1, 6)] + [
+        {"step": s, "loss": 2.0} for s in range(3, 8)
+    ]
     write_metrics(tmp_path, lines)
     found = read_metrics(tmp_path)
     assert [(line["step"], line["loss"]) for line in found.lines] == [
@@ -288,7 +322,10 @@ def test_half_a_line_and_bad_losses_are_said(tmp_path):
 
 def test_long_runs_and_long_texts_stay_small(run):
     write_metrics(run, [metrics_line(step) for step in range(1, 20_001)])
-    long = EVALUATE | {"samples": [sample("&<\" " * 20_000) for _ in range(8)], "code_counts": [5] * 65_536}
+    long = EVALUATE | {
+        "samples": [sample('&<" ' * 20_000) for _ in range(8)],
+        "code_counts": [5] * 65_536,
+    }
     (run / "evaluate.json").write_text(json.dumps(long))
     html = written(run)
     assert len(html.encode()) < 1_000_000
@@ -298,7 +335,10 @@ def test_long_runs_and_long_texts_stay_small(run):
 
 
 def test_half_a_surrogate_pair_can_be_written(run):
-    pieces = [{"text": "a", "concept": None, "sink": True}, {"text": "\ud83d", "concept": 3, "sink": False}]
+    pieces = [
+        {"text": "a", "concept": None, "sink": True},
+        {"text": "\ud83d", "concept": 3, "sink": False},
+    ]
     (run / "evaluate.json").write_text(json.dumps(EVALUATE | {"samples": [{"pieces": pieces}]}))
     assert "concept 3 · segment of 1 token" in written(run)
 
@@ -308,7 +348,9 @@ def test_refuses_what_is_no_run(tmp_path, make):
     folder = tmp_path / "nothing"
     if make:
         folder.mkdir()
-    with pytest.raises(CheckpointError, match=r"got .*nothing, .*metrics\.jsonl.*try: .*sememe train"):
+    with pytest.raises(
+        CheckpointError, match=r"got .*nothing, .*metrics\.jsonl.*try: .*sememe train"
+    ):
         write_report(folder)
 
 
@@ -332,7 +374,12 @@ def test_control_is_the_one_named_or_the_sibling_or_none(run, tmp_path, monkeypa
 
 
 def test_segments_hold_tail_and_writer():
-    words = [("Once", None, True), (" upon", None, False), (" a", None, False), (" time", 17, False)]
+    words = [
+        ("Once", None, True),
+        (" upon", None, False),
+        (" a", None, False),
+        (" time", 17, False),
+    ]
     words += [("\n", 17, False), (" there", None, False)]
     cut = segments([{"text": t, "concept": c, "sink": s} for t, c, s in words])
     assert [(s.tail, s.writer, s.label) for s in cut] == [
@@ -389,7 +436,15 @@ def test_the_folder_itself_imports_only_what_it_may():
     for file in Path(sememe.report.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                names = (
+                    [node.module]
+                    if isinstance(node, ast.ImportFrom)
+                    else [a.name for a in node.names]
+                )
                 for name in names:
-                    inside = name in ("sememe.errors", "sememe.paths", "sememe.storage") or name.startswith("sememe.report")
+                    inside = name in (
+                        "sememe.errors",
+                        "sememe.paths",
+                        "sememe.storage",
+                    ) or name.startswith("sememe.report")
                     assert inside or name.split(".")[0] in allowed, f"{file.name} imports {name}"

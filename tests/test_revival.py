@@ -1,4 +1,5 @@
-"""Codes come back to life during a run: resumed = uninterrupted, moments zeroed, and what shared_map leaves behind."""
+"""Codes come back to life during a run: resumed = uninterrupted, moments zeroed, and what
+shared_map leaves behind."""
 
 import pytest
 import torch
@@ -27,36 +28,60 @@ def test_moments_of_moved_codes_are_forgotten(name):
         for g in range(2):
             for p in head.rows(g):
                 zero = optimizer.state[p][key] == 0
-                assert (zero.flatten(1).all(1) if zero.dim() > 1 else zero)[:4].tolist() == moved[g].tolist()
+                assert (zero.flatten(1).all(1) if zero.dim() > 1 else zero)[:4].tolist() == moved[
+                    g
+                ].tolist()
         assert optimizer.state[head.rows(1)[0] if head.rows(1) else head.channel][key].any()
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"codes_per_concept": 2, "head": "nearest", "estimator": "identity", "commitment_weight": 0.25},
-    {"codes_per_concept": 2, "shared_map": True, "usage_weight": 0.1},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "codes_per_concept": 2,
+            "head": "nearest",
+            "estimator": "identity",
+            "commitment_weight": 0.25,
+        },
+        {"codes_per_concept": 2, "shared_map": True, "usage_weight": 0.1},
+    ],
+    ids=str,
+)
 def test_resume_is_uninterrupted_with_revival(recipe_values, tmp_path, monkeypatch, changes):
     """Codes die early here, so that both parts of the run revive some."""
     monkeypatch.setattr(codes, "FLOOR", 1.0)
-    values = {**recipe_values, **changes, "steps": 10, "revive_every": 2, "schedule": {"rate": [0, 0], "quantise": [0, 0.1]}}
+    values = {
+        **recipe_values,
+        **changes,
+        "steps": 10,
+        "revive_every": 2,
+        "schedule": {"rate": [0, 0], "quantise": [0, 0.1]},
+    }
     said, more = [], []
     whole = run(values, tmp_path / "whole", said.append)
     moved = [line for line in said if "unused codes" in line]
-    assert [line.split(":")[0] for line in moved] == ["step 2", "step 4", "step 6"], "not in the last fifth"
+    assert [line.split(":")[0] for line in moved] == ["step 2", "step 4", "step 6"], (
+        "not in the last fifth"
+    )
     assert all(int(line.split(": ")[1].split()[0]) > 0 for line in moved)
     with ctrl_c(5), pytest.raises(Interrupted):
         run(values, tmp_path / "parts")
     resumed = run(values, tmp_path / "parts", more.append)
     assert [line for line in more if "unused codes" in line] == moved[2:]
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
-    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    a, b = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_map_is_folded_into_the_finished_model(recipe_values, tmp_path):
     values = {**recipe_values, "shared_map": True, "codes_per_concept": 2}
     run(values, tmp_path / "r")
-    moved = load_file(tmp_path / "r" / "checkpoints" / "checkpoint-8" / "model.safetensors")["codes.map"]
+    moved = load_file(tmp_path / "r" / "checkpoints" / "checkpoint-8" / "model.safetensors")[
+        "codes.map"
+    ]
     assert not torch.equal(moved, torch.eye(len(moved))), "it was learned"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
     assert not model.config.shared_map and model.codes.map is None
@@ -65,8 +90,14 @@ def test_a_map_is_folded_into_the_finished_model(recipe_values, tmp_path):
 
 
 def test_terms_of_the_codes_count_once_in_a_step_of_parts(recipe_values, tmp_path):
-    values = {**recipe_values, "lora": {"rank": 4}, "boundary": "fixed", "batch_size": 4, "commitment_weight": 5.0,
-              "schedule": {"rate": [0, 0], "quantise": [0, 0]}}
+    values = {
+        **recipe_values,
+        "lora": {"rank": 4},
+        "boundary": "fixed",
+        "batch_size": 4,
+        "commitment_weight": 5.0,
+        "schedule": {"rate": [0, 0], "quantise": [0, 0]},
+    }
     whole = run(values, tmp_path / "whole")
     parts = run({**values, "gradient_accumulation": 2}, tmp_path / "parts")
     without = run({**values, "commitment_weight": 0.0}, tmp_path / "without")
@@ -75,9 +106,17 @@ def test_terms_of_the_codes_count_once_in_a_step_of_parts(recipe_values, tmp_pat
 
 
 def test_two_processes_revive_as_one(recipe_values, tmp_path):
-    """The same codes move on every rank: equal losses (1e-6 seen) up to the order of sums, and the same line said."""
-    values = {**recipe_values, "lora": {"rank": 4}, "boundary": "fixed", "batch_size": 4, "revive_every": 4,
-              "codes_per_concept": 2, "schedule": {"rate": [0, 0], "quantise": [0, 0]}}
+    """The same codes move on every rank: equal losses (1e-6 seen) up to the order of sums, and the
+    same line said."""
+    values = {
+        **recipe_values,
+        "lora": {"rank": 4},
+        "boundary": "fixed",
+        "batch_size": 4,
+        "revive_every": 4,
+        "codes_per_concept": 2,
+        "schedule": {"rate": [0, 0], "quantise": [0, 0]},
+    }
     said = []
     one = run(values, tmp_path / "one", said.append)
     process = launch(values, tmp_path / "two", processes=2)

@@ -37,22 +37,37 @@ def test_auto_classes_load_the_same_model(model, base_folder, tmp_path):
     assert isinstance(loaded, OnlineForCausalLM) and not loaded.training
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert torch.equal(loaded(IDS).concept_ids, model(IDS).concept_ids)
-    assert AutoTokenizer.from_pretrained(folder)("hi").input_ids == AutoTokenizer.from_pretrained(base_folder)("hi").input_ids
-    assert not json.loads((folder / "config.json").read_text())["text_config"].get("_name_or_path"), "a folder of this machine"
+    assert (
+        AutoTokenizer.from_pretrained(folder)("hi").input_ids
+        == AutoTokenizer.from_pretrained(base_folder)("hi").input_ids
+    )
+    assert not json.loads((folder / "config.json").read_text())["text_config"].get(
+        "_name_or_path"
+    ), "a folder of this machine"
     small = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
     assert (folder / "model.safetensors").stat().st_size < small * 1.2 + 20_000, "own weights only"
 
 
-@pytest.mark.parametrize("changes", [
-    {"head": "nearest", "codes_per_concept": 2}, {"head": "joint", "codes_per_concept": 2, "shared_map": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": "nearest", "codes_per_concept": 2},
+        {"head": "joint", "codes_per_concept": 2, "shared_map": True},
+    ],
+    ids=str,
+)
 def test_every_codebook_round_trips(base_folder, tmp_path, changes):
     model = online_over(base_folder, IDS, **changes)
     model.codes.use.uniform_()
     model.round_own_weights()
     loaded = AutoModelForCausalLM.from_pretrained(saved(model, base_folder, tmp_path / "m"))
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits) and torch.equal(loaded.codes.use, model.codes.use)
-    assert torch.equal(loaded(IDS).concept_ids, model(IDS).concept_ids) and int(model(IDS).concept_ids.max()) >= 16
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits) and torch.equal(
+        loaded.codes.use, model.codes.use
+    )
+    assert (
+        torch.equal(loaded(IDS).concept_ids, model(IDS).concept_ids)
+        and int(model(IDS).concept_ids.max()) >= 16
+    )
 
 
 def test_rounded_weights_are_what_is_saved(model, base_folder, tmp_path):
@@ -68,7 +83,9 @@ def test_merged_model_needs_no_base(model, base_folder, tmp_path):
     folder, size = export_model(saved(model, base_folder, tmp_path / "m"), tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["base"] is None
-    torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-4, rtol=0)  # folding LoRA reorders sums: 5e-6 seen
+    torch.testing.assert_close(
+        loaded(IDS).logits, want, atol=1e-4, rtol=0
+    )  # folding LoRA reorders sums: 5e-6 seen
     assert size > 4 * sum(p.numel() for p in model.backbone.parameters()) * 0.9
     with pytest.raises(CheckpointError, match="not empty"):
         export_model(tmp_path / "m", tmp_path / "merged")
@@ -76,23 +93,32 @@ def test_merged_model_needs_no_base(model, base_folder, tmp_path):
 
 @pytest.mark.parametrize("skipped, window", [((), None), ((1, 3), None), ((), 3)])
 def test_baselines_round_trip(base_folder, tmp_path, skipped, window):
-    model = ControlForCausalLM.from_base(ControlConfig(base=str(base_folder), skipped=skipped, window=window)).eval()
+    model = ControlForCausalLM.from_base(
+        ControlConfig(base=str(base_folder), skipped=skipped, window=window)
+    ).eval()
     assert len(model.backbone.get_decoder().layers) == (2 if skipped else 4)
     folder = saved(model, base_folder, tmp_path / "c")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(loaded.generate(IDS, **greedy), model.generate(IDS, **greedy, use_cache=False))
+    assert torch.equal(
+        loaded.generate(IDS, **greedy), model.generate(IDS, **greedy, use_cache=False)
+    )
     if not skipped:
         base = AutoModelForCausalLM.from_pretrained(base_folder)
-        assert torch.equal(model(IDS).logits, base(IDS).logits) == (window is None), "fresh LoRA changes nothing"
+        assert torch.equal(model(IDS).logits, base(IDS).logits) == (window is None), (
+            "fresh LoRA changes nothing"
+        )
 
 
 def test_wrong_base_is_refused(model, base_folder, tmp_path):
     folder, other = saved(model, base_folder, tmp_path / "m"), tmp_path / "other"
     tiny_base(seed=9, vocab_size=259).save_pretrained(other)
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(other)
-    with pytest.raises(CheckpointError, match=rf"trained on base .{re.escape(str(base_folder))}.*need the same weights"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"trained on base .{re.escape(str(base_folder))}.*need the same weights",
+    ):
         load_model(folder, base=str(other))
 
 
@@ -135,8 +161,11 @@ def test_full_disk_leaves_nothing_half_written(model, tmp_path, monkeypatch):
 def test_pipeline_runs(model, base_folder, tmp_path):
     from transformers import pipeline
 
-    pipe = pipeline("text-generation", model=AutoModelForCausalLM.from_pretrained(saved(model, base_folder, tmp_path / "m")),
-                    tokenizer=AutoTokenizer.from_pretrained(base_folder))
+    pipe = pipeline(
+        "text-generation",
+        model=AutoModelForCausalLM.from_pretrained(saved(model, base_folder, tmp_path / "m")),
+        tokenizer=AutoTokenizer.from_pretrained(base_folder),
+    )
     made = pipe("the cat", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert made.startswith("the cat")
 

@@ -12,25 +12,55 @@ from test_report import HOSTILE, Seen
 
 
 def point(rate=0.5, length=128, batch=1, speed=1.3, split="4/22/4", **more) -> dict:
-    caches = {"concept": {"cache_bytes": 20 * length * batch * rate}, "base": {"cache_bytes": 30 * length * batch}}
-    return {"split": split, "rate": rate, "prompt_tokens": length, "batch": batch, "fault": None, "decode_speedup": speed,
-            "ceiling_decode_speedup": 2 - rate, "decode_speedup_range": [speed - 0.1, speed + 0.1]} | caches | more
+    caches = {
+        "concept": {"cache_bytes": 20 * length * batch * rate},
+        "base": {"cache_bytes": 30 * length * batch},
+    }
+    return (
+        {
+            "split": split,
+            "rate": rate,
+            "prompt_tokens": length,
+            "batch": batch,
+            "fault": None,
+            "decode_speedup": speed,
+            "ceiling_decode_speedup": 2 - rate,
+            "decode_speedup_range": [speed - 0.1, speed + 0.1],
+        }
+        | caches
+        | more
+    )
 
 
 def write(folder, points, **more):
-    found = {"kind": "speed", "model": "tiny", "base_name": "base", "settings": {"new_tokens": 64}, "points": points,
-             "alternatives": []} | more
+    found = {
+        "kind": "speed",
+        "model": "tiny",
+        "base_name": "base",
+        "settings": {"new_tokens": 64},
+        "points": points,
+        "alternatives": [],
+    } | more
     (folder / "sweep.json").write_text(json.dumps(found))
     return folder
 
 
 def test_plots_show_what_varies(tmp_path):
-    grid = [point(rate, length, batch) for rate in (0.5, 0.25) for length in (128, 2048) for batch in (1, 4)]
+    grid = [
+        point(rate, length, batch)
+        for rate in (0.5, 0.25)
+        for length in (128, 2048)
+        for batch in (1, 4)
+    ]
     ceiling, cache = speed_plots(read_speed(write(tmp_path, grid)))
     seen = Seen(ceiling.svg).text
-    assert all(word in seen for word in ("prompt 2,048, batch 4", "the ceiling", "the base", "rate 0.25"))
+    assert all(
+        word in seen for word in ("prompt 2,048, batch 4", "the ceiling", "the base", "rate 0.25")
+    )
     assert "4/22/4" not in seen, "one split needs no name"
-    assert all(word in Seen(cache.svg).text for word in ("the base", "4/22/4 at 0.5", "4/22/4 at 0.25"))
+    assert all(
+        word in Seen(cache.svg).text for word in ("the base", "4/22/4 at 0.5", "4/22/4 at 0.25")
+    )
     both = speed_plots(read_speed(write(tmp_path, [*grid, point(split="8/14/8")])))
     assert "8/14/8" in Seen(both[0].svg).text
     single = speed_plots(read_speed(write(tmp_path, grid[::2])))
@@ -38,23 +68,42 @@ def test_plots_show_what_varies(tmp_path):
 
 
 def test_too_many_curves_are_counted(tmp_path):
-    cache = speed_plots(read_speed(write(tmp_path, [point(1 / n) for n in range(1, MOST_CURVES + 4)])))[1]
+    cache = speed_plots(
+        read_speed(write(tmp_path, [point(1 / n) for n in range(1, MOST_CURVES + 4)]))
+    )[1]
     assert cache.caption.endswith("Not drawn: 3 more.")
 
 
-@pytest.mark.parametrize("junk", [None, "text", [], {}, math.nan, True, [None, "x"], 10**400, 0, -1])
+@pytest.mark.parametrize(
+    "junk", [None, "text", [], {}, math.nan, True, [None, "x"], 10**400, 0, -1]
+)
 def test_unexpected_values_leave_a_page(tmp_path, junk):
     keys = [key for key in point() if key != "fault"]
-    page = write_speed(write(tmp_path, [{key: junk for key in keys} | {"fault": None}, junk], alternatives=junk, settings=junk))
+    page = write_speed(
+        write(
+            tmp_path,
+            [{key: junk for key in keys} | {"fault": None}, junk],
+            alternatives=junk,
+            settings=junk,
+        )
+    )
     assert "<html" in page.read_text()
     each = [point() | {key: junk} for key in keys]
-    assert "<svg" in write_speed(write(tmp_path, [point(), *each], alternatives=[{"name": junk}])).read_text()
+    assert (
+        "<svg"
+        in write_speed(write(tmp_path, [point(), *each], alternatives=[{"name": junk}])).read_text()
+    )
 
 
 def test_text_of_the_file_is_shown_and_not_run(tmp_path):
     faults = [{"split": HOSTILE, "rate": 0.5, "prompt_tokens": 9, "batch": 1, "fault": HOSTILE}]
-    folder = write(tmp_path, [point(split=HOSTILE), *faults], model=HOSTILE, settings={HOSTILE: HOSTILE},
-                   alternatives=[{"name": "llama.cpp", "fault": HOSTILE}, {"name": HOSTILE, "fault": None}])
+    folder = write(
+        tmp_path,
+        [point(split=HOSTILE), *faults],
+        model=HOSTILE,
+        settings={HOSTILE: HOSTILE},
+        alternatives=[{"name": "llama.cpp", "fault": HOSTILE}, {"name": HOSTILE, "fault": None}],
+    )
     page = Seen(write_speed(folder).read_text())
     assert "script" not in page.tags and "alert(" in page.text
 

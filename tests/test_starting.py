@@ -1,4 +1,5 @@
-"""What an online model starts from: vocabulary coverage, the entropy estimate, LoRA that spares the shallow slice."""
+"""What an online model starts from: vocabulary coverage, the entropy estimate, LoRA that spares the
+shallow slice."""
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from sememe.concepts.quantise import quantise
 def test_the_codebook_sees_every_token_of_the_vocabulary():
     model, ids = tiny_online(), text(4, 60)
     blocks = model._vocabulary(ids, seed=0)
-    assert blocks.shape[1] == 60 and torch.equal(blocks[:, 0], ids[: len(blocks), 0]), "each opens as a text does"
+    assert blocks.shape[1] == 60 and torch.equal(blocks[:, 0], ids[: len(blocks), 0]), (
+        "each opens as a text does"
+    )
     seen = blocks[:, 1:].flatten().tolist()
     assert len(set(seen)) == len(seen) == len(blocks) * 59, "no token twice"
-    assert len(set(model._vocabulary(text(4, 20), seed=0)[:, 1:].flatten().tolist())) == 95, "whole blocks, of 97 tokens"
+    assert len(set(model._vocabulary(text(4, 20), seed=0)[:, 1:].flatten().tolist())) == 95, (
+        "whole blocks, of 97 tokens"
+    )
     assert not torch.equal(blocks, model._vocabulary(ids, seed=1))
 
 
@@ -26,7 +31,11 @@ def test_a_text_longer_than_the_vocabulary_repeats_it():
 
 def test_lora_may_spare_the_shallow_slice():
     model, ids = tiny_online(split=(2, 1, 1), lora_first=2), text(2)
-    layers = {int(name.split("layers.")[1].split(".")[0]) for name, _ in model.named_parameters() if "lora_" in name}
+    layers = {
+        int(name.split("layers.")[1].split(".")[0])
+        for name, _ in model.named_parameters()
+        if "lora_" in name
+    }
     assert layers == {2, 3}
     before = model.shallow_states(ids)
     model.train()
@@ -48,7 +57,8 @@ def test_the_entropy_estimate_is_the_least_squares_fit():
 @pytest.mark.parametrize("kind", ["entropy", "surprise"])
 @torch.no_grad()
 def test_it_is_fitted_to_what_the_base_makes_of_the_text(kind):
-    """On the text it was fitted to, it follows the base's own values; a random base gives a weak but real relation."""
+    """On the text it was fitted to, it follows the base's own values; a random base gives a weak
+    but real relation."""
     model, ids = tiny_online(boundary=kind, lora_rank=0), text(100, 24, seed=3)
     assert model.start_frame(ids)[f"{kind}_explains"] > 0.03
     x = model.codes.normalise(model.shallow_states(ids))
@@ -56,7 +66,10 @@ def test_it_is_fitted_to_what_the_base_makes_of_the_text(kind):
     log_p = F.log_softmax(model.backbone(ids).logits, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)[:, 1:].flatten()
     surprise = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).flatten()
-    assert torch.corrcoef(torch.stack([score, entropy if kind == "entropy" else surprise]))[0, 1] > 0.15
+    assert (
+        torch.corrcoef(torch.stack([score, entropy if kind == "entropy" else surprise]))[0, 1]
+        > 0.15
+    )
 
 
 def test_the_anchor_is_the_least_squares_fit_of_the_token():
@@ -78,6 +91,8 @@ def test_with_an_anchor_the_codes_say_the_rest():
         model.start_frame(ids)
         found = model.start_codes(ids)
         x = model.code_inputs(other)
-        left[anchored] = float((x - quantise(model.codes, model.head, x, soft=False).hard_nD).square().mean())
+        left[anchored] = float(
+            (x - quantise(model.codes, model.head, x, soft=False).hard_nD).square().mean()
+        )
     assert found["anchor_explains"] > 0.03
     assert left[True] < left[False], "on other text"

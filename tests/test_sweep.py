@@ -1,4 +1,5 @@
-"""Sweeps: the grid, shared baselines, what is not done twice, and what goes on after a fault or Ctrl-C."""
+"""Sweeps: the grid, shared baselines, what is not done twice, and what goes on after a fault or
+Ctrl-C."""
 
 import json
 from pathlib import Path
@@ -12,7 +13,15 @@ from sememe.evaluation.quality import layer_share
 from sememe.models import OnlineConfig
 from sememe.training import sweep as sweeps
 from sememe.training.recipe import check_recipe, known_keys
-from sememe.training.sweep import baseline, parse_grid, parse_seeds, plan, split_values, summarise, sweep
+from sememe.training.sweep import (
+    baseline,
+    parse_grid,
+    parse_seeds,
+    plan,
+    split_values,
+    summarise,
+    sweep,
+)
 
 SHORT = {"steps": 4, "save_every": 2, "schedule": {}}
 
@@ -29,7 +38,11 @@ def done(tmp_path_factory, base_folder, texts):
     """A finished sweep over two rates with its baselines: (recipe, folder, what was returned)."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(base_folder, texts) | SHORT))
-    return folder / "tiny.yaml", folder / "runs", go(folder / "tiny.yaml", ["rate=0.5,0.25"], folder / "runs", control=True)
+    return (
+        folder / "tiny.yaml",
+        folder / "runs",
+        go(folder / "tiny.yaml", ["rate=0.5,0.25"], folder / "runs", control=True),
+    )
 
 
 def go(recipe, words, out, **more):
@@ -44,18 +57,29 @@ def stamps(out: Path, name: str) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in out.glob(f"*/{name}")}
 
 
-@pytest.mark.parametrize("text, parts", [
-    ("0.5,0.25", ["0.5", "0.25"]), ("[0,0.1],[0,0.3]", ["[0,0.1]", "[0,0.3]"]), ("one", ["one"]),
-    ("{a: 1, b: [2, 3]},x", ["{a: 1, b: [2, 3]}", "x"]), ('"a,b",c', ['"a,b"', "c"]),
-])
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("0.5,0.25", ["0.5", "0.25"]),
+        ("[0,0.1],[0,0.3]", ["[0,0.1]", "[0,0.3]"]),
+        ("one", ["one"]),
+        ("{a: 1, b: [2, 3]},x", ["{a: 1, b: [2, 3]}", "x"]),
+        ('"a,b",c', ['"a,b"', "c"]),
+    ],
+)
 def test_values_with_commas_stay_whole_in_brackets(text, parts):
     assert split_values(text) == parts
 
 
-@pytest.mark.parametrize("words, said", [
-    (["rate"], "need key=value"), (["rate=0.5,"], "need key=value"), (["=1"], "need key=value"),
-    (["rate=0.5", "rate=0.25"], "given twice.*try: rate=0.5,0.25"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["rate"], "need key=value"),
+        (["rate=0.5,"], "need key=value"),
+        (["=1"], "need key=value"),
+        (["rate=0.5", "rate=0.25"], "given twice.*try: rate=0.5,0.25"),
+    ],
+)
 def test_a_grid_that_cannot_be_read(words, said):
     with pytest.raises(RecipeError, match=said):
         parse_grid(words)
@@ -74,46 +98,113 @@ def names(recipe, words, control=False):
 def test_points_have_readable_names(recipe):
     assert names(recipe, ["steps=4"]) == ["online"]
     assert names(recipe, ["rate=0.5,0.25", "steps=4"]) == ["rate-0.5", "rate-0.25"]
-    assert names(recipe, ["schedule.quantise=[0.1,0.2],[0.3,0.6]"]) == ["schedule.quantise-0.1-0.2", "schedule.quantise-0.3-0.6"]
+    assert names(recipe, ["schedule.quantise=[0.1,0.2],[0.3,0.6]"]) == [
+        "schedule.quantise-0.1-0.2",
+        "schedule.quantise-0.3-0.6",
+    ]
     assert names(recipe, ["boundary=null,fixed", "seed=0,1"]) == [
-        "boundary-null_seed-0", "boundary-null_seed-1", "boundary-fixed_seed-0", "boundary-fixed_seed-1"]
+        "boundary-null_seed-0",
+        "boundary-null_seed-1",
+        "boundary-fixed_seed-0",
+        "boundary-fixed_seed-1",
+    ]
 
 
 def test_baselines_are_trained_once_for_each_setting_that_they_read(recipe):
     assert names(recipe, ["rate=0.5,0.25", "boundary=null,fixed"], True)[:4] == [
-        "control", "skip", "window_rate-0.5", "window_rate-0.25"]
+        "control",
+        "skip",
+        "window_rate-0.5",
+        "window_rate-0.25",
+    ]
     assert len(names(recipe, ["rate=0.5,0.25", "boundary=null,fixed"], True)) == 4 + 4
-    assert names(recipe, ["shallow_window=4,8"], True)[:4] == ["control", "skip", "window_shallow_window-4",
-                                                               "window_shallow_window-8"]
-    by_split = names(recipe, ["split={shallow: 1, middle: 2, deep: 1},{shallow: 1, middle: 1, deep: 2}"], True)
-    assert [name.split("_")[0] for name in by_split[:3]] == ["control", "skip", "skip"] and len(by_split) == 7
+    assert names(recipe, ["shallow_window=4,8"], True)[:4] == [
+        "control",
+        "skip",
+        "window_shallow_window-4",
+        "window_shallow_window-8",
+    ]
+    by_split = names(
+        recipe, ["split={shallow: 1, middle: 2, deep: 1},{shallow: 1, middle: 1, deep: 2}"], True
+    )
+    assert [name.split("_")[0] for name in by_split[:3]] == ["control", "skip", "skip"] and len(
+        by_split
+    ) == 7
     assert names(recipe, ["rate=0.5,0.25", "lora.rank=4,8"], True)[:4] == [
-        "control_lora.rank-4", "control_lora.rank-8", "skip_lora.rank-4", "skip_lora.rank-8"]
+        "control_lora.rank-4",
+        "control_lora.rank-8",
+        "skip_lora.rank-4",
+        "skip_lora.rank-8",
+    ]
     assert names(recipe, ["seed=0,1"], True) == [
-        "control_seed-0", "control_seed-1", "skip_seed-0", "skip_seed-1", "window_seed-0", "window_seed-1", "online_seed-0",
-        "online_seed-1"]
+        "control_seed-0",
+        "control_seed-1",
+        "skip_seed-0",
+        "skip_seed-1",
+        "window_seed-0",
+        "window_seed-1",
+        "online_seed-0",
+        "online_seed-1",
+    ]
     assert names(recipe, ["system=online,control", "rate=0.5,0.25"], True) == [
-        "control", "skip", "window_rate-0.5", "window_rate-0.25", "rate-0.5", "rate-0.25"]
+        "control",
+        "skip",
+        "window_rate-0.5",
+        "window_rate-0.25",
+        "rate-0.5",
+        "rate-0.25",
+    ]
 
 
 def test_no_key_that_the_control_reads_is_taken_from_it():
     """That would make the comparison unequal without a word."""
     split = {"split.shallow", "split.middle", "split.deep"}
-    for system, middle in (("control", set()), ("skip", split | {"bridge", "concept_learning_rate", "calibration_tokens"}),
-                           ("window", split | {"rate", "shallow_window"})):
+    for system, middle in (
+        ("control", set()),
+        ("skip", split | {"bridge", "concept_learning_rate", "calibration_tokens"}),
+        ("window", split | {"rate", "shallow_window"}),
+    ):
         kept = {key for key in known_keys() if not sweeps._ignored(key, sweeps.NOT_READ[system])}
         assert kept >= middle | {
-            "system", "base", "data.train", "data.heldout", "steps", "sequence_length", "batch_size", "gradient_accumulation",
-            "schedule.lora", "lora.rank", "lora.alpha", "lora.dropout", "learning_rate", "precision", "gradient_checkpointing",
+            "system",
+            "base",
+            "data.train",
+            "data.heldout",
+            "steps",
+            "sequence_length",
+            "batch_size",
+            "gradient_accumulation",
+            "schedule.lora",
+            "lora.rank",
+            "lora.alpha",
+            "lora.dropout",
+            "learning_rate",
+            "precision",
+            "gradient_checkpointing",
             "seed",
         }
-        assert {key.partition(".")[0] for key in known_keys()} >= set(sweeps.NOT_READ[system]), "no key that recipes lack"
+        assert {key.partition(".")[0] for key in known_keys()} >= set(sweeps.NOT_READ[system]), (
+            "no key that recipes lack"
+        )
 
 
 def test_a_baseline_keeps_what_it_reads(recipe_values):
-    point = check_recipe(recipe_values | {"seed": 3, "rate": 0.5, "split": {"shallow": 1, "middle": 1, "deep": 2}}, "test")
+    point = check_recipe(
+        recipe_values | {"seed": 3, "rate": 0.5, "split": {"shallow": 1, "middle": 1, "deep": 2}},
+        "test",
+    )
     control, skip = baseline(point, "control"), baseline(point, "skip")
-    for key in ("base", "data", "steps", "sequence_length", "batch_size", "lora", "learning_rate", "seed", "precision"):
+    for key in (
+        "base",
+        "data",
+        "steps",
+        "sequence_length",
+        "batch_size",
+        "lora",
+        "learning_rate",
+        "seed",
+        "precision",
+    ):
         assert getattr(control, key) == getattr(skip, key) == getattr(point, key), key
     assert skip.split == point.split and control.rate == skip.rate == 0.25
 
@@ -122,26 +213,46 @@ def test_sweep_trains_measures_and_compares(done):
     _, out, found = done
     assert read(out / "sweep.json") == found
     assert [run["name"] for run in found["runs"]] == [
-        "control", "skip", "window_rate-0.5", "window_rate-0.25", "rate-0.5", "rate-0.25"]
+        "control",
+        "skip",
+        "window_rate-0.5",
+        "window_rate-0.25",
+        "rate-0.5",
+        "rate-0.25",
+    ]
     figures = {run["name"]: run["figures"] for run in found["runs"]}
     for name in figures:
         kept = read(out / name / "evaluate.json")
         assert all(kept[key] == value for key, value in figures[name].items() if value is not None)
         if name != "control":
-            assert kept["delta_nll_control"] == pytest.approx(kept["nll"] - figures["control"]["nll"], abs=1e-5)
+            assert kept["delta_nll_control"] == pytest.approx(
+                kept["nll"] - figures["control"]["nll"], abs=1e-5
+            )
     assert figures["control"]["layer_share"] == 1.0
-    assert figures["skip"]["layer_share"] == 0.5 and figures["window_rate-0.5"]["layer_share"] == 1.0
-    assert figures["window_rate-0.5"]["nll"] != figures["window_rate-0.25"]["nll"] != figures["control"]["nll"]
+    assert (
+        figures["skip"]["layer_share"] == 0.5 and figures["window_rate-0.5"]["layer_share"] == 1.0
+    )
+    assert (
+        figures["window_rate-0.5"]["nll"]
+        != figures["window_rate-0.25"]["nll"]
+        != figures["control"]["nll"]
+    )
     for name in ("rate-0.5", "rate-0.25"):
-        assert figures[name]["layer_share"] == pytest.approx((2 + 2 * figures[name]["concept_rate"]) / 4)
-    assert figures["rate-0.25"]["concept_rate"] != 0.25, "the share must follow the realised rate, so they have to differ here"
+        assert figures[name]["layer_share"] == pytest.approx(
+            (2 + 2 * figures[name]["concept_rate"]) / 4
+        )
+    assert figures["rate-0.25"]["concept_rate"] != 0.25, (
+        "the share must follow the realised rate, so they have to differ here"
+    )
     assert [run["control"] for run in found["runs"]] == [None, *["control"] * 5]
     assert all(run["fault"] is None for run in found["runs"])
 
 
 def test_layer_share_of_a_split():
     assert layer_share(OnlineConfig(split=(4, 22, 4)), 0.25) == pytest.approx((8 + 22 * 0.25) / 30)
-    assert layer_share(OnlineConfig(split=(4, 22, 4), overlap=True), 0.25) == pytest.approx((4 + 22 * 0.25 + 4 * 1.25) / 30)
+    assert layer_share(OnlineConfig(split=(4, 22, 4), overlap=True), 0.25) == pytest.approx(
+        (4 + 22 * 0.25 + 4 * 1.25) / 30
+    )
     assert layer_share(OnlineConfig(split=(4, 22, 4), overlap=True), 1.0) == 1.0
 
 
@@ -150,8 +261,12 @@ def test_what_is_finished_is_read(done):
     models, measured = stamps(out, "model/model.safetensors"), stamps(out, "evaluate.json")
     assert go(recipe, ["rate=0.5,0.25"], out, control=True) == found
     assert stamps(out, "evaluate.json") == measured
-    again = sweep(recipe, ["rate=0.5,0.25"], out, tokens=128, control=True, say=lambda line: None, show=False)
-    assert all(stamps(out, "evaluate.json")[name] > measured[name] for name in measured), "other tokens: measured again"
+    again = sweep(
+        recipe, ["rate=0.5,0.25"], out, tokens=128, control=True, say=lambda line: None, show=False
+    )
+    assert all(stamps(out, "evaluate.json")[name] > measured[name] for name in measured), (
+        "other tokens: measured again"
+    )
     assert again["points"][0]["mean"]["tokens"] < found["points"][0]["mean"]["tokens"]
     assert stamps(out, "model/model.safetensors") == models, "but nothing is trained again"
     go(recipe, ["rate=0.5,0.25"], out, control=True)
@@ -162,7 +277,9 @@ def test_a_run_of_the_same_recipe_is_found_under_any_name(done):
     models = stamps(out, "model/model.safetensors")
     found = go(recipe, ["rate=0.25,0.5", "head=nearest"], out)
     assert [run["name"] for run in found["runs"]] == ["rate-0.25", "rate-0.5"]
-    assert [run["control"] for run in found["runs"]] == ["control", "control"], "a control of an earlier sweep counts"
+    assert [run["control"] for run in found["runs"]] == ["control", "control"], (
+        "a control of an earlier sweep counts"
+    )
     found = go(recipe, ["max_tail=6", "rate=0.5", "boundary=null"], out)
     assert [run["name"] for run in found["runs"]] == ["rate-0.5"]
     assert stamps(out, "model/model.safetensors") == models
@@ -174,15 +291,30 @@ def test_a_failing_point_is_reported_and_the_rest_goes_on(recipe, tmp_path, monk
 
     def train(asked, run, *args):
         if asked.rate == 0.4:
-            raise TrainingError("the loss is nan at step 1: need a finite one. try: learning_rate=1e-4")
+            raise TrainingError(
+                "the loss is nan at step 1: need a finite one. try: learning_rate=1e-4"
+            )
         if asked.rate == 0.3:
             raise RuntimeError("out of memory\nand more")
         return real(asked, run, *args)
 
     monkeypatch.setattr(sweeps, "train", train)
-    message = sememe("sweep", recipe, "rate=0.4,0.5,0.01,0.3", "--out", tmp_path / "runs", "--tokens", 256, "--json",
-                     tmp_path / "s.json", code=1)
-    assert message.startswith("3 of 4 runs failed, the first is rate-0.4: the loss is nan") and "\n" not in message
+    message = sememe(
+        "sweep",
+        recipe,
+        "rate=0.4,0.5,0.01,0.3",
+        "--out",
+        tmp_path / "runs",
+        "--tokens",
+        256,
+        "--json",
+        tmp_path / "s.json",
+        code=1,
+    )
+    assert (
+        message.startswith("3 of 4 runs failed, the first is rate-0.4: the loss is nan")
+        and "\n" not in message
+    )
     found = read(tmp_path / "s.json")
     assert found == read(tmp_path / "runs" / "sweep.json")
     faults = {run["name"]: run["fault"] for run in found["runs"]}
@@ -191,11 +323,14 @@ def test_a_failing_point_is_reported_and_the_rest_goes_on(recipe, tmp_path, monk
     assert [point["name"] for point in found["points"]] == ["rate-0.5"]
 
 
-@pytest.mark.parametrize("words, more, error, said", [
-    (["rat=0.5,0.25"], {}, RecipeError, "unknown key 'rat'"),
-    (["rate=0.5"], {"data": "missing.txt"}, DataError, "missing.txt does not exist"),
-    (["seed=0,1"], {"seeds": (0, 1)}, RecipeError, "need one of the two"),
-])
+@pytest.mark.parametrize(
+    "words, more, error, said",
+    [
+        (["rat=0.5,0.25"], {}, RecipeError, "unknown key 'rat'"),
+        (["rate=0.5"], {"data": "missing.txt"}, DataError, "missing.txt does not exist"),
+        (["seed=0,1"], {"seeds": (0, 1)}, RecipeError, "need one of the two"),
+    ],
+)
 def test_bad_input_stops_before_anything_is_written(recipe, tmp_path, words, more, error, said):
     with pytest.raises(error, match=said):
         go(recipe, words, tmp_path / "runs", **more)
@@ -228,7 +363,9 @@ def test_ctrl_c_and_the_same_command_goes_on(recipe, tmp_path):
 
 
 def test_seeds_become_one_point_with_a_spread(recipe, tmp_path):
-    printed = sememe("sweep", recipe, "rate=0.5", "--seeds", "0,1", "--out", tmp_path / "runs", "--tokens", 256)
+    printed = sememe(
+        "sweep", recipe, "rate=0.5", "--seeds", "0,1", "--out", tmp_path / "runs", "--tokens", 256
+    )
     found = read(tmp_path / "runs" / "sweep.json")
     assert [run["name"] for run in found["runs"]] == ["online_seed-0", "online_seed-1"]
     (point,), values = found["points"], [run["figures"]["nll"] for run in found["runs"]]
@@ -244,7 +381,10 @@ def test_a_mean_is_over_the_seeds_that_have_the_figure():
     figures = {"a": {"nll": 1.0, "x": None}, "b": {"nll": 3.0, "x": 5.0}, "c": None}
     runs = [run | {"name": name, "figures": found} for name, found in figures.items()]
     (point,) = summarise(runs)
-    assert point["mean"] == {"nll": 2.0, "x": 5.0} and point["spread"] == {"nll": pytest.approx(2**0.5), "x": None}
+    assert point["mean"] == {"nll": 2.0, "x": 5.0} and point["spread"] == {
+        "nll": pytest.approx(2**0.5),
+        "x": None,
+    }
     assert point["runs"] == ["a", "b"]
 
 
@@ -255,7 +395,9 @@ def test_the_command_prints_a_table_and_names_its_files(done, monkeypatch):
     for word in ("control", "skip", "rate-0.5", "rate-0.25", "Δ control", "layers", "sweep.json"):
         assert word in printed, word
     page = (out / "sweep.html").read_text()
-    assert "Quality against compute" in page and page.count("<svg") == 1, "two points and a control are enough to draw"
+    assert "Quality against compute" in page and page.count("<svg") == 1, (
+        "two points and a control are enough to draw"
+    )
     sememe("report", out / "rate-0.5", out, "--json", out.parent / "page.json")
     assert read(out.parent / "page.json") == {"report": str(out / "rate-0.5" / "report.html")}
     assert "Quality against compute" in (out / "rate-0.5" / "report.html").read_text()

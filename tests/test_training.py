@@ -1,4 +1,5 @@
-"""Runs: resume = uninterrupted, golden losses, the control's batches, two processes, and what must stop a run."""
+"""Runs: resume = uninterrupted, golden losses, the control's batches, two processes, and what must
+stop a run."""
 
 import json
 import os
@@ -24,15 +25,25 @@ def test_finished_run_holds_what_is_promised(recipe_values, tmp_path):
     lines = run(recipe_values, tmp_path / "r")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[0]["rate"] == 1.0 and lines[0]["quantise"] == 0.0, "starts as the base"
-    assert lines[-1]["target_rate"] == 0.5 and lines[-1]["quantise"] == 1.0, "ends as the recipe says"
+    assert lines[-1]["target_rate"] == 0.5 and lines[-1]["quantise"] == 1.0, (
+        "ends as the recipe says"
+    )
     assert "heldout_nll" in lines[3] and "code_perplexity" in lines[-1]
-    assert {p.name for p in (tmp_path / "r").iterdir()} >= {"recipe.yaml", "env.json", "metrics.jsonl", "checkpoints", "model"}
+    assert {p.name for p in (tmp_path / "r").iterdir()} >= {
+        "recipe.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+    }
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
     assert (model.config.rate, model.config.quantise) == (0.5, 1.0)
     assert AutoTokenizer.from_pretrained(tmp_path / "r" / "model")("cat").input_ids
     before = (tmp_path / "r" / "metrics.jsonl").read_text()
     run(recipe_values, tmp_path / "r")
-    assert (tmp_path / "r" / "metrics.jsonl").read_text() == before, "a finished run is left as it is"
+    assert (tmp_path / "r" / "metrics.jsonl").read_text() == before, (
+        "a finished run is left as it is"
+    )
 
 
 @pytest.mark.parametrize("system", ["online", "control"])
@@ -45,7 +56,9 @@ def test_resume_is_uninterrupted(recipe_values, tmp_path, system):
     assert not (tmp_path / "parts" / "model").exists()
     resumed = run(values, tmp_path / "parts")
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
-    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    a, b = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -61,12 +74,18 @@ def test_a_cut_off_checkpoint_is_not_resumed_from(recipe_values, tmp_path):
 
 
 def test_golden_losses(recipe_values, tmp_path):
-    """20 steps of the tiny recipe. Renew (SEMEME_RENEW_GOLDEN=1) only with a sentence in the commit that says why.
+    """20 steps of the tiny recipe. Renew (SEMEME_RENEW_GOLDEN=1) only with a sentence in the commit
+    that says why.
 
-    Tolerance: other CPUs and BLAS builds round differently, which 20 steps grow to about 1e-3; a changed mask, rate or
-    schedule moved the losses by 1e-2 and more.
-    """
-    values = {**recipe_values, "steps": 20, "lora": {"rank": 4}, "learning_rate": 1e-2, "save_every": 100}
+    Tolerance: other CPUs and BLAS builds round differently, which 20 steps grow to about 1e-3; a
+    changed mask, rate or schedule moved the losses by 1e-2 and more."""
+    values = {
+        **recipe_values,
+        "steps": 20,
+        "lora": {"rank": 4},
+        "learning_rate": 1e-2,
+        "save_every": 100,
+    }
     losses = [line["loss"] for line in run(values, tmp_path / "r")]
     if os.environ.get("SEMEME_RENEW_GOLDEN"):
         GOLDEN.parent.mkdir(exist_ok=True)
@@ -90,7 +109,8 @@ def test_control_sees_the_same_batches_in_the_same_order(recipe_values, tmp_path
 
 
 def test_gradient_accumulation_is_one_batch(recipe_values, tmp_path):
-    """Equal up to the order of sums (5e-7 seen). The control: the gate tracks its scores batch by batch."""
+    """Equal up to the order of sums (5e-7 seen). The control: the gate tracks its scores batch by
+    batch."""
     values = {**recipe_values, "system": "control", "lora": {"rank": 4}, "batch_size": 4}
     whole = run(values, tmp_path / "whole")
     parts = run({**values, "gradient_accumulation": 2}, tmp_path / "parts")
@@ -98,9 +118,18 @@ def test_gradient_accumulation_is_one_batch(recipe_values, tmp_path):
 
 
 def test_rate_is_realised_in_training_and_on_heldout_text(recipe_values, tmp_path):
-    """Within 5 % relative, counted over the last steps and over held-out text with the gate running free."""
-    values = {**recipe_values, "steps": 24, "batch_size": 8, "sequence_length": 64, "rate": 0.25, "max_tail": 16,
-              "heldout_tokens": 2048, "schedule": {"rate": [0.0, 0.3], "quantise": [0.3, 0.6]}}
+    """Within 5 % relative, counted over the last steps and over held-out text with the gate running
+    free."""
+    values = {
+        **recipe_values,
+        "steps": 24,
+        "batch_size": 8,
+        "sequence_length": 64,
+        "rate": 0.25,
+        "max_tail": 16,
+        "heldout_tokens": 2048,
+        "schedule": {"rate": [0.0, 0.3], "quantise": [0.3, 0.6]},
+    }
     lines = run(values, tmp_path / "r")
     trained = sum(line["rate"] for line in lines[-8:]) / 8
     assert trained == pytest.approx(0.25, rel=0.05)
@@ -153,17 +182,28 @@ def test_texts_that_cannot_be_trained_on(recipe_values, tmp_path):
     same = tmp_path / "copy.txt"
     same.write_text(Path(recipe_values["data"]["train"]).read_text())
     with pytest.raises(DataError, match="holds the same bytes"):
-        run({**recipe_values, "data": {**recipe_values["data"], "heldout": str(same)}}, tmp_path / "r")
+        run(
+            {**recipe_values, "data": {**recipe_values["data"], "heldout": str(same)}},
+            tmp_path / "r",
+        )
     with pytest.raises(RecipeError, match="does not divide"):
         run({**recipe_values, "gradient_accumulation": 3}, tmp_path / "r")
     assert not (tmp_path / "r").exists(), "nothing is written for a run that cannot start"
 
 
 def test_two_processes_train_as_one(recipe_values, tmp_path):
-    """torchrun with 2 ranks: the same losses as one process (1e-6 seen), although one rank's text writes no coded
-    concept (max_tail and a rate so low that a row of 32 tokens holds the sink alone)."""
-    values = {**recipe_values, "lora": {"rank": 4}, "rate": 0.03, "max_tail": 40, "boundary": "fixed", "batch_size": 4,
-              "schedule": {"rate": [0, 0], "quantise": [0, 0]}}
+    """torchrun with 2 ranks: the same losses as one process (1e-6 seen), although one rank's text
+    writes no coded concept (max_tail and a rate so low that a row of 32 tokens holds the sink
+    alone)."""
+    values = {
+        **recipe_values,
+        "lora": {"rank": 4},
+        "rate": 0.03,
+        "max_tail": 40,
+        "boundary": "fixed",
+        "batch_size": 4,
+        "schedule": {"rate": [0, 0], "quantise": [0, 0]},
+    }
     one = run(values, tmp_path / "one")
     process = launch(values, tmp_path / "two", processes=2)
     said = process.communicate(timeout=240)[0]

@@ -12,9 +12,17 @@ from sememe.training.recipe import check_recipe
 LAYERS = 4
 
 
-def windowed(window: int | None, attention: str = "sdpa", family: str = "llama") -> ControlForCausalLM:
+def windowed(
+    window: int | None, attention: str = "sdpa", family: str = "llama"
+) -> ControlForCausalLM:
     base = tiny_base(family)
-    config = ControlConfig(text_config=base.config, base="tiny", lora_rank=0, window=window, attn_implementation=attention)
+    config = ControlConfig(
+        text_config=base.config,
+        base="tiny",
+        lora_rank=0,
+        window=window,
+        attn_implementation=attention,
+    )
     return ControlForCausalLM(config, base).eval()
 
 
@@ -35,7 +43,9 @@ def test_a_token_reaches_as_far_as_the_windows_of_all_layers(attention, window):
 def test_a_window_as_long_as_the_text_is_the_base():
     model, ids = windowed(12), text(2, 12)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, model.backbone(ids).logits, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            model(ids).logits, model.backbone(ids).logits, atol=1e-6, rtol=1e-6
+        )
         assert (model(text(2, 16)).logits - model.backbone(text(2, 16)).logits).abs().max() > 1e-3
 
 
@@ -49,7 +59,9 @@ def test_cached_is_parallel_and_padding_is_not_seen(family):
         for start in (5, 6, 9):
             end = {5: 6, 6: 9, 9: 14}[start]
             mask, cache = torch.ones(1, end, dtype=torch.long), out[CACHE]
-            parts.append(model(ids[:, start:end], attention_mask=mask, cache=cache, use_cache=True).logits)
+            parts.append(
+                model(ids[:, start:end], attention_mask=mask, cache=cache, use_cache=True).logits
+            )
         torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
         padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
         mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], 1)
@@ -69,7 +81,9 @@ def test_a_base_with_its_own_window_is_refused(family):
 
 
 def test_the_window_of_a_recipe_is_the_cache_of_its_concepts(recipe_values):
-    recipe = check_recipe(recipe_values | {"system": "window", "rate": 0.25, "sequence_length": 256}, "test")
+    recipe = check_recipe(
+        recipe_values | {"system": "window", "rate": 0.25, "sequence_length": 256}, "test"
+    )
     assert recipe.window((4, 22, 4)) == round(256 * (4 + 26 * 0.25) / 30) - 1
     assert recipe.model_copy(update={"shallow_window": 7}).window((4, 22, 4)) == 7
     assert recipe.model_copy(update={"sequence_length": 8, "rate": 0.01}).window((1, 62, 1)) == 1

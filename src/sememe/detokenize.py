@@ -7,16 +7,19 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def decode(tokenizer, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-    """The text of ids. Spaces before full stops stay, or the text of some would not begin the text of more."""
-    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    """The text of ids. Spaces before full stops stay, or the text of some would not begin the text
+    of more."""
+    return tokenizer.decode(
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
 
 
 class Detokenizer:
     """Tokens come one by one, and each gives the text that it completes.
 
-    A character of several tokens comes with the last of them, the others give ''. Each is decoded behind what came just before
-    it: alone, a word of a SentencePiece vocabulary loses the space that it begins with.
-    """
+    A character of several tokens comes with the last of them, the others give ''. Each is decoded
+    behind what came just before it: alone, a word of a SentencePiece vocabulary loses the space
+    that it begins with."""
 
     def __init__(self, tokenizer, skip_special_tokens: bool = False):
         self.tokenizer = tokenizer
@@ -36,12 +39,15 @@ class Detokenizer:
     def rest(self) -> str:
         """The text that is held back, half characters as the tokenizer decodes them."""
         known = decode(self.tokenizer, self.before, self.skip_special_tokens)
-        return decode(self.tokenizer, self.before + self.held, self.skip_special_tokens)[len(known):]
+        return decode(self.tokenizer, self.before + self.held, self.skip_special_tokens)[
+            len(known) :
+        ]
 
 
 def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of ids cut into one piece a token, special tokens among them: put together, the pieces are the whole text. Half
-    characters at its ends, where a block of tokens was cut out of a longer text, are left out."""
+    """The text of ids cut into one piece a token, special tokens among them: put together, the
+    pieces are the whole text. Half characters at its ends, where a block of tokens was cut out of a
+    longer text, are left out."""
     whole = decode(tokenizer, ids)
     first = len(whole) - len(whole.lstrip(INCOMPLETE))
     last = len(whole.rstrip(INCOMPLETE))
@@ -49,8 +55,9 @@ def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     cut: list[str] = []
     at = 0
     for token in ids:
-        # Only the length: of bytes that are no character, what comes later may change how a tokenizer decodes them.
+        # Only the length: of bytes that are no character, what comes later may change how a
+        # tokenizer decodes them.
         end = at + len(stream.add(token))
-        cut.append(whole[max(at, first):end])
+        cut.append(whole[max(at, first) : end])
         at = end
-    return [*cut[:-1], cut[-1] + whole[max(at, first):last]] if cut else []
+    return [*cut[:-1], cut[-1] + whole[max(at, first) : last]] if cut else []

@@ -2,10 +2,10 @@
 
 
 class SememeError(Exception):
-    """A fault that the user can mend. The command line prints it without a traceback and exits with 1.
+    """A fault that the user can mend. The command line prints it without a traceback and exits with
+    1.
 
-    Write the message as one sentence that names what was got, what is needed and what to try.
-    """
+    Write the message as one sentence that names what was got, what is needed and what to try."""
 
 
 class RecipeError(SememeError):

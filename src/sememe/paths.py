@@ -1,4 +1,5 @@
-"""What a user names on disk: whether it can be a path and is there, what tells a text from others, how it is printed."""
+"""What a user names on disk: whether it can be a path and is there, what tells a text from others,
+how it is printed."""
 
 import hashlib
 from pathlib import Path
@@ -11,8 +12,8 @@ SHOWN = 80  # characters of a name in a message
 def usable(name: str | Path) -> Path:
     """The path that a user names, `~` expanded, whether or not it is there.
 
-    Raises SememeError for what no path can be (too long, a `~user` that is unknown, a NUL), or may not be looked at.
-    """
+    Raises SememeError for what no path can be (too long, a `~user` that is unknown, a NUL), or may
+    not be looked at."""
     try:
         path = Path(name).expanduser()
         path.stat()
@@ -20,16 +21,18 @@ def usable(name: str | Path) -> Path:
         return path
     except (OSError, RuntimeError, ValueError) as fault:
         why = getattr(fault, "strerror", None) or str(fault)
-        raise SememeError(f"{shown(name)} cannot be used as a path ({why}): need that of a file or folder. "
-                          "try: a shorter name, in a folder of your own") from fault
+        raise SememeError(
+            f"{shown(name)} cannot be used as a path ({why}): need that of a file or folder. "
+            "try: a shorter name, in a folder of your own"
+        ) from fault
     return path
 
 
 def existing(name: str | Path) -> Path | None:
-    """The path that a user names, `~` expanded, where something is there; None for any other text, of any length.
+    """The path that a user names, `~` expanded, where something is there; None for any other text,
+    of any length.
 
-    Raises SememeError where it may not be looked at.
-    """
+    Raises SememeError where it may not be looked at."""
     try:
         path = usable(name)
     except SememeError as error:
@@ -46,20 +49,23 @@ def shown(name: str | Path) -> str:
 
 
 def locate(source: str, field: str = "text") -> tuple[Path | None, str, str]:
-    """The file that a source names (None where there is none), its name and the field: `file.jsonl#response` names one, but a
-    file may have a # in its own name."""
+    """The file that a source names (None where there is none), its name and the field:
+    `file.jsonl#response` names one, but a file may have a # in its own name."""
     name, _, named = source.rpartition("#")
     path = existing(source)
     if path is None and name and named:
         path = existing(name)
-        if path is not None or "/" not in named:  # else the # is in a folder's name, and nothing is there
+        if (
+            path is not None or "/" not in named
+        ):  # else the # is in a folder's name, and nothing is there
             source, field = name, named
     return path, source, field
 
 
 def source_sha256(source: str) -> str:
-    """What tells a source from others, under any name: sha256 of the bytes of the file and of the field that is read; of a
-    datasets id, of its name. Raises DataError where the file cannot be read."""
+    """What tells a source from others, under any name: sha256 of the bytes of the file and of the
+    field that is read; of a datasets id, of its name. Raises DataError where the file cannot be
+    read."""
     path, name, field = locate(source)
     if path is None or path.is_dir():
         return hashlib.sha256(f"{name}#{field}".encode("utf-8", "surrogatepass")).hexdigest()
@@ -74,4 +80,6 @@ def source_sha256(source: str) -> str:
 
 def unreadable(source: str, fault: OSError) -> DataError:
     """The sentence for a file that is there and cannot be read."""
-    return DataError(f"{source} cannot be read ({fault}): need a readable file. try: check its permissions")
+    return DataError(
+        f"{source} cannot be read ({fault}): need a readable file. try: check its permissions"
+    )

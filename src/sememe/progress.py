@@ -1,4 +1,5 @@
-"""Progress bars: one place for how they look on a terminal and where there is none. Imports nothing large."""
+"""Progress bars: one place for how they look on a terminal and where there is none. Imports nothing
+large."""
 
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ class _Lines(std.tqdm):
         def write(text: str) -> None:
             if text:
                 print(text, file=file, flush=True)
+
         return write
 
     def moveto(self, n: int) -> None:
@@ -28,13 +30,18 @@ class _Lines(std.tqdm):
 
 def bar(**options: Any) -> std.tqdm:
     """A tqdm on stderr, with the time that is left."""
-    if sys.stderr.isatty() or not issubclass(auto.tqdm, std.tqdm) or "notebook" in auto.tqdm.__module__:
+    if (
+        sys.stderr.isatty()
+        or not issubclass(auto.tqdm, std.tqdm)
+        or "notebook" in auto.tqdm.__module__
+    ):
         return auto.tqdm(**options)
     return _Lines(**options | {"mininterval": 30, "miniters": 1})
 
 
 def leave_out(seconds: float) -> None:
-    """What took this long since the last step, and comes once, tells the bars that stand nothing of their further steps."""
+    """What took this long since the last step, and comes once, tells the bars that stand nothing of
+    their further steps."""
     for shown in list(std.tqdm._instances):
         if not shown.disable:
             shown.start_t += seconds
@@ -42,7 +49,8 @@ def leave_out(seconds: float) -> None:
 
 
 def advance(shown: std.tqdm, amount: float, reused: bool) -> None:
-    """Moves a bar. What an earlier run of the same command has done tells nothing of the time that is left."""
+    """Moves a bar. What an earlier run of the same command has done tells nothing of the time that
+    is left."""
     if not reused:
         shown.update(amount)
     elif not shown.disable:

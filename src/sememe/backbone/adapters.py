@@ -12,18 +12,36 @@ from sememe.errors import RecipeError
 
 
 def linear_names(decoder: nn.Module) -> list[str]:
-    """Leaf names of the linears inside the decoder's layers (q_proj, …, down_proj; fused ones where a family has
-    them). `all-linear` of peft would take the concept head as well."""
-    adapted = [name for name, module in decoder.layers.named_modules() if isinstance(module, BaseTunerLayer)]
-    plain = [name for name, module in decoder.layers.named_modules() if isinstance(module, nn.Linear)]
+    """Leaf names of the linears inside the decoder's layers (q_proj, …, down_proj; fused ones where
+    a family has them). `all-linear` of peft would take the concept head as well."""
+    adapted = [
+        name
+        for name, module in decoder.layers.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    plain = [
+        name for name, module in decoder.layers.named_modules() if isinstance(module, nn.Linear)
+    ]
     inside = tuple(f"{name}." for name in adapted)
-    return sorted({name.rsplit(".", 1)[-1] for name in (*adapted, *(p for p in plain if not p.startswith(inside)))})
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name in (*adapted, *(p for p in plain if not p.startswith(inside)))
+        }
+    )
 
 
-def add_lora(base: nn.Module, rank: int, alpha: float, dropout: float, first: int = 0, last: int | None = None,
-             name: str = "default") -> None:
-    """Puts an adapter `name` into the layers `first` … `last` - 1 of `base`, in place. Adapters are trainable, everything else
-    is frozen."""
+def add_lora(
+    base: nn.Module,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    first: int = 0,
+    last: int | None = None,
+    name: str = "default",
+) -> None:
+    """Puts an adapter `name` into the layers `first` … `last` - 1 of `base`, in place. Adapters are
+    trainable, everything else is frozen."""
     for key, p in base.named_parameters():
         if "lora_" not in key:
             p.requires_grad_(False)
@@ -31,13 +49,21 @@ def add_lora(base: nn.Module, rank: int, alpha: float, dropout: float, first: in
         return
     names = linear_names(base.get_decoder())
     if not names:
-        raise RecipeError("found no nn.Linear in the layers of this base: need one for LoRA. try: lora.rank=0")
+        raise RecipeError(
+            "found no nn.Linear in the layers of this base: need one for LoRA. try: lora.rank=0"
+        )
     layers = "|".join(str(i) for i in list(range(len(base.get_decoder().layers)))[first:last])
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
-                        target_modules=rf".*\.layers\.({layers})\..*\.({'|'.join(names)})")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=rf".*\.layers\.({layers})\..*\.({'|'.join(names)})",
+    )
     trained = {key for key, p in base.named_parameters() if p.requires_grad}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
+        warnings.filterwarnings(
+            "ignore", "Already found a `peft_config`"
+        )  # a second adapter is what is wanted
         inject_adapter_in_model(config, base, adapter_name=name)
     for key, p in base.named_parameters():  # peft leaves gradients to the adapter that came last
         if key in trained:
@@ -46,8 +72,9 @@ def add_lora(base: nn.Module, rank: int, alpha: float, dropout: float, first: in
 
 @contextlib.contextmanager
 def adapter(base: nn.Module, name: str):
-    """`base` with the adapter of that name alone; layers that have none of it run as they were. peft's own switch would also
-    turn the others' gradients off, which a graph that went through them still needs."""
+    """`base` with the adapter of that name alone; layers that have none of it run as they were.
+    peft's own switch would also turn the others' gradients off, which a graph that went through
+    them still needs."""
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
@@ -61,7 +88,8 @@ def adapter(base: nn.Module, name: str):
 
 @contextlib.contextmanager
 def without_lora(base: nn.Module):
-    """`base` as it was before LoRA. peft's own switch would also turn the adapters' gradients off."""
+    """`base` as it was before LoRA. peft's own switch would also turn the adapters' gradients
+    off."""
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer._disable_adapters = True

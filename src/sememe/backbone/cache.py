@@ -1,9 +1,9 @@
-"""A transformers Cache whose layers keep all tokens (shallow), concepts (middle), concepts + tail (deep).
+"""A transformers Cache whose layers keep all tokens (shallow), concepts (middle), concepts + tail
+(deep).
 
-Keys and values are written at (row, slot) of preallocated buffers. Shallow slots are the columns of the text, middle
-slots the ranks of the concepts, deep slots `[concepts…, tail…]`: a new concept takes the first tail slot and the
-tail's length falls to 0, so dropping a tail moves no memory.
-"""
+Keys and values are written at (row, slot) of preallocated buffers. Shallow slots are the columns of
+the text, middle slots the ranks of the concepts, deep slots `[concepts…, tail…]`: a new concept
+takes the first tail slot and the tail's length falls to 0, so dropping a tail moves no memory."""
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ GROWTH = 32  # slots added when a buffer is full: one copy in 32 tokens, and few
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, (B, heads, capacity + 1, head_dim); the last slot takes what is not kept."""
+    """Keys and values of one layer, (B, heads, capacity + 1, head_dim); the last slot takes what is
+    not kept."""
 
     is_sliding = False
     is_compileable = False
@@ -27,12 +28,16 @@ class SlotLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         rows = self.lane.position.shape[0]
         self.keys, self.values = (
-            x.new_zeros(rows, x.shape[1], self.lane.capacity + 1, x.shape[3]) for x in (key_states, value_states)
+            x.new_zeros(rows, x.shape[1], self.lane.capacity + 1, x.shape[3])
+            for x in (key_states, value_states)
         )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Writes (b, heads, n, head_dim) at the lane's slots; returns what this step's queries may look at."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Writes (b, heads, n, head_dim) at the lane's slots; returns what this step's queries may
+        look at."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         lane = self.lane
@@ -51,7 +56,11 @@ class SlotLayer(CacheLayerMixin):
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         slot = self.lane.slot
-        rows = torch.arange(self.keys.shape[0], device=slot.device) if self.lane.rows is None else self.lane.rows
+        rows = (
+            torch.arange(self.keys.shape[0], device=slot.device)
+            if self.lane.rows is None
+            else self.lane.rows
+        )
         self.keys[rows[:, None], :, slot] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[rows[:, None], :, slot] = value_states.transpose(1, 2).to(self.values.dtype)
 
@@ -84,10 +93,9 @@ def _grow(x: Tensor, size: int) -> Tensor:
 class SliceCache:
     """What the layers of one slice share: which slot is whose.
 
-    `position`, `valid`: (B, capacity + 1) of each slot. `used`: slots that any row uses after this step's write.
-    `expected`: slots to make room for when it grows next. `slot`, `rows`, `before`: the plan of the step in progress, see
-    `plan`.
-    """
+    `position`, `valid`: (B, capacity + 1) of each slot. `used`: slots that any row uses after this
+    step's write. `expected`: slots to make room for when it grows next. `slot`, `rows`, `before`:
+    the plan of the step in progress, see `plan`."""
 
     def __init__(self, layers: int, batch: int, device: torch.device):
         self.capacity, self.used, self.expected = 0, 0, 0
@@ -96,23 +104,38 @@ class SliceCache:
         self.layers = [SlotLayer(self) for _ in range(layers)]
         self.slot = self.rows = self.before = None
 
-    def plan(self, slot: Tensor, position: Tensor, used: int, rows: Tensor | None = None, keep_before: bool = False,
-             length_B: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def plan(
+        self,
+        slot: Tensor,
+        position: Tensor,
+        used: int,
+        rows: Tensor | None = None,
+        keep_before: bool = False,
+        length_B: np.ndarray | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Sets where the next (b, n) entries go (slot -1: not kept) before the slice's layers run.
 
-        `rows`: the rows of the batch that take part, None for all. `keep_before`: queries see the slots as they were
-        before, followed by the new entries (a chunk in which tails die before its end); else the slots after writing.
-        `length_B`: slots in use in each row from now on (a dropped tail ends its slots' validity); None: those written.
-        Returns position and validity of the cached slots that the queries see.
-        """
+        `rows`: the rows of the batch that take part, None for all. `keep_before`: queries see the
+        slots as they were before, followed by the new entries (a chunk in which tails die before
+        its end); else the slots after writing. `length_B`: slots in use in each row from now on (a
+        dropped tail ends its slots' validity); None: those written. Returns position and validity
+        of the cached slots that the queries see."""
         self.before = self.used if keep_before else None
-        old = (self.position[:, : self.used].clone(), self.valid[:, : self.used].clone()) if keep_before else None
+        old = (
+            (self.position[:, : self.used].clone(), self.valid[:, : self.used].clone())
+            if keep_before
+            else None
+        )
         if used > self.capacity:
             self.capacity = max(used + (0 if self.used == 0 else GROWTH), self.expected)
-            self.position, self.valid = (_grow(x, self.capacity + 1) for x in (self.position, self.valid))
+            self.position, self.valid = (
+                _grow(x, self.capacity + 1) for x in (self.position, self.valid)
+            )
         self.slot = torch.where(slot < 0, self.capacity, slot)
         self.rows, self.used = rows, used
-        row_index = torch.arange(self.position.shape[0], device=slot.device) if rows is None else rows
+        row_index = (
+            torch.arange(self.position.shape[0], device=slot.device) if rows is None else rows
+        )
         self.position[row_index[:, None], self.slot] = position
         if length_B is None:
             self.valid[row_index[:, None], self.slot] = slot >= 0
@@ -129,20 +152,31 @@ class SliceCache:
 
 
 class ConceptCache(Cache):
-    """The online model's cache. Row state that decides about the next token lives here too, so that beams, batches
-    and continued generation carry it along: the gate's counters, the last shallow and concept states, what the open
-    segment has summed up, the ids written so far.
-    """
+    """The online model's cache. Row state that decides about the next token lives here too, so that
+    beams, batches and continued generation carry it along: the gate's counters, the last shallow
+    and concept states, what the open segment has summed up, the ids written so far."""
 
-    def __init__(self, split: tuple[int, int, int], batch: int, device: torch.device, gate_state, width: int,
-                 segment_width: int | None = None):
+    def __init__(
+        self,
+        split: tuple[int, int, int],
+        batch: int,
+        device: torch.device,
+        gate_state,
+        width: int,
+        segment_width: int | None = None,
+    ):
         self.shallow, self.middle, self.deep = (SliceCache(n, batch, device) for n in split)
         super().__init__(layers=[*self.shallow.layers, *self.middle.layers, *self.deep.layers])
         self.gate_state = gate_state
         self.tail = np.zeros(batch, np.int64)  # normal tokens in each row's deep tail
         self.last_hidden_BD = torch.zeros(batch, width, device=device)
-        self.last_concept_BD = torch.zeros(batch, width, device=device)  # its middle state, for the bridge
-        self.open_segment = torch.zeros(batch, segment_width or width, device=device), torch.zeros(batch, device=device)
+        self.last_concept_BD = torch.zeros(
+            batch, width, device=device
+        )  # its middle state, for the bridge
+        self.open_segment = (
+            torch.zeros(batch, segment_width or width, device=device),
+            torch.zeros(batch, device=device),
+        )
         self.padded = False
         self._ids = torch.empty(batch, 0, dtype=torch.long, device=device)
         self._columns = 0
@@ -153,15 +187,17 @@ class ConceptCache(Cache):
         return self.gate_state.concepts
 
     def expect(self, tokens: int, concepts: int, window: int | None) -> None:
-        """Room for a prompt that comes in chunks, at once: a cache that grew with each would be copied as often, and leave
-        holes of its former sizes in the heap. `window`: the shallow slice's."""
+        """Room for a prompt that comes in chunks, at once: a cache that grew with each would be
+        copied as often, and leave holes of its former sizes in the heap. `window`: the shallow
+        slice's."""
         shallow = self.shallow.used + tokens
         self.shallow.expected = min(shallow, window + 1) if window else shallow
         for lane in (self.middle, self.deep):  # the deep tail, too, is in the reserve
             lane.expected = lane.used + concepts + GROWTH
 
     def record(self, ids_BT: Tensor) -> None:
-        """Keeps the ids written in this step (codes of `models.online.OnlineOutput.concept_ids`)."""
+        """Keeps the ids written in this step (codes of
+        `models.online.OnlineOutput.concept_ids`)."""
         end = self._columns + ids_BT.shape[1]
         if end > self._ids.shape[1]:
             room = self._ids.new_empty(self._ids.shape[0], end + GROWTH - self._ids.shape[1])
@@ -176,7 +212,12 @@ class ConceptCache(Cache):
 
     def bytes(self) -> int:
         """Bytes of all keys and values, summed from the tensors."""
-        return sum(x.nbytes for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values))
+        return sum(
+            x.nbytes
+            for layer in self.layers
+            if layer.is_initialized
+            for x in (layer.keys, layer.values)
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._columns
@@ -190,20 +231,26 @@ class ConceptCache(Cache):
             lane.take_rows(rows)
         self.gate_state = self.gate_state.select(host)
         self.tail, self._ids = self.tail[host], self._ids[rows]
-        self.last_hidden_BD, self.last_concept_BD = self.last_hidden_BD[rows], self.last_concept_BD[rows]
+        self.last_hidden_BD, self.last_concept_BD = (
+            self.last_hidden_BD[rows],
+            self.last_concept_BD[rows],
+        )
         self.open_segment = tuple(x[rows] for x in self.open_segment)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._take_rows(beam_idx.to(self._ids.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._take_rows(torch.arange(len(self._ids), device=self._ids.device).repeat_interleave(repeats))
+        self._take_rows(
+            torch.arange(len(self._ids), device=self._ids.device).repeat_interleave(repeats)
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._take_rows(torch.as_tensor(indices, device=self._ids.device))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: dropped tails cannot come back, so neither assisted nor contrastive decoding can roll back."""
+        """Refused: dropped tails cannot come back, so neither assisted nor contrastive decoding can
+        roll back."""
         raise ValueError(
             "a concept cache cannot be cropped: tails that a concept closed are gone. "
             "try: generate without assistant_model / prompt_lookup_num_tokens"
@@ -214,7 +261,8 @@ class ConceptCache(Cache):
 
 
 def deep_slots(written: np.ndarray, valid: np.ndarray, concepts: np.ndarray, tail: np.ndarray):
-    """Deep-cache slots of a chunk, (B, T), -1 where an entry dies before the chunk ends; and the tails after it."""
+    """Deep-cache slots of a chunk, (B, T), -1 where an entry dies before the chunk ends; and the
+    tails after it."""
     rank = concepts[:, None] + np.cumsum(written, 1) - 1
     after_last = np.cumsum(written[:, ::-1], 1)[:, ::-1] == 0  # no concept at or after this place
     normal = valid & after_last
@@ -225,12 +273,14 @@ def deep_slots(written: np.ndarray, valid: np.ndarray, concepts: np.ndarray, tai
 
 
 def ring_slots(valid: np.ndarray, tokens: np.ndarray, window: int):
-    """Shallow-cache slots of a chunk where only the first token of a text and the last `window` are kept, (B, T): -1 for
-    padding and for what falls out before the chunk ends; and (B,) slots in use after it.
+    """Shallow-cache slots of a chunk where only the first token of a text and the last `window` are
+    kept, (B, T): -1 for padding and for what falls out before the chunk ends; and (B,) slots in use
+    after it.
 
-    `tokens`: (B,) real tokens before the chunk.
-    """
+    `tokens`: (B,) real tokens before the chunk."""
     place = tokens[:, None] + np.cumsum(valid, 1) - 1
     total = tokens + valid.sum(1)
     kept = valid & ((place == 0) | (place >= total[:, None] - window))
-    return np.where(kept, np.where(place == 0, 0, 1 + (place - 1) % window), -1), np.minimum(total, window + 1)
+    return np.where(kept, np.where(place == 0, 0, 1 + (place - 1) % window), -1), np.minimum(
+        total, window + 1
+    )

@@ -1,9 +1,10 @@
-"""What transformers calls things, in one place: its releases differ in the name of the cache and of checkpointing.
+"""What transformers calls things, in one place: its releases differ in the name of the cache and of
+checkpointing.
 
-From 5.24 on the cache is `cache`; before it was `past_key_values` (`cache_params` in state-space models). Layers take the old
-name until 5.40 and `generate` until 6.0, and what a `**kwargs` swallows is lost without an error: a model then decodes every
-token without what stands before it. So each call goes by the name in the signature, and what a model does not know is refused.
-"""
+From 5.24 on the cache is `cache`; before it was `past_key_values` (`cache_params` in state-space
+models). Layers take the old name until 5.40 and `generate` until 6.0, and what a `**kwargs`
+swallows is lost without an error: a model then decodes every token without what stands before it.
+So each call goes by the name in the signature, and what a model does not know is refused."""
 
 import difflib
 import inspect
@@ -20,9 +21,19 @@ from sememe.errors import BaseError
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # That of this release: of the outputs, and of what `generate` hands from step to step.
-CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
-# What generate, the Trainer, pipelines and tokenizers pass to `forward`, and what is used if it is there.
-FORWARD = ("return_dict", "token_type_ids", "num_items_in_batch", "output_attentions", "output_hidden_states", "use_cache")
+CACHE = next(
+    name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)}
+)
+# What generate, the Trainer, pipelines and tokenizers pass to `forward`, and what is used if it is
+# there.
+FORWARD = (
+    "return_dict",
+    "token_type_ids",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "use_cache",
+)
 
 
 @lru_cache
@@ -41,8 +52,11 @@ def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
         return {}
     name = next((name for name in CACHE_NAMES if name in parameters(type(module))), None)
     if name is None:
-        raise BaseError(f"{type(module).__name__}.forward names no cache: need one of {', '.join(CACHE_NAMES)}. try: a Llama, "
-                        "Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base, or another release of transformers")
+        raise BaseError(
+            f"{type(module).__name__}.forward names no cache: need one of "
+            f"{', '.join(CACHE_NAMES)}. try: a Llama, "
+            "Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base, or another release of transformers"
+        )
     return {name: cache}
 
 
@@ -55,7 +69,10 @@ def take_cache(cache: Any, named: dict[str, Any]) -> Any:
     others = [value for name in CACHE_NAMES if (value := named.pop(name, None)) is not None]
     caches = [*([] if cache is None else [cache]), *others]
     if any(other is not caches[0] for other in caches):
-        raise ValueError(f"got two caches under the names {', '.join(CACHE_NAMES)}: need one. try: {CACHE}=… alone")
+        raise ValueError(
+            f"got two caches under the names {', '.join(CACHE_NAMES)}: need one. try: {CACHE}=… "
+            "alone"
+        )
     return caches[0] if caches else None
 
 
@@ -68,30 +85,42 @@ def name_cache(named: dict[str, Any]) -> Any:
 
 
 def refuse_unknown(named: dict[str, Any], known: Iterable[str], what: str) -> None:
-    """Raises ValueError for arguments of `what` that it would not use, with the nearest name that it knows. None asks for
-    nothing."""
+    """Raises ValueError for arguments of `what` that it would not use, with the nearest name that
+    it knows. None asks for nothing."""
     known = set(known)
     for name, value in named.items():
         if name not in known and value is not None:
             near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"{what} got {name}, which it does not know and would ignore: need an argument of its own. "
-                             f"try: {near[0] + '=…' if near else 'leave it out'}")
+            raise ValueError(
+                f"{what} got {name}, which it does not know and would ignore: need an argument of "
+                "its own. "
+                f"try: {near[0] + '=…' if near else 'leave it out'}"
+            )
 
 
-def check_places(length: int, attention_mask: Tensor | None, position_ids: Tensor | None, seen: int) -> None:
-    """Raises ValueError where `length` new tokens do not go on from the `seen` ones in the cache: a step of a longer text whose
-    cache was lost, or several texts in one row. One token beside a cache is not looked at: it costs a synchronisation.
+def check_places(
+    length: int, attention_mask: Tensor | None, position_ids: Tensor | None, seen: int
+) -> None:
+    """Raises ValueError where `length` new tokens do not go on from the `seen` ones in the cache: a
+    step of a longer text whose cache was lost, or several texts in one row. One token beside a
+    cache is not looked at: it costs a synchronisation.
 
     Args:
         attention_mask: (B, seen + length), 0 on padding.
-        position_ids: (B, length).
-    """
+        position_ids: (B, length)."""
     if length == 0:
-        raise ValueError(f"got no new token ({seen} are in the cache): need at least one. try: a prompt that goes on from what "
-                         "the cache has read, or a new cache")
+        raise ValueError(
+            f"got no new token ({seen} are in the cache): need at least one. try: a prompt that "
+            "goes on from what "
+            "the cache has read, or a new cache"
+        )
     if attention_mask is not None and attention_mask.shape[1] != seen + length:
-        raise ValueError(f"attention_mask is {attention_mask.shape[1]} wide, for {length} new tokens and {seen} in the cache: "
-                         f"need {seen + length}. try: the mask of the whole text, and the cache that its beginning was read into")
+        raise ValueError(
+            f"attention_mask is {attention_mask.shape[1]} wide, for {length} new tokens and {seen} "
+            "in the cache: "
+            f"need {seen + length}. try: the mask of the whole text, and the cache that its "
+            "beginning was read into"
+        )
     if position_ids is None or (seen and length == 1):
         return
     position_BT = position_ids.cpu()
@@ -99,15 +128,26 @@ def check_places(length: int, attention_mask: Tensor | None, position_ids: Tenso
     if attention_mask is not None:
         real_BT = attention_mask[:, -length:].bool().cpu()
     if ((position_BT.diff(dim=1) <= 0) & real_BT[:, 1:] & real_BT[:, :-1]).any():
-        raise ValueError("position_ids start again within a row, as in packed texts: need one text a row, since concepts of one "
-                         "text would be read by the next. try: a row for each, padded, with its attention_mask")
+        raise ValueError(
+            "position_ids start again within a row, as in packed texts: need one text a row, since "
+            "concepts of one "
+            "text would be read by the next. try: a row for each, padded, with its attention_mask"
+        )
     first_BT = real_BT & (real_BT.cumsum(1) == 1)
     if not seen and int((position_BT * first_BT).max()) > 0:
-        raise ValueError(f"position_ids begin at {int((position_BT * first_BT).max())} and there is no cache of what is before: "
-                         f"need 0 at a text's first token. try: {CACHE}=…, or the whole text")
+        raise ValueError(
+            f"position_ids begin at {int((position_BT * first_BT).max())} and there is no cache of "
+            "what is before: "
+            f"need 0 at a text's first token. try: {CACHE}=…, or the whole text"
+        )
 
 
 def set_checkpointing(model: nn.Module, enable: bool = True, *settings: Any) -> None:
-    """Whether activations of the layers are computed again in the backward pass. Renamed in 5.24; the old name goes in 6.0."""
-    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    """Whether activations of the layers are computed again in the backward pass. Renamed in 5.24;
+    the old name goes in 6.0."""
+    name = (
+        "activation_checkpointing"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient_checkpointing"
+    )
     getattr(model, f"{name}_{'enable' if enable else 'disable'}")(*settings)

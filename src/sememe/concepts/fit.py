@@ -1,4 +1,5 @@
-"""Linear fits that start new modules from a base's own states: (N, F) features, (N, M) targets → weights."""
+"""Linear fits that start new modules from a base's own states: (N, F) features, (N, M) targets →
+weights."""
 
 import torch
 from torch import Tensor
@@ -13,7 +14,11 @@ def linear_fit(x_NF: Tensor, y_NM: Tensor, penalty: float = 0.01) -> tuple[Tenso
     x_mean, y_mean = x_NF.mean(0), y_NM.mean(0)
     x_NF, y_NM = x_NF - x_mean, y_NM - y_mean
     gram_FF = x_NF.T @ x_NF
-    gram_FF += penalty * gram_FF.diagonal().mean() * torch.eye(len(gram_FF), dtype=gram_FF.dtype, device=gram_FF.device)
+    gram_FF += (
+        penalty
+        * gram_FF.diagonal().mean()
+        * torch.eye(len(gram_FF), dtype=gram_FF.dtype, device=gram_FF.device)
+    )
     weight_FM = torch.linalg.solve(gram_FF, x_NF.T @ y_NM)
     return weight_FM, y_mean - x_mean @ weight_FM, y_NM - x_NF @ weight_FM
 

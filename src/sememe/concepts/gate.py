@@ -1,10 +1,9 @@
 """Rate control: (B, T) scores → (B, T) write decisions at a wanted concept rate, one causal pass.
 
-Three things hold the number of concepts and the run of NULLs:
-a threshold read off the tracked distribution of scores, a small correction by what the row owes so far
-(so that a text unlike the training text, or one that the model writes itself, still realises the rate),
-and a forced concept after `max_tail` NULLs in a row. Decisions at `t` use scores ≤ `t` only.
-"""
+Three things hold the number of concepts and the run of NULLs: a threshold read off the tracked
+distribution of scores, a small correction by what the row owes so far (so that a text unlike the
+training text, or one that the model writes itself, still realises the rate), and a forced concept
+after `max_tail` NULLs in a row. Decisions at `t` use scores ≤ `t` only."""
 
 from dataclasses import dataclass
 
@@ -19,7 +18,8 @@ GRID = 129  # points of the tracked score distribution: 0.8 % of probability apa
 
 @dataclass
 class GateState:
-    """What a row must remember between chunks; (B,) arrays on the host. `sum`: of the scores since the last concept."""
+    """What a row must remember between chunks; (B,) arrays on the host. `sum`: of the scores since
+    the last concept."""
 
     tokens: np.ndarray
     concepts: np.ndarray
@@ -45,12 +45,18 @@ def decide(
     state: GateState,
     accumulates: bool = False,
 ) -> tuple[np.ndarray, GateState]:
-    """Which positions write a concept. Host arrays: the loop is sequential in T and costs microseconds a token.
+    """Which positions write a concept. Host arrays: the loop is sequential in T and costs
+    microseconds a token.
 
-    A row that owes concepts (`rate · tokens > concepts`) gets a threshold lower by `gain` per concept owed.
-    `accumulates`: the scores since the last concept are summed, and what is over the threshold is carried on.
-    """
-    tokens, concepts, run, total = state.tokens.copy(), state.concepts.copy(), state.run.copy(), state.sum.copy()
+    A row that owes concepts (`rate · tokens > concepts`) gets a threshold lower by `gain` per
+    concept owed. `accumulates`: the scores since the last concept are summed, and what is over the
+    threshold is carried on."""
+    tokens, concepts, run, total = (
+        state.tokens.copy(),
+        state.concepts.copy(),
+        state.run.copy(),
+        state.sum.copy(),
+    )
     written_BT = np.zeros(valid_BT.shape, bool)
     for t in range(valid_BT.shape[1]):
         valid = valid_BT[:, t]
@@ -69,26 +75,45 @@ def decide(
 
 
 class RateGate(nn.Module):
-    """Turns scores into decisions and tracks their distribution, so that one dial `rate` serves every setting.
+    """Turns scores into decisions and tracks their distribution, so that one dial `rate` serves
+    every setting.
 
     Args:
-        noise: in training, decisions are samples of Bernoulli(sigmoid((score - threshold) / noise)): 1 is the head's own
-            probability, below 1 a sharpened one, 0 the threshold, as in evaluation (ConceptMoE, arXiv 2601.21420).
-        momentum: share of a training batch in the tracked quantiles. Scores move while the gate learns: at 0.1 the
-            lag halved the realised rate of a fast-learning tiny run (docs/log.md).
-        feedback: threshold shift per concept owed, in half-widths of the score distribution. 0.5 lets a shift of
-            half a standard deviation between texts settle at a debt of one concept.
+        noise: in training, decisions are samples of Bernoulli(sigmoid((score - threshold) /
+            noise)): 1 is the head's own probability, below 1 a sharpened one, 0 the threshold, as
+            in evaluation (ConceptMoE, arXiv 2601.21420).
+        momentum: share of a training batch in the tracked quantiles. Scores move while the gate
+            learns: at 0.1 the lag halved the realised rate of a fast-learning tiny run
+            (docs/log.md).
+        feedback: threshold shift per concept owed, in half-widths of the score distribution. 0.5
+            lets a shift of half a standard deviation between texts settle at a debt of one concept.
     """
 
-    def __init__(self, boundary: str, width: int, noise: float = 0.0, momentum: float = 0.5, feedback: float = 0.5):
+    def __init__(
+        self,
+        boundary: str,
+        width: int,
+        noise: float = 0.0,
+        momentum: float = 0.5,
+        feedback: float = 0.5,
+    ):
         super().__init__()
-        self.boundary, self.noise, self.momentum, self.feedback = BOUNDARIES[boundary](width), noise, momentum, feedback
+        self.boundary, self.noise, self.momentum, self.feedback = (
+            BOUNDARIES[boundary](width),
+            noise,
+            momentum,
+            feedback,
+        )
         self.register_buffer("quantiles", torch.linspace(-1, 1, GRID))
 
     @torch.no_grad()
     def calibrate(self, score_N: Tensor) -> None:
         """Replaces the tracked quantiles by those of `score_N`."""
-        self.quantiles.copy_(torch.quantile(score_N.detach().float(), torch.linspace(0, 1, GRID, device=score_N.device)))
+        self.quantiles.copy_(
+            torch.quantile(
+                score_N.detach().float(), torch.linspace(0, 1, GRID, device=score_N.device)
+            )
+        )
 
     @torch.no_grad()
     def track(self, score_N: Tensor) -> None:
@@ -105,7 +130,9 @@ class RateGate(nn.Module):
     def threshold(self, rate: float) -> tuple[float, float]:
         """(threshold, gain) in units of the score, for a wanted concept rate."""
         quantiles = self.quantiles.float().cpu().numpy()
-        if self.samples:  # the scores with their noise must realise the rate too: quantiles of the sum
+        if (
+            self.samples
+        ):  # the scores with their noise must realise the rate too: quantiles of the sum
             p = (np.arange(64) + 0.5) / 64
             both = quantiles[:, None] + self.noise * np.log(p / (1 - p))
             quantiles = np.quantile(both, np.linspace(0, 1, len(quantiles)))
@@ -117,7 +144,13 @@ class RateGate(nn.Module):
         return self.training and self.noise > 0 and self.boundary.learned
 
     def forward(
-        self, score_BT: Tensor, valid_BT: Tensor, *, rate: float, max_tail: int, state: GateState | None = None
+        self,
+        score_BT: Tensor,
+        valid_BT: Tensor,
+        *,
+        rate: float,
+        max_tail: int,
+        state: GateState | None = None,
     ) -> tuple[Tensor, GateState]:
         """(B, T) bool decisions on the scores' device, and the state to go on from."""
         state = state or GateState.start(score_BT.shape[0])
@@ -126,7 +159,13 @@ class RateGate(nn.Module):
         score = score_BT.detach().float().cpu().numpy()
         threshold, gain = self.threshold(rate)
         written, state = decide(
-            score, valid_BT.cpu().numpy(), rate=rate, max_tail=max_tail, threshold=threshold, gain=gain, state=state,
+            score,
+            valid_BT.cpu().numpy(),
+            rate=rate,
+            max_tail=max_tail,
+            threshold=threshold,
+            gain=gain,
+            state=state,
             accumulates=self.boundary.accumulates,
         )
         return torch.from_numpy(written).to(score_BT.device), state

@@ -1,8 +1,8 @@
-"""Who may see whom: query `i` attends to key `j ≤ i` iff `j` is a concept or no concept lies in `(j, i]`.
+"""Who may see whom: query `i` attends to key `j ≤ i` iff `j` is a concept or no concept lies in
+`(j, i]`.
 
-That one rule is concept→concept causal, tail→concept, tail→tail causal, concept→tail never. With every position
-a concept it is plain causal attention; with none it is too.
-"""
+That one rule is concept→concept causal, tail→concept, tail→tail causal, concept→tail never. With
+every position a concept it is plain causal attention; with none it is too."""
 
 from typing import NamedTuple
 
@@ -29,37 +29,51 @@ class Lane(NamedTuple):
         return Lane(*(torch.cat(pair, 1) for pair in zip(self, other, strict=True)))
 
 
-def segment_mask(query: Lane, key: Lane, window: int | None = None, recent: int | None = None) -> Tensor:
+def segment_mask(
+    query: Lane, key: Lane, window: int | None = None, recent: int | None = None
+) -> Tensor:
     """(B, 1, Q, S) bool, True where attention is allowed.
 
-    `window` adds a sliding window of that many places (the key's own place included), as Mistral and Gemma have it.
-    `recent` is one that never shuts out the first place of the text, the attention sink (StreamingLLM, arXiv 2309.17453).
-    A query on padding sees everything: its output is never used, and a row without any key would give NaN.
-    """
-    return _seen(Lane(*(x[:, :, None] for x in query)), Lane(*(x[:, None, :] for x in key)), window, recent).unsqueeze(1)
+    `window` adds a sliding window of that many places (the key's own place included), as Mistral
+    and Gemma have it. `recent` is one that never shuts out the first place of the text, the
+    attention sink (StreamingLLM, arXiv 2309.17453). A query on padding sees everything: its output
+    is never used, and a row without any key would give NaN."""
+    return _seen(
+        Lane(*(x[:, :, None] for x in query)), Lane(*(x[:, None, :] for x in key)), window, recent
+    ).unsqueeze(1)
 
 
-def segment_blocks(query: Lane, key: Lane, window: int | None = None, recent: int | None = None) -> BlockMask:
-    """The same for FlexAttention, (B, 1, Q, S): which blocks hold anything, and the rule for those that hold some."""
+def segment_blocks(
+    query: Lane, key: Lane, window: int | None = None, recent: int | None = None
+) -> BlockMask:
+    """The same for FlexAttention, (B, 1, Q, S): which blocks hold anything, and the rule for those
+    that hold some."""
 
     def seen(b, h, i, j):
         return _seen(Lane(*(x[b, i] for x in query)), Lane(*(x[b, j] for x in key)), window, recent)
 
     batch, queries = query.position.shape
     device = key.position.device
-    return create_block_mask(seen, batch, None, queries, key.position.shape[1], device, _compile=device.type == "cuda")
+    return create_block_mask(
+        seen, batch, None, queries, key.position.shape[1], device, _compile=device.type == "cuda"
+    )
 
 
 def check_device(attn_implementation: str, device: torch.device) -> None:
     """Raises CheckpointError for a kernel that this device has not."""
     if attn_implementation == FLEX and device.type not in FLEX_DEVICES:
-        raise CheckpointError(f"attn_implementation = {FLEX!r} on {device.type}: need a GPU. try: sdpa, or model.to('cuda')")
+        raise CheckpointError(
+            f"attn_implementation = {FLEX!r} on {device.type}: need a GPU. try: sdpa, or "
+            "model.to('cuda')"
+        )
 
 
 def _seen(query: Lane, key: Lane, window: int | None, recent: int | None) -> Tensor:
     """The rule, for queries and keys of shapes that go together."""
     i, j = query.position, key.position
-    allowed = (j <= i) & key.valid & (key.concept | ((query.written == key.written) & ~query.concept))
+    allowed = (
+        (j <= i) & key.valid & (key.concept | ((query.written == key.written) & ~query.concept))
+    )
     if window is not None:
         allowed = allowed & (i - j < window)
     if recent is not None:
@@ -83,4 +97,6 @@ def allow(mask: Tensor | None, dtype: torch.dtype, attn_implementation: str) -> 
     """The mask in the form that the attention kernel takes: bool for sdpa, additive for eager."""
     if mask is None or attn_implementation == "sdpa":
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(dtype).min
+    )

@@ -1,8 +1,8 @@
 """Segments: (B, T) write decisions ⇄ packed (B, C) concepts.
 
-A segment is a tail of normal tokens together with the concept that closes it. Concepts are packed to the left
-so that the middle layers run on C = T · rate positions; rows with fewer concepts than the longest are padded.
-"""
+A segment is a tail of normal tokens together with the concept that closes it. Concepts are packed
+to the left so that the middle layers run on C = T · rate positions; rows with fewer concepts than
+the longest are padded."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,15 @@ from torch import Tensor
 
 
 class Packing(NamedTuple):
-    """Where the packed concepts come from. `index_BC` are token positions, `valid_BC` is False on the padding."""
+    """Where the packed concepts come from. `index_BC` are token positions, `valid_BC` is False on
+    the padding."""
 
     index_BC: Tensor
     valid_BC: Tensor
 
     def pack(self, x_BTn: Tensor) -> Tensor:
-        """(B, T, …) → (B, C, …): the rows of the positions that wrote. Padding repeats some position."""
+        """(B, T, …) → (B, C, …): the rows of the positions that wrote. Padding repeats some
+        position."""
         index = self.index_BC
         while index.dim() < x_BTn.dim():
             index = index.unsqueeze(-1)
@@ -25,23 +27,36 @@ class Packing(NamedTuple):
 
     def unpack(self, c_BCD: Tensor, written_BT: Tensor, h_BTD: Tensor) -> Tensor:
         """(B, C, D) → (B, T, D): the concept's state where one was written, `h_BTD` elsewhere."""
-        return torch.where(written_BT.unsqueeze(-1), self.last(c_BCD, written_BT).to(h_BTD.dtype), h_BTD)
+        return torch.where(
+            written_BT.unsqueeze(-1), self.last(c_BCD, written_BT).to(h_BTD.dtype), h_BTD
+        )
 
     def last(self, c_BCD: Tensor, written_BT: Tensor, before_BD: Tensor | None = None) -> Tensor:
-        """(B, C, D) → (B, T, D): the state of the last concept at or before each position, `before_BD` ahead of the
-        first (some other state without it)."""
+        """(B, C, D) → (B, T, D): the state of the last concept at or before each position,
+        `before_BD` ahead of the first (some other state without it)."""
         rank_BT = written_BT.cumsum(1) - 1
-        last_BTD = c_BCD.gather(1, rank_BT.clamp(min=0).unsqueeze(-1).expand(-1, -1, c_BCD.shape[-1]))
+        last_BTD = c_BCD.gather(
+            1, rank_BT.clamp(min=0).unsqueeze(-1).expand(-1, -1, c_BCD.shape[-1])
+        )
         if before_BD is None:
             return last_BTD
-        return torch.where(rank_BT.unsqueeze(-1) >= 0, last_BTD, before_BD.unsqueeze(1).to(last_BTD.dtype))
+        return torch.where(
+            rank_BT.unsqueeze(-1) >= 0, last_BTD, before_BD.unsqueeze(1).to(last_BTD.dtype)
+        )
 
-    def pool(self, x_BTD: Tensor, weight_BT: Tensor, written_BT: Tensor, before: tuple[Tensor, Tensor] | None = None):
-        """Weighted mean of each segment's states, (B, C, D) fp32, and the open segment's (sum (B, D), weight (B,)).
+    def pool(
+        self,
+        x_BTD: Tensor,
+        weight_BT: Tensor,
+        written_BT: Tensor,
+        before: tuple[Tensor, Tensor] | None = None,
+    ):
+        """Weighted mean of each segment's states, (B, C, D) fp32, and the open segment's (sum (B,
+        D), weight (B,)).
 
-        Segment k ends with the k-th concept. `before` is what an earlier chunk left open. Sums go by segment, not by
-        differences of running sums: those lose digits on long texts, and chunks would not equal one pass.
-        """
+        Segment k ends with the k-th concept. `before` is what an earlier chunk left open. Sums go
+        by segment, not by differences of running sums: those lose digits on long texts, and chunks
+        would not equal one pass."""
         batch, _, width = x_BTD.shape
         count_B = written_BT.sum(1)
         segment_BT = written_BT.cumsum(1) - written_BT.long()
@@ -60,7 +75,8 @@ class Packing(NamedTuple):
 
 
 def packing(written_BT: Tensor) -> Packing:
-    """The packing of a (B, T) bool tensor of write decisions. C is the largest count, and at least 1."""
+    """The packing of a (B, T) bool tensor of write decisions. C is the largest count, and at least
+    1."""
     count_B = written_BT.sum(1)
     longest = max(int(count_B.max()), 1)
     index_BC = torch.argsort(written_BT.int(), dim=1, descending=True, stable=True)[:, :longest]
@@ -69,7 +85,8 @@ def packing(written_BT: Tensor) -> Packing:
 
 
 def tail_lengths(written_BT: Tensor, valid_BT: Tensor) -> Tensor:
-    """(B, T) number of normal tokens since the last concept, 0 where one is written. Padding counts as 0."""
+    """(B, T) number of normal tokens since the last concept, 0 where one is written. Padding counts
+    as 0."""
     normal_BT = (valid_BT & ~written_BT).long()
     total_BT = normal_BT.cumsum(1)
     at_last_BT = torch.where(written_BT, total_BT, torch.zeros_like(total_BT)).cummax(1).values

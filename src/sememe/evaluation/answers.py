@@ -1,4 +1,5 @@
-"""Whether a text that is written ends as its target does: of targets whose last sentence is the answer, as in ProsQA or GSM8K."""
+"""Whether a text that is written ends as its target does: of targets whose last sentence is the
+answer, as in ProsQA or GSM8K."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from sememe.pairs import IGNORED, PairTensors
 
 
 def ending(text: str) -> list[str]:
-    """The words of a text's last sentence, which is on its last line; in lower case, without articles and punctuation."""
+    """The words of a text's last sentence, which is on its last line; in lower case, without
+    articles and punctuation."""
     last = text.strip().rpartition("\n")[2]
     return bare(re.split(r"(?<=[.!?])\s+", last)[-1])
 
@@ -38,9 +40,14 @@ class Answers:
         target_NY, eos = self.pairs.target_NY, self.tokenizer.eos_token_id
         self.index_n = (target_NY == (IGNORED - 1 if eos is None else eos)).any(1).nonzero()[:, 0]
         if not len(self.index_n):
-            raise DataError(f"none of {len(target_NY)} targets ends within {target_NY.shape[1]} tokens, and answers stand at the "
-                            "end: need whole targets. try: a run with a longer target_length")
-        self.right = [ending(self._text(row[row != IGNORED].tolist())) for row in target_NY[self.index_n]]
+            raise DataError(
+                f"none of {len(target_NY)} targets ends within {target_NY.shape[1]} tokens, and "
+                "answers stand at the "
+                "end: need whole targets. try: a run with a longer target_length"
+            )
+        self.right = [
+            ending(self._text(row[row != IGNORED].tolist())) for row in target_NY[self.index_n]
+        ]
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -56,8 +63,13 @@ class Answers:
 
         def written(index_B: Tensor) -> list[list[int]]:
             ids_BU, mask_BU = self.pairs.rows(index_B).opened(bos)
-            made_BT = model.generate(ids_BU.to(model.device), attention_mask=mask_BU.to(model.device), max_new_tokens=longest,
-                                     do_sample=False, pad_token_id=self.tokenizer.eos_token_id)
+            made_BT = model.generate(
+                ids_BU.to(model.device),
+                attention_mask=mask_BU.to(model.device),
+                max_new_tokens=longest,
+                do_sample=False,
+                pad_token_id=self.tokenizer.eos_token_id,
+            )
             return made_BT[:, ids_BU.shape[1] :].tolist()
 
         return self._share(written)

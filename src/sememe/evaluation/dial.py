@@ -13,7 +13,8 @@ from sememe.models.online import NULL, OnlineForCausalLM
 
 
 def check_rates(model, rates: Sequence[float], name: str) -> None:
-    """Raises CheckpointError or RecipeError where `model`, called `name`, cannot run at one of the rates."""
+    """Raises CheckpointError or RecipeError where `model`, called `name`, cannot run at one of the
+    rates."""
     for rate in rates:
         set_rate(copy.copy(model.config), rate, name)
 
@@ -23,21 +24,36 @@ def rate_error(realised: float | None, asked: float | None) -> float | None:
     return None if realised is None or asked is None else 100 * (realised - asked) / asked
 
 
-def dial(model: OnlineForCausalLM, ids_NT: Tensor, rates: Sequence[float], control_nll: float | None = None,
-         batch: int = 4, tick: Callable[[int], None] = lambda n: None, partial: Partial | None = None,
-         prefix: str = "") -> list[dict[str, Any]]:
-    """NLL and realised rate on (N, T) blocks at each of the rates. The model's own rate is put back afterwards."""
+def dial(
+    model: OnlineForCausalLM,
+    ids_NT: Tensor,
+    rates: Sequence[float],
+    control_nll: float | None = None,
+    batch: int = 4,
+    tick: Callable[[int], None] = lambda n: None,
+    partial: Partial | None = None,
+    prefix: str = "",
+) -> list[dict[str, Any]]:
+    """NLL and realised rate on (N, T) blocks at each of the rates. The model's own rate is put back
+    afterwards."""
     rows, own = [], model.config.rate
     try:
         for rate in rates:
             model.config.rate = rate
             name = f"rate {rate}"
-            nll_NT, concepts_NT = measure({name: (model, None)}, ids_NT, batch, tick, partial or Partial(), prefix=prefix)[name]
+            nll_NT, concepts_NT = measure(
+                {name: (model, None)}, ids_NT, batch, tick, partial or Partial(), prefix=prefix
+            )[name]
             nll, realised = float(nll_NT.mean()), float((concepts_NT != NULL).float().mean())
-            rows.append({
-                "target_rate": rate, "concept_rate": realised, "rate_error_percent": rate_error(realised, rate), "nll": nll,
-                "delta_nll_control": None if control_nll is None else nll - control_nll,
-            })
+            rows.append(
+                {
+                    "target_rate": rate,
+                    "concept_rate": realised,
+                    "rate_error_percent": rate_error(realised, rate),
+                    "nll": nll,
+                    "delta_nll_control": None if control_nll is None else nll - control_nll,
+                }
+            )
     finally:
         model.config.rate = own
     return rows

@@ -1,4 +1,5 @@
-"""What a run was trained on, by content: its base and its texts may be elsewhere by now (RUN/inputs.json)."""
+"""What a run was trained on, by content: its base and its texts may be elsewhere by now
+(RUN/inputs.json)."""
 
 import json
 import os
@@ -14,8 +15,12 @@ TEXTS = ("train", "heldout")
 
 def record(run: Path, base_sha256: str, texts: dict[str, str]) -> dict[str, Any]:
     """What inputs.json holds of `texts`, named as in a recipe's `data`."""
-    return {"run": os.path.abspath(run), "folder": os.getcwd(), "base_sha256": base_sha256,
-            **{name: content(texts[name]) for name in TEXTS}}
+    return {
+        "run": os.path.abspath(run),
+        "folder": os.getcwd(),
+        "base_sha256": base_sha256,
+        **{name: content(texts[name]) for name in TEXTS},
+    }
 
 
 def recorded(run: Path) -> dict[str, Any]:
@@ -28,30 +33,38 @@ def recorded(run: Path) -> dict[str, Any]:
 
 
 def content(source: str) -> dict[str, Any]:
-    """What tells a text from others: its sha256, and the size of its file, None for a datasets id."""
+    """What tells a text from others: its sha256, and the size of its file, None for a datasets
+    id."""
     path = locate(source)[0]
     return {"bytes": None if path is None else path.stat().st_size, "sha256": source_sha256(source)}
 
 
 def located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's `data`, each text as it was typed where that leads to it from the current folder. Otherwise it is looked for
-    where it was when the run was trained, and where it would be had it moved together with the run; as typed where it is nowhere.
-    """
+    """A recipe's `data`, each text as it was typed where that leads to it from the current folder.
+    Otherwise it is looked for where it was when the run was trained, and where it would be had it
+    moved together with the run; as typed where it is nowhere."""
     found = recorded(run)
     if not found:
         return data
     moved = {}
     for name in TEXTS:
         there = os.path.join(found["folder"], os.path.expanduser(data[name]))
-        together = os.path.normpath(os.path.join(os.path.abspath(run), os.path.relpath(there, found["run"])))
+        together = os.path.normpath(
+            os.path.join(os.path.abspath(run), os.path.relpath(there, found["run"]))
+        )
         moved[name] = _first([data[name], there, together], found.get(name)) or data[name]
     return data | moved
 
 
 def _first(sources: Iterable[str], wanted: dict[str, Any] | None) -> str | None:
-    """The first that is a file, of the recorded size: another project may have a text of the same name."""
+    """The first that is a file, of the recorded size: another project may have a text of the same
+    name."""
     for source in sources:
         path = locate(source)[0]
-        if path is not None and path.is_file() and (wanted is None or path.stat().st_size == wanted["bytes"]):
+        if (
+            path is not None
+            and path.is_file()
+            and (wanted is None or path.stat().st_size == wanted["bytes"])
+        ):
             return source
     return None

@@ -1,7 +1,8 @@
-"""What a measurement has found so far: a line for each part in a file of the run folder, so that a stop costs one part alone.
+"""What a measurement has found so far: a line for each part in a file of the run folder, so that a
+stop costs one part alone.
 
-The same command reads them and goes on; a file that is about anything else (other weights, text, settings) is begun anew.
-"""
+The same command reads them and goes on; a file that is about anything else (other weights, text,
+settings) is begun anew."""
 
 import contextlib
 import hashlib
@@ -22,15 +23,19 @@ class Partial:
     """Parts of one measurement by key, each a JSON value with the seconds that it took.
 
     Args:
-        path: where they are written as they come; None, or a folder that cannot be written to: in memory alone.
-        about: all that the parts depend on, as JSON.
-    """
+        path: where they are written as they come; None, or a folder that cannot be written to: in
+            memory alone.
+        about: all that the parts depend on, as JSON."""
 
     def __init__(self, path: Path | None = None, about: dict[str, Any] | None = None):
         self.path, self.seconds, self.reused = path, 0.0, False
         self._held: dict[str, dict] = {}
         self._head = json.dumps(about, sort_keys=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+        lines = (
+            path.read_text(encoding="utf-8").splitlines()
+            if path is not None and path.is_file()
+            else []
+        )
         if lines and lines[0] == self._head:
             for line in lines[1:]:
                 with contextlib.suppress(ValueError):  # one that a crash cut off
@@ -39,10 +44,10 @@ class Partial:
         self._begun = bool(self._held)
 
     def part(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The value of `key`: held from an earlier run (then `reused` is true), or that of `measure`, which is written.
+        """The value of `key`: held from an earlier run (then `reused` is true), or that of
+        `measure`, which is written.
 
-        `seconds` is what all parts asked for so far took, whenever that was.
-        """
+        `seconds` is what all parts asked for so far took, whenever that was."""
         self.reused = key in self._held
         if not self.reused:
             began = time.perf_counter()
@@ -73,11 +78,19 @@ class Partial:
                 self.path.unlink(missing_ok=True)
 
 
-def partial_of(model: str, name: str, *others: str | None, texts: list[Tensor], **settings: Any) -> Partial:
-    """The parts of RUN/`name`: of its weights, those of `others`, these token ids and settings. Kept where `model` is a run."""
-    about = {"texts": [hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest() for ids in texts],
-             "weights": [_weights(one) for one in (model, *others)], **settings}
-    return Partial(Path(model) / f"{Path(name).stem}.partial.jsonl" if run_recipe(model) else None, about)
+def partial_of(
+    model: str, name: str, *others: str | None, texts: list[Tensor], **settings: Any
+) -> Partial:
+    """The parts of RUN/`name`: of its weights, those of `others`, these token ids and settings.
+    Kept where `model` is a run."""
+    about = {
+        "texts": [hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest() for ids in texts],
+        "weights": [_weights(one) for one in (model, *others)],
+        **settings,
+    }
+    return Partial(
+        Path(model) / f"{Path(name).stem}.partial.jsonl" if run_recipe(model) else None, about
+    )
 
 
 def _weights(model: str | None) -> str | None:

@@ -1,4 +1,5 @@
-"""Held-out quality: NLL, bits per byte, realised rate, code use, and what ablating the codes costs."""
+"""Held-out quality: NLL, bits per byte, realised rate, code use, and what ablating the codes
+costs."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +17,13 @@ from sememe.data import TextBlocks
 from sememe.detokenize import pieces
 from sememe.errors import DataError
 from sememe.evaluation.partial import Partial
-from sememe.models.configuration import CompressorConfig, ConceptConfig, ControlConfig, OnlineConfig, PlannerConfig
+from sememe.models.configuration import (
+    CompressorConfig,
+    ConceptConfig,
+    ControlConfig,
+    OnlineConfig,
+    PlannerConfig,
+)
 from sememe.models.writing import NULL, Writing
 
 BUCKET = 64  # positions per bucket of `nll_by_position`
@@ -24,14 +31,23 @@ FLOOR = 2048  # tokens that are measured however little time there is
 
 
 @torch.no_grad()
-def token_nll(model, ids_NT: Tensor, batch: int = 4, ablation: str | None = None, tick: Callable[[int], None] = lambda n: None):
-    """Per-token NLL in nats (N, T-1), on the host, and the concept ids (N, T) (None for a model without concepts)."""
+def token_nll(
+    model,
+    ids_NT: Tensor,
+    batch: int = 4,
+    ablation: str | None = None,
+    tick: Callable[[int], None] = lambda n: None,
+):
+    """Per-token NLL in nats (N, T-1), on the host, and the concept ids (N, T) (None for a model
+    without concepts)."""
     nll, ids = [], []
     extra = {"ablation": ablation} if ablation else {}
     for part_BT in ids_NT.split(batch):
         part_BT = part_BT.to(model.device)
         out = model(input_ids=part_BT, use_cache=False, **extra)
-        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), part_BT[:, 1:].flatten(), reduction="none")
+        loss = F.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1).float(), part_BT[:, 1:].flatten(), reduction="none"
+        )
         nll.append(loss.view(len(part_BT), -1).cpu())
         if getattr(out, "concept_ids", None) is not None:
             ids.append(out.concept_ids.cpu())
@@ -44,13 +60,21 @@ def partial_nll(*asked) -> Callable[[], list]:
     return lambda: [None if x is None else x.tolist() for x in token_nll(*asked)]
 
 
-def measure(sides: dict[str, tuple[Any, str | None]], ids_NT: Tensor, batch: int, tick: Callable[[int], None], partial: Partial,
-            seconds: float | None = None, prefix: str = "") -> dict[str, tuple[Tensor, Tensor | None]]:
-    """`token_nll` of several sides (model, ablation) on (N, T) blocks: every side on a batch before any has the next.
+def measure(
+    sides: dict[str, tuple[Any, str | None]],
+    ids_NT: Tensor,
+    batch: int,
+    tick: Callable[[int], None],
+    partial: Partial,
+    seconds: float | None = None,
+    prefix: str = "",
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """`token_nll` of several sides (model, ablation) on (N, T) blocks: every side on a batch before
+    any has the next.
 
-    A batch that `partial` holds is not run again. Where `seconds` run out, all sides end with the same first blocks, of at
-    least `FLOOR` tokens. Raises DataError for a non-finite NLL of the first side.
-    """
+    A batch that `partial` holds is not run again. Where `seconds` run out, all sides end with the
+    same first blocks, of at least `FLOOR` tokens. Raises DataError for a non-finite NLL of the
+    first side."""
     rows: dict[str, list] = {name: [] for name in sides}
     first, before = next(iter(sides)), partial.seconds
     for start in range(0, len(ids_NT), batch):
@@ -59,22 +83,33 @@ def measure(sides: dict[str, tuple[Any, str | None]], ids_NT: Tensor, batch: int
             break
         ids_BT = ids_NT[start : start + batch]
         for name, (model, ablation) in sides.items():
-            nll, ids = partial.part(f"{prefix}{name} {start}", partial_nll(model, ids_BT, batch, ablation))
+            nll, ids = partial.part(
+                f"{prefix}{name} {start}", partial_nll(model, ids_BT, batch, ablation)
+            )
             rows[name].append((torch.tensor(nll), None if ids is None else torch.tensor(ids)))
             if name == first and not rows[name][-1][0].isfinite().all():
-                raise DataError(f"the NLL is {float(rows[name][-1][0].mean())}: need finite logits. try: another checkpoint, or "
-                                "float32")
+                raise DataError(
+                    f"the NLL is {float(rows[name][-1][0].mean())}: need finite logits. try: "
+                    "another checkpoint, or "
+                    "float32"
+                )
             tick(ids_BT.numel())
     columns = {name: zip(*parts, strict=True) for name, parts in rows.items()}
-    return {name: (torch.cat(nll), None if ids[0] is None else torch.cat(ids)) for name, (nll, ids) in columns.items()}
+    return {
+        name: (torch.cat(nll), None if ids[0] is None else torch.cat(ids))
+        for name, (nll, ids) in columns.items()
+    }
 
 
 def layer_share(config, rate: float | None = None) -> float:
-    """Layer applications per token over the base's: (S + M · rate + D) / (S + M + D), at the *realised* rate of an online
-    model; with overlap D · (1 + rate). Skipping the middle is rate 0; the control and a plain base run every layer: 1."""
+    """Layer applications per token over the base's: (S + M · rate + D) / (S + M + D), at the
+    *realised* rate of an online model; with overlap D · (1 + rate). Skipping the middle is rate 0;
+    the control and a plain base run every layer: 1."""
     if isinstance(config, OnlineConfig):
         shallow, middle, deep = config.split
-        return (shallow + middle * rate + deep * config.deep_entries(rate)) / (shallow + middle + deep)
+        return (shallow + middle * rate + deep * config.deep_entries(rate)) / (
+            shallow + middle + deep
+        )
     if isinstance(config, CompressorConfig):  # read once by one adapter, written once by the other
         layers = config.text_config.num_hidden_layers
         rate = config.rate if rate is None else rate
@@ -85,7 +120,8 @@ def layer_share(config, rate: float | None = None) -> float:
 
 
 def system_of(config) -> str:
-    """`online`, `compressor`, `planner` or a baseline, as in a recipe; `base` for a model that is none of ours."""
+    """`online`, `compressor`, `planner` or a baseline, as in a recipe; `base` for a model that is
+    none of ours."""
     if isinstance(config, PlannerConfig):
         return "planner"
     if isinstance(config, ConceptConfig):
@@ -96,7 +132,8 @@ def system_of(config) -> str:
 
 
 def rate_and_codes(ids_NT: Tensor, num_concepts: int, codes_per_concept: int = 1) -> dict[str, Any]:
-    """Realised rate and code use of (N, T) concept ids. Padding-free rows; every row's first token is the sink."""
+    """Realised rate and code use of (N, T) concept ids. Padding-free rows; every row's first token
+    is the sink."""
     written = ids_NT != NULL
     counts_GK = count_digits(ids_NT[ids_NT >= 0], num_concepts, codes_per_concept)
     rate = float(written.float().mean())
@@ -106,17 +143,18 @@ def rate_and_codes(ids_NT: Tensor, num_concepts: int, codes_per_concept: int = 1
         "longest_tail": longest_tail(written),
         **code_use(counts_GK),
         "code_counts": sorted(counts_GK[0][counts_GK[0] > 0].int().tolist(), reverse=True),
-        "num_concepts": num_concepts, "codes_per_concept": codes_per_concept,
+        "num_concepts": num_concepts,
+        "codes_per_concept": codes_per_concept,
     }
 
 
 def code_use(counts_GK: Tensor) -> dict[str, Any]:
-    """Of the first digit: perplexity, codes that occur, share of the most frequent. Over all digits: perplexity by stage,
-    and bits per concept, the sum of the digits' entropies.
+    """Of the first digit: perplexity, codes that occur, share of the most frequent. Over all
+    digits: perplexity by stage, and bits per concept, the sum of the digits' entropies.
 
-    That is an upper bound of their joint entropy (equal where they are independent), and of what was counted, which sees
-    fewer codes than there are. All but the number of codes is None where none was counted.
-    """
+    That is an upper bound of their joint entropy (equal where they are independent), and of what
+    was counted, which sees fewer codes than there are. All but the number of codes is None where
+    none was counted."""
     counts_K, used = counts_GK[0], bool(counts_GK[0].any())
     by_stage = [perplexity(counts_K) for counts_K in counts_GK] if used else None
     return {
@@ -144,27 +182,43 @@ def by_position(nll_NT: Tensor, control_NT: Tensor | None) -> list[dict[str, flo
     buckets = []
     for start in range(0, nll_NT.shape[1], BUCKET):
         part = slice(start, start + BUCKET)
-        buckets.append({
-            "from": start, "to": min(start + BUCKET, nll_NT.shape[1]), "nll": float(nll_NT[:, part].mean()),
-            "control_nll": None if control_NT is None else float(control_NT[:, part].mean()),
-        })
+        buckets.append(
+            {
+                "from": start,
+                "to": min(start + BUCKET, nll_NT.shape[1]),
+                "nll": float(nll_NT[:, part].mean()),
+                "control_nll": None if control_NT is None else float(control_NT[:, part].mean()),
+            }
+        )
     return buckets
 
 
-def evaluate(model, tokenizer, blocks: TextBlocks, control=None, batch: int = 4, samples: int = 2,
-             tick: Callable[[int], None] = lambda n: None, partial: Partial | None = None, seconds: float | None = None,
-             prefix: str = "") -> dict[str, Any]:
+def evaluate(
+    model,
+    tokenizer,
+    blocks: TextBlocks,
+    control=None,
+    batch: int = 4,
+    samples: int = 2,
+    tick: Callable[[int], None] = lambda n: None,
+    partial: Partial | None = None,
+    seconds: float | None = None,
+    prefix: str = "",
+) -> dict[str, Any]:
     """All quality figures of a model on (N, T) held-out blocks, the gate running free.
 
-    Bits per byte are of the source's own bytes, those of the predicted tokens (all but each row's first).
-    Deltas are to the model's own NLL (ablations: positive = the codes matter) or to the control's (`delta_nll_control`,
-    positive = worse than the control). `partial`, `seconds`, `prefix`: see `measure`. Raises DataError for ids outside the
-    vocabulary or a non-finite NLL.
+    Bits per byte are of the source's own bytes, those of the predicted tokens (all but each row's
+    first). Deltas are to the model's own NLL (ablations: positive = the codes matter) or to the
+    control's (`delta_nll_control`, positive = worse than the control). `partial`, `seconds`,
+    `prefix`: see `measure`. Raises DataError for ids outside the vocabulary or a non-finite NLL.
     """
     ids_NT, vocab = blocks.ids_NT, model.config.get_text_config().vocab_size
     if int(ids_NT.max()) >= vocab or int(ids_NT.min()) < 0:
-        raise DataError(f"token id {int(ids_NT.max())} is outside this model's vocabulary of {vocab}: need its own "
-                        "tokenizer. try: the tokenizer saved beside the model")
+        raise DataError(
+            f"token id {int(ids_NT.max())} is outside this model's vocabulary of {vocab}: need its "
+            "own "
+            "tokenizer. try: the tokenizer saved beside the model"
+        )
     sides = {"own": (model, None)} | ({"control": (control, None)} if control is not None else {})
     if isinstance(model, Writing):
         sides |= {kind: (model, kind) for kind in ABLATIONS}
@@ -175,15 +229,33 @@ def evaluate(model, tokenizer, blocks: TextBlocks, control=None, batch: int = 4,
     control_NT = found["control"][0] if control is not None else None
     num_bytes = int(blocks.bytes_NT[: len(nll_NT), 1:].sum())
     result: dict[str, Any] = {
-        "tokens": nll_NT.numel(), "nll": nll,
-        "bits_per_byte": float(nll_NT.double().sum()) / math.log(2) / num_bytes if num_bytes else None,
-        **dict.fromkeys((
-            "concept_rate", "compression_ratio", "nll_at_concepts", "nll_in_tail", "longest_tail", "delta_nll_control",
-            "delta_nll_zero", "delta_nll_shuffle", "delta_nll_random", "code_perplexity", "codes_used",
-            "largest_code_share", "code_perplexity_by_stage", "bits_per_concept",
-        )),
-        "system": system_of(model.config), "boundary": getattr(model.config, "boundary", None),
-        "nll_by_position": by_position(nll_NT, control_NT), "sequence_length": ids_NT.shape[1],
+        "tokens": nll_NT.numel(),
+        "nll": nll,
+        "bits_per_byte": float(nll_NT.double().sum()) / math.log(2) / num_bytes
+        if num_bytes
+        else None,
+        **dict.fromkeys(
+            (
+                "concept_rate",
+                "compression_ratio",
+                "nll_at_concepts",
+                "nll_in_tail",
+                "longest_tail",
+                "delta_nll_control",
+                "delta_nll_zero",
+                "delta_nll_shuffle",
+                "delta_nll_random",
+                "code_perplexity",
+                "codes_used",
+                "largest_code_share",
+                "code_perplexity_by_stage",
+                "bits_per_concept",
+            )
+        ),
+        "system": system_of(model.config),
+        "boundary": getattr(model.config, "boundary", None),
+        "nll_by_position": by_position(nll_NT, control_NT),
+        "sequence_length": ids_NT.shape[1],
     }
     if control_NT is not None:
         result["control_nll"] = float(control_NT.mean())
@@ -197,12 +269,24 @@ def evaluate(model, tokenizer, blocks: TextBlocks, control=None, batch: int = 4,
     result["nll_in_tail"] = float(nll_NT[~wrote].mean()) if (~wrote).any() else None
     for kind in ABLATIONS:
         result[f"delta_nll_{kind}"] = float(found[kind][0].mean()) - nll
-    result["samples"] = [sample(ids, concepts, tokenizer) for ids, concepts in zip(ids_NT[:samples], concepts_NT, strict=False)]
+    result["samples"] = [
+        sample(ids, concepts, tokenizer)
+        for ids, concepts in zip(ids_NT[:samples], concepts_NT, strict=False)
+    ]
     return result
 
 
 def sample(ids_T: Tensor, concepts_T: Tensor, tokenizer) -> dict[str, Any]:
-    """One text as pieces (one per token, see `detokenize.pieces`) with the concept that each token wrote, if any."""
+    """One text as pieces (one per token, see `detokenize.pieces`) with the concept that each token
+    wrote, if any."""
     columns = zip(pieces(tokenizer, ids_T.tolist()), concepts_T.tolist(), strict=True)
-    return {"pieces": [{"text": text, "concept": concept if concept >= 0 else None, "sink": i == 0 and concept < NULL}
-                       for i, (text, concept) in enumerate(columns)]}
+    return {
+        "pieces": [
+            {
+                "text": text,
+                "concept": concept if concept >= 0 else None,
+                "sink": i == 0 and concept < NULL,
+            }
+            for i, (text, concept) in enumerate(columns)
+        ]
+    }

@@ -1,4 +1,5 @@
-"""Texts and what came back of them → how much did: by token, by window, by n-gram and by longest common subsequence."""
+"""Texts and what came back of them → how much did: by token, by window, by n-gram and by longest
+common subsequence."""
 
 import re
 from collections.abc import Sequence
@@ -8,8 +9,9 @@ Ids = Sequence[int]
 
 
 def token_accuracy(texts: Sequence[Ids], rebuilt: Sequence[Ids]) -> float:
-    """Share of places with the right token. A window has as many places as the longer of the two: what is missing or too
-    much at its end is wrong, and so is all behind a token that was left out."""
+    """Share of places with the right token. A window has as many places as the longer of the two:
+    what is missing or too much at its end is wrong, and so is all behind a token that was left
+    out."""
     pairs = list(zip(texts, rebuilt, strict=True))
     right = sum(a == b for text, back in pairs for a, b in zip(text, back, strict=False))
     return right / max(1, sum(max(len(text), len(back)) for text, back in pairs))
@@ -33,17 +35,21 @@ def longest_common(a: Sequence, b: Sequence) -> int:
 
 
 def rouge_l(text: str, rebuilt: str) -> float:
-    """F1 of the longest common subsequence of words: runs of letters and digits in lower case. As the package rouge-score
-    without stemming, but in any script."""
+    """F1 of the longest common subsequence of words: runs of letters and digits in lower case. As
+    the package rouge-score without stemming, but in any script."""
     a, b = (re.findall(r"[^\W_]+", one.lower()) for one in (text, rebuilt))
     return 2 * longest_common(a, b) / (len(a) + len(b)) if a or b else 1.0
 
 
 def scores(texts: Sequence[Ids], rebuilt: Sequence[Ids], tokenizer) -> dict[str, Any]:
-    """Shares from 0 to 1, but for BLEU-4 (13a tokens) and chrF, of the whole, from 0 to 100 as sacrebleu has them."""
+    """Shares from 0 to 1, but for BLEU-4 (13a tokens) and chrF, of the whole, from 0 to 100 as
+    sacrebleu has them."""
     import sacrebleu
 
-    words, back = ([tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in many] for many in (texts, rebuilt))
+    words, back = (
+        [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in many]
+        for many in (texts, rebuilt)
+    )
     return {
         "token_accuracy": token_accuracy(texts, rebuilt),
         "exact_match": exact_match(texts, rebuilt),

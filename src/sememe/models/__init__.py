@@ -8,12 +8,27 @@ from sememe.models.control import ControlForCausalLM
 from sememe.models.online import OnlineForCausalLM
 from sememe.models.planner import PlannerForCausalLM
 
-MODELS = {"online": OnlineForCausalLM, "compressor": CompressorForCausalLM, "planner": PlannerForCausalLM,
-          "control": ControlForCausalLM, "skip": ControlForCausalLM, "window": ControlForCausalLM}
+MODELS = {
+    "online": OnlineForCausalLM,
+    "compressor": CompressorForCausalLM,
+    "planner": PlannerForCausalLM,
+    "control": ControlForCausalLM,
+    "skip": ControlForCausalLM,
+    "window": ControlForCausalLM,
+}
 
 for _model in (OnlineForCausalLM, CompressorForCausalLM, PlannerForCausalLM, ControlForCausalLM):
     AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
     AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
 
-__all__ = ["MODELS", "CompressorConfig", "CompressorForCausalLM", "ControlConfig", "ControlForCausalLM", "OnlineConfig",
-           "OnlineForCausalLM", "PlannerConfig", "PlannerForCausalLM"]
+__all__ = [
+    "MODELS",
+    "CompressorConfig",
+    "CompressorForCausalLM",
+    "ControlConfig",
+    "ControlForCausalLM",
+    "OnlineConfig",
+    "OnlineForCausalLM",
+    "PlannerConfig",
+    "PlannerForCausalLM",
+]

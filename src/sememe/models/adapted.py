@@ -1,4 +1,5 @@
-"""Shared by the systems: a frozen base with LoRA, saved as a few MB that name their base, or merged whole."""
+"""Shared by the systems: a frozen base with LoRA, saved as a few MB that name their base, or merged
+whole."""
 
 import hashlib
 import json
@@ -19,13 +20,43 @@ from sememe.errors import CheckpointError
 from sememe.models.configuration import sink_id
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
-# Options of transformers that are used, or that say nothing about a local folder of adapters; and those that ask for nothing
-# with the value that transformers gives them.
-LOADING = ("dtype", "torch_dtype", "attn_implementation", "device_map", "output_loading_info", "_from_auto", "_from_pipeline",
-           "_commit_hash", "adapter_kwargs", "trust_remote_code", "cache_dir", "force_download", "local_files_only", "proxies",
-           "token", "use_auth_token", "low_cpu_mem_usage", "use_safetensors", "weights_only")
-SAVING = ("safe_serialization", "max_shard_size", "token", "save_peft_format", "save_original_format")
-DEFAULTS = {"revision": "main", "subfolder": "", "ignore_mismatched_sizes": False, "push_to_hub": False, "use_kernels": False}
+# Options of transformers that are used, or that say nothing about a local folder of adapters; and
+# those that ask for nothing with the value that transformers gives them.
+LOADING = (
+    "dtype",
+    "torch_dtype",
+    "attn_implementation",
+    "device_map",
+    "output_loading_info",
+    "_from_auto",
+    "_from_pipeline",
+    "_commit_hash",
+    "adapter_kwargs",
+    "trust_remote_code",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "token",
+    "use_auth_token",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "weights_only",
+)
+SAVING = (
+    "safe_serialization",
+    "max_shard_size",
+    "token",
+    "save_peft_format",
+    "save_original_format",
+)
+DEFAULTS = {
+    "revision": "main",
+    "subfolder": "",
+    "ignore_mismatched_sizes": False,
+    "push_to_hub": False,
+    "use_kernels": False,
+}
 
 
 class AdaptedModel(PreTrainedModel, GenerationMixin):
@@ -38,7 +69,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     kernels = ("sdpa", "eager")
     _own_dtype = torch.float32
-    # The frame, the codes and whoever reads them, in whatever dtype the rest is loaded; the bridge's weights multiply states.
+    # The frame, the codes and whoever reads them, in whatever dtype the rest is loaded; the
+    # bridge's weights multiply states.
     _keep_in_fp32_modules_strict = [r"^(head|codes|gate|anchor|pool)\.", "^bridge.+(mean|scale)$"]
 
     def __init__(self, config, backbone: PreTrainedModel | None = None):
@@ -48,17 +80,23 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if backbone is None:
             # A nested live config loses its attention kernel: pass it on.
-            backbone = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=attention)
+            backbone = AutoModelForCausalLM.from_config(
+                config.text_config, attn_implementation=attention
+            )
         self.backbone = backbone
 
     @classmethod
     def check_kernel(cls, attention: str) -> None:
         """Raises CheckpointError before a kernel that cannot take our masks is tried."""
         if attention not in cls.kernels:
-            raise CheckpointError(f"attn_implementation = {attention!r}: need one of {', '.join(cls.kernels)}. try: sdpa")
+            raise CheckpointError(
+                f"attn_implementation = {attention!r}: need one of {', '.join(cls.kernels)}. try: "
+                "sdpa"
+            )
 
     def finish(self) -> None:
-        """Last line of a sub-class's `__init__`. LoRA comes after `post_init`, which would draw its weights anew."""
+        """Last line of a sub-class's `__init__`. LoRA comes after `post_init`, which would draw its
+        weights anew."""
         self.post_init()
         self.generation_config = self.backbone.generation_config
         if self.config.base is not None:
@@ -69,10 +107,17 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def add_adapters(self) -> None:
         """LoRA as the configuration has it."""
         config = self.config
-        add_lora(self.backbone, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_first)
+        add_lora(
+            self.backbone,
+            config.lora_rank,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.lora_first,
+        )
 
     def _init_weights(self, module) -> None:
-        """New modules start from `start` (k-means) or from zero; the base brings its own weights."""
+        """New modules start from `start` (k-means) or from zero; the base brings its own
+        weights."""
 
     @property
     def bos(self) -> int:
@@ -81,7 +126,9 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
     def refuse_unknown(self, named: dict, extra: frozenset[str] = frozenset()) -> None:
         """Raises ValueError for what `forward` got and would ignore."""
-        refuse_unknown(named, parameters(type(self)).union(FORWARD, extra), f"{type(self).__name__}.forward")
+        refuse_unknown(
+            named, parameters(type(self)).union(FORWARD, extra), f"{type(self).__name__}.forward"
+        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         name_cache(model_kwargs)  # whatever the caller called it
@@ -99,29 +146,50 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value) -> None:
         self.backbone.set_output_embeddings(value)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs):
-        """As in transformers. Raises CheckpointError where the new rows would be lost, with the base, which is not saved."""
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args,
+        **kwargs,
+    ):
+        """As in transformers. Raises CheckpointError where the new rows would be lost, with the
+        base, which is not saved."""
         rows = self.get_input_embeddings().num_embeddings
-        if self.config.base is not None and (new_num_tokens not in (None, rows) or rows % (pad_to_multiple_of or 1)):
-            raise CheckpointError(f"new embedding rows would be the base's, and only adapters are saved: need the {rows} of "
-                                  f"{self.config.base!r}. try: model.merged() first, or train over a base that was resized")
+        if self.config.base is not None and (
+            new_num_tokens not in (None, rows) or rows % (pad_to_multiple_of or 1)
+        ):
+            raise CheckpointError(
+                "new embedding rows would be the base's, and only adapters are saved: need the "
+                f"{rows} of "
+                f"{self.config.base!r}. try: model.merged() first, or train over a base that was "
+                "resized"
+            )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     @classmethod
-    def from_base(cls, config, dtype: torch.dtype = torch.float32, attention: str = "sdpa", folder: Path | None = None):
-        """The base with fresh adapters. Fills in the configuration's `text_config` and `base_sha256`.
+    def from_base(
+        cls,
+        config,
+        dtype: torch.dtype = torch.float32,
+        attention: str = "sdpa",
+        folder: Path | None = None,
+    ):
+        """The base with fresh adapters. Fills in the configuration's `text_config` and
+        `base_sha256`.
 
         Raises:
             BaseError: the base cannot be had, or its layers cannot be called one by one.
-            CheckpointError: `config` names the hash of another base.
-        """
+            CheckpointError: `config` names the hash of another base."""
         cls.check_kernel(attention)
         folder = folder or resolve(config.base)
         found = fingerprint(folder)
         if config.base_sha256 not in (None, found):
             raise CheckpointError(
-                f"this model was trained on base {config.base!r} with sha256 {config.base_sha256[:12]}…, but the base "
-                f"found at {folder} has {found[:12]}…: need the same weights. try: --base FOLDER with those"
+                f"this model was trained on base {config.base!r} with sha256 "
+                f"{config.base_sha256[:12]}…, but the base "
+                f"found at {folder} has {found[:12]}…: need the same weights. try: --base FOLDER "
+                "with those"
             )
         checked = "sdpa" if attention == FLEX else attention  # flex has no CPU to check the base on
         backbone = load_base(folder, dtype=dtype, attn_implementation=checked)
@@ -133,29 +201,35 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         return cls(config, backbone)
 
     def own_state(self, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """What is not the base's, of `state` or the model as it is: LoRA, new modules and their buffers."""
+        """What is not the base's, of `state` or the model as it is: LoRA, new modules and their
+        buffers."""
         weights = {name for name, p in self.named_parameters() if p.dim() > 1}
         return {
-            name: value.detach().to(self._own_dtype if name in weights else value.dtype).contiguous()
+            name: value.detach()
+            .to(self._own_dtype if name in weights else value.dtype)
+            .contiguous()
             for name, value in (state or self.state_dict()).items()
             if "lora_" in name or not name.startswith("backbone.")
         }
 
     @torch.no_grad()
     def round_own_weights(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Rounds the matrices of LoRA and new modules to `dtype` in place; they are saved in it from now on. Vectors and
-        buffers stay as they are: a code's bias is near 100, where bf16 has steps of 0.5."""
+        """Rounds the matrices of LoRA and new modules to `dtype` in place; they are saved in it
+        from now on. Vectors and buffers stay as they are: a code's bias is near 100, where bf16 has
+        steps of 0.5."""
         for name, p in self.named_parameters():
             if ("lora_" in name or not name.startswith("backbone.")) and p.dim() > 1:
                 p.copy_(p.to(dtype))
         self._own_dtype = dtype
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs) -> None:
-        """Writes config, weights and manifest. An adapted model saves its own few MB; a merged one everything.
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs
+    ) -> None:
+        """Writes config, weights and manifest. An adapted model saves its own few MB; a merged one
+        everything.
 
         Raises:
-            ValueError: an option that would be ignored.
-        """
+            ValueError: an option that would be ignored."""
         refuse_unknown(_asked(kwargs), SAVING, f"{type(self).__name__}.save_pretrained")
         if not is_main_process:
             return
@@ -167,27 +241,33 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
         if config.base is None:
-            state = {k: v.detach().contiguous() for k, v in (state_dict or self.state_dict()).items()}
+            state = {
+                k: v.detach().contiguous() for k, v in (state_dict or self.state_dict()).items()
+            }
             tied = self.get_output_embeddings().weight is self.get_input_embeddings().weight
             if tied:
                 state.pop("backbone.lm_head.weight", None)
         else:
             state = self.own_state(state_dict)
-        metadata = {"format": "pt", "base": config.base or "", "base_sha256": config.base_sha256 or ""}
+        metadata = {
+            "format": "pt",
+            "base": config.base or "",
+            "base_sha256": config.base_sha256 or "",
+        }
         write_weights(state, folder, metadata)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """Loads a saved folder: the adapters over their base, which is resolved by name and checked by hash.
+        """Loads a saved folder: the adapters over their base, which is resolved by name and checked
+        by hash.
 
         Args:
             base_from: another place to take the same base from (keyword).
             dtype, attn_implementation, device_map: as in transformers; device_map takes one device.
-            Keys of the configuration override it, as in transformers.
+                Keys of the configuration override it, as in transformers.
 
         Raises:
-            ValueError: an option that would be ignored.
-        """
+            ValueError: an option that would be ignored."""
         folder = Path(pretrained_model_name_or_path)
         base = kwargs.pop("base_from", None)
         if config is None:
@@ -200,7 +280,13 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         known = {*LOADING, *config.to_dict(), "base_from"}
         refuse_unknown(_asked(kwargs), known, f"{cls.__name__}.from_pretrained")
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
-        dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = (
+            torch.float32
+            if dtype == "auto"
+            else getattr(torch, dtype)
+            if isinstance(dtype, str)
+            else dtype
+        )
         attention = kwargs.pop("attn_implementation", None) or config._attn_implementation or "sdpa"
         model = cls.from_base(config, dtype, attention, folder=resolve(base) if base else None)
         model.load_own_state(folder)
@@ -212,28 +298,47 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         device = kwargs.pop("device_map", None)
         if isinstance(device, dict):
             if len(set(device.values())) != 1:
-                raise CheckpointError(f"device_map = {device}: need one device for all of the model. try: device_map='cpu'")
+                raise CheckpointError(
+                    f"device_map = {device}: need one device for all of the model. try: "
+                    "device_map='cpu'"
+                )
             device = next(iter(device.values()))
         if device is not None:
-            model.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+            model.to(
+                "cuda"
+                if device == "auto" and torch.cuda.is_available()
+                else "cpu"
+                if device == "auto"
+                else device
+            )
         model.eval()
         if kwargs.pop("output_loading_info", False):  # `load_own_state` refuses anything else
-            return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+            return model, {
+                "missing_keys": set(),
+                "unexpected_keys": set(),
+                "mismatched_keys": set(),
+                "error_msgs": [],
+            }
         return model
 
     def load_own_state(self, folder: Path) -> None:
-        """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does not."""
+        """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does
+        not."""
         try:
             state = load_file(folder / WEIGHTS)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"cannot read {folder / WEIGHTS} ({error}): need a whole safetensors file. try: save or train it again"
+                f"cannot read {folder / WEIGHTS} ({error}): need a whole safetensors file. try: "
+                "save or train it again"
             ) from error
         want = self.own_state()
-        wrong = sorted(set(want) ^ set(state)) + [k for k in want if k in state and want[k].shape != state[k].shape]
+        wrong = sorted(set(want) ^ set(state)) + [
+            k for k in want if k in state and want[k].shape != state[k].shape
+        ]
         if wrong:
             raise CheckpointError(
-                f"{folder / WEIGHTS} does not fit its configuration ({len(wrong)} tensors, first {wrong[0]}): need the "
+                f"{folder / WEIGHTS} does not fit its configuration ({len(wrong)} tensors, first "
+                f"{wrong[0]}): need the "
                 "config.json that was saved with it. try: the folder's own pair of files"
             )
         self.load_state_dict(state, strict=False)
@@ -249,7 +354,11 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
 def _asked(named: dict) -> dict:
     """Without the options that have the value they have anyway."""
-    return {name: value for name, value in named.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+    return {
+        name: value
+        for name, value in named.items()
+        if name not in DEFAULTS or value != DEFAULTS[name]
+    }
 
 
 def write_weights(state: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:
@@ -271,25 +380,31 @@ def write_weights(state: dict[str, torch.Tensor], folder: Path, metadata: dict[s
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
-            f"could not write {folder / WEIGHTS} ({error}): need free space and write permission. try: another --out"
+            f"could not write {folder / WEIGHTS} ({error}): need free space and write permission. "
+            "try: another --out"
         ) from error
 
 
 def check_manifest(folder: Path) -> None:
-    """One flipped bit in a safetensors file goes unnoticed nearly always: compare with the hash beside it."""
+    """One flipped bit in a safetensors file goes unnoticed nearly always: compare with the hash
+    beside it."""
     if not (folder / WEIGHTS).is_file() or not (folder / MANIFEST).is_file():
         missing = WEIGHTS if not (folder / WEIGHTS).is_file() else MANIFEST
-        raise CheckpointError(f"{folder} holds no {missing}: need a finished model. try: RUN/model of a finished run")
+        raise CheckpointError(
+            f"{folder} holds no {missing}: need a finished model. try: RUN/model of a finished run"
+        )
     try:
         want = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[WEIGHTS]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST} cannot be read: need the manifest that was saved with the model. try: copy it again"
+            f"{folder / MANIFEST} cannot be read: need the manifest that was saved with the model. "
+            "try: copy it again"
         ) from error
     with (folder / WEIGHTS).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if want != found:
         raise CheckpointError(
-            f"{folder / WEIGHTS} is corrupt (sha256 {found[:12]}…, the manifest says {str(want)[:12]}…): need the file "
+            f"{folder / WEIGHTS} is corrupt (sha256 {found[:12]}…, the manifest says "
+            f"{str(want)[:12]}…): need the file "
             "as it was saved. try: copy it again, or train again"
         )

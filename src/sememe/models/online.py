@@ -1,11 +1,11 @@
-"""Online concepts: (B, T) ids → (B, T, V) logits, with part of the layers on the concepts alone (docs/concepts.md).
+"""Online concepts: (B, T) ids → (B, T, V) logits, with part of the layers on the concepts alone
+(docs/concepts.md).
 
     ids ─ embed ─ shallow (all tokens) ─ h ─┬─ head ─ z or NULL ─ code ─ e ─ middle (concepts only) ─ c
                                             └─ deep over [concepts ≤ t ; tail(t)] ─ norm ─ lm_head ─ p(x_{t+1})
 
-One forward serves training, prefill, chunks and decoding; without a cache it costs T shallow, T · rate middle and
-T deep layer applications. Suffixes as in `concepts`.
-"""
+One forward serves training, prefill, chunks and decoding; without a cache it costs T shallow, T ·
+rate middle and T deep layer applications. Suffixes as in `concepts`."""
 
 from dataclasses import dataclass
 from operator import attrgetter
@@ -47,7 +47,8 @@ class OnlineOutput(CausalLMOutputWithPast):
 
 
 class OnlineForCausalLM(Starting, Writing, AdaptedModel):
-    """The base, split in three, with a ConceptHead, a ConceptEmbedding and a RateGate between the slices."""
+    """The base, split in three, with a ConceptHead, a ConceptEmbedding and a RateGate between the
+    slices."""
 
     config_class = OnlineConfig
     kernels = (*AdaptedModel.kernels, FLEX)
@@ -58,7 +59,9 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         config.check()
         width = config.text_config.hidden_size
         self.head = HEADS[config.head](width, config.num_concepts, config.codes_per_concept)
-        self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept, config.shared_map)
+        self.codes = ConceptEmbedding(
+            config.num_concepts, width, config.codes_per_concept, config.shared_map
+        )
         self.gate = RateGate(config.boundary, width, config.gate_noise)
         self.bridge = TailBridge(width) if config.bridge else None
         self.anchor = TokenAnchor(width, 2 if config.pool else 1) if config.anchor else None
@@ -72,38 +75,62 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
     # ---- forward ----
 
     @can_return_tuple
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                position_ids: Tensor | None = None, cache: ConceptCache | None = None,
-                inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-                logits_to_keep: int | Tensor = 0, output_hidden_states: bool | None = None, ablation: str | None = None,
-                **kwargs) -> OnlineOutput:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: ConceptCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        ablation: str | None = None,
+        **kwargs,
+    ) -> OnlineOutput:
         """Logits of the next token at every position.
 
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D).
             attention_mask: (B, past + T), 0 on padding; left and right padding both work.
             position_ids: (B, T); default: counted from the first real token.
-            cache: a ConceptCache (`new_cache`), grown in place; `past_key_values` is its former name.
+            cache: a ConceptCache (`new_cache`), grown in place; `past_key_values` is its former
+                name.
             labels: (B, T) targets, -100 ignored; shifted inside, as in transformers.
             use_cache: True starts a cache; without it none is made.
             logits_to_keep: logits of the last n positions only, or of these indices; 0 for all.
             output_hidden_states: return what each layer left too, see `_hidden_states`.
-            ablation: replace the codes, see `concepts/ablation.py`: `zero`, `shuffle` (across the batch), `random`,
-                `swap` (with the next row) or `drop:SHARE`; `@SEED` behind it for another draw.
+            ablation: replace the codes, see `concepts/ablation.py`: `zero`, `shuffle` (across the
+                batch), `random`, `swap` (with the next row) or `drop:SHARE`; `@SEED` behind it for
+                another draw.
 
         Raises:
-            ValueError: an argument that would be ignored, tokens that do not go on from the cache, several texts in a row.
-        """
+            ValueError: an argument that would be ignored, tokens that do not go on from the cache,
+                several texts in a row."""
         spine, cache = self.spine, take_cache(cache, kwargs)
         self.refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("forward takes either input_ids or inputs_embeds, got both or neither. try: input_ids alone")
+            raise ValueError(
+                "forward takes either input_ids or inputs_embeds, got both or neither. try: "
+                "input_ids alone"
+            )
         h_BTD = spine.embed(input_ids) if inputs_embeds is None else inputs_embeds
         drops = self.training and getattr(spine.decoder.layers[0], "gradient_checkpointing", False)
         if cache is None and use_cache and not drops:  # checkpointed layers would leave it empty
             cache = self.new_cache(h_BTD.shape[0])
-        _check(h_BTD, attention_mask, position_ids, cache, kwargs.get("output_attentions") or self.config.output_attentions)
-        record = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        _check(
+            h_BTD,
+            attention_mask,
+            position_ids,
+            cache,
+            kwargs.get("output_attentions") or self.config.output_attentions,
+        )
+        record = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
         length, size = h_BTD.shape[1], self.config.prefill_chunk
         if cache is None or self.training or not size:
             size = length
@@ -112,29 +139,49 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         parts = []
         for start in range(0, length, size):
             end = min(start + size, length)
-            mask = attention_mask if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - length + end]
+            mask = (
+                attention_mask
+                if attention_mask is None
+                else attention_mask[:, : attention_mask.shape[1] - length + end]
+            )
             place = position_ids if position_ids is None else position_ids[:, start:end]
             spine.record = [] if record else None
             parts.append(self._through(spine, h_BTD[:, start:end], mask, place, cache, ablation))
         d_BTD, ids_BT = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
         term = parts[0][2]
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # slice(-0, None): all
+        kept = (
+            slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        )  # slice(-0, None): all
         logits = spine.logits(d_BTD[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
             if term is not None:
-                items = kwargs.get("num_items_in_batch")  # of a whole step, which may be computed in parts
+                items = kwargs.get(
+                    "num_items_in_batch"
+                )  # of a whole step, which may be computed in parts
                 term = term if items is None else term * (labels[:, 1:] != -100).sum() / items
                 loss = loss + term
         hidden = parts[0][3]
         if record and len(parts) > 1:
-            hidden = tuple(torch.cat(states, 1) for states in zip(*(part[3] for part in parts), strict=True))
-        return OnlineOutput(loss=loss, logits=logits, hidden_states=hidden, concept_ids=ids_BT, term=term, **{CACHE: cache})
+            hidden = tuple(
+                torch.cat(states, 1) for states in zip(*(part[3] for part in parts), strict=True)
+            )
+        return OnlineOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=hidden,
+            concept_ids=ids_BT,
+            term=term,
+            **{CACHE: cache},
+        )
 
-    def _hidden_states(self, spine: Spine, step: Step, written_BT: Tensor, pack: Packing) -> tuple[Tensor, ...]:
-        """(B, T, D) × (layers + 1), as transformers has them: the embeddings, what each layer left, the last one normed.
-        A token that writes nothing skips the middle layers: there it is what the shallow slice left."""
+    def _hidden_states(
+        self, spine: Spine, step: Step, written_BT: Tensor, pack: Packing
+    ) -> tuple[Tensor, ...]:
+        """(B, T, D) × (layers + 1), as transformers has them: the embeddings, what each layer left,
+        the last one normed. A token that writes nothing skips the middle layers: there it is what
+        the shallow slice left."""
         shallow, middle, deep = self.config.split
         left = spine.record
         left[-deep:] = [d_BED[:, -written_BT.shape[1] :] for d_BED in left[-deep:]]
@@ -142,14 +189,24 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         for c_bCD in left[shallow : len(left) - deep]:
             c_BCD = c_bCD
             if len(c_bCD) < len(h_BTD):  # only the rows that wrote went through
-                c_BCD = h_BTD.new_zeros(len(h_BTD), *c_bCD.shape[1:]).index_copy(0, written_BT.any(1).nonzero()[:, 0], c_bCD)
+                c_BCD = h_BTD.new_zeros(len(h_BTD), *c_bCD.shape[1:]).index_copy(
+                    0, written_BT.any(1).nonzero()[:, 0], c_bCD
+                )
             states.append(pack.unpack(c_BCD, written_BT, h_BTD))
         states += [h_BTD] * (1 + shallow + middle - len(states))  # no row wrote
         return *states, *left[len(left) - deep : -1], spine.decoder.norm(left[-1])
 
-    def _through(self, spine: Spine, h_BTD: Tensor, attention_mask, position_ids, cache: ConceptCache | None, ablation):
-        """All three slices over one chunk: (B, T, D) last states, (B, T) ids, what the codes add to the loss, and what each
-        layer left if it is recorded."""
+    def _through(
+        self,
+        spine: Spine,
+        h_BTD: Tensor,
+        attention_mask,
+        position_ids,
+        cache: ConceptCache | None,
+        ablation,
+    ):
+        """All three slices over one chunk: (B, T, D) last states, (B, T) ids, what the codes add to
+        the loss, and what each layer left if it is recorded."""
         step = self._step(spine, h_BTD, attention_mask, position_ids, cache)
         h_BTD = self._shallow(spine, h_BTD, step)
         read = self._read(h_BTD, step)
@@ -166,26 +223,42 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         ids_BT = ids_BT.scatter(1, pack.index_BC, torch.where(pack.valid_BC, ids_BC, NULL))
         if cache is not None:
             ahead_B1D = cache.last_hidden_BD.to(h_BTD).unsqueeze(1)
-            real_BSD = past_padding(torch.cat([ahead_B1D, h_BTD], 1), step.valid_BT) if step.padded else h_BTD
+            real_BSD = (
+                past_padding(torch.cat([ahead_B1D, h_BTD], 1), step.valid_BT)
+                if step.padded
+                else h_BTD
+            )
             cache.gate_state, cache.last_hidden_BD = read.state, real_BSD[:, -1].detach()
             cache.last_concept_BD, cache.open_segment = last_BD, read.open_segment
             cache.record(ids_BT)
-        return d_BTD, ids_BT, term, self._hidden_states(spine, step, written_BT, pack) if spine.record else None
+        return (
+            d_BTD,
+            ids_BT,
+            term,
+            self._hidden_states(spine, step, written_BT, pack) if spine.record else None,
+        )
 
     def _shallow(self, spine: Spine, h_BTD: Tensor, step: Step) -> Tensor:
-        """All tokens, causal; with `shallow_window` each sees that many, itself among them, and the first of the text."""
+        """All tokens, causal; with `shallow_window` each sees that many, itself among them, and the
+        first of the text."""
         cache, length, window = step.cache, h_BTD.shape[1], self.config.shallow_window
         query = key = all_concepts(step.position_BT, step.valid_BT)
         free = not step.padded
         if cache is not None:
             lane, before = cache.shallow, cache.get_seq_length()
             if window:
-                slot, length_B = ring_slots(step.valid_BT.cpu().numpy(), cache.gate_state.tokens, window)
+                slot, length_B = ring_slots(
+                    step.valid_BT.cpu().numpy(), cache.gate_state.tokens, window
+                )
                 slot = torch.from_numpy(slot).to(h_BTD.device)
-                seen = lane.plan(slot, step.position_BT, int(length_B.max()), None, length > 1, length_B)
+                seen = lane.plan(
+                    slot, step.position_BT, int(length_B.max()), None, length > 1, length_B
+                )
             else:
                 column = torch.arange(before, before + length, device=h_BTD.device)
-                seen = lane.plan(torch.where(step.valid_BT, column, -1), step.position_BT, before + length)
+                seen = lane.plan(
+                    torch.where(step.valid_BT, column, -1), step.position_BT, before + length
+                )
             old = all_concepts(*seen)
             key = old.then(query) if lane.before is not None else old
             free = free and (length == 1 or before == 0)
@@ -193,7 +266,9 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         mask = self._mask(query, key, free, window)
         return spine.run(0, self.config.split[0], h_BTD, step.position_BT, step.rope, mask, cache)
 
-    def _middle(self, spine: Spine, e_BCD: Tensor, pack: Packing, written_BT: Tensor, step: Step) -> Tensor:
+    def _middle(
+        self, spine: Spine, e_BCD: Tensor, pack: Packing, written_BT: Tensor, step: Step
+    ) -> Tensor:
         """Concepts only, causal, each at its own place in the text."""
         first, last = self.config.split[0], sum(self.config.split[:2])
         cache, rows = step.cache, None
@@ -216,16 +291,30 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
                 slot, position_BC, e_BCD = slot[rows], position_BC[rows], e_BCD[rows]
                 rope = {kind: tuple(x[rows] for x in pair) for kind, pair in rope.items()}
                 query = Lane(*(field[rows] for field in query))
-            key = all_concepts(*lane.plan(slot, position_BC, int(count_B.max()), rows, length_B=count_B))
-        free = not ragged and (e_BCD.shape[1] == 1 or cache is None or int(step.written_before.max()) == 0)
+            key = all_concepts(
+                *lane.plan(slot, position_BC, int(count_B.max()), rows, length_B=count_B)
+            )
+        free = not ragged and (
+            e_BCD.shape[1] == 1 or cache is None or int(step.written_before.max()) == 0
+        )
         free = free or step.plain
-        c_BCD = spine.run(first, last, e_BCD, position_BC, rope, self._mask(query, key, free), cache)
+        c_BCD = spine.run(
+            first, last, e_BCD, position_BC, rope, self._mask(query, key, free), cache
+        )
         return c_BCD if rows is None else every.index_copy(0, rows, c_BCD)
 
-    def _deep(self, spine: Spine, c_BCD: Tensor, tail_BTD: Tensor, pack: Packing, written_BT: Tensor, step: Step,
-              state: GateState) -> Tensor:
-        """Concepts ≤ t and the tail of t. One state per position; with `overlap` the positions that write have two: E entries,
-        the concepts ahead of the tokens. (B, T, D) of the tokens."""
+    def _deep(
+        self,
+        spine: Spine,
+        c_BCD: Tensor,
+        tail_BTD: Tensor,
+        pack: Packing,
+        written_BT: Tensor,
+        step: Step,
+        state: GateState,
+    ) -> Tensor:
+        """Concepts ≤ t and the tail of t. One state per position; with `overlap` the positions that
+        write have two: E entries, the concepts ahead of the tokens. (B, T, D) of the tokens."""
         split, cache, rope, kept_BE = self.config.split, step.cache, step.rope, step.valid_BT
         before = torch.from_numpy(step.written_before).to(c_BCD.device)[:, None]
         entry = Lane(step.position_BT, before + written_BT.cumsum(1), written_BT, step.valid_BT)
@@ -235,14 +324,25 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             d_BED = tail_BTD
         else:
             d_BED = torch.cat([c_BCD, tail_BTD], 1)
-            kept_BE = torch.cat([pack.valid_BC, step.valid_BT & (entry.written == entry.written[:, -1:])], 1)
+            kept_BE = torch.cat(
+                [pack.valid_BC, step.valid_BT & (entry.written == entry.written[:, -1:])], 1
+            )
             entry, rope = _two_entries(entry, pack, before, step)
         query, key, free, several = entry, entry, step.plain, d_BED.shape[1] > 1
         if cache is not None:
             lane = cache.deep
-            slot, tail = deep_slots(entry.concept.cpu().numpy(), kept_BE.cpu().numpy(), step.written_before, cache.tail)
+            slot, tail = deep_slots(
+                entry.concept.cpu().numpy(), kept_BE.cpu().numpy(), step.written_before, cache.tail
+            )
             total_B = state.concepts + tail
-            seen = lane.plan(torch.from_numpy(slot).to(d_BED.device), entry.position, int(total_B.max()), None, several, total_B)
+            seen = lane.plan(
+                torch.from_numpy(slot).to(d_BED.device),
+                entry.position,
+                int(total_B.max()),
+                None,
+                several,
+                total_B,
+            )
             cache.tail = tail
             if lane.before is not None:
                 old_concept = torch.arange(seen[0].shape[1], device=d_BED.device) < before
@@ -251,23 +351,41 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             else:
                 key = all_concepts(*seen)
                 free = len(d_BED) == 1 and not step.padded
-        d_BED = spine.run(split[0] + split[1], sum(split), d_BED, entry.position, rope, self._mask(query, key, free), cache)
+        d_BED = spine.run(
+            split[0] + split[1],
+            sum(split),
+            d_BED,
+            entry.position,
+            rope,
+            self._mask(query, key, free),
+            cache,
+        )
         return d_BED[:, -tail_BTD.shape[1] :]
 
     def new_cache(self, batch: int) -> ConceptCache:
         """An empty cache for `batch` rows."""
         width = self.config.text_config.hidden_size
-        cache = ConceptCache(tuple(self.config.split), batch, self.device, GateState.start(batch), width,
-                             2 * width if self.config.pool else width)
+        cache = ConceptCache(
+            tuple(self.config.split),
+            batch,
+            self.device,
+            GateState.start(batch),
+            width,
+            2 * width if self.config.pool else width,
+        )
         if self.bridge is not None:
             cache.last_concept_BD = self.bridge.concept_mean.expand(batch, -1)
         return cache
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, *args
+    ):
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
-                "assisted decoding takes tokens back, and tails that a concept closed cannot come back. "
-                "try: generate without assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
+                "assisted decoding takes tokens back, and tails that a concept closed cannot come "
+                "back. "
+                "try: generate without assistant_model, prompt_lookup_num_tokens and "
+                "assistant_early_exit"
             )
         if name_cache(model_kwargs) is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(
@@ -275,41 +393,74 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             )
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation = {generation_config.cache_implementation!r}: the concept cache is the only one "
+                f"cache_implementation = {generation_config.cache_implementation!r}: the concept "
+                "cache is the only one "
                 "that fits this model. try: leave it out"
             )
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        rows = batch_size * max(
+            generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+        )
         model_kwargs[CACHE] = self.new_cache(rows)
 
 
 def _two_entries(token: Lane, pack: Packing, before_B1: Tensor, step: Step) -> tuple[Lane, Rope]:
-    """(E entries, their rope): the concepts as entries of their own, and behind them the tokens, none of which is one."""
+    """(E entries, their rope): the concepts as entries of their own, and behind them the tokens,
+    none of which is one."""
     rank_BC = before_B1 + 1 + torch.arange(pack.valid_BC.shape[1], device=before_B1.device)
-    concept = Lane(pack.pack(token.position.expand(token.valid.shape)), rank_BC, pack.valid_BC, pack.valid_BC)
-    rope = {kind: tuple(torch.cat([c, x.expand(len(c), -1, -1)], 1) for c, x in zip(pair, step.rope[kind], strict=True))
-            for kind, pair in _packed(step.rope, pack).items()}
+    concept = Lane(
+        pack.pack(token.position.expand(token.valid.shape)), rank_BC, pack.valid_BC, pack.valid_BC
+    )
+    rope = {
+        kind: tuple(
+            torch.cat([c, x.expand(len(c), -1, -1)], 1)
+            for c, x in zip(pair, step.rope[kind], strict=True)
+        )
+        for kind, pair in _packed(step.rope, pack).items()
+    }
     return concept.then(token._replace(concept=torch.zeros_like(token.concept))), rope
 
 
 def _packed(rope: Rope, pack: Packing) -> Rope:
     """That of the concepts, from that of the tokens."""
     rows = len(pack.index_BC)
-    return {kind: tuple(pack.pack(x.expand(rows, -1, -1)) for x in pair) for kind, pair in rope.items()}
+    return {
+        kind: tuple(pack.pack(x.expand(rows, -1, -1)) for x in pair) for kind, pair in rope.items()
+    }
 
 
-def _check(h_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache,
-           output_attentions: bool | None) -> None:
+def _check(
+    h_BTD: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache,
+    output_attentions: bool | None,
+) -> None:
     """Raises ValueError for what some models take and this one cannot."""
     batch, length = h_BTD.shape[:2]
     if output_attentions:
-        raise ValueError("output_attentions: the slices attend over different lists of keys, and there is no (T, T) table of "
-                         "weights to return. try: output_hidden_states, or concept_ids")
-    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] < length):
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, past + {length}), 0 on "
-                         "padding. try: the mask that the tokenizer returns")
+        raise ValueError(
+            "output_attentions: the slices attend over different lists of keys, and there is no "
+            "(T, T) table of "
+            "weights to return. try: output_hidden_states, or concept_ids"
+        )
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or attention_mask.shape[1] < length
+    ):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, past + "
+            f"{length}), 0 on "
+            "padding. try: the mask that the tokenizer returns"
+        )
     if cache is not None and not isinstance(cache, ConceptCache):
-        raise ValueError(f"the cache is a {type(cache).__name__}: need this model's own. try: new_cache({batch})")
+        raise ValueError(
+            f"the cache is a {type(cache).__name__}: need this model's own. try: new_cache({batch})"
+        )
     if cache is not None and len(cache.tail) != batch:
-        raise ValueError(f"the cache has {len(cache.tail)} rows, the batch has {batch}: need one for each, beams and "
-                         f"num_return_sequences counted. try: new_cache({batch})")
-    check_places(length, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length())
+        raise ValueError(
+            f"the cache has {len(cache.tail)} rows, the batch has {batch}: need one for each, "
+            "beams and "
+            f"num_return_sequences counted. try: new_cache({batch})"
+        )
+    check_places(
+        length, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length()
+    )

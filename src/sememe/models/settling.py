@@ -1,4 +1,5 @@
-"""A loss that is differentiated at once, so that what it was made of need not wait for the other losses of a step."""
+"""A loss that is differentiated at once, so that what it was made of need not wait for the other
+losses of a step."""
 
 from collections.abc import Iterable
 
@@ -18,10 +19,10 @@ class _Settled(torch.autograd.Function):
 
 
 def settled(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The scalar `loss` with the same gradients, by `parameters` alone: they are taken now and its activations are let go.
+    """The scalar `loss` with the same gradients, by `parameters` alone: they are taken now and its
+    activations are let go.
 
-    Its graph is used up; nothing else may go back through it.
-    """
+    Its graph is used up; nothing else may go back through it."""
     used = [p for p in parameters if p.requires_grad]
     with torch.autocast(loss.device.type, enabled=False):
         gradients = torch.autograd.grad(loss, used, allow_unused=True)

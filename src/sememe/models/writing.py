@@ -1,7 +1,7 @@
-"""Between the slices of an online model: shallow states → what is written where, concept states, tail states.
+"""Between the slices of an online model: shallow states → what is written where, concept states,
+tail states.
 
-Suffixes as in `concepts`; n counts the coded concepts of a batch.
-"""
+Suffixes as in `concepts`; n counts the coded concepts of a batch."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,8 @@ class Step:
     position_BT: Tensor
     rope: Rope
     valid_BT: Tensor
-    plain: bool  # no padding, nothing cached and a concept everywhere: ordinary causal attention throughout
+    # no padding, nothing cached and a concept everywhere: ordinary causal attention throughout
+    plain: bool
     padded: bool
     cache: ConceptCache | None
     written_before: np.ndarray  # (B,) concepts already in the cache
@@ -44,7 +45,9 @@ class Reading:
     pack: Packing
     coded_BC: Tensor  # all concepts but the sink, which stays a state
     h_BCD: Tensor
-    word_BCF: Tensor  # embeddings of the tokens that an anchor reads: the writing one, with a pool the tail's mean behind it
+    # embeddings of the tokens that an anchor reads: the writing one, with a pool the tail's mean
+    # behind it
+    word_BCF: Tensor
     state: GateState
     open_segment: tuple[Tensor, Tensor] | None
 
@@ -66,22 +69,37 @@ class Writing:
         if position_ids is None:
             position_BT = (valid_BT.cumsum(1) - 1).clamp(min=0)
             if cache is not None:
-                position_BT = position_BT + torch.from_numpy(cache.gate_state.tokens).to(position_BT)[:, None]
+                position_BT = (
+                    position_BT + torch.from_numpy(cache.gate_state.tokens).to(position_BT)[:, None]
+                )
         else:
             position_BT = position_ids.to(h_BTD.device).expand(batch, length)
         plain = self.config.rate >= 1 and not padded and before == 0
         written_before = np.zeros(batch, np.int64) if cache is None else cache.concepts
-        return Step(h_BTD, position_BT, spine.rope(h_BTD, position_BT), valid_BT, plain, padded, cache, written_before)
+        return Step(
+            h_BTD,
+            position_BT,
+            spine.rope(h_BTD, position_BT),
+            valid_BT,
+            plain,
+            padded,
+            cache,
+            written_before,
+        )
 
     def _mask(self, query: Lane, key: Lane, free: bool, recent: int | None = None):
-        """Mask of one slice for each sliding window. `free`: plain causal, or a single query that may see all. `recent`:
-        keys but the first of the text are seen for that many places only."""
+        """Mask of one slice for each sliding window. `free`: plain causal, or a single query that
+        may see all. `recent`: keys but the first of the text are seen for that many places only."""
         attention = self.backbone.config._attn_implementation
         check_device(attention, query.position.device)
 
         def make(window: int | None) -> Tensor | None:
             narrowest = min((w for w in (window, recent) if w is not None), default=None)
-            if free and attention == "sdpa" and (narrowest is None or int(key.position.max()) < narrowest):
+            if (
+                free
+                and attention == "sdpa"
+                and (narrowest is None or int(key.position.max()) < narrowest)
+            ):
                 return None
             if attention == FLEX and query.position.shape[1] > 1:
                 return segment_blocks(query, key, window, recent)
@@ -89,9 +107,16 @@ class Writing:
 
         return make
 
-    def _previous(self, x_BTD: Tensor, cache: ConceptCache | None, valid_BT: Tensor | None = None) -> Tensor:
-        """(B, T, D) each position's neighbour to the left: with `valid_BT` the last one that is no padding."""
-        first = x_BTD[:, :1] if cache is None else self.codes.normalise(cache.last_hidden_BD).unsqueeze(1)
+    def _previous(
+        self, x_BTD: Tensor, cache: ConceptCache | None, valid_BT: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) each position's neighbour to the left: with `valid_BT` the last one that is no
+        padding."""
+        first = (
+            x_BTD[:, :1]
+            if cache is None
+            else self.codes.normalise(cache.last_hidden_BD).unsqueeze(1)
+        )
         if valid_BT is None:
             return torch.cat([first, x_BTD[:, :-1]], 1)
         return past_padding(torch.cat([first, x_BTD], 1), valid_BT)[:, :-1]
@@ -99,11 +124,11 @@ class Writing:
     closes_last = False  # a text's last token always writes: nothing of it is left in an open tail
 
     def _read(self, h_BTD: Tensor, step: Step) -> Reading:
-        """Which positions write, and (B, C, D) states for the codes: that of the writing position, with what its tail adds to
-        it if there is a pool, or where scores accumulate the segment's states weighted by them.
+        """Which positions write, and (B, C, D) states for the codes: that of the writing position,
+        with what its tail adds to it if there is a pool, or where scores accumulate the segment's
+        states weighted by them.
 
-        Training folds the scores into the gate's distribution.
-        """
+        Training folds the scores into the gate's distribution."""
         config, cache, gate = self.config, step.cache, self.gate
         x_BTD = self.codes.normalise(h_BTD)
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -114,7 +139,9 @@ class Writing:
         first_BT = step.valid_BT & (step.valid_BT.cumsum(1) == 1)
         if cache is not None:
             first_BT &= torch.from_numpy(state.tokens == 0).to(first_BT.device)[:, None]
-        written_BT, state = gate(score_BT, step.valid_BT, rate=config.rate, max_tail=config.max_tail, state=state)
+        written_BT, state = gate(
+            score_BT, step.valid_BT, rate=config.rate, max_tail=config.max_tail, state=state
+        )
         if self.closes_last:
             written_BT |= step.valid_BT & (step.valid_BT.flip(1).cumsum(1).flip(1) == 1)
         if self.training and torch.is_grad_enabled():
@@ -122,33 +149,58 @@ class Writing:
         pack = packing(written_BT)
         coded_BC = pack.valid_BC & ~first_BT.gather(1, pack.index_BC)
         open_segment = None if cache is None else cache.open_segment
-        h_BCD, word_BCF, open_segment = self._segments(x_BTD, h_BTD, score_BT, written_BT, pack, step, open_segment)
-        return Reading(written_BT, score_BT - threshold, pack, coded_BC, h_BCD.to(h_BTD.dtype), word_BCF, state, open_segment)
+        h_BCD, word_BCF, open_segment = self._segments(
+            x_BTD, h_BTD, score_BT, written_BT, pack, step, open_segment
+        )
+        return Reading(
+            written_BT,
+            score_BT - threshold,
+            pack,
+            coded_BC,
+            h_BCD.to(h_BTD.dtype),
+            word_BCF,
+            state,
+            open_segment,
+        )
 
-    def _segments(self, x_BTD: Tensor, h_BTD: Tensor, score_BT: Tensor, written_BT: Tensor, pack: Packing, step: Step,
-                  open_segment):
-        """(B, C, D) states for the codes, (B, C, F) embeddings for an anchor, and what is left open for the next chunk."""
+    def _segments(
+        self,
+        x_BTD: Tensor,
+        h_BTD: Tensor,
+        score_BT: Tensor,
+        written_BT: Tensor,
+        pack: Packing,
+        step: Step,
+        open_segment,
+    ):
+        """(B, C, D) states for the codes, (B, C, F) embeddings for an anchor, and what is left open
+        for the next chunk."""
         if self.gate.boundary.accumulates:
-            h_BCD, open_segment = pack.pool(h_BTD, score_BT * step.valid_BT, written_BT, open_segment)
+            h_BCD, open_segment = pack.pool(
+                h_BTD, score_BT * step.valid_BT, written_BT, open_segment
+            )
         else:
             h_BCD = pack.pack(h_BTD)
         word_BCF = pack.pack(step.embed_BTD)
         if self.pool is not None:
             both_BT2 = torch.cat([x_BTD, step.embed_BTD.float()], -1)
-            tail_BC2, open_segment = pack.pool(both_BT2, step.valid_BT & ~written_BT, written_BT, open_segment)
+            tail_BC2, open_segment = pack.pool(
+                both_BT2, step.valid_BT & ~written_BT, written_BT, open_segment
+            )
             tail_BCD, words_BCD = tail_BC2.chunk(2, -1)
             h_BCD = h_BCD + self.codes.scale.float() * self.pool(tail_BCD)
             word_BCF = torch.cat([word_BCF, words_BCD.to(word_BCF.dtype)], -1)
         return h_BCD, word_BCF, open_segment
 
     def unsaid(self, h_nD: Tensor, embed_nD: Tensor) -> tuple[Tensor, Tensor | float]:
-        """(n, D) normalised states without what their tokens' embeddings tell, for the codes to say; and that, 0 without
-        an anchor."""
+        """(n, D) normalised states without what their tokens' embeddings tell, for the codes to
+        say; and that, 0 without an anchor."""
         told_nD = 0.0 if self.anchor is None else self.anchor(embed_nD)
         return self.codes.normalise(h_nD) - told_nD, told_nD
 
     def _known(self, c_BCD: Tensor, read: Reading) -> Tensor:
-        """(B, C, D) what a bridge may read of the concepts: all but the sink, which says nothing about the text."""
+        """(B, C, D) what a bridge may read of the concepts: all but the sink, which says nothing
+        about the text."""
         if self.bridge is None:
             return c_BCD
         sink_BC1 = (read.pack.valid_BC & ~read.coded_BC).unsqueeze(-1)
@@ -158,13 +210,17 @@ class Writing:
         """(B, T, D) states of tail positions, and (B, D) the last concept's for the next chunk."""
         if self.bridge is None:
             return h_BTD, None if cache is None else cache.last_concept_BD
-        before_BD = self.bridge.concept_mean.expand(len(h_BTD), -1) if cache is None else cache.last_concept_BD
+        before_BD = (
+            self.bridge.concept_mean.expand(len(h_BTD), -1)
+            if cache is None
+            else cache.last_concept_BD
+        )
         last_BTD = read.pack.last(known_BCD, read.written_BT, before_BD)
         return self.bridge(h_BTD, last_BTD), last_BTD[:, -1].detach()
 
     def _write(self, read: Reading, step: Step, ablation: str | None):
-        """(B, C, D) concept states, (B, C) ids and what the codes add to the loss. The sink, and everything while
-        `quantise` is 0, stays a state."""
+        """(B, C, D) concept states, (B, C) ids and what the codes add to the loss. The sink, and
+        everything while `quantise` is 0, stays a state."""
         config, h_BCD, coded_BC = self.config, read.h_BCD, read.coded_BC
         ids_BC = torch.full_like(read.pack.index_BC, UNQUANTISED)
         if config.quantise == 0:
@@ -173,15 +229,22 @@ class Writing:
             h_nD = h_BCD[coded_BC]
             x_nD, told_nD = self.unsaid(h_nD, read.word_BCF[coded_BC])
             found = quantise(
-                self.codes, self.head, x_nD, temperature=config.code_temperature,
-                noise=config.gumbel if self.training else 0.0, estimator=config.estimator,
+                self.codes,
+                self.head,
+                x_nD,
+                temperature=config.code_temperature,
+                noise=config.gumbel if self.training else 0.0,
+                estimator=config.estimator,
                 soft=self.training and (config.estimator == "soft" or config.usage_weight > 0),
-                usage=config.usage_weight, commitment=config.commitment_weight,
+                usage=config.usage_weight,
+                commitment=config.commitment_weight,
             )
             ids_BC[coded_BC] = found.ids_n
             e_nD = self.codes.to_states(found.state_nD + told_nD)
             if ablation is not None:
-                ids_BC, dropped_BC = ablate(ids_BC, coded_BC, ablation, config.num_concepts**config.codes_per_concept)
+                ids_BC, dropped_BC = ablate(
+                    ids_BC, coded_BC, ablation, config.num_concepts**config.codes_per_concept
+                )
                 e_nD = self.codes(ids_BC[coded_BC]) + self.codes.scale.float() * told_nD
                 e_nD = e_nD.masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
             if self.training and torch.is_grad_enabled():
@@ -192,15 +255,20 @@ class Writing:
         if self.training and config.concept_dropout > 0:
             lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < config.concept_dropout
             e_nD = torch.where(lost_n1, self.codes.mean.to(e_nD.dtype), e_nD)
-        return h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD), ids_BC, found.term if self.training else None
+        return (
+            h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD),
+            ids_BC,
+            found.term if self.training else None,
+        )
 
     def _confidence(self, c_BCD: Tensor, known_BCD: Tensor, h_BTD: Tensor, read: Reading) -> Tensor:
-        """Gradient for the gate: forward c; backward, p gets that of `p · c + (1 - p) · tail`, with p the probability
-        of writing and `tail` the state that the position would have had as a normal token.
+        """Gradient for the gate: forward c; backward, p gets that of `p · c + (1 - p) · tail`, with
+        p the probability of writing and `tail` the state that the position would have had as a
+        normal token.
 
-        Interpolated after the middle layers so that what they read stays discrete (ConceptMoE, arXiv 2601.21420).
-        The new modules' zero term keeps every rank's gradients in step when its batch used no code.
-        """
+        Interpolated after the middle layers so that what they read stays discrete (ConceptMoE,
+        arXiv 2601.21420). The new modules' zero term keeps every rank's gradients in step when its
+        batch used no code."""
         new = [p for name, p in self.named_parameters() if p.requires_grad and "lora_" not in name]
         c_BCD = c_BCD + (sum(p.float().sum() for p in new) * 0.0).to(c_BCD.dtype)
         if self.config.rate >= 1 or not self.gate.boundary.learned:
@@ -208,16 +276,22 @@ class Writing:
         with torch.no_grad():
             tail_BCD = read.pack.pack(h_BTD)
             if self.bridge is not None:  # past the concept before its own
-                before_BCD = torch.cat([self.bridge.concept_mean.expand_as(c_BCD[:, :1]).to(c_BCD), known_BCD[:, :-1]], 1)
+                before_BCD = torch.cat(
+                    [self.bridge.concept_mean.expand_as(c_BCD[:, :1]).to(c_BCD), known_BCD[:, :-1]],
+                    1,
+                )
                 tail_BCD = self.bridge(tail_BCD, before_BCD)
         p_BC1 = torch.sigmoid(read.pack.pack(read.margin_BT) * read.coded_BC).unsqueeze(-1)
         return c_BCD + (p_BC1 - p_BC1.detach()) * (c_BCD - tail_BCD).detach()
 
 
 def past_padding(x_BSD: Tensor, valid_BT: Tensor) -> Tensor:
-    """(B, 1 + T, D) states, one of them ahead of the text → the same with each place of padding taken by the last that is
-    none. Text goes on behind padding where rows that ended at different places are continued as a batch."""
-    place_BT = torch.arange(1, x_BSD.shape[1], device=x_BSD.device).where(valid_BT, 0).cummax(1).values
+    """(B, 1 + T, D) states, one of them ahead of the text → the same with each place of padding
+    taken by the last that is none. Text goes on behind padding where rows that ended at different
+    places are continued as a batch."""
+    place_BT = (
+        torch.arange(1, x_BSD.shape[1], device=x_BSD.device).where(valid_BT, 0).cummax(1).values
+    )
     place_BS = torch.nn.functional.pad(place_BT, (1, 0))
     return x_BSD.gather(1, place_BS.unsqueeze(-1).expand(-1, -1, x_BSD.shape[2]))
 

@@ -1,4 +1,5 @@
-"""Run folder → one self-contained HTML page. Reads files only; imports neither torch nor transformers."""
+"""Run folder → one self-contained HTML page. Reads files only; imports neither torch nor
+transformers."""
 
 from sememe.report.page import write_report, write_speed
 

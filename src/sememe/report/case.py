@@ -31,8 +31,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """`stage` are the lines logged at the rate and quantise that the run ends with; of a planner those behind its warm-up, or all
-    while it lasts; of other systems all lines."""
+    """`stage` are the lines logged at the rate and quantise that the run ends with; of a planner
+    those behind its warm-up, or all while it lasts; of other systems all lines."""
 
     path: Path
     recipe: dict[str, Any]
@@ -57,17 +57,23 @@ class Case:
         return [value for _, value in points[-max(1, len(points) // 3) :]]
 
     def final(self, *keys: str) -> tuple[dict[str, float], int | None]:
-        """The figures of the finished model, where evaluate.json has all of them at the recipe's rate; else the last ones in
-        metrics.jsonl, and their step."""
+        """The figures of the finished model, where evaluate.json has all of them at the recipe's
+        rate; else the last ones in metrics.jsonl, and their step."""
         found = {key: number(self.evaluate.get(key)) for key in keys}
-        if None not in found.values() and self.evaluate.get("target_rate") in (None, self.recipe["rate"]):
+        if None not in found.values() and self.evaluate.get("target_rate") in (
+            None,
+            self.recipe["rate"],
+        ):
             return found, None
         last = {key: self.points(key)[-1] for key in keys}
-        return {key: value for key, (_, value) in last.items()}, min(step for step, _ in last.values())
+        return {key: value for key, (_, value) in last.items()}, min(
+            step for step, _ in last.values()
+        )
 
     @property
     def mixes(self) -> bool:
-        """Whether codes get their gradient through a soft mixture, as in runs of before there was a choice."""
+        """Whether codes get their gradient through a soft mixture, as in runs of before there was a
+        choice."""
         return self.recipe.get("estimator", "soft") == "soft"
 
     @property
@@ -83,10 +89,13 @@ class Case:
         return found
 
     def scaled(self, key: str, factor: float, least: int = 1) -> str:
-        """An override of `key` by a multiple of what it is; whole numbers stay whole and at `least`."""
+        """An override of `key` by a multiple of what it is; whole numbers stay whole and at
+        `least`."""
         value = self.value(key)
         whole = isinstance(value, int)
-        return f"{key}={max(least, round(value * factor))}" if whole else f"{key}={value * factor:.2g}"
+        return (
+            f"{key}={max(least, round(value * factor))}" if whole else f"{key}={value * factor:.2g}"
+        )
 
     def changes(self, override: str) -> bool:
         """Whether `key=value` is anything else than what the run had."""
@@ -100,7 +109,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Rule:
-    """`sign` says what is looked at; its limits stand in braces. `look` returns None where all is well."""
+    """`sign` says what is looked at; its limits stand in braces. `look` returns None where all is
+    well."""
 
     name: str
     sign: str
@@ -133,19 +143,31 @@ def thirds(values: list[float], what: str, fewest: int = 6) -> tuple[list[float]
 
 
 def read_case(run: Path) -> Case:
-    """Raises CheckpointError or RecipeError where `run` is not the folder of a run that has logged something."""
+    """Raises CheckpointError or RecipeError where `run` is not the folder of a run that has logged
+    something."""
     metrics, recipe = read_metrics(run), _read_recipe(run / "recipe.yaml")
 
     def at_the_end(line: dict) -> bool:
-        return line.get("quantise") == 1 and math.isclose(number(line.get("target_rate")) or 0, recipe["rate"], rel_tol=1e-6)
+        return line.get("quantise") == 1 and math.isclose(
+            number(line.get("target_rate")) or 0, recipe["rate"], rel_tol=1e-6
+        )
 
     stage = [line for line in metrics.lines if recipe["system"] != "online" or at_the_end(line)]
     if recipe["system"] == "planner":
         stage = [line for line in stage if line["step"] > _warm(recipe)] or stage
-    damaged = {key: count for key in ("loss", "grad_norm", "heldout_nll") if (count := metrics.not_finite(key))}
+    damaged = {
+        key: count
+        for key in ("loss", "grad_norm", "heldout_nll")
+        if (count := metrics.not_finite(key))
+    }
     return Case(
-        path=run, recipe=recipe, lines=metrics.lines, evaluate=read_json(run / "evaluate.json").figures, damaged=damaged,
-        stage=stage, finished=(run / "model" / "manifest.json").is_file(),
+        path=run,
+        recipe=recipe,
+        lines=metrics.lines,
+        evaluate=read_json(run / "evaluate.json").figures,
+        damaged=damaged,
+        stage=stage,
+        finished=(run / "model" / "manifest.json").is_file(),
     )
 
 
@@ -154,8 +176,17 @@ def _warm(recipe: dict[str, Any]) -> int:
     return round(recipe["em"]["warmup"] * recipe["steps"]) if recipe["system"] == "planner" else 0
 
 
-NUMBERS = ("steps", "sequence_length", "rate", "max_tail", "num_concepts", "code_temperature", "learning_rate",
-           "concept_learning_rate", "calibration_tokens")
+NUMBERS = (
+    "steps",
+    "sequence_length",
+    "rate",
+    "max_tail",
+    "num_concepts",
+    "code_temperature",
+    "learning_rate",
+    "concept_learning_rate",
+    "calibration_tokens",
+)
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:
@@ -163,10 +194,17 @@ def _read_recipe(file: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
         wrong = [key for key in NUMBERS if number(recipe.get(key)) is None]
-        parts = ("plan", "em", "curriculum", "target_length") if recipe.get("system") == "planner" else ()
+        parts = (
+            ("plan", "em", "curriculum", "target_length")
+            if recipe.get("system") == "planner"
+            else ()
+        )
         wrong += [key for key in ("system", "precision", "lora", *parts) if key not in recipe]
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
         wrong = ["recipe"]
     if wrong:
-        raise RecipeError(f"{file} holds no readable {wrong[0]}: need the file that `sememe train` wrote. try: copy it again")
+        raise RecipeError(
+            f"{file} holds no readable {wrong[0]}: need the file that `sememe train` wrote. try: "
+            "copy it again"
+        )
     return recipe

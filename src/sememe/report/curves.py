@@ -32,7 +32,11 @@ def dots(colour: str, marker: str) -> dict:
 
 def x_axis(run: Metrics) -> str:
     """Tokens, which a control shares; steps for a log that counts no tokens."""
-    return "tokens" if any(number(logged.get("tokens")) is not None for logged in run.lines) else "step"
+    return (
+        "tokens"
+        if any(number(logged.get("tokens")) is not None for logged in run.lines)
+        else "step"
+    )
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> tuple[Points, int]:

@@ -1,4 +1,5 @@
-"""A run folder's files → plain values: tolerant of what is absent, strict about there being a run at all."""
+"""A run folder's files → plain values: tolerant of what is absent, strict about there being a run
+at all."""
 
 import json
 from dataclasses import dataclass, field
@@ -25,7 +26,9 @@ class Metrics:
 
     def not_finite(self, key: str) -> int:
         """Lines where `key` was logged as something that is no finite number."""
-        return sum(1 for line in self.lines if line.get(key) is not None and number(line[key]) is None)
+        return sum(
+            1 for line in self.lines if line.get(key) is not None and number(line[key]) is None
+        )
 
     def latest(self) -> dict:
         """The last value of every key: held-out figures are not in every line."""
@@ -57,7 +60,8 @@ class Run:
 
 
 def read_run(run: Path, control: Path | None = None) -> Run:
-    """Everything the page needs. `control` None: the sibling `<run>-control`, where it has metrics."""
+    """Everything the page needs. `control` None: the sibling `<run>-control`, where it has
+    metrics."""
     metrics = read_metrics(run)
     if control is None:
         whole = run.resolve()  # so that '.' has a name

@@ -1,4 +1,5 @@
-"""The instruments of a run over its steps: what meanings.INSTRUMENTS lists, NLL by position, and the tails."""
+"""The instruments of a run over its steps: what meanings.INSTRUMENTS lists, NLL by position, and
+the tails."""
 
 from matplotlib.ticker import MaxNLocator
 
@@ -44,7 +45,8 @@ def _instrument(run: Metrics, instrument: Instrument) -> Plot | None:
 
 
 def _curves(run: Metrics, panel: Panel) -> dict[str, Points]:
-    """Legend → points. A logarithmic axis has no place for 0: a norm or a count of 0 leaves a gap."""
+    """Legend → points. A logarithmic axis has no place for 0: a norm or a count of 0 leaves a
+    gap."""
     found = {label: run.points("step", key) for key, label in panel.curves.items()}
     if panel.log:
         found = {label: [(x, y) for x, y in points if y > 0] for label, points in found.items()}
@@ -59,7 +61,13 @@ def _draw(axes, drawn: dict[str, Points]) -> None:
 
 def _legend(axes) -> None:
     """Above the frame, where no curve runs."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(axes.lines), borderaxespad=0, columnspacing=1)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(axes.lines),
+        borderaxespad=0,
+        columnspacing=1,
+    )
 
 
 def _steps(axes) -> None:
@@ -94,7 +102,11 @@ def _by_position(run: Metrics) -> Plot | None:
 
 
 def _tails(run: Metrics) -> Plot | None:
-    counted = [x["heldout_tail_histogram"] for x in run.lines if isinstance(x.get("heldout_tail_histogram"), list)]
+    counted = [
+        x["heldout_tail_histogram"]
+        for x in run.lines
+        if isinstance(x.get("heldout_tail_histogram"), list)
+    ]
     counts = [number(c) or 0 for c in counted[-1]] if counted else []
     if not any(count > 0 for count in counts):
         return None

@@ -1,4 +1,5 @@
-"""Each key of the run's files: how it is shown and what it means in one line. A new key is one line here."""
+"""Each key of the run's files: how it is shown and what it means in one line. A new key is one line
+here."""
 
 from dataclasses import dataclass
 
@@ -20,7 +21,10 @@ EVALUATE: dict[str, tuple[str, str]] = {
     "data": ("", "the text that was evaluated"),
     "tokens": ("count", "normal tokens of that text that were predicted"),
     "nll": ("nats", "mean surprise per predicted token, in nats; lower is better"),
-    "bits_per_byte": ("nats", "the same surprise in bits per byte of text, comparable between tokenizers"),
+    "bits_per_byte": (
+        "nats",
+        "the same surprise in bits per byte of text, comparable between tokenizers",
+    ),
     "concept_rate": ("share", "concepts written per normal token, over the whole text"),
     "compression_ratio": ("ratio", "R: normal tokens per concept, 1 / concept rate"),
     "target_rate": ("share", "the concept rate that was asked for"),
@@ -32,22 +36,44 @@ EVALUATE: dict[str, tuple[str, str]] = {
     "longest_tail": ("count", "the longest stretch of tokens without a concept"),
     "delta_nll_control": ("delta", "NLL minus that of the control (same training, no concepts)"),
     "delta_nll_zero": ("delta", "what NLL rises by when all concepts are set to zero"),
-    "delta_nll_shuffle": ("delta", "what NLL rises by when concepts are shuffled over the whole batch"),
+    "delta_nll_shuffle": (
+        "delta",
+        "what NLL rises by when concepts are shuffled over the whole batch",
+    ),
     "delta_nll_random": ("delta", "what NLL rises by when concepts are replaced by random ones"),
     "code_perplexity": ("", "as varied as this many codes used equally often"),
     "codes_used": ("count", "different codes that occur at least once"),
-    "layer_share": ("share", "layers run per token, as a share of the base's; what computing is left"),
+    "layer_share": (
+        "share",
+        "layers run per token, as a share of the base's; what computing is left",
+    ),
     "num_concepts": ("count", "codes there are to choose from"),
-    "codes_per_concept": ("count", "codes that a concept is the sum of; of several, the figures above are of the first"),
-    "code_perplexity_by_stage": ("", "perplexity of each of a concept's codes, the first one first"),
-    "bits_per_concept": ("", "bits that a concept carries at most: the entropy of the codes in use"),
+    "codes_per_concept": (
+        "count",
+        "codes that a concept is the sum of; of several, the figures above are of the first",
+    ),
+    "code_perplexity_by_stage": (
+        "",
+        "perplexity of each of a concept's codes, the first one first",
+    ),
+    "bits_per_concept": (
+        "",
+        "bits that a concept carries at most: the entropy of the codes in use",
+    ),
     "largest_code_share": ("share", "share of the most frequent code among all concepts"),
     "control_nll": ("nats", "NLL of the control"),
     "sequence_length": ("count", "tokens in each text block that was evaluated"),
     "model": ("", "the model that was evaluated"),
     "control": ("", "the control that it was compared with"),
-    "tokens_asked": ("count", "tokens that the measurement asked for; whole blocks of them were used"),
-    "system": ("", "online (with concepts), control (without), skip (without the middle layers), or window (of the last tokens)"),
+    "tokens_asked": (
+        "count",
+        "tokens that the measurement asked for; whole blocks of them were used",
+    ),
+    "system": (
+        "",
+        "online (with concepts), control (without), skip (without the middle layers), or window "
+        "(of the last tokens)",
+    ),
     "boundary": ("", "what decides where a concept is written"),
 }
 
@@ -62,29 +88,57 @@ BENCHMARK_SIDES: dict[str, tuple[str, str]] = {
     "decode_tokens_per_s": ("speed", "writing new tokens one after another"),
     "cache_bytes": ("bytes", "memory of the cache at the end"),
     "read_tokens_per_s": ("speed", "compressing a text; the base: one plain forward over it"),
-    "write_tokens_per_s": ("speed", "decompressing it; the base: writing as many tokens one after another"),
+    "write_tokens_per_s": (
+        "speed",
+        "decompressing it; the base: writing as many tokens one after another",
+    ),
     "tokens_written": ("count", "tokens written in a round"),
     "weight_bytes": ("bytes", "memory of the weights"),
-    "prefill_peak_bytes": ("bytes", "the most memory in use while a prompt is read, weights and cache counted"),
+    "prefill_peak_bytes": (
+        "bytes",
+        "the most memory in use while a prompt is read, weights and cache counted",
+    ),
     "train_tokens_per_s": ("speed", "training, forward and backward; the base with the same LoRA"),
-    "train_peak_bytes": ("bytes", "the most memory in use in a training step, weights and optimiser counted"),
+    "train_peak_bytes": (
+        "bytes",
+        "the most memory in use in a training step, weights and optimiser counted",
+    ),
 }
 
 BENCHMARK: dict[str, tuple[str, str]] = {
     "prefill_speedup": ("ratio", "reading speed over that of the unmodified base"),
     "decode_speedup": ("ratio", "writing speed over that of the unmodified base"),
-    "ceiling_decode_speedup": ("ratio", "the most that the layer arithmetic allows at this split and rate"),
+    "ceiling_decode_speedup": (
+        "ratio",
+        "the most that the layer arithmetic allows at this split and rate",
+    ),
     "cache_reduction": ("ratio", "how many times smaller the cache is than that of the base"),
-    "compress_base_forwards": ("ratio", "time of compressing a text over that of one forward of the base; below 1 is less"),
+    "compress_base_forwards": (
+        "ratio",
+        "time of compressing a text over that of one forward of the base; below 1 is less",
+    ),
     "compress_base_forwards_range": ("", "the least and the most of that over the rounds"),
-    "compress_base_forwards_no_logits": ("ratio", "the same, where the base computes no logits but the last"),
+    "compress_base_forwards_no_logits": (
+        "ratio",
+        "the same, where the base computes no logits but the last",
+    ),
     "decompress_speedup": ("ratio", "decompressing speed over that of the base's own writing"),
     "decompress_speedup_range": ("", "the least and the most of that over the rounds"),
     "ids_per_token": ("", "ids per token of the text, every one counted"),
     "compression_ratio": ("", "tokens of the text per id"),
-    "train_step_ratio": ("ratio", "time of a training step over that of the control (same LoRA, no concepts); below 1 is faster"),
-    "prefill_memory_ratio": ("ratio", "memory that reading takes over that of the base, weights counted; below 1 is less"),
-    "train_memory_ratio": ("ratio", "memory that a training step takes over that of the control; below 1 is less"),
+    "train_step_ratio": (
+        "ratio",
+        "time of a training step over that of the control (same LoRA, no concepts); below 1 is "
+        "faster",
+    ),
+    "prefill_memory_ratio": (
+        "ratio",
+        "memory that reading takes over that of the base, weights counted; below 1 is less",
+    ),
+    "train_memory_ratio": (
+        "ratio",
+        "memory that a training step takes over that of the control; below 1 is less",
+    ),
     "realised_rate": ("share", "concepts per token in the timed generation"),
     "model": ("", "the model that was timed"),
     "base_name": ("", "the unmodified base beside it"),
@@ -96,10 +150,16 @@ METRICS: dict[str, tuple[str, str]] = {
     "seconds": ("time", "time spent"),
     "loss": ("nats", "training loss, nats per token"),
     "heldout_nll": ("nats", "NLL on held-out text"),
-    "heldout_rate": ("share", "concepts per token on held-out text; should equal the training rate"),
+    "heldout_rate": (
+        "share",
+        "concepts per token on held-out text; should equal the training rate",
+    ),
     "rate": ("share", "concepts written per normal token in training"),
     "target_rate": ("share", "the rate asked for at that step"),
-    "quantise": ("share", "how much of a concept is the discrete code; the rest is still continuous"),
+    "quantise": (
+        "share",
+        "how much of a concept is the discrete code; the rest is still continuous",
+    ),
     "longest_tail": ("count", "the longest stretch of tokens without a concept"),
     "code_perplexity": ("", "as varied as this many codes used equally often"),
     "codes_used": ("count", "different codes that occur at least once"),
@@ -112,21 +172,39 @@ METRICS: dict[str, tuple[str, str]] = {
     "grad_norm_bridge": ("", "length of the gradient of the bridge that completes the tail"),
     "grad_norm_anchor": ("", "length of the gradient of the anchor that gives a concept its token"),
     "grad_norm_pool": ("", "length of the gradient of the pool that gives a concept its tail"),
-    "grad_norm_foretold": ("", "length of the gradient of the map that foretells a compressor's next token"),
+    "grad_norm_foretold": (
+        "",
+        "length of the gradient of the map that foretells a compressor's next token",
+    ),
     "grad_norm_reader": ("", "length of the gradient of what a decompressor reads concepts by"),
-    "grad_norm_segmenter": ("", "length of the gradient of what says how long an autoregressive concept is"),
+    "grad_norm_segmenter": (
+        "",
+        "length of the gradient of what says how long an autoregressive concept is",
+    ),
     "price": ("nats", "what a concept of boundary: autoregressive costs, so that the rate is held"),
     "tail_mean": ("", "tokens without a concept in a row, on average, in training"),
     "largest_code_share": ("share", "share of the most frequent code among all concepts"),
-    "bits_per_concept": ("", "bits that a concept carries at most: the entropy of the codes in use"),
+    "bits_per_concept": (
+        "",
+        "bits that a concept carries at most: the entropy of the codes in use",
+    ),
     "heldout_tail_mean": ("", "tokens without a concept in a row, on average, on held-out text"),
-    "delta_nll_zero": ("delta", "what NLL rises by when all concepts are set to zero, on a small fixed held-out batch"),
+    "delta_nll_zero": (
+        "delta",
+        "what NLL rises by when all concepts are set to zero, on a small fixed held-out batch",
+    ),
     "delta_nll_shuffle": ("delta", "the same with concepts shuffled over the batch"),
     "delta_nll_random": ("delta", "the same with random concepts"),
     "code_entropy": ("nats", "how undecided the head is between codes; 0 is certain"),
     "code_max_prob": ("share", "probability that the head gives its first choice"),
-    "soft_hard_cosine": ("", "direction of the soft mixture against that of the chosen code; 1 is the same"),
-    "soft_hard_distance": ("", "distance of the soft mixture to the chosen code, in lengths of the code"),
+    "soft_hard_cosine": (
+        "",
+        "direction of the soft mixture against that of the chosen code; 1 is the same",
+    ),
+    "soft_hard_distance": (
+        "",
+        "distance of the soft mixture to the chosen code, in lengths of the code",
+    ),
 }
 
 # Drawn as plots, not as table rows.
@@ -153,65 +231,109 @@ class Instrument:
 INSTRUMENTS = (
     Instrument(
         "Cost of ablating the codes",
-        "What NLL on a small fixed held-out batch rises by without the true codes: near 0 for zero, they are not read; near 0 "
+        "What NLL on a small fixed held-out batch rises by without the true codes: near 0 for "
+        "zero, they are not read; near 0 "
         "for shuffled, any code would do as well.",
-        (Panel("NLL rises by (nats)", {"delta_nll_zero": "set to zero", "delta_nll_shuffle": "shuffled",
-                                       "delta_nll_random": "random"}),),
+        (
+            Panel(
+                "NLL rises by (nats)",
+                {
+                    "delta_nll_zero": "set to zero",
+                    "delta_nll_shuffle": "shuffled",
+                    "delta_nll_random": "random",
+                },
+            ),
+        ),
     ),
     Instrument(
         "Codes in use",
-        "Perplexity is how many codes are in even use, and bits what a concept can carry at most; perplexity far below the "
+        "Perplexity is how many codes are in even use, and bits what a concept can carry at most; "
+        "perplexity far below the "
         "codes that occur is a collapse.",
-        (Panel("codes", {"code_perplexity": "perplexity", "codes_used": "codes that occur"}, log=True),
-         Panel("bits", {"bits_per_concept": "bits per concept"})),
+        (
+            Panel(
+                "codes",
+                {"code_perplexity": "perplexity", "codes_used": "codes that occur"},
+                log=True,
+            ),
+            Panel("bits", {"bits_per_concept": "bits per concept"}),
+        ),
     ),
     Instrument(
         "Soft mixture against chosen code",
-        "The gradient sees the soft mixture and the model reads the chosen code: a cosine that stays low, or a distance that "
+        "The gradient sees the soft mixture and the model reads the chosen code: a cosine that "
+        "stays low, or a distance that "
         "stays large, means that training improves something else than what is used.",
-        (Panel("cosine", {"soft_hard_cosine": "cosine"}), Panel("distance", {"soft_hard_distance": "distance"})),
+        (
+            Panel("cosine", {"soft_hard_cosine": "cosine"}),
+            Panel("distance", {"soft_hard_distance": "distance"}),
+        ),
     ),
     Instrument(
         "How sure the head is",
-        "Entropy between the codes and the probability of the first choice: certain early, with few codes in use, is a collapse; "
+        "Entropy between the codes and the probability of the first choice: certain early, with "
+        "few codes in use, is a collapse; "
         "undecided to the end, and the codes hardly differ.",
-        (Panel("entropy (nats)", {"code_entropy": "entropy"}), Panel("probability", {"code_max_prob": "first choice"})),
+        (
+            Panel("entropy (nats)", {"code_entropy": "entropy"}),
+            Panel("probability", {"code_max_prob": "first choice"}),
+        ),
     ),
     Instrument(
         "Gradient norms",
-        "Length of the gradient, before clipping, of everything and of each module: near 0, a module learns nothing; growing "
+        "Length of the gradient, before clipping, of everything and of each module: near 0, a "
+        "module learns nothing; growing "
         "without end, the learning rate is too high.",
-        (Panel("norm", {"grad_norm": "all", "grad_norm_lora": "LoRA", "grad_norm_head": "head", "grad_norm_codes": "codes",
-                        "grad_norm_bridge": "bridge", "grad_norm_anchor": "anchor",
-                        "grad_norm_pool": "pool"}, log=True),),
+        (
+            Panel(
+                "norm",
+                {
+                    "grad_norm": "all",
+                    "grad_norm_lora": "LoRA",
+                    "grad_norm_head": "head",
+                    "grad_norm_codes": "codes",
+                    "grad_norm_bridge": "bridge",
+                    "grad_norm_anchor": "anchor",
+                    "grad_norm_pool": "pool",
+                },
+                log=True,
+            ),
+        ),
     ),
     Instrument(
         "Tail length",
-        "Tokens in a row without a concept, on average: training and held-out text apart means that the gate behaves "
+        "Tokens in a row without a concept, on average: training and held-out text apart means "
+        "that the gate behaves "
         "differently where it is not trained.",
         (Panel("tokens", {"tail_mean": "training", "heldout_tail_mean": "held out"}),),
     ),
 )
 
 POSITION_OVER_STEPS = (
-    "NLL on held-out text by how far into the text a token stands, while training: if only the first group falls, "
+    "NLL on held-out text by how far into the text a token stands, while training: if only the "
+    "first group falls, "
     "the concepts serve the opening alone."
 )
 TAILS = (
-    "How many segments of held-out text have how many tokens before the one that writes, at the last measurement: a single bar "
+    "How many segments of held-out text have how many tokens before the one that writes, at the "
+    "last measurement: a single bar "
     "is a regular stride, a pile at the right end means that concepts are forced."
 )
 PARETO = (
-    "Each mark is a trained model: how much it predicts worse than its control (up) and how many of the base's layers it still "
-    "runs per token (right); down and left is better, and the dashed line joins what nothing else beats in both."
+    "Each mark is a trained model: how much it predicts worse than its control (up) and how many "
+    "of the base's layers it still "
+    "runs per token (right); down and left is better, and the dashed line joins what nothing else "
+    "beats in both."
 )
 TOKENS = (
-    "Held-out NLL against the tokens trained on, on a scale of doublings; in brackets what another doubling brings, in nats, "
+    "Held-out NLL against the tokens trained on, on a scale of doublings; in brackets what another "
+    "doubling brings, in nats, "
     "by a straight line through the points filled in (three at least)."
 )
 TOKENS_WHOLE = " Each point is a whole run."
 TOKENS_WITHIN = (
-    " Hollow points, before the schedule is through or in the first half, are left out of it. Within a run the learning rate "
+    " Hollow points, before the schedule is through or in the first half, are left out of it. "
+    "Within a run the learning rate "
     "falls as well: compare the slopes, do not draw them on."
 )
 TOKENS_DELTA = " Below: the same minus the control at equal tokens; a line that falls says that more training closes the gap."
@@ -244,17 +366,23 @@ SPEED: dict[str, tuple[str, str]] = {
     "peak_bytes": ("bytes", "peak memory"),
 }
 SPEED_CEILING = (
-    "Each mark is a point of the grid: how many times as fast as the base it writes (up), and how many times the matmuls of its "
-    "layers, head and bridge allow at its rate (right). On the dashed line all of that is reached; attention, which is not "
-    "counted, can lift a mark above it. Bars: the slowest round of one side against the fastest of the other."
+    "Each mark is a point of the grid: how many times as fast as the base it writes (up), and how "
+    "many times the matmuls of its "
+    "layers, head and bridge allow at its rate (right). On the dashed line all of that is reached; "
+    "attention, which is not "
+    "counted, can lift a mark above it. Bars: the slowest round of one side against the fastest of "
+    "the other."
 )
 SPEED_CACHE = (
-    "Bytes of all keys and values for one text, summed from the tensors at the end of the timed generation, slots in reserve "
+    "Bytes of all keys and values for one text, summed from the tensors at the end of the timed "
+    "generation, slots in reserve "
     "included. Both axes are logarithmic: parallel lines are a constant ratio."
 )
 
 
-def rows(figures: dict, meanings: dict[str, tuple[str, str]], skip: frozenset[str] = NONE) -> list[Row]:
+def rows(
+    figures: dict, meanings: dict[str, tuple[str, str]], skip: frozenset[str] = NONE
+) -> list[Row]:
     """The known keys in the table's order, then those this version does not know."""
     known = [key for key in meanings if key in figures]
     unknown = [key for key in figures if key not in meanings and key not in skip]

@@ -1,4 +1,5 @@
-"""The page itself: files → figures → template → RUN/report.html or SWEEP/sweep.html, written all or nothing."""
+"""The page itself: files → figures → template → RUN/report.html or SWEEP/sweep.html, written all or
+nothing."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -26,27 +27,33 @@ STYLE = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # ours, so not
 
 
 def write_report(run: Path, control: Path | None = None, beside: Iterable[Path] = ()) -> Path:
-    """Write RUN/report.html from the files of `run`, or SWEEP/sweep.html from those of a sweep, or speed.html from those of
-    a speed sweep; returns its path.
+    """Write RUN/report.html from the files of `run`, or SWEEP/sweep.html from those of a sweep, or
+    speed.html from those of a speed sweep; returns its path.
 
-    `control`: the folder of the control run whose curves are drawn beside; None takes the sibling folder
-    `<run>-control` where there is one. `beside`: further runs and sweeps, drawn on the same axes.
-    """
+    `control`: the folder of the control run whose curves are drawn beside; None takes the sibling
+    folder `<run>-control` where there is one. `beside`: further runs and sweeps, drawn on the same
+    axes."""
     run = usable(run)
     others = [_read(usable(path)) for path in beside]
     if is_sweep(run):
         if control is not None:
-            raise CheckpointError(f"got {run}, a sweep, and --control; need a run for that. try: it without --control")
+            raise CheckpointError(
+                f"got {run}, a sweep, and --control; need a run for that. try: it without --control"
+            )
         if is_speed(run):
             return write_speed(run)
         html, page = render_sweep(read_sweep(run), others), run / "sweep.html"
     else:
-        html, page = render(read_run(run, Path(control) if control is not None else None), others), run / "report.html"
+        html, page = (
+            render(read_run(run, Path(control) if control is not None else None), others),
+            run / "report.html",
+        )
     return _put(page, html)
 
 
 def write_speed(folder: Path) -> Path:
-    """Write FOLDER/speed.html from the sweep.json of `sememe benchmark --sweep`; returns its path."""
+    """Write FOLDER/speed.html from the sweep.json of `sememe benchmark --sweep`; returns its
+    path."""
     sweep = read_speed(folder)
     facts = [f"{len(sweep.points)} points", f"beside {sweep.base_name}"]
     facts += [show(sweep.settings[key]) for key in ("dtype", "device") if key in sweep.settings]
@@ -70,7 +77,8 @@ def _put(page: Path, html: str) -> Path:
         write(page, html.encode("utf-8", "replace"))
     except OSError as error:
         raise CheckpointError(
-            f"got {error.strerror} when writing {page}; need a folder with room that can be written to. "
+            f"got {error.strerror} when writing {page}; need a folder with room that can be "
+            "written to. "
             "try: free some space, or copy the run folder to where you may write"
         ) from error
     return page
@@ -112,7 +120,9 @@ def _of_concepts(run: Run, evaluate: dict, benchmark: dict, latest: dict) -> dic
         plans=None,
         tiles=tiles(evaluate, benchmark, latest.get("target_rate")),
         verdict=verdict(evaluate),
-        training_plots=_drawn(plots.loss_plot(run.metrics, run.control), plots.rate_plot(run.metrics)),
+        training_plots=_drawn(
+            plots.loss_plot(run.metrics, run.control), plots.rate_plot(run.metrics)
+        ),
         evaluate_plots=_drawn(plots.position_plot(evaluate), plots.code_plot(evaluate)),
         instruments=_drawn(*instrument_plots(run.metrics)),
         samples=read_samples(evaluate),
@@ -122,29 +132,56 @@ def _of_concepts(run: Run, evaluate: dict, benchmark: dict, latest: dict) -> dic
 
 
 def _of_plans(run: Run, evaluate: dict, benchmark: dict, latest: dict) -> dict:
-    """What it shows of a planner. Keys that are of online concepts alone, and null here, are left out."""
-    shown = {key: value for key, value in evaluate.items() if value is not None or key in meanings_plans.EVALUATE}
-    drawn = instrument_plots(plans.by_type(run.metrics), meanings_plans.instruments(plans.types_of(run.metrics)))
+    """What it shows of a planner. Keys that are of online concepts alone, and null here, are left
+    out."""
+    shown = {
+        key: value
+        for key, value in evaluate.items()
+        if value is not None or key in meanings_plans.EVALUATE
+    }
+    drawn = instrument_plots(
+        plans.by_type(run.metrics), meanings_plans.instruments(plans.types_of(run.metrics))
+    )
     return dict(
-        plans=dict(given_columns=plans.given_columns(evaluate), given=plans.given_rows(evaluate), type_columns=plans.TYPE_COLUMNS,
-                   types=plans.type_rows(evaluate, latest), written=plans.written(evaluate),
-                   signal_columns=plans.SIGNAL_COLUMNS, signals=plans.signal_rows(evaluate)),
+        plans=dict(
+            given_columns=plans.given_columns(evaluate),
+            given=plans.given_rows(evaluate),
+            type_columns=plans.TYPE_COLUMNS,
+            types=plans.type_rows(evaluate, latest),
+            written=plans.written(evaluate),
+            signal_columns=plans.SIGNAL_COLUMNS,
+            signals=plans.signal_rows(evaluate),
+        ),
         tiles=plans.plan_tiles(evaluate, latest),
         verdict=plans.plan_verdict(evaluate),
         training_plots=_drawn(plots.loss_plot(run.metrics, run.control, planner=True)),
-        evaluate_plots=_drawn(plans.given_plot(evaluate), plots.position_plot(evaluate, "plan"), plans.slot_plot(run.metrics)),
+        evaluate_plots=_drawn(
+            plans.given_plot(evaluate),
+            plots.position_plot(evaluate, "plan"),
+            plans.slot_plot(run.metrics),
+        ),
         instruments=_drawn(*drawn),
         samples=None,
-        latest_rows=meanings.rows(plans.readable(latest), meanings_plans.METRICS, skip=meanings_plans.METRICS_DRAWN),
-        evaluate_rows=meanings.rows(plans.readable(shown), meanings_plans.EVALUATE, skip=meanings_plans.EVALUATE_DRAWN),
+        latest_rows=meanings.rows(
+            plans.readable(latest), meanings_plans.METRICS, skip=meanings_plans.METRICS_DRAWN
+        ),
+        evaluate_rows=meanings.rows(
+            plans.readable(shown), meanings_plans.EVALUATE, skip=meanings_plans.EVALUATE_DRAWN
+        ),
     )
 
 
 def render_sweep(sweep: Sweep, beside: Sequence[Run | Sweep] = ()) -> str:
     points = comparison.points([sweep, *beside])
-    trained = [show(tokens, "count") for tokens in sorted({p.tokens for p in sweep.points if p.tokens})]
+    trained = [
+        show(tokens, "count") for tokens in sorted({p.tokens for p in sweep.points if p.tokens})
+    ]
     facts = [sweep.recipe, f"{len(sweep.points)} points"]
-    facts += [f"{' to '.join(dict.fromkeys((trained[0], trained[-1])))} training tokens"] if trained else []
+    facts += (
+        [f"{' to '.join(dict.fromkeys((trained[0], trained[-1])))} training tokens"]
+        if trained
+        else []
+    )
     facts += [f"{len(sweep.faults)} runs failed"] if sweep.faults else []
     return _template("sweep.html").render(
         style=STYLE,
@@ -155,7 +192,10 @@ def render_sweep(sweep: Sweep, beside: Sequence[Run | Sweep] = ()) -> str:
         columns=comparison.COLUMNS,
         tokens_plots=_drawn(comparison.over_tokens(sweep, beside)),
         faults=sweep.faults,
-        grid=[(key, show(" · ".join(map(str, v)) if isinstance(v, list) else v)) for key, v in sweep.grid.items()],
+        grid=[
+            (key, show(" · ".join(map(str, v)) if isinstance(v, list) else v))
+            for key, v in sweep.grid.items()
+        ],
     )
 
 
@@ -172,7 +212,11 @@ def _template(name: str) -> jinja2.Template:
 
 def _drawn(*found: plots.Plot | None) -> list[dict]:
     # The SVG is ours and matplotlib has escaped its text.
-    return [{"title": p.title, "svg": Markup(p.svg), "caption": p.caption} for p in found if p is not None]
+    return [
+        {"title": p.title, "svg": Markup(p.svg), "caption": p.caption}
+        for p in found
+        if p is not None
+    ]
 
 
 def _facts(run: Run, latest: dict) -> list[str]:

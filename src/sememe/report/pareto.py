@@ -1,4 +1,5 @@
-"""Quality against compute: ΔNLL to the control over the share of layers run, and the front of it."""
+"""Quality against compute: ΔNLL to the control over the share of layers run, and the front of
+it."""
 
 import itertools
 
@@ -8,14 +9,36 @@ from sememe.report.svg import CONTROL, INK, MUTED, RUN, THIRD, Drawing
 from sememe.report.sweeps import KINDS, Point, front
 from sememe.report.values import number
 
-LOOKS = {"concepts": (RUN, "o"), "fixed": (THIRD, "s"), "skip": (CONTROL, "D"), "window": (MUTED, "v"), "control": (INK, "*")}
-PLACES = ((10, 7), (-10, -7), (10, -7), (-10, 7), (0, 11), (0, -11), (13, 0), (-13, 0), (18, 12), (-18, -12))
+LOOKS = {
+    "concepts": (RUN, "o"),
+    "fixed": (THIRD, "s"),
+    "skip": (CONTROL, "D"),
+    "window": (MUTED, "v"),
+    "control": (INK, "*"),
+}
+PLACES = (
+    (10, 7),
+    (-10, -7),
+    (10, -7),
+    (-10, 7),
+    (0, 11),
+    (0, -11),
+    (13, 0),
+    (-13, 0),
+    (18, 12),
+    (-18, -12),
+)
 """Where a number may stand beside its mark, in points; the first that is free."""
 
 
 def pareto_plot(points: list[Point]) -> Plot | None:
-    """None where fewer than two models besides the control are measured against it. Labels number `points` from 1."""
-    drawn = [(place, p) for place, p in enumerate(points, 1) if p.share is not None and p.delta is not None]
+    """None where fewer than two models besides the control are measured against it. Labels number
+    `points` from 1."""
+    drawn = [
+        (place, p)
+        for place, p in enumerate(points, 1)
+        if p.share is not None and p.delta is not None
+    ]
     if sum(p.kind != "control" for _, p in drawn) < 2:
         return None
     if not any(p.kind == "control" for _, p in drawn):
@@ -23,17 +46,32 @@ def pareto_plot(points: list[Point]) -> Plot | None:
     with Drawing("pareto", height=3.9) as drawing:
         axes = drawing.figure.subplots()
         best = front([p for _, p in drawn])
-        axes.step([p.share for p in best], [p.delta for p in best], where="post", color=MUTED, linestyle="--", linewidth=1,
-                  label="front", zorder=1)
+        axes.step(
+            [p.share for p in best],
+            [p.delta for p in best],
+            where="post",
+            color=MUTED,
+            linestyle="--",
+            linewidth=1,
+            label="front",
+            zorder=1,
+        )
         for kind, label in KINDS.items():
             members = [p for _, p in drawn if p.kind == kind]
             if members:
                 _marks(axes, members, label, *LOOKS[kind])
-        axes.set(xlabel="layers run per token, share of the base", ylabel="NLL minus control (nats)")
+        axes.set(
+            xlabel="layers run per token, share of the base", ylabel="NLL minus control (nats)"
+        )
         axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.4g} %")
         axes.margins(0.09)
         drawing.figure.legend(loc="outside upper center", ncols=3)
-        _labels(drawing, axes, [(str(place) if place else "", p) for place, p in drawn if p.kind != "control"], best)
+        _labels(
+            drawing,
+            axes,
+            [(str(place) if place else "", p) for place, p in drawn if p.kind != "control"],
+            best,
+        )
         svg = drawing.svg("NLL minus control against the share of layers run")
     caption = PARETO + " Numbers are those of the table."
     if any(any(_bars(p)) for _, p in drawn):
@@ -46,7 +84,9 @@ def pareto_plot(points: list[Point]) -> Plot | None:
 
 def _bars(point: Point) -> tuple[float, float]:
     """Its spread in share and delta; one seed has none."""
-    return number(point.spread.get("layer_share")) or 0.0, number(point.spread.get("delta_nll_control")) or 0.0
+    return number(point.spread.get("layer_share")) or 0.0, number(
+        point.spread.get("delta_nll_control")
+    ) or 0.0
 
 
 def _marks(axes, members: list[Point], label: str, colour: str, marker: str) -> None:
@@ -54,13 +94,25 @@ def _marks(axes, members: list[Point], label: str, colour: str, marker: str) -> 
     bars = [_bars(p) for p in members]
     if any(map(any, bars)):
         wide, high = zip(*bars, strict=True)
-        axes.errorbar(x, y, xerr=wide, yerr=high, fmt="none", ecolor=MUTED, elinewidth=0.8, zorder=2)
-    axes.plot(x, y, linestyle="", marker=marker, color=colour, markersize=9 if marker == "*" else 5.5, label=label, zorder=3)
+        axes.errorbar(
+            x, y, xerr=wide, yerr=high, fmt="none", ecolor=MUTED, elinewidth=0.8, zorder=2
+        )
+    axes.plot(
+        x,
+        y,
+        linestyle="",
+        marker=marker,
+        color=colour,
+        markersize=9 if marker == "*" else 5.5,
+        label=label,
+        zorder=3,
+    )
 
 
 def _labels(drawing: Drawing, axes, named: list[tuple[str, Point]], best: list[Point]) -> None:
     """A number beside each mark, where it covers least: marks, other numbers, the front's line."""
-    drawing.figure.draw_without_rendering()  # places the axes, so that data have a place on the paper
+    # places the axes, so that data have a place on the paper
+    drawing.figure.draw_without_rendering()
     points = 72 / drawing.figure.dpi
 
     def place(share: float, delta: float) -> tuple[float, float]:
@@ -76,9 +128,20 @@ def _labels(drawing: Drawing, axes, named: list[tuple[str, Point]], best: list[P
         half = 2.7 * len(text) + 1.5
 
         def covered(at: tuple[int, int], x=x, y=y, half=half) -> int:
-            return sum(abs(x + at[0] - a) < half + w and abs(y + at[1] - b) < 4.5 + h for a, b, w, h in taken)
+            return sum(
+                abs(x + at[0] - a) < half + w and abs(y + at[1] - b) < 4.5 + h
+                for a, b, w, h in taken
+            )
 
         dx, dy = min(PLACES, key=covered)
         taken.append((x + dx, y + dy, half, 4.5))
-        axes.annotate(text, (point.share, point.delta), xytext=(dx, dy), textcoords="offset points", ha="center",
-                      va="center", fontsize=8, color=MUTED)
+        axes.annotate(
+            text,
+            (point.share, point.delta),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=MUTED,
+        )

@@ -1,4 +1,5 @@
-"""The first four plots of the page: loss, rate, NLL by position, code usage; None where there are no points."""
+"""The first four plots of the page: loss, rate, NLL by position, code usage; None where there are
+no points."""
 
 import math
 
@@ -12,7 +13,8 @@ MOST_LABELLED_BARS = 10
 
 
 def loss_plot(run: Metrics, control: Metrics, planner: bool = False) -> Plot | None:
-    """`planner`: its loss counts the plan too, so that the NLL of its targets stands in its place."""
+    """`planner`: its loss counts the plan too, so that the NLL of its targets stands in its
+    place."""
     x = x_axis(run)
     curves = [
         (run, "target_nll" if planner else "loss", "training", line(RUN)),
@@ -38,9 +40,13 @@ def loss_plot(run: Metrics, control: Metrics, planner: bool = False) -> Plot | N
         "held-out text is the one that counts."
     )
     if planner:
-        caption = ("Of the target alone; lower is better. Training texts are written from z*, held-out ones from the planner's "
-                   "own plan, and the control sees the source: a training line far below the marks means that the planner "
-                   "does not come near z*, or that texts were learnt by heart.")
+        caption = (
+            "Of the target alone; lower is better. Training texts are written from z*, held-out "
+            "ones from the planner's "
+            "own plan, and the control sees the source: a training line far below the marks means "
+            "that the planner "
+            "does not come near z*, or that texts were learnt by heart."
+        )
     merged = max(width for _, width, *_ in drawn)
     if merged > 1:
         caption += f" A point of a curve is the mean of up to {merged} logged lines."
@@ -81,8 +87,10 @@ def rate_plot(run: Metrics) -> Plot | None:
         svg = drawing.svg("concept rate and quantisation share against " + x)
     caption = (
         "Above: how many concepts the model writes per token. The three must lie on each other; "
-        "training and held-out apart means that the gate behaves differently once it decides alone. "
-        "Below: the share of each concept that is the discrete code rather than the continuous state "
+        "training and held-out apart means that the gate behaves differently once it decides "
+        "alone. "
+        "Below: the share of each concept that is the discrete code rather than the continuous "
+        "state "
         "it came from."
     )
     return Plot("Concept rate", svg, caption)
@@ -115,7 +123,9 @@ def position_plot(evaluate: dict, carrier: str = "concepts") -> Plot | None:
         axes.grid(axis="x", visible=False)
         axes.margins(y=0.12)
         if beside:
-            drawing.figure.legend(loc="outside upper right", ncols=2)  # inside, it would lie on the bars
+            drawing.figure.legend(
+                loc="outside upper right", ncols=2
+            )  # inside, it would lie on the bars
         svg = drawing.svg("NLL by position")
     caption = (
         "Surprise by how far into the text the token stands; "
@@ -151,13 +161,16 @@ def code_plot(evaluate: dict) -> Plot | None:
     caption = f"{len(counts):,}{of_all} codes occur among {written} concepts, most frequent first."
     perplexity = number(evaluate.get("code_perplexity"))
     if perplexity is not None:
-        caption += f" Perplexity {show(perplexity)}: as varied as that many codes used equally often."
+        caption += (
+            f" Perplexity {show(perplexity)}: as varied as that many codes used equally often."
+        )
     caption += " A curve that drops early means that few codes do all the work."
     return Plot("Code usage", svg, caption)
 
 
 def _cut_opening(axes, curves: list[Points]) -> float | None:
-    """Leave a steep opening out of the frame, so that the rest is legible; returns the highest value."""
+    """Leave a steep opening out of the frame, so that the rest is legible; returns the highest
+    value."""
     start, end = min(c[0][0] for c in curves), max(c[-1][0] for c in curves)
     values = [y for c in curves for _, y in c]
     later = [y for c in curves for x, y in c if x >= start + 0.05 * (end - start)]
@@ -168,7 +181,9 @@ def _cut_opening(axes, curves: list[Points]) -> float | None:
     return max(values)
 
 
-def _bars(axes, values: list[float | None], shift: float, width: float, label: str, colour: str) -> None:
+def _bars(
+    axes, values: list[float | None], shift: float, width: float, label: str, colour: str
+) -> None:
     places = [(i + shift, v) for i, v in enumerate(values) if v is not None]
     axes.bar(*zip(*places, strict=True), width=width, label=label, color=colour)
 

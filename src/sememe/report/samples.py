@@ -1,4 +1,5 @@
-"""Sample texts cut into segments: the tail, the token that wrote the concept, its id and its colour."""
+"""Sample texts cut into segments: the tail, the token that wrote the concept, its id and its
+colour."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ def read_samples(evaluate: dict) -> Samples:
 
 
 def segments(pieces: list[dict]) -> list[Segment]:
-    """A piece with a concept, or the sink, closes a segment; what is left at the end is an open tail."""
+    """A piece with a concept, or the sink, closes a segment; what is left at the end is an open
+    tail."""
     done: list[Segment] = []
     tail: list[str] = []
     for piece in pieces:
@@ -93,14 +95,16 @@ def hue(concept: int) -> float:
 
 
 def visible(text: str) -> str:
-    """A token of nothing but white space cannot be underlined; show what it is and keep its line breaks."""
+    """A token of nothing but white space cannot be underlined; show what it is and keep its line
+    breaks."""
     if text.strip():
         return text
     return text.replace("\n", "⏎\n").replace("\t", "⇥").replace(" ", "␣")
 
 
 def _split(tail: list[str], writer: str) -> tuple[str, str]:
-    """Tail and writer as shown: the space that most tokens begin with is left out of the underlining."""
+    """Tail and writer as shown: the space that most tokens begin with is left out of the
+    underlining."""
     space = writer[: len(writer) - len(writer.lstrip())] if writer.strip() else ""
     return "".join(tail) + space, visible(writer[len(space) :])
 
@@ -111,7 +115,9 @@ def _tokens(count: int) -> str:
 
 def _pieces(sample: object) -> list[dict]:
     listed = sample.get("pieces") if isinstance(sample, dict) else None
-    return [piece for piece in listed if isinstance(piece, dict)] if isinstance(listed, list) else []
+    return (
+        [piece for piece in listed if isinstance(piece, dict)] if isinstance(listed, list) else []
+    )
 
 
 def _concept(piece: dict) -> int | None:
@@ -130,6 +136,8 @@ def _frequent(texts: list[list[Segment]], most: int = 12, most_writers: int = 8)
                 writers[segment.concept][segment.writer.strip()[:40]] += 1
     often = [(concept, count) for concept, count in counts.most_common(most) if count > 1]
     return [
-        Frequent(concept, hue(concept), count, [w for w, _ in writers[concept].most_common(most_writers)])
+        Frequent(
+            concept, hue(concept), count, [w for w, _ in writers[concept].most_common(most_writers)]
+        )
         for concept, count in often
     ]

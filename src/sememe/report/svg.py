@@ -1,4 +1,5 @@
-"""A matplotlib figure → an SVG element that lives inside the page and follows its light or dark colours."""
+"""A matplotlib figure → an SVG element that lives inside the page and follows its light or dark
+colours."""
 
 import io
 import re
@@ -7,7 +8,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-# matplotlib knows no CSS variables, so it draws with these stand-ins and they are exchanged in the text.
+# matplotlib knows no CSS variables, so it draws with these stand-ins and they are exchanged in the
+# text.
 INK, MUTED, GRID, RUN, CONTROL, THIRD = (f"#0{i}0{i}0{i}" for i in range(1, 7))
 _VARIABLES = {
     INK: "--ink",
@@ -41,11 +43,13 @@ _STYLE = {
 
 
 class Drawing:
-    """`with Drawing("loss") as d:` draw on `d.figure`, then `d.svg(alt)`. No pyplot: no global figures."""
+    """`with Drawing("loss") as d:` draw on `d.figure`, then `d.svg(alt)`. No pyplot: no global
+    figures."""
 
     def __init__(self, name: str, height: float = 3.1) -> None:
         self.name = name
-        # 5.2 in = 374 units wide with 10-unit text: still legible when a phone shows it 340 px wide.
+        # 5.2 in = 374 units wide with 10-unit text: still legible when a phone shows it 340 px
+        # wide.
         self._context = matplotlib.rc_context(_STYLE | {"svg.hashsalt": name})
         self._size = (5.2, height)
 
@@ -59,19 +63,25 @@ class Drawing:
 
     def svg(self, alt: str) -> str:
         out = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no time stamp: same files, same page
+        nothing = dict.fromkeys(
+            ("Creator", "Date", "Format", "Type")
+        )  # no time stamp: same files, same page
         self.figure.savefig(out, format="svg", transparent=True, metadata=nothing)
         return _inline(out.getvalue(), self.name, alt)
 
 
 def _inline(text: str, name: str, alt: str) -> str:
     body = text[text.index("<svg") :]
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.S)  # its '*' rule would reach the whole page
+    body = re.sub(
+        r"<style.*?</style>", "", body, flags=re.S
+    )  # its '*' rule would reach the whole page
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
     view = re.search(r'viewBox="([^"]+)"', body).group(1)
     label = alt.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     # Inside HTML an <svg> needs no namespaces, and without them the page names no address at all.
-    body = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view}" role="img" aria-label="{label}">', body, count=1)
+    body = re.sub(
+        r"<svg[^>]*>", f'<svg viewBox="{view}" role="img" aria-label="{label}">', body, count=1
+    )
     body = body.replace("xlink:href=", "href=")
     # Several figures share one document: ids get the figure's name.
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
@@ -88,7 +98,8 @@ def large_numbers(axis: matplotlib.axis.Axis) -> None:
 
 
 def log_ticks(axis: matplotlib.axis.Axis, low: float, high: float) -> None:
-    """Ticks that carry numbers on a logarithmic axis from `low` to `high`, a narrow one too: 0.02, 50, 2k."""
+    """Ticks that carry numbers on a logarithmic axis from `low` to `high`, a narrow one too: 0.02,
+    50, 2k."""
     span = high / low
     subs = (1, 1.5, 2, 3, 4, 5, 7) if span < 5 else (1, 2, 5) if span < 100 else (1,)
     large = EngFormatter(sep="")

@@ -7,7 +7,8 @@ from sememe.report.values import number, show
 USED_ZERO = 0.05
 """Nats that zeroing the concepts must cost before we say that they are read at all."""
 USED_SHUFFLE = 0.02
-"""Nats that other texts' concepts must cost before we say that it matters *which* concept is written."""
+"""Nats that other texts' concepts must cost before we say that it matters *which* concept is
+written."""
 ALLOWED = ((1.5, 0.02), (2.0, 0.05), (4.0, 0.15))
 """(R up to, ΔNLL allowed): the project's targets for quality against the control."""
 RATE_SLACK = 0.05
@@ -30,22 +31,42 @@ class Tile:
 
 def tiles(evaluate: dict, benchmark: dict, target_rate: object = None) -> list[Tile]:
     return [
-        _quality(number(evaluate.get("delta_nll_control")), number(evaluate.get("compression_ratio"))),
+        _quality(
+            number(evaluate.get("delta_nll_control")), number(evaluate.get("compression_ratio"))
+        ),
         _compression(evaluate, number(target_rate)),
-        _cost("zeroing cost", number(evaluate.get("delta_nll_zero")), USED_ZERO,
-              "concepts are read", "concepts are hardly read"),
-        _cost("shuffling cost", number(evaluate.get("delta_nll_shuffle")), USED_SHUFFLE,
-              "it matters which concept", "any concept would do"),
-        _speed(number(benchmark.get("decode_speedup")), number(benchmark.get("ceiling_decode_speedup"))),
+        _cost(
+            "zeroing cost",
+            number(evaluate.get("delta_nll_zero")),
+            USED_ZERO,
+            "concepts are read",
+            "concepts are hardly read",
+        ),
+        _cost(
+            "shuffling cost",
+            number(evaluate.get("delta_nll_shuffle")),
+            USED_SHUFFLE,
+            "it matters which concept",
+            "any concept would do",
+        ),
+        _speed(
+            number(benchmark.get("decode_speedup")), number(benchmark.get("ceiling_decode_speedup"))
+        ),
         _cache(number(benchmark.get("cache_reduction"))),
     ]
 
 
 def verdict(evaluate: dict) -> tuple[str, str]:
     """Are the concepts used? Both ablations must say so: a constant note passes zeroing alone."""
-    zero, shuffle = number(evaluate.get("delta_nll_zero")), number(evaluate.get("delta_nll_shuffle"))
+    zero, shuffle = (
+        number(evaluate.get("delta_nll_zero")),
+        number(evaluate.get("delta_nll_shuffle")),
+    )
     if zero is None or shuffle is None:
-        return UNKNOWN, "Zeroing and shuffling are not both measured: whether concepts are used is unknown."
+        return (
+            UNKNOWN,
+            "Zeroing and shuffling are not both measured: whether concepts are used is unknown.",
+        )
     rule = f"the rule: zeroing costs ≥ {USED_ZERO} and shuffling ≥ {USED_SHUFFLE} nats"
     if zero >= USED_ZERO and shuffle >= USED_SHUFFLE:
         return GOOD, f"The concepts are used ({rule})."

@@ -1,4 +1,5 @@
-"""Quality against training tokens: held-out NLL on a logarithmic token axis, with a fitted slope."""
+"""Quality against training tokens: held-out NLL on a logarithmic token axis, with a fitted
+slope."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,16 +14,22 @@ from sememe.report.values import minus, number
 
 MOST_SERIES, MOST_BASELINES = 6, 2
 MOST_POINTS = 80  # of a curve here
-LONG_LABEL, MOST_LABEL = 18, 48  # characters: beyond the first, labels stand in one column; beyond the second they are cut
+LONG_LABEL, MOST_LABEL = (
+    18,
+    48,
+)  # characters: beyond the first, labels stand in one column; beyond the second they are cut
 LEAST_TO_FIT = 3
 LOOKS = ((RUN, "-"), (THIRD, "-"), (INK, "-"), (RUN, ":"), (THIRD, ":"), (INK, ":"))
 BASELINE_LOOKS = ((CONTROL, "-"), (MUTED, "-"))
-LENGTHENS = frozenset({"steps", "batch_size", "sequence_length"})  # recipe keys that change the tokens alone
+LENGTHENS = frozenset(
+    {"steps", "batch_size", "sequence_length"}
+)  # recipe keys that change the tokens alone
 
 
 @dataclass(frozen=True)
 class Series:
-    """(tokens, NLL) and (tokens, NLL minus control). The slope is that of `settled`: the points after the schedule."""
+    """(tokens, NLL) and (tokens, NLL minus control). The slope is that of `settled`: the points
+    after the schedule."""
 
     label: str
     nll: Points
@@ -33,20 +40,26 @@ class Series:
 
 
 def of_log(label: str, run: Metrics, control: Metrics, baseline: bool = False) -> Series:
-    """A run's held-out measurements. Before the schedule is through it is another model at each point, so those points
-    are drawn and not fitted; nor is the first half of a run without a schedule, such as the control."""
+    """A run's held-out measurements. Before the schedule is through it is another model at each
+    point, so those points are drawn and not fitted; nor is the first half of a run without a
+    schedule, such as the control."""
     nll = [(x, y) for x, y in run.points("tokens", "heldout_nll") if x > 0]
     beside = dict(control.points("tokens", "heldout_nll"))
     delta = [(x, y - beside[x]) for x, y in nll if x in beside]
     stages = [(number(x.get("target_rate")), number(x.get("quantise"))) for x in run.lines]
-    moving = [number(x.get("tokens")) or 0 for x, stage in zip(run.lines, stages, strict=True) if stage != stages[-1]]
+    moving = [
+        number(x.get("tokens")) or 0
+        for x, stage in zip(run.lines, stages, strict=True)
+        if stage != stages[-1]
+    ]
     after = max(moving, default=max((x for x, _ in nll), default=0) / 2)
     settled, settled_delta = ([(x, y) for x, y in points if x > after] for points in (nll, delta))
     return Series(label, nll, settled, delta, settled_delta, baseline)
 
 
 def of_sweep(points: list[Point]) -> list[Series]:
-    """Whole runs that differ in their length alone, one series each; [] where no such runs are among the points."""
+    """Whole runs that differ in their length alone, one series each; [] where no such runs are
+    among the points."""
     groups: dict[tuple, list[Point]] = {}
     for point in points:
         if point.tokens and number(point.mean.get("nll")) is not None:
@@ -57,7 +70,9 @@ def of_sweep(points: list[Point]) -> list[Series]:
         label = " ".join(f"{key}={value}" for key, value in changes)
         label = f"{kind} {label}".strip() if kind in BASELINES or not label else label
         nll = sorted((p.tokens, number(p.mean["nll"])) for p in members)
-        delta = sorted((p.tokens, p.delta) for p in members if p.delta is not None and kind != "control")
+        delta = sorted(
+            (p.tokens, p.delta) for p in members if p.delta is not None and kind != "control"
+        )
         series.append(Series(label, nll, nll, delta, delta, kind in BASELINES))
     return series if any(len({x for x, _ in one.nll}) > 1 for one in series) else []
 
@@ -71,7 +86,8 @@ def slope(points: Points) -> tuple[float, float] | None:
 
 
 def tokens_plot(series: list[Series], whole_runs: bool = False) -> Plot | None:
-    """None where no series has two points. `whole_runs`: each point is a run to its end, not a moment of one."""
+    """None where no series has two points. `whole_runs`: each point is a run to its end, not a
+    moment of one."""
     series = [one for one in series if one.nll]
     if not any(len(one.nll) > 1 for one in series):
         return None
@@ -81,8 +97,12 @@ def tokens_plot(series: list[Series], whole_runs: bool = False) -> Plot | None:
     shown += baselines
     deltas = any(len(one.delta) > 1 for one in shown)
     columns = 2 if max(len(one.label) for one in shown) <= LONG_LABEL else 1
-    with Drawing("tokens", height=(4.1 if deltas else 3.1) + 0.17 * math.ceil(len(shown) / columns)) as drawing:
-        stacked = drawing.figure.subplots(1 + deltas, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + deltas])[:, 0]
+    with Drawing(
+        "tokens", height=(4.1 if deltas else 3.1) + 0.17 * math.ceil(len(shown) / columns)
+    ) as drawing:
+        stacked = drawing.figure.subplots(
+            1 + deltas, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + deltas]
+        )[:, 0]
         for one, (colour, style) in zip(shown, looks, strict=True):
             _one(stacked[0], one.nll, one.settled, one.label, colour, style)
             if deltas and one.delta:
@@ -96,7 +116,9 @@ def tokens_plot(series: list[Series], whole_runs: bool = False) -> Plot | None:
         log_ticks(axis.xaxis, min(every), max(every))
         drawing.figure.legend(loc="outside upper center", ncols=columns)
         svg = drawing.svg("held-out NLL against tokens trained on")
-    caption = TOKENS + (TOKENS_WHOLE if whole_runs else TOKENS_WITHIN) + (TOKENS_DELTA if deltas else "")
+    caption = (
+        TOKENS + (TOKENS_WHOLE if whole_runs else TOKENS_WITHIN) + (TOKENS_DELTA if deltas else "")
+    )
     if len(series) > len(shown):
         caption += f" Not drawn: {len(series) - len(shown)} more."
     return Plot("Quality against training tokens", svg, caption)
@@ -106,10 +128,30 @@ def _one(axes, points: Points, settled: Points, label: str | None, colour: str, 
     fitted = slope(settled)
     ends = [settled[0][0], settled[-1][0]] if settled else []
     points, settled = thinned(points, MOST_POINTS)[0], thinned(settled, MOST_POINTS)[0]
-    named = None if label is None else label[:MOST_LABEL] + (f" ({minus(f'{fitted[0]:+.3f}')})" if fitted else "")
-    axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1, marker="o", markersize=3.5,
-              markerfacecolor="none", label=named)
+    named = (
+        None
+        if label is None
+        else label[:MOST_LABEL] + (f" ({minus(f'{fitted[0]:+.3f}')})" if fitted else "")
+    )
+    axes.plot(
+        *zip(*points, strict=True),
+        color=colour,
+        linestyle=style,
+        linewidth=1,
+        marker="o",
+        markersize=3.5,
+        markerfacecolor="none",
+        label=named,
+    )
     if settled:
-        axes.plot(*zip(*settled, strict=True), color=colour, linestyle="", marker="o", markersize=3.5)
+        axes.plot(
+            *zip(*settled, strict=True), color=colour, linestyle="", marker="o", markersize=3.5
+        )
     if fitted:
-        axes.plot(ends, [fitted[0] * math.log2(x) + fitted[1] for x in ends], color=colour, linestyle="--", linewidth=1.6)
+        axes.plot(
+            ends,
+            [fitted[0] * math.log2(x) + fitted[1] for x in ends],
+            color=colour,
+            linestyle="--",
+            linewidth=1.6,
+        )

@@ -1,4 +1,5 @@
-"""Any JSON value → the text shown on the page; what is not a finite number is 'n/a', never a guess."""
+"""Any JSON value → the text shown on the page; what is not a finite number is 'n/a', never a
+guess."""
 
 import json
 import math
@@ -8,7 +9,8 @@ LONGEST_TEXT = 400  # characters of an unforeseen nested value; the page has a s
 
 
 def number(value: object) -> float | None:
-    """The finite number in `value`, or None. JSON's true is no number, though Python's bool is an int."""
+    """The finite number in `value`, or None. JSON's true is no number, though Python's bool is an
+    int."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -19,7 +21,8 @@ def number(value: object) -> float | None:
 
 
 def show(value: object, kind: str = "") -> str:
-    """`value` as `kind` reads best: nats, delta, ratio, share, count, bytes, speed, time or '' (general)."""
+    """`value` as `kind` reads best: nats, delta, ratio, share, count, bytes, speed, time or ''
+    (general)."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NOT_AVAILABLE
     if isinstance(value, bool):

@@ -1,1 +1,2 @@
-"""Made-up tasks with known answers. Pure Python: no model is needed to make, check or grade them."""
+"""Made-up tasks with known answers. Pure Python: no model is needed to make, check or grade
+them."""

@@ -1,4 +1,5 @@
-"""Questions on a graph, as in ProsQA (Hao et al. 2024): of two concepts, which one does the person's chain of "is a" reach?"""
+"""Questions on a graph, as in ProsQA (Hao et al. 2024): of two concepts, which one does the
+person's chain of "is a" reach?"""
 
 import itertools
 import json
@@ -13,11 +14,19 @@ from typing import Literal
 from sememe.errors import DataError
 from sememe.tasks.words import concept_words, person_names
 
-CONCEPTS, NAMES = 40, 16  # words in all, the same for every seed, so that held-out questions are of known words
-PARENTS = 1.45  # mean of the Poisson law that a concept's number of parents follows, given at least one
+CONCEPTS, NAMES = (
+    40,
+    16,
+)  # words in all, the same for every seed, so that held-out questions are of known words
+PARENTS = (
+    1.45  # mean of the Poisson law that a concept's number of parents follows, given at least one
+)
 DEPTH_WEIGHT = 1.5  # how much a deep node is preferred as a parent; more of it gives longer chains
 PERSON_SHARE = 0.045  # of the nodes beyond the two people that the question is about
-ROOT_ONLY, OTHER_ONLY = 0.5, 0.35  # share of concepts that may not have the other's, or the root's, among their ancestors
+ROOT_ONLY, OTHER_ONLY = (
+    0.5,
+    0.35,
+)  # share of concepts that may not have the other's, or the root's, among their ancestors
 FREE_TRIES, TRIES = 20, 2000  # graphs drawn without a chain laid out, and in all
 Range = int | tuple[int, int]
 Thought = Literal["none", "steps", "reached"]
@@ -25,7 +34,8 @@ Thought = Literal["none", "steps", "reached"]
 
 @dataclass(frozen=True)
 class Question:
-    """One question; the fields are those of a ProsQA file. Nodes are numbered so that every edge (a, b) has a < b."""
+    """One question; the fields are those of a ProsQA file. Nodes are numbered so that every edge
+    (a, b) has a < b."""
 
     question: str
     answer: str
@@ -37,14 +47,16 @@ class Question:
     neg_target: int
 
     def response(self, thought: Thought = "none") -> str:
-        """The answer's sentence, behind a thought: the `steps` that lead to it, or what was `reached` on the way."""
+        """The answer's sentence, behind a thought: the `steps` that lead to it, or what was
+        `reached` on the way."""
         said = self.steps if thought == "steps" else []
         if thought == "reached":
             said = [f"{self.idx_to_symbol[self.root]}: {', '.join(self.reached())}."]
         return " ".join([*said, self.answer])
 
     def reached(self) -> list[str]:
-        """What a search from the root finds, breadth first and in the order of the text, up to the target."""
+        """What a search from the root finds, breadth first and in the order of the text, up to the
+        target."""
         root, target = self.idx_to_symbol[self.root], self.idx_to_symbol[self.target]
         facts, found = re.findall(r"(\w+) is a (\w+)\.", self.question), [root]
         for subject in found:
@@ -52,27 +64,36 @@ class Question:
         return found[1 : found.index(target) + 1]
 
 
-def generate(count: int, seed: int = 0, hops: Range = (3, 6), nodes: Range = (17, 28), even: bool = False) -> list[Question]:
-    """`count` different questions whose answer is `hops` edges from the root in a graph of `nodes`; a number or (least, most).
+def generate(
+    count: int, seed: int = 0, hops: Range = (3, 6), nodes: Range = (17, 28), even: bool = False
+) -> list[Question]:
+    """`count` different questions whose answer is `hops` edges from the root in a graph of `nodes`;
+    a number or (least, most).
 
-    even: the wrong answer is as far from the nearest other person as the right one is from the root. Where it may be nearer, a
-    look at what is said of that person often does: at 3 hops it answers 90 % of the questions on 7 to 9 nodes, 60 % of ProsQA's.
+    even: the wrong answer is as far from the nearest other person as the right one is from the
+    root. Where it may be nearer, a look at what is said of that person often does: at 3 hops it
+    answers 90 % of the questions on 7 to 9 nodes, 60 % of ProsQA's.
 
-    Equal seeds give equal questions, and a longer list begins as a shorter one does: cut one list for held-out questions.
+    Equal seeds give equal questions, and a longer list begins as a shorter one does: cut one list
+    for held-out questions.
 
     Raises:
-        DataError: a range that no graph fits, or so few possible questions that they run out.
-    """
+        DataError: a range that no graph fits, or so few possible questions that they run out."""
     hops, nodes = _range("hops", hops, 1), _range("nodes", nodes, 4)
     least, room = hops[0] + 3, "the chain, another person and a wrong answer"
     if even:
         least, room = 2 * hops[0] + 2, "two chains that share none"
     if nodes[0] < least:
-        raise DataError(f"graphs of {nodes[0]} nodes with a chain of {hops[0]} hops: need at least {least} nodes, {room}. "
-                        f"try: nodes={least}")
+        raise DataError(
+            f"graphs of {nodes[0]} nodes with a chain of {hops[0]} hops: need at least {least} "
+            f"nodes, {room}. "
+            f"try: nodes={least}"
+        )
     rng = random.Random(seed)
     concepts, names = concept_words(max(CONCEPTS, nodes[1])), person_names(max(NAMES, nodes[1]))
-    questions: dict[frozenset[str], Question] = {}  # the same graph in another order is no other question
+    questions: dict[
+        frozenset[str], Question
+    ] = {}  # the same graph in another order is no other question
     spare = TRIES
     while len(questions) < count:
         made = _question(rng, hops, nodes, concepts, names, even)
@@ -80,40 +101,60 @@ def generate(count: int, seed: int = 0, hops: Range = (3, 6), nodes: Range = (17
         questions.setdefault(frozenset(re.split(r"(?<=[.?]) ", made.question)), made)
         spare -= len(questions) == before
         if not spare:
-            raise DataError(f"{count} questions of {nodes} nodes and {hops} hops: there are hardly more than {len(questions)} "
-                            "different ones. try: more nodes, or a smaller count")
+            raise DataError(
+                f"{count} questions of {nodes} nodes and {hops} hops: there are hardly more than "
+                f"{len(questions)} "
+                "different ones. try: more nodes, or a smaller count"
+            )
     return list(questions.values())
 
 
 def _range(name: str, given: Range, least: int) -> tuple[int, int]:
     low, high = (given, given) if isinstance(given, int) else given
     if not least <= low <= high:
-        raise DataError(f"{name} = {given}: need a number, or two in their order, of at least {least}. "
-                        f"try: {name}={max(least, high)}")
+        raise DataError(
+            f"{name} = {given}: need a number, or two in their order, of at least {least}. "
+            f"try: {name}={max(least, high)}"
+        )
     return low, high
 
 
-def _question(rng: random.Random, hops: tuple[int, int], nodes: tuple[int, int], concepts: list[str],
-              names: list[str], even: bool) -> Question:
-    """Graphs are drawn until one has an answer at the asked distance; where that is rare, with such a chain laid out first."""
+def _question(
+    rng: random.Random,
+    hops: tuple[int, int],
+    nodes: tuple[int, int],
+    concepts: list[str],
+    names: list[str],
+    even: bool,
+) -> Question:
+    """Graphs are drawn until one has an answer at the asked distance; where that is rare, with such
+    a chain laid out first."""
     for tried in range(TRIES):
-        count = min(max(round(rng.gauss(sum(nodes) / 2, (nodes[1] - nodes[0]) / 5)), nodes[0]), nodes[1])
+        count = min(
+            max(round(rng.gauss(sum(nodes) / 2, (nodes[1] - nodes[0]) / 5)), nodes[0]), nodes[1]
+        )
         chain: list[int] = []
         if tried >= FREE_TRIES:
-            chain = sorted(rng.sample(range(2, count), rng.randint(hops[0], min(hops[1], count - 3))))
+            chain = sorted(
+                rng.sample(range(2, count), rng.randint(hops[0], min(hops[1], count - 3)))
+            )
         edges, people = _graph(rng, count, chain)
         found = _ends(rng, edges, hops, people if even else None)
         if found and people <= {parent for parent, _ in edges}:
             return _worded(rng, edges, people, count, found, concepts, names)
-    raise DataError(f"no graph of {nodes} nodes with a chain of {hops} hops in {TRIES} tries: need more room. "
-                    "try: more nodes, or fewer hops")
+    raise DataError(
+        f"no graph of {nodes} nodes with a chain of {hops} hops in {TRIES} tries: need more room. "
+        "try: more nodes, or fewer hops"
+    )
 
 
-def _graph(rng: random.Random, count: int, chain: list[int]) -> tuple[list[tuple[int, int]], set[int]]:
-    """(edges, people): 0 is the root, 1 the other person; each further node is a concept below earlier nodes, or a person.
+def _graph(
+    rng: random.Random, count: int, chain: list[int]
+) -> tuple[list[tuple[int, int]], set[int]]:
+    """(edges, people): 0 is the root, 1 the other person; each further node is a concept below
+    earlier nodes, or a person.
 
-    The j-th node of `chain` is below the root alone, at the distance j.
-    """
+    The j-th node of `chain` is below the root alone, at the distance j."""
     edges, people = [], {0, 1}
     sides, depths = [1, 2], [0, 0]  # bit 1: below the root, bit 2: below the other person
     for node in range(2, count):
@@ -121,14 +162,21 @@ def _graph(rng: random.Random, count: int, chain: list[int]) -> tuple[list[tuple
         if node in chain:
             j = chain.index(node)
             parents = [chain[j - 1] if j else 0]
-            pool = [earlier for earlier in range(node) if sides[earlier] == 1 and depths[earlier] >= j and earlier != parents[0]]
+            pool = [
+                earlier
+                for earlier in range(node)
+                if sides[earlier] == 1 and depths[earlier] >= j and earlier != parents[0]
+            ]
             more = _at_least_one(rng) - 1
         elif rng.random() < PERSON_SHARE:
             people.add(node)
         else:
             draw = rng.random()
             barred = 2 if draw < ROOT_ONLY else 1 if draw < ROOT_ONLY + OTHER_ONLY else 0
-            pool, more = [earlier for earlier in range(node) if not sides[earlier] & barred], _at_least_one(rng)
+            pool, more = (
+                [earlier for earlier in range(node) if not sides[earlier] & barred],
+                _at_least_one(rng),
+            )
         for _ in range(min(more, len(pool))):
             weights = [1 + DEPTH_WEIGHT * depths[earlier] for earlier in pool]
             parents.append(pool.pop(rng.choices(range(len(pool)), weights)[0]))
@@ -152,12 +200,14 @@ def _at_least_one(rng: random.Random) -> int:
     return number
 
 
-def _ends(rng: random.Random, edges: list[tuple[int, int]], hops: tuple[int, int],
-          people: set[int] | None) -> tuple[list[int], int] | None:
-    """(path root … target, neg_target), both ends without children and each reached by one of the two people alone.
+def _ends(
+    rng: random.Random, edges: list[tuple[int, int]], hops: tuple[int, int], people: set[int] | None
+) -> tuple[list[int], int] | None:
+    """(path root … target, neg_target), both ends without children and each reached by one of the
+    two people alone.
 
-    The target is one of the farthest that `hops` allows; with `people`, of those with a wrong answer as far from any of them.
-    """
+    The target is one of the farthest that `hops` allows; with `people`, of those with a wrong
+    answer as far from any of them."""
     inner = {parent for parent, _ in edges}
     below, other = _reached(edges, 0), _reached(edges, 1)
     wrong = [node for node in other if node not in inner | below.keys() and node > 1]
@@ -167,11 +217,17 @@ def _ends(rng: random.Random, edges: list[tuple[int, int]], hops: tuple[int, int
             right.setdefault(len(path), []).append(node)
     if people:
         near = _reached(edges, *sorted(people - {0}))
-        right = {length: nodes for length, nodes in right.items() if length in {len(near[node]) for node in wrong}}
+        right = {
+            length: nodes
+            for length, nodes in right.items()
+            if length in {len(near[node]) for node in wrong}
+        }
     if not right or not wrong:
         return None
     length = max(right)
-    return below[rng.choice(right[length])], rng.choice([node for node in wrong if not people or len(near[node]) == length])
+    return below[rng.choice(right[length])], rng.choice(
+        [node for node in wrong if not people or len(near[node]) == length]
+    )
 
 
 def _reached(edges: Iterable[tuple[int, int]], *roots: int) -> dict[int, list[int]]:
@@ -188,14 +244,24 @@ def _reached(edges: Iterable[tuple[int, int]], *roots: int) -> dict[int, list[in
     return paths
 
 
-def _worded(rng: random.Random, edges: list[tuple[int, int]], people: set[int], count: int, ends: tuple[list[int], int],
-            concepts: list[str], names: list[str]) -> Question:
+def _worded(
+    rng: random.Random,
+    edges: list[tuple[int, int]],
+    people: set[int],
+    count: int,
+    ends: tuple[list[int], int],
+    concepts: list[str],
+    names: list[str],
+) -> Question:
     path, wrong = ends
     if rng.random() < 0.5:  # so that the number 0 does not tell the root
         swap = {0: 1, 1: 0}
         edges = [(swap.get(a, a), b) for a, b in edges]
         path = [swap.get(node, node) for node in path]
-    called, known = iter(rng.sample(names, len(people))), iter(rng.sample(concepts, count - len(people)))
+    called, known = (
+        iter(rng.sample(names, len(people))),
+        iter(rng.sample(concepts, count - len(people))),
+    )
     words = [next(called if node in people else known) for node in range(count)]
 
     def said(edge: tuple[int, int]) -> str:
@@ -206,20 +272,30 @@ def _worded(rng: random.Random, edges: list[tuple[int, int]], people: set[int], 
     either = [words[path[-1]], words[wrong]]
     rng.shuffle(either)
     root = words[path[0]]
-    return Question(f"{' '.join(facts)} Is {root} a {either[0]} or {either[1]}?", f"{root} is a {words[path[-1]]}.",
-                    [said(edge) for edge in itertools.pairwise(path)], words, edges, path[0], path[-1], wrong)
+    return Question(
+        f"{' '.join(facts)} Is {root} a {either[0]} or {either[1]}?",
+        f"{root} is a {words[path[-1]]}.",
+        [said(edge) for edge in itertools.pairwise(path)],
+        words,
+        edges,
+        path[0],
+        path[-1],
+        wrong,
+    )
 
 
 def check(question: Question) -> None:
     """Whether the question has one answer, its own, that follows from its text.
 
     Raises:
-        DataError: both candidates or none can be reached, or the text, the graph, the steps and the answer disagree.
-    """
+        DataError: both candidates or none can be reached, or the text, the graph, the steps and the
+            answer disagree."""
     words, ends = question.idx_to_symbol, (question.root, question.target, question.neg_target)
     if not all(0 <= node < len(words) for node in itertools.chain(ends, *question.edges)):
-        raise DataError(f"the question \"…{question.question[-60:]}\" has an edge or an end outside its {len(words)} nodes: need "
-                        "numbers of nodes. try: leave that question out")
+        raise DataError(
+            f'the question "…{question.question[-60:]}" has an edge or an end outside its {len(words)} nodes: need '
+            "numbers of nodes. try: leave that question out"
+        )
     reached = _reached(question.edges, question.root)
     facts = re.findall(r"(Every )?(\w+) is a (\w+)\.", question.question)
     asked = re.search(r"Is (\w+) a (\w+) or (\w+)\?$", question.question)
@@ -231,16 +307,22 @@ def check(question: Question) -> None:
         "its right answer cannot be reached": question.target not in reached,
         "its wrong answer can be reached too": question.neg_target in reached,
         "its sentences are not its edges": sorted((s, c) for _, s, c in facts) != edges,
-        "a person is called \"every\", or a concept is not": any(bool(every) == s[:1].isupper() for every, s, _ in facts),
-        "it does not ask for its two candidates": not asked or asked[1] != root or {asked[2], asked[3]} != {target, other},
+        'a person is called "every", or a concept is not': any(
+            bool(every) == s[:1].isupper() for every, s, _ in facts
+        ),
+        "it does not ask for its two candidates": not asked
+        or asked[1] != root
+        or {asked[2], asked[3]} != {target, other},
         "its answer is not its target": question.answer != f"{root} is a {target}.",
-        "its steps are no chain from root to target": not set(chain) <= stated or [root, *(c for _, c in chain)] != [
-            *(s for s, _ in chain), target],
+        "its steps are no chain from root to target": not set(chain) <= stated
+        or [root, *(c for _, c in chain)] != [*(s for s, _ in chain), target],
     }
     fault = next((said for said, wrong in faults.items() if wrong), None)
     if fault:
-        raise DataError(f"the question \"…{question.question[-60:]}\": {fault}; need one candidate that follows. "
-                        "try: leave that question out")
+        raise DataError(
+            f'the question "…{question.question[-60:]}": {fault}; need one candidate that follows. '
+            "try: leave that question out"
+        )
 
 
 def read_prosqa(path: Path | str) -> list[Question]:
@@ -251,23 +333,35 @@ def read_prosqa(path: Path | str) -> list[Question]:
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [Question(**{name: row[name] for name in Question.__dataclass_fields__}) for row in rows]
+        return [
+            Question(**{name: row[name] for name in Question.__dataclass_fields__}) for row in rows
+        ]
     except OSError as fault:
-        raise DataError(f"{path} cannot be read ({fault}): need a ProsQA file. try: check the path") from fault
+        raise DataError(
+            f"{path} cannot be read ({fault}): need a ProsQA file. try: check the path"
+        ) from fault
     except (ValueError, TypeError, KeyError) as fault:
-        raise DataError(f"{path} is no ProsQA file ({type(fault).__name__}: {fault}): need a JSON list of objects with "
-                        f"{', '.join(Question.__dataclass_fields__)}. try: one that ends in _valid.json") from fault
+        raise DataError(
+            f"{path} is no ProsQA file ({type(fault).__name__}: {fault}): need a JSON list of "
+            "objects with "
+            f"{', '.join(Question.__dataclass_fields__)}. try: one that ends in _valid.json"
+        ) from fault
 
 
 def write_jsonl(questions: Iterable[Question], path: Path | str, thought: Thought = "none") -> None:
-    """One JSON object per line: `instruction` the question, `response` its answer's sentence, behind a thought if asked.
+    """One JSON object per line: `instruction` the question, `response` its answer's sentence,
+    behind a thought if asked.
 
     Raises:
-        DataError: a question that `check` refuses; then nothing is written.
-    """
+        DataError: a question that `check` refuses; then nothing is written."""
     questions = list(questions)
     for question in questions:
         check(question)
     with Path(path).open("w", encoding="utf-8") as file:
         for question in questions:
-            file.write(json.dumps({"instruction": question.question, "response": question.response(thought)}) + "\n")
+            file.write(
+                json.dumps(
+                    {"instruction": question.question, "response": question.response(thought)}
+                )
+                + "\n"
+            )

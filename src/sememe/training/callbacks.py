@@ -1,4 +1,5 @@
-"""What happens around the steps: schedule, finite gradients, metrics, Ctrl-C, checkpoint manifests."""
+"""What happens around the steps: schedule, finite gradients, metrics, Ctrl-C, checkpoint
+manifests."""
 
 import contextlib
 import json
@@ -25,7 +26,8 @@ from sememe.training.recipe import Recipe
 
 @contextlib.contextmanager
 def calibrating(model, ids_NT: Tensor, rate: float, part: int, show: bool) -> Iterator[None]:
-    """A bar for what an online model does before its first step (part 0) and before its first quantised one (part 1)."""
+    """A bar for what an online model does before its first step (part 0) and before its first
+    quantised one (part 1)."""
     if not isinstance(model, OnlineForCausalLM):
         yield
         return
@@ -43,14 +45,22 @@ def calibrating(model, ids_NT: Tensor, rate: float, part: int, show: bool) -> It
 
 
 class Schedule(TrainerCallback):
-    """Sets the model's concept rate and quantisation before each step; the end of the run is the recipe's own.
+    """Sets the model's concept rate and quantisation before each step; the end of the run is the
+    recipe's own.
 
-    The codebook starts with the first step that is quantised, from the states as they are then. A checkpoint is written after
-    that step: what came before takes as long as many steps.
-    """
+    The codebook starts with the first step that is quantised, from the states as they are then. A
+    checkpoint is written after that step: what came before takes as long as many steps."""
 
-    def __init__(self, recipe: Recipe, calibration_NT: Tensor, say: Callable[[str], None], show: bool = False):
-        self.recipe, self.calibration_NT, self.say, self.show, self.started = recipe, calibration_NT, say, show, False
+    def __init__(
+        self, recipe: Recipe, calibration_NT: Tensor, say: Callable[[str], None], show: bool = False
+    ):
+        self.recipe, self.calibration_NT, self.say, self.show, self.started = (
+            recipe,
+            calibration_NT,
+            say,
+            show,
+            False,
+        )
 
     def _at(self, step: int) -> tuple[float, float]:
         return self.recipe.schedule.at(step / max(1, self.recipe.steps - 1), self.recipe.rate)
@@ -63,13 +73,22 @@ class Schedule(TrainerCallback):
                 found = model.start_codes(self.calibration_NT, self.recipe.seed)
             self.started = True
             if "variance_left" in found:
-                self.say(f"codebook: k-means of {found['states']:.0f} shallow states leaves {found['variance_left']:.0%} of "
-                         "their variance")
+                self.say(
+                    f"codebook: k-means of {found['states']:.0f} shallow states leaves "
+                    f"{found['variance_left']:.0%} of "
+                    "their variance"
+                )
             else:
-                self.say(f"codebook: {found['codes']:.0f} codes spell bins of words, which leave {found['vote_nll']:.2f} nats a "
-                         "token to guess")
+                self.say(
+                    f"codebook: {found['codes']:.0f} codes spell bins of words, which leave "
+                    f"{found['vote_nll']:.2f} nats a "
+                    "token to guess"
+                )
             if args.world_size > 1:  # equal on equal machines; made sure of on others
-                for value in (*model.head.state_dict().values(), *model.codes.state_dict().values()):
+                for value in (
+                    *model.head.state_dict().values(),
+                    *model.codes.state_dict().values(),
+                ):
                     torch.distributed.broadcast(value, 0)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -81,10 +100,15 @@ class Finite(TrainerCallback):
     """A gradient that is not finite must not reach the optimizer either."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        bad = [
+            n
+            for n, p in model.named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
         if bad:
             raise TrainingError(
-                f"the gradient of {bad[0]} is not finite at step {state.global_step + 1}: the step was not taken and the "
+                f"the gradient of {bad[0]} is not finite at step {state.global_step + 1}: the step "
+                "was not taken and the "
                 "last checkpoint stands. try: learning_rate=1e-4, or precision=fp32"
             )
 
@@ -101,9 +125,22 @@ def read_metrics(path: Path) -> list[dict]:
 class Recorder(TrainerCallback):
     """One line of metrics.jsonl per log, with held-out figures beside it, and the progress bar."""
 
-    def __init__(self, recipe: Recipe, path: Path, heldout: Tensor | PairTensors, meter, show: bool,
-                 tokens: Callable[[int], int]):
-        self.recipe, self.path, self.heldout_set, self.meter, self.show = recipe, path, heldout, meter, show
+    def __init__(
+        self,
+        recipe: Recipe,
+        path: Path,
+        heldout: Tensor | PairTensors,
+        meter,
+        show: bool,
+        tokens: Callable[[int], int],
+    ):
+        self.recipe, self.path, self.heldout_set, self.meter, self.show = (
+            recipe,
+            path,
+            heldout,
+            meter,
+            show,
+        )
         self.tokens = tokens  # that the first steps train on
         self.bar = None
         self.heldout: dict[str, float | list] = {}
@@ -112,8 +149,13 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.monotonic() - self._before()
         if state.is_world_process_zero:
-            self.bar = bar(total=state.max_steps, initial=state.global_step, desc=f"train {self.recipe.system}",
-                           unit="step", disable=not self.show)
+            self.bar = bar(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=f"train {self.recipe.system}",
+                unit="step",
+                disable=not self.show,
+            )
 
     def _before(self) -> float:
         """Seconds that earlier parts of this run took."""
@@ -145,8 +187,12 @@ class Recorder(TrainerCallback):
         if "loss" not in logs:
             return
         line = self._place(state.global_step)
-        line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-        if self.norms and "grad_norm" in line:  # clipping scaled all gradients alike: undone, so that parts fit the whole
+        line |= {
+            key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs
+        }
+        if (
+            self.norms and "grad_norm" in line
+        ):  # clipping scaled all gradients alike: undone, so that parts fit the whole
             unclipped = line["grad_norm"] / max(math.hypot(*self.norms.values()), 1e-30)
             line |= {f"grad_norm_{part}": norm * unclipped for part, norm in self.norms.items()}
         if self.meter is not None:
@@ -164,7 +210,11 @@ class Recorder(TrainerCallback):
                 self.bar.set_postfix(shown)
 
     def _place(self, step: int) -> dict[str, float]:
-        return {"step": step, "tokens": self.tokens(step), "seconds": round(time.monotonic() - self.started, 2)}
+        return {
+            "step": step,
+            "tokens": self.tokens(step),
+            "seconds": round(time.monotonic() - self.started, 2),
+        }
 
     def _write(self, line: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -181,10 +231,11 @@ class Recorder(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C (or SIGTERM) ends the run after the step in progress, with a checkpoint; a second one at once.
+    """Ctrl-C (or SIGTERM) ends the run after the step in progress, with a checkpoint; a second one
+    at once.
 
-    In a thread other than the main one Python lets nobody handle signals: training there goes on without.
-    """
+    In a thread other than the main one Python lets nobody handle signals: training there goes on
+    without."""
 
     def __init__(self):
         self.asked = False
@@ -211,8 +262,8 @@ class Stop(TrainerCallback):
 
 
 class Seal(TrainerCallback):
-    """Writes a checkpoint's manifest last: one without it was cut off while saving and is not resumed from. Then older ones go.
-    """
+    """Writes a checkpoint's manifest last: one without it was cut off while saving and is not
+    resumed from. Then older ones go."""
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

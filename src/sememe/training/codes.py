@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 from sememe.concepts.quantise import revive
 from sememe.training.recipe import Recipe
 
-# Of `ConceptEmbedding.use`, where a code that gets its even share stands at 4. A code starts at 1, so it is taken for dead
-# after 5.5 K concepts without it at the earliest.
+# Of `ConceptEmbedding.use`, where a code that gets its even share stands at 4. A code starts at 1,
+# so it is taken for dead after 5.5 K concepts without it at the earliest.
 FLOOR = 0.25
 TOKENS = 8192  # at most, read each time: twice as many states as codes of a usual table
 LAST = 0.8  # share of the run after which codes stay: a new one needs steps to be learned
@@ -27,15 +27,25 @@ class Revive(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         recipe, step, codes = self.recipe, state.global_step, model.codes
-        if step == 0 or step % recipe.revive_every or step >= LAST * recipe.steps or model.config.quantise == 0:
+        if (
+            step == 0
+            or step % recipe.revive_every
+            or step >= LAST * recipe.steps
+            or model.config.quantise == 0
+        ):
             return
         if not bool((codes.use < FLOOR).any()):
             return
         end = step * recipe.batch_size
         blocks = max(1, min(TOKENS, recipe.calibration_tokens) // recipe.sequence_length)
         blocks_NT = self.blocks_NT[max(0, end - blocks) : end]
-        moved_GK = revive(codes, model.head, model.code_inputs(blocks_NT), FLOOR,
-                          torch.Generator().manual_seed(recipe.seed + step))
+        moved_GK = revive(
+            codes,
+            model.head,
+            model.code_inputs(blocks_NT),
+            FLOOR,
+            torch.Generator().manual_seed(recipe.seed + step),
+        )
         if args.world_size > 1:  # equal on equal machines; made sure of on others
             moved = moved_GK.to(torch.uint8)
             for value in (*model.head.state_dict().values(), *codes.state_dict().values(), moved):

@@ -1,4 +1,5 @@
-"""What a run is watched by: concept ids, gradients and held-out blocks → the figures of metrics.jsonl.
+"""What a run is watched by: concept ids, gradients and held-out blocks → the figures of
+metrics.jsonl.
 
 Cheap and always on. What each figure is like in a healthy run and in a sick one: docs/doctor.md.
 """
@@ -15,14 +16,19 @@ from sememe.models.online import NULL, OnlineForCausalLM
 from sememe.models.planning import EXECUTOR, PLANNER
 
 SMALL_BATCH = 512  # held-out tokens that codes are ablated on; one forward each
-USE = ("code_perplexity", "codes_used", "largest_code_share", "bits_per_concept")  # what is logged of `code_use`
+USE = (
+    "code_perplexity",
+    "codes_used",
+    "largest_code_share",
+    "bits_per_concept",
+)  # what is logged of `code_use`
 
 
 class ConceptMeter:
-    """One training interval from what the forward pass returns anyway: realised rate, tails and code use.
+    """One training interval from what the forward pass returns anyway: realised rate, tails and
+    code use.
 
-    Counted first and divided once, over all ranks.
-    """
+    Counted first and divided once, over all ranks."""
 
     def __init__(self, num_concepts: int, codes_per_concept: int = 1):
         self.num_concepts, self.codes_per_concept = num_concepts, codes_per_concept
@@ -45,11 +51,15 @@ class ConceptMeter:
         self.longest = max(self.longest, longest_tail(written_BT))
         self.segments += len(tails_n)
         self.tail_tokens += int(tails_n.sum())
-        self.counts_GK += count_digits(ids_BT[ids_BT >= 0], self.num_concepts, self.codes_per_concept)
+        self.counts_GK += count_digits(
+            ids_BT[ids_BT >= 0], self.num_concepts, self.codes_per_concept
+        )
 
     def read(self) -> dict[str, float]:
         """Figures since the last read; sums over ranks where there are several."""
-        sums = torch.tensor([self.written, self.tokens, self.segments, self.tail_tokens], dtype=torch.float64)
+        sums = torch.tensor(
+            [self.written, self.tokens, self.segments, self.tail_tokens], dtype=torch.float64
+        )
         totals, longest = torch.cat([sums, self.counts_GK.flatten()]), self.longest
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -67,15 +77,15 @@ class ConceptMeter:
 
 
 def closed_tails(written_BT: Tensor) -> Tensor:
-    """(n,) tokens in the tail of every segment that a concept closed. A row's first concept closes none, and its last
-    tail is cut off by the end of the row."""
+    """(n,) tokens in the tail of every segment that a concept closed. A row's first concept closes
+    none, and its last tail is cut off by the end of the row."""
     row_n, column_n = written_BT.nonzero(as_tuple=True)
     return (column_n.diff() - 1)[row_n.diff() == 0]
 
 
 def gradient_norms(model) -> dict[str, float]:
-    """The norm of the gradients as they are now: of all LoRA (`lora`; of a planner's two adapters apart, by their names), and
-    of each new module that is trained."""
+    """The norm of the gradients as they are now: of all LoRA (`lora`; of a planner's two adapters
+    apart, by their names), and of each new module that is trained."""
     squares: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         if p.requires_grad and p.grad is not None:
@@ -89,10 +99,13 @@ def gradient_norms(model) -> dict[str, float]:
 def heldout_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
     """All figures of (N, T) held-out blocks, the gate running free. `model` is in eval mode.
 
-    What ablating the codes costs, and what the head is like, is measured on the first few blocks, once codes are in use.
-    """
+    What ablating the codes costs, and what the head is like, is measured on the first few blocks,
+    once codes are in use."""
     nll_NT, concepts_NT = token_nll(model, ids_NT)
-    figures = {"heldout_nll": float(nll_NT.mean()), "heldout_nll_by_position": [b["nll"] for b in by_position(nll_NT, None)]}
+    figures = {
+        "heldout_nll": float(nll_NT.mean()),
+        "heldout_nll_by_position": [b["nll"] for b in by_position(nll_NT, None)],
+    }
     if concepts_NT is None:
         return figures
     written_NT = concepts_NT != NULL
@@ -114,15 +127,19 @@ def heldout_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
 
 @torch.no_grad()
 def head_figures(model: OnlineForCausalLM, ids_BT: Tensor) -> dict[str, float]:
-    """How sure the head is of its codes, and how far the soft mixture that gives them their gradient is from the code
-    that the forward pass takes: means over the coded concepts of (B, T) text. Nothing where there are none."""
+    """How sure the head is of its codes, and how far the soft mixture that gives them their
+    gradient is from the code that the forward pass takes: means over the coded concepts of (B, T)
+    text. Nothing where there are none."""
     x_nD = model.written_inputs(ids_BT)
     if len(x_nD) == 0:
         return {}
     found = quantise(model.codes, model.head, x_nD, temperature=model.config.code_temperature)
-    distance_n = (found.soft_nD - found.hard_nD).norm(dim=-1) / found.hard_nD.norm(dim=-1).clamp(min=1e-6)
+    distance_n = (found.soft_nD - found.hard_nD).norm(dim=-1) / found.hard_nD.norm(dim=-1).clamp(
+        min=1e-6
+    )
     return {
-        "code_entropy": float(found.entropy), "code_max_prob": float(found.max_prob),
+        "code_entropy": float(found.entropy),
+        "code_max_prob": float(found.max_prob),
         "soft_hard_cosine": float(F.cosine_similarity(found.soft_nD, found.hard_nD, dim=-1).mean()),
         "soft_hard_distance": float(distance_n.mean()),
     }

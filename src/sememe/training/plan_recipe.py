@@ -20,44 +20,59 @@ class Plan(Strict):
     lengths: list[int] = [2, 8]
     """Concepts of each type at most."""
     begins: Literal["pieces", "words"] = "pieces"
-    """What ids stand for at first: `words`, key words of the target; `pieces`, clusters of the words in its pieces."""
+    """What ids stand for at first: `words`, key words of the target; `pieces`, clusters of the
+    words in its pieces."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the targets that the executor learns to write without a plan."""
     parallel: bool = False
-    """Types are written at the same time, each from the source alone; else each also from those before it."""
+    """Types are written at the same time, each from the source alone; else each also from those
+    before it."""
     multi_token: int = Field(1, ge=1)
     """Concepts that one step of the planner writes."""
     weight: float = Field(1.0, ge=0)
-    """Of the plan's own cross entropy in the loss: nats per concept, beside nats per target token."""
+    """Of the plan's own cross entropy in the loss: nats per concept, beside nats per target
+    token."""
     straight_through: bool = False
     """What the executor reads passes its gradient on to the planner."""
     signals: float = Field(0.0, ge=0)
-    """Of what linear probes of the plan lose on the target's length, kind, names, numbers and key words: nats per label."""
+    """Of what linear probes of the plan lose on the target's length, kind, names, numbers and key
+    words: nats per label."""
 
     @model_validator(mode="after")
     def _types_fit(self) -> "Plan":
         if not self.sizes or len(self.sizes) != len(self.lengths):
-            raise ValueError(f"sizes = {self.sizes} and lengths = {self.lengths}: need one of each for every type")
+            raise ValueError(
+                f"sizes = {self.sizes} and lengths = {self.lengths}: need one of each for every "
+                "type"
+            )
         if min(self.sizes) < 2 or min(self.lengths) < 1:
-            raise ValueError(f"sizes = {self.sizes} and lengths = {self.lengths}: need at least 2 ids and 1 concept in each type")
+            raise ValueError(
+                f"sizes = {self.sizes} and lengths = {self.lengths}: need at least 2 ids and 1 "
+                "concept in each type"
+            )
         if self.multi_token > max(self.lengths):
-            raise ValueError(f"multi_token = {self.multi_token}: need at most {max(self.lengths)}, the longest type's concepts")
+            raise ValueError(
+                f"multi_token = {self.multi_token}: need at most {max(self.lengths)}, the longest "
+                "type's concepts"
+            )
         return self
 
 
 class Em(Strict):
-    """Hard EM: which plans are searched for, and when. The run has three stages: the executor learns the plans that k-means of
-    the targets starts from (`warmup`), then the planner learns them too (`distil`), then better ones are searched for."""
+    """Hard EM: which plans are searched for, and when. The run has three stages: the executor
+    learns the plans that k-means of the targets starts from (`warmup`), then the planner learns
+    them too (`distil`), then better ones are searched for."""
 
     every: int = Field(50, ge=0)
     """Steps between E-steps; 0: never."""
     proposers: dict[str, int] = {"beam": 4, "sample": 4, "edit": 8}
     """Candidates that each way of proposing adds, beside the incumbent."""
     adaptive: bool = False
-    """Halves the interval where an E-step changed more than half of the plans, and doubles it where fewer than a fifth; a quarter
-    of `every` at least, and four times it at most."""
+    """Halves the interval where an E-step changed more than half of the plans, and doubles it where
+    fewer than a fifth; a quarter of `every` at least, and four times it at most."""
     examples: int = Field(0, ge=0)
-    """Pairs of one E-step at most, those first that are trained on next; 0: all that the steps up to the next one see."""
+    """Pairs of one E-step at most, those first that are trained on next; 0: all that the steps up
+    to the next one see."""
     batch: int = Field(8, ge=1)
     """Pairs whose candidates are scored at once."""
     price: float = Field(1.0, ge=0)
@@ -72,7 +87,9 @@ class Em(Strict):
     def _known(cls, proposers: dict[str, int]) -> dict[str, int]:
         for name, count in proposers.items():
             if name not in PROPOSERS:
-                raise ValueError(f"{name!r} is no way to propose plans, need some of {', '.join(PROPOSERS)}")
+                raise ValueError(
+                    f"{name!r} is no way to propose plans, need some of {', '.join(PROPOSERS)}"
+                )
             if count < 0:
                 raise ValueError(f"{count} candidates of {name!r}, need at least 0")
         return proposers
@@ -80,9 +97,14 @@ class Em(Strict):
     @model_validator(mode="after")
     def _stages_fit(self) -> "Em":
         if self.warmup + self.distil > 1:
-            raise ValueError(f"warmup = {self.warmup} and distil = {self.distil} are more than the run, need at most 1 together")
+            raise ValueError(
+                f"warmup = {self.warmup} and distil = {self.distil} are more than the run, need at "
+                "most 1 together"
+            )
         if self.every and not any(self.proposers.values()):
-            raise ValueError(f"every = {self.every} without proposers, need candidates to choose from")
+            raise ValueError(
+                f"every = {self.every} without proposers, need candidates to choose from"
+            )
         return self
 
     def starts(self, steps: int) -> int:
@@ -90,7 +112,8 @@ class Em(Strict):
         return round((self.warmup + self.distil) * steps)
 
     def interval(self, now: int, flips: float | None) -> int:
-        """Steps to the next E-step, behind one that came `now` steps after the last and changed that share of the plans."""
+        """Steps to the next E-step, behind one that came `now` steps after the last and changed
+        that share of the plans."""
         if not self.adaptive or flips is None:
             return now
         factor = 0.5 if flips > OFTEN else 2 if flips < SELDOM else 1

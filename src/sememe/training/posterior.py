@@ -1,4 +1,5 @@
-"""z* of pairs that nobody trains on: E-steps with their targets in view, from the planner's own plans: a posterior."""
+"""z* of pairs that nobody trains on: E-steps with their targets in view, from the planner's own
+plans: a posterior."""
 
 import tempfile
 from collections.abc import Callable
@@ -18,9 +19,16 @@ from sememe.training.plan_recipe import Em
 ROUNDS = 3  # of search, each from what the one before found
 
 
-def best_plans(model: PlannerForCausalLM, pairs: PairTensors, em: dict[str, Any] | None = None,
-               tick: Callable[[int], None] = lambda n: None, rounds: int = ROUNDS, seed: int = 0) -> Tensor:
-    """(N, P) the best plans that `rounds` of the recipe's own search find, by log p(y | z) + price · log p(z | u)."""
+def best_plans(
+    model: PlannerForCausalLM,
+    pairs: PairTensors,
+    em: dict[str, Any] | None = None,
+    tick: Callable[[int], None] = lambda n: None,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+) -> Tensor:
+    """(N, P) the best plans that `rounds` of the recipe's own search find, by log p(y | z) + price
+    · log p(z | u)."""
     said, shape, index_N = Em(**(em or {})), model.plans.shape, torch.arange(len(pairs))
     done = 0
 
@@ -34,5 +42,7 @@ def best_plans(model: PlannerForCausalLM, pairs: PairTensors, em: dict[str, Any]
         store.write(index_N, planned(model, pairs, said.batch))
         for number in range(rounds):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            EStep(said.proposers, said.batch, said.price).run(model, pairs, store, index_N, generator, share)
+            EStep(said.proposers, said.batch, said.price).run(
+                model, pairs, store, index_N, generator, share
+            )
         return store.read(index_N)

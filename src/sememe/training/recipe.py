@@ -7,7 +7,14 @@ from typing import Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
@@ -24,36 +31,46 @@ BASELINES = ("control", "skip", "window")
 
 class Data(Strict):
     train: str
-    """Text to train on: .txt, .jsonl, .parquet (a field may be named: `file.jsonl#body`), or a datasets id."""
+    """Text to train on: .txt, .jsonl, .parquet (a field may be named: `file.jsonl#body`), or a
+    datasets id."""
     heldout: str
     """Text that is never trained on; measured during the run and by `sememe evaluate`."""
     source: str | None = None
-    """Field of a row that a `planner` is given. With `target`, it and its `control` train on pairs."""
+    """Field of a row that a `planner` is given. With `target`, it and its `control` train on
+    pairs."""
     target: str | None = None
     """Field of a row that it writes."""
     opening: float | None = Field(None, gt=0, lt=1)
-    """Share of each document that is the source, where no fields are named; a `planner` has 0.25."""
+    """Share of each document that is the source, where no fields are named; a `planner` has
+    0.25."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "Data":
         if (self.source is None) != (self.target is None):
-            raise ValueError(f"source = {self.source} and target = {self.target}: need both fields of a row, or neither")
+            raise ValueError(
+                f"source = {self.source} and target = {self.target}: need both fields of a row, or "
+                "neither"
+            )
         if self.source is not None and (self.source == self.target or self.opening is not None):
-            raise ValueError(f"source = {self.source}, target = {self.target}, opening = {self.opening}: need two fields of a "
-                             "row, or else opening alone to cut each text")
+            raise ValueError(
+                f"source = {self.source}, target = {self.target}, opening = {self.opening}: need "
+                "two fields of a "
+                "row, or else opening alone to cut each text"
+            )
         return self
 
 
 class Split(Strict):
-    """Layers in each slice. Any two fix the third; none at all: 2/15 shallow, 2/15 deep, a thick middle."""
+    """Layers in each slice. Any two fix the third; none at all: 2/15 shallow, 2/15 deep, a thick
+    middle."""
 
     shallow: int | None = Field(None, ge=1)
     middle: int | None = Field(None, ge=0)
     deep: int | None = Field(None, ge=1)
 
     def resolve(self, layers: int) -> tuple[int, int, int]:
-        """The three counts for a base of `layers`. What is left open is filled; what does not fit is for the model's
-        configuration to refuse."""
+        """The three counts for a base of `layers`. What is left open is filled; what does not fit
+        is for the model's configuration to refuse."""
         edge = default_split(layers)[0]
         shallow, middle, deep = self.shallow, self.middle, self.deep
         if shallow is None:
@@ -70,19 +87,22 @@ class Lora(Strict):
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     shallow: bool = True
-    """Whether an `online` model's shallow slice has LoRA; without it the states that the codes stand for stay put."""
+    """Whether an `online` model's shallow slice has LoRA; without it the states that the codes
+    stand for stay put."""
 
 
 class Schedule(Strict):
-    """Identity → concepts, as shares of the run. Ahead of all ramps the model is its base, exactly. The rate has none by
-    default: with the bridge a run may start at its final rate (docs/log.md)."""
+    """Identity → concepts, as shares of the run. Ahead of all ramps the model is its base, exactly.
+    The rate has none by default: with the bridge a run may start at its final rate
+    (docs/log.md)."""
 
     rate: tuple[float, float] = (0.0, 0.0)
     """The concept rate falls from 1 to `rate` between these shares, geometrically."""
     quantise: tuple[float, float] = (0.3, 0.6)
     """The code's share in a concept's state rises from 0 to 1 between these shares."""
     lora: tuple[float, float] = (0.0, 0.0)
-    """LoRA's learning rate rises from 0 between these shares; until then only the new modules learn."""
+    """LoRA's learning rate rises from 0 between these shares; until then only the new modules
+    learn."""
 
     @field_validator("rate", "quantise", "lora")
     @classmethod
@@ -108,8 +128,9 @@ class Recipe(Strict):
     """Every key of a recipe, with its default."""
 
     system: Literal["online", "compressor", "planner", "control", "skip", "window"]
-    """`online`; `compressor` (text → concepts → text); `planner` (source → plan → text); or a baseline on the same batches:
-    `control` (same LoRA, no concepts), `skip` (no middle slice), `window` (the last tokens and the first one are all it sees)."""
+    """`online`; `compressor` (text → concepts → text); `planner` (source → plan → text); or a
+    baseline on the same batches: `control` (same LoRA, no concepts), `skip` (no middle slice),
+    `window` (the last tokens and the first one are all it sees)."""
     base: str
     """Known base (`sememe pull` lists them), local folder, or Hub id."""
     data: Data
@@ -131,43 +152,50 @@ class Recipe(Strict):
     """Longest run of normal tokens; then a concept is forced."""
     head: str = "nearest"
     boundary: str = "null"
-    """How segments close; see `concepts/boundary.py`. `autoregressive` is for `compressor`: its concepts say themselves how many
-    tokens they cover."""
+    """How segments close; see `concepts/boundary.py`. `autoregressive` is for `compressor`: its
+    concepts say themselves how many tokens they cover."""
     num_concepts: int = Field(4096, ge=2)
     codes_per_concept: int = Field(2, ge=1, le=4)
-    """Residual stages: a concept is that many digits of `num_concepts`, each coding what those before it left."""
+    """Residual stages: a concept is that many digits of `num_concepts`, each coding what those
+    before it left."""
     shared_map: bool = False
     """One learned map moves all codes together; they themselves stay where k-means put them."""
     bridge: bool = True
-    """Tail states get a linear guess of what the middle slice would have added, started by least squares; `skip` too."""
+    """Tail states get a linear guess of what the middle slice would have added, started by least
+    squares; `skip` too."""
     shallow_window: int | None = Field(None, ge=1)
-    """Tokens that a token sees in the shallow slice, with the first one beside them; none: all. Its cache stops growing. Of
-    `window`: in every layer; none: as many as the caches of `rate` and `split` have room for at the end of a sequence."""
+    """Tokens that a token sees in the shallow slice, with the first one beside them; none: all. Its
+    cache stops growing. Of `window`: in every layer; none: as many as the caches of `rate` and
+    `split` have room for at the end of a sequence."""
     anchor: bool = False
-    """A concept starts from what the token that writes it tells, by a linear map of its embedding; the codes say the rest."""
+    """A concept starts from what the token that writes it tells, by a linear map of its embedding;
+    the codes say the rest."""
     overlap: bool = False
-    """A position that writes is also the first normal token of the next tail, and predicts from there: one more deep state per
-    concept."""
+    """A position that writes is also the first normal token of the next tail, and predicts from
+    there: one more deep state per concept."""
     pool: bool = False
-    """Codes of `online` are read from the mean of the segment's tail too, by a map that is trained; not with boundary: threshold.
-    Those of a `compressor` always stand for all of their segment."""
+    """Codes of `online` are read from the mean of the segment's tail too, by a map that is trained;
+    not with boundary: threshold. Those of a `compressor` always stand for all of their segment."""
     content: Literal["bins", "news"] = "bins"
-    """What codes of a `compressor` stand for. `bins`: which of the words that the base takes for one another it is, to write a
-    text again; `news`: what words add to what was foretold, words that mean alike together."""
+    """What codes of a `compressor` stand for. `bins`: which of the words that the base takes for
+    one another it is, to write a text again; `news`: what words add to what was foretold, words
+    that mean alike together."""
     depth: int | None = Field(None, ge=1)
     """Layers that a `compressor` reads a text with; none: all."""
     continuation_share: float = Field(0.0, ge=0, le=1)
-    """Of a `compressor`'s loss: going on from the concepts of a block's first half, instead of writing the block again."""
+    """Of a `compressor`'s loss: going on from the concepts of a block's first half, instead of
+    writing the block again."""
     gate_noise: float = Field(0.0, ge=0)
-    """In training, writing is sampled: Bernoulli of the gate's log-odds divided by this. 0: thresholded, as in use."""
+    """In training, writing is sampled: Bernoulli of the gate's log-odds divided by this. 0:
+    thresholded, as in use."""
     concept_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the concepts that carry nothing, in training."""
     schedule: Schedule = Schedule()
     code_temperature: float = Field(1.0, gt=0)
     gumbel: float = Field(0.0, ge=0)
     estimator: str = "soft"
-    """Gradient through the codes: of the softmax's mixture (`soft`), or passed on as it is (`identity`, for head: nearest;
-    usual with commitment_weight: 0.25)."""
+    """Gradient through the codes: of the softmax's mixture (`soft`), or passed on as it is
+    (`identity`, for head: nearest; usual with commitment_weight: 0.25)."""
     usage_weight: float = Field(0.0, ge=0)
     """Of a term that wants each position sure of its code, and all codes used evenly."""
     commitment_weight: float = Field(0.0, ge=0)
@@ -176,7 +204,8 @@ class Recipe(Strict):
     """Steps between moving codes that nobody writes to states of the text; 0: never."""
     lora: Lora = Lora()
     distil: float = Field(0.0, ge=0, le=1)
-    """Share of the loss that is KL to the frozen base's next-token distribution instead of cross entropy; `online`."""
+    """Share of the loss that is KL to the frozen base's next-token distribution instead of cross
+    entropy; `online`."""
     learning_rate: float = Field(1e-3, gt=0)
     """Of LoRA; warmed up over the first 5 % of the steps, then cosine to 10 %."""
     concept_learning_rate: float = Field(1e-3, gt=0)
@@ -192,7 +221,8 @@ class Recipe(Strict):
     em: Em = Em()
     curriculum: Curriculum = Curriculum()
     calibration_tokens: int = Field(32768, ge=64)
-    """Training tokens whose states start the codebook, the gate, the bridge and the entropy estimate."""
+    """Training tokens whose states start the codebook, the gate, the bridge and the entropy
+    estimate."""
     seed: int = Field(0, ge=0)
 
     @field_validator("boundary", mode="before")
@@ -204,7 +234,9 @@ class Recipe(Strict):
     @classmethod
     def _different(cls, data: Data) -> Data:
         if data.train == data.heldout:
-            raise ValueError("train and heldout are the same text; held-out text is never trained on")
+            raise ValueError(
+                "train and heldout are the same text; held-out text is never trained on"
+            )
         return data
 
     @field_validator("head", "boundary", "estimator")
@@ -218,34 +250,62 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _tail_fits(self) -> "Recipe":
         if self.system in CONCEPTS and self.rate * (self.max_tail + 1) < 1 - 1e-9:
-            raise ValueError(f"max_tail = {self.max_tail} forces a concept more often than rate = {self.rate}")
+            raise ValueError(
+                f"max_tail = {self.max_tail} forces a concept more often than rate = {self.rate}"
+            )
         return self
 
     @model_validator(mode="after")
     def _options_fit(self) -> "Recipe":
         if self.distil > 0 and self.system != "online":
-            raise ValueError(f"distil = {self.distil} is for system: online; a baseline is trained on the text alone")
+            raise ValueError(
+                f"distil = {self.distil} is for system: online; a baseline is trained on the text "
+                "alone"
+            )
         if self.gradient_checkpointing and self.system == "compressor":
-            raise ValueError("gradient_checkpointing = true computes layers again when the other adapter is on; a compressor "
-                             "cannot have it. try: gradient_accumulation, or a shorter sequence_length")
+            raise ValueError(
+                "gradient_checkpointing = true computes layers again when the other adapter is on; "
+                "a compressor "
+                "cannot have it. try: gradient_accumulation, or a shorter sequence_length"
+            )
         if self.pool and self.system == "compressor":
-            raise ValueError("pool = true is for system: online; a compressor's codes stand for all of their segment anyway")
+            raise ValueError(
+                "pool = true is for system: online; a compressor's codes stand for all of their "
+                "segment anyway"
+            )
         if self.gradient_checkpointing and self.system == "planner":
-            raise ValueError("gradient_checkpointing = true computes layers again when the other adapter is on; a planner cannot "
-                             "have it. try: gradient_accumulation, or a shorter target_length")
+            raise ValueError(
+                "gradient_checkpointing = true computes layers again when the other adapter is on; "
+                "a planner cannot "
+                "have it. try: gradient_accumulation, or a shorter target_length"
+            )
         if self.pairs is not None and self.system not in ("planner", "control"):
-            raise ValueError(f"data.source, data.target and data.opening make pairs, which system: {self.system} is not trained "
-                             "on; need a planner or its control")
+            raise ValueError(
+                "data.source, data.target and data.opening make pairs, which system: "
+                f"{self.system} is not trained "
+                "on; need a planner or its control"
+            )
         if self.curriculum.start > self.target_length:
-            raise ValueError(f"curriculum.start = {self.curriculum.start} is more than target_length = {self.target_length}")
+            raise ValueError(
+                f"curriculum.start = {self.curriculum.start} is more than target_length = "
+                f"{self.target_length}"
+            )
         if BOUNDARIES[self.boundary].offline and self.system != "compressor":
-            raise ValueError(f"boundary = {self.boundary!r} with system = {self.system!r}: it reads all of a text before it "
-                             "writes a concept; need system: compressor. try: boundary=null")
+            raise ValueError(
+                f"boundary = {self.boundary!r} with system = {self.system!r}: it reads all of a "
+                "text before it "
+                "writes a concept; need system: compressor. try: boundary=null"
+            )
         if BOUNDARIES[self.boundary].offline and self.schedule.rate[1] > 0:
-            raise ValueError(f"schedule.rate = {list(self.schedule.rate)} with boundary = {self.boundary!r}: lengths start at "
-                             "`rate`, and a price moves them slowly; need no ramp. try: schedule.rate=[0,0]")
+            raise ValueError(
+                f"schedule.rate = {list(self.schedule.rate)} with boundary = {self.boundary!r}: "
+                "lengths start at "
+                "`rate`, and a price moves them slowly; need no ramp. try: schedule.rate=[0,0]"
+            )
         if self.gate_noise > 0 and self.boundary != "null":
-            raise ValueError(f"gate_noise = {self.gate_noise} samples the decisions of boundary: null alone")
+            raise ValueError(
+                f"gate_noise = {self.gate_noise} samples the decisions of boundary: null alone"
+            )
         return self
 
     @property
@@ -254,15 +314,23 @@ class Recipe(Strict):
         return PairForm.of(self.model_dump())
 
     def window(self, split: tuple[int, int, int]) -> int:
-        """Tokens that a `window` sees beside the first: the first one itself takes a place in its cache."""
+        """Tokens that a `window` sees beside the first: the first one itself takes a place in its
+        cache."""
         shallow, middle, deep = split
         rows = (shallow + (middle + deep) * self.rate) * self.sequence_length / sum(split)
         return self.shallow_window or max(1, round(rows) - 1)
 
     def yaml(self, whole: bool = True) -> str:
-        """As a file. Not `whole`: without the keys that only pairs and plans have, where this recipe has neither."""
-        unused = set() if whole or self.pairs is not None else {"source_length", "target_length", "plan", "em", "curriculum"}
-        return yaml.safe_dump(self.model_dump(mode="json", exclude=unused), sort_keys=False, allow_unicode=True)
+        """As a file. Not `whole`: without the keys that only pairs and plans have, where this
+        recipe has neither."""
+        unused = (
+            set()
+            if whole or self.pairs is not None
+            else {"source_length", "target_length", "plan", "em", "curriculum"}
+        )
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude=unused), sort_keys=False, allow_unicode=True
+        )
 
 
 def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -285,14 +353,19 @@ def load_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         values = OmegaConf.to_container(merged, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
         first = str(error).splitlines()[0]
-        raise RecipeError(f"{path} cannot be read as a recipe ({first}): need YAML key: value pairs. try: recipes/") from error
+        raise RecipeError(
+            f"{path} cannot be read as a recipe ({first}): need YAML key: value pairs. try: "
+            "recipes/"
+        ) from error
     return check_recipe(values, str(path))
 
 
 def check_recipe(values: Any, where: str) -> Recipe:
     """A Recipe from plain values; every fault becomes one sentence."""
     if not isinstance(values, dict):
-        raise RecipeError(f"{where} holds no key: value pairs: need a recipe. try: recipes/tiny-cpu.yaml")
+        raise RecipeError(
+            f"{where} holds no key: value pairs: need a recipe. try: recipes/tiny-cpu.yaml"
+        )
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -311,7 +384,11 @@ def _sentence(error: ValidationError) -> str:
         return f"key {key!r} is missing: need a value. try: {key}=…{more}"
     got = fault.get("input")
     said = fault["msg"].removeprefix("Value error, ")
-    named = f"{key} = {got!r}: {said}" if key and not isinstance(got, dict) else f"{key + ': ' if key else ''}{said}"
+    named = (
+        f"{key} = {got!r}: {said}"
+        if key and not isinstance(got, dict)
+        else f"{key + ': ' if key else ''}{said}"
+    )
     return f"{named}. try: another value{f' for {key}' if key else ''}{more}"
 
 

@@ -1,4 +1,5 @@
-"""Whether a run folder goes on with a recipe: by what base and texts hold, not by where they are; and how it is made longer."""
+"""Whether a run folder goes on with a recipe: by what base and texts hold, not by where they are;
+and how it is made longer."""
 
 import json
 import os
@@ -21,15 +22,17 @@ FIGURES = ("evaluate.json", "ablate.json", "benchmark.json", "reconstruct.json")
 
 
 def same_run(recipe: Recipe, run: Path) -> bool:
-    """True where `run` is a finished run of this recipe; False where it is new, unfinished, or made longer by it.
+    """True where `run` is a finished run of this recipe; False where it is new, unfinished, or made
+    longer by it.
 
-    Raises RecipeError where it holds another recipe, SememeError where it cannot be a path. The same weights and texts at another
-    place are the same recipe.
-    """
+    Raises RecipeError where it holds another recipe, SememeError where it cannot be a path. The
+    same weights and texts at another place are the same recipe."""
     run = usable(run)
     if not (run / "recipe.yaml").is_file():
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise RecipeError(f"{run} is there and is no run folder: need an empty or new one. try: another --out")
+            raise RecipeError(
+                f"{run} is there and is no run folder: need an empty or new one. try: another --out"
+            )
         return False
     held, finished = held_recipe(run), (run / "model" / "manifest.json").is_file()
     if held == recipe and finished:
@@ -38,7 +41,9 @@ def same_run(recipe: Recipe, run: Path) -> bool:
     different = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     texts = tuple(f"data.{name}" for name in TEXTS)
     begun = finished or last_checkpoint(run / "checkpoints", clean=False) is not None
-    for key in dict.fromkeys((*different, *(texts if begun else ()))):  # a text may have changed under its name
+    for key in dict.fromkeys(
+        (*different, *(texts if begun else ()))
+    ):  # a text may have changed under its name
         if key == "base":
             same = _same_base(held, recipe, run)
         elif key in texts:
@@ -48,8 +53,11 @@ def same_run(recipe: Recipe, run: Path) -> bool:
         if not same:
             other = f"not {b.get(key)}" if key in different else "which was changed since"
             what = "content at any place" if key in ("base", *texts) else "recipe"
-            raise RecipeError(f"{run} holds a run with {key} = {a.get(key)}, {other}: need the same {what} to resume. "
-                              "try: another --out")
+            raise RecipeError(
+                f"{run} holds a run with {key} = {a.get(key)}, {other}: need the same {what} to "
+                "resume. "
+                "try: another --out"
+            )
     return finished and "steps" not in different
 
 
@@ -59,42 +67,66 @@ def held_recipe(run: Path) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read ({str(error).splitlines()[0]}): need the recipe of a run. "
-                          "try: another --out") from error
+        raise RecipeError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): need the recipe of a run. "
+            "try: another --out"
+        ) from error
     return check_recipe(values, str(path))
 
 
-def open_run(recipe: Recipe, run: Path, environment: dict[str, Any], base_sha256: str, checkpoint: Path | None, say) -> None:
-    """Writes what a run folder holds from the start, and says what is not as it was when the run was begun.
+def open_run(
+    recipe: Recipe,
+    run: Path,
+    environment: dict[str, Any],
+    base_sha256: str,
+    checkpoint: Path | None,
+    say,
+) -> None:
+    """Writes what a run folder holds from the start, and says what is not as it was when the run
+    was begun.
 
-    A finished model that is trained on moves to RUN/model-STEPS, its figures into it. Raises RecipeError where the weights of the
-    base have changed.
-    """
+    A finished model that is trained on moves to RUN/model-STEPS, its figures into it. Raises
+    RecipeError where the weights of the base have changed."""
     run.mkdir(parents=True, exist_ok=True)
     before, inputs = recorded(run), record(run, base_sha256, recipe.data.model_dump())
     if before.get("base_sha256", base_sha256) != base_sha256 and checkpoint is not None:
-        raise RecipeError(f"{run} was begun on a base with sha256 {before['base_sha256'][:12]}…, and {recipe.base} has "
-                          f"{base_sha256[:12]}… now: need the same weights to resume. try: another --out")
+        raise RecipeError(
+            f"{run} was begun on a base with sha256 {before['base_sha256'][:12]}…, and "
+            f"{recipe.base} has "
+            f"{base_sha256[:12]}… now: need the same weights to resume. try: another --out"
+        )
     inputs["lengthened"] = before.get("lengthened", [])
     if checkpoint is not None and (held := held_recipe(run)) != recipe:
-        for key, old, new in (("base", held.base, recipe.base), *((f"data.{name}", getattr(held.data, name),
-                                                                  getattr(recipe.data, name)) for name in TEXTS)):
+        for key, old, new in (
+            ("base", held.base, recipe.base),
+            *(
+                (f"data.{name}", getattr(held.data, name), getattr(recipe.data, name))
+                for name in TEXTS
+            ),
+        ):
             if old != new:
                 say(f"{key} is {new} now, and was {old}: it holds the same")
         if held.steps != recipe.steps:
             step = step_of(checkpoint)
             inputs["lengthened"] = [*inputs["lengthened"], {"step": step, "steps": held.steps}]
             was, now = (cosine(step, one.steps) for one in (held, recipe))
-            say(f"{run} is made longer, from {held.steps} to {recipe.steps} steps: at step {step} the learning rate goes from "
-                f"{was:.0%} of its peak to {now:.0%}, where a run of {recipe.steps} steps has it; trained from the start, such a "
-                "run comes out differently")
+            say(
+                f"{run} is made longer, from {held.steps} to {recipe.steps} steps: at step {step} "
+                "the learning rate goes from "
+                f"{was:.0%} of its peak to {now:.0%}, where a run of {recipe.steps} steps has it; "
+                "trained from the start, such a "
+                "run comes out differently"
+            )
             if (run / "model" / "manifest.json").is_file():
                 os.replace(run / "model", run / f"model-{held.steps}")
                 for name in FIGURES:  # of that model
                     if (run / name).is_file():
                         os.replace(run / name, run / f"model-{held.steps}" / name)
-    for name, text in (("env.json", json.dumps(environment, indent=2)), ("recipe.yaml", recipe.yaml()),
-                       (INPUTS, json.dumps(inputs, indent=2))):
+    for name, text in (
+        ("env.json", json.dumps(environment, indent=2)),
+        ("recipe.yaml", recipe.yaml()),
+        (INPUTS, json.dumps(inputs, indent=2)),
+    ):
         storage.write(run / name, text.encode())
 
 
@@ -111,7 +143,9 @@ def _saved_base(run: Path) -> str | None:
     checkpoint = last_checkpoint(run / "checkpoints", clean=False)
     for folder in (run / "model", *([] if checkpoint is None else [checkpoint])):
         if (folder / "config.json").is_file():
-            return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("base_sha256")
+            return json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
+                "base_sha256"
+            )
     return None
 
 
@@ -128,22 +162,29 @@ def _same_text(name: str, held: str, asked: str, run: Path) -> bool:
 def _may_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:
     """Whether a run of `held` can be trained on to the steps of `recipe`.
 
-    The learning rate may rise again; ramps from base to concepts may not be gone back on. Raises RecipeError where they would.
-    """
+    The learning rate may rise again; ramps from base to concepts may not be gone back on. Raises
+    RecipeError where they would."""
     checkpoint = last_checkpoint(run / "checkpoints", clean=False)
     if recipe.steps < held.steps or checkpoint is None:
         return False
     step = step_of(checkpoint)
     if recipe.system == "planner":
-        raise RecipeError(f"{run} is a planner, whose plans are of the pairs that its {held.steps} steps see: need steps = "
-                          f"{held.steps} to resume. try: another --out with steps={recipe.steps}, from the start")
+        raise RecipeError(
+            f"{run} is a planner, whose plans are of the pairs that its {held.steps} steps see: "
+            "need steps = "
+            f"{held.steps} to resume. try: another --out with steps={recipe.steps}, from the start"
+        )
     ramps = ("rate", "quantise", "lora") if recipe.system in CONCEPTS else ("lora",)
     end, last = max((getattr(recipe.schedule, name)[1], name) for name in ramps)
     if end * (recipe.steps - 1) > step:
         longest = int(step / end) + 1
-        raise RecipeError(f"{run} has {step} steps, and of steps = {recipe.steps} those are ahead of the end of schedule.{last}, "
-                          f"which would go back: need at most {longest} steps. try: steps={longest}, or another --out with "
-                          f"steps={recipe.steps}, from the start")
+        raise RecipeError(
+            f"{run} has {step} steps, and of steps = {recipe.steps} those are ahead of the end of "
+            f"schedule.{last}, "
+            f"which would go back: need at most {longest} steps. try: steps={longest}, or another "
+            "--out with "
+            f"steps={recipe.steps}, from the start"
+        )
     return True
 
 
@@ -151,5 +192,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys → values."""
     found = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return found

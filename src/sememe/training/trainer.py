@@ -1,4 +1,5 @@
-"""The Hugging Face Trainer with a fixed batch order, two learning rates, a schedule, and no non-finite step."""
+"""The Hugging Face Trainer with a fixed batch order, two learning rates, a schedule, and no
+non-finite step."""
 
 import math
 from functools import partial
@@ -18,7 +19,8 @@ from sememe.training.search import PlanMeter
 
 
 def cosine(step: int, steps: int) -> float:
-    """The learning rate's share of its peak at a step: linear warm-up over 5 % of the steps, cosine to 10 %."""
+    """The learning rate's share of its peak at a step: linear warm-up over 5 % of the steps, cosine
+    to 10 %."""
     warm = max(1, steps // 20)
     if step < warm:
         return (step + 1) / warm
@@ -44,10 +46,18 @@ class Blocks(Dataset):
 
 
 class ConceptTrainer(Trainer):
-    """Same blocks in the same order for every system: the order is in the data set, not in a sampler's random state."""
+    """Same blocks in the same order for every system: the order is in the data set, not in a
+    sampler's random state."""
 
-    def __init__(self, recipe: Recipe, model, arguments: TrainingArguments, examples: Dataset,
-                 meter: ConceptMeter | PlanMeter | None, callbacks: list):
+    def __init__(
+        self,
+        recipe: Recipe,
+        model,
+        arguments: TrainingArguments,
+        examples: Dataset,
+        meter: ConceptMeter | PlanMeter | None,
+        callbacks: list,
+    ):
         self.recipe, self.meter = recipe, meter
         super().__init__(model=model, args=arguments, train_dataset=examples, callbacks=callbacks)
         if recipe.system == "planner":
@@ -56,20 +66,35 @@ class ConceptTrainer(Trainer):
     def _prepare_inputs(self, inputs):
         """On the device; a batch of pairs as its step wants it."""
         inputs = super()._prepare_inputs(inputs)
-        return self.train_dataset.prepare(inputs) if isinstance(self.train_dataset, PairExamples) else inputs
+        return (
+            self.train_dataset.prepare(inputs)
+            if isinstance(self.train_dataset, PairExamples)
+            else inputs
+        )
 
     def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
     def create_optimizer(self, *args, **kwargs):
-        """LoRA and new modules apart; no weight decay, since zero is no better a code than another."""
+        """LoRA and new modules apart; no weight decay, since zero is no better a code than
+        another."""
         if self.optimizer is None:
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             groups = [
-                {"params": [p for n, p in named if "lora_" in n], "lr": self.recipe.learning_rate, "lora": True},
-                {"params": [p for n, p in named if "lora_" not in n], "lr": self.recipe.concept_learning_rate, "lora": False},
+                {
+                    "params": [p for n, p in named if "lora_" in n],
+                    "lr": self.recipe.learning_rate,
+                    "lora": True,
+                },
+                {
+                    "params": [p for n, p in named if "lora_" not in n],
+                    "lr": self.recipe.concept_learning_rate,
+                    "lora": False,
+                },
             ]
-            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(
+                [g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -77,7 +102,9 @@ class ConceptTrainer(Trainer):
         factor = partial(cosine, steps=num_training_steps)
 
         def lora_factor(step: int) -> float:
-            return factor(step) * ramp(step / max(1, num_training_steps - 1), *self.recipe.schedule.lora)
+            return factor(step) * ramp(
+                step / max(1, num_training_steps - 1), *self.recipe.schedule.lora
+            )
 
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
@@ -86,19 +113,23 @@ class ConceptTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross entropy, or a mix with distillation; one that is not finite never reaches the gradients, on any rank."""
+        """Cross entropy, or a mix with distillation; one that is not finite never reaches the
+        gradients, on any rank."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.recipe.distil > 0 and model.training:
             term = outputs.get("term")
             term = 0.0 if term is None else term * (loss / outputs.loss).detach()
             cross, share = loss - term, self.recipe.distil
-            loss = (1 - share) * cross + share * self._divergence(inputs, outputs.logits, cross) + term
+            loss = (
+                (1 - share) * cross + share * self._divergence(inputs, outputs.logits, cross) + term
+            )
         finite = torch.isfinite(loss.detach()).float()
         if self.args.world_size > 1:
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         if not bool(finite):
             raise TrainingError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}: need a finite one; nothing was "
+                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}: need a "
+                "finite one; nothing was "
                 "changed and the last checkpoint stands. try: learning_rate=1e-4, or precision=fp32"
             )
         if self.meter is not None:
@@ -106,11 +137,14 @@ class ConceptTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _divergence(self, inputs, logits_BTV: Tensor, loss: Tensor) -> Tensor:
-        """KL of the model's next-token distribution from the frozen base's, nats per token, on the scale of `loss`."""
+        """KL of the model's next-token distribution from the frozen base's, nats per token, on the
+        scale of `loss`."""
         backbone = self.accelerator.unwrap_model(self.model).backbone
         with torch.no_grad(), without_lora(backbone):
             teacher_BTV = backbone(input_ids=inputs["input_ids"], use_cache=False).logits
         told, said = (F.log_softmax(x[:, :-1].float(), -1) for x in (teacher_BTV, logits_BTV))
         divergence = F.kl_div(said, told, log_target=True, reduction="none").sum(-1).mean()
         own = F.nll_loss(said.flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
-        return divergence * (loss.detach() / own.detach())  # the Trainer scales `loss` by what it accumulates over
+        return divergence * (
+            loss.detach() / own.detach()
+        )  # the Trainer scales `loss` by what it accumulates over
