@@ -9,7 +9,7 @@ PYTEST := -m pytest --numprocesses logical --dist worksteal
 .PHONY: demo test test-newest test-oldest lock lint clean
 
 demo: .venv/.ready
-	@$(BIN)/sememe demo
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh runs/demo.sh
 
 test: .venv/.ready
 	@$(BIN)/python $(PYTEST)
@@ -50,4 +50,4 @@ lint: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest runs
+	rm -rf .venv .venv-newest .venv-oldest runs/*/

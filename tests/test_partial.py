@@ -1,24 +1,19 @@
 """Evaluation, benchmark and demo are bounded in time, say how far they are, and go on where they
 were stopped."""
 
-import io
 import json
 import os
 from pathlib import Path
 
 import pytest
-import yaml
-from rich.console import Console
 
 from conftest import metrics, run
-from sememe import demo, progress
-from sememe.errors import CheckpointError, Interrupted
+from sememe import progress
+from sememe.errors import CheckpointError
 from sememe.evaluation import quality, speed
 from sememe.evaluation.files import benchmark_files, evaluate_files
 from sememe.evaluation.partial import Partial
 from sememe.training.recipe import check_recipe
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -189,94 +184,6 @@ def test_what_calibration_reports_is_what_it_was_said_to_take(recipe_values, cha
         model.on_work = done.append
         start(ids_NT)
         assert sum(done) == pytest.approx(expected, rel=0.1 if not recipe.pool else 0.6)
-
-
-def recipe_of(**changes):
-    values = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text())
-    return check_recipe(values | changes, "test")
-
-
-@pytest.mark.parametrize("step", [0.5, 3.0, 6.0, 12.0, 20.0, 30.0, 45.0])
-def test_the_plan_holds_the_limit_on_slow_machines(step):
-    plan = demo.choose(recipe_of(), step, calibration_seconds=9 * step, threads=1)
-    parts = 2 * plan["steps"] * step + sum(
-        plan[f"{name}_seconds"] for name in ("calibration", "evaluate", "benchmark")
-    )
-    assert parts + demo.SAMPLE * step <= (demo.PLAN_S if step < 30 else demo.LIMIT_S)
-    assert (
-        demo.STEPS[0] <= plan["steps"] <= demo.STEPS[1]
-        and plan["evaluate_seconds"] >= demo.EVALUATE[1] * step * 0.9
-    )
-    assert (plan["steps"] == demo.STEPS[1]) == (step < 1)
-    assert 4096 <= plan["calibration_tokens"] <= 16384
-
-
-def test_the_demo_goes_on_from_any_stage(long_base_folder, texts, tmp_path, monkeypatch):
-    changes = {
-        "base": str(long_base_folder),
-        "data": {"train": str(texts[0]), "heldout": str(texts[1])},
-        "num_concepts": 32,
-        "sequence_length": 32,
-        "split": {"shallow": 1, "middle": 2, "deep": 1},
-        "calibration_tokens": 256,
-    }
-    (tmp_path / "demo.yaml").write_text(recipe_of(**changes).yaml())
-    monkeypatch.setattr(demo, "STEPS", (4, 6))
-    timed = Stops(demo.time_machine)
-    monkeypatch.setattr(demo, "time_machine", timed)
-    said = io.StringIO()
-
-    def go() -> dict:
-        return demo.run_demo(
-            tmp_path / "demo.yaml", tmp_path / "runs", Console(file=said, width=120)
-        )
-
-    for module, name, at in (
-        (quality, "token_nll", 30),
-        (speed, "generate", 3),
-        (demo, "write_report", 1),
-    ):
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(Interrupted, match="the same command goes on from there"),
-        ):
-            patch.setattr(module, name, Stops(getattr(module, name), at))
-            go()
-    done = go()
-    assert timed.calls == 1, "a run that has begun keeps its plan"
-    stages = [line for line in said.getvalue().splitlines() if line.startswith("stage ")]
-    assert (
-        stages[-1] == "stage 8 of 8 · less than a minute left · report"
-        and "minutes in all" in said.getvalue()
-    )
-    recipes = [
-        yaml.safe_load((tmp_path / "runs" / name / "recipe.yaml").read_text())
-        for name in ("demo", "demo-control")
-    ]
-    assert (
-        recipes[0]["steps"]
-        == recipes[1]["steps"]
-        == json.loads((tmp_path / "runs" / "demo-plan.json").read_text())["steps"]
-    )
-    assert done["evaluate"]["tokens"] > quality.FLOOR and not list(
-        tmp_path.glob("runs/*/*.partial.jsonl")
-    )
-
-
-def test_estimates_follow_what_stages_really_took(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
-    said = io.StringIO()
-    clock = demo.Clock(Console(file=said, width=120))
-    clock.estimates = {"control": 100.0, "concept model": 200.0, "evaluation": 40.0}
-    with clock.stage("control"):
-        now[0] += 300
-    with clock.stage("concept model"):
-        now[0] += 600
-    assert said.getvalue().splitlines() == [
-        "stage 3 of 8 · about 6 minutes left · control",
-        "stage 4 of 8 · about 12 minutes left · concept model",
-    ]
 
 
 def test_bars_write_lines_where_there_is_no_terminal(capsys, monkeypatch):

@@ -498,18 +498,3 @@ def export(
     folder, size = export_model(model, to, base)
     write_json(json_file, {"folder": str(folder), "bytes": size})
     say(f"merged model: {folder} ({size / 1e6:.0f} MB)")
-
-
-@app.command()
-def demo(
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs go.")] = Path("runs"),
-    recipe: Annotated[Path, typer.Option(help="Recipe of the demo.")] = Path("recipes/demo.yaml"),
-    json_file: Json = None,
-) -> None:
-    """The whole path on bundled text: pull, control, train, evaluate, generate, benchmark, report
-    (`make demo`).
-
-    Example: `sememe demo`"""
-    from sememe.demo import run_demo
-
-    write_json(json_file, run_demo(recipe, runs, out))
