@@ -19,7 +19,6 @@ ALLOWED = {
     "backbone": {"paths", "errors"},
     "data": {"paths", "errors"},
     "pairs": {"data", "paths", "errors"},
-    "tasks": {"errors"},
     "models": {"concepts", "backbone", "paths", "errors"},
     "evaluation": {
         "models",
@@ -73,7 +72,6 @@ ALLOWED = {
 HEAVY = {
     "concepts": {"transformers", "peft", "datasets"},
     "report": {"torch", "transformers", "peft"},
-    "tasks": {"torch", "transformers", "peft"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

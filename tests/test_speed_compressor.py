@@ -213,7 +213,6 @@ def test_benchmark_prints_keeps_and_is_drawn(run, tmp_path):
         (("RUN", "--dtype", "float8"), "need one of float32"),
         (("RUN", "--rate", "0.1"), "max_tail = 3"),
         (("RUN", "--data", "none.txt"), "none.txt"),
-        (("RUN", "--sweep"), "has no concepts: need a run of system: online"),
         (("BASE", "--new-tokens", "8"), "has no concepts to decode with"),
     ],
 )

@@ -10,10 +10,6 @@ from rich.table import Table
 from sememe.console import out, say
 from sememe.evaluation.figures import CONTRACT, put
 
-POINT = {"split": "split", "rate": "rate", "prompt_tokens": "T", "batch": "B"}
-"""What names a point of a speed sweep, and the column of each: T tokens of the prompt, B of them at
-once."""
-
 
 def write_json(
     to: Path | TextIO | None, value: Any, show: Callable[[], None] | None = None
@@ -298,79 +294,6 @@ def show_compressor_speed(result: dict[str, Any]) -> None:
         )
     ]
     table(rows, "ratios to the base", ("measure", "value", "min–max"))
-
-
-def show_speed_sweep(found: dict[str, Any]) -> None:
-    """Points, what else there is to run the base with, and what could not be timed."""
-    points = [one for one in found["points"] if one["fault"] is None]
-    varied = [key for key in POINT if len({one[key] for one in points}) > 1]
-    rows = []
-    for one in points:
-        ends = one["decode_speedup_range"]
-        ratios = [
-            f"{one[key]:.2f}"
-            for key in ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup")
-        ]
-        caches = "/".join(f"{one[side]['cache_bytes'] / 1e6:.1f}" for side in ("concept", "base"))
-        rows.append(
-            (
-                *(one[key] for key in varied),
-                *ratios[:2],
-                "–".join(f"{x:.2f}" for x in ends) if ends else None,
-                ratios[2],
-                f"{one['share_of_ceiling']:.0%}",
-                caches,
-            )
-        )
-    same = ", ".join(
-        f"{POINT[key]} {figure(points[0][key])}" for key in POINT if points and key not in varied
-    )
-    table(
-        rows,
-        f"{found['model']} ({found['settings']['concepts']}), times the speed of its "
-        f"base{same and '; ' + same}",
-        (
-            *(POINT[key] for key in varied),
-            "prefill",
-            "decode",
-            "min–max",
-            "ceiling",
-            "of it",
-            "MB/base",
-        ),
-        narrow=True,
-    )
-    keys = (
-        "precision",
-        "prompt_tokens",
-        "batch",
-        "prefill_tokens_per_s",
-        "decode_tokens_per_s",
-        "concept_decode_speedup",
-    )
-    rows = [
-        (one["name"], *(one[key] for key in keys))
-        for one in found["alternatives"]
-        if one["fault"] is None
-    ]
-    table(
-        rows,
-        "the base otherwise, tokens/s; concepts ×: how many times as fast the fastest point above "
-        "decodes",
-        ("the base under", "precision", "T", "B", "prefill", "decode", "concepts ×"),
-        narrow=True,
-    )
-    skipped: dict[str, list[str]] = {}
-    for one in (one for one in found["points"] if one["fault"] is not None):
-        skipped.setdefault(one["fault"], []).append(
-            ", ".join(f"{POINT[key]} {figure(one[key])}" for key in POINT)
-        )
-    for fault, those in skipped.items():
-        more = f" and {len(those) - 1} more" if len(those) > 1 else ""
-        say(f"skipped: {those[0]}{more}: {fault}")
-    for one in found["alternatives"]:
-        if one["fault"] is not None:
-            say(f"{one['name']}: {one['fault']}")
 
 
 def show_diagnosis(found: dict[str, Any]) -> None:

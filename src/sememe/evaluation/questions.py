@@ -4,7 +4,6 @@ there are ids, and none."""
 import json
 import re
 import string
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rapidfuzz.distance import Indel
 from torch import Tensor
 
 from sememe.data import check_text, jsonl_lines
@@ -78,15 +78,12 @@ def bare(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def overlap(said: str, answers: Sequence[str]) -> tuple[float, float]:
+def overlap(text: str, answers: Sequence[str]) -> tuple[float, float]:
     """(exact match, F1 of words), each to the answer that is nearest."""
-    pairs = [(bare(said), bare(answer)) for answer in answers]
-    common = [sum((Counter(a) & Counter(b)).values()) for a, b in pairs]
-    f1 = [
-        2 * n / (len(a) + len(b)) if a or b else 1.0
-        for n, (a, b) in zip(common, pairs, strict=True)
-    ]
-    return float(any(a == b for a, b in pairs)), max(f1)
+    words = sorted(bare(text))
+    # F1 leaves the order out: the longest common subsequence of sorted words is all they share.
+    f1 = [Indel.normalized_similarity(words, sorted(bare(answer))) for answer in answers]
+    return float(any(bare(text) == bare(answer) for answer in answers)), max(f1)
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rapidfuzz.distance import Indel
+
 Ids = Sequence[int]
 
 
@@ -22,23 +24,12 @@ def exact_match(texts: Sequence[Ids], rebuilt: Sequence[Ids]) -> float:
     return sum(list(a) == list(b) for a, b in zip(texts, rebuilt, strict=True)) / max(1, len(texts))
 
 
-def longest_common(a: Sequence, b: Sequence) -> int:
-    """Length of the longest common subsequence."""
-    best = [0] * (len(b) + 1)
-    for x in a:
-        before = 0  # the diagonal: best of the row above, one place to the left
-        for place, y in enumerate(b, 1):
-            above = best[place]
-            best[place] = before + 1 if x == y else max(above, best[place - 1])
-            before = above
-    return best[-1]
-
-
 def rouge_l(text: str, rebuilt: str) -> float:
     """F1 of the longest common subsequence of words: runs of letters and digits in lower case. As
     the package rouge-score without stemming, but in any script."""
-    a, b = (re.findall(r"[^\W_]+", one.lower()) for one in (text, rebuilt))
-    return 2 * longest_common(a, b) / (len(a) + len(b)) if a or b else 1.0
+    words, back = (re.findall(r"[^\W_]+", part.lower()) for part in (text, rebuilt))
+    # What Indel does not delete or insert is the longest common subsequence.
+    return Indel.normalized_similarity(words, back)
 
 
 def scores(texts: Sequence[Ids], rebuilt: Sequence[Ids], tokenizer) -> dict[str, Any]:

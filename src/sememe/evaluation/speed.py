@@ -13,9 +13,13 @@ from transformers import DynamicCache
 from sememe.backbone.adapters import linear_names
 from sememe.backbone.calling import CACHE
 from sememe.errors import CheckpointError
-from sememe.evaluation.memory import extra_bytes, weight_bytes
 from sememe.evaluation.partial import Partial
 from sememe.models.online import OnlineConfig, OnlineForCausalLM
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones once."""
+    return sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
 
 
 def clock(device: torch.device) -> float:
@@ -166,13 +170,17 @@ def unclear(*sides: dict[str, Any]) -> str | None:
 def peaks(
     pair: dict[str, nn.Module], job: Callable[[Any], Any], device: torch.device
 ) -> dict[str, int | None]:
-    """The most memory that each side needs for `job(side)`, in bytes: its weights, and what is
-    taken beside them."""
-    found = {name: extra_bytes(lambda m=model: job(m), device) for name, model in pair.items()}
-    return {
-        name: None if extra is None else weight_bytes(pair[name]) + extra
-        for name, extra in found.items()
-    }
+    """The peak of GPU memory of `job(side)` for each side, in bytes: its weights, and what is taken
+    beside them. None on a CPU, where the process does not tell."""
+    if device.type != "cuda":
+        return dict.fromkeys(pair)
+    peak_bytes = {}
+    for name, model in pair.items():
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        job(model)
+        peak_bytes[name] = weight_bytes(model) + torch.cuda.max_memory_allocated(device) - before
+    return peak_bytes
 
 
 def ratio(found: dict[str, int | None]) -> float | None:

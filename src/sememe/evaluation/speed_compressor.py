@@ -12,9 +12,8 @@ from sememe.backbone.calling import cache_argument
 from sememe.evaluation.coding import price
 from sememe.evaluation.figures import keep, run_recipe
 from sememe.evaluation.files import base_beside, prompts, torch_dtype
-from sememe.evaluation.memory import weight_bytes
 from sememe.evaluation.partial import Partial, partial_of
-from sememe.evaluation.speed import in_turn, summary
+from sememe.evaluation.speed import in_turn, summary, weight_bytes
 from sememe.models.compressor import CompressorForCausalLM
 from sememe.models.configuration import CompressorConfig
 from sememe.models.loading import (

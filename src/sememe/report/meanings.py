@@ -349,36 +349,6 @@ SWEEP: dict[str, tuple[str, str]] = {
     "code_perplexity": ("", "code perplexity"),
 }
 
-# Columns of a speed sweep; a dotted key is of one side.
-SPEED: dict[str, tuple[str, str]] = {
-    "split": ("", "split"),
-    "rate": ("", "rate"),
-    "realised_rate": ("", "realised"),
-    "prompt_tokens": ("count", "prompt"),
-    "batch": ("count", "batch"),
-    "prefill_speedup": ("ratio", "prefill"),
-    "decode_speedup": ("ratio", "decode (least to most)"),
-    "ceiling_decode_speedup": ("ratio", "ceiling"),
-    "share_of_ceiling": ("share", "of it"),
-    "concept.cache_bytes": ("bytes", "cache"),
-    "base.cache_bytes": ("bytes", "base's cache"),
-    "cache_reduction": ("ratio", "smaller"),
-    "peak_bytes": ("bytes", "peak memory"),
-}
-SPEED_CEILING = (
-    "Each mark is a point of the grid: how many times as fast as the base it writes (up), and how "
-    "many times the matmuls of its "
-    "layers, head and bridge allow at its rate (right). On the dashed line all of that is reached; "
-    "attention, which is not "
-    "counted, can lift a mark above it. Bars: the slowest round of one side against the fastest of "
-    "the other."
-)
-SPEED_CACHE = (
-    "Bytes of all keys and values for one text, summed from the tensors at the end of the timed "
-    "generation, slots in reserve "
-    "included. Both axes are logarithmic: parallel lines are a constant ratio."
-)
-
 
 def rows(
     figures: dict, meanings: dict[str, tuple[str, str]], skip: frozenset[str] = NONE

@@ -16,7 +16,6 @@ from sememe.report.instruments import instrument_plots
 from sememe.report.pareto import pareto_plot
 from sememe.report.reconstruction import ANSWERS, GIVEN, read_reconstruction
 from sememe.report.samples import read_samples
-from sememe.report.speed import alternative_rows, is_speed, point_rows, read_speed, speed_plots
 from sememe.report.sweeps import Sweep, is_sweep, read_sweep
 from sememe.report.tiles import tiles, verdict
 from sememe.report.values import show
@@ -27,8 +26,8 @@ STYLE = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # ours, so not
 
 
 def write_report(run: Path, control: Path | None = None, beside: Iterable[Path] = ()) -> Path:
-    """Write RUN/report.html from the files of `run`, or SWEEP/sweep.html from those of a sweep, or
-    speed.html from those of a speed sweep; returns its path.
+    """Write RUN/report.html from the files of `run`, or SWEEP/sweep.html from those of a sweep;
+    returns its path.
 
     `control`: the folder of the control run whose curves are drawn beside; None takes the sibling
     folder `<run>-control` where there is one. `beside`: further runs and sweeps, drawn on the same
@@ -40,8 +39,6 @@ def write_report(run: Path, control: Path | None = None, beside: Iterable[Path] 
             raise CheckpointError(
                 f"got {run}, a sweep, and --control; need a run for that. try: it without --control"
             )
-        if is_speed(run):
-            return write_speed(run)
         html, page = render_sweep(read_sweep(run), others), run / "sweep.html"
     else:
         html, page = (
@@ -49,27 +46,6 @@ def write_report(run: Path, control: Path | None = None, beside: Iterable[Path] 
             run / "report.html",
         )
     return _put(page, html)
-
-
-def write_speed(folder: Path) -> Path:
-    """Write FOLDER/speed.html from the sweep.json of `sememe benchmark --sweep`; returns its
-    path."""
-    sweep = read_speed(folder)
-    facts = [f"{len(sweep.points)} points", f"beside {sweep.base_name}"]
-    facts += [show(sweep.settings[key]) for key in ("dtype", "device") if key in sweep.settings]
-    facts += [f"concepts {sweep.settings['concepts']}"] if "concepts" in sweep.settings else []
-    html = _template("speed.html").render(
-        style=STYLE,
-        name=sweep.model,
-        facts=facts,
-        plots=_drawn(*speed_plots(sweep)),
-        columns=[title for _, title in meanings.SPEED.values()],
-        rows=point_rows(sweep.points),
-        others=alternative_rows(sweep.alternatives),
-        faults=sweep.faults,
-        settings=[(key, show(value)) for key, value in sweep.settings.items()],
-    )
-    return _put(folder / "speed.html", html)
 
 
 def _put(page: Path, html: str) -> Path:

@@ -62,11 +62,6 @@ def is_sweep(folder: Path) -> bool:
 def read_sweep(folder: Path) -> Sweep:
     """Raises CheckpointError where sweep.json is no sweep."""
     found = read_json(folder / SWEEP).figures
-    if found.get("kind") == "speed":
-        raise CheckpointError(
-            f"got {folder}, a sweep of speed; need one of `sememe sweep` beside others. "
-            f"try: sememe report {folder}"
-        )
     if not isinstance(found.get("points"), list):
         raise CheckpointError(
             f"got {folder / SWEEP}, which is no sweep; need what `sememe sweep` wrote. try: the "

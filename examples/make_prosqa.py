@@ -1,18 +1,26 @@
-"""Questions on a graph, as in ProsQA (Hao et al. 2024): of two concepts, which one does the
-person's chain of "is a" reach?"""
+"""Questions on a graph for a planner, as in ProsQA (Hao et al. 2024): of two concepts, which one
+does the person's chain of "is a" reach? Made up here, or taken from a ProsQA file. From the
+repository's root:
 
+python examples/make_prosqa.py prosqa --count 20000 --thought steps → prosqa/train.jsonl,
+heldout.jsonl
+python examples/make_prosqa.py easy --hops 2 2 --nodes 6 8 --even   small graphs, for a small model
+python examples/make_prosqa.py real --convert prosqa_valid.json     → real/prosqa_valid.jsonl
+"""
+
+import argparse
 import itertools
 import json
 import math
 import random
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sememe.errors import DataError
-from sememe.tasks.words import concept_words, person_names
+from sememe.errors import DataError, SememeError
 
 CONCEPTS, NAMES = (
     40,
@@ -265,7 +273,9 @@ def _worded(
     words = [next(called if node in people else known) for node in range(count)]
 
     def said(edge: tuple[int, int]) -> str:
-        return f"{words[edge[0]] if edge[0] in people else f'Every {words[edge[0]]}'} is a {words[edge[1]]}."
+        child, parent = edge
+        subject = words[child] if child in people else f"Every {words[child]}"
+        return f"{subject} is a {words[parent]}."
 
     facts = [said(edge) for edge in edges]
     rng.shuffle(facts)
@@ -293,8 +303,8 @@ def check(question: Question) -> None:
     words, ends = question.idx_to_symbol, (question.root, question.target, question.neg_target)
     if not all(0 <= node < len(words) for node in itertools.chain(ends, *question.edges)):
         raise DataError(
-            f'the question "…{question.question[-60:]}" has an edge or an end outside its {len(words)} nodes: need '
-            "numbers of nodes. try: leave that question out"
+            f'the question "…{question.question[-60:]}" has an edge or an end outside its '
+            f"{len(words)} nodes: need numbers of nodes. try: leave that question out"
         )
     reached = _reached(question.edges, question.root)
     facts = re.findall(r"(Every )?(\w+) is a (\w+)\.", question.question)
@@ -365,3 +375,107 @@ def write_jsonl(questions: Iterable[Question], path: Path | str, thought: Though
                 )
                 + "\n"
             )
+
+
+# Invented words: syllables put together by a seeded generator. No list of words is kept anywhere.
+ONSETS = (*"bdfgklmnprstvz", "br", "dr", "gl", "kr", "pl", "sk", "tr")
+VOWELS = ("a", "e", "i", "o", "u")
+CODAS = ("l", "m", "n", "r", "s", "x", "nk", "rb", "lt", "mp")
+
+
+def concept_words(count: int, seed: int = 0) -> list[str]:
+    """`count` different words of two closed syllables, as in "drolvim"; a longer list begins as a
+    shorter one does."""
+    return _words(
+        count,
+        lambda rng: rng.choice(ONSETS) + _rime(rng) + rng.choice(ONSETS[:14]) + _rime(rng),
+        f"concepts {seed}",
+    )
+
+
+def person_names(count: int, seed: int = 0) -> list[str]:
+    """`count` different names that begin with a capital and end open, as in "Velko": no name is a
+    concept's word."""
+
+    def name(rng: random.Random) -> str:
+        return (
+            rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(ONSETS[:14]) + rng.choice("aeio")
+        ).capitalize()
+
+    return _words(count, name, f"names {seed}")
+
+
+def _rime(rng: random.Random) -> str:
+    return rng.choice(VOWELS) + rng.choice(CODAS[:5])
+
+
+def _words(count: int, draw, seed: str) -> list[str]:
+    rng, words = random.Random(seed), {}  # a dict keeps the order
+    while len(words) < count:
+        words.setdefault(draw(rng))
+    return list(words)
+
+
+def main(asked: argparse.Namespace) -> None:
+    if asked.convert:
+        files = {asked.convert.stem: read_prosqa(asked.convert)}
+    else:
+        hops, nodes = tuple(asked.hops), tuple(asked.nodes)
+        made = generate(
+            asked.count + asked.heldout, asked.seed, hops, nodes, asked.even
+        )  # all different
+        files = {"train": made[: asked.count], "heldout": made[asked.count :]}
+    asked.out.mkdir(parents=True, exist_ok=True)
+    for name, questions in files.items():
+        write_jsonl(questions, asked.out / f"{name}.jsonl", asked.thought)
+        print(
+            f"{asked.out / name}.jsonl: {len(questions)} questions of fields instruction and "
+            "response"
+        )
+
+
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("out", type=Path, help="folder for the files; it is made")
+for option, value, said in (
+    ("count", 2000, "questions to train on"),
+    ("heldout", 300, "other questions"),
+    ("seed", 0, "of all"),
+):
+    parser.add_argument(f"--{option}", type=int, default=value, help=f"{said} (default {value})")
+parser.add_argument(
+    "--hops",
+    type=int,
+    nargs=2,
+    default=(3, 6),
+    help="least and most steps from person to answer (default 3 6)",
+)
+parser.add_argument(
+    "--nodes",
+    type=int,
+    nargs=2,
+    default=(17, 28),
+    help="least and most nodes of a graph (default 17 28)",
+)
+parser.add_argument(
+    "--even",
+    action="store_true",
+    help="the wrong answer is as many steps from the nearest other "
+    "person: no shorter look tells, as it often does in small graphs",
+)
+parser.add_argument(
+    "--thought",
+    choices=("none", "steps", "reached"),
+    default="none",
+    help="what the response begins with: the "
+    "steps to the answer, or all that a search reaches before it (default none)",
+)
+parser.add_argument(
+    "--convert", type=Path, help="a ProsQA JSON file, instead of making questions up"
+)
+if __name__ == "__main__":
+    try:
+        main(parser.parse_args())
+    except SememeError as error:
+        sys.exit(f"error: {error}")
