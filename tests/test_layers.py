@@ -45,12 +45,12 @@ ALLOWED = {
         "errors",
     },
     "report": {"figures", "paths", "errors", "storage"},
-    "compression": {"models", "data", "paths", "errors", "storage"},
+    "codes": {"models", "data", "paths", "errors", "storage", "progress"},
     "show": {"models", "data", "show_plan", "console", "detokenize", "errors", "figures"},
     "show_plan": {"show", "console", "detokenize", "errors"},
     "tables": {"console", "errors", "evaluation", "figures"},
     "options": {"errors", "storage"},
-    "cli_compressor": {"options", "tables", "console", "compression", "evaluation"},
+    "cli_compressor": {"options", "tables", "console", "codes", "evaluation"},
     "cli_benchmark": {"options", "tables", "console", "errors", "evaluation", "report"},
     "cli": {
         "options",
@@ -66,7 +66,7 @@ ALLOWED = {
         "report",
         "show",
     },
-    "__init__": {"models", "compression"},
+    "__init__": {"models", "codes"},
     "__main__": {"cli"},
 }
 HEAVY = {

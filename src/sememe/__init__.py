@@ -1,7 +1,7 @@
 """Sememe: a pretrained causal language model that works on concept tokens of its own.
 
 `import sememe` makes `AutoModelForCausalLM.from_pretrained(RUN/model)` work. `sememe.compress` and
-`sememe.decompress` are those of `sememe.compression`."""
+`sememe.decompress` are those of `sememe.codes`."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ if Path(sys.argv[0]).name != "sememe" and sys.argv[0] != "-m":
 
 def __getattr__(name: str):
     if name in ("compress", "decompress"):
-        from sememe import compression
+        from sememe import codes
 
-        return getattr(compression, name)
+        return getattr(codes, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

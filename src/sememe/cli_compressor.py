@@ -32,9 +32,7 @@ def compress(
             metavar="FILE", help="Text: .txt, .jsonl[#field], .parquet[#field] or a datasets id."
         ),
     ],
-    to: Annotated[
-        Path, typer.Option("--out", metavar="CODES", help="The file to write, as codes.json.")
-    ],
+    to: Annotated[Path, typer.Option("--out", metavar="CODES", help="A new file, as codes.json.")],
     window: Annotated[
         int | None,
         typer.Option(
@@ -52,9 +50,8 @@ def compress(
     Example: `sememe compress runs/compressor data/heldout.txt --out codes.json`
 
     Documents are cut into windows without overlap, at token ends that are character ends: put
-    together, the windows are the document. After Ctrl-C the same command goes on with
-    CODES.partial."""
-    from sememe.compression.files import compress_file
+    together, the windows are the document."""
+    from sememe.codes import compress_file
 
     found = compress_file(model, file, to, window, batch, rate, base)
     write_json(json_file, found)
@@ -84,11 +81,8 @@ def decompress(
 ) -> None:
     """Turn concept ids back into text, with the very model that wrote them.
 
-    Example: `sememe decompress runs/compressor codes.json --out back.txt`
-
-    After Ctrl-C the same command goes on with TEXT.partial.
-    """
-    from sememe.compression.files import decompress_file
+    Example: `sememe decompress runs/compressor codes.json --out back.txt`"""
+    from sememe.codes import decompress_file
 
     found, text = decompress_file(model, codes, to, batch, base, beams)
     write_json(json_file, found)

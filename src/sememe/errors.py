@@ -33,4 +33,4 @@ class TrainingError(SememeError):
 
 
 class Interrupted(SememeError):
-    """The user stopped the work, and the same command goes on with it. Exit code 130."""
+    """The user stopped the work. Exit code 130."""

@@ -1,0 +1,425 @@
+"""Texts ⇄ concept ids with a compressor, in memory and as files of JSON (docs/formats.md,
+codes.json)."""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from sememe import progress as bars
+from sememe import storage
+from sememe.data import check_text, encoder, read_texts
+from sememe.errors import CheckpointError, CodesError, Interrupted
+from sememe.models import CompressorForCausalLM
+from sememe.models.loading import (
+    check_length,
+    load_model,
+    load_tokenizer,
+    longest_text,
+    set_rate,
+    tokenizer_folder,
+)
+from sememe.paths import usable
+
+WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
+
+
+# ---- the file format ----
+
+
+class Part(BaseModel):
+    """A JSON object of a file of codes: no other keys, no conversions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Window(Part):
+    """Tokens that were compressed together."""
+
+    span: tuple[int, int]
+    """The characters [from, to) of the document that it stands for."""
+    tokens: int
+    concepts: list[int]
+    """Each below K^G; code g of an id is id // K^g % K."""
+
+
+class Document(Part):
+    """A text as windows that follow on each other."""
+
+    characters: int
+    windows: list[Window]
+
+
+class Writer(Part):
+    """The model that compressed, and the only one that can decompress."""
+
+    name: str
+    weights_sha256: str
+    base: str | None
+    base_sha256: str | None
+
+
+class Codes(Part):
+    """Compressed documents; `save` and `load` are to and from a file."""
+
+    format: Literal["sememe-codes"] = "sememe-codes"
+    version: Literal[1] = 1
+    model: Writer
+    num_concepts: int
+    codes_per_concept: int
+    rate: float
+    window: int
+    overlap: Literal[0] = 0
+    documents: list[Document]
+    sha256: str | None
+    """Of all else, as JSON with sorted keys and no spaces; None where it is to be computed."""
+
+    @model_validator(mode="after")
+    def check_sha256(self) -> "Codes":
+        """Everything is as it was written."""
+        content = self.model_dump(exclude={"sha256"})
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        if self.sha256 not in (None, sha256):
+            raise ValueError("its checksum differs, it was changed since it was written")
+        self.sha256 = sha256
+        return self
+
+    @property
+    def windows(self) -> list[Window]:
+        """Of all documents, in order."""
+        return [window for document in self.documents for window in document.windows]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file, whole or not at all; a window a line, to be read and compared."""
+        text = self.model_dump_json().replace('{"span"', '\n{"span"') + "\n"
+        storage.write(Path(path), text.encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Codes":
+        """Reads and checks a file. Raises CodesError where it is not one that `save` wrote."""
+        try:
+            return cls.model_validate_json(usable(path).read_bytes())
+        except OSError as error:
+            reason = error.strerror
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, fault["loc"]))
+            reason = f"{place} {fault['msg'].removeprefix('Value error, ')}".strip()
+        raise CodesError(
+            f"{path} cannot be read ({reason}): need a file as sememe compress wrote it. try: "
+            "copy it again, or sememe compress again"
+        )
+
+
+# ---- texts → codes → texts ----
+
+
+def cut(encoding, characters: int, window: int) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """The windows of a text, as token ids and the characters [from, to) that they stand for: put
+    together, they are all of it."""
+    ids, offsets = encoding.ids, encoding.offsets
+    start = end_character = 0
+    while start < len(ids):
+        limit = end = min(start + window, len(ids))
+        # A byte-level tokenizer spells an emoji with several tokens, which should stay together. A
+        # window that is too short for them cuts the character all the same.
+        while start < end < len(ids) and offsets[end][0] < offsets[end - 1][1]:
+            end -= 1
+        end = limit if end == start else end
+        start_character = end_character
+        end_character = characters if end == len(ids) else max(end_character, offsets[end - 1][1])
+        yield ids[start:end], (start_character, end_character)
+        start = end
+
+
+class Codec:
+    """A compressor and its tokenizer. `seconds` counts the time spent in the model."""
+
+    def __init__(self, model: CompressorForCausalLM, tokenizer, name: str):
+        config = model.config
+        digest = hashlib.sha256()
+        for key, value in sorted(model.own_state().items()):
+            digest.update(key.encode() + value.float().cpu().numpy().tobytes())
+        self.model = model
+        self.tokenizer = tokenizer
+        self.writer = Writer(
+            name=name,
+            weights_sha256=digest.hexdigest(),
+            base=config.base,
+            base_sha256=config.base_sha256,
+        )
+        self.seconds = 0.0
+
+    def trained_window(self) -> int:
+        """The `sequence_length` of the run that the model is in, else 512 or what fits."""
+        recipe = Path(self.model.config.name_or_path).parent / "recipe.yaml"
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+        return min(values.get("sequence_length", WINDOW), longest_text(self.model.config))
+
+    def compress(
+        self, texts: list[str], window: int | None, batch: int, progress: bool = False
+    ) -> Codes:
+        """Only windows of one length are a batch: nothing is padded, and what a window becomes does
+        not depend on its neighbours."""
+        config = self.model.config
+        window = self.trained_window() if window is None else window
+        check_length(longest_text(config), window, "--window ")
+        encodings = encoder(self.tokenizer)([check_text(text, "a text") for text in texts])
+        cuts = [
+            list(cut(encoding, len(text), window))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+        rows = [ids for windows in cuts for ids, _ in windows]
+        results = self._batches(
+            lambda ids: self.model.compress(torch.tensor(ids)), rows, batch, True, progress
+        )
+        concepts = iter(results)
+        documents = [
+            Document(
+                characters=len(text),
+                windows=[
+                    Window(span=span, tokens=len(ids), concepts=next(concepts))
+                    for ids, span in windows
+                ],
+            )
+            for text, windows in zip(texts, cuts, strict=True)
+        ]
+        return Codes(
+            model=self.writer,
+            num_concepts=config.num_concepts,
+            codes_per_concept=config.codes_per_concept,
+            rate=float(config.rate),
+            window=window,
+            documents=documents,
+            sha256=None,
+        )
+
+    def decompress(
+        self, codes: Codes, beams: int | None, batch: int, progress: bool = False
+    ) -> list[list[int]]:
+        """The token ids of each document. Raises CodesError where another model wrote the codes."""
+        wrote, reads = codes.model, self.writer
+        if (wrote.weights_sha256, wrote.base_sha256) != (reads.weights_sha256, reads.base_sha256):
+            raise CodesError(
+                f"these codes are of {wrote.name} (weights sha256 {wrote.weights_sha256[:12]}…), "
+                f"but {reads.name} has {reads.weights_sha256[:12]}…: need the model that wrote "
+                f"them. try: {wrote.name} as it was then"
+            )
+        rows = [window.concepts for window in codes.windows]
+        results = self._batches(
+            lambda ids: self.model.decompress(ids, beams), rows, batch, False, progress
+        )
+        tokens = iter(results)
+        return [[i for _ in document.windows for i in next(tokens)] for document in codes.documents]
+
+    def text(self, ids: list[int]) -> str:
+        """A document's windows are decoded together: a character, or a space, may take tokens of
+        two of them."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def _batches(self, work: Callable, rows: list, batch: int, equal: bool, progress: bool) -> list:
+        """What `work` makes of each row, batch by batch, largest rows first. `equal`: a batch has
+        rows of one length alone."""
+        order = sorted(range(len(rows)), key=lambda n: len(rows[n]), reverse=True)
+        groups = [list(group) for _, group in groupby(order, lambda n: equal and len(rows[n]))]
+        batches = [group[i : i + batch] for group in groups for i in range(0, len(group), batch)]
+        results = {}
+        start = time.perf_counter()
+        for numbers in bars.bar(iterable=batches, unit="batch", disable=not progress):
+            results |= zip(numbers, work([rows[n] for n in numbers]), strict=True)
+        self.seconds += time.perf_counter() - start
+        return [results[n] for n in range(len(rows))]
+
+
+@contextlib.contextmanager
+def ready(
+    model: str | Path | CompressorForCausalLM,
+    base: str | None = None,
+    rate: float | None = None,
+    tokenizer=None,
+) -> Iterator[Codec]:
+    """A compressor in eval mode, from a folder or from memory; one in memory is left as it was.
+
+    Raises CheckpointError for anything else."""
+    name = str(model)
+    if isinstance(model, (str, Path)):
+        model, found = load_model(model, base=base)
+        tokenizer = tokenizer or found
+    else:
+        name = model.config.name_or_path or type(model).__name__
+    if not isinstance(model, CompressorForCausalLM):
+        raise CheckpointError(
+            f"{name} is no compressor: need a run of system: compressor, or its saved model. "
+            "try: sememe train RECIPE system=compressor --out runs/compressor"
+        )
+    config, training, trained_rate = model.config, model.training, model.config.rate
+    if tokenizer is None:
+        if not config.base:
+            raise CheckpointError(
+                f"{name} names no base: need a tokenizer for it. try: tokenizer=…"
+            )
+        tokenizer = load_tokenizer(tokenizer_folder(Path(config.name_or_path), config, base))
+    try:
+        if rate is not None:
+            set_rate(config, rate, name)
+        yield Codec(model.eval(), tokenizer, name)
+    finally:
+        config.rate = trained_rate
+        model.train(training)
+
+
+def compress(
+    model: str | Path | CompressorForCausalLM,
+    texts: str | Iterable[str],
+    *,
+    window: int | None = None,
+    batch: int = 16,
+    rate: float | None = None,
+    base: str | None = None,
+    tokenizer=None,
+) -> Codes:
+    """The concept ids of texts.
+
+    Args:
+        model: a run of `system: compressor`, its saved model, or such a model in memory.
+        texts: documents of any length, or one.
+        window: tokens that are compressed together; default: the run's `sequence_length`.
+        batch: windows at a time.
+        rate: concepts per token; default: as trained.
+        base: take the base from here instead.
+        tokenizer: of a model in memory; default: that of the folder it was loaded from, or of its
+            base.
+
+    Raises:
+        CheckpointError: `model` is no compressor.
+        DataError: a text or a window that cannot be compressed.
+        RecipeError: a rate that the model cannot hold."""
+    with ready(model, base, rate, tokenizer) as codec:
+        return codec.compress([texts] if isinstance(texts, str) else list(texts), window, batch)
+
+
+def decompress(
+    model: str | Path | CompressorForCausalLM,
+    codes: Codes | str | Path,
+    *,
+    batch: int = 16,
+    beams: int | None = None,
+    base: str | None = None,
+    tokenizer=None,
+) -> list[str]:
+    """The texts of `codes`, or of a file of them. Arguments as in `compress`; `beams`: hypotheses
+    of the beam search that writes a text; default: as the model has it.
+
+    Raises:
+        CodesError: a file that is not whole, or codes of another model.
+        CheckpointError: `model` is no compressor, or has no code for an id."""
+    codes = codes if isinstance(codes, Codes) else Codes.load(codes)
+    with ready(model, base, None, tokenizer) as codec:
+        return [codec.text(ids) for ids in codec.decompress(codes, beams, batch)]
+
+
+# ---- files ----
+
+
+def compress_file(
+    model: str,
+    source: str,
+    out: Path,
+    window: int | None = None,
+    batch: int = 16,
+    rate: float | None = None,
+    base: str | None = None,
+) -> dict[str, Any]:
+    """Compresses a text file into a new file of codes; returns its figures."""
+    with writing(out), ready(model, base, rate) as codec:
+        codes = codec.compress(read_texts(source), window, batch, progress=True)
+        codes.save(out)
+    sizes = figures(codes)
+    paths = {"model": str(model), "data": str(source), "out": str(out)}
+    return paths | {"bytes": out.stat().st_size} | sizes | speed(sizes["tokens"], codec.seconds)
+
+
+def decompress_file(
+    model: str,
+    source: Path,
+    out: Path | None = None,
+    batch: int = 16,
+    base: str | None = None,
+    beams: int | None = None,
+) -> tuple[dict[str, Any], str]:
+    """Decompresses a file of codes into a new .jsonl, or a .txt of a single document; returns its
+    figures, and what the file holds. Without `out` nothing is written."""
+    codes = Codes.load(source)
+    lines = len(codes.documents) != 1 if out is None else out.suffix == ".jsonl"
+    if not lines and len(codes.documents) != 1:
+        raise CodesError(
+            f"--out {out} for {len(codes.documents)} documents: need a .jsonl. try: --out "
+            f"{out.stem}.jsonl"
+        )
+    with writing(out), ready(model, base) as codec:
+        documents = codec.decompress(codes, beams, batch, progress=True)
+        texts = [codec.text(ids) for ids in documents]
+        content = "".join(
+            json.dumps({"text": text}, ensure_ascii=False) + "\n" if lines else text
+            for text in texts
+        )
+        if out is not None:
+            storage.write(out, content.encode())
+    tokens = sum(map(len, documents))
+    paths = {"model": str(model), "codes": str(source), "out": None if out is None else str(out)}
+    written = {"tokens_written": tokens, "characters_written": sum(map(len, texts))}
+    return paths | figures(codes) | written | speed(tokens, codec.seconds), content
+
+
+@contextlib.contextmanager
+def writing(out: Path | None) -> Iterator[None]:
+    """Work whose result is a new file. Raises SememeError where something is there, or nothing can
+    be written, before the work; and Interrupted at Ctrl-C."""
+    if out is not None:
+        if usable(out).exists():
+            raise CodesError(
+                f"{out} is there: need a new file, nothing is written over. try: another --out"
+            )
+        try:
+            storage.check(out)
+        except OSError as error:
+            raise storage.unwritable(out, error) from error
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted("stopped, and nothing was written. try: the same command again") from stop
+
+
+def figures(codes: Codes) -> dict[str, Any]:
+    """Sizes of what was compressed. A concept counts as the `codes_per_concept` ids that it is."""
+    tokens = sum(window.tokens for window in codes.windows)
+    concepts = sum(len(window.concepts) for window in codes.windows)
+    ids = concepts * codes.codes_per_concept
+    return {
+        "documents": len(codes.documents),
+        "windows": len(codes.windows),
+        "window": codes.window,
+        "characters": sum(document.characters for document in codes.documents),
+        "tokens": tokens,
+        "concepts": concepts,
+        "ids": ids,
+        "compression_ratio": tokens / ids if ids else None,
+        "bits_per_token": ids * math.log2(codes.num_concepts) / tokens if tokens else None,
+    }
+
+
+def speed(tokens: int, seconds: float) -> dict[str, float | None]:
+    """Of the model alone, without loading it."""
+    return {"seconds": seconds, "tokens_per_s": tokens / seconds if seconds else None}
