@@ -18,7 +18,7 @@ Beams = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Texts kept beside each other while one is written; 1 is the fastest. Default: as the model has it, 16.",
+        help="Hypotheses of the beam search; 1 is the fastest. Default: as the model has it, 16.",
     ),
 ]
 Base = Annotated[str | None, typer.Option(help="Take the base from here instead.")]
@@ -37,7 +37,7 @@ def compress(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens that are compressed together, at most; default: the run's sequence_length.",
+            help="Tokens compressed together, at most; default: the run's sequence_length.",
         ),
     ] = None,
     batch: Batch = 16,
