@@ -32,7 +32,17 @@ ALLOWED = {
         "storage",
         "progress",
     },
+    "systems": {
+        "training",
+        "evaluation",
+        "models",
+        "concepts",
+        "data",
+        "pairs",
+        "errors",
+    },
     "training": {
+        "systems",
         "storage",
         "progress",
         "evaluation",

@@ -172,11 +172,13 @@ def test_a_checkpoint_stands_behind_the_calibration(recipe_values, tmp_path):
 def test_what_calibration_reports_is_what_it_was_said_to_take(recipe_values, changes):
     """Within a tenth: the rate that is realised is not quite the one asked for."""
     from sememe.backbone.bases import load_tokenizer
-    from sememe.training.build import build_blocks, build_model
+    from sememe.systems import SYSTEMS
 
     recipe = check_recipe(recipe_values | changes, "test")
     folder = Path(recipe.base)
-    ids_NT, model = build_blocks(recipe, load_tokenizer(folder))[0][:8], build_model(recipe, folder)
+    system = SYSTEMS[recipe.system]
+    batches = system.batches(recipe, load_tokenizer(folder), folder, lambda line: None)
+    ids_NT, model = batches.examples.ids_NT[:8], system.build(recipe, folder)
     for expected, start in zip(
         model.work(ids_NT, recipe.rate), (model.start_frame, model.start_codes), strict=True
     ):

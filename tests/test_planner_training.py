@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from conftest import byte_tokenizer, ctrl_c, metrics, run, sememe
 from plan_runs import SAID, planner_recipe, write_pairs
 from sememe.concepts.plan import NULL
+from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.errors import DataError, Interrupted, RecipeError
 from sememe.evaluation.plans import joined_nll
 from sememe.models.loading import load_model
 from sememe.pairs import IGNORED
+from sememe.systems import SYSTEMS
 from sememe.training import plan_recipe, search
-from sememe.training.build import base_and_tokenizer, build_pairs
 from sememe.training.checkpoints import last_checkpoint
 from sememe.training.em.propose import PROPOSERS
 from sememe.training.em.store import Assignments
@@ -33,8 +34,8 @@ def values(base_folder, tmp_path) -> dict:
 
 def pairs_of(values: dict):
     recipe = check_recipe(values, "test")
-    folder, tokenizer = base_and_tokenizer(recipe, lambda line: None)
-    return build_pairs(recipe, tokenizer, folder, lambda line: None)[0]
+    folder, system = resolve(recipe.base), SYSTEMS[recipe.system]
+    return system.batches(recipe, load_tokenizer(folder), folder, lambda line: None).examples
 
 
 def store_of(values: dict, folder) -> Assignments:

@@ -179,6 +179,7 @@ class OnlineConfig(ConceptConfig):
             their square; 0 for all."""
 
     model_type = "sememe-online"
+    system = "online"
 
     def __init__(
         self,
@@ -240,6 +241,7 @@ class CompressorConfig(ConceptConfig):
             as it is now."""
 
     model_type = "sememe-compressor"
+    system = "compressor"
 
     def __init__(
         self,
@@ -321,6 +323,7 @@ class PlannerConfig(AdaptedConfig):
         seed: of the new modules' start."""
 
     model_type = "sememe-planner"
+    system = "planner"
 
     def __init__(
         self,
@@ -416,6 +419,11 @@ class ControlConfig(AdaptedConfig):
     ):
         self.skipped, self.bridge, self.window = list(skipped), bridge, window
         super().__init__(text_config=text_config, **kwargs)
+
+    @property
+    def system(self) -> str:
+        """Which of the baselines it is."""
+        return "skip" if self.skipped else "control" if self.window is None else "window"
 
 
 def sink_id(text_config) -> int:

@@ -53,6 +53,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
     config_class = OnlineConfig
     kernels = (*AdaptedModel.kernels, FLEX)
     _supports_flex_attn = True
+    tells_work = True
 
     def __init__(self, config: OnlineConfig, backbone=None):
         super().__init__(config, backbone)

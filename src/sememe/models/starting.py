@@ -26,6 +26,9 @@ class Starting:
         lambda macs: None
     )  # of what follows, as it is done; sums to `work`
 
+    tells_work = False
+    """Whether `work` is known: of an online model."""
+
     def work(self, ids_NT: Tensor, rate: float) -> tuple[float, float]:
         """About how many multiply-accumulates `start_frame` and `start_codes` of an online model
         take on (N, T) blocks."""

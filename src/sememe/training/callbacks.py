@@ -15,12 +15,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from sememe.errors import TrainingError
-from sememe.evaluation.plans import pair_figures
-from sememe.models.online import OnlineForCausalLM
-from sememe.pairs import PairTensors
 from sememe.progress import bar, leave_out
 from sememe.training.checkpoints import rotate, seal
-from sememe.training.instruments import ConceptMeter, gradient_norms, heldout_figures
+from sememe.training.instruments import gradient_norms
 from sememe.training.recipe import Recipe
 
 
@@ -28,7 +25,7 @@ from sememe.training.recipe import Recipe
 def calibrating(model, ids_NT: Tensor, rate: float, part: int, show: bool) -> Iterator[None]:
     """A bar for what an online model does before its first step (part 0) and before its first
     quantised one (part 1)."""
-    if not isinstance(model, OnlineForCausalLM):
+    if not model.tells_work:
         yield
         return
     work = model.work(ids_NT, rate)[part]
@@ -129,19 +126,21 @@ class Recorder(TrainerCallback):
         self,
         recipe: Recipe,
         path: Path,
-        heldout: Tensor | PairTensors,
+        heldout_figures: Callable,
+        state_figures: Callable,
         meter,
-        show: bool,
         tokens: Callable[[int], int],
+        show: bool,
     ):
-        self.recipe, self.path, self.heldout_set, self.meter, self.show = (
-            recipe,
-            path,
-            heldout,
-            meter,
-            show,
-        )
-        self.tokens = tokens  # that the first steps train on
+        """`heldout_figures` and `state_figures` are of the model as it is then; `tokens` are those
+        that the first steps train on."""
+        self.recipe = recipe
+        self.path = path
+        self.heldout_figures = heldout_figures
+        self.state_figures = state_figures
+        self.meter = meter
+        self.tokens = tokens
+        self.show = show
         self.bar = None
         self.heldout: dict[str, float | list] = {}
         self.norms: dict[str, float] = {}
@@ -177,8 +176,7 @@ class Recorder(TrainerCallback):
         due = self._due(state.global_step, state)
         if due and state.is_world_process_zero:
             model.eval()
-            of_pairs = isinstance(self.heldout_set, PairTensors)
-            self.heldout = (pair_figures if of_pairs else heldout_figures)(model, self.heldout_set)
+            self.heldout = self.heldout_figures(model)
             model.train()
         control.should_log |= due
 
@@ -197,11 +195,7 @@ class Recorder(TrainerCallback):
             line |= {f"grad_norm_{part}": norm * unclipped for part, norm in self.norms.items()}
         if self.meter is not None:
             line |= self.meter.read()
-        if isinstance(self.meter, ConceptMeter):
-            line |= {"target_rate": model.config.rate, "quantise": model.config.quantise}
-            if getattr(model, "segmenter", None) is not None:
-                line["price"] = float(model.segmenter.lengths.price)
-        line |= self.heldout
+        line |= self.state_figures(model) | self.heldout
         self.heldout, self.norms = {}, {}
         if state.is_world_process_zero:
             self._write(line)

@@ -20,12 +20,14 @@ class PairExamples(Dataset):
     """Equal pairs in an equal order for `planner` and `control`, targets as long as the curriculum
     has them."""
 
-    def __init__(self, recipe: Recipe, pairs: PairTensors, bos: int):
+    def __init__(self, recipe: Recipe, pairs: PairTensors, bos: int | None = None):
+        """With `bos`, source and target are one text behind it."""
         self.recipe, self.pairs = recipe, pairs
         self.order_n = block_order(len(pairs), recipe.steps, recipe.batch_size, recipe.seed)
         self.plans: Callable[[Tensor], Tensor] | None = None
         self.signals: dict[str, Tensor] | None = None  # labels of all pairs
-        self._joined = pairs.joined(bos) if recipe.system == "control" else None
+        self.first_NP: Tensor | None = None  # plans that a fresh run begins with
+        self._joined = None if bos is None else pairs.joined(bos)
         kept_n = torch.tensor([self._length(i) for i in range(len(self.order_n))])
         targets_n = (pairs.target_NY != IGNORED).sum(1)[self.order_n]
         self._tokens_n = (

@@ -14,8 +14,9 @@ from sememe.backbone.bases import fingerprint, resolve
 from sememe.errors import BaseError, RecipeError
 from sememe.evaluation.inputs import INPUTS, TEXTS, content, record, recorded
 from sememe.paths import usable
+from sememe.systems import SYSTEMS
 from sememe.training.checkpoints import last_checkpoint, step_of
-from sememe.training.recipe import CONCEPTS, Recipe, check_recipe
+from sememe.training.recipe import Recipe, check_recipe
 from sememe.training.trainer import cosine
 
 FIGURES = ("evaluate.json", "ablate.json", "benchmark.json", "reconstruct.json")
@@ -168,14 +169,14 @@ def _may_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:
     if recipe.steps < held.steps or checkpoint is None:
         return False
     step = step_of(checkpoint)
-    if recipe.system == "planner":
+    system = SYSTEMS[recipe.system]
+    if not system.lengthens:
         raise RecipeError(
             f"{run} is a planner, whose plans are of the pairs that its {held.steps} steps see: "
             "need steps = "
             f"{held.steps} to resume. try: another --out with steps={recipe.steps}, from the start"
         )
-    ramps = ("rate", "quantise", "lora") if recipe.system in CONCEPTS else ("lora",)
-    end, last = max((getattr(recipe.schedule, name)[1], name) for name in ramps)
+    end, last = max((getattr(recipe.schedule, name)[1], name) for name in system.ramps)
     if end * (recipe.steps - 1) > step:
         longest = int(step / end) + 1
         raise RecipeError(

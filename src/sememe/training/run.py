@@ -16,145 +16,130 @@ import transformers
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
+from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
-from sememe.concepts.signals import SignalReader
-from sememe.errors import CheckpointError, Interrupted, RecipeError, TrainingError
-from sememe.models.planner import PlannerForCausalLM
-from sememe.models.writing import Writing
-from sememe.paths import usable
-from sememe.training.build import (
-    base_and_tokenizer,
-    build_blocks,
-    build_model,
-    build_pairs,
-    check_apart,
-)
-from sememe.training.callbacks import Finite, Recorder, Schedule, Seal, Stop, calibrating
+from sememe.errors import CheckpointError, DataError, Interrupted, TrainingError
+from sememe.paths import source_sha256, usable
+from sememe.systems import SYSTEMS, Run
+from sememe.training.callbacks import Finite, Recorder, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint, step_of
-from sememe.training.codes import Revive
-from sememe.training.instruments import ConceptMeter
-from sememe.training.pairing import PairExamples
-from sememe.training.recipe import CONCEPTS, Recipe
+from sememe.training.recipe import Recipe
 from sememe.training.resume import open_run, same_run
-from sememe.training.search import PlanMeter, Search, first_plans, stage
-from sememe.training.trainer import Blocks, ConceptTrainer
+from sememe.training.trainer import ConceptTrainer
 
 
-def train(recipe: Recipe, run: Path, say: Callable[[str], None] = print, show: bool = True) -> Path:
-    """Trains `recipe` into `run` and returns RUN/model. A finished run is left as it is; an
+def train(
+    recipe: Recipe, folder: Path, say: Callable[[str], None] = print, show: bool = True
+) -> Path:
+    """Trains `recipe` into `folder` and returns its model/. A finished run is left as it is; an
     unfinished one resumes, and one with fewer steps is made longer. In a thread other than the main
     one there is no Ctrl-C handling.
 
     Raises:
         DataError: missing, empty or too short text, held-out text that is the training text, or
             sequences too long for the base.
-        RecipeError: `run` holds another recipe, or batch_size does not divide among processes and
-            parts.
+        RecipeError: `folder` holds another recipe, or batch_size does not divide among processes
+            and parts.
         TrainingError: a non-finite loss or gradient, or a disk that cannot take the checkpoint.
         Interrupted: Ctrl-C; a checkpoint was written."""
-    run, first = usable(run), int(os.environ.get("RANK", "0")) == 0
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    folder = usable(folder)
+    first = int(os.environ.get("RANK", "0")) == 0
     # The other ranks look only at a finished run: an unfinished one is being opened by the first at
     # this moment.
-    if (first or (run / "model" / "manifest.json").is_file()) and same_run(recipe, run):
-        say(f"{run} is finished: nothing to train")
-        return run / "model"
-    if recipe.system not in CONCEPTS and recipe.lora.rank == 0:
-        raise RecipeError(
-            f"system = {recipe.system} with lora.rank = 0: need something to train. try: "
-            "lora.rank=8"
-        )
-    if recipe.batch_size % (world * recipe.gradient_accumulation):
-        raise RecipeError(
-            f"batch_size = {recipe.batch_size} does not divide into {world} processes × "
-            f"{recipe.gradient_accumulation} "
-            f"parts: need a multiple. try: batch_size={world * recipe.gradient_accumulation}"
-        )
-    if recipe.system == "planner" and world > 1:
-        raise RecipeError(
-            f"system = planner in {world} processes: need one, E-steps are not shared out. try: "
-            "sememe train "
-            "without torchrun"
-        )
-    check_apart(recipe)
-    folder, tokenizer = base_and_tokenizer(recipe, say)
-    if recipe.pairs is None:
-        blocks_NT, heldout = build_blocks(recipe, tokenizer)
-        examples: Blocks | PairExamples = Blocks(blocks_NT, recipe.batch_size)
-        calibration_NT = blocks_NT[: max(1, recipe.calibration_tokens // recipe.sequence_length)]
-    else:
-        examples, heldout = build_pairs(recipe, tokenizer, folder, say)
-        calibration_NT = None
-    model = build_model(recipe, folder)
-    if recipe.gradient_checkpointing:
-        set_checkpointing(model)
-    checkpoint, first_NP = last_checkpoint(run / "checkpoints", clean=first), None
-    if isinstance(model, PlannerForCausalLM) and model.signals is not None:
-        texts = examples.pairs.target_texts(tokenizer)
-        examples.signals = SignalReader.fit(texts)(texts)
-    if isinstance(model, PlannerForCausalLM) and checkpoint is None:
-        first_NP = first_plans(recipe, model, examples.pairs, tokenizer, say)
-    if first:
-        open_run(recipe, run, _environment(recipe), model.config.base_sha256, checkpoint, say)
-    meter, stop = None, Stop()
-    callbacks = [Finite(), stop, Seal()]
-    if isinstance(model, Writing):
-        meter = ConceptMeter(recipe.num_concepts, recipe.codes_per_concept)
-        if checkpoint is None:
-            with calibrating(model, calibration_NT, recipe.rate, 0, show and first):
-                _say_start(say, model.start_frame(calibration_NT, recipe.rate))
-        callbacks.insert(0, Schedule(recipe, calibration_NT, say, show and first))
-        if recipe.revive_every:
-            callbacks.insert(1, Revive(recipe, blocks_NT, say))
-    elif recipe.bridge and recipe.system == "skip" and checkpoint is None:
-        _say_start(say, model.start_bridge(calibration_NT))
-    elif isinstance(model, PlannerForCausalLM):
-        meter = PlanMeter(model.config.plan_shape)
-        callbacks.insert(
-            0,
-            Search(
-                recipe, examples, model.config.plan_shape, run, checkpoint, meter, first_NP, show
-            ),
-        )
-    recorder = Recorder(recipe, run / "metrics.jsonl", heldout, meter, show, examples.tokens)
-    trainer = ConceptTrainer(
-        recipe, model, _arguments(recipe, run, world), examples, meter, [*callbacks, recorder]
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.remove_callback(transformers.ProgressCallback)
+    if (first or (folder / "model" / "manifest.json").is_file()) and same_run(recipe, folder):
+        say(f"{folder} is finished: nothing to train")
+        return folder / "model"
+    run = _build(recipe, folder, say, show, first)
+    stop = Stop()
+    trainer, recorder = _trainer(run, stop)
     try:
-        if checkpoint is not None:
-            say(f"resuming from step {step_of(checkpoint)} of {recipe.steps}")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if run.checkpoint is not None:
+            say(f"resuming from step {step_of(run.checkpoint)} of {recipe.steps}")
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         if trainer.state.global_step < recipe.steps:
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {recipe.steps}; the same command "
                 "goes on from there"
             )
         if first:
-            _finish(recipe, model, tokenizer, run, calibration_NT)
+            _finish(run)
     except TrainingError as error:
         if first:
             recorder.stopped(trainer.state.global_step + 1, str(error))
         raise
-    except (OSError, CheckpointError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        last_checkpoint(run / "checkpoints", clean=first)  # takes the one that was cut off away
+    except (OSError, CheckpointError, SafetensorError) as error:
+        last_checkpoint(folder / "checkpoints", clean=first)  # takes one that was cut off away
         raise TrainingError(
-            f"could not write to {run} ({error.__cause__ or error}): need free space and write "
-            "permission; whole "
-            "checkpoints stand. try: free some space and run the same command again"
+            f"could not write to {folder} ({error.__cause__ or error}): need free space and write "
+            "permission; whole checkpoints stand. try: free some space and run the same command "
+            "again"
         ) from error
     finally:
         recorder.close()
         stop.restore()
-    return run / "model"
+    return folder / "model"
 
 
-def _say_start(say, found: dict[str, float]) -> None:
-    for name, share in found.items():
-        say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
+def _build(
+    recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool, first: bool
+) -> Run:
+    """Model, batches and folder of a run, a fresh one started."""
+    system = SYSTEMS[recipe.system]
+    system.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    _check_apart(recipe)
+    base = resolve(recipe.base, say=say)
+    system.check_lengths(recipe, base)
+    tokenizer = load_tokenizer(base)
+    batches = system.batches(recipe, tokenizer, base, say)
+    model = system.build(recipe, base)
+    if recipe.gradient_checkpointing:
+        set_checkpointing(model)
+    checkpoint = last_checkpoint(folder / "checkpoints", clean=first)
+    run = Run(recipe, folder, model, tokenizer, batches, checkpoint, say, show and first)
+    if checkpoint is None:
+        system.start(run)
+    if first:
+        sha256 = model.config.base_sha256
+        open_run(recipe, folder, _environment(recipe), sha256, checkpoint, say)
+    return run
+
+
+def _check_apart(recipe: Recipe) -> None:
+    """Raises DataError where the held-out text is the training text."""
+    if source_sha256(recipe.data.train) == source_sha256(recipe.data.heldout):
+        raise DataError(
+            f"{recipe.data.heldout} holds the same bytes as {recipe.data.train}: need held-out "
+            "text that is never trained on. try: another file for data.heldout"
+        )
+
+
+def _trainer(run: Run, stop: Stop) -> tuple[ConceptTrainer, Recorder]:
+    """The trainer with its callbacks in their order: the system's own, which set the model before a
+    step and write into a checkpoint, then what every run has; the seal of a checkpoint comes after
+    all that is written into it."""
+    system = SYSTEMS[run.recipe.system]
+    meter = system.meter(run.recipe, run.model)
+    recorder = Recorder(
+        run.recipe,
+        run.folder / "metrics.jsonl",
+        lambda model: system.heldout(model, run.batches.heldout),
+        system.state,
+        meter,
+        run.batches.examples.tokens,
+        run.show,
+    )
+    trainer = ConceptTrainer(
+        run.recipe,
+        run.model,
+        _arguments(run.recipe, run.folder),
+        run.batches.examples,
+        meter,
+        [*system.callbacks(run, meter), Finite(), stop, Seal(), recorder],
+        system.shifts_labels,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.ProgressCallback)
+    return trainer, recorder
 
 
 def _environment(recipe: Recipe) -> dict[str, Any]:
@@ -178,10 +163,11 @@ def precision(recipe: Recipe) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def _arguments(recipe: Recipe, run: Path, world: int) -> TrainingArguments:
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
+def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     return TrainingArguments(
-        output_dir=str(run / "checkpoints"),
+        output_dir=str(folder / "checkpoints"),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size // (world * recipe.gradient_accumulation),
         gradient_accumulation_steps=recipe.gradient_accumulation,
@@ -202,28 +188,17 @@ def _arguments(recipe: Recipe, run: Path, world: int) -> TrainingArguments:
     )
 
 
-def _finish(recipe: Recipe, model, tokenizer, run: Path, calibration_NT) -> None:
-    """RUN/model, whole or not at all. Own weights are rounded to bf16 first, so that what is saved
-    is what is evaluated and the file is half as large; then the gate is calibrated once more, on
-    training text."""
-    temporary = run / "model.tmp"
+def _finish(run: Run) -> None:
+    """RUN/model, whole or not at all."""
+    model, temporary = run.folder / "model", run.folder / "model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    if isinstance(model, Writing):
-        model.config.rate, model.config.quantise = recipe.rate, 1.0
-        model.codes.fold()
-        model.config.shared_map = False
-    if isinstance(model, PlannerForCausalLM):
-        stage(model, recipe, warm=False)
-    model.round_own_weights()
-    if isinstance(model, Writing):
-        model.calibrate_gate(calibration_NT)
+    SYSTEMS[run.recipe.system].finish(run)
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(
-            run / "model", ignore_errors=True
-        )  # one without its manifest: cut off, or taken apart
-        os.replace(temporary, run / "model")
+        run.model.save_pretrained(temporary)
+        run.tokenizer.save_pretrained(temporary)
+        # one without its manifest: cut off, or taken apart
+        shutil.rmtree(model, ignore_errors=True)
+        os.replace(temporary, model)
     except (OSError, CheckpointError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise

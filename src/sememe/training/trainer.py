@@ -11,9 +11,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from sememe.backbone.adapters import without_lora
-from sememe.errors import TrainingError
+from sememe.errors import CheckpointError, TrainingError
 from sememe.training.instruments import ConceptMeter
-from sememe.training.pairing import PairExamples
 from sememe.training.recipe import Recipe, ramp
 from sememe.training.search import PlanMeter
 
@@ -41,6 +40,10 @@ class Blocks(Dataset):
         """Tokens that the first `step` steps train on."""
         return min(step * self.batch, len(self)) * self.ids_NT.shape[1]
 
+    def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch as the model takes it."""
+        return inputs
+
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return {"input_ids": self.ids_NT[i], "labels": self.ids_NT[i]}
 
@@ -57,20 +60,22 @@ class ConceptTrainer(Trainer):
         examples: Dataset,
         meter: ConceptMeter | PlanMeter | None,
         callbacks: list,
+        shifts_labels: bool = True,
     ):
         self.recipe, self.meter = recipe, meter
         super().__init__(model=model, args=arguments, train_dataset=examples, callbacks=callbacks)
-        if recipe.system == "planner":
-            self._loss_shifts_labels = False  # its first label is predicted too: from the plan
+        self._loss_shifts_labels = shifts_labels
+
+    def _save_checkpoint(self, *args, **kwargs):
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:  # of torch.save, where the disk takes no more
+            raise CheckpointError(str(error)) from error
 
     def _prepare_inputs(self, inputs):
         """On the device; a batch of pairs as its step wants it."""
         inputs = super()._prepare_inputs(inputs)
-        return (
-            self.train_dataset.prepare(inputs)
-            if isinstance(self.train_dataset, PairExamples)
-            else inputs
-        )
+        return self.train_dataset.prepare(inputs)
 
     def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)

@@ -1,0 +1,421 @@
+"""What each system does its own way: one class per system, one object per name in `SYSTEMS`.
+
+Everything else (trainer, sweep, command line) is the same for all of them and asks here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, TrainerCallback
+
+from sememe.concepts.signals import SignalReader
+from sememe.data import block_order, read_texts, token_blocks
+from sememe.errors import RecipeError
+from sememe.evaluation.plans import pair_figures
+from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
+from sememe.models.adapted import AdaptedModel
+from sememe.models.configuration import AdaptedConfig, check_split, sink_id
+from sememe.models.loading import check_length, longest_text
+from sememe.training.callbacks import Schedule, calibrating
+from sememe.training.codes import Revive
+from sememe.training.instruments import ConceptMeter, heldout_figures
+from sememe.training.pairing import PairExamples
+from sememe.training.recipe import Recipe
+from sememe.training.search import PlanMeter, Search, first_plans, stage
+from sememe.training.trainer import Blocks
+
+
+@dataclass
+class Batches:
+    """What a run trains on, in its order, and what it is measured on meanwhile."""
+
+    examples: Any
+    """`Blocks` or `PairExamples`."""
+    heldout: Any
+    """(N, T) blocks or `PairTensors`."""
+    calibration_NT: Tensor | None = None
+    """Blocks of training text that new modules are started on; None where it trains on pairs."""
+
+
+@dataclass
+class Run:
+    """A run that is about to begin: what a system needs to start, watch and finish it."""
+
+    recipe: Recipe
+    folder: Path
+    model: AdaptedModel
+    tokenizer: Any
+    batches: Batches
+    checkpoint: Path | None
+    """It resumes from there; None for a fresh run."""
+    say: Callable[[str], None]
+    show: bool
+    """Whether progress bars are shown."""
+
+
+class System:
+    """A system that learns the next token of running text, by LoRA on a base; what a subclass does
+    otherwise it overrides."""
+
+    name: str
+    opens_with_bos = False
+    """Whether the model reads a BOS ahead of each text, which takes one position."""
+    shifts_labels = True
+    """Whether position t predicts label t + 1, as usual; a planner predicts label 0 as well."""
+    ramps: tuple[str, ...] = ("lora",)
+    """Keys of the schedule that it follows; a run can be made longer once their ramps have ended."""
+    lengthens = True
+    """Whether a run can be made longer at all."""
+
+    @property
+    def model_class(self) -> type[AdaptedModel]:
+        return MODELS[self.name]
+
+    def check(self, recipe: Recipe, processes: int) -> None:
+        """Raises RecipeError where the recipe cannot be trained in so many processes."""
+        parts = processes * recipe.gradient_accumulation
+        if recipe.batch_size % parts:
+            raise RecipeError(
+                f"batch_size = {recipe.batch_size} does not divide into {processes} processes × "
+                f"{recipe.gradient_accumulation} parts: need a multiple. try: batch_size={parts}"
+            )
+
+    def check_lengths(self, recipe: Recipe, folder: Path) -> None:
+        """Raises DataError where sequences are longer than the base has positions for."""
+        if recipe.pairs is None:
+            base_config = AutoConfig.from_pretrained(folder)
+            longest = longest_text(base_config, opened=self.opens_with_bos)
+            check_length(longest, recipe.sequence_length, "sequence_length=")
+
+    def config(self, recipe: Recipe, layers: int) -> AdaptedConfig:
+        """The configuration of the recipe's model over a base of so many layers."""
+        raise NotImplementedError
+
+    def build(self, recipe: Recipe, folder: Path) -> AdaptedModel:
+        """The untrained model over the base in `folder`: it computes what the base computes."""
+        layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
+        config = self.config(recipe, layers)
+        torch.manual_seed(recipe.seed)
+        return self.model_class.from_base(config, folder=folder)
+
+    def batches(
+        self, recipe: Recipe, tokenizer, folder: Path, say: Callable[[str], None]
+    ) -> Batches:
+        """(steps · batch_size, T) training blocks in their order, (N, T) held-out blocks, and the
+        first training blocks for calibration. Raises DataError: missing, empty or too short text."""
+        length, count = recipe.sequence_length, recipe.steps * recipe.batch_size
+        train_NT = token_blocks(
+            read_texts(recipe.data.train), tokenizer, length, limit=count * length
+        )
+        heldout_NT = token_blocks(
+            read_texts(recipe.data.heldout),
+            tokenizer,
+            length,
+            limit=max(recipe.heldout_tokens, length),
+        )
+        order_n = block_order(len(train_NT), recipe.steps, recipe.batch_size, recipe.seed)
+        ids_NT = train_NT[order_n]
+        calibration_NT = ids_NT[: max(1, recipe.calibration_tokens // length)]
+        return Batches(Blocks(ids_NT, recipe.batch_size), heldout_NT, calibration_NT)
+
+    def start(self, run: Run) -> None:
+        """What is set before the first step of a fresh run."""
+
+    def meter(self, recipe: Recipe, model: AdaptedModel):
+        """What counts over a training interval: `see` a forward pass, `read` the figures; None for
+        a system of which the loss says all."""
+        return None
+
+    def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
+        """Callbacks of its own; they come before all others."""
+        return []
+
+    def heldout(self, model: AdaptedModel, heldout) -> dict[str, float | list]:
+        """Figures of the held-out set while training. `model` is in eval mode."""
+        return heldout_figures(model, heldout)
+
+    def state(self, model: AdaptedModel) -> dict[str, float]:
+        """What the schedule has set the model to, for the line of the log."""
+        return {}
+
+    def finish(self, run: Run) -> None:
+        """Brings the trained model into the form that is saved. Own weights are rounded to bf16, so
+        that what is saved is what is evaluated and the file is half as large."""
+        run.model.round_own_weights()
+
+
+class Writing(System):
+    """A system whose model writes concepts into running text."""
+
+    ramps = ("rate", "quantise", "lora")
+
+    def concept_keys(self, recipe: Recipe) -> dict[str, Any]:
+        """What the model's configuration takes from the recipe as it is."""
+        keys = (
+            "rate",
+            "max_tail",
+            "num_concepts",
+            "head",
+            "boundary",
+            "code_temperature",
+            "gumbel",
+            "pool",
+            "gate_noise",
+            "concept_dropout",
+            "codes_per_concept",
+            "shared_map",
+            "estimator",
+            "usage_weight",
+            "commitment_weight",
+        )
+        return {key: getattr(recipe, key) for key in keys} | _adapter_keys(recipe)
+
+    def start(self, run: Run) -> None:
+        """Sets the frame of the codes, the gate and the bridge from states of the base."""
+        calibration_NT, rate = run.batches.calibration_NT, run.recipe.rate
+        with calibrating(run.model, calibration_NT, rate, 0, run.show):
+            _say_explained(run.say, run.model.start_frame(calibration_NT, rate))
+
+    def meter(self, recipe: Recipe, model: AdaptedModel) -> ConceptMeter:
+        return ConceptMeter(recipe.num_concepts, recipe.codes_per_concept)
+
+    def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
+        callbacks = [Schedule(run.recipe, run.batches.calibration_NT, run.say, run.show)]
+        if run.recipe.revive_every:
+            callbacks.append(Revive(run.recipe, run.batches.examples.ids_NT, run.say))
+        return callbacks
+
+    def state(self, model: AdaptedModel) -> dict[str, float]:
+        return {"target_rate": model.config.rate, "quantise": model.config.quantise}
+
+    def finish(self, run: Run) -> None:
+        """Also calibrates the gate once more, on training text and the weights as they are saved."""
+        model = run.model
+        model.config.rate = run.recipe.rate
+        model.config.quantise = 1.0
+        model.codes.fold()
+        model.config.shared_map = False
+        super().finish(run)
+        model.calibrate_gate(run.batches.calibration_NT)
+
+
+class Online(Writing):
+    """Reads and writes concepts while it goes: a shallow, a middle and a deep slice."""
+
+    name = "online"
+
+    def config(self, recipe: Recipe, layers: int) -> OnlineConfig:
+        split = recipe.split.resolve(layers)
+        check_split(split, layers)
+        return OnlineConfig(
+            split=split,
+            shallow_window=recipe.shallow_window,
+            bridge=recipe.bridge,
+            anchor=recipe.anchor,
+            overlap=recipe.overlap,
+            lora_first=0 if recipe.lora.shallow else split[0],
+            **self.concept_keys(recipe),
+        )
+
+
+class Compressor(Writing):
+    """Text → concepts → text."""
+
+    name = "compressor"
+    opens_with_bos = True
+
+    def config(self, recipe: Recipe, layers: int) -> CompressorConfig:
+        return CompressorConfig(
+            depth=recipe.depth,
+            continuation_share=recipe.continuation_share,
+            content=recipe.content,
+            **self.concept_keys(recipe),
+        )
+
+    def state(self, model: AdaptedModel) -> dict[str, float]:
+        figures = super().state(model)
+        if model.segmenter is not None:
+            figures["price"] = float(model.segmenter.lengths.price)
+        return figures
+
+
+class Planner(System):
+    """Source → plan of concepts → text, by hard EM over pairs."""
+
+    name = "planner"
+    shifts_labels = False
+    lengthens = False  # its plans are of the pairs that its steps see
+
+    def check(self, recipe: Recipe, processes: int) -> None:
+        super().check(recipe, processes)
+        _check_trains_something(recipe)
+        if processes > 1:
+            raise RecipeError(
+                f"system = planner in {processes} processes: need one, E-steps are not shared out. "
+                "try: sememe train without torchrun"
+            )
+
+    def config(self, recipe: Recipe, layers: int) -> PlannerConfig:
+        plan = recipe.plan
+        return PlannerConfig(
+            plan_sizes=plan.sizes,
+            plan_lengths=plan.lengths,
+            parallel=plan.parallel,
+            multi_token=plan.multi_token,
+            plan_weight=plan.weight,
+            plan_dropout=plan.dropout,
+            straight_through=plan.straight_through,
+            plan_signals=plan.signals,
+            code_temperature=recipe.code_temperature,
+            plan_max_source=recipe.source_length,
+            seed=recipe.seed,
+            **_adapter_keys(recipe),
+        )
+
+    def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
+        """Pairs. Source and target each stand beside a plan, never beside each other."""
+        train, heldout, base_config = _pairs(recipe, tokenizer, folder, say)
+        longest = longest_text(base_config, opened=True)
+        beside = 1 + sum(recipe.plan.lengths) + len(recipe.plan.lengths)
+        check_length(longest, train.source_NU.shape[1], "source_length=", beside)
+        check_length(longest, train.target_NY.shape[1], "target_length=", beside)
+        examples = PairExamples(recipe, train)
+        if recipe.plan.signals:
+            texts = train.target_texts(tokenizer)
+            examples.signals = SignalReader.fit(texts)(texts)
+        return Batches(examples, heldout)
+
+    def start(self, run: Run) -> None:
+        """Plans of the training pairs that the search begins with."""
+        examples = run.batches.examples
+        examples.first_NP = first_plans(
+            run.recipe, run.model, examples.pairs, run.tokenizer, run.say
+        )
+
+    def meter(self, recipe: Recipe, model: AdaptedModel) -> PlanMeter:
+        return PlanMeter(model.config.plan_shape)
+
+    def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
+        return [
+            Search(
+                run.recipe,
+                run.batches.examples,
+                run.model.config.plan_shape,
+                run.folder,
+                run.checkpoint,
+                meter,
+                run.batches.examples.first_NP,
+                run.show,
+            )
+        ]
+
+    def heldout(self, model: AdaptedModel, heldout) -> dict[str, float | list]:
+        return pair_figures(model, heldout)
+
+    def finish(self, run: Run) -> None:
+        stage(run.model, run.recipe, warm=False)
+        super().finish(run)
+
+
+class Control(System):
+    """The baseline: the base with the same LoRA on the same batches, and no concepts."""
+
+    name = "control"
+
+    def check(self, recipe: Recipe, processes: int) -> None:
+        super().check(recipe, processes)
+        _check_trains_something(recipe)
+
+    def config(self, recipe: Recipe, layers: int) -> ControlConfig:
+        check_split(recipe.split.resolve(layers), layers)
+        return ControlConfig(**_adapter_keys(recipe))
+
+    def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
+        """A planner's control reads source and target of the same pairs as one text."""
+        if recipe.pairs is None:
+            return super().batches(recipe, tokenizer, folder, say)
+        train, heldout, base_config = _pairs(recipe, tokenizer, folder, say)
+        longest = longest_text(base_config, opened=True)
+        target = train.target_NY.shape[1]
+        check_length(longest, train.source_NU.shape[1], "source_length=", target)
+        return Batches(PairExamples(recipe, train, sink_id(base_config)), heldout)
+
+    def heldout(self, model: AdaptedModel, heldout) -> dict[str, float | list]:
+        on_pairs = not isinstance(heldout, Tensor)
+        return pair_figures(model, heldout) if on_pairs else heldout_figures(model, heldout)
+
+
+class Skip(Control):
+    """A baseline without the middle slice."""
+
+    name = "skip"
+
+    def config(self, recipe: Recipe, layers: int) -> ControlConfig:
+        shallow, middle, deep = recipe.split.resolve(layers)
+        check_split((shallow, middle, deep), layers)
+        skipped = (shallow, shallow + middle)
+        return ControlConfig(skipped=skipped, bridge=recipe.bridge, **_adapter_keys(recipe))
+
+    def start(self, run: Run) -> None:
+        if run.recipe.bridge:
+            _say_explained(run.say, run.model.start_bridge(run.batches.calibration_NT))
+
+
+class Window(Control):
+    """A baseline that sees the last tokens and the first one, with as much cache as `online`."""
+
+    name = "window"
+
+    def config(self, recipe: Recipe, layers: int) -> ControlConfig:
+        split = recipe.split.resolve(layers)
+        check_split(split, layers)
+        return ControlConfig(window=recipe.window(split), **_adapter_keys(recipe))
+
+
+SYSTEMS: dict[str, System] = {
+    system.name: system
+    for system in (Online(), Compressor(), Planner(), Control(), Skip(), Window())
+}
+
+
+def system_of(config) -> System | None:
+    """The system of a model's configuration; None for a plain base."""
+    return SYSTEMS.get(getattr(config, "system", None))
+
+
+def _adapter_keys(recipe: Recipe) -> dict[str, Any]:
+    """What every configuration says of the base and the LoRA on it."""
+    lora = recipe.lora
+    return {
+        "base": recipe.base,
+        "lora_rank": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+    }
+
+
+def _check_trains_something(recipe: Recipe) -> None:
+    if recipe.lora.rank == 0:
+        raise RecipeError(
+            f"system = {recipe.system} with lora.rank = 0: need something to train. try: "
+            "lora.rank=8"
+        )
+
+
+def _pairs(recipe: Recipe, tokenizer, folder: Path, say):
+    """As many training pairs as the run can see, held-out pairs of at least `heldout_tokens` target
+    tokens, and the base's configuration. Raises DataError: missing or empty text or fields."""
+    form = recipe.pairs
+    train = form.load(recipe.data.train, tokenizer, most=recipe.steps * recipe.batch_size)
+    heldout = form.load(recipe.data.heldout, tokenizer, tokens=recipe.heldout_tokens)
+    if cut := train.cut():
+        say(f"{recipe.data.train}: {cut}")
+    return train, heldout, AutoConfig.from_pretrained(folder).get_text_config()
+
+
+def _say_explained(say: Callable[[str], None], shares: dict[str, float]) -> None:
+    for name, share in shares.items():
+        say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
