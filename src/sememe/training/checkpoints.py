@@ -24,7 +24,7 @@ PARTS = (
     "trainer_state.json",
     "assignments",
     SEAL,
-    f".{SEAL}.*.tmp",
+    ".*.tmp",
 )
 """What a checkpoint's folder holds, whole or cut off while it was saved. One that holds anything
 else is not deleted."""
