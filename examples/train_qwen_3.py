@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sememe.errors import SememeError
 from sememe.evaluation.files import evaluate_files
+from sememe.models.planner.em import best_plans
 from sememe.training.plan_recipe import Em, Plan
-from sememe.training.posterior import best_plans
 from sememe.training.recipe import Data, Recipe
 from sememe.training.run import train
 

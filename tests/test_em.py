@@ -2,23 +2,18 @@
 its figures, first plans."""
 
 import itertools
-import math
 
 import pytest
 import torch
 
 from families import text
 from sememe.concepts.plan import NULL, PlanShape
-from sememe.errors import CheckpointError, DataError, RecipeError, TrainingError
+from sememe.errors import CheckpointError, DataError, TrainingError
+from sememe.models.planner import em, first_plans
+from sememe.models.planner.em import EStep, Scores, best_of, score
+from sememe.models.planner.first_plans import key_word_plans, piece_plans
+from sememe.models.planner.proposers import PROPOSERS, PairBatch, edit_once, swap_gains
 from sememe.pairs import PairTensors
-from sememe.training.em import score as scoring
-from sememe.training.em import start as starting
-from sememe.training.em.propose import PROPOSERS, Batch, edit, swap_gains
-from sememe.training.em.score import Scores, score
-from sememe.training.em.start import start_plans
-from sememe.training.em.step import EStep, best_of, distance
-from sememe.training.em.store import Assignments
-from sememe.training.em.words import word_plans
 from test_planner import CLOSE, SEARCHED, SHAPE, every_plan, plans, tiny_planner
 
 SMALL = PlanShape((4, 3), (1, 1))
@@ -28,30 +23,20 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pairs(count: int = 6, length: int = 8, seed: int = 0) -> PairTensors:
+def pairs_of(y: torch.Tensor) -> PairTensors:
+    """Targets with sources that do not matter."""
+    return PairTensors(text(len(y), 3), torch.ones(len(y), 3, dtype=torch.long), y)
+
+
+def pairs(count: int = 6, length: int = 8) -> PairTensors:
     """Sources and targets of different lengths."""
-    u, y, mask = (
-        text(count, 7, seed),
-        text(count, length, seed + 1),
-        torch.ones(count, 7, dtype=torch.long),
-    )
+    u = text(count, 7, 0)
+    y = text(count, length, 1)
+    mask = torch.ones(count, 7, dtype=torch.long)
     for i in range(count):
         mask[i, : i % 5] = 0
         y[i, length - i % 3 :] = -100
     return PairTensors(u * mask, mask, y)
-
-
-def batch_of(model, some: PairTensors) -> Batch:
-    return Batch(
-        some.source_NU,
-        some.source_mask_NU,
-        some.target_NY,
-        model.read_source(some.source_NU, some.source_mask_NU),
-    )
-
-
-def store_of(folder, some: PairTensors, shape: PlanShape = SHAPE) -> Assignments:
-    return Assignments.open(folder, shape, len(some), some.digest())
 
 
 # ---- scores ----
@@ -60,39 +45,28 @@ def store_of(folder, some: PairTensors, shape: PlanShape = SHAPE) -> Assignments
 @pytest.mark.parametrize("parallel, at_once", [(False, None), (True, None), (False, 1)])
 def test_scores_together_are_scores_alone(parallel, at_once, monkeypatch):
     if at_once:
-        monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", at_once)
-        monkeypatch.setattr(scoring, "CACHE_AT_ONCE", at_once)
-    model, some = tiny_planner(parallel=parallel), pairs(3)
+        monkeypatch.setattr(em, "TOKENS_AT_ONCE", at_once)
+        monkeypatch.setattr(em, "CACHE_AT_ONCE", at_once)
+    model = tiny_planner(parallel=parallel)
+    batch = PairBatch.of(model, pairs(3))
+    cached = batch.context.cache.get_seq_length()
     plan = torch.stack([plans(4), plans(4, seed=1), plans(4, seed=2)])
-    plan[1, 3], plan[2, 2] = plan[1, 0], plan[2, 1]
-    u, mask, y = some.source_NU, some.source_mask_NU, some.target_NY
-    s = score(model, u, mask, y, plan, price=0.5)
+    plan[1, 3] = plan[1, 0]
+    plan[2, 2] = plan[2, 1]
+    s = score(model, batch, plan, 0.5)
     with torch.no_grad():
         for b, n in itertools.product(range(3), range(4)):
-            z, row = plan[b, n : n + 1], slice(b, b + 1)
-            target, own = (
-                model.target_log_prob(z, y[row]),
-                model.plan_log_prob(u[row], mask[row], z),
-            )
+            z = plan[b, n : n + 1]
+            target = model.target_log_prob(z, batch.target_BY[b : b + 1])
+            own = model.plan_log_prob(z, batch.context.pick(torch.tensor([b])))
             want = torch.cat([target + 0.5 * own, target, own])
             torch.testing.assert_close(torch.stack([x[b, n] for x in s[:3]]), want, **CLOSE)
-    assert (
-        s.which[1, 3] == s.which[1, 0]
-        and s.total[1, 3] == s.total[1, 0]
-        and (
-            s.first()
-            == torch.tensor([[True] * 4, [True, True, True, False], [True, True, False, True]])
-        ).all()
-    ), "equal plans are scored once"
-    read = model.read_source(u, mask)
-    cached = read.cache.get_seq_length()
-    again = score(model, u, mask, y, plan, read, 0.5)
-    assert (
-        all(torch.equal(a, b) for a, b in zip(s, again, strict=True))
-        and read.cache.get_seq_length() == cached
-    )
+    assert s.which[1, 3] == s.which[1, 0] and s.total[1, 3] == s.total[1, 0]
+    first = [[True] * 4, [True, True, True, False], [True, True, False, True]]
+    assert s.first().tolist() == first, "equal plans are scored once"
+    assert batch.context.cache.get_seq_length() == cached
     with pytest.raises(CheckpointError, match="need ids"):
-        score(model, u, mask, y, plan + 9)
+        score(model, batch, plan + 9)
 
 
 # ---- proposers ----
@@ -101,293 +75,159 @@ def test_scores_together_are_scores_alone(parallel, at_once, monkeypatch):
 @pytest.mark.parametrize("name", PROPOSERS)
 @pytest.mark.parametrize("parallel", [False, True])
 def test_candidates_are_plans_and_the_generator_alone_decides(name, parallel):
-    model, incumbent = tiny_planner(parallel=parallel), plans(3)
-    batch, proposer = batch_of(model, pairs(3)), PROPOSERS[name]()
-    made = [proposer.propose(model, batch, incumbent, 5, seeded(seed)) for seed in (0, 0, 1)]
-    assert made[0].shape == (3, 5, 9) and torch.equal(
-        SHAPE.check(made[0].flatten(0, 1)).view(3, 5, 9), made[0]
-    )
-    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2]) == (
-        name not in ("sample", "edit")
-    )
-    assert proposer.propose(model, batch, incumbent, 1, seeded()).shape == (3, 1, 9)
-    assert len(made[0][0].unique(dim=0)) > 2
+    model, present = tiny_planner(parallel=parallel), plans(3)
+    batch, propose = PairBatch.of(model, pairs(3)), PROPOSERS[name]
+    a, b, c = (propose(model, batch, present, 5, seeded(seed)) for seed in (0, 0, 1))
+    assert a.shape == (3, 5, 9) and SHAPE.check(a.flatten(0, 1)) is not None
+    assert torch.equal(a, b) and torch.equal(a, c) == (name not in ("sample", "edit"))
+    assert propose(model, batch, present, 1, seeded()).shape == (3, 1, 9)
+    assert len(a[0].unique(dim=0)) > 2
 
 
 def test_edits_are_one_or_two_changes_of_every_kind():
-    model, incumbent = (
-        tiny_planner(),
-        torch.cat([plans(3), SHAPE.pack([[[], [], []], [[1, 1, 1], [0, 4], [1, 2, 3, 4]]])]),
-    )
-    made = PROPOSERS["edit"]().propose(model, None, incumbent, 60, seeded())
-    far = [
-        {distance(a, b) for b in SHAPE.unpack(row)}
-        for a, row in zip(SHAPE.unpack(incumbent), made, strict=True)
-    ]
-    # An exchange of two ids is two changes by Levenshtein.
-    assert all(min(x) == 1 and 2 <= max(x) <= 4 for x in far) and far[3] == {1, 2}
-    row = [[1, 2, 3], [4], []]
-    once = [edit(SHAPE, row, seeded(seed)) for seed in range(300)]
-    assert all(x != row and SHAPE.pack([x]) is not None for x in once) and row == [
-        [1, 2, 3],
-        [4],
-        [],
-    ]
-    assert {tuple(map(len, x)) for x in once} == {
-        (3, 1, 0),
-        (2, 1, 0),
-        (3, 0, 0),
-        (3, 2, 0),
-        (3, 1, 1),
-    }
-    assert {(3, 2, 1), (1, 3, 2), (2, 1, 3)} < {tuple(x[0]) for x in once} and {
-        x[2][0] for x in once if x[2]
-    } == set(range(9))
+    plan = [[1, 2, 3], [4], []]
+    edited = [edit_once(SHAPE, plan, seeded(seed)) for seed in range(300)]
+    assert all(x != plan and SHAPE.pack([x]) is not None for x in edited)
+    lengths = {tuple(map(len, x)) for x in edited}
+    assert lengths == {(3, 1, 0), (2, 1, 0), (3, 0, 0), (3, 2, 0), (3, 1, 1)}
+    assert {(3, 2, 1), (1, 3, 2), (2, 1, 3)} < {tuple(x[0]) for x in edited}, "exchanges"
+    assert {x[2][0] for x in edited if x[2]} == set(range(9)), "every id may be put in"
+    present = torch.cat([plans(3), SHAPE.pack([[[], [], []]])])
+    made = PROPOSERS["edit"](tiny_planner(), None, present, 60, seeded())
+    for row_P, made_nP in zip(present, made, strict=True):
+        far = em._edit_distance(SHAPE, row_P.expand(60, -1), made_nP)
+        assert far.min() == 1 and 2 <= far.max() <= 4, "an exchange is two by Levenshtein"
 
 
 def test_gradient_says_what_a_small_step_towards_another_concept_brings():
     model, plan, y = tiny_planner(), plans(3), pairs(3).target_NY
     gain = swap_gains(model, plan, y)
-    assert (
-        gain.shape == (3, 9, 9)
-        and (gain[plan == NULL] == -torch.inf).all()
-        and (gain[:, 3:5, 5:] == -torch.inf).all()
-    )
+    assert gain.shape == (3, 9, 9) and (gain[plan == NULL] == -torch.inf).all()
+    assert (gain[:, 3:5, 5:] == -torch.inf).all()
     assert all(p.grad is None for p in model.parameters())
     with torch.no_grad():
-        e, seen = model.plan_embeddings(plan), 0
-        for b, p, k in torch.isfinite(gain).nonzero()[::17].tolist():
+        e = model.plan_embeddings(plan)
+        some = torch.isfinite(gain).nonzero()[::17].tolist()
+        for b, p, k in some:
             other = plan.clone()
             other[b, p] = k
-            towards = e + 0.01 * (model.plan_embeddings(other) - e)
-            away = e - 0.01 * (model.plan_embeddings(other) - e)
-            got = (model.target_log_prob(plan, y, towards) - model.target_log_prob(plan, y, away))[
-                b
-            ] / 0.02
-            assert abs(float(got - gain[b, p, k])) < 0.02 + 0.05 * abs(float(got)), (
-                "curvature and fp32: 0.006 seen"
-            )
-            seen += 1
-    assert seen > 4
-    made = PROPOSERS["gradient"]().propose(model, Batch(None, None, y, None), plan, 4, None)
+            step = 0.01 * (model.plan_embeddings(other) - e)
+            towards, away = (model.target_log_prob(plan, y, x)[b] for x in (e + step, e - step))
+            got = float(towards - away) / 0.02
+            assert abs(got - gain[b, p, k]) < 0.02 + 0.05 * abs(got), "curvature, fp32: 0.006 seen"
+        assert len(some) > 4
+    made = PROPOSERS["gradient"](model, PairBatch(y, None), plan, 4, None)
     for b in range(3):
         best = gain[b].flatten().topk(4).indices.tolist()
-        assert [
+        changed = [
             [int((z != plan[b]).sum()), int(z[i // 9])] for z, i in zip(made[b], best, strict=True)
-        ] == [[1, i % 9] for i in best]
+        ]
+        assert changed == [[1, i % 9] for i in best]
     empty = SHAPE.pack([[[], [], []]] * 3)
-    assert torch.equal(
-        PROPOSERS["gradient"]().propose(model, Batch(None, None, y, None), empty, 90, None)[:, 7],
-        empty,
-    )
+    made = PROPOSERS["gradient"](model, PairBatch(y, None), empty, 90, None)
+    assert torch.equal(made[:, 7], empty), "nothing to replace"
 
 
 # ---- the step ----
 
 
-def test_the_search_finds_the_best_of_all_plans(tmp_path):
+def test_the_search_finds_the_best_of_all_plans():
     model, some, everything = tiny_planner(shape=SEARCHED), pairs(3), every_plan(SEARCHED)
-    count = len(everything)
-    all_of = score(
-        model,
-        some.source_NU,
-        some.source_mask_NU,
-        some.target_NY,
-        everything.expand(3, -1, -1),
-        price=0.7,
-    )
-    top, index = all_of.total.topk(2, dim=1)
-    store = store_of(tmp_path, some, SEARCHED)
-    store.write(torch.arange(3), everything[:3])
-    said = EStep({"beam": count}, batch=2, price=0.7).run(
-        model, some, store, torch.arange(3), seeded()
-    )
-    assert torch.equal(store.read(torch.arange(3)), everything[index[:, 0]])
-    found = store.scores(torch.arange(3))
-    torch.testing.assert_close(found[:, 0], top[:, 0], **CLOSE)
-    torch.testing.assert_close(found[:, 3], top[:, 0] - top[:, 1], **CLOSE)
-    torch.testing.assert_close(found[:, 1] + 0.7 * found[:, 2], found[:, 0], **CLOSE)
-    assert said["em_candidates"] == count and said["em_by_beam"] == 1.0 and said["em_margin"] >= 0
-    entropy = torch.distributions.Categorical(logits=all_of.total).entropy().mean()
-    assert said["em_entropy"] == pytest.approx(float(entropy), abs=1e-4)
+    s = score(model, PairBatch.of(model, some), everything.expand(3, -1, -1), 0.7)
+    top, index = s.total.topk(2, dim=1)
+    plan_NP = everything[:3].int()
+    step = EStep({"beam": len(everything)}, batch=2, planner_weight=0.7)
+    figures = step.run(model, some, plan_NP, torch.arange(3), seeded())
+    assert torch.equal(plan_NP.long(), everything[index[:, 0]])
+    assert figures["em_score"] == pytest.approx(float(top[:, 0].mean()), abs=1e-4)
+    assert figures["em_margin"] == pytest.approx(float((top[:, 0] - top[:, 1]).mean()), abs=1e-4)
+    total = figures["em_target"] + 0.7 * figures["em_plan"]
+    assert figures["em_score"] == pytest.approx(total, abs=1e-4)
+    assert figures["em_candidates"] == len(everything) and figures["em_by_beam"] == 1.0
+    entropy = torch.distributions.Categorical(logits=s.total).entropy().mean()
+    assert figures["em_entropy"] == pytest.approx(float(entropy), abs=1e-4)
 
 
 @pytest.mark.parametrize(
     "proposers", [{"edit": 12}, {"edit": 4, "gradient": 4, "sample": 2, "diverse": 2}]
 )
-def test_steps_climb_to_the_best_plan_and_never_fall(tmp_path, proposers):
-    model, some, index = tiny_planner(shape=SMALL).train(), pairs(5), torch.arange(5)
-    everything = every_plan(SMALL).expand(5, -1, -1)
-    best = score(
-        model.eval(), some.source_NU, some.source_mask_NU, some.target_NY, everything
-    ).total.amax(1)
-    store, before = store_of(tmp_path, some, SMALL), torch.full((5,), -torch.inf)
-    step = EStep(proposers, batch=2)
+def test_steps_climb_to_the_best_plan_and_never_fall(proposers):
+    model, some = tiny_planner(shape=SMALL), pairs(5)
+    batch, everything = PairBatch.of(model, some), every_plan(SMALL).expand(5, -1, -1)
+    best = score(model, batch, everything).total.amax(1)
+    plan_NP, index = everything[:, 0].int().clone(), torch.arange(5)
+    before = score(model, batch, plan_NP.long().unsqueeze(1)).total[:, 0]
     for number in range(6):
-        said = step.run(model.train(), some, store, index, seeded(number))
-        now = store.scores(index)[:, 0]
-        assert model.training and (now >= before - 1e-4).all(), (
-            "5e-5 is what batching alone changes"
-        )
-        if number:
-            assert said["em_staleness"] == pytest.approx(float((now - before).mean()), abs=1e-4)
+        figures = EStep(proposers, batch=2).run(model.train(), some, plan_NP, index, seeded(number))
+        assert model.training, "it is in eval mode meanwhile alone"
+        now = score(model.eval(), batch, plan_NP.long().unsqueeze(1)).total[:, 0]
+        assert (now >= before - 1e-4).all(), "5e-5 is what batching alone changes"
+        assert figures["em_staleness"] == pytest.approx(float((now - before).mean()), abs=1e-4)
         before = now
     torch.testing.assert_close(before, best, **CLOSE)
-    assert (
-        said["em_flips"] == 0
-        and "em_edits" not in said
-        and said["em_staleness"] == 0
-        and store.version == 6
-    )
+    assert figures["em_flips"] == 0 == figures["em_staleness"] and "em_edits" not in figures
 
 
-def test_an_interrupted_step_ends_as_if_it_had_not_been(tmp_path):
+def test_only_the_pairs_asked_for_are_searched_and_draws_depend_on_the_generator():
     model, some, index = tiny_planner(), pairs(7), torch.tensor([5, 0, 3, 6, 1])
-    step, ticks = EStep({"sample": 3, "edit": 3, "beam": 2}, batch=2), []
-
-    def stop(done: int) -> None:
-        ticks.append(done)
-        if len(ticks) in (1, 3):
-            raise KeyboardInterrupt
-
-    whole, cut = store_of(tmp_path / "whole", some), store_of(tmp_path / "cut", some)
-    for store in (whole, cut):
-        store.write(torch.arange(4), plans(4))
-    want = step.run(model, some, whole, index, seeded(3))
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            step.run(model, some, cut, index, seeded(3), stop)
-        cut = store_of(tmp_path / "cut", some)
-        assert cut.version == 0
-    real, searched = EStep.search, []
-
-    def search(self, model, rows, *rest):
-        searched.append(len(rows))
-        return real(self, model, rows, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EStep, "search", search)
-        got = step.run(model, some, cut, index, seeded(3), ticks.append)
-    assert (
-        searched == [1]
-        and ticks == [2, 2, 2, 2, 2, 1]
-        and got == want
-        and cut.version == whole.version == 1
-    )
-    for name in ("plans", "scores", "moves", "steps"):
-        assert (tmp_path / "cut" / f"{name}.bin").read_bytes() == (
-            tmp_path / "whole" / f"{name}.bin"
-        ).read_bytes()
-    assert cut.assigned(torch.arange(7)).tolist() == [True] * 4 + [False, True, True]
-    assert want["em_examples"] == 5 and not torch.equal(plans(7)[index], cut.read(index))
-    again = store_of(tmp_path / "again", some)
-    again.write(torch.arange(4), plans(4))
-    assert step.run(model, some, again, index, seeded(4)) != want
+    step, ticks, runs = EStep({"sample": 3, "edit": 3, "beam": 2}, batch=2), [], []
+    for seed in (3, 3, 4):
+        plan_NP = plans(7).int()
+        figures = step.run(model, some, plan_NP, index, seeded(seed), ticks.append)
+        runs.append((figures, plan_NP))
+    assert ticks == [2, 2, 1] * 3 and figures["em_examples"] == 5
+    assert runs[0][0] == runs[1][0] != runs[2][0] and torch.equal(runs[0][1], runs[1][1])
+    assert torch.equal(plan_NP[[2, 4]], plans(7).int()[[2, 4]])
+    assert not torch.equal(plan_NP[index], plans(7).int()[index])
 
 
-def test_the_best_is_kept_on_a_tie_and_figures_are_what_they_say(tmp_path):
+def test_the_best_is_kept_on_a_tie_and_figures_are_what_they_say():
     shape = PlanShape((9,), (3,))
-    plan = torch.stack(
-        [
-            shape.pack([[ids] for ids in row])
-            for row in (
-                ([1, 2], [3], [1, 2], [1, 2, 3]),  # a tie of incumbent and another: it stays
-                (
-                    [1, 2, 3],
-                    [2, 3, 4],
-                    [7],
-                    [7],
-                ),  # better by 2, edited twice; the rival's copies are one
-                ([5], [], [5], [5]),  # had no incumbent
-                ([4], [4], [4], [4]),  # nothing else was proposed
-            )
-        ]
+    rows = (
+        ([1, 2], [3], [1, 2], [1, 2, 3]),  # a tie of the present plan and another: it stays
+        ([1, 2, 3], [2, 3, 4], [7], [7]),  # better by 2, edited twice; the rival's copies are one
+        ([4], [4], [4], [4]),  # nothing else was proposed
     )
-    which = torch.tensor([[0, 1, 0, 2], [3, 4, 5, 5], [6, 7, 6, 6], [8, 8, 8, 8]])
-    total = torch.tensor(
-        [[-1.0, -1, -1, -9], [-5.0, -3, -4, -4], [-2.0, -1, -2, -2], [-6.0, -6, -6, -6]]
-    )
+    plan = torch.stack([shape.pack([[ids] for ids in row]) for row in rows])
+    which = torch.tensor([[0, 1, 0, 2], [3, 4, 5, 5], [8, 8, 8, 8]])
+    total = torch.tensor([[-1.0, -1, -1, -9], [-5.0, -3, -4, -4], [-6.0, -6, -6, -6]])
     s = Scores(total, total - 1, torch.ones_like(total), which)
-    found = best_of(
-        shape, plan, s, torch.tensor([0, 1, 4, 4]), torch.tensor([True, True, False, True])
-    )
-    assert shape.unpack(found[0]) == [[[1, 2]], [[2, 3, 4]], [[]], [[4]]]
-    nan = math.nan
-    assert found[1].nan_to_num(7).tolist() == [
-        [-1, -2, 1, 0],
-        [-3, -4, 1, 1],
-        [-1, -2, 1, 1],
-        [-6, -7, 1, 7],
-    ]
-    edits, gain, _, candidates, proposer = found[2].unbind(1)
-    for column, want in (
-        (edits, [0, 2, nan, 0]),
-        (gain, [0, 2, nan, 0]),
-        (candidates, [3, 3, 2, 1]),
-        (proposer, [0, 1, nan, 0]),
-    ):
-        torch.testing.assert_close(column, torch.tensor(want, dtype=torch.float), equal_nan=True)
+    best, figures = best_of(shape, plan, s, [None, "beam", "edit", "edit"])
+    assert shape.unpack(best) == [[[1, 2]], [[2, 3, 4]], [[4]]]
     entropy = [
-        torch.distributions.Categorical(logits=torch.tensor(x)).entropy()
-        for x in ([-1.0, -1, -9], [-5.0, -3, -4], [-2.0, -1], [0.0])
+        float(torch.distributions.Categorical(logits=torch.tensor(x)).entropy())
+        for x in ([-1.0, -1, -9], [-5.0, -3, -4], [0.0])
     ]
-    torch.testing.assert_close(found[2][:, 2], torch.stack(entropy), **CLOSE)
-    model, some = tiny_planner(shape=shape), pairs(6)
-    store = store_of(tmp_path, some, shape)
-    store.write(torch.tensor([0, 1, 3]), plan[[0, 1, 3], 0])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EStep, "search", lambda self, *rest: found)
-        said = EStep({"beam": 1}).run(model, some, store, torch.arange(4), seeded())
-    assert said == pytest.approx(
-        {
-            "em_score": -11 / 4,
-            "em_target": -15 / 4,
-            "em_plan": 1,
-            "em_margin": 2 / 3,
-            "em_flips": 1 / 3,
-            "em_edits": 2,
-            "em_by_beam": 1,
-            "em_staleness": 2 / 3,
-            "em_entropy": float(torch.stack(entropy).mean()),
-            "em_candidates": 9 / 4,
-            "em_examples": 4,
-        }
+    nan = torch.nan
+    for name, want in {
+        "score": [-1, -3, -6],
+        "target": [-2, -4, -7],
+        "plan": [1, 1, 1],
+        "margin": [0, 1, nan],
+        "flips": [0, 1, 0],
+        "edits": [nan, 2, nan],
+        "staleness": [0, 2, 0],
+        "candidates": [3, 3, 1],
+        "by_beam": [nan, 1, nan],
+        "by_edit": [nan, 0, nan],
+        "entropy": entropy,
+    }.items():
+        want = torch.tensor(want, dtype=torch.float)
+        torch.testing.assert_close(figures[f"em_{name}"], want, equal_nan=True, msg=name)
+    a, b = (
+        SHAPE.pack([[[1, 2, 3], [], []], [[1, 2], [], []]]),
+        SHAPE.pack([[[2, 3], [4], []], [[2, 1], [], []]]),
     )
-    assert (
-        distance([[1, 2, 3], []], [[2, 3], [4]]) == 2
-        and distance([[1, 2]], [[2, 1]]) == 2
-        and distance([[]], [[]]) == 0
-    )
+    assert em._edit_distance(SHAPE, a, b).tolist() == [2, 2]
 
 
-@pytest.mark.parametrize(
-    "wrong, match",
-    [
-        ({"proposers": {"beams": 4}}, "names beams: need some of beam"),
-        ({"proposers": {"edit": 0}}, "one candidate"),
-        ({"proposers": {"edit": 4, "beam": -1}}, "counts from 0"),
-        ({"batch": 0}, "at least 1"),
-        ({"price": -0.1}, "at least 0"),
-    ],
-)
-def test_searches_that_cannot_be_are_one_sentence(wrong, match):
-    with pytest.raises(RecipeError, match=match):
-        EStep(**wrong)
-
-
-def test_a_score_that_is_no_number_stops_the_step(tmp_path):
-    model, some = tiny_planner(), pairs(3)
+def test_a_score_that_is_no_number_stops_the_step():
+    model, plan_NP = tiny_planner(), plans(3).int()
     with torch.no_grad():
         model.plans.separator.fill_(torch.nan)
-    store = store_of(tmp_path, some)
-    store.write(torch.arange(3), plans(3))
     with pytest.raises(TrainingError, match="not finite"):
-        EStep({"edit": 1}).run(model, some, store, torch.arange(3), seeded())
-    assert (
-        store.version == 0
-        and not store.searched(torch.arange(3)).any()
-        and torch.equal(store.read(torch.arange(3)), plans(3))
-    )
+        EStep({"edit": 1}).run(model, pairs(3), plan_NP, torch.arange(3), seeded())
+    assert torch.equal(plan_NP, plans(3).int())
 
 
 # ---- first plans ----
@@ -399,14 +239,12 @@ def test_equal_texts_start_with_equal_plans_and_other_kinds_with_others(family):
     hold their centroids."""
     shape = PlanShape((7, 8), (1, 4))  # with no id to spare k-means may put two kinds together
     model, kind = tiny_planner(family, shape=shape), torch.arange(12) % 3
-    y = (
-        torch.randint(2, (12, 16), generator=seeded()) + 5 + 30 * kind[:, None]
-    )  # to a random base all words are alike
+    # To a random base all words are alike.
+    y = torch.randint(2, (12, 16), generator=seeded()) + 5 + 30 * kind[:, None]
     y[9:] = y[:3]
-    some = PairTensors(text(12, 3), torch.ones(12, 3, dtype=torch.long), y)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    plan = start_plans(model.train(), some, shape, seed=1)
-    assert model.training and torch.equal(plan, start_plans(model, some, shape, seed=1))
+    plan = piece_plans(model, pairs_of(y), seed=1)
+    assert torch.equal(plan, piece_plans(model, pairs_of(y), seed=1))
     assert torch.equal(plan[9:], plan[:3]) and (shape.counts(plan) == torch.tensor([1, 4])).all()
     for i in range(2):
         used = [set(shape.of_type(plan[kind == k], i).flatten().tolist()) for k in range(3)]
@@ -425,90 +263,60 @@ def test_key_words_are_the_rarest_in_their_order_and_begin_as_their_embeddings()
     for row, ids in enumerate(rows):
         y[row, : len(ids)] = torch.tensor(ids)
     shape = PlanShape((2, 8), (1, 2))
-    model, some = (
-        tiny_planner(shape=shape),
-        PairTensors(text(5, 3), torch.ones(5, 3, dtype=torch.long), y),
-    )
+    model = tiny_planner(shape=shape)
     before = [one.weight.clone() for one in model.plans.types]
-    plan = shape.unpack(word_plans(model, some, pieces))
-    # By texts · news²: 123 and dog (type 0), runs, sat, cat, and "the", which is everywhere; "bird"
-    # stands in one text alone.
+    plan = shape.unpack(key_word_plans(model, pairs_of(y), pieces))
+    # By texts · rarity²: 123 and dog (type 0), runs, sat, cat, and "the", which is everywhere;
+    # "bird" stands in one text alone.
     assert plan == [[[], [2, 1]], [[], [0, 2]], [[1], [0, 3]], [[0], [3, 1]], [[], [3, 2]]]
     for i, words in enumerate(([[7, 8], [3]], [[4, 5], [2], [1], [0]])):
-        want = torch.stack(
-            [model.get_input_embeddings().weight[torch.tensor(ids)].mean(0) for ids in words]
-        )
-        want = torch.nn.functional.rms_norm(
-            (want - model.plans.mean) / model.plans.scale, want.shape[-1:], eps=1e-6
-        )
+        embeddings = [model.get_input_embeddings().weight[torch.tensor(x)].mean(0) for x in words]
+        want = model.plans.to_frame(torch.stack(embeddings))
+        want = torch.nn.functional.rms_norm(want, want.shape[-1:], eps=1e-6)
         torch.testing.assert_close(model.plans.types[i].weight[: len(words)], want)
         assert torch.equal(model.plans.types[i].weight[len(words) :], before[i][len(words) :])
-
-
-def test_too_few_words_are_refused_in_a_sentence():
-    model = tiny_planner(shape=PlanShape((2, 8), (1, 2)))
-    some = PairTensors(
-        text(2, 3), torch.ones(2, 3, dtype=torch.long), torch.tensor([[0, 1], [1, 0]])
-    )
     with pytest.raises(DataError, match=r"type 1 of .* gets none.*try: more pairs"):
-        word_plans(model, some, ["Ġa", "Ġb"])
+        key_word_plans(model, pairs_of(torch.tensor([[0, 1], [1, 0]])), ["Ġa", "Ġb"])
 
 
 def test_short_texts_have_fewer_concepts_and_pieces_are_of_the_text_alone():
-    model, y = tiny_planner(shape=SHAPE), text(4, 8)
-    y[1, 3:], y[2, 1:] = -100, -100
-    wide = torch.nn.functional.pad(y, (0, 5), value=-100)
-    sides = text(4, 3), torch.ones(4, 3, dtype=torch.long)
-    plan = start_plans(model, PairTensors(*sides, y), SHAPE)
+    model, y = tiny_planner(), text(4, 8)
+    y[1, 3:] = y[2, 1:] = -100
+    plan = piece_plans(model, pairs_of(y))
     assert SHAPE.counts(plan).tolist() == [[3, 2, 4], [3, 2, 3], [1, 1, 1], [3, 2, 4]]
-    assert torch.equal(start_plans(model, PairTensors(*sides, wide), SHAPE), plan), (
-        "padding is no text"
-    )
+    wide = torch.nn.functional.pad(y, (0, 5), value=-100)
+    assert torch.equal(piece_plans(model, pairs_of(wide)), plan), "padding is no text"
     h = torch.arange(10.0).view(1, 10, 1)
-    mean, there = starting._pieces(h, torch.tensor([7]), 3)
+    mean, there = first_plans._pieces(h, torch.tensor([7]), 3)
     assert mean.flatten().tolist() == [1, 3.5, 5.5] and there.all(), "0 1 2 · 3 4 · 5 6"
-    mean, there = starting._pieces(h, torch.tensor([2]), 3)
+    mean, there = first_plans._pieces(h, torch.tensor([2]), 3)
     assert mean.flatten()[:2].tolist() == [0, 1] and there.tolist() == [[True, True, False]]
 
 
-def test_more_texts_than_are_looked_at_get_the_nearest_centroid(monkeypatch):
-    """What k-means never saw is assigned by the same rule; a text that it saw as well gets the same
-    plan either way."""
-    shape, y = PlanShape((2, 3), (1, 2)), text(40, 8)
-    model, some = (
-        tiny_planner(shape=shape),
-        PairTensors(text(40, 3), torch.ones(40, 3, dtype=torch.long), y),
-    )
-    monkeypatch.setattr(starting, "TOKENS_AT_ONCE", 40)
-    monkeypatch.setattr(starting, "POINTS", 4)
-    plan, seen = start_plans(model, some, shape), []
-    real = starting._nearest
-    monkeypatch.setattr(
-        starting,
-        "_nearest",
-        lambda pieces, frames: (seen.append((pieces, frames)), real(pieces, frames))[1],
-    )
-    assert torch.equal(start_plans(model, some, shape), plan) and len(seen) == 1 + (40 - 8 + 3) // 4
-    with monkeypatch.context() as patch:
-        patch.setattr(starting, "kmeans", lambda x, k, seed: (seen[0][1][k - 2][2], None))
-        patch.setattr(starting, "POINTS", 256)
-        patch.setattr(starting, "_nearest", lambda pieces, frames: real(pieces, seen[0][1]))
-        assert torch.equal(start_plans(model, some, shape), plan)
+def test_texts_that_k_means_did_not_see_get_the_nearest_centroid(monkeypatch):
+    shape, some = PlanShape((2, 3), (1, 2)), pairs_of(text(40, 8))
+    model, real, seen = tiny_planner(shape=shape), first_plans.kmeans, []
+
+    def spy(x_nD, count, seed):
+        seen.append(len(x_nD))
+        return real(x_nD, count, seed=seed)
+
+    monkeypatch.setattr(first_plans, "TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr(first_plans, "PIECES_PER_ID", 4)
+    monkeypatch.setattr(first_plans, "kmeans", spy)
+    plan = piece_plans(model, some)
+    assert seen == [8] * 4 + [16] * 4, "eight texts, of one piece and of two"
+    for i, one in enumerate(model.plans.types):
+        clusters = [one.weight[shape.of_type(plan, i)[n]] for n in range(40)]
+        assert len(torch.stack(clusters).unique(dim=0)) > 1
 
 
 def test_too_few_texts_use_fewer_ids_or_are_refused():
-    model, y = tiny_planner(shape=SHAPE), text(2, 6)
-    sides = text(2, 3), torch.ones(2, 3, dtype=torch.long)
-    before = [one.weight.clone() for one in model.plans.types]
-    plan = start_plans(model, PairTensors(*sides, y), SHAPE)
+    model, y = tiny_planner(), text(2, 6)
+    before = model.plans.types[1].weight.clone()
+    plan = piece_plans(model, pairs_of(y))
     assert plan[:, 3:5].unique().tolist() == [0, 1, 2, 3], "four pieces, four of five ids"
-    assert torch.equal(model.plans.types[1].weight[4], before[1][4]), "nothing stands for the last"
-    for same in (
-        PairTensors(*sides, y[:1].expand(2, -1)),
-        PairTensors(*(x[:1] for x in (*sides, y))),
-    ):
-        one = PlanShape((4,), (1,))
+    assert torch.equal(model.plans.types[1].weight[4], before[4]), "nothing stands for the last"
+    for same in (y[:1].expand(2, -1), y[:1]):
         with pytest.raises(DataError, match="1 different targets"):
-            start_plans(tiny_planner(shape=one), same, one)
-    with pytest.raises(CheckpointError, match="model's own"):
-        start_plans(model, PairTensors(*sides, y), SMALL)
+            piece_plans(tiny_planner(shape=PlanShape((4,), (1,))), pairs_of(same))

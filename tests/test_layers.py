@@ -19,7 +19,7 @@ ALLOWED = {
     "backbone": {"paths", "storage", "errors"},
     "data": {"paths", "errors"},
     "pairs": {"data", "paths", "errors"},
-    "models": {"concepts", "backbone", "paths", "errors"},
+    "models": {"concepts", "backbone", "pairs", "paths", "errors"},
     "evaluation": {
         "models",
         "concepts",

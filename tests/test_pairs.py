@@ -186,24 +186,6 @@ def test_bytes_of_targets_are_those_of_the_text_without_what_was_cut(tokenizer):
     assert made.rows(torch.tensor([2, 0])).target_bytes_N.tolist() == [2, 4]
 
 
-def test_the_digest_is_of_ids_and_shapes_alone(tokenizer):
-    made, again = (
-        pair_tensors([Pair("abc", "de"), Pair("f", "g")], tokenizer, 8, 8) for _ in range(2)
-    )
-    assert made.digest() == again.digest() and len(made.digest()) == 64
-    others = [
-        pair_tensors(p, tokenizer, 8, 8)
-        for p in (
-            [Pair("f", "g"), Pair("abc", "de")],
-            [Pair("abc", "dx"), Pair("f", "g")],
-            [Pair("abc", "de")],
-        )
-    ]
-    assert len({made.digest(), *(other.digest() for other in others)}) == 4
-    assert made.digest() == made.rows(slice(None)).digest()
-    assert made.rows(torch.tensor([1])).source_NU.tolist() == made.source_NU[1:].tolist()
-
-
 @pytest.mark.parametrize(
     ("given", "lengths", "said"),
     [

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from families import FAMILIES, left_padded, move, text, tiny_base
 from sememe.backbone.split import Spine
 from sememe.concepts.plan import NULL, PlanShape
-from sememe.concepts.signals import SignalReader
 from sememe.errors import CheckpointError, RecipeError
 from sememe.models import MODELS, PlannerConfig, PlannerForCausalLM
+from sememe.models.planner.signals import SignalReader
 
 # Rows of other lengths, and a cache, make sums go another way: 4e-6 seen; one wrong mask entry or
 # position gives > 1e-2.
@@ -78,6 +78,17 @@ def sources() -> tuple[torch.Tensor, torch.Tensor]:
     return left_padded([text(1, n, seed=n) for n in (3, 9, 1)])
 
 
+def log_prob(model, u: torch.Tensor, mask: torch.Tensor | None, plan: torch.Tensor) -> torch.Tensor:
+    """(B,) log p(z | u) without a cache, from the logits of one pass."""
+    shape, total = model.plans.shape, 0.0
+    for i, logits in enumerate(model.plan_logits(u, mask, plan)):
+        log_p = torch.nn.functional.pad(logits.detach().log_softmax(-1), (0, 1))
+        target = shape.targets(plan, i)
+        target = target.masked_fill(target == -100, log_p.shape[-1] - 1)  # 0 there
+        total = total + log_p.gather(2, target.unsqueeze(-1)).sum((1, 2))
+    return total
+
+
 # ---- plans as tensors ----
 
 
@@ -123,7 +134,7 @@ def test_wrong_plans_are_refused(slot, value, said):
     for use in (
         lambda: model.write(plan, 2),
         lambda: model.executor_logits(plan, text(1, 3)),
-        lambda: model.plan_log_prob(text(1, 3), None, plan),
+        lambda: log_prob(model, text(1, 3), None, plan),
         lambda: model(text(1, 3), plan_ids=plan),
     ):
         with pytest.raises(CheckpointError, match=said):
@@ -247,12 +258,12 @@ def test_a_row_is_what_it_is_alone(family):
     y[1, 3:] = -100
     assert SHAPE.counts(plan).unique(dim=0).shape[0] > 1
     with torch.no_grad():
-        together = model.plan_log_prob(u, mask, plan), model.target_log_prob(plan, y)
+        together = log_prob(model, u, mask, plan), model.target_log_prob(plan, y)
         for i in range(3):
             alone = u[i : i + 1, mask[i] > 0]
             row = plan[i : i + 1]
             torch.testing.assert_close(
-                together[0][i : i + 1], model.plan_log_prob(alone, None, row), **CLOSE
+                together[0][i : i + 1], log_prob(model, alone, None, row), **CLOSE
             )
             torch.testing.assert_close(
                 together[1][i : i + 1],
@@ -260,7 +271,7 @@ def test_a_row_is_what_it_is_alone(family):
                 **CLOSE,
             )
     pads = torch.where(mask > 0, u, 5)
-    assert torch.equal(together[0], model.plan_log_prob(pads, mask, plan).detach()), (
+    assert torch.equal(together[0], log_prob(model, pads, mask, plan).detach()), (
         "padding is padding, whatever id it has"
     )
 
@@ -269,15 +280,15 @@ def test_padding_may_stand_on_either_side_and_long_sources_keep_their_end():
     model, plan = tiny_planner(plan_max_source=4), plans(2)
     u = text(2, 9)
     with torch.no_grad():
-        want = model.plan_log_prob(u[:, 5:], None, plan)
-        assert torch.equal(model.plan_log_prob(u, None, plan), want)
+        want = log_prob(model, u[:, 5:], None, plan)
+        assert torch.equal(log_prob(model, u, None, plan), want)
         right, mask = (
             torch.nn.functional.pad(u[:, 5:], (0, 3)),
             torch.tensor([[1] * 4 + [0] * 3] * 2),
         )
-        torch.testing.assert_close(model.plan_log_prob(right, mask, plan), want, **CLOSE)
-        nothing = model.plan_log_prob(u, torch.zeros_like(u), plan)
-        torch.testing.assert_close(nothing, model.plan_log_prob(u[:, :0], None, plan), **CLOSE)
+        torch.testing.assert_close(log_prob(model, right, mask, plan), want, **CLOSE)
+        nothing = log_prob(model, u, torch.zeros_like(u), plan)
+        torch.testing.assert_close(nothing, log_prob(model, u[:, :0], None, plan), **CLOSE)
 
 
 # ---- cached = parallel ----
@@ -292,7 +303,7 @@ def test_padding_may_stand_on_either_side_and_long_sources_keep_their_end():
 )
 def test_planning_with_a_cache_is_planning_without(family, parallel, attention):
     model, (u, mask) = tiny_planner(family, attention, parallel=parallel), sources()
-    read = model.read_source(u, mask)
+    context = model.encode_source(u, mask)
     for options in (
         {"do_sample": True, "generator": torch.Generator().manual_seed(3)},
         {"num_beams": 4},
@@ -302,12 +313,12 @@ def test_planning_with_a_cache_is_planning_without(family, parallel, attention):
             plan.shape == (3, 4, 9) and len(SHAPE.counts(plan.flatten(0, 1)).unique(dim=0)) > 2
         ), "plans of many lengths"
         each = (x.repeat_interleave(4, 0) for x in (u, mask))
-        want = model.plan_log_prob(*each, plan.flatten(0, 1)).view(3, 4).detach()
+        want = log_prob(model, *each, plan.flatten(0, 1)).view(3, 4).detach()
         torch.testing.assert_close(score, want, **CLOSE)
-        shared = model.plan_log_prob(None, None, plan.flatten(0, 1), read=read).view(3, 4).detach()
+        shared = model.plan_log_prob(plan.flatten(0, 1), context).view(3, 4).detach()
         torch.testing.assert_close(shared, want, **CLOSE)
         assert torch.equal(
-            model.plan_log_prob(None, None, plan.flatten(0, 1), read=read).view(3, 4).detach(),
+            model.plan_log_prob(plan.flatten(0, 1), context).view(3, 4).detach(),
             shared,
         )
 
@@ -368,7 +379,7 @@ def test_greedy_plans_are_those_of_the_specification(family, multi_token, parall
     plan, score = model.plan(u, mask)
     want = torch.cat([greedy(model, u[i : i + 1, mask[i] > 0]) for i in range(3)])
     assert torch.equal(plan[:, 0], want)
-    torch.testing.assert_close(score[:, 0], model.plan_log_prob(u, mask, want).detach(), **CLOSE)
+    torch.testing.assert_close(score[:, 0], log_prob(model, u, mask, want).detach(), **CLOSE)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -401,9 +412,9 @@ def test_probes_are_seen_by_nobody_else(parallel):
 def test_search_against_all_plans_there_are(parallel):
     model, everything = tiny_planner(shape=SEARCHED, parallel=parallel), every_plan(SEARCHED)
     u, mask = left_padded([text(1, 4), text(1, 2, seed=1)])
-    read = model.read_source(u, mask)
+    context = model.encode_source(u, mask)
     with torch.no_grad():
-        score = model.plan_log_prob(None, None, everything.repeat(2, 1), read=read).view(2, -1)
+        score = model.plan_log_prob(everything.repeat(2, 1), context).view(2, -1)
     torch.testing.assert_close(score.exp().sum(1), torch.ones(2), atol=1e-5, rtol=0)
     best, order = score.sort(dim=1, descending=True)
     found, said = model.plan(u, mask, num_beams=len(everything), num_return=len(everything))
@@ -422,9 +433,7 @@ def test_search_against_all_plans_there_are(parallel):
     assert (narrow <= best[:, 0] + 1e-5).all() and (
         narrow >= model.plan(u, mask)[1][:, 0] - 1e-5
     ).all()
-    torch.testing.assert_close(
-        model.plan(u, mask, read=read)[1], model.plan(u, mask)[1], atol=0, rtol=0
-    )
+    torch.testing.assert_close(model.search(context)[1], model.plan(u, mask)[1], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -438,7 +447,7 @@ def test_samples_come_as_often_as_the_model_says(parallel):
         u, None, do_sample=True, num_return=1000, generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
-        p = model.plan_log_prob(None, None, everything, read=model.read_source(u)).exp()
+        p = model.plan_log_prob(everything, model.encode_source(u)).exp()
     often = (drawn[0][:, None] == everything).all(-1).float().mean(0)
     assert ((often - p).abs() < 4.5 * ((p + 1e-3) / 1000).sqrt()).all(), (
         "4.5 deviations; what is rare counts as one"
@@ -561,20 +570,18 @@ def test_losses_are_the_sums_they_say_and_each_adapter_is_its_own():
         out, count = model(u, plan_ids=plan, labels=y), int((y >= 0).sum())
         concepts = sum((SHAPE.targets(plan, i) != -100).sum() for i in range(3))
         torch.testing.assert_close(out.target_nll, -model.target_log_prob(plan, y).sum() / count)
-        torch.testing.assert_close(
-            out.plan_nll, -model.plan_log_prob(u, None, plan).sum() / concepts
-        )
+        torch.testing.assert_close(out.plan_nll, -log_prob(model, u, None, plan).sum() / concepts)
         torch.testing.assert_close(out.loss, out.target_nll + 0.5 * out.plan_nll)
         torch.testing.assert_close(
             model(u, plan_ids=plan, labels=y, num_items_in_batch=2 * count).loss, out.loss / 2
         )
         torch.testing.assert_close(model(u, plan_ids=plan).loss, out.plan_nll)
         assert torch.equal(model(u, labels=y).plan_ids, model.plan(u)[0][:, 0])
-        before = model.plan_log_prob(u, None, plan), model.target_log_prob(plan, y)
+        before = log_prob(model, u, None, plan), model.target_log_prob(plan, y)
         for n, p in model.named_parameters():
             if ".executor." in n:
                 p.mul_(3)
-        assert torch.equal(model.plan_log_prob(u, None, plan), before[0])
+        assert torch.equal(log_prob(model, u, None, plan), before[0])
         assert not torch.equal(model.target_log_prob(plan, y), before[1])
 
 
@@ -645,7 +652,7 @@ def test_the_planners_loss_is_settled_with_the_same_gradients_and_keeps_nothing(
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, count
 
     found, count = gradients()
-    monkeypatch.setattr("sememe.models.planner.settled", lambda loss, parameters: loss)
+    monkeypatch.setattr("sememe.models.planner.model.settled", lambda loss, parameters: loss)
     plain, more = gradients()
     assert found.keys() == plain.keys()
     for name, gradient in plain.items():

@@ -3,6 +3,7 @@ stages, the control's pairs."""
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,18 @@ from safetensors.torch import load_file
 
 from conftest import byte_tokenizer, ctrl_c, metrics, run, sememe
 from plan_runs import SAID, planner_recipe, write_pairs
-from sememe.concepts.plan import NULL
 from sememe.backbone.bases import load_tokenizer, resolve
-from sememe.errors import DataError, Interrupted, RecipeError
+from sememe.concepts.plan import NULL
+from sememe.errors import CheckpointError, DataError, Interrupted, RecipeError
 from sememe.evaluation.plans import joined_nll
 from sememe.models.loading import load_model
+from sememe.models.planner.proposers import PROPOSERS
 from sememe.pairs import IGNORED
 from sememe.systems import SYSTEMS
-from sememe.training import plan_recipe, search
+from sememe.training import plan_recipe, plans
 from sememe.training.checkpoints import last_checkpoint
-from sememe.training.em.propose import PROPOSERS
-from sememe.training.em.store import Assignments
-from sememe.training.plan_recipe import Curriculum, Em
+from sememe.training.plan_recipe import Curriculum
+from sememe.training.plans import PLANS
 from sememe.training.recipe import Recipe, check_recipe
 from sememe.training.trainer import ConceptTrainer
 
@@ -36,12 +37,6 @@ def pairs_of(values: dict):
     recipe = check_recipe(values, "test")
     folder, system = resolve(recipe.base), SYSTEMS[recipe.system]
     return system.batches(recipe, load_tokenizer(folder), folder, lambda line: None).examples
-
-
-def store_of(values: dict, folder) -> Assignments:
-    examples = pairs_of(values)
-    shape = load_model(folder.parent)[0].config.plan_shape
-    return Assignments.open(folder, shape, len(examples.pairs), examples.pairs.digest())
 
 
 @pytest.mark.parametrize(
@@ -64,7 +59,6 @@ def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path, changes)
     """With dropout, sampling and an E-step on either side of the stop."""
     values = values | changes
     if values["plan"].get("begins") == "words":
-        values["em"] |= {"adaptive": True}
         file = Path(values["data"]["train"])
         said = {
             "the cat sat on a mat": "a cat sat",
@@ -79,35 +73,34 @@ def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path, changes)
     whole = run(values, tmp_path / "whole")
     with ctrl_c(5), pytest.raises(Interrupted, match="stopped at step 5 of 8"):
         run(values, tmp_path / "parts")
-    with (tmp_path / "parts" / "assignments" / "plans.bin").open("r+b") as file:
-        file.write(
-            b"\1" * 16
-        )  # steps behind the checkpoint, or a crash: what counts is the checkpoint's
     parts = run(values, tmp_path / "parts")
     for key in ("loss", "target_nll", "plan_nll", "em_score", "em_flips", "heldout_nll", "tokens"):
         assert [x.get(key) for x in parts] == [x.get(key) for x in whole], key
     assert all(
         ("signal_nll" in x) == ("signals" in values["plan"]) for x in whole if "target_nll" in x
     )
-    count = sum("em_score" in x for x in whole)
-    assert count > 2 if values["em"].get("adaptive") else count == 2, "at steps 4 and 6, or sooner"
+    assert sum("em_score" in x for x in whole) == 2, "at steps 4 and 6"
     a, b = (
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
     )
     assert all(torch.equal(a[key], b[key]) for key in a)
-    stores = [store_of(values, tmp_path / name / "assignments") for name in ("whole", "parts")]
-    index = torch.arange(stores[0].examples)
-    assert (
-        torch.equal(stores[0].read(index), stores[1].read(index))
-        and stores[0].version == stores[1].version == count
-    )
-    assert torch.equal(stores[0].scores(index).nan_to_num(), stores[1].scores(index).nan_to_num())
-    folder = tmp_path / "parts" / "checkpoints" / "checkpoint-8"
-    with (folder / "assignments" / "plans.bin").open("r+b") as file:
-        file.write(b"\x63")
-    assert last_checkpoint(folder.parent, clean=False).name != folder.name, (
-        "they are under its seal"
-    )
+    last = [tmp_path / name / "checkpoints" / "checkpoint-8" for name in ("whole", "parts")]
+    z = [load_file(folder / PLANS)["plans"] for folder in last]
+    assert torch.equal(*z) and z[0].dtype == torch.int32 and len(z[0]) == 20
+    (last[1] / PLANS).write_bytes((last[1] / PLANS).read_bytes()[:-1] + b"\x63")
+    assert last_checkpoint(last[1].parent, clean=False).name != last[1].name, "under its seal"
+
+
+def test_runs_of_earlier_versions_are_refused_in_one_sentence(values, tmp_path):
+    with ctrl_c(5), pytest.raises(Interrupted):
+        run(values, tmp_path / "r")
+    for folder in (tmp_path / "r" / "checkpoints").iterdir():
+        os.remove(folder / PLANS)
+        hashes = json.loads((folder / "seal.json").read_text())
+        del hashes[PLANS]
+        (folder / "seal.json").write_text(json.dumps(hashes))
+    with pytest.raises(CheckpointError, match=r"kept plans in assignments/.*try: another --out"):
+        run(values, tmp_path / "r")
 
 
 def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
@@ -115,26 +108,20 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     come next."""
     seen, weights = [], []
 
-    class Fake:
-        def __init__(self, **said):
-            self.said = said
+    def fake(self, model, pairs, plan_NP, index_n, generator, tick):
+        draw = int(torch.randint(2**31, (), generator=generator))
+        seen.append((index_n.tolist(), draw, self))
+        return {"em_flips": 0.0}
 
-        def run(self, model, pairs, store, index_N, generator, tick):
-            seen.append(
-                (index_N.tolist(), int(torch.randint(2**31, (), generator=generator)), self.said)
-            )
-            store.finish_step()
-            return {"em_flips": 0.0}
+    real = plans.HardEM.on_step_begin
 
-    real = search.stage
-
-    def spy(model, recipe, warm):
-        real(model, recipe, warm)
+    def spy(self, args, state, control, model=None, **kwargs):
+        real(self, args, state, control, model=model, **kwargs)
         now = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        weights.append((model.config.plan_weight, now))
+        weights.append((model.dial.plan_weight, now))
 
-    monkeypatch.setattr(search, "EStep", Fake)
-    monkeypatch.setattr(search, "stage", spy)
+    monkeypatch.setattr(plans.EStep, "run", fake)
+    monkeypatch.setattr(plans.HardEM, "on_step_begin", spy)
     values["em"]["examples"] = 3
     run(values, tmp_path / "r")
     order = pairs_of(values).order_n.tolist()
@@ -142,11 +129,7 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
         list(dict.fromkeys(order[start : start + 8]))[:3] for start in (16, 24)
     ]
     assert seen[0][1] != seen[1][1]
-    assert seen[0][2] == {
-        "proposers": {"beam": 2, "sample": 1, "edit": 2},
-        "batch": 16,
-        "price": 1.0,
-    }
+    assert seen[0][2] == plans.EStep({"beam": 2, "sample": 1, "edit": 2}, 16, 1.0)
     assert [x for x, _ in weights] == [0.0, 0.0, *[1.0] * 6]
     before, warm, later = (weights[step][1] for step in (0, 2, 4))
     planner = [n for n in before if ".planner." in n]
@@ -154,35 +137,6 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     assert not all(torch.equal(warm[n], later[n]) for n in planner)
     assert not all(torch.equal(before[n], warm[n]) for n in before if ".executor." in n)
     assert load_model(tmp_path / "r")[0].config.plan_weight == 1.0
-
-
-def test_an_adaptive_interval_follows_the_flips():
-    em = Em(every=8, adaptive=True)
-    assert [em.interval(8, flips) for flips in (0.9, 0.5, 0.3, 0.2, 0.1, None)] == [
-        4,
-        8,
-        8,
-        8,
-        16,
-        8,
-    ]
-    assert em.interval(2, 1.0) == 2 and em.interval(32, 0.0) == 32, "a quarter, and four times"
-    assert Em(every=1, adaptive=True).interval(1, 1.0) == 1
-    assert Em(every=8).interval(8, 1.0) == 8
-
-
-@pytest.mark.parametrize(("flips", "starts"), [(0.0, [4]), (1.0, [4, 5, 6, 7])])
-def test_e_steps_come_when_the_interval_says(values, tmp_path, monkeypatch, flips, starts):
-    monkeypatch.setattr(
-        search.EStep,
-        "run",
-        lambda self, model, pairs, store, *rest: store.finish_step() or {"em_flips": flips},
-    )
-    values["em"] |= {"adaptive": True}
-    whole = run(values, tmp_path / "r")
-    assert [x["step"] - 1 for x in whole if "em_flips" in x] == starts
-    run(values | {"em": values["em"] | {"every": 0}}, tmp_path / "never")
-    assert not any("em_flips" in x for x in metrics(tmp_path / "never"))
 
 
 def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_source(

@@ -19,9 +19,9 @@ from sememe.evaluation.plan_files import pair_form
 from sememe.evaluation.plan_signals import plan_states, signal_figures
 from sememe.evaluation.plans import IGNORED, other_plans, plan_figures, planned, target_nll
 from sememe.models.loading import load_model
+from sememe.models.planner.em import best_plans
 from sememe.pairs import Pair, PairTensors, pair_tensors
 from sememe.show_plan import edited
-from sememe.training.posterior import best_plans
 
 SHAPE = PlanShape((4, 6), (1, 2))
 

@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-from sememe.concepts import signals
-from sememe.concepts.signals import (
+from sememe.errors import DataError
+from sememe.models.planner import signals
+from sememe.models.planner.signals import (
     SignalProbe,
     SignalReader,
     auroc,
@@ -16,7 +17,6 @@ from sememe.concepts.signals import (
     key_terms,
     kind_of,
 )
-from sememe.errors import DataError
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def evaluate(
     Right answers of a planner: `sememe evaluate runs/prosqa --data prosqa/heldout.jsonl --answers
     --search 0`"""
     from sememe.evaluation.files import evaluate_files
-    from sememe.training.posterior import best_plans
+    from sememe.models.planner.em import best_plans
 
     dial = numbers(rates, "--rates", "0.25,0.33,0.5,1")
     texts = data or [_heldout(model)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 from dataclasses import dataclass
@@ -84,14 +83,6 @@ class PairTensors:
             tokenizer.decode(row[row != IGNORED], skip_special_tokens=True)
             for row in self.target_NY
         ]
-
-    def digest(self) -> str:
-        """sha256 over shapes and contents: what is stored for these pairs fits no others."""
-        said = hashlib.sha256()
-        for tensor in (self.source_NU, self.source_mask_NU, self.target_NY):
-            said.update(f"{tuple(tensor.shape)};".encode())
-            said.update(tensor.cpu().to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
-        return said.hexdigest()
 
     def cut(self) -> str | None:
         """One sentence on what was cut, if anything was."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, TrainerCallback
 
-from sememe.concepts.signals import SignalReader
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation.plans import pair_figures
@@ -19,12 +18,12 @@ from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig,
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import AdaptedConfig, check_split, sink_id
 from sememe.models.loading import check_length, longest_text
+from sememe.models.planner.signals import SignalReader
 from sememe.training.callbacks import Schedule, calibrating
 from sememe.training.codes import Revive
 from sememe.training.instruments import ConceptMeter, heldout_figures
-from sememe.training.pairing import PairExamples
+from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, saved_plans
 from sememe.training.recipe import Recipe
-from sememe.training.search import PlanMeter, Search, first_plans, stage
 from sememe.training.trainer import Blocks
 
 
@@ -291,7 +290,7 @@ class Planner(System):
     def start(self, run: Run) -> None:
         """Plans of the training pairs that the search begins with."""
         examples = run.batches.examples
-        examples.first_NP = first_plans(
+        examples.plan_NP = first_plans(
             run.recipe, run.model, examples.pairs, run.tokenizer, run.say
         )
 
@@ -299,25 +298,13 @@ class Planner(System):
         return PlanMeter(model.config.plan_shape)
 
     def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
-        return [
-            Search(
-                run.recipe,
-                run.batches.examples,
-                run.model.config.plan_shape,
-                run.folder,
-                run.checkpoint,
-                meter,
-                run.batches.examples.first_NP,
-                run.show,
-            )
-        ]
+        examples = run.batches.examples
+        if run.checkpoint is not None:
+            examples.plan_NP = saved_plans(run.checkpoint)
+        return [HardEM(run.recipe, examples, meter, run.show)]
 
     def heldout(self, model: AdaptedModel, heldout) -> dict[str, float | list]:
         return pair_figures(model, heldout)
-
-    def finish(self, run: Run) -> None:
-        stage(run.model, run.recipe, warm=False)
-        super().finish(run)
 
 
 class Control(System):

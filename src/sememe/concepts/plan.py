@@ -50,6 +50,12 @@ class PlanShape:
             [(self.of_type(plan_BP, i) != NULL).sum(-1) for i in range(self.types)], -1
         )
 
+    def id_counts(self, plan_NP: Tensor) -> list[Tensor]:
+        """(K_i,) how often each id of each type occurs."""
+        types = zip(range(self.types), self.sizes, strict=True)
+        ids = ((self.of_type(plan_NP, i), size) for i, size in types)
+        return [torch.bincount(x[x != NULL], minlength=size).double() for x, size in ids]
+
     def targets(self, plan_BP: Tensor, i: int) -> Tensor:
         """(B, L_i + 1) what is to be predicted at the separator and at each concept of type i: the
         next id, K_i for `<EOS>`, and

@@ -143,7 +143,7 @@ def evaluate_pair_files(
             "data": str(name),
             "control": control,
             "tokens_asked": tokens,
-            **({"budget": list(loaded.budget)} if budget else {}),
+            **({"budget": list(loaded.dial.budget)} if budget else {}),
             **({} if asked is None else {"answers": len(asked.right)}),
         }
         found.append(dict.fromkeys(CONTRACT) | result)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sememe.concepts.signals import SignalProbe, SignalReader
 from sememe.errors import DataError
 from sememe.evaluation.plans import Tick, planned
 from sememe.models.planner import PlannerForCausalLM
+from sememe.models.planner.signals import SignalProbe, SignalReader
 from sememe.pairs import PairTensors
 
 DECAYS = (1e-3, 1e-2, 1e-1, 1.0)  # tried on a fifth of the training pairs

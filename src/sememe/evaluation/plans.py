@@ -18,6 +18,7 @@ from sememe.evaluation.answers import Answers
 from sememe.evaluation.quality import BUCKET, perplexity
 from sememe.models.configuration import sink_id
 from sememe.models.planner import PlannerForCausalLM
+from sememe.models.planner.em import greedy_plans as planned
 from sememe.pairs import IGNORED, PairTensors
 
 KINDS = ("shuffle", "random", "empty")
@@ -40,19 +41,6 @@ def other_plans(plan_NP: Tensor, shape: PlanShape, kind: str, seed: int = 0) -> 
             ids_n = torch.randint(size, ids_n.shape, generator=generator)
         new_NL[old_NL != NULL] = ids_n
     return made
-
-
-@torch.no_grad()
-def planned(
-    model: PlannerForCausalLM, pairs: PairTensors, batch: int = 8, tick: Tick = lambda n: None
-) -> Tensor:
-    """(N, P) the planner's own plans of the sources, greedy, on the host."""
-    found = []
-    for index_B in torch.arange(len(pairs)).split(batch):
-        part = pairs.rows(index_B)
-        found.append(model.plan(part.source_NU, part.source_mask_NU)[0][:, 0].cpu())
-        tick(len(index_B))
-    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -121,7 +109,8 @@ def plan_nats(
     """Mean of −log p(z | u): what telling the plan costs, nats per pair."""
     found = [
         model.plan_log_prob(
-            pairs.source_NU[i_B], pairs.source_mask_NU[i_B], plan_NP[i_B].to(model.device)
+            plan_NP[i_B].to(model.device),
+            model.encode_source(pairs.source_NU[i_B], pairs.source_mask_NU[i_B]),
         ).cpu()
         for i_B in torch.arange(len(pairs)).split(batch)
     ]
@@ -168,10 +157,7 @@ def head_figures(
 def plan_use(plan_NP: Tensor, shape: PlanShape) -> dict[str, list]:
     """Of each type: mean concepts of a plan, ids that occur, and exp of the entropy of their
     distribution (None where none)."""
-    ids = [(x := shape.of_type(plan_NP, i))[x != NULL] for i in range(shape.types)]
-    counts = [
-        torch.bincount(x, minlength=size).double() for x, size in zip(ids, shape.sizes, strict=True)
-    ]
+    counts = shape.id_counts(plan_NP)
     return {
         "plan_lengths": shape.counts(plan_NP).double().mean(0).tolist(),
         "plan_ids_used": [int((x > 0).sum()) for x in counts],

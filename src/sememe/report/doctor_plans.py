@@ -152,7 +152,7 @@ def planner_far(case: Case, limit: dict) -> Finding | None:
         )
     if without - own >= limit["share"] * (without - best):
         return None
-    price = case.value("em.price")
+    price = case.value("em.planner_weight")
     weight = case.value("plan.weight")
     return Finding(
         {"NLL with z*": best, "with the planner's plan": own, "without, or shuffled": without},
@@ -160,7 +160,7 @@ def planner_far(case: Case, limit: dict) -> Finding | None:
         "learns them harder, "
         "or through the executor",
         (
-            f"em.price={2 * price if price else 1.0:g}",
+            f"em.planner_weight={2 * price if price else 1.0:g}",
             f"plan.weight={3 * weight or 1.0:g}",
             "plan.straight_through=true",
         ),

@@ -114,7 +114,6 @@ METRICS: dict[str, tuple[str, str]] = {
     },
     "em_examples": ("count", "pairs searched"),
     "em_seconds": ("time", "time that the search took"),
-    "em_interval": ("count", "steps to the next search"),
     "learning_rate": OF_TRAINING["learning_rate"],
     "grad_norm": OF_TRAINING["grad_norm"],
     "grad_norm_planner": ("", "length of the gradient of the planner's adapter"),

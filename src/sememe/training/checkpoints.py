@@ -22,7 +22,7 @@ PARTS = (
     "rng_state*.pth",
     "training_args.bin",
     "trainer_state.json",
-    "assignments",
+    "plans.safetensors",
     SEAL,
     ".*.tmp",
 )

@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-OFTEN, SELDOM, SPAN = 0.5, 0.2, 4  # of an adaptive interval
-PROPOSERS = ("beam", "diverse", "sample", "edit", "gradient")  # of training/em/propose.py
+PROPOSERS = ("beam", "diverse", "sample", "edit", "gradient")  # of models/planner/proposers.py
 
 
 class Strict(BaseModel):
@@ -67,16 +66,13 @@ class Em(Strict):
     """Steps between E-steps; 0: never."""
     proposers: dict[str, int] = {"beam": 4, "sample": 4, "edit": 8}
     """Candidates that each way of proposing adds, beside the incumbent."""
-    adaptive: bool = False
-    """Halves the interval where an E-step changed more than half of the plans, and doubles it where
-    fewer than a fifth; a quarter of `every` at least, and four times it at most."""
     examples: int = Field(0, ge=0)
     """Pairs of one E-step at most, those first that are trained on next; 0: all that the steps up
     to the next one see."""
     batch: int = Field(8, ge=1)
     """Pairs whose candidates are scored at once."""
-    price: float = Field(1.0, ge=0)
-    """Of a plan's nats in its score log p(y | z) + price · log p(z | u)."""
+    planner_weight: float = Field(1.0, ge=0)
+    """Of the plan's nats in its score log p(y | z) + planner_weight · log p(z | u)."""
     warmup: float = Field(0.1, ge=0, le=1)
     """Share of the run in which the executor and the concepts learn alone."""
     distil: float = Field(0.1, ge=0, le=1)
@@ -110,14 +106,6 @@ class Em(Strict):
     def starts(self, steps: int) -> int:
         """Steps done before the first E-step."""
         return round((self.warmup + self.distil) * steps)
-
-    def interval(self, now: int, flips: float | None) -> int:
-        """Steps to the next E-step, behind one that came `now` steps after the last and changed
-        that share of the plans."""
-        if not self.adaptive or flips is None:
-            return now
-        factor = 0.5 if flips > OFTEN else 2 if flips < SELDOM else 1
-        return max(1, self.every // SPAN, min(self.every * SPAN, int(now * factor)))
 
 
 class Curriculum(Strict):

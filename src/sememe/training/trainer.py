@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 from sememe.backbone.adapters import without_lora
 from sememe.errors import CheckpointError, TrainingError
 from sememe.training.instruments import ConceptMeter
+from sememe.training.plans import PlanMeter
 from sememe.training.recipe import Recipe, ramp
-from sememe.training.search import PlanMeter
 
 
 def cosine(step: int, steps: int) -> float:

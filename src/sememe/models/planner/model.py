@@ -9,6 +9,7 @@ of its own. Positions start again at each type: its separator stands at 0 and it
 Slots behind a type's end are seen by nobody. Suffixes as in `concepts/plan.py`; U source tokens · S
 = 1 + U with the BOS · Y text tokens · n columns of one pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,11 @@ from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Spine
 from sememe.concepts.masks import Lane, allow, segment_mask
 from sememe.concepts.plan import NULL, PlanCodes, straight_through
-from sememe.concepts.signals import SignalProbe
 from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PlannerConfig
-from sememe.models.planning import EXECUTOR, PLANNER, Columns, Planning, SourceRead
+from sememe.models.planner.beam import EXECUTOR, PLANNER, Columns, Planning, SourceContext
+from sememe.models.planner.signals import SignalProbe
 from sememe.models.settling import settled
 
 FRAME_ROWS = 4096  # embeddings that mean and scale are taken from
@@ -47,6 +48,19 @@ class PlannerOutput(CausalLMOutputWithPast):
     signal_nll: Tensor | None = None
 
 
+@dataclass
+class Dial:
+    """What may change while a planner runs; everything else is its configuration's.
+
+    plan_weight: of the plan's own cross entropy in the loss.
+    straight_through: what the executor reads passes its gradient on to the planner.
+    budget: concepts of each type at most, where a call says nothing else."""
+
+    plan_weight: float
+    straight_through: bool
+    budget: tuple[int, ...] | None = None
+
+
 class PlannerForCausalLM(Planning, AdaptedModel):
     """The base with two adapters, and the plan's vocabularies between them."""
 
@@ -63,6 +77,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
     def __init__(self, config: PlannerConfig, backbone=None):
         super().__init__(config, backbone)
         config.check()
+        self.dial = Dial(config.plan_weight, config.straight_through)
         width = config.text_config.hidden_size
         self.plans = PlanCodes(config.plan_shape, width)
         self.probes = (
@@ -180,23 +195,23 @@ class PlannerForCausalLM(Planning, AdaptedModel):
         source_BU,
         source_mask,
         plan_BP: Tensor,
-        read: SourceRead | None = None,
+        context: SourceContext | None = None,
         anchor_BI: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, C, D) states at the plan's columns, and with `anchor` (B, I, m - 1, D) of probes
         behind those places."""
         shape, spine = self.plans.shape, Spine(self.backbone)
         x_BCD = self.plans.columns(self.plans(shape.check(plan_BP)))
-        if read is None:
+        if context is None:
             ids_BS, source, length_B1 = self.source_columns(source_BU.to(self.device), source_mask)
             x_BSD, cache = spine.embed(ids_BS), None
         else:
-            read = read.pick(
-                torch.arange(len(read.length_B1), device=self.device).repeat_interleave(
-                    len(plan_BP) // len(read.length_B1)
+            context = context.pick(
+                torch.arange(len(context.length_B1), device=self.device).repeat_interleave(
+                    len(plan_BP) // len(context.length_B1)
                 )
             )
-            source, length_B1, cache = read.key, read.length_B1, read.cache
+            source, length_B1, cache = context.key, context.length_B1, context.cache
             x_BSD = spine.embed(torch.zeros_like(plan_BP[:, :0]))
         plan = self._plan_columns(
             plan_BP, length_B1, source.position.shape[1], self.config.parallel
@@ -208,7 +223,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
         key = source.then(plan)
         with adapter(self.backbone, PLANNER):
             x_BnD = torch.cat([x_BSD, x_BCD.to(x_BSD.dtype)], 1)
-            h_BnD = self.run(spine, x_BnD, key if read is None else plan, key, cache)[
+            h_BnD = self.run(spine, x_BnD, key if context is None else plan, key, cache)[
                 :, x_BSD.shape[1] :
             ]
         columns = shape.slots + shape.types
@@ -256,25 +271,20 @@ class PlannerForCausalLM(Planning, AdaptedModel):
         source_BU: Tensor | None,
         source_mask: Tensor | None,
         plan_BP: Tensor,
-        read: SourceRead | None = None,
+        context: SourceContext | None = None,
     ) -> list[Tensor]:
         """(B, L_i + 1, K_i + 1) for each type, teacher forced: at its separator and its concepts,
         of what comes next, `<EOS>` last. Behind the end of a type, and behind its last slot, they
         mean nothing: see `PlanShape.targets`.
 
-        With `read`, of b sources, in the place of the source: plans of source 0 first, B / b for
+        With `context`, of b sources, in the place of the source: plans of source 0 first, B / b for
         each."""
-        return self._type_logits(self._planner_states(source_BU, source_mask, plan_BP, read)[0])
+        return self._type_logits(self._planner_states(source_BU, source_mask, plan_BP, context)[0])
 
-    def plan_log_prob(
-        self,
-        source_BU: Tensor | None,
-        source_mask: Tensor | None,
-        plan_BP: Tensor,
-        read: SourceRead | None = None,
-    ) -> Tensor:
-        """(B,) log p(z | u) in nats, with the `<EOS>` of each type that is not full."""
-        logits, shape = self.plan_logits(source_BU, source_mask, plan_BP, read), self.plans.shape
+    def plan_log_prob(self, plan_BP: Tensor, context: SourceContext) -> Tensor:
+        """(B,) log p(z | u) in nats, with the `<EOS>` of each type that is not full. Plans of
+        source 0 first, as many for each source."""
+        logits, shape = self.plan_logits(None, None, plan_BP, context), self.plans.shape
         return -sum(_nll(x, shape.targets(plan_BP, i)).sum(1) for i, x in enumerate(logits))
 
     def separator_states(self, kind_R: Tensor) -> Tensor:
@@ -378,17 +388,18 @@ class PlannerForCausalLM(Planning, AdaptedModel):
     ) -> Tensor:
         """(B,) log p(y | z) in nats, -100 ignored. The logits of a few rows at a time are ever
         there."""
-        h_BYD, spine = (
-            self._executor_states(plan_BP, target_BY, plan_embeddings),
-            Spine(self.backbone),
+        spine = Spine(self.backbone)
+        h_BYD = self._executor_states(plan_BP, target_BY, plan_embeddings)
+        return in_chunks(
+            lambda h_bYD, target_bY: -_nll(spine.logits(h_bYD), target_bY).sum(1),
+            self.rows_at_once(target_BY.shape[1]),
+            h_BYD,
+            target_BY,
         )
-        rows = max(
-            1, LOGITS_AT_ONCE // max(1, target_BY.shape[1] * self.config.text_config.vocab_size)
-        )
-        pairs = zip(h_BYD.split(rows), target_BY.split(rows), strict=True)
-        return -torch.cat(
-            [_nll(spine.logits(h_bYD), target_bY).sum(1) for h_bYD, target_bY in pairs]
-        )
+
+    def rows_at_once(self, tokens: int) -> int:
+        """Texts of so many tokens whose logits fit into memory."""
+        return LOGITS_AT_ONCE // (max(1, tokens) * self.config.text_config.vocab_size)
 
     @can_return_tuple
     def forward(
@@ -410,7 +421,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
             labels: (B, Y) the text, -100 behind its end; None for the plan's part alone.
             signals: of the texts, `SignalReader`'s labels; None to leave them out."""
         self.refuse_unknown(kwargs)
-        config, shape = self.config, self.plans.shape
+        config, dial, shape = self.config, self.dial, self.plans.shape
         if plan_ids is None:
             plan_ids = self.plan(input_ids, attention_mask)[0][:, 0]
         anchor_BI = None
@@ -420,7 +431,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
                 torch.rand(counts_BI.shape, device=counts_BI.device) * (counts_BI + 1)
             ).long()
         with torch.set_grad_enabled(
-            torch.is_grad_enabled() and (config.plan_weight > 0 or config.straight_through)
+            torch.is_grad_enabled() and (dial.plan_weight > 0 or dial.straight_through)
         ):
             h_BCD, probe_BInD = self._planner_states(
                 input_ids, attention_mask, plan_ids, anchor_BI=anchor_BI
@@ -438,7 +449,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
         if (
             self.training
             and labels is not None
-            and not config.straight_through
+            and not dial.straight_through
             and term.requires_grad
         ):
             # The executor has nothing to do with the planner's activations: they do not wait for
@@ -453,7 +464,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
             out.loss = term
             return out
         e_BPD = None
-        if config.straight_through and torch.is_grad_enabled():
+        if dial.straight_through and torch.is_grad_enabled():
             with torch.autocast(h_BCD.device.type, enabled=False):
                 e_BPD = straight_through(
                     self.plan_embeddings(plan_ids), self.plans.soft(logits, config.code_temperature)
@@ -470,7 +481,7 @@ class PlannerForCausalLM(Planning, AdaptedModel):
         out.logits = self.executor_logits(plan_ids, labels, e_BPD)
         nll, own = _nll(out.logits, labels).sum(), (labels != -100).sum().clamp(min=1)
         count = own if kwargs.get("num_items_in_batch") is None else kwargs["num_items_in_batch"]
-        beside = config.plan_weight * term + (
+        beside = dial.plan_weight * term + (
             0 if out.signal_nll is None else config.plan_signals * out.signal_nll
         )
         out.target_nll, out.loss = nll / own, (nll + beside * own) / count
@@ -498,3 +509,9 @@ def _nll(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
     return F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), target_BT.flatten(), reduction="none"
     ).view(target_BT.shape)
+
+
+def in_chunks(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
+    """`function` of a few rows of all tensors at a time, put together."""
+    chunks = zip(*(x.split(max(1, rows)) for x in tensors), strict=True)
+    return torch.cat([function(*chunk) for chunk in chunks])

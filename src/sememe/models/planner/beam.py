@@ -54,19 +54,24 @@ class Columns(NamedTuple):
 
 
 @dataclass
-class SourceRead:
+class SourceContext:
     """A source as the planner has read it, for any number of plans."""
 
     cache: DynamicCache
     key: Columns
     length_B1: Tensor  # with the BOS
 
-    def pick(self, rows: Tensor) -> "SourceRead":
+    def bytes(self) -> int:
+        """Of the cache."""
+        tensors = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
+        return sum(x.element_size() * x.numel() for x in tensors)
+
+    def pick(self, rows: Tensor) -> "SourceContext":
         """The same for these rows, with a cache of its own."""
         cache = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[rows], layer.values[rows], i)
-        return SourceRead(cache, self.key.pick(rows), self.length_B1[rows])
+        return SourceContext(cache, self.key.pick(rows), self.length_B1[rows])
 
 
 @dataclass
@@ -122,7 +127,7 @@ class Search:
     """Hypotheses in the making, n for each of Q problems: R = Q n rows over one cache."""
 
     model: "Planning"
-    read: SourceRead
+    read: SourceContext
     plan_RP: Tensor
     score_Qn: Tensor
     waiting: list[tuple[Tensor, Columns]] = field(
@@ -240,9 +245,6 @@ class Search:
 class Planning:
     """Mixin of the planner: how it is used."""
 
-    budget: tuple[int, ...] | None = None
-    """Concepts of each type at most, where a call says nothing else."""
-
     def limit(self, most: Sequence[int]) -> None:
         """Sets the budget: a number for each type, or one for all. Raises RecipeError for
         others."""
@@ -254,22 +256,29 @@ class Planning:
                 "each of "
                 f"{len(lengths)} types, of at least 0. try: --budget {','.join(map(str, lengths))}"
             )
-        self.budget = tuple(wanted)
+        self.dial.budget = tuple(wanted)
 
-    def read_source(self, source_BU: Tensor, source_mask: Tensor | None = None) -> SourceRead:
+    def encode_source(self, source_BU: Tensor, source_mask: Tensor | None = None) -> SourceContext:
         """The planner's pass over (B, U) sources, once for all plans that are to be searched or
         scored."""
         ids_BS, columns, length_B1 = self.source_columns(source_BU.to(self.device), source_mask)
         spine, cache = Spine(self.backbone), DynamicCache()
         with adapter(self.backbone, PLANNER):
             self.run(spine, spine.embed(ids_BS), columns, columns, cache)
-        return SourceRead(cache, columns, length_B1)
+        return SourceContext(cache, columns, length_B1)
+
+    def plan(
+        self, source_BU: Tensor, source_mask: Tensor | None = None, **search
+    ) -> tuple[Tensor, Tensor]:
+        """Plans of (B, U) sources: see `search`."""
+        with torch.no_grad():
+            context = self.encode_source(source_BU, source_mask)
+        return self.search(context, **search)
 
     @torch.no_grad()
-    def plan(
+    def search(
         self,
-        source_BU: Tensor,
-        source_mask: Tensor | None = None,
+        context: SourceContext,
         *,
         num_beams: int = 1,
         num_return: int = 1,
@@ -279,7 +288,6 @@ class Planning:
         min_length: int | tuple[int, ...] = 0,
         max_length: int | tuple[int, ...] | None = None,
         generator: torch.Generator | None = None,
-        read: SourceRead | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, num_return, P) plans and their (B, num_return) log-probabilities in nats, the best
         first (samples as drawn).
@@ -293,8 +301,7 @@ class Planning:
             do_sample, temperature, generator: draws instead. The log-probabilities are those at
                 temperature 1.
             min_length, max_length: concepts of each type, or one number for all; the budget, where
-                none is set by `limit`. A type is cut to what it can hold.
-            read: what `read_source` made of the source, which is then not read again."""
+                none is set by `limit`. A type is cut to what it can hold."""
         shape, parallel = self.plans.shape, self.config.parallel
         least, most = self._bounds(min_length, max_length)
         if temperature <= 0 or num_beams < 1 or num_return < 1 or diversity < 0:
@@ -310,15 +317,15 @@ class Planning:
             temperature,
             generator,
         )
-        read, count = read or self.read_source(source_BU, source_mask), choice.beams
-        rows, together = len(read.length_B1), shape.types if parallel else 1
+        count = choice.beams
+        rows, together = len(context.length_B1), shape.types if parallel else 1
         index_R = torch.arange(rows, device=self.device).repeat_interleave(together * count)
         score_Qn = torch.zeros(rows * together, count, device=self.device)
         if not choice.alone:
             score_Qn[:, 1:] = -torch.inf  # all start alike; one is enough
         search = Search(
             self,
-            read.pick(index_R),
+            context.pick(index_R),
             torch.full((len(index_R), shape.slots), NULL, device=self.device),
             score_Qn,
         )
@@ -346,7 +353,7 @@ class Planning:
             choice.alone or count == 1
         ):  # chosen from what was known some concepts earlier
             flat_RP = plan_BnP.flatten(0, 1)
-            score_Bn = self.plan_log_prob(None, None, flat_RP, read=read).view(rows, count)
+            score_Bn = self.plan_log_prob(flat_RP, context).view(rows, count)
         if not do_sample:
             score_Bn, order_Bn = score_Bn.sort(dim=1, descending=True, stable=True)
             plan_BnP = plan_BnP.gather(1, order_Bn.unsqueeze(-1).expand_as(plan_BnP))
@@ -357,7 +364,7 @@ class Planning:
 
     def _bounds(self, least, most) -> tuple[list[int], list[int]]:
         shape = self.plans.shape
-        most = (self.budget or shape.lengths) if most is None else most
+        most = (self.dial.budget or shape.lengths) if most is None else most
         least, most = ([x] * shape.types if isinstance(x, int) else list(x) for x in (least, most))
         fits = len(least) == len(most) == shape.types
         if fits:
