@@ -92,7 +92,6 @@ def tiny_recipe(base_folder: Path, texts: tuple[Path, Path]) -> dict:
         "heldout_tokens": 64,
         "save_every": 4,
         "calibration_tokens": 256,
-        "schedule": {"rate": [0.0, 0.1]},
     }
 
 

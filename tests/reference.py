@@ -42,7 +42,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
     unquantised)."""
     config, spine = model.config, model.spine
     shallow, middle, _ = config.split
-    threshold, gain = model.gate.threshold(config.rate)
+    threshold, gain = model.gate.threshold(model.dial.rate)
 
     def run(first: int, last: int, states: list[Tensor], positions: list[int]) -> list[Tensor]:
         h, position_ids = torch.stack(states)[None], torch.tensor(positions)[None]
@@ -67,7 +67,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
     scores = [model.gate.boundary.score(model.head, x[t], x[max(t - 1, 0)]) for t in everything]
     written = naive_decisions(
         [float(s) for s in scores],
-        config.rate,
+        model.dial.rate,
         config.max_tail,
         threshold,
         gain,
@@ -89,7 +89,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
                 words[t] = torch.cat([spine.embed(ids_T[t]), spine.embed(ids_T[begin:t]).mean(0)])
     ids, concepts = [], []
     for t in everything:
-        if not written[t] or t == 0 or config.quantise == 0:
+        if not written[t] or t == 0 or model.dial.quantise == 0:
             ids.append(-2 if written[t] else -1)
             concepts.append(read[t])
             continue
@@ -98,11 +98,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
         )  # what the token itself tells
         left, written_id = model.codes.normalise(read[t]) - code, 0
         for g in range(config.codes_per_concept):
-            table = (
-                model.codes.weight[g]
-                if model.codes.map is None
-                else model.codes.weight[g] @ model.codes.map
-            )
+            table = model.codes.weight[g]
             logits = model.head.code_logits(left, table, g)
             digit = int(logits.argmax())
             soft = (logits / config.code_temperature).softmax(-1) @ table
@@ -113,7 +109,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             written_id += digit * config.num_concepts**g
         ids.append(written_id)
         concepts.append(
-            read[t] + config.quantise * (model.codes.mean + model.codes.scale * code - read[t])
+            read[t] + model.dial.quantise * (model.codes.mean + model.codes.scale * code - read[t])
         )
 
     out = []
@@ -123,14 +119,14 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
         known = {
             j: None if j == 0 else state for j, state in zip(z, c, strict=True)
         }  # the sink says nothing
-        if model.training and config.rate < 1 and config.boundary == "null":
+        if model.training and model.dial.rate < 1 and config.boundary == "null":
             for k, j in enumerate(z[1:], 1):
                 p = torch.sigmoid(scores[j] - threshold)
                 c[k] = (
                     c[k]
                     + (p - p.detach()) * (c[k] - tail_state(model, h[j], known[z[k - 1]])).detach()
                 )
-        tail = list(range(z[-1] + (0 if config.overlap and config.rate < 1 else 1), t + 1))
+        tail = list(range(z[-1] + 1, t + 1))
         d = run(
             shallow + middle,
             sum(config.split),

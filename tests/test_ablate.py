@@ -216,7 +216,7 @@ def test_a_model_that_carries_states_has_nothing_to_ablate():
 def test_the_dial_holds_its_rates_and_is_put_back():
     model, ids = tiny_online(), text(4, 64)
     rows = dial(model, ids, (0.2, 0.4, 0.75, 1.0), control_nll=1.0)
-    assert model.config.rate == 0.4
+    assert model.dial.rate == 0.4
     assert rows[1]["nll"] == evaluate(model, byte_tokenizer(), blocks_of(ids), samples=0)["nll"]
     for row in rows:
         # The weak feedback of these models lets rows of 64 tokens end 6 % off; a dial that does

@@ -269,7 +269,7 @@ def test_lengths_that_reach_the_end_are_one():
 def test_the_rate_is_realised(trained, asked):
     """Free running, at the rate that lengths are for and at another one, texts of 48 tokens."""
     model = segmented(rate=trained, max_tail=16)
-    model.config.rate = asked
+    model.dial.rate = asked
     ids = text(24, 48, seed=9)
     with torch.no_grad():
         written = model(ids).concept_ids >= 0
@@ -377,8 +377,6 @@ def test_training_resumes_where_it_stopped(recipe_values, tmp_path):
         ({"system": "online"}, "reads all of a text.*need system: compressor"),
         ({"system": "control"}, "need system: compressor"),
         ({"system": "skip"}, "need system: compressor"),
-        ({"schedule": {"rate": [0.0, 0.1]}}, "need no ramp. try: schedule.rate"),
-        ({"gate_noise": 0.5}, "gate_noise"),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(recipe_values, tmp_path, changes, said):

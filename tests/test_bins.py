@@ -88,7 +88,7 @@ def tiny(boundary: str = "fixed", **changes) -> CompressorForCausalLM:
         ("fixed", {"rate": 0.3, "head": "joint"}),
         ("null", {}),
         ("surprise", {"codes_per_concept": 2, "num_concepts": 64}),
-        ("threshold", {"head": "factored"}),
+        ("threshold", {}),
         ("autoregressive", {}),
     ],
 )

@@ -288,7 +288,7 @@ def test_options_of_loading_that_ask_for_nothing_are_taken(saved):
         variant=None,
         quantization_config=None,
     )
-    assert got.config.rate == 0.25
+    assert got.dial.rate == 0.25
 
 
 def test_options_of_saving_that_would_vanish_are_refused(saved, tmp_path):

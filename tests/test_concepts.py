@@ -102,7 +102,7 @@ def test_gate_realises_the_rate_and_bounds_the_tail(rate):
 
 def test_gate_without_score_is_a_fixed_stride():
     gate, x = RateGate("fixed", 8), torch.randn(2, 33, 8)
-    score = gate.boundary.score(HEADS["factored"](8, 5), x, x.roll(1, 1))
+    score = gate.boundary.score(HEADS["nearest"](8, 5), x, x.roll(1, 1))
     written, _ = gate(score, torch.ones(2, 33, dtype=torch.bool), rate=0.25, max_tail=16)
     assert written[1].nonzero().flatten().tolist() == list(range(0, 33, 4))
 

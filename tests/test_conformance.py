@@ -381,8 +381,8 @@ def test_arguments_of_from_pretrained(folders, kind, tmp_path):
         and not info["unexpected_keys"]
     )
     assert (
-        load(rate=0.7).config.rate
-        == AutoModelForCausalLM.from_pretrained(folders / kind, rate=0.7).config.rate
+        load(rate=0.7).dial.rate
+        == AutoModelForCausalLM.from_pretrained(folders / kind, rate=0.7).dial.rate
         == 0.7
     )
     torch.testing.assert_close(load(attn_implementation="eager")(ids).logits, want, **CLOSE)
@@ -546,9 +546,7 @@ def test_gradient_checkpointing_in_every_way(family, reentrant):
     [
         {},
         {"head": "joint"},
-        {"head": "factored"},
         {"boundary": "threshold"},
-        {"shared_map": True},
     ],
     ids=str,
 )

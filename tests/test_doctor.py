@@ -20,12 +20,9 @@ from sememe.report.doctor import RULES, examine
 from sememe.training.recipe import load_recipe
 
 PLAIN = {
-    "head": "factored",
     "boundary": "null",
     "codes_per_concept": 1,
-    "estimator": "soft",
     "bridge": False,
-    "gate_noise": 0.0,
     "concept_dropout": 0.0,
 }  # whatever a recipe's defaults may be
 SHORT = {"steps": 20, "heldout_every": 5}  # enough for faults that are there from the start
@@ -89,7 +86,7 @@ def clinic(tmp_path_factory, base_folder):
             "save_every": 1000,
             "calibration_tokens": 2048,
             "learning_rate": 1e-2,
-            "schedule": {"rate": [0.0, 0.1], "quantise": [0.1, 0.3]},
+            "schedule": {"quantise": [0.1, 0.3]},
             **settings,
             **changes,
         }
@@ -314,12 +311,7 @@ def test_what_an_older_run_did_not_measure_is_said(healthy, tmp_path):
     recipe = yaml.safe_load((healthy / "recipe.yaml").read_text())
     for key in (
         "distil",
-        "gate_noise",
-        "revive_every",
         "codes_per_concept",
-        "estimator",
-        "usage_weight",
-        "commitment_weight",
     ):
         recipe.pop(key)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -244,7 +244,7 @@ def test_head_figures_are_the_naive_ones(settings):
 
 def test_codes_are_not_measured_before_there_are_any():
     model = tiny_online()
-    model.config.quantise = 0.0
+    model.dial.quantise = 0.0
     assert set(heldout_figures(model, text())) == {
         "heldout_nll",
         "heldout_nll_by_position",
@@ -264,7 +264,7 @@ def test_codes_are_not_measured_before_there_are_any():
 def test_looking_changes_nothing():
     """Weights, gate and random state: else a run with other `heldout_every` would be another
     run."""
-    model = tiny_online(gumbel=1.0, gate_noise=0.5, concept_dropout=0.5)
+    model = tiny_online(gumbel=1.0, concept_dropout=0.5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     heldout_figures(model, text())
@@ -329,7 +329,7 @@ def test_a_run_logs_what_it_measures_and_norms_are_those_before_clipping(
         "steps": 9,
         "log_every": 2,
         "bridge": True,
-        "schedule": {"rate": [0, 0], "quantise": [0, 0.5]},
+        "schedule": {"quantise": [0, 0.5]},
     }
     lines = run(values, tmp_path / "r")
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]

@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, positions, text, tiny_base, tiny_online
 from reference import per_step_logits
 from sememe.backbone.split import self_check
-from sememe.errors import BaseError, RecipeError
+from sememe.errors import BaseError, CheckpointError, RecipeError
 from sememe.models import OnlineConfig, OnlineForCausalLM
 
 # Logits here are of order 10. fp32 rounding through 4 layers was 1e-5 at worst (ragged shapes
@@ -81,14 +81,10 @@ def test_self_check_refuses_what_it_cannot_split():
         },
         {"head": "nearest"},
         {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5},
-        {"shared_map": True},
-        {"head": "nearest", "codes_per_concept": 2, "shared_map": True, "quantise": 0.5},
+        {"head": "nearest", "codes_per_concept": 2, "quantise": 0.5},
         {"shallow_window": 4, "split": (2, 1, 1)},
         {"pool": True, "bridge": True, "quantise": 0.0},
         {"pool": True, "anchor": True, "head": "nearest", "boundary": "fixed"},
-        {"overlap": True},
-        {"overlap": True, "bridge": True, "family": "gemma3_text"},
-        {"overlap": True, "rate": 1.0},
     ],
     ids=str,
 )
@@ -101,7 +97,7 @@ def test_fast_forward_is_the_specification(settings):
         want, want_ids = per_step_logits(model, ids[row])
         torch.testing.assert_close(out.logits[row], want, **CLOSE)
         assert out.concept_ids[row].tolist() == want_ids
-    if model.config.rate < 1 and model.config.boundary != "fixed":
+    if model.dial.rate < 1 and model.config.boundary != "fixed":
         assert len({int((row != -1).sum()) for row in out.concept_ids}) > 1, (
             "rows must be ragged for this to test packing"
         )
@@ -193,13 +189,12 @@ def test_a_window_bounds_the_shallow_cache():
         {"boundary": "threshold", "bridge": True},
         {"boundary": "entropy", "bridge": True, "anchor": True},
         {"codes_per_concept": 3, "num_concepts": 4096},
-        {"head": "nearest", "codes_per_concept": 2, "shared_map": True},
+        {"head": "nearest", "codes_per_concept": 2},
         {"shallow_window": 4, "split": (2, 1, 1)},
         {"shallow_window": 1},
         {"shallow_window": 3, "family": "gemma3_text", "bridge": True},
         {"pool": True, "bridge": True, "anchor": True},
-        {"overlap": True},
-        {"overlap": True, "bridge": True, "boundary": "fixed", "family": "gemma3_text"},
+        {"bridge": True, "boundary": "fixed", "family": "gemma3_text"},
     ],
     ids=str,
 )
@@ -232,13 +227,12 @@ def test_batch_is_singles_and_padding_changes_nothing():
         {"family": "gemma3_text"},
         {"head": "joint"},
         {"bridge": True},
-        {"boundary": "threshold", "bridge": True},
+        {"boundary": "threshold", "bridge": True, "codes_per_concept": 2},
         {"boundary": "entropy"},
         {"boundary": "fixed", "bridge": True, "anchor": True},
         {"head": "nearest", "codes_per_concept": 2},
         {"shallow_window": 4, "split": (2, 1, 1)},
         {"pool": True},
-        {"overlap": True, "bridge": True},
     ],
     ids=str,
 )
@@ -293,10 +287,15 @@ def test_the_first_real_token_is_an_unquantised_concept():
         ({"num_concepts": 1}, "num_concepts = 1"),
         ({"codes_per_concept": 13}, "at most 48 bits"),
         ({"codes_per_concept": 0}, "codes_per_concept = 0"),
-        ({"estimator": "x"}, "estimator = 'x'"),
-        ({"estimator": "identity"}, "try: head=nearest"),
+        ({"head": "factored"}, "need one of joint, nearest"),
     ],
 )
 def test_configurations_that_cannot_run_are_refused(changes, said):
     with pytest.raises(RecipeError, match=said):
         tiny_online(**changes)
+
+
+def test_options_that_are_no_more_load_where_they_did_nothing():
+    assert not hasattr(OnlineConfig(overlap=False, estimator="soft"), "overlap")
+    with pytest.raises(CheckpointError, match=r"overlap = True .* need False, .*try: "):
+        OnlineConfig(overlap=True)

@@ -103,13 +103,13 @@ def test_the_context_is_read_online_and_the_same_tokens_are_predicted(online, id
 def test_both_stand_at_one_rate_behind_the_same_contexts(
     compressor, online, base_folder, ids, monkeypatch
 ):
-    base, own = load_base(base_folder).eval(), online.config.rate
+    base, own = load_base(base_folder).eval(), online.dial.rate
     for rate in (0.3, 0.75):
-        monkeypatch.setattr(compressor.config, "rate", rate)
+        monkeypatch.setattr(compressor.dial, "rate", rate)
         continued = continuation(compressor, base, ids, CONTEXT)
         ticks: list[int] = []
         found = online_cost(online, compressor.bos, ids, continued, tick=ticks.append)
-        assert online.config.rate == own, "the dial is put back"
+        assert online.dial.rate == own, "the dial is put back"
         assert sum(ticks) == ids.numel() and found["predicted"] == continued[
             "predicted"
         ] == 16 * len(ids)
@@ -126,9 +126,9 @@ def test_both_stand_at_one_rate_behind_the_same_contexts(
             ("base", "nothing"),
         ]
         assert all(one in continued["given"] for key, one in given.items() if key[0] != "online")
-        monkeypatch.setattr(online.config, "rate", found["target_rate"])
+        monkeypatch.setattr(online.dial, "rate", found["target_rate"])
         nll, wrote = online_nll(online, compressor.bos, ids, CONTEXT)
-        monkeypatch.setattr(online.config, "rate", own)
+        monkeypatch.setattr(online.dial, "rate", own)
         line = given["online", "its concepts"]
         assert line["nll"] == pytest.approx(float(nll.mean()), rel=1e-5) and line[
             "perplexity"

@@ -33,7 +33,7 @@ def tuned(weights: dict, dials: dict, feedback: float):
     """The model of a draw: built once for the same weights, its dials set."""
     model = built(**weights)
     for name, value in dials.items():
-        setattr(model.config, name, value)
+        setattr(model.dial if hasattr(model.dial, name) else model.config, name, value)
     model.gate.feedback = feedback
     model.config.check()
     return model
@@ -50,7 +50,6 @@ def models(draw):
         ),
         "head": st.sampled_from(list(HEADS)),
         "bridge": st.booleans(),
-        "overlap": st.booleans(),
         "anchor": st.booleans(),
         "codes_per_concept": st.sampled_from([1, 2]),
     }
@@ -167,10 +166,10 @@ def test_the_rate_is_within_what_tail_and_debt_allow(data):
     assert (concepts >= (prefix / (config.max_tail + 1)).ceil()).all(), (
         "one is forced after max_tail tokens without"
     )
-    if config.rate == 1:
+    if model.dial.rate == 1:
         assert all(written)
         return
-    threshold, gain = model.gate.threshold(config.rate)
+    threshold, gain = model.gate.threshold(model.dial.rate)
     h_BTD = model.shallow_states(ids)
     x_BTD = model.codes.normalise(h_BTD)
     scores = (
@@ -191,12 +190,12 @@ def test_the_rate_is_within_what_tail_and_debt_allow(data):
         if pushes
         else (0.0, 0.0)
     )
-    ahead = concepts.double() - config.rate * prefix
+    ahead = concepts.double() - model.dial.rate * prefix
     rounding = 1e-3 * (
         1 + abs(high) + abs(low)
     )  # scores are computed in other shapes here: 1e-5 of them at worst
-    assert float(ahead.max()) <= max(high, 0.0) + 1 - config.rate + rounding
-    assert float(-ahead.min()) <= max(-low, 0.0) + config.rate + rounding
+    assert float(ahead.max()) <= max(high, 0.0) + 1 - model.dial.rate + rounding
+    assert float(-ahead.min()) <= max(-low, 0.0) + model.dial.rate + rounding
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])

@@ -217,7 +217,7 @@ def test_the_curve_has_one_line_a_rate_and_the_dial_is_put_back(model, blocks):
     assert (
         [row["target_rate"] for row in rows] == [0.25, 0.5, 1.0]
         and rows[1] is own
-        and model.config.rate == 0.5
+        and model.dial.rate == 0.5
     )
     costs = [row["bits_per_token"] for row in rows]
     assert costs == sorted(costs) and costs[-1] == 8 and rows[0]["compression_ratio"] > 1.5
@@ -293,7 +293,7 @@ def test_a_text_is_written_again_window_by_window(model, texts):
 def test_continuation_predicts_the_same_tokens_from_each_context(
     model, base_folder, texts, monkeypatch
 ):
-    monkeypatch.setattr(model.config, "rate", 0.25)  # of the 16 tokens about half as many ids
+    monkeypatch.setattr(model.dial, "rate", 0.25)  # of the 16 tokens about half as many ids
     base = load_base(base_folder).eval()
     ids, ticks = token_blocks([texts[1].read_text()], byte_tokenizer(), 24, limit=120), []
     found = continuation(model, base, ids, 16, batch=2, tick=ticks.append)
@@ -553,7 +553,7 @@ def ask(
 
 
 def test_questions_are_asked_of_each_context(model, base_folder, run, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(model.config, "rate", 0.25)
+    monkeypatch.setattr(model.dial, "rate", 0.25)
     (tmp_path / "q.jsonl").write_text(
         f"{ask()}\n\n{ask('the cat ' * 40)}\n{ask(answers=['a dog', 'the cat'])}\n"
     )

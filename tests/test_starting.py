@@ -90,7 +90,7 @@ def test_with_an_anchor_the_codes_say_the_rest():
         model = tiny_online(anchor=anchored, lora_rank=0)
         model.start_frame(ids)
         found = model.start_codes(ids)
-        x = model.code_inputs(other)
+        x = model.unsaid(*model._code_states(other))[0]
         left[anchored] = float(
             (x - quantise(model.codes, model.head, x, soft=False).hard_nD).square().mean()
         )

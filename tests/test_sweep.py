@@ -174,7 +174,6 @@ def test_no_key_that_the_control_reads_is_taken_from_it():
             "sequence_length",
             "batch_size",
             "gradient_accumulation",
-            "schedule.lora",
             "lora.rank",
             "lora.alpha",
             "lora.dropout",
@@ -250,10 +249,6 @@ def test_sweep_trains_measures_and_compares(done):
 
 def test_layer_share_of_a_split():
     assert layer_share(OnlineConfig(split=(4, 22, 4)), 0.25) == pytest.approx((8 + 22 * 0.25) / 30)
-    assert layer_share(OnlineConfig(split=(4, 22, 4), overlap=True), 0.25) == pytest.approx(
-        (4 + 22 * 0.25 + 4 * 1.25) / 30
-    )
-    assert layer_share(OnlineConfig(split=(4, 22, 4), overlap=True), 1.0) == 1.0
 
 
 def test_what_is_finished_is_read(done):

@@ -25,7 +25,7 @@ from sememe.models.loading import (
     load_model,
     load_tokenizer,
     longest_text,
-    set_rate,
+    check_rate,
     tokenizer_folder,
 )
 from sememe.paths import usable
@@ -198,7 +198,7 @@ class Codec:
             model=self.writer,
             num_concepts=config.num_concepts,
             codes_per_concept=config.codes_per_concept,
-            rate=float(config.rate),
+            rate=float(self.model.dial.rate),
             window=window,
             documents=documents,
             sha256=None,
@@ -264,19 +264,19 @@ def ready(
             f"{name} is no compressor: need a run of system: compressor, or its saved model. "
             "try: sememe train RECIPE system=compressor --out runs/compressor"
         )
-    config, training, trained_rate = model.config, model.training, model.config.rate
+    config, training = model.config, model.training
     if tokenizer is None:
         if not config.base:
             raise CheckpointError(
                 f"{name} names no base: need a tokenizer for it. try: tokenizer=…"
             )
         tokenizer = load_tokenizer(tokenizer_folder(Path(config.name_or_path), config, base))
+    rate = model.dial.rate if rate is None else rate
+    check_rate(config, rate, name)
     try:
-        if rate is not None:
-            set_rate(config, rate, name)
-        yield Codec(model.eval(), tokenizer, name)
+        with model.dial.at(rate=rate):
+            yield Codec(model.eval(), tokenizer, name)
     finally:
-        config.rate = trained_rate
         model.train(training)
 
 

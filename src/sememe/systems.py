@@ -20,7 +20,6 @@ from sememe.models.configuration import AdaptedConfig, check_split, sink_id
 from sememe.models.loading import check_length, longest_text
 from sememe.models.planner.signals import SignalReader
 from sememe.training.callbacks import Schedule, calibrating
-from sememe.training.codes import Revive
 from sememe.training.instruments import ConceptMeter, heldout_figures
 from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, saved_plans
 from sememe.training.recipe import Recipe
@@ -64,8 +63,8 @@ class System:
     """Whether the model reads a BOS ahead of each text, which takes one position."""
     shifts_labels = True
     """Whether position t predicts label t + 1, as usual; a planner predicts label 0 as well."""
-    ramps: tuple[str, ...] = ("lora",)
-    """Keys of the schedule that it follows; a run can be made longer once their ramps have ended."""
+    ramps = False
+    """Whether it follows the schedule; a run can be made longer once its ramp has ended."""
     lengthens = True
     """Whether a run can be made longer at all."""
 
@@ -149,7 +148,7 @@ class System:
 class Writing(System):
     """A system whose model writes concepts into running text."""
 
-    ramps = ("rate", "quantise", "lora")
+    ramps = True
 
     def concept_keys(self, recipe: Recipe) -> dict[str, Any]:
         """What the model's configuration takes from the recipe as it is."""
@@ -162,13 +161,8 @@ class Writing(System):
             "code_temperature",
             "gumbel",
             "pool",
-            "gate_noise",
             "concept_dropout",
             "codes_per_concept",
-            "shared_map",
-            "estimator",
-            "usage_weight",
-            "commitment_weight",
         )
         return {key: getattr(recipe, key) for key in keys} | _adapter_keys(recipe)
 
@@ -182,21 +176,15 @@ class Writing(System):
         return ConceptMeter(recipe.num_concepts, recipe.codes_per_concept)
 
     def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
-        callbacks = [Schedule(run.recipe, run.batches.calibration_NT, run.say, run.show)]
-        if run.recipe.revive_every:
-            callbacks.append(Revive(run.recipe, run.batches.examples.ids_NT, run.say))
-        return callbacks
+        return [Schedule(run.recipe, run.batches.calibration_NT, run.say, run.show)]
 
     def state(self, model: AdaptedModel) -> dict[str, float]:
-        return {"target_rate": model.config.rate, "quantise": model.config.quantise}
+        return {"target_rate": model.dial.rate, "quantise": model.dial.quantise}
 
     def finish(self, run: Run) -> None:
         """Also calibrates the gate once more, on training text and the weights as they are saved."""
         model = run.model
-        model.config.rate = run.recipe.rate
-        model.config.quantise = 1.0
-        model.codes.fold()
-        model.config.shared_map = False
+        model.dial.quantise = 1.0
         super().finish(run)
         model.calibrate_gate(run.batches.calibration_NT)
 
@@ -214,7 +202,6 @@ class Online(Writing):
             shallow_window=recipe.shallow_window,
             bridge=recipe.bridge,
             anchor=recipe.anchor,
-            overlap=recipe.overlap,
             lora_first=0 if recipe.lora.shallow else split[0],
             **self.concept_keys(recipe),
         )

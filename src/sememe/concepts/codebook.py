@@ -16,9 +16,6 @@ from sememe.concepts.kmeans import kmeans
 # distances, in units of what a stage leaves of a state. At this sharpness neighbouring codes still
 # get gradient.
 SHARPNESS = 20.0
-MEMORY = (
-    4.0  # concepts per code that `use` looks back on: with all codes used evenly each stands at 4
-)
 
 
 def digits(ids: Tensor, num_concepts: int, codes_per_concept: int) -> Tensor:
@@ -37,25 +34,15 @@ def count_digits(ids_n: Tensor, num_concepts: int, codes_per_concept: int) -> Te
 
 
 class ConceptEmbedding(nn.Module):
-    """G tables of K codes, with the frame (mean, scale) of the states that they stand for.
+    """G tables of K codes, with the frame (mean, scale) of the states that they stand for."""
 
-    Args:
-        shared_map: the codes stay where k-means put them and one learned D × D map moves all of
-            them together, so that codes nobody writes are not left behind (SimVQ, arXiv
-            2411.02038). It starts at identity."""
-
-    def __init__(
-        self, num_concepts: int, width: int, codes_per_concept: int = 1, shared_map: bool = False
-    ):
+    def __init__(self, num_concepts: int, width: int, codes_per_concept: int = 1):
         super().__init__()
-        self.num_concepts, self.codes_per_concept = num_concepts, codes_per_concept
-        self.weight = nn.Parameter(
-            torch.randn(codes_per_concept, num_concepts, width), requires_grad=not shared_map
-        )
-        self.map = nn.Parameter(torch.eye(width)) if shared_map else None
+        self.num_concepts = num_concepts
+        self.codes_per_concept = codes_per_concept
+        self.weight = nn.Parameter(torch.randn(codes_per_concept, num_concepts, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("use", torch.ones(codes_per_concept, num_concepts))
 
     @torch.no_grad()
     def start_frame(self, h_ND: Tensor) -> None:
@@ -73,10 +60,7 @@ class ConceptEmbedding(nn.Module):
 
     def table(self, g: int) -> Tensor:
         """(K, D) fp32 codes of stage g, normalised."""
-        return self._mapped(self.weight[g].float())
-
-    def _mapped(self, x: Tensor) -> Tensor:
-        return x if self.map is None else x @ self.map.float()
+        return self.weight[g].float()
 
     def digits(self, ids: Tensor) -> Tensor:
         """(…,) ids ≥ 0 → (…, G) digits."""
@@ -91,39 +75,8 @@ class ConceptEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(…,) ids → (…, D) fp32 states."""
         digit = self.digits(ids)
-        return self.to_states(
-            sum(
-                self._mapped(self.weight[g, digit[..., g]].float())
-                for g in range(self.codes_per_concept)
-            )
-        )
-
-    @torch.no_grad()
-    def set_rows(self, g: int, rows_n: Tensor, code_nD: Tensor) -> None:
-        """Puts codes of stage g, where the map is now, at (n, D) normalised coordinates."""
-        self.weight[g, rows_n] = (
-            code_nD
-            if self.map is None
-            else torch.linalg.solve(self.map.float(), code_nD, left=False)
-        )
-
-    @torch.no_grad()
-    def count(self, ids_n: Tensor) -> None:
-        """Adds the ids written in a training step, on all ranks, to `use`: counts (G, K) that older
-        ones fade from."""
-        new_GK = count_digits(ids_n, self.num_concepts, self.codes_per_concept)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(new_GK)
-        fade = torch.exp(-new_GK[0].sum() / (MEMORY * self.num_concepts))
-        self.use.mul_(fade).add_(new_GK)
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Takes the map into the codes: the same function, and nothing to multiply with in use."""
-        if self.map is not None:
-            self.weight.copy_(self._mapped(self.weight.float()))
-            self.weight.requires_grad_(True)
-            self.map = None
+        stages = range(self.codes_per_concept)
+        return self.to_states(sum(self.weight[g, digit[..., g]].float() for g in stages))
 
 
 @torch.no_grad()
@@ -140,8 +93,6 @@ def start_from_states(
     Returns the number of states used and the share of their variance that the codes leave, at the
     end and by stage."""
     x_ND = codes.normalise(h_ND)
-    if codes.map is not None:
-        codes.map.copy_(torch.eye(x_ND.shape[1]))
     variance, left_by_stage = x_ND.square().sum(1).mean(), []
     r_ND = x_ND
     for g in range(codes.codes_per_concept):
@@ -151,7 +102,6 @@ def start_from_states(
         left = r_ND.square().sum(1).mean()
         head.start(g, centroid_KD, SHARPNESS / left.clamp(min=1e-6))
         left_by_stage.append(float(left / variance))
-    codes.use.fill_(1.0)
     return {
         "states": float(len(x_ND)),
         "variance_left": left_by_stage[-1],

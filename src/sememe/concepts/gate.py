@@ -79,9 +79,6 @@ class RateGate(nn.Module):
     every setting.
 
     Args:
-        noise: in training, decisions are samples of Bernoulli(sigmoid((score - threshold) /
-            noise)): 1 is the head's own probability, below 1 a sharpened one, 0 the threshold, as
-            in evaluation (ConceptMoE, arXiv 2601.21420).
         momentum: share of a training batch in the tracked quantiles. Scores move while the gate
             learns: at 0.1 the lag halved the realised rate of a fast-learning tiny run
             (docs/log.md).
@@ -93,17 +90,13 @@ class RateGate(nn.Module):
         self,
         boundary: str,
         width: int,
-        noise: float = 0.0,
         momentum: float = 0.5,
         feedback: float = 0.5,
     ):
         super().__init__()
-        self.boundary, self.noise, self.momentum, self.feedback = (
-            BOUNDARIES[boundary](width),
-            noise,
-            momentum,
-            feedback,
-        )
+        self.boundary = BOUNDARIES[boundary](width)
+        self.momentum = momentum
+        self.feedback = feedback
         self.register_buffer("quantiles", torch.linspace(-1, 1, GRID))
 
     @torch.no_grad()
@@ -130,18 +123,7 @@ class RateGate(nn.Module):
     def threshold(self, rate: float) -> tuple[float, float]:
         """(threshold, gain) in units of the score, for a wanted concept rate."""
         quantiles = self.quantiles.float().cpu().numpy()
-        if (
-            self.samples
-        ):  # the scores with their noise must realise the rate too: quantiles of the sum
-            p = (np.arange(64) + 0.5) / 64
-            both = quantiles[:, None] + self.noise * np.log(p / (1 - p))
-            quantiles = np.quantile(both, np.linspace(0, 1, len(quantiles)))
         return self.boundary.threshold(quantiles, rate, self.feedback)
-
-    @property
-    def samples(self) -> bool:
-        """Whether decisions are sampled now."""
-        return self.training and self.noise > 0 and self.boundary.learned
 
     def forward(
         self,
@@ -154,8 +136,6 @@ class RateGate(nn.Module):
     ) -> tuple[Tensor, GateState]:
         """(B, T) bool decisions on the scores' device, and the state to go on from."""
         state = state or GateState.start(score_BT.shape[0])
-        if self.samples:  # logistic noise on the log-odds is a Bernoulli sample
-            score_BT = score_BT + self.noise * torch.logit(torch.rand_like(score_BT), 1e-6)
         score = score_BT.detach().float().cpu().numpy()
         threshold, gain = self.threshold(rate)
         written, state = decide(

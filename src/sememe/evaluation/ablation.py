@@ -80,7 +80,7 @@ def ablation_curve(
         "batch": batch,
         "seeds": seeds,
         "nll": nll,
-        "target_rate": model.config.rate,
+        "target_rate": model.dial.rate,
         "concept_rate": float((concepts_NT != NULL).double().mean()),
         "coded_concepts": coded,
         "drop": drop,

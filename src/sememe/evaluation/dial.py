@@ -1,6 +1,5 @@
 """The dial: one trained model run at other rates than its own, and how well each is held."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from sememe.evaluation.partial import Partial
 from sememe.evaluation.quality import measure
-from sememe.models.loading import set_rate
+from sememe.models.loading import check_rate
 from sememe.models.online import NULL, OnlineForCausalLM
 
 
@@ -16,7 +15,7 @@ def check_rates(model, rates: Sequence[float], name: str) -> None:
     """Raises CheckpointError or RecipeError where `model`, called `name`, cannot run at one of the
     rates."""
     for rate in rates:
-        set_rate(copy.copy(model.config), rate, name)
+        check_rate(model.config, rate, name)
 
 
 def rate_error(realised: float | None, asked: float | None) -> float | None:
@@ -36,24 +35,21 @@ def dial(
 ) -> list[dict[str, Any]]:
     """NLL and realised rate on (N, T) blocks at each of the rates. The model's own rate is put back
     afterwards."""
-    rows, own = [], model.config.rate
-    try:
-        for rate in rates:
-            model.config.rate = rate
-            name = f"rate {rate}"
+    rows = []
+    for rate in rates:
+        name = f"rate {rate}"
+        with model.dial.at(rate=rate):
             nll_NT, concepts_NT = measure(
                 {name: (model, None)}, ids_NT, batch, tick, partial or Partial(), prefix=prefix
             )[name]
-            nll, realised = float(nll_NT.mean()), float((concepts_NT != NULL).float().mean())
-            rows.append(
-                {
-                    "target_rate": rate,
-                    "concept_rate": realised,
-                    "rate_error_percent": rate_error(realised, rate),
-                    "nll": nll,
-                    "delta_nll_control": None if control_nll is None else nll - control_nll,
-                }
-            )
-    finally:
-        model.config.rate = own
+        nll, realised = float(nll_NT.mean()), float((concepts_NT != NULL).float().mean())
+        rows.append(
+            {
+                "target_rate": rate,
+                "concept_rate": realised,
+                "rate_error_percent": rate_error(realised, rate),
+                "nll": nll,
+                "delta_nll_control": None if control_nll is None else nll - control_nll,
+            }
+        )
     return rows

@@ -207,7 +207,7 @@ def benchmark_files(
         "device": str(loaded.device),
         "prompts": "text" if data or recipe else "random tokens",
         "model_folder": str(folder),
-        "target_rate": loaded.config.rate,
+        "target_rate": loaded.dial.rate,
     }
     partial = partial_of(model, "benchmark.json", texts=[ids_BT], training=training, **settings)
     groups = 3 if training and loaded.config.base else 2

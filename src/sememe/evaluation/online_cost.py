@@ -50,7 +50,7 @@ def load_online(
             "need the same "
             f"base for both. try: an online model over {compressor.config.base}, not merged"
         )
-    least, rate = least_rate(config), compressor.config.rate
+    least, rate = least_rate(config), compressor.dial.rate
     if rate < least - 1e-9:
         raise CheckpointError(
             f"{model} writes {rate:g} concepts per token, --online {name} at least {least:.3g} "
@@ -112,13 +112,10 @@ def online_cost(
     """The online model beside the lines of `continuation`, on the same (N, T) blocks. Its dial
     stands at the rate that the compressor realised on these contexts, and is put back
     afterwards."""
-    config, context, asked = online.config, continued["context"], online.config.rate
-    config.rate = min(1.0, max(continued["concept_rate"], least_rate(config)))
-    try:
+    config, context = online.config, continued["context"]
+    target = min(1.0, max(continued["concept_rate"], least_rate(config)))
+    with online.dial.at(rate=target):
         nll_Nn, wrote_Nc = online_nll(online, bos, ids_NT, context, batch, tick)
-        target = config.rate
-    finally:
-        config.rate = asked
     lines = {(one["reader"], one["given"]): one for one in continued["given"]}
     whole, codes, nothing = (lines[key] for key in BESIDE)
     nll, rate = float(nll_Nn.mean()), float(wrote_Nc.double().mean())

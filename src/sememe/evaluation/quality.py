@@ -103,13 +103,11 @@ def measure(
 
 def layer_share(config, rate: float | None = None) -> float:
     """Layer applications per token over the base's: (S + M · rate + D) / (S + M + D), at the
-    *realised* rate of an online model; with overlap D · (1 + rate). Skipping the middle is rate 0;
+    *realised* rate of an online model. Skipping the middle is rate 0;
     the control and a plain base run every layer: 1."""
     if isinstance(config, OnlineConfig):
         shallow, middle, deep = config.split
-        return (shallow + middle * rate + deep * config.deep_entries(rate)) / (
-            shallow + middle + deep
-        )
+        return (shallow + middle * rate + deep) / sum(config.split)
     if isinstance(config, CompressorConfig):  # read once by one adapter, written once by the other
         layers = config.text_config.num_hidden_layers
         rate = config.rate if rate is None else rate

@@ -42,8 +42,8 @@ def reconstruct(
     cost = price(concepts, ids_NT.numel(), config.num_concepts, config.codes_per_concept)
     return (
         {
-            "target_rate": config.rate,
-            "rate_error_percent": rate_error(cost["concept_rate"], config.rate),
+            "target_rate": model.dial.rate,
+            "rate_error_percent": rate_error(cost["concept_rate"], model.dial.rate),
             **scores(ids_NT.tolist(), rebuilt, tokenizer),
             "nll": nll,
             **cost,
@@ -65,15 +65,13 @@ def curve(
 ) -> list[dict[str, Any]]:
     """Figures at each of the rates, in rising order. `own`: those at the model's own rate, which is
     put back afterwards."""
-    rows, rate = [], model.config.rate
-    try:
-        for asked in sorted(set(rates)):
-            model.config.rate = asked
-            rows.append(
-                own if asked == rate else reconstruct(model, tokenizer, ids_NT, batch, tick)[0]
-            )
-    finally:
-        model.config.rate = rate
+    rows = []
+    for rate in sorted(set(rates)):
+        if rate == model.dial.rate:
+            rows.append(own)
+            continue
+        with model.dial.at(rate=rate):
+            rows.append(reconstruct(model, tokenizer, ids_NT, batch, tick)[0])
     return rows
 
 
@@ -159,7 +157,7 @@ def reconstruct_files(
             "other than 0, and a text with room for it. try: more text, or without --online"
         )
     plain = load_base(resolve(base_beside(model, loaded.config, base))).to(loaded.device).eval()
-    points = 1 + len(set(rates) - {loaded.config.rate})
+    points = 1 + len(set(rates) - {loaded.dial.rate})
     passes = going_on.PASSES + (other is not None)
     total = (2 * points + 3) * ids_NT.numel() + (0 if found is None else passes * found[0].numel())
     with tqdm(total=total, desc="reconstruct", unit="token", mininterval=1) as bar:

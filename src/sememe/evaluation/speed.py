@@ -108,7 +108,7 @@ def ceiling_decode(base: nn.Module, config: OnlineConfig, rate: float) -> float:
     )  # its first stage is the score too
     codes = config.num_concepts * config.text_config.hidden_size * at
     bridge = 2 * config.text_config.hidden_size**2 if config.bridge else 0
-    layers = shallow + middle * rate + deep * config.deep_entries(rate)
+    layers = shallow + middle * rate + deep
     return (sum(config.split) * layer + head) / (layers * layer + head + codes + bridge)
 
 

@@ -177,7 +177,7 @@ def benchmark_compressor_files(
         "device": str(loaded.device),
         "prompts": "text" if source_text else "random tokens",
         "model_folder": str(model_folder(model)),
-        "target_rate": loaded.config.rate,
+        "target_rate": loaded.dial.rate,
     }
     partial = partial_of(model, "benchmark.json", texts=[ids_BT], **settings)
     with progress_bar(total=JOBS * (repeats + 1), desc="benchmark", unit="run") as bar:

@@ -331,6 +331,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 f"cannot read {folder / WEIGHTS} ({error}): need a whole safetensors file. try: "
                 "save or train it again"
             ) from error
+        state.pop("codes.use", None)  # counts that releases with revival of codes saved
         want = self.own_state()
         wrong = sorted(set(want) ^ set(state)) + [
             k for k in want if k in state and want[k].shape != state[k].shape

@@ -24,6 +24,7 @@ from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.bins import Confusion, WordBins
 from sememe.concepts.codebook import SHARPNESS, ConceptEmbedding
+from sememe.concepts.dial import Dial
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.gate import RateGate
 from sememe.concepts.head import HEADS
@@ -50,7 +51,7 @@ VOTES = (
 
 @dataclass
 class CompressorOutput(CausalLMOutputWithPast):
-    """`concept_ids` (B, T): the id that each token wrote; NULL -1. `term`: what codes and lengths
+    """`concept_ids` (B, T): the id that each token wrote; NULL -1. `term`: what the lengths
     added to `loss`."""
 
     concept_ids: Tensor | None = None
@@ -72,11 +73,10 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, Adapte
         super().__init__(config, backbone)
         config.check()
         width, lengths = config.text_config.hidden_size, config.max_tail + 1
+        self.dial = Dial(config.rate, config.quantise)
         self.head = HEADS[config.head](width, config.num_concepts, config.codes_per_concept)
-        self.codes = ConceptEmbedding(
-            config.num_concepts, width, config.codes_per_concept, config.shared_map
-        )
-        self.gate = RateGate(config.boundary, width, config.gate_noise)
+        self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept)
+        self.gate = RateGate(config.boundary, width)
         self.foretold = Foretold(width)
         self.reader = SegmentReader(width, lengths)
         self.bins = (
@@ -305,7 +305,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, Adapte
                     x_nD = codes.normalise(h_nD)
                 table_KD[first : first + len(x_nD)] = x_nD
                 first += count
-            codes.set_rows(g, torch.arange(len(table_KD), device=table_KD.device), table_KD)
+            codes.weight[g] = table_KD
             self.head.start(
                 g, table_KD, torch.tensor(SHARPNESS / table_KD.shape[1], device=table_KD.device)
             )
@@ -324,13 +324,13 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, Adapte
         read = self._read(
             None if self.segmenter is not None else self._shallow(spine, h_BSD, step), step
         )
-        e_BCD, ids_BC, term = self._write(read, step, ablation)
+        e_BCD, ids_BC = self._write(read, step, ablation)
         if (
             self.training and self.gate.boundary.learned
         ):  # forward e; backward the gate learns what the state is worth
             p_BC1 = torch.sigmoid(read.pack.pack(read.margin_BT) * read.coded_BC).unsqueeze(-1)
             e_BCD = e_BCD + (p_BC1 - p_BC1.detach()) * (e_BCD - self.codes.mean).detach()
-        return Encoded(read, e_BCD, ids_BC, ids_BS, step.valid_BT, term)
+        return Encoded(read, e_BCD, ids_BC, ids_BS, step.valid_BT)
 
     @can_return_tuple
     def forward(
@@ -358,7 +358,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, Adapte
         ids_BS = torch.full_like(made.ids_BS, NULL).scatter(
             1, made.read.pack.index_BC, torch.where(made.read.coded_BC, made.ids_BC, NULL)
         )
-        loss, term = None, made.term
+        loss = term = None
         if labels is not None:
             items = kwargs.get("num_items_in_batch")
             target_BT = (
@@ -385,7 +385,7 @@ class CompressorForCausalLM(Segmenting, Starting, Writing, Decompressing, Adapte
                 more = (
                     more + sum(p.float().sum() for p in self.parameters() if p.requires_grad) * 0.0
                 )
-            term = more if term is None else more + term * (target_BT != -100).sum() / count
+            term = more
             loss = loss + term
         return CompressorOutput(
             loss=loss, logits=logits_BSV[:, 1:], concept_ids=ids_BS[:, 1:], term=term

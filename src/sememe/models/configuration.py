@@ -6,8 +6,17 @@ from transformers import AutoConfig, PreTrainedConfig
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
 from sememe.concepts.plan import PlanShape
-from sememe.concepts.quantise import ESTIMATORS
-from sememe.errors import RecipeError
+from sememe.errors import CheckpointError, RecipeError
+
+# Options of earlier releases, and the value at which a saved model is what it was.
+REMOVED = {
+    "estimator": "soft",
+    "commitment_weight": 0.0,
+    "usage_weight": 0.0,
+    "shared_map": False,
+    "gate_noise": 0.0,
+    "overlap": False,
+}
 
 
 class AdaptedConfig(PreTrainedConfig):
@@ -61,25 +70,18 @@ class ConceptConfig(AdaptedConfig):
     """What every system that writes concepts shares: where they are written, and their codes.
 
     Args:
-        rate: concepts per normal token, 0 < rate ≤ 1.
         max_tail: longest run of normal tokens; then a concept is forced.
         num_concepts: size K of the codebook.
         codes_per_concept: stages G of the codebook: a concept is G digits of K, one integer below
             K^G.
-        shared_map: one learned map moves all codes together, see `concepts/codebook.py`.
-        head: `factored` (whether apart from which), `joint` (one softmax over K + 1) or `nearest`
-            (which by distance).
+        head: `joint` (one softmax over K + 1) or `nearest` (whether apart from which, which by
+            distance).
         boundary: how segments close, see `concepts/boundary.py`.
         pool: codes are read from the mean of the segment's tail too (`concepts/pool.py`).
-        gate_noise: in training, writing is sampled with the gate's log-odds divided by this; 0 for
-            the threshold.
         concept_dropout: share of the coded concepts that carry nothing, in training.
-        quantise: share of the code in a concept's state: 0 carries the state itself, 1 the code
-            alone.
+        rate, quantise: where the `Dial` stands at first.
         code_temperature, gumbel: of the straight-through softmax in training; gumbel scales the
-            noise, 0 for none.
-        estimator, usage_weight, commitment_weight: gradient and extra terms of the codes, see
-            `concepts/quantise.py`."""
+            noise, 0 for none."""
 
     model_type = "sememe-concepts"
 
@@ -89,31 +91,27 @@ class ConceptConfig(AdaptedConfig):
         rate: float = 0.25,
         max_tail: int = 16,
         num_concepts: int = 4096,
-        head: str = "factored",
+        head: str = "nearest",
         boundary: str = "null",
         quantise: float = 1.0,
         code_temperature: float = 1.0,
         gumbel: float = 0.0,
-        gate_noise: float = 0.0,
         concept_dropout: float = 0.0,
         codes_per_concept: int = 1,
-        shared_map: bool = False,
-        estimator: str = "soft",
-        usage_weight: float = 0.0,
-        commitment_weight: float = 0.0,
         pool: bool = False,
         **kwargs,
     ):
         self.rate, self.max_tail, self.num_concepts, self.pool = rate, max_tail, num_concepts, pool
-        self.codes_per_concept, self.shared_map, self.estimator = (
-            codes_per_concept,
-            shared_map,
-            estimator,
-        )
-        self.usage_weight, self.commitment_weight = usage_weight, commitment_weight
+        self.codes_per_concept = codes_per_concept
         self.head, self.boundary, self.quantise = head, boundary, quantise
         self.code_temperature, self.gumbel = code_temperature, gumbel
-        self.gate_noise, self.concept_dropout = gate_noise, concept_dropout
+        self.concept_dropout = concept_dropout
+        for key, neutral in REMOVED.items():
+            if (value := kwargs.pop(key, neutral)) != neutral:
+                raise CheckpointError(
+                    f"{key} = {value!r} in the configuration of this model: need {neutral!r}, the "
+                    "option is no more. try: an earlier release of sememe, or train it again"
+                )
         super().__init__(text_config=text_config, **kwargs)
 
     def check(self) -> None:
@@ -131,7 +129,6 @@ class ConceptConfig(AdaptedConfig):
         for name, value, known in (
             ("head", self.head, HEADS),
             ("boundary", self.boundary, BOUNDARIES),
-            ("estimator", self.estimator, ESTIMATORS),
         ):
             if value not in known:
                 raise RecipeError(
@@ -154,12 +151,6 @@ class ConceptConfig(AdaptedConfig):
                 "already: need "
                 "one of them. try: pool=false"
             )
-        if self.estimator == "identity" and self.head != "nearest":
-            raise RecipeError(
-                f"estimator = 'identity' gives head = {self.head!r} no gradient: need the head "
-                "that has no "
-                "weights to learn. try: head=nearest"
-            )
 
 
 class OnlineConfig(ConceptConfig):
@@ -171,8 +162,6 @@ class OnlineConfig(ConceptConfig):
             (`concepts/bridge.py`).
         anchor: a concept starts from what its token alone tells; the codes say the rest
             (`concepts/anchor.py`).
-        overlap: a position that writes is also the first normal token of the next tail, and
-            predicts from there.
         shallow_window: tokens that a token sees in the shallow slice, itself among them and the
             first one beside them; None for all. The shallow cache then stops growing.
         prefill_chunk: tokens that a cached forward takes at a time, so that no mask grows with
@@ -187,23 +176,13 @@ class OnlineConfig(ConceptConfig):
         split=(4, 22, 4),
         bridge: bool = False,
         anchor: bool = False,
-        overlap: bool = False,
         shallow_window: int | None = None,
         prefill_chunk: int = 1024,
         **kwargs,
     ):
-        self.split, self.bridge, self.anchor, self.overlap = list(split), bridge, anchor, overlap
+        self.split, self.bridge, self.anchor = list(split), bridge, anchor
         self.shallow_window, self.prefill_chunk = shallow_window, prefill_chunk
         super().__init__(text_config=text_config, **kwargs)
-
-    def overlaps(self, rate: float) -> bool:
-        """Whether concepts have states of their own beside the tokens that write them. Where every
-        token writes there are no tails, and nothing to keep."""
-        return self.overlap and rate < 1
-
-    def deep_entries(self, rate: float) -> float:
-        """States of the deep slice per token, at a realised rate."""
-        return 1 + rate if self.overlaps(rate) else 1.0
 
     def check(self) -> None:
         """Raises RecipeError where a value cannot be run."""

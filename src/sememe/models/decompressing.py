@@ -32,7 +32,6 @@ class Encoded:
     ids_BC: Tensor
     ids_BS: Tensor  # the BOS and the text
     valid_BS: Tensor
-    term: Tensor | None
 
     @property
     def rank_BT(self) -> Tensor:
@@ -115,9 +114,7 @@ class Decompressing:
     def concept_places(self, concepts: int) -> Tensor:
         """(C,) where concepts stand that a text goes on from: the places that the rate gives them,
         which ids alone tell."""
-        return torch.round(
-            (torch.arange(concepts, device=self.device) + 1) / self.config.rate
-        ).long()
+        return torch.round((torch.arange(concepts, device=self.device) + 1) / self.dial.rate).long()
 
     def _continuation_loss(self, spine: Spine, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """Nats per token of the second half of each text, given the concepts of the first."""

@@ -83,7 +83,7 @@ def load_model(
         folder = resolve(str(model))
     config = read_config(folder)
     if rate is not None:
-        set_rate(config, rate, model)  # refused before anything large is read
+        check_rate(config, rate, model)  # refused before anything large is read
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(config, AdaptedConfig):
         return load_base(folder, dtype=dtype, attn_implementation=attention).to(
@@ -101,7 +101,7 @@ def load_model(
     ):
         loaded.merged()
     if rate is not None:
-        set_rate(loaded.config, rate, model)
+        loaded.dial.rate = rate
     return loaded.to(device).eval(), load_tokenizer(tokenizer_folder(folder, config, base))
 
 
@@ -136,9 +136,9 @@ def check_length(longest: int, tokens: int, option: str, more: int = 0) -> None:
         )
 
 
-def set_rate(config, rate: float, model: str | Path) -> None:
-    """Turns the dial of a loaded model: the gate holds any rate from the scores it has
-    (`concepts/gate.py`).
+def check_rate(config, rate: float, model: str | Path) -> None:
+    """Whether the dial of a model of this configuration may stand at `rate`: the gate holds any
+    rate that `max_tail` allows from the scores it has (`concepts/gate.py`).
 
     Raises:
         CheckpointError: `config` is that of a model without concepts.
@@ -155,8 +155,6 @@ def set_rate(config, rate: float, model: str | Path) -> None:
             "forces one after max_tail = "
             f"{config.max_tail} tokens without. try: --rate {max(config.rate, least):.3g}"
         )
-    config.rate = rate
-    config.check()
 
 
 def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[Path, int]:

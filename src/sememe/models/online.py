@@ -23,6 +23,7 @@ from sememe.backbone.split import Rope, Spine
 from sememe.concepts.anchor import TokenAnchor
 from sememe.concepts.bridge import TailBridge
 from sememe.concepts.codebook import ConceptEmbedding
+from sememe.concepts.dial import Dial
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
 from sememe.concepts.masks import FLEX, Lane
@@ -36,11 +37,9 @@ from sememe.models.writing import NULL, Step, Writing, all_concepts, past_paddin
 
 @dataclass
 class OnlineOutput(CausalLMOutputWithPast):
-    """`concept_ids` (B, T): the id written at each position; NULL -1, unquantised (the sink) -2.
-    `term`: what the codes added to `loss`, if anything."""
+    """`concept_ids` (B, T): the id written at each position; NULL -1, unquantised (the sink) -2."""
 
     concept_ids: Tensor | None = None
-    term: Tensor | None = None
 
     if CACHE != "cache":  # before transformers 5.24
         cache = property(attrgetter(CACHE))
@@ -59,11 +58,10 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         super().__init__(config, backbone)
         config.check()
         width = config.text_config.hidden_size
+        self.dial = Dial(config.rate, config.quantise)
         self.head = HEADS[config.head](width, config.num_concepts, config.codes_per_concept)
-        self.codes = ConceptEmbedding(
-            config.num_concepts, width, config.codes_per_concept, config.shared_map
-        )
-        self.gate = RateGate(config.boundary, width, config.gate_noise)
+        self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept)
+        self.gate = RateGate(config.boundary, width)
         self.bridge = TailBridge(width) if config.bridge else None
         self.anchor = TokenAnchor(width, 2 if config.pool else 1) if config.anchor else None
         self.pool = SegmentPool(width) if config.pool else None
@@ -136,7 +134,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         if cache is None or self.training or not size:
             size = length
         if size < length:
-            cache.expect(length, round(length * self.config.rate), self.config.shallow_window)
+            cache.expect(length, round(length * self.dial.rate), self.config.shallow_window)
         parts = []
         for start in range(0, length, size):
             end = min(start + size, length)
@@ -149,7 +147,6 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             spine.record = [] if record else None
             parts.append(self._through(spine, h_BTD[:, start:end], mask, place, cache, ablation))
         d_BTD, ids_BT = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
-        term = parts[0][2]
         kept = (
             slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         )  # slice(-0, None): all
@@ -157,23 +154,16 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-            if term is not None:
-                items = kwargs.get(
-                    "num_items_in_batch"
-                )  # of a whole step, which may be computed in parts
-                term = term if items is None else term * (labels[:, 1:] != -100).sum() / items
-                loss = loss + term
-        hidden = parts[0][3]
+        hidden = parts[0][2]
         if record and len(parts) > 1:
             hidden = tuple(
-                torch.cat(states, 1) for states in zip(*(part[3] for part in parts), strict=True)
+                torch.cat(states, 1) for states in zip(*(part[2] for part in parts), strict=True)
             )
         return OnlineOutput(
             loss=loss,
             logits=logits,
             hidden_states=hidden,
             concept_ids=ids_BT,
-            term=term,
             **{CACHE: cache},
         )
 
@@ -185,7 +175,6 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         the shallow slice left."""
         shallow, middle, deep = self.config.split
         left = spine.record
-        left[-deep:] = [d_BED[:, -written_BT.shape[1] :] for d_BED in left[-deep:]]
         h_BTD, states = left[shallow - 1], [step.embed_BTD, *left[:shallow]]
         for c_bCD in left[shallow : len(left) - deep]:
             c_BCD = c_bCD
@@ -206,13 +195,13 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         cache: ConceptCache | None,
         ablation,
     ):
-        """All three slices over one chunk: (B, T, D) last states, (B, T) ids, what the codes add to
-        the loss, and what each layer left if it is recorded."""
+        """All three slices over one chunk: (B, T, D) last states, (B, T) ids, and what each
+        layer left if it is recorded."""
         step = self._step(spine, h_BTD, attention_mask, position_ids, cache)
         h_BTD = self._shallow(spine, h_BTD, step)
         read = self._read(h_BTD, step)
         written_BT, pack = read.written_BT, read.pack
-        e_BCD, ids_BC, term = self._write(read, step, ablation)
+        e_BCD, ids_BC = self._write(read, step, ablation)
         c_BCD = self._middle(spine, e_BCD, pack, written_BT, step)
         known_BCD = self._known(c_BCD, read)
         tail_BTD, last_BD = self._tail(h_BTD, known_BCD, read, cache)
@@ -235,7 +224,6 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         return (
             d_BTD,
             ids_BT,
-            term,
             self._hidden_states(spine, step, written_BT, pack) if spine.record else None,
         )
 
@@ -314,30 +302,23 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         step: Step,
         state: GateState,
     ) -> Tensor:
-        """Concepts ≤ t and the tail of t. One state per position; with `overlap` the positions that
-        write have two: E entries, the concepts ahead of the tokens. (B, T, D) of the tokens."""
-        split, cache, rope, kept_BE = self.config.split, step.cache, step.rope, step.valid_BT
+        """Concepts ≤ t and the tail of t, one state per position: (B, T, D)."""
+        split, cache = self.config.split, step.cache
         before = torch.from_numpy(step.written_before).to(c_BCD.device)[:, None]
         entry = Lane(step.position_BT, before + written_BT.cumsum(1), written_BT, step.valid_BT)
-        if not self.config.overlaps(self.config.rate):
-            d_BED = pack.unpack(c_BCD, written_BT, tail_BTD)
-        elif not written_BT.any():
-            d_BED = tail_BTD
-        else:
-            d_BED = torch.cat([c_BCD, tail_BTD], 1)
-            kept_BE = torch.cat(
-                [pack.valid_BC, step.valid_BT & (entry.written == entry.written[:, -1:])], 1
-            )
-            entry, rope = _two_entries(entry, pack, before, step)
-        query, key, free, several = entry, entry, step.plain, d_BED.shape[1] > 1
+        d_BTD = pack.unpack(c_BCD, written_BT, tail_BTD)
+        query, key, free, several = entry, entry, step.plain, d_BTD.shape[1] > 1
         if cache is not None:
             lane = cache.deep
             slot, tail = deep_slots(
-                entry.concept.cpu().numpy(), kept_BE.cpu().numpy(), step.written_before, cache.tail
+                entry.concept.cpu().numpy(),
+                step.valid_BT.cpu().numpy(),
+                step.written_before,
+                cache.tail,
             )
             total_B = state.concepts + tail
             seen = lane.plan(
-                torch.from_numpy(slot).to(d_BED.device),
+                torch.from_numpy(slot).to(d_BTD.device),
                 entry.position,
                 int(total_B.max()),
                 None,
@@ -346,22 +327,21 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             )
             cache.tail = tail
             if lane.before is not None:
-                old_concept = torch.arange(seen[0].shape[1], device=d_BED.device) < before
+                old_concept = torch.arange(seen[0].shape[1], device=d_BTD.device) < before
                 old = Lane(seen[0], before.expand(seen[0].shape), old_concept, seen[1])
                 key = old.then(query)
             else:
                 key = all_concepts(*seen)
-                free = len(d_BED) == 1 and not step.padded
-        d_BED = spine.run(
+                free = len(d_BTD) == 1 and not step.padded
+        return spine.run(
             split[0] + split[1],
             sum(split),
-            d_BED,
+            d_BTD,
             entry.position,
-            rope,
+            step.rope,
             self._mask(query, key, free),
             cache,
         )
-        return d_BED[:, -tail_BTD.shape[1] :]
 
     def new_cache(self, batch: int) -> ConceptCache:
         """An empty cache for `batch` rows."""
@@ -402,23 +382,6 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
             generation_config.num_beams or 1, generation_config.num_return_sequences or 1
         )
         model_kwargs[CACHE] = self.new_cache(rows)
-
-
-def _two_entries(token: Lane, pack: Packing, before_B1: Tensor, step: Step) -> tuple[Lane, Rope]:
-    """(E entries, their rope): the concepts as entries of their own, and behind them the tokens,
-    none of which is one."""
-    rank_BC = before_B1 + 1 + torch.arange(pack.valid_BC.shape[1], device=before_B1.device)
-    concept = Lane(
-        pack.pack(token.position.expand(token.valid.shape)), rank_BC, pack.valid_BC, pack.valid_BC
-    )
-    rope = {
-        kind: tuple(
-            torch.cat([c, x.expand(len(c), -1, -1)], 1)
-            for c, x in zip(pair, step.rope[kind], strict=True)
-        )
-        for kind, pair in _packed(step.rope, pack).items()
-    }
-    return concept.then(token._replace(concept=torch.zeros_like(token.concept))), rope
 
 
 def _packed(rope: Rope, pack: Packing) -> Rope:

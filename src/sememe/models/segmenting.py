@@ -136,7 +136,7 @@ class Segmenting:
         place_N, row_B = (
             torch.arange(n, device=total_B.device) for n in (self.config.max_tail + 1, len(total_B))
         )
-        tilt = 0.0 if draw else segmenter.lengths.tilt(self.config.rate)
+        tilt = 0.0 if draw else segmenter.lengths.tilt(self.dial.rate)
         while bool((cursor_B <= total_B).any()):
             at_B1 = _inside(cursor_B, step).unsqueeze(1)
             place_BK, valid_BK = (
@@ -188,11 +188,11 @@ class Segmenting:
         """(B,) tokens that the next concept covers. Rows that have ended cover another one, which
         nobody reads."""
         lengths, rest_B = self.segmenter.lengths, (total_B + 1 - cursor_B).clamp(min=1)
-        if self.config.rate >= 1:
+        if self.dial.rate >= 1:
             return torch.ones_like(cursor_B)
         if draw:
             return lengths.draw(log_p_BN, rest_B, self.segmenter.generator)
-        return lengths.choose(log_p_BN, rest_B, total_B, written, self.config.rate, tilt)
+        return lengths.choose(log_p_BN, rest_B, total_B, written, self.dial.rate, tilt)
 
     def _at_once(
         self, spine: Spine, step: Step, slots: Slots, real_BC: Tensor
@@ -217,7 +217,7 @@ class Segmenting:
 
     def _code(self, h_BD: Tensor) -> Tensor:
         """(B, D) states for the codes → what the decompressor would read of them, normalised."""
-        x_BD, share = self.codes.normalise(h_BD), self.config.quantise
+        x_BD, share = self.codes.normalise(h_BD), self.dial.quantise
         if share == 0:
             return x_BD
         return x_BD + share * (quantise(self.codes, self.head, x_BD, soft=False).hard_nD - x_BD)
@@ -248,7 +248,7 @@ class Segmenting:
 
     def _length_term(self, read: Segmented, rank_BT: Tensor, nll_BT: Tensor) -> Tensor | float:
         """What the lengths learn from what their segments cost, nats; moves the price."""
-        rate, real_BC = self.config.rate, read.rest_BC > 0
+        rate, real_BC = self.dial.rate, read.rest_BC > 0
         if rate >= 1 or not bool(real_BC.any()):
             return 0.0
         nats_BC = torch.zeros_like(read.rest_BC[:, :1], dtype=nll_BT.dtype).repeat(
@@ -283,7 +283,7 @@ class Segmenting:
         """As every model that writes concepts; lengths are remembered as they are in use."""
         super().calibrate_gate(ids_NT)
         if self.segmenter is not None:
-            blocks = 1 + int(REMEMBERED / self.config.rate) // ids_NT.shape[1]
+            blocks = 1 + int(REMEMBERED / self.dial.rate) // ids_NT.shape[1]
             reads = [self._read(None, step) for step, _ in self._shallow_batches(ids_NT[:blocks])]
             self.segmenter.lengths.remember(
                 torch.cat([read.log_p_BCN[read.rest_BC > 0] for read in reads])

@@ -61,7 +61,7 @@ class Starting:
         found = self._start_boundary(ids_NT, h_NTD) if self.gate.boundary.fitted else {}
         self._calibrate(h_NTD)
         return found | (
-            self._start_bridge(ids_NT, rate or self.config.rate) if self.bridge is not None else {}
+            self._start_bridge(ids_NT, rate or self.dial.rate) if self.bridge is not None else {}
         )
 
     @torch.no_grad()
@@ -92,14 +92,8 @@ class Starting:
             self._calibrate(self.shallow_states(ids_NT))
 
     @torch.no_grad()
-    def code_inputs(self, ids_NT: Tensor) -> Tensor:
-        """(n, D) what codes would have to say at every position of (N, T) blocks but the sinks, or
-        with a pool at those that write."""
-        return self.unsaid(*self._code_states(ids_NT))[0]
-
-    @torch.no_grad()
     def written_inputs(self, ids_NT: Tensor) -> Tensor:
-        """The same of the coded concepts alone that the gate writes there."""
+        """(n, D) what the codes say of the concepts that the gate writes on (N, T) blocks."""
         return self.unsaid(*self._written_states(ids_NT))[0]
 
     def opened(self, ids_NT: Tensor) -> Tensor:
@@ -136,18 +130,17 @@ class Starting:
         that the base itself would enter the deep slice with. Concepts are continuous here; LoRA is
         still zero, so the base is the teacher."""
         config, spine = self.config, self.spine
-        asked, config.rate = config.rate, rate
         states, lasts, targets = [], [], []
         for step, h_BTD in self._shallow_batches(ids_NT[: max(1, tokens // ids_NT.shape[1])]):
-            read = self._read(h_BTD, step)
+            with self.dial.at(rate=rate):
+                read = self._read(h_BTD, step)
             written_BT = read.written_BT
             last_BTD = read.pack.last(
                 self._middle(spine, read.h_BCD, read.pack, written_BT, step), written_BT
             )
             everywhere = torch.ones_like(written_BT)
             target_BTD = self._middle(spine, h_BTD, packing(everywhere), everywhere, step)
-            tail_BT = everywhere if config.overlap else ~written_BT
-            tail_BT = tail_BT & (
+            tail_BT = ~written_BT & (
                 written_BT.cumsum(1) > 1
             )  # behind the sink alone there is no concept to read
             for kept, x in ((states, h_BTD), (lasts, last_BTD), (targets, target_BTD)):
@@ -155,7 +148,6 @@ class Starting:
             self.on_work(
                 self._layer_macs * config.split[1] * (1 + rate) * h_BTD.shape[0] * h_BTD.shape[1]
             )
-        config.rate = asked
         if sum(map(len, states)) == 0:
             return {}
         return {

@@ -74,7 +74,7 @@ class Writing:
                 )
         else:
             position_BT = position_ids.to(h_BTD.device).expand(batch, length)
-        plain = self.config.rate >= 1 and not padded and before == 0
+        plain = self.dial.rate >= 1 and not padded and before == 0
         written_before = np.zeros(batch, np.int64) if cache is None else cache.concepts
         return Step(
             h_BTD,
@@ -129,18 +129,22 @@ class Writing:
         states weighted by them.
 
         Training folds the scores into the gate's distribution."""
-        config, cache, gate = self.config, step.cache, self.gate
+        dial, cache, gate = self.dial, step.cache, self.gate
         x_BTD = self.codes.normalise(h_BTD)
         with torch.autocast(x_BTD.device.type, enabled=False):
             before_BTD = self._previous(x_BTD, cache, step.valid_BT if step.padded else None)
             score_BT = gate.boundary.score(self.head, x_BTD, before_BTD)
         state = GateState.start(len(x_BTD)) if cache is None else cache.gate_state
-        threshold = gate.threshold(config.rate)[0]
+        threshold = gate.threshold(dial.rate)[0]
         first_BT = step.valid_BT & (step.valid_BT.cumsum(1) == 1)
         if cache is not None:
             first_BT &= torch.from_numpy(state.tokens == 0).to(first_BT.device)[:, None]
         written_BT, state = gate(
-            score_BT, step.valid_BT, rate=config.rate, max_tail=config.max_tail, state=state
+            score_BT,
+            step.valid_BT,
+            rate=dial.rate,
+            max_tail=self.config.max_tail,
+            state=state,
         )
         if self.closes_last:
             written_BT |= step.valid_BT & (step.valid_BT.flip(1).cumsum(1).flip(1) == 1)
@@ -219,12 +223,13 @@ class Writing:
         return self.bridge(h_BTD, last_BTD), last_BTD[:, -1].detach()
 
     def _write(self, read: Reading, step: Step, ablation: str | None):
-        """(B, C, D) concept states, (B, C) ids and what the codes add to the loss. The sink, and
-        everything while `quantise` is 0, stays a state."""
+        """(B, C, D) concept states and (B, C) ids. The sink, and everything while `quantise` is 0,
+        stays a state."""
         config, h_BCD, coded_BC = self.config, read.h_BCD, read.coded_BC
+        quantised = self.dial.quantise
         ids_BC = torch.full_like(read.pack.index_BC, UNQUANTISED)
-        if config.quantise == 0:
-            return h_BCD, ids_BC, None
+        if quantised == 0:
+            return h_BCD, ids_BC
         with torch.autocast(h_BCD.device.type, enabled=False):
             h_nD = h_BCD[coded_BC]
             x_nD, told_nD = self.unsaid(h_nD, read.word_BCF[coded_BC])
@@ -233,11 +238,8 @@ class Writing:
                 self.head,
                 x_nD,
                 temperature=config.code_temperature,
-                noise=config.gumbel if self.training else 0.0,
-                estimator=config.estimator,
-                soft=self.training and (config.estimator == "soft" or config.usage_weight > 0),
-                usage=config.usage_weight,
-                commitment=config.commitment_weight,
+                gumbel=config.gumbel if self.training else 0.0,
+                soft=self.training,
             )
             ids_BC[coded_BC] = found.ids_n
             e_nD = self.codes.to_states(found.state_nD + told_nD)
@@ -247,19 +249,13 @@ class Writing:
                 )
                 e_nD = self.codes(ids_BC[coded_BC]) + self.codes.scale.float() * told_nD
                 e_nD = e_nD.masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
-            if self.training and torch.is_grad_enabled():
-                self.codes.count(found.ids_n)
         e_nD = e_nD.to(h_BCD.dtype)
-        if config.quantise < 1:
-            e_nD = h_nD + config.quantise * (e_nD - h_nD)
+        if quantised < 1:
+            e_nD = h_nD + quantised * (e_nD - h_nD)
         if self.training and config.concept_dropout > 0:
             lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < config.concept_dropout
             e_nD = torch.where(lost_n1, self.codes.mean.to(e_nD.dtype), e_nD)
-        return (
-            h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD),
-            ids_BC,
-            found.term if self.training else None,
-        )
+        return h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD), ids_BC
 
     def _confidence(self, c_BCD: Tensor, known_BCD: Tensor, h_BTD: Tensor, read: Reading) -> Tensor:
         """Gradient for the gate: forward c; backward, p gets that of `p · c + (1 - p) · tail`, with
@@ -271,7 +267,7 @@ class Writing:
         batch used no code."""
         new = [p for name, p in self.named_parameters() if p.requires_grad and "lora_" not in name]
         c_BCD = c_BCD + (sum(p.float().sum() for p in new) * 0.0).to(c_BCD.dtype)
-        if self.config.rate >= 1 or not self.gate.boundary.learned:
+        if self.dial.rate >= 1 or not self.gate.boundary.learned:
             return c_BCD
         with torch.no_grad():
             tail_BCD = read.pack.pack(h_BTD)

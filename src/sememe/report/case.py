@@ -71,12 +71,6 @@ class Case:
         )
 
     @property
-    def mixes(self) -> bool:
-        """Whether codes get their gradient through a soft mixture, as in runs of before there was a
-        choice."""
-        return self.recipe.get("estimator", "soft") == "soft"
-
-    @property
     def warming(self) -> bool:
         """Whether a planner is still in its warm-up, in which it does not learn."""
         return self.lines[-1]["step"] <= _warm(self.recipe)

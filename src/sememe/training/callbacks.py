@@ -42,8 +42,7 @@ def calibrating(model, ids_NT: Tensor, rate: float, part: int, show: bool) -> It
 
 
 class Schedule(TrainerCallback):
-    """Sets the model's concept rate and quantisation before each step; the end of the run is the
-    recipe's own.
+    """Sets the share of the codes before each step; in the end it is 1.
 
     The codebook starts with the first step that is quantised, from the states as they are then. A
     checkpoint is written after that step: what came before takes as long as many steps."""
@@ -59,13 +58,13 @@ class Schedule(TrainerCallback):
             False,
         )
 
-    def _at(self, step: int) -> tuple[float, float]:
-        return self.recipe.schedule.at(step / max(1, self.recipe.steps - 1), self.recipe.rate)
+    def _at(self, step: int) -> float:
+        return self.recipe.schedule.at(step / max(1, self.recipe.steps - 1))
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
-        model.config.rate, model.config.quantise = self._at(step)
-        if model.config.quantise > 0 and (step == 0 or self._at(step - 1)[1] == 0):
+        model.dial.quantise = self._at(step)
+        if model.dial.quantise > 0 and (step == 0 or self._at(step - 1) == 0):
             with calibrating(model, self.calibration_NT, self.recipe.rate, 1, self.show):
                 found = model.start_codes(self.calibration_NT, self.recipe.seed)
             self.started = True

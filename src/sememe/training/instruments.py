@@ -114,7 +114,7 @@ def heldout_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
     if len(tails_n):
         figures["heldout_tail_mean"] = float(tails_n.float().mean())
         figures["heldout_tail_histogram"] = torch.bincount(tails_n).tolist()
-    if model.config.quantise == 0:
+    if model.dial.quantise == 0:
         return figures
     length = min(ids_NT.shape[1], SMALL_BATCH)
     small_BT = ids_NT[: max(1, SMALL_BATCH // length), :length]

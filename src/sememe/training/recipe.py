@@ -18,7 +18,6 @@ from pydantic import (
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
-from sememe.concepts.quantise import ESTIMATORS
 from sememe.errors import RecipeError
 from sememe.models.configuration import default_split
 from sememe.pairs import PairForm
@@ -92,29 +91,21 @@ class Lora(Strict):
 
 
 class Schedule(Strict):
-    """Identity → concepts, as shares of the run. Ahead of all ramps the model is its base, exactly.
-    The rate has none by default: with the bridge a run may start at its final rate
-    (docs/log.md)."""
+    """Identity → concepts. With the bridge a run may start at its final rate (docs/log.md)."""
 
-    rate: tuple[float, float] = (0.0, 0.0)
-    """The concept rate falls from 1 to `rate` between these shares, geometrically."""
     quantise: tuple[float, float] = (0.3, 0.6)
-    """The code's share in a concept's state rises from 0 to 1 between these shares."""
-    lora: tuple[float, float] = (0.0, 0.0)
-    """LoRA's learning rate rises from 0 between these shares; until then only the new modules
-    learn."""
+    """The code's share in a concept's state rises from 0 to 1 between these shares of the run."""
 
-    @field_validator("rate", "quantise", "lora")
+    @field_validator("quantise")
     @classmethod
     def _ordered(cls, shares: tuple[float, float]) -> tuple[float, float]:
         if not 0 <= shares[0] <= shares[1] <= 1:
             raise ValueError("needs 0 ≤ start ≤ end ≤ 1, shares of the run")
         return shares
 
-    def at(self, progress: float, rate: float) -> tuple[float, float]:
-        """(concept rate, quantise) at a share of the run done."""
-        lowered, coded = (ramp(progress, *shares) for shares in (self.rate, self.quantise))
-        return rate**lowered, coded
+    def at(self, progress: float) -> float:
+        """The share of the code when this share of the run is done."""
+        return ramp(progress, *self.quantise)
 
 
 def ramp(x: float, start: float, end: float) -> float:
@@ -158,8 +149,6 @@ class Recipe(Strict):
     codes_per_concept: int = Field(2, ge=1, le=4)
     """Residual stages: a concept is that many digits of `num_concepts`, each coding what those
     before it left."""
-    shared_map: bool = False
-    """One learned map moves all codes together; they themselves stay where k-means put them."""
     bridge: bool = True
     """Tail states get a linear guess of what the middle slice would have added, started by least
     squares; `skip` too."""
@@ -170,9 +159,6 @@ class Recipe(Strict):
     anchor: bool = False
     """A concept starts from what the token that writes it tells, by a linear map of its embedding;
     the codes say the rest."""
-    overlap: bool = False
-    """A position that writes is also the first normal token of the next tail, and predicts from
-    there: one more deep state per concept."""
     pool: bool = False
     """Codes of `online` are read from the mean of the segment's tail too, by a map that is trained;
     not with boundary: threshold. Those of a `compressor` always stand for all of their segment."""
@@ -185,23 +171,11 @@ class Recipe(Strict):
     continuation_share: float = Field(0.0, ge=0, le=1)
     """Of a `compressor`'s loss: going on from the concepts of a block's first half, instead of
     writing the block again."""
-    gate_noise: float = Field(0.0, ge=0)
-    """In training, writing is sampled: Bernoulli of the gate's log-odds divided by this. 0:
-    thresholded, as in use."""
     concept_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the concepts that carry nothing, in training."""
     schedule: Schedule = Schedule()
     code_temperature: float = Field(1.0, gt=0)
     gumbel: float = Field(0.0, ge=0)
-    estimator: str = "soft"
-    """Gradient through the codes: of the softmax's mixture (`soft`), or passed on as it is
-    (`identity`, for head: nearest; usual with commitment_weight: 0.25)."""
-    usage_weight: float = Field(0.0, ge=0)
-    """Of a term that wants each position sure of its code, and all codes used evenly."""
-    commitment_weight: float = Field(0.0, ge=0)
-    """Of a term that draws states to their codes."""
-    revive_every: int = Field(0, ge=0)
-    """Steps between moving codes that nobody writes to states of the text; 0: never."""
     lora: Lora = Lora()
     distil: float = Field(0.0, ge=0, le=1)
     """Share of the loss that is KL to the frozen base's next-token distribution instead of cross
@@ -239,10 +213,10 @@ class Recipe(Strict):
             )
         return data
 
-    @field_validator("head", "boundary", "estimator")
+    @field_validator("head", "boundary")
     @classmethod
     def _known(cls, value: str, info: ValidationInfo) -> str:
-        known = {"head": HEADS, "boundary": BOUNDARIES, "estimator": ESTIMATORS}[info.field_name]
+        known = {"head": HEADS, "boundary": BOUNDARIES}[info.field_name]
         if value not in known:
             raise ValueError(f"needs one of {', '.join(known)}")
         return value
@@ -295,16 +269,6 @@ class Recipe(Strict):
                 f"boundary = {self.boundary!r} with system = {self.system!r}: it reads all of a "
                 "text before it "
                 "writes a concept; need system: compressor. try: boundary=null"
-            )
-        if BOUNDARIES[self.boundary].offline and self.schedule.rate[1] > 0:
-            raise ValueError(
-                f"schedule.rate = {list(self.schedule.rate)} with boundary = {self.boundary!r}: "
-                "lengths start at "
-                "`rate`, and a price moves them slowly; need no ramp. try: schedule.rate=[0,0]"
-            )
-        if self.gate_noise > 0 and self.boundary != "null":
-            raise ValueError(
-                f"gate_noise = {self.gate_noise} samples the decisions of boundary: null alone"
             )
         return self
 

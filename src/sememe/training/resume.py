@@ -176,13 +176,13 @@ def _may_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:
             "need steps = "
             f"{held.steps} to resume. try: another --out with steps={recipe.steps}, from the start"
         )
-    end, last = max((getattr(recipe.schedule, name)[1], name) for name in system.ramps)
+    end = recipe.schedule.quantise[1] if system.ramps else 0.0
     if end * (recipe.steps - 1) > step:
         longest = int(step / end) + 1
         raise RecipeError(
             f"{run} has {step} steps, and of steps = {recipe.steps} those are ahead of the end of "
-            f"schedule.{last}, "
-            f"which would go back: need at most {longest} steps. try: steps={longest}, or another "
+            f"schedule.quantise, which would go back: need at most {longest} steps. try: "
+            f"steps={longest}, or another "
             "--out with "
             f"steps={recipe.steps}, from the start"
         )

@@ -34,15 +34,9 @@ _CONCEPTS = dict.fromkeys(
         "boundary",
         "num_concepts",
         "codes_per_concept",
-        "shared_map",
-        "gate_noise",
         "concept_dropout",
         "code_temperature",
         "gumbel",
-        "estimator",
-        "usage_weight",
-        "commitment_weight",
-        "revive_every",
         "distil",
         "anchor",
         "pool",
@@ -50,10 +44,9 @@ _CONCEPTS = dict.fromkeys(
         "depth",
         "continuation_share",
         "shallow_window",
-        "overlap",
     ),
     True,
-) | {"schedule": {"rate", "quantise"}, "lora": {"shallow"}}
+) | {"schedule": {"quantise"}, "lora": {"shallow"}}
 _MIDDLE = dict.fromkeys(("split", "bridge", "concept_learning_rate", "calibration_tokens"), True)
 _CACHE = ("rate", "split", "shallow_window")
 NOT_READ: dict[str, dict[str, Any]] = {
@@ -167,7 +160,7 @@ def sweep(
 
 
 def parse_grid(words: list[str]) -> dict[str, list[str]]:
-    """`["rate=0.5,0.25", "schedule.rate=[0,0.1],[0,0.3]"]` → the values of each key, as written."""
+    """`["rate=0.5,0.25", "schedule.quantise=[0,0.1],[0,0.3]"]` → the values of each key, as written."""
     grid: dict[str, list[str]] = {}
     for word in words:
         key, given, text = word.partition("=")

@@ -14,7 +14,7 @@ from sememe.backbone.adapters import without_lora
 from sememe.errors import CheckpointError, TrainingError
 from sememe.training.instruments import ConceptMeter
 from sememe.training.plans import PlanMeter
-from sememe.training.recipe import Recipe, ramp
+from sememe.training.recipe import Recipe
 
 
 def cosine(step: int, steps: int) -> float:
@@ -89,12 +89,10 @@ class ConceptTrainer(Trainer):
                 {
                     "params": [p for n, p in named if "lora_" in n],
                     "lr": self.recipe.learning_rate,
-                    "lora": True,
                 },
                 {
                     "params": [p for n, p in named if "lora_" not in n],
                     "lr": self.recipe.concept_learning_rate,
-                    "lora": False,
                 },
             ]
             self.optimizer = torch.optim.AdamW(
@@ -103,18 +101,10 @@ class ConceptTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """`cosine`, of LoRA times its ramp."""
-        factor = partial(cosine, steps=num_training_steps)
-
-        def lora_factor(step: int) -> float:
-            return factor(step) * ramp(
-                step / max(1, num_training_steps - 1), *self.recipe.schedule.lora
-            )
-
         if self.lr_scheduler is None:
-            optimizer = optimizer or self.optimizer
-            factors = [lora_factor if group["lora"] else factor for group in optimizer.param_groups]
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, partial(cosine, steps=num_training_steps)
+            )
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -122,12 +112,9 @@ class ConceptTrainer(Trainer):
         gradients, on any rank."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.recipe.distil > 0 and model.training:
-            term = outputs.get("term")
-            term = 0.0 if term is None else term * (loss / outputs.loss).detach()
-            cross, share = loss - term, self.recipe.distil
-            loss = (
-                (1 - share) * cross + share * self._divergence(inputs, outputs.logits, cross) + term
-            )
+            share = self.recipe.distil
+            divergence = self._divergence(inputs, outputs.logits, loss)
+            loss = (1 - share) * loss + share * divergence
         finite = torch.isfinite(loss.detach()).float()
         if self.args.world_size > 1:
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
