@@ -22,10 +22,10 @@ from sememe.errors import CheckpointError, CodesError, Interrupted
 from sememe.models import CompressorForCausalLM
 from sememe.models.loading import (
     check_length,
+    check_rate,
     load_model,
     load_tokenizer,
     longest_text,
-    check_rate,
     tokenizer_folder,
 )
 from sememe.paths import usable
