@@ -19,7 +19,7 @@ def main(base: str = "Qwen/Qwen3-0.6B", run: str = "runs/qwen-planner") -> None:
         system="planner",
         base=base,
         data=Data(
-            train="data/train.txt", heldout="data/heldout.txt", opening=0.25
+            train="data/train.txt", heldout="data/heldout.txt", source_share=0.25
         ),  # or source and target: fields of a .jsonl
         steps=400,
         batch_size=8,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import byte_tokenizer
 from sememe import pairs
 from sememe.errors import DataError
-from sememe.pairs import Pair, pair_tensors, read_pairs
+from sememe.pairs import IGNORED, Pair, PairForm, cut_pairs, pair_tensors, read_pairs
 
 FIELDS = ("instruction", "response")
 
@@ -27,16 +27,13 @@ def jsonl(path, rows):
     return str(path)
 
 
-# read_pairs
-
-
 def test_two_named_fields_of_a_jsonl_and_a_parquet(tmp_path):
     rows = [
         {"instruction": "Say one.", "response": "one"},
         {"response": "two", "instruction": "Say two."},
     ]
     wanted = [Pair("Say one.", "one"), Pair("Say two.", "two")]
-    assert read_pairs(jsonl(tmp_path / "a.jsonl", rows), FIELDS) == wanted
+    assert read_pairs(jsonl(tmp_path / "a#b.jsonl", rows), FIELDS) == wanted
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read_pairs(str(tmp_path / "a.parquet"), FIELDS) == wanted
 
@@ -46,155 +43,127 @@ def test_two_named_fields_of_a_jsonl_and_a_parquet(tmp_path):
     [
         ({"instruction": "x", "response": " \n"}, r"line 3 has nothing in 'response'"),
         ({"instruction": "", "response": "y"}, r"line 3 has nothing in 'instruction'"),
-        (
-            {"instruction": "x", "response": "\ud83d"},
-            r"line 3, field 'response', has half of a character",
-        ),
+        ({"instruction": "x", "response": "\ud83d"}, r"line 3, field 'response', has half of a"),
         ({"instruction": "x"}, r"line 3 has no field 'response', it has 'instruction'"),
         ({"instruction": "x", "response": None}, r"line 3 has null in 'response'"),
     ],
 )
 def test_an_empty_or_missing_field_names_its_line(tmp_path, row, said):
-    path = jsonl(
-        tmp_path / "a.jsonl", [{"instruction": "x", "response": "y"}, row]
-    )  # a blank line stands between
+    # A blank line stands between the rows.
+    path = jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "response": "y"}, row])
     with pytest.raises(DataError, match=said):
         read_pairs(path, FIELDS)
 
 
-def test_an_empty_field_of_a_parquet_names_its_row(tmp_path):
-    pq.write_table(pa.table({"u": ["a", "b"], "y": ["c", ""]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="row 1 has nothing in 'y'"):
-        read_pairs(str(tmp_path / "a.parquet"), ("u", "y"))
+@pytest.mark.parametrize("name", ["a.jsonl#text", "a.txt"])
+def test_fields_that_cannot_be_are_refused(tmp_path, name):
+    (tmp_path / name.partition("#")[0]).write_text("text")
+    with pytest.raises(DataError, match="no rows with the fields 'instruction' and 'response'"):
+        read_pairs(str(tmp_path / name), FIELDS)
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "said"),
-    [
-        ("a.jsonl#text", FIELDS, "names the field 'text'.*try: .*a.jsonl$"),
-        ("a.jsonl", ("text", "text"), "both the field 'text'"),
-        ("a.txt", FIELDS, "plain text, it has no fields"),
-    ],
-)
-def test_fields_that_cannot_be_are_refused(tmp_path, name, fields, said):
-    with pytest.raises(DataError, match=said):
-        read_pairs(str(tmp_path / name), fields)
+def test_documents_are_cut_before_the_white_space_nearest_to_the_share():
+    texts = ["one two three four", " \n", "word", " a\nb  "]
+    assert cut_pairs(texts, 0.25, 100) == [Pair("one", " two three four"), Pair(" a", "\nb  ")]
+    for share, source in ((0.7, "one two three"), (0.01, "one"), (0.99, "one two three")):
+        assert cut_pairs(texts, share, 100)[0].source == source
 
 
-def test_a_hash_in_a_file_name_is_no_field(tmp_path):
-    assert read_pairs(jsonl(tmp_path / "a#b.jsonl", [{"u": "one", "y": "two"}]), ("u", "y")) == [
-        Pair("one", "two")
-    ]
+def test_long_documents_give_several_pairs():
+    text = "the quick brown fox jumps " * 40
+    cut = cut_pairs([text], 0.25, 200)
+    assert len(cut) == -(-len(text) // 200)
+    assert "".join(pair.source + pair.target for pair in cut) == text
+    assert max(len(pair.source + pair.target) for pair in cut) < 210
+    assert all(0.15 < len(pair.source) / len(pair.source + pair.target) < 0.35 for pair in cut)
 
 
-def test_documents_are_cut_in_front_of_the_white_space_nearest_to_the_opening(tmp_path):
-    path = jsonl(
-        tmp_path / "a.jsonl",
-        [{"text": "one two three four"}, {"text": " \n"}, {"text": "word"}, {"text": " a\nb  "}],
-    )
-    assert read_pairs(path) == [Pair("one", " two three four"), Pair(" a", "\nb  ")]
-    assert read_pairs(path, opening=0.7)[0] == Pair("one two three", " four")
-    assert read_pairs(path, opening=0.01)[0] == Pair("one", " two three four")
-    assert read_pairs(path, opening=0.99)[0] == Pair("one two three", " four")
-
-
-def test_long_documents_give_several_pairs(tmp_path):
-    (tmp_path / "a.txt").write_text(text := "the quick brown fox jumps " * 40)
-    found = read_pairs(str(tmp_path / "a.txt"), chars=200)
-    assert len(found) == -(-len(text) // 200)
-    assert "".join(pair.source + pair.target for pair in found) == text
-    assert max(len(pair.source + pair.target) for pair in found) < 210
-    assert all(0.15 < len(pair.source) / len(pair.source + pair.target) < 0.35 for pair in found)
-    assert len(read_pairs(str(tmp_path / "a.txt"))) == 1
-
-
-@given(st.text("ab \n\t", max_size=60), st.floats(0.01, 0.99), st.none() | st.integers(2, 20))
-def test_cutting_loses_nothing_and_both_sides_have_a_word(text, opening, chars):
+@given(st.text("ab \n\t", min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(2, 20))
+def test_cutting_loses_nothing_and_both_sides_have_a_word(text, share, chars):
     assert "".join(pairs._pieces(text, chars)) == text
-    at = pairs._cut(text, opening)
-    if len(text.split()) < 2:
-        assert at is None
-    else:
-        assert (
-            text[:at].strip()
-            and text[at:].strip()
-            and text[at].isspace()
-            and not text[at - 1].isspace()
-        )
+    cut = cut_pairs([text], share, len(text))
+    assert len(cut) == (len(text.split()) > 1)
+    for source, target in cut:
+        assert source + target == text and source.strip() and target.strip()
+        assert target[0].isspace() and not source[-1].isspace()
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"opening": 0.0}, "opening = 0.0"),
-        ({"opening": 1.0}, "opening = 1.0"),
-        ({"chars": 1}, "pieces of 1 char"),
-        ({}, "no document of two words"),
-    ],
-)
-def test_what_cannot_be_cut_is_refused(tmp_path, options, said):
-    with pytest.raises(DataError, match=said):
-        read_pairs(jsonl(tmp_path / "a.jsonl", [{"text": "word"}]), **options)
+def test_a_form_takes_pairs_up_to_a_count_or_until_there_are_tokens(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps " * 40)
+    form = PairForm(None, 0.25, 16, 48)
+    tensors = form.load(str(tmp_path / "a.txt"), tokenizer)
+    assert not tensors.cut_sources > len(tensors) // 4, "pieces about fill their tokens"
+    assert len(form.load(str(tmp_path / "a.txt"), tokenizer, max_pairs=3)) == 3
+    few = form.load(str(tmp_path / "a.txt"), tokenizer, min_tokens=100)
+    tokens_N = (few.target_NY != IGNORED).sum(1)
+    assert int(tokens_N.sum()) >= 100 > int(tokens_N[:-1].sum())
 
 
-# pair_tensors
+def test_a_form_of_a_recipe():
+    lengths = {"source_length": 8, "target_length": 9}
+    assert PairForm.of({"data": {}, "system": "online", **lengths}) is None
+    assert PairForm.of({"data": {}, "system": "planner", **lengths}) == PairForm(None, 0.25, 8, 9)
+    for key in ("source_share", "opening"):  # its name in older runs
+        assert PairForm.of({"data": {key: 0.5}, **lengths}) == PairForm(None, 0.5, 8, 9)
+    fields = {"source": "a", "target": "b"}
+    assert PairForm.of({"data": fields, **lengths}) == PairForm(("a", "b"), 0.25, 8, 9)
 
 
 def test_sources_end_and_targets_begin_at_the_same_column(tokenizer):
-    made = pair_tensors([Pair("abc", "de"), Pair("f", "ghij")], tokenizer, 8, 8)
+    tensors = pair_tensors([Pair("abc", "de"), Pair("f", "ghij")], tokenizer, 8, 8)
     a, b, c, d, e, f, g, h, i, j = (tokenizer.convert_tokens_to_ids(x) for x in "abcdefghij")
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert made.source_NU.tolist() == [[a, b, c], [pad, pad, f]]
-    assert made.source_mask_NU.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert made.target_NY.tolist() == [[d, e, eos, -100, -100], [g, h, i, j, eos]]
-    assert made.source_NU.dtype == made.source_mask_NU.dtype == made.target_NY.dtype == torch.long
-    assert len(made) == 2 and made.cut() is None
+    bos, eos, pad = 1, tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert tensors.source_NU.tolist() == [[a, b, c], [pad, pad, f]]
+    assert tensors.source_mask_NU.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert tensors.target_NY.tolist() == [[d, e, eos, -100, -100], [g, h, i, j, eos]]
+    assert len(tensors) == 2 and tensors.cut() is None
+    assert tensors.target_texts(tokenizer) == ["de", "ghij"]
+    ids, mask = tensors.prompts(bos)
+    assert ids.tolist() == [[bos, a, b, c], [pad, pad, bos, f]]
+    assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    ids, mask, labels = tensors.joined(bos)
+    assert ids[1, :7].tolist() == [bos, f, g, h, i, j, eos]
+    assert mask.sum(1).tolist() == [7, 7] and mask[:, :7].all()
+    assert labels.tolist() == [
+        [-100] * 4 + [d, e, eos, -100, -100],
+        [-100] * 2 + [g, h, i, j, eos, -100, -100],
+    ]
 
 
 def test_too_long_sources_keep_their_end_targets_their_beginning_and_that_is_said(tokenizer):
-    made = pair_tensors(
-        [Pair("abcd", "efgh"), Pair("abc", "efg"), Pair("a", "ef")], tokenizer, 3, 3
-    )
+    texts = [Pair("abcd", "efgh"), Pair("abc", "efg"), Pair("a", "ef")]
+    tensors = pair_tensors(texts, tokenizer, 3, 3)
     b, c, d, e, f, g = (tokenizer.convert_tokens_to_ids(x) for x in "bcdefg")
-    assert made.source_NU[0].tolist() == [b, c, d]
-    assert made.target_NY.tolist() == [
-        [e, f, g],
-        [e, f, g],
-        [e, f, tokenizer.eos_token_id],
-    ]  # the second has no room for eos
-    assert (made.cut_sources, made.cut_targets) == (1, 1)
-    assert (
-        made.cut() == "of 3 pairs, 1 sources keep their last 3 tokens and 1 targets their first 3"
-    )
+    assert tensors.source_NU[0].tolist() == [b, c, d]
+    # The second has no room for eos.
+    assert tensors.target_NY.tolist() == [[e, f, g], [e, f, g], [e, f, tokenizer.eos_token_id]]
+    said = "of 3 pairs, 1 sources keep their last 3 tokens and 1 targets their first 3"
+    assert tensors.cut() == said
 
 
 def test_a_tokenizer_without_eos_and_pad_ends_nothing():
     bare = byte_tokenizer()
     bare.eos_token = bare.pad_token = None
-    made = pair_tensors([Pair("ab", "c"), Pair("a", "cd")], bare, 4, 4)
-    assert made.target_NY.shape == (2, 2) and made.target_NY[0, 1] == -100
-    assert made.source_NU[1, 0] == 0 and made.source_mask_NU[1].tolist() == [0, 1]
+    tensors = pair_tensors([Pair("ab", "c"), Pair("a", "cd")], bare, 4, 4)
+    assert tensors.target_NY.shape == (2, 2) and tensors.target_NY[0, 1] == -100
+    assert tensors.source_NU[1, 0] == 0 and tensors.source_mask_NU[1].tolist() == [0, 1]
 
 
 def test_bytes_of_targets_are_those_of_the_text_without_what_was_cut(tokenizer):
-    made = pair_tensors(
-        [Pair("a", "日本"), Pair("a", "日"), Pair("a", "bc")], tokenizer, 4, 4
-    )  # one token a byte
-    assert made.target_bytes_N.tolist() == [4, 3, 2], (
-        "an end of text has none, half a character those that are there"
-    )
-    assert made.rows(torch.tensor([2, 0])).target_bytes_N.tolist() == [2, 4]
+    texts = [Pair("a", "日本"), Pair("a", "日"), Pair("a", "bc")]  # one token a byte
+    tensors = pair_tensors(texts, tokenizer, 4, 4)
+    assert tensors.target_bytes_N.tolist() == [4, 3, 2]
+    assert tensors.rows(torch.tensor([2, 0])).target_bytes_N.tolist() == [2, 4]
 
 
 @pytest.mark.parametrize(
-    ("given", "lengths", "said"),
+    ("texts", "said"),
     [
-        ([Pair("a", "b")], (0, 4), "0 source tokens and 4 target tokens"),
-        ([], (4, 4), "there are no pairs"),
-        ([Pair("a", "b"), Pair("", "b")], (4, 4), "source of pair 1 has no token"),
-        ([Pair("a", "")], (4, 4), "target of pair 0 has no token"),
+        ([], "two words to cut between"),
+        ([Pair("a", "b"), Pair("", "b")], "pair 1 has a source without a token"),
+        ([Pair("a", "")], "pair 0 has a target without a token"),
     ],
 )
-def test_what_has_no_tensor_is_refused(tokenizer, given, lengths, said):
+def test_what_has_no_tensor_is_refused(tokenizer, texts, said):
     with pytest.raises(DataError, match=said):
-        pair_tensors(given, tokenizer, *lengths)
+        pair_tensors(texts, tokenizer, 4, 4)

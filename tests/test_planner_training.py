@@ -209,9 +209,9 @@ def test_gradient_accumulation_is_one_batch(values, tmp_path):
     assert whole[0]["loss"] == pytest.approx(whole[0]["target_nll"], abs=1e-5)
 
 
-def test_plain_text_is_cut_at_the_opening_and_bf16_trains(base_folder, texts, tmp_path):
+def test_plain_text_is_cut_and_bf16_trains(base_folder, texts, tmp_path):
     values = planner_recipe(base_folder, texts) | {"precision": "bf16", "steps": 4}
-    values["data"] = {"train": str(texts[0]), "heldout": str(texts[1]), "opening": 0.25}
+    values["data"] = {"train": str(texts[0]), "heldout": str(texts[1]), "source_share": 0.25}
     lines = run(values, tmp_path / "r")
     assert (
         any("em_score" in x for x in lines) and metrics(tmp_path / "r")[-1]["heldout_nll_empty"] > 0
@@ -235,8 +235,11 @@ def test_plain_text_is_cut_at_the_opening_and_bf16_trains(base_folder, texts, tm
     [
         ({"data": {"source": "instruction"}}, "need both fields of a row"),
         ({"data": {"source": "a", "target": "a"}}, "need two fields of a row"),
-        ({"data": {"source": "a", "target": "b", "opening": 0.5}}, "or else opening alone"),
-        ({"data": {"opening": 1.0}}, r"data.opening = 1.0"),
+        (
+            {"data": {"source": "a", "target": "b", "source_share": 0.5}},
+            "or else source_share alone",
+        ),
+        ({"data": {"source_share": 1.0}}, r"data.source_share = 1.0"),
         ({"system": "online"}, "system: online is not trained on"),
         ({"plan": {"sizes": [4], "lengths": [1, 2]}}, "need one of each for every type"),
         ({"plan": {"sizes": [1], "lengths": [1]}}, "need at least 2 ids"),

@@ -103,7 +103,6 @@ def test_schedule_goes_from_states_to_codes():
     assert Schedule(quantise=(0, 0)).at(0.0) == 1
 
 
-
 def test_known_keys_name_what_other_tools_rely_on():
     assert {
         "system",

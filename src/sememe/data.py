@@ -1,60 +1,45 @@
-"""Text files → documents → (N, T) token blocks, and the order in which a run sees them."""
+"""Text files and datasets → documents → (N, T) token blocks, and the order of training."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import copy
 import difflib
 import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sememe.errors import DataError
+from sememe.errors import DataError, reason
 from sememe.paths import locate, shown, unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 PIECE_CHARS = 200_000
 HUB_TIMEOUT_S = 5
 
 
-def read_texts(source: str, field: str = "text", split: str = "train") -> list[str]:
-    """The documents of a source, in order: a .txt is one; a .jsonl or .parquet has one per row, in
-    `field`.
+# Files and datasets → texts
 
-    `file.jsonl#response` names the field. What is no file is a `datasets` id; `split` is for those.
-    An empty row stays, as "", so that two fields of one file keep their pairs. Raises DataError
-    when the source is missing, unreadable, of another kind, lacks the field, holds what is no text,
-    or has no text at all."""
-    path, name, field = locate(source, field)
-    if path is None:
-        if Path(name).suffix in SUFFIXES or not re.fullmatch(
-            r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII
-        ):
-            raise _missing(source, name)
-        texts = _from_datasets(name, field, split)
-    elif path.is_dir() or path.suffix not in SUFFIXES:
-        kind = "a folder" if path.is_dir() else f"a file {path.suffix or 'without a suffix'}"
-        raise DataError(
-            f"{source} is {kind}: need one of {', '.join(SUFFIXES)}, or a datasets id. "
-            "try: one JSON object per line in a .jsonl, or plain text in a .txt"
-        )
-    else:
-        try:
-            texts = _READERS[path.suffix](path, field)
-        except OSError as fault:
-            raise unreadable(source, fault) from fault
+
+def read_texts(source: str, field: str = "text") -> list[str]:
+    """The documents of a source, in order: a .txt is one; a .jsonl, a .parquet or the train split
+    of a dataset on the Hub has one in `field` of each row. `file.jsonl#response` names the field.
+
+    An empty row stays, as "". Raises DataError when the source is missing, unreadable, of another
+    kind, lacks the field, holds what is no text, or has no text at all."""
+    _, name, field = locate(source, field)
+    texts = [text for _, (text,) in read_rows(name, (field,))]
     if not any(text.strip() for text in texts):
         raise DataError(
             f"{source} is empty, it has no character other than white space: need some text. "
@@ -63,10 +48,31 @@ def read_texts(source: str, field: str = "text", split: str = "train") -> list[s
     return texts
 
 
-def _read_txt(path: Path, field: str) -> list[str]:
+def read_rows(name: str, fields: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """Each row of a file or dataset: how a message names it, and the text of each field."""
+    path = locate(name)[0]
+    if path is None:
+        rows = _hub_rows(name)
+    elif path.is_file() and path.suffix in READERS:
+        rows = READERS[path.suffix](path)
+    else:
+        kind = "a folder" if path.is_dir() else f"a file {path.suffix or 'without a suffix'}"
+        raise DataError(
+            f"{name} is {kind}: need one of {', '.join(READERS)}, or a datasets id. "
+            "try: one JSON object per line in a .jsonl, or plain text in a .txt"
+        )
+    try:
+        for number, row in rows:
+            place = f"{name} {number}"
+            yield place, [_text(row, field, place) for field in fields]
+    except OSError as fault:
+        raise unreadable(name, fault) from fault
+
+
+def _txt_rows(path: Path) -> Iterator[tuple[str, Any]]:
     raw = path.read_bytes()
     try:
-        return [raw.decode("utf-8-sig")]
+        yield "", raw.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         line = raw.count(b"\n", 0, fault.start) + 1
         raise DataError(
@@ -75,214 +81,140 @@ def _read_txt(path: Path, field: str) -> list[str]:
         ) from fault
 
 
-def _read_jsonl(path: Path, field: str) -> list[str]:
-    texts = []
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in jsonl_lines(path):
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line)
         except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are both
             raise DataError(
                 f"{path} line {number} is not JSON ({fault}): need one JSON object per line. "
                 "try: mend or drop that line"
             ) from fault
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path} line {number} holds a {type(row).__name__}: need a JSON object with "
-                f'the field {field!r}. try: {{"{field}": "…"}}'
-            )
-        texts.append(_field(row, field, f"{path} line {number}"))
-    return texts
+        yield f"line {number}", row if isinstance(row, dict) else {}
 
 
 def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold a row, with their numbers in the file; a byte order mark at the beginning
-    is left out."""
-    with path.open(
-        "rb"
-    ) as file:  # bytes: only \n ends a line, a JSON string may hold other line ends
+    """The lines that hold a row, with their numbers in the file, without a byte order mark."""
+    # As bytes, since only \n ends a line: a JSON string may hold other line ends.
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield number, line
 
 
-def _field(row: dict[str, Any], field: str, where: str) -> str:
-    if field not in row:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    numbers = itertools.count()
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from ((f"row {next(numbers)}", row) for row in batch.to_pylist())
+    except pa.ArrowException as fault:
         raise DataError(
-            f"{where} has no field {field!r}, it has {_listed(row)}: need the field's name. "
-            f"try: FILE#{_close(field, row) or next(iter(row), 'field')}"
+            f"{path} is not a readable parquet file ({reason(fault)}): need an intact one. "
+            "try: write it again"
+        ) from fault
+
+
+READERS = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+
+
+def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
+    path = Path(name)
+    if path.suffix in READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+        raise DataError(
+            f"{shown(name)} does not exist: need a file of {', '.join(READERS)}, or a datasets id. "
+            f"{f'Did you mean {path.with_name(near[0])}? ' if near else ''}try: a path from the "
+            "current folder; a text itself goes into a .txt file"
         )
-    if row[field] is None:
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        # load_dataset alone retries for 23 s before it says that there is no network; it is quick
+        # where the user wants the cached copy.
+        with contextlib.suppress(OfflineModeIsEnabled):
+            HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
+        dataset = datasets.load_dataset(name, split="train")
+    except Exception as fault:
         raise DataError(
-            f"{where} has null in {field!r}: need text in every row. try: drop that row"
+            f"{name} is no file here and could not be loaded with datasets ({reason(fault)}): need "
+            "a file, or a dataset id and a network connection. "
+            "try: HF_HUB_OFFLINE=1 for one that was loaded before"
+        ) from fault
+    yield from ((f"row {number}", row) for number, row in enumerate(dataset))
+
+
+def _text(row: dict[str, Any] | str, field: str, place: str) -> str:
+    """The field of a row; a row that is a text itself has no fields."""
+    text = row if isinstance(row, str) else row.get(field)
+    if text is None:
+        near = difflib.get_close_matches(field, row, n=1, cutoff=0.5) or [*row, "FIELD"]
+        raise DataError(
+            f"{place} has {'null in' if field in row else 'no field'} {field!r}, it has "
+            f"{', '.join(map(repr, row)) or 'none'}: need a JSON object with that text in every "
+            f"row. try: drop that row, or FILE#{near[0]}"
         )
-    if not isinstance(row[field], str):
+    if not isinstance(text, str):
         raise DataError(
-            f"{where} has a {type(row[field]).__name__} in {field!r}: need text. "
+            f"{place} has a {type(text).__name__} in {field!r}: need text. "
             "try: another field, or turn it into a string"
         )
-    return check_text(row[field], f"{where}, field {field!r},")
+    return check_text(text, f"{place}, field {field!r},")
 
 
-def check_text(text: str, where: str) -> str:
+def check_text(text: str, place: str) -> str:
     """The text itself. Raises DataError for half of a surrogate pair, legal in JSON, which no
     tokenizer and no file takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as fault:
         raise DataError(
-            f"{where} has half of a character ({text[fault.start]!r}) at character {fault.start}: "
-            "need text that "
-            "UTF-8 can hold. try: drop it, or text.encode('utf-8', 'replace').decode()"
+            f"{place} has half of a character ({text[fault.start]!r}) at character {fault.start}: "
+            "need text that UTF-8 can hold. try: drop it, or "
+            "text.encode('utf-8', 'replace').decode()"
         ) from fault
     return text
 
 
-def _read_parquet(path: Path, field: str) -> list[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        names = pq.read_schema(path).names
-        column = (
-            pq.read_table(path, columns=[field]).column(0).to_pylist() if field in names else []
-        )
-    except pa.ArrowException as fault:
-        raise DataError(
-            f"{path} is not a readable parquet file ({str(fault).splitlines()[0]}): need an "
-            "intact one. try: write it again"
-        ) from fault
-    if field not in names:
-        _field(dict.fromkeys(names), field, str(path))
-    return [_field({field: text}, field, f"{path} row {row}") for row, text in enumerate(column)]
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _from_datasets(source: str, field: str, split: str) -> list[str]:
-    try:
-        import datasets
-    except ImportError as fault:
-        raise DataError(
-            f"{shown(source)} is no file here, and the datasets library is missing: need a file or "
-            "that "
-            f"library.{_similar(Path(source))} try: pip install datasets"
-        ) from fault
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    try:
-        # Asked first because load_dataset alone retries for 23 s before it says that there is no
-        # network.
-        HfApi().dataset_info(source, timeout=HUB_TIMEOUT_S)
-    except OfflineModeIsEnabled:
-        pass  # the user wants the cached copy, and then load_dataset is quick
-    except Exception as fault:
-        raise _unloaded(source, fault) from fault
-    try:
-        rows = datasets.load_dataset(source, split=split)
-    except Exception as fault:
-        raise _unloaded(source, fault) from fault
-    if field not in rows.column_names:
-        _field(dict.fromkeys(rows.column_names), field, f"{source}, split {split!r},")
-    return [
-        _field({field: text}, field, f"{source} row {row}") for row, text in enumerate(rows[field])
-    ]
-
-
-def _unloaded(source: str, fault: Exception) -> DataError:
-    said = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-    return DataError(
-        f"{shown(source)} is no file here and could not be loaded with datasets ({said}): need a "
-        "file "
-        f"or a dataset id and a network connection.{_similar(Path(source))} "
-        "try: a .txt or .jsonl file, or HF_HUB_OFFLINE=1 for a copy loaded before"
-    )
-
-
-def _missing(source: str, name: str) -> DataError:
-    path = Path(name)
-    hint = "check the path, it counts from the current folder"
-    if path.suffix not in SUFFIXES and re.search(r"\s", source):
-        hint = "put a text into a .txt file, and name that file"
-    return DataError(
-        f"{shown(source)} does not exist: need a file of {', '.join(SUFFIXES)}.{_similar(path)} "
-        f"try: {hint}"
-    )
-
-
-def _similar(path: Path) -> str:
-    try:
-        names = {entry.name: entry for entry in path.parent.iterdir() if entry.suffix in SUFFIXES}
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        return ""
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(str(names[name]) for name in close)}?" if close else ""
-
-
-def _close(name: str, names: Any) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)), None)
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(repr(name) for name in names) or "none"
-
-
-class Spread(NamedTuple):
-    """Ids of a tokenizer that does not tell which characters they stand for: as if all stood for
-    equally many."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
+# Texts → token blocks
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[Any]]:
     """Texts → for each its `ids`, no special ones, and their `offsets`, the characters [from, to)
-    that each stands for."""
-    if getattr(tokenizer, "is_fast", False):
-        plain = copy.deepcopy(tokenizer.backend_tokenizer)
-        plain.post_processor = None  # adds nothing, and trims no white space off the offsets
-        plain.no_truncation()
-        plain.no_padding()
-        # Many short documents in one call: the tokenizer then works on them in parallel.
-        return functools.partial(plain.encode_batch, add_special_tokens=False)
-
-    def encode(texts: list[str]) -> list[Spread]:
-        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [
-            Spread(
-                ids,
-                [
-                    (len(text) * i // len(ids), len(text) * (i + 1) // len(ids))
-                    for i in range(len(ids))
-                ],
-            )
-            for text, ids in zip(texts, rows, strict=True)
-        ]
-
-    return encode
+    that each stands for. Raises DataError for a tokenizer that does not know these."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{type(tokenizer).__name__} does not tell which characters its tokens stand for: need "
+            "a tokenizer of the tokenizers library. try: another base"
+        )
+    plain = copy.deepcopy(tokenizer.backend_tokenizer)
+    plain.post_processor = None  # adds nothing, and trims no white space off the offsets
+    plain.no_truncation()
+    plain.no_padding()
+    # Many short documents in one call: the tokenizer then works on them in parallel.
+    return functools.partial(plain.encode_batch, add_special_tokens=False)
 
 
-def byte_counts(text: str, offsets: list[tuple[int, int]], unread: int = 0) -> Tensor:
+def byte_counts(text: str, offsets: list[tuple[int, int]], skipped: int = 0) -> Tensor:
     """(n,) long: UTF-8 bytes of the text that each of its tokens stands for; their sum is all of
-    it.
+    it. `skipped`: characters at its beginning that `offsets` do not count.
 
     A token ends where its last character does, so what stands between two tokens counts with the
     second. Tokens of one character share its bytes: decoded one by one they would be replacement
-    characters. `unread`: characters ahead of those that `offsets` count from."""
+    characters."""
     if not offsets:
         return torch.zeros(0, dtype=torch.long)
-    point_n = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    byte_n = np.append(0, np.cumsum(1 + (point_n > 0x7F) + (point_n > 0x7FF) + (point_n > 0xFFFF)))
-    end_n = np.maximum.accumulate(np.array(offsets)[:, 1]) + unread
+    byte_n = np.cumsum([0, *map(len, map(str.encode, text))])
+    end_n = np.maximum.accumulate(np.array(offsets)[:, 1]) + skipped
     end_n[-1] = len(text)
-    last_n = np.append(
-        np.flatnonzero(np.diff(end_n)), len(end_n) - 1
-    )  # the last token of each character that has several
-    bytes_n = np.interp(
-        np.arange(len(end_n)), np.append(-1, last_n), np.append(0, byte_n[end_n[last_n]])
-    )
+    # The last token of each character ends at a known byte; those before it are spread evenly.
+    last_n = np.append(np.flatnonzero(np.diff(end_n)), len(end_n) - 1)
+    bytes_n = np.interp(np.arange(len(end_n)), [-1, *last_n], [0, *byte_n[end_n[last_n]]])
     return torch.from_numpy(np.diff(bytes_n.astype(np.int64), prepend=0))
 
 
@@ -294,7 +226,7 @@ class TextBlocks:
     bytes_NT: Tensor
     """UTF-8 bytes of text that each token stands for: 0 for the eos between documents."""
     text: bytes
-    """Of all blocks, one behind the other."""
+    """Of all blocks, one after the other."""
 
     def windows(self) -> list[bytes]:
         """The text of each block; one that is cut inside a character has a part of its bytes."""
@@ -305,95 +237,65 @@ class TextBlocks:
 def token_blocks(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
 ) -> Tensor:
-    """(N, length) long: the documents as one stream of at most `limit` tokens, cut into full
-    blocks.
-
-    The tokenizer's eos, if it has one, stands between documents; blank documents and the remainder
-    are dropped. Tokenising stops soon after `limit`. Raises DataError when there is not one full
-    block."""
-    return _blocks((piece.ids for piece in _stream(texts, tokenizer, length, limit)), length, limit)
+    """(N, length) long: the ids of `text_blocks`, to train on."""
+    return text_blocks(texts, tokenizer, length, limit).ids_NT
 
 
 def text_blocks(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
 ) -> TextBlocks:
-    """The blocks of `token_blocks` with the bytes that they stand for, to measure on."""
-    pieces = list(_stream(texts, tokenizer, length, limit))
-    ids_NT = _blocks((piece.ids for piece in pieces), length, limit)
-    bytes_NT = torch.cat([piece.byte_counts() for piece in pieces])[: ids_NT.numel()].view_as(
-        ids_NT
-    )
-    return TextBlocks(
-        ids_NT, bytes_NT, b"".join(piece.text.encode() for piece in pieces)[: int(bytes_NT.sum())]
-    )
+    """The documents as one stream of at most `limit` tokens, cut into full blocks of `length`.
 
-
-def _blocks(parts: Iterable[list[int]], length: int, limit: int | None) -> Tensor:
+    The tokenizer's eos, if it has one, stands between documents; blank documents and the remainder
+    are dropped. Tokenising stops soon after `limit`. Raises DataError when there is not one full
+    block."""
+    encode = encoder(tokenizer)
+    adds_space = _adds_space(encode)
     # Tensors one by one: a list of all ids would take several times their memory.
-    stream = torch.cat(
-        [torch.empty(0, dtype=torch.long), *(torch.tensor(ids, dtype=torch.long) for ids in parts)]
-    )[:limit]
-    count = len(stream)
-    if count < length:
-        raise DataError(
-            f"{'the limit leaves' if count == limit else 'the text has'} {count} tokens: need at "
-            f"least {length}, one block. try: more text, a higher limit or shorter blocks"
-        )
-    return stream[: count // length * length].view(-1, length)
-
-
-class _Piece(NamedTuple):
-    """A piece of a document as read; `ids` begin with the eos where it ends the document before."""
-
-    text: str
-    ids: list[int]
-    encoded: Any
-    unread: int
-
-    def byte_counts(self) -> Tensor:
-        counts_n = byte_counts(self.text, self.encoded.offsets, self.unread)
-        return torch.cat([torch.zeros(len(self.ids) - len(counts_n), dtype=torch.long), counts_n])
-
-
-def _stream(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None
-) -> Iterator[_Piece]:
-    """The pieces of all documents, until there are `limit` tokens."""
-    if length < 1:
-        raise DataError(
-            f"a block of {length} tokens was asked for: need at least 1. try: length=512"
-        )
-    eos, count, encode, adds_space = (
-        tokenizer.eos_token_id,
-        0,
-        encoder(tokenizer),
-        _adds_space(tokenizer),
-    )
+    ids = [torch.zeros(0, dtype=torch.long)]
+    byte_n = list(ids)
+    parts: list[str] = []
+    count = 0
     for batch in _batches(texts):
-        # Where the tokenizer puts a space ahead by itself, that of the piece is left unread.
-        unread = [int(adds_space and not opens and piece.startswith(" ")) for opens, piece in batch]
-        found = encode([piece[skip:] for skip, (_, piece) in zip(unread, batch, strict=True)])
-        for skip, (opens, piece), encoded in zip(unread, batch, found, strict=True):
-            ids = [eos, *encoded.ids] if opens and count and eos is not None else encoded.ids
-            count += len(ids)
-            yield _Piece(piece if encoded.ids else "", ids, encoded, skip)
+        # Where the tokenizer puts a space before a text by itself, a piece must not bring its own.
+        skips = [int(adds_space and not first and text.startswith(" ")) for first, text in batch]
+        encodings = encode([text[skip:] for skip, (_, text) in zip(skips, batch, strict=True)])
+        for skip, (first, text), encoding in zip(skips, batch, encodings, strict=True):
+            if first and count and tokenizer.eos_token_id is not None:
+                ids.append(torch.tensor([tokenizer.eos_token_id]))
+                byte_n.append(torch.zeros(1, dtype=torch.long))
+            if encoding.ids:
+                ids.append(torch.tensor(encoding.ids))
+                byte_n.append(byte_counts(text, encoding.offsets, skip))
+                parts.append(text)
+            count += len(encoding.ids)
         if limit is not None and count >= limit:
-            return
+            break
+    ids_n = torch.cat(ids)[:limit]
+    count = len(ids_n) // length * length
+    if not count:
+        what = "the limit leaves" if len(ids_n) == limit else "the text has"
+        raise DataError(
+            f"{what} {len(ids_n)} tokens: need at least {length}, one block. try: more text, a "
+            "higher limit or shorter blocks"
+        )
+    bytes_NT = torch.cat(byte_n)[:count].view(-1, length)
+    text = "".join(parts).encode()[: int(bytes_NT.sum())]
+    return TextBlocks(ids_n[:count].view(-1, length), bytes_NT, text)
 
 
 def _batches(texts: list[str]) -> Iterator[list[tuple[bool, str]]]:
-    """Pieces of ~PIECE_CHARS characters together, each with whether it opens a document."""
+    """Pieces of ~PIECE_CHARS characters together, each with whether it begins a document."""
     batch: list[tuple[bool, str]] = []
     chars = 0
     for text in texts:
-        if not text.strip():
-            continue
-        for number, piece in enumerate(_pieces(text)):
+        for number, piece in enumerate(_pieces(text) if text.strip() else ()):
             batch.append((number == 0, piece))
             chars += len(piece)
             if chars >= PIECE_CHARS:
                 yield batch
-                batch, chars = [], 0
+                batch = []
+                chars = 0
     if batch:
         yield batch
 
@@ -407,40 +309,28 @@ def _pieces(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PIECE_CHARS:
         window = text[start : start + PIECE_CHARS]
-        for rule in (r"(?s:.*\S)(?= \S)", r"(?s:.*\S)\n(?=\S)", r"(?s:.*\S)(?=\s)"):
-            if cut := re.match(rule, window):
-                break
-        end = start + (cut.end() if cut else PIECE_CHARS)
+        rules = (r"(?s:.*\S)(?= \S)", r"(?s:.*\S)\n(?=\S)", r"(?s:.*\S)(?=\s)")
+        match = next(filter(None, (re.match(rule, window) for rule in rules)), None)
+        end = start + (match.end() if match else PIECE_CHARS)
         yield text[start:end]
         start = end
     yield text[start:]
 
 
-def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it puts a space before a text, as llama 2 does: a piece must then not bring one
-    too."""
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    whole = ids("one two")
-    return whole != ids("one") + ids(" two") and whole == ids("one") + ids("two")
+def _adds_space(encode: Callable[[list[str]], list[Any]]) -> bool:
+    """Whether the tokenizer puts a space before a text, as that of Llama 2 does."""
+    whole, one, two, spaced = (x.ids for x in encode(["one two", "one", "two", " two"]))
+    return one + two == whole != one + spaced
 
 
-def block_order(num_blocks: int, steps: int, batch: int, seed: int) -> torch.Tensor:
-    """(steps * batch,) long: which block each place of each step sees; every epoch is shuffled
-    anew.
+def block_order(num_blocks: int, steps: int, batch: int, seed: int) -> Tensor:
+    """(steps * batch,) long: which block each row of each step sees; every epoch is shuffled anew.
 
-    Equal seeds give equal orders on every machine, and a longer run begins as a shorter one does.
-    Raises DataError when there is no block."""
-    if num_blocks < 1:
-        raise DataError(
-            f"there are {num_blocks} blocks: need at least 1. try: more text or shorter blocks"
-        )
-    need = steps * batch
-    epochs = -(-need // num_blocks)
-    shuffled = [
-        torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed + epoch))
-        for epoch in range(epochs)
-    ]
-    return torch.cat([torch.empty(0, dtype=torch.long), *shuffled])[:need]
+    Equal seeds give equal orders on every machine, and a longer run begins as a shorter one
+    does."""
+    needed = steps * batch
+    shuffled = [torch.empty(0, dtype=torch.long)]
+    for epoch in range(-(-needed // num_blocks)):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        shuffled.append(torch.randperm(num_blocks, generator=generator))
+    return torch.cat(shuffled)[:needed]

@@ -1,27 +1,28 @@
-"""Rows or documents → pairs (u, y) of a source and a target → (N, U) and (N, Y) token tensors."""
+"""Rows or documents → pairs of a source u and a target y → (N, U) and (N, Y) token tensors."""
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sememe.data import byte_counts, encoder, jsonl_lines, read_texts
+from sememe.data import byte_counts, encoder, read_rows, read_texts
 from sememe.errors import DataError
 from sememe.paths import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OPENING = 0.25
+SOURCE_SHARE = 0.25
 IGNORED = -100
 FILLED = 0.85  # of the tokens that a pair may have, so that few pieces of a text are cut
-SAMPLE_CHARS = 20_000  # of a text, for the characters that one of its tokens takes
+SAMPLE_CHARS = 20_000  # of a text, to estimate the characters per token
 
 
 class Pair(NamedTuple):
@@ -31,8 +32,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class PairTensors:
-    """Sources right-aligned under their mask, targets left-aligned with -100 behind; no BOS
-    anywhere."""
+    """Sources right-aligned under their mask, targets left-aligned and padded with -100; no BOS."""
 
     source_NU: Tensor
     source_mask_NU: Tensor
@@ -40,49 +40,39 @@ class PairTensors:
     cut_sources: int = 0
     cut_targets: int = 0
     target_bytes_N: Tensor | None = None
-    """UTF-8 bytes of each target, of what was cut none; None where the pairs are not of a text."""
+    """UTF-8 bytes of each target without what was cut; None where the pairs are not of a text."""
 
     def __len__(self) -> int:
         return len(self.source_NU)
 
     def rows(self, index: Tensor | slice) -> PairTensors:
         """Some of the pairs, in the order of `index`; how many were cut stays that of all."""
-        return PairTensors(
-            self.source_NU[index],
-            self.source_mask_NU[index],
-            self.target_NY[index],
-            self.cut_sources,
-            self.cut_targets,
-            None if self.target_bytes_N is None else self.target_bytes_N[index],
-        )
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **{name: value[index] for name, value in tensors.items()})
 
     def joined(self, bos: int) -> tuple[Tensor, Tensor, Tensor]:
         """(N, 1 + U + Y) ids of BOS, source and target without a gap, their mask, and labels: -100
         but for the target."""
-        one_N1 = torch.ones_like(self.source_NU[:, :1])
-        mask = torch.cat([one_N1, self.source_mask_NU, (self.target_NY != IGNORED).long()], 1)
-        ids = torch.cat([one_N1 * bos, self.source_NU, self.target_NY.clamp(min=0)], 1)
-        labels = torch.cat(
-            [one_N1 * IGNORED, torch.full_like(self.source_NU, IGNORED), self.target_NY], 1
-        )
+        first_N1 = torch.ones_like(self.source_NU[:, :1])
+        beside_NU = torch.full_like(torch.cat([first_N1, self.source_NU], 1), IGNORED)
+        labels = torch.cat([beside_NU, self.target_NY], 1)
+        ids = torch.cat([first_N1 * bos, self.source_NU, self.target_NY.clamp(min=0)], 1)
+        mask = torch.cat([first_N1, self.source_mask_NU, self.target_NY != IGNORED], 1)
         order = mask.argsort(dim=1, descending=True, stable=True)
-        return tuple(x.gather(1, order) for x in (ids, mask, labels))
+        return ids.gather(1, order), mask.gather(1, order), labels.gather(1, order)
 
-    def opened(self, bos: int) -> tuple[Tensor, Tensor]:
+    def prompts(self, bos: int) -> tuple[Tensor, Tensor]:
         """(N, 1 + U) ids of BOS and source, padded on the left, and their mask."""
-        first_N1 = self.source_NU.shape[1] - self.source_mask_NU.sum(1, keepdim=True)
-        ids = torch.cat([torch.zeros_like(first_N1), self.source_NU], 1).scatter(1, first_N1, bos)
-        mask = torch.cat([torch.zeros_like(first_N1), self.source_mask_NU], 1).scatter(
-            1, first_N1, 1
-        )
-        return ids, mask
+        first_N1 = torch.ones_like(self.source_NU[:, :1])
+        ids = torch.cat([first_N1 * bos, self.source_NU], 1)
+        mask = torch.cat([first_N1, self.source_mask_NU], 1)
+        order = mask.argsort(dim=1, stable=True)
+        return ids.gather(1, order), mask.gather(1, order)
 
     def target_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The targets as they are written, what was cut left out."""
-        return [
-            tokenizer.decode(row[row != IGNORED], skip_special_tokens=True)
-            for row in self.target_NY
-        ]
+        """The targets as they are written, without what was cut."""
+        rows = [row[row != IGNORED] for row in self.target_NY]
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def cut(self) -> str | None:
         """One sentence on what was cut, if anything was."""
@@ -97,11 +87,11 @@ class PairTensors:
 
 @dataclass(frozen=True)
 class PairForm:
-    """How pairs are had of a text: `fields` of a row, or each document cut at `opening`; and their
-    tokens at most."""
+    """How a text becomes pairs: two `fields` of a row, or each document cut at `source_share`; and
+    the most tokens of each side."""
 
     fields: tuple[str, str] | None = None
-    opening: float = OPENING
+    source_share: float = SOURCE_SHARE
     source_length: int = 128
     target_length: int = 128
 
@@ -109,147 +99,105 @@ class PairForm:
     def of(cls, recipe: dict[str, Any]) -> PairForm | None:
         """That of a recipe's plain values; None where it trains on running text."""
         data = recipe.get("data", {})
-        source, target, opening = (data.get(key) for key in ("source", "target", "opening"))
-        if source is None and opening is None and recipe.get("system") != "planner":
+        share = data.get("source_share") or data.get("opening")  # its name in older runs
+        named = data.get("source") is not None
+        if not named and share is None and recipe.get("system") != "planner":
             return None
-        fields = None if source is None or target is None else (source, target)
         return cls(
-            fields,
-            OPENING if opening is None else opening,
+            (data["source"], data["target"]) if named else None,
+            share or SOURCE_SHARE,
             recipe["source_length"],
             recipe["target_length"],
         )
 
     def load(
         self,
-        spec: str,
+        source: str,
         tokenizer: PreTrainedTokenizerBase,
-        most: int | None = None,
-        tokens: int | None = None,
+        max_pairs: int | None = None,
+        min_tokens: int | None = None,
     ) -> PairTensors:
-        """The first pairs of a text: `most` of them, or as few as have `tokens` target tokens.
-        Raises DataError."""
-        pairs = read_pairs(
-            spec, self.fields, self.opening, None if self.fields else self._chars(spec, tokenizer)
+        """The first pairs of a text: `max_pairs` of them, or as few as have `min_tokens` target
+        tokens. Raises DataError."""
+        if self.fields:
+            pairs = read_pairs(source, self.fields)
+        else:
+            texts = read_texts(source)
+            pairs = cut_pairs(texts, self.source_share, self._piece_chars(texts, tokenizer))
+        tensors = pair_tensors(pairs[:max_pairs], tokenizer, self.source_length, self.target_length)
+        if min_tokens is None:
+            return tensors
+        tokens_N = (tensors.target_NY != IGNORED).sum(1).cumsum(0)
+        return tensors.rows(slice(0, int((tokens_N < min_tokens).sum()) + 1))
+
+    def _piece_chars(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> int:
+        """Characters of a piece whose two parts about fill their tokens."""
+        text = max(texts, key=len)[:SAMPLE_CHARS]
+        tokens = max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        room = min(
+            self.source_length / self.source_share, self.target_length / (1 - self.source_share)
         )
-        made = pair_tensors(pairs[:most], tokenizer, self.source_length, self.target_length)
-        if tokens is None:
-            return made
-        counted_N = (made.target_NY != IGNORED).sum(1).cumsum(0)
-        return made.rows(slice(0, int((counted_N < tokens).sum()) + 1))
-
-    def _chars(self, spec: str, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Of a piece whose two parts about fill their tokens."""
-        text = max(read_texts(spec), key=len)[:SAMPLE_CHARS]
-        tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        most = min(self.source_length / self.opening, self.target_length / (1 - self.opening))
-        return max(2, int(FILLED * most * len(text) / max(1, tokens)))
+        return max(2, int(FILLED * room * len(text) / tokens))
 
 
-def read_pairs(
-    spec: str,
-    fields: tuple[str, str] | None = None,
-    opening: float = OPENING,
-    chars: int | None = None,
-    split: str = "train",
-) -> list[Pair]:
-    """The pairs of a .jsonl, .parquet, .txt or datasets id.
-
-    With `fields`, u and y are two fields of a row. Without, each document is cut in front of white
-    space: its first `opening` share is u, the rest y, and u + y is the document; one of more than
-    `chars` characters gives several pairs, one for each piece of about equal length. Documents with
-    nothing to cut between give none.
-
-    Raises:
-        DataError: what `read_texts` raises; an empty field; no pair at all."""
-    if fields is None:
-        return _cut_pairs(spec, read_texts(spec, split=split), opening, chars)
-    source, target = fields
-    path, name, _ = locate(spec)
-    if name != spec:
+def read_pairs(source: str, fields: tuple[str, str]) -> list[Pair]:
+    """Two fields of each row of a .jsonl, .parquet or dataset. Raises DataError where one is
+    empty."""
+    name = locate(source)[1]
+    if name != source or Path(name).suffix == ".txt":
         raise DataError(
-            f"{spec} names the field {spec[len(name) + 1 :]!r}, and source = {source}, target = "
-            f"{target} name two "
-            f"more: need one way. try: {name}"
+            f"{source} has no rows with the fields {fields[0]!r} and {fields[1]!r}: need a .jsonl, "
+            f".parquet or dataset, named without a field. try: {name}, or source_share to cut texts"
         )
-    if source == target:
-        raise DataError(
-            f"source and target are both the field {source!r} of {spec}: need two fields. "
-            "try: source: instruction, target: response; or neither, to cut the text"
-        )
-    if Path(spec).suffix == ".txt":
-        raise DataError(
-            f"{spec} is plain text, it has no fields {source!r} and {target!r}: need a .jsonl or "
-            ".parquet with them. "
-            "try: leave source and target out, then each text is cut at `opening`"
-        )
-    columns = [read_texts(spec, field, split) for field in fields]
-    for row, pair in enumerate(zip(*columns, strict=True)):
-        for field, text in zip(fields, pair, strict=True):
+    pairs = []
+    for place, texts in read_rows(source, fields):
+        for field, text in zip(fields, texts, strict=True):
             if not text.strip():
                 raise DataError(
-                    f"{spec} {_place(path, row)} has nothing in {field!r}: need some text in both "
-                    f"{source!r} and "
-                    f"{target!r}. try: drop that row"
+                    f"{place} has nothing in {field!r}: need some text in both {fields[0]!r} and "
+                    f"{fields[1]!r}. try: drop that row"
                 )
-    return [Pair(*texts) for texts in zip(*columns, strict=True)]
-
-
-def _place(path: Path | None, row: int) -> str:
-    """Where a row of a jsonl is, blank lines counted; of anything else, its number."""
-    if path is None or path.suffix != ".jsonl":
-        return f"row {row}"
-    return f"line {next(itertools.islice(jsonl_lines(path), row, None))[0]}"
-
-
-def _cut_pairs(spec: str, texts: list[str], opening: float, chars: int | None) -> list[Pair]:
-    if not 0 < opening < 1:
-        raise DataError(
-            f"opening = {opening}: need a share of each document, between 0 and 1. try: {OPENING}"
-        )
-    if chars is not None and chars < 2:
-        raise DataError(f"pieces of {chars} characters: need at least 2. try: 1000")
-    pairs = []
-    for text in texts:
-        for piece in _pieces(text, chars):
-            at = _cut(piece, opening)
-            if at is not None:
-                pairs.append(Pair(piece[:at], piece[at:]))
-    if not pairs:
-        raise DataError(
-            f"{spec} has no document of two words to cut between: need longer ones. try: another "
-            "file"
-        )
+        pairs.append(Pair(*texts))
     return pairs
 
 
-def _pieces(text: str, chars: int | None) -> list[str]:
+def cut_pairs(texts: list[str], source_share: float, piece_chars: int) -> list[Pair]:
+    """Each document cut between two words: u is about `source_share` of it, y the rest, and u + y
+    is the document. One of more than `piece_chars` characters gives several pairs, one for each
+    piece of about equal length; one of a single word gives none."""
+    pairs = []
+    for piece in itertools.chain.from_iterable(_pieces(text, piece_chars) for text in texts):
+        at = _nearest(_word_ends(piece.rstrip()), round(len(piece) * source_share))
+        if at is not None:
+            pairs.append(Pair(piece[:at], piece[at:]))
+    return pairs
+
+
+def _pieces(text: str, chars: int) -> list[str]:
     """Pieces of about equal length, `chars` or less, give or take a word; a stretch without white
     space stays whole."""
-    if chars is None or len(text) <= chars:
-        return [text]
     count = -(-len(text) // chars)
-    places = [round(len(text) * number / count) for number in range(1, count)]
-    ends = [_near(text, at, max(at - chars // 2, 0), at + chars // 2) for at in places]
-    edges = sorted({0, len(text), *(end for end in ends if end is not None)})
-    return [text[start:end] for start, end in itertools.pairwise(edges)]
+    ends = _word_ends(text) if count > 1 else []
+    edges = {0, len(text)}
+    for number in range(1, count):
+        at = round(len(text) * number / count)
+        end = _nearest(ends, at)
+        if end is not None and abs(end - at) < chars // 2:
+            edges.add(end)
+    return [text[start:end] for start, end in itertools.pairwise(sorted(edges))]
 
 
-def _cut(text: str, opening: float) -> int | None:
-    """Where u ends, next to the asked share, so that u and y both have a word."""
-    inner = len(text) - len(text.lstrip()), len(text.rstrip())
-    return _near(text, round(len(text) * opening), *inner)
+def _word_ends(text: str) -> list[int]:
+    """Where white space begins after a word."""
+    return [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
 
 
-def _near(text: str, at: int, start: int = 0, end: int | None = None) -> int | None:
-    """The beginning of white space behind a word that is nearest to `at`, within (start, end)."""
-    end = len(text) if end is None else min(end, len(text))
-    before = re.match(r"(?s:.*)\S(?=\s)", text[start : min(at + 1, end)])
-    behind = re.compile(r"(?<=\S)\s").search(text, max(at, start + 1), end)
-    found = [start + before.end()] if before else []
-    if behind:
-        found.append(behind.start())
-    return min(found, key=lambda place: abs(place - at), default=None)
+def _nearest(places: list[int], at: int) -> int | None:
+    """Of sorted places the one nearest to `at`, the first of two."""
+    index = bisect.bisect_right(places, at)
+    return min(
+        places[max(index - 1, 0) : index + 1], key=lambda place: abs(place - at), default=None
+    )
 
 
 def pair_tensors(
@@ -259,54 +207,37 @@ def pair_tensors(
 
     A source that is too long keeps its end, a target its beginning. The tokenizer's eos, if it has
     one, ends each target that is not cut and has room for it. A model adds its own BOS, so lengths
-    do not count one.
-
-    Raises:
-        DataError: no pair, a length below 1, or a pair that has no token."""
-    if source_length < 1 or target_length < 1:
-        raise DataError(
-            f"{source_length} source tokens and {target_length} target tokens: need at least 1 "
-            "each. "
-            "try: source_length=128, target_length=128"
-        )
+    do not count one. Raises DataError where there is no pair, or no token in one."""
     if not pairs:
-        raise DataError("there are no pairs: need at least one. try: another file")
+        raise DataError("no text has two words to cut between: need a pair. try: another file")
     encode = encoder(tokenizer)
-    sources, encoded = (encode([pair[side] for pair in pairs]) for side in (0, 1))
-    sources, targets = ([one.ids for one in side] for side in (sources, encoded))
-    for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        if not source or not target:
+    sources = [encoding.ids for encoding in encode([pair.source for pair in pairs])]
+    encodings = encode([pair.target for pair in pairs])
+    eos = tokenizer.eos_token_id
+    targets = [[*encoding.ids, *([] if eos is None else [eos])] for encoding in encodings]
+    for number, (source, encoding) in enumerate(zip(sources, encodings, strict=True)):
+        if not source or not encoding.ids:
             raise DataError(
-                f"the {'target' if source else 'source'} of pair {number} has no token: need text "
-                "that the "
-                "tokenizer knows. try: leave that pair out"
+                f"pair {number} has a {'target' if source else 'source'} without a token: need "
+                "text that the tokenizer knows. try: leave that pair out"
             )
-    cut_sources, cut_targets = (
-        sum(len(ids) > limit for ids in side)
-        for side, limit in ((sources, source_length), (targets, target_length))
-    )
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    ending = [] if eos is None else [eos]
-    sources = [ids[-source_length:] for ids in sources]
-    bytes_N = torch.tensor(
-        [
-            int(byte_counts(pair.target, one.offsets)[:target_length].sum())
-            if len(one.ids) > target_length
-            else len(pair.target.encode())
-            for pair, one in zip(pairs, encoded, strict=True)
-        ]
-    )
-    targets = [ids + ending if len(ids) < target_length else ids[:target_length] for ids in targets]
-    pad = pad if pad is not None else eos if eos is not None else 0
-    source_NU = _padded(sources, pad, left=True)
-    mask_NU = _padded([[1] * len(ids) for ids in sources], 0, left=True)
+    bytes_N = [
+        int(byte_counts(pair.target, encoding.offsets)[:target_length].sum())
+        for pair, encoding in zip(pairs, encodings, strict=True)
+    ]
+    pad = next((x for x in (tokenizer.pad_token_id, eos) if x is not None), 0)
+    sources_cut = [ids[-source_length:] for ids in sources]
     return PairTensors(
-        source_NU, mask_NU, _padded(targets, IGNORED, left=False), cut_sources, cut_targets, bytes_N
+        _padded(sources_cut, pad, left=True),
+        _padded([[1] * len(ids) for ids in sources_cut], 0, left=True),
+        _padded([ids[:target_length] for ids in targets], IGNORED, left=False),
+        cut_sources=sum(len(ids) > source_length for ids in sources),
+        cut_targets=sum(len(encoding.ids) > target_length for encoding in encodings),
+        target_bytes_N=torch.tensor(bytes_N),
     )
 
 
 def _padded(rows: list[list[int]], fill: int, left: bool) -> Tensor:
-    padded = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
-    for out, ids in zip(padded, rows, strict=True):
-        out[len(out) - len(ids) if left else 0 :][: len(ids)] = torch.tensor(ids)
-    return padded
+    tensors = [torch.tensor(ids) for ids in rows]
+    side = "left" if left else "right"
+    return torch.nn.utils.rnn.pad_sequence(tensors, True, fill, padding_side=side)

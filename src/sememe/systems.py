@@ -383,8 +383,8 @@ def _pairs(recipe: Recipe, tokenizer, folder: Path, say):
     """As many training pairs as the run can see, held-out pairs of at least `heldout_tokens` target
     tokens, and the base's configuration. Raises DataError: missing or empty text or fields."""
     form = recipe.pairs
-    train = form.load(recipe.data.train, tokenizer, most=recipe.steps * recipe.batch_size)
-    heldout = form.load(recipe.data.heldout, tokenizer, tokens=recipe.heldout_tokens)
+    train = form.load(recipe.data.train, tokenizer, max_pairs=recipe.steps * recipe.batch_size)
+    heldout = form.load(recipe.data.heldout, tokenizer, min_tokens=recipe.heldout_tokens)
     if cut := train.cut():
         say(f"{recipe.data.train}: {cut}")
     return train, heldout, AutoConfig.from_pretrained(folder).get_text_config()

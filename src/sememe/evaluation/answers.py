@@ -62,7 +62,7 @@ class Answers:
         bos, longest = sink_id(model.config.get_text_config()), self.pairs.target_NY.shape[1]
 
         def written(index_B: Tensor) -> list[list[int]]:
-            ids_BU, mask_BU = self.pairs.rows(index_B).opened(bos)
+            ids_BU, mask_BU = self.pairs.rows(index_B).prompts(bos)
             made_BT = model.generate(
                 ids_BU.to(model.device),
                 attention_mask=mask_BU.to(model.device),

@@ -103,7 +103,7 @@ def evaluate_pair_files(
     other = None if control is None else _control(control, form, tokenizer, base)
     found = []
     for name in data:
-        pairs = form.load(name, tokenizer, tokens=tokens)
+        pairs = form.load(name, tokenizer, min_tokens=tokens)
         asked, best = Answers(tokenizer, pairs, batch) if answers else None, None
         if planner and search is not None:
             with tqdm(total=len(pairs), desc="z* of held-out pairs", unit="pair") as bar:
@@ -166,7 +166,7 @@ def _training_pairs(model: str, loaded, tokenizer, count: int) -> PairTensors:
             "probes are fitted: "
             "need one. try: without --signals"
         )
-    return pair_form(model).load(recipe["data"]["train"], tokenizer, most=count)
+    return pair_form(model).load(recipe["data"]["train"], tokenizer, max_pairs=count)
 
 
 def _control(name: str, form: PairForm, tokenizer, base: str | None):
@@ -264,7 +264,7 @@ def ablate_pair_files(
             f"{model} writes no plans to ablate: need a run of system: planner. try: sememe "
             f"evaluate {model}"
         )
-    pairs = pair_form(model).load(data, tokenizer, tokens=tokens)
+    pairs = pair_form(model).load(data, tokenizer, min_tokens=tokens)
     if len(pairs) < 2:
         raise DataError(
             f"{data} and --tokens {tokens} make one pair: need at least two, to swap plans between "

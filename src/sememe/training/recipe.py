@@ -39,7 +39,7 @@ class Data(Strict):
     pairs."""
     target: str | None = None
     """Field of a row that it writes."""
-    opening: float | None = Field(None, gt=0, lt=1)
+    source_share: float | None = Field(None, gt=0, lt=1)
     """Share of each document that is the source, where no fields are named; a `planner` has
     0.25."""
 
@@ -50,11 +50,11 @@ class Data(Strict):
                 f"source = {self.source} and target = {self.target}: need both fields of a row, or "
                 "neither"
             )
-        if self.source is not None and (self.source == self.target or self.opening is not None):
+        share = self.source_share
+        if self.source is not None and (self.source == self.target or share is not None):
             raise ValueError(
-                f"source = {self.source}, target = {self.target}, opening = {self.opening}: need "
-                "two fields of a "
-                "row, or else opening alone to cut each text"
+                f"source = {self.source}, target = {self.target}, source_share = {share}: need two "
+                "fields of a row, or else source_share alone to cut each text"
             )
         return self
 
@@ -255,7 +255,7 @@ class Recipe(Strict):
             )
         if self.pairs is not None and self.system not in ("planner", "control"):
             raise ValueError(
-                "data.source, data.target and data.opening make pairs, which system: "
+                "data.source, data.target and data.source_share make pairs, which system: "
                 f"{self.system} is not trained "
                 "on; need a planner or its control"
             )
