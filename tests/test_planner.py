@@ -13,6 +13,7 @@ from sememe.backbone.split import Spine
 from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import CheckpointError, RecipeError
 from sememe.models import MODELS, PlannerConfig, PlannerForCausalLM
+from sememe.models.planner.beam import PlanSearch
 from sememe.models.planner.signals import SignalReader
 
 # Rows of other lengths, and a cache, make sums go another way: 4e-6 seen; one wrong mask entry or
@@ -117,15 +118,15 @@ def test_plans_are_packed_and_their_targets_are_the_next_ids():
         3,
         4,
     ]
-    assert [kind[SHAPE.columns(i)].unique().tolist() for i in range(3)] == [[0], [1], [2]]
+    assert [kind[SHAPE.inputs(i)].unique().tolist() for i in range(3)] == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize(
     "slot, value, said",
     [
-        (3, 5, "plan id 5 in type 1: need ids from 0 to 4"),
-        (0, -2, "plan id -2 in type 0"),
-        (6, 1, "behind the end of type 2"),
+        (3, 5, "plan id 5 in slot 0 of type 1: need ids from 0 to 4"),
+        (0, -2, "plan id -2 in slot 0 of type 0"),
+        (6, 1, "plan id 1 in slot 1 of type 2: .*after the last one"),
     ],
 )
 def test_wrong_plans_are_refused(slot, value, said):
@@ -226,7 +227,7 @@ def test_the_executor_is_causal_and_sees_no_empty_slot(family):
         columns.position.tolist() == [[0, 0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 4]]
         and x.shape[1] == 14
     )
-    assert columns.lane.valid.int().tolist() == [[1, 1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 1, 1]]
+    assert columns.valid.int().tolist() == [[1, 1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -239,14 +240,10 @@ def test_a_source_is_read_as_the_base_reads_it(family):
     with torch.no_grad():
         want = base(torch.nn.functional.pad(u[1:2], (1, 0), value=1)).logits
         model = PlannerForCausalLM(config, base).eval()  # fresh LoRA changes nothing
-        ids, columns, _ = model.source_columns(u, mask)
-        spine = Spine(model.backbone)
-        got = spine.logits(model.run(spine, spine.embed(ids), columns, columns))
+        x, slots = model.source_inputs(u, mask)
+        got = Spine(model.backbone).logits(model.run(x, slots, slots))
     torch.testing.assert_close(got[1:2], want, **CLOSE)
-    assert ids.tolist()[2][-2:] == [1, int(u[2, -1])] and columns.position[2, -2:].tolist() == [
-        0,
-        1,
-    ]
+    assert slots.position[2, -2:].tolist() == [0, 1] and slots.valid.sum(1).tolist() == [4, 10, 2]
 
 
 # ---- rows and padding ----
@@ -347,10 +344,11 @@ def greedy(model: PlannerForCausalLM, u: torch.Tensor) -> torch.Tensor:
         count, ended = 0, False
         while count < shape.lengths[i] and not ended:
             anchor = shape.counts(plan) if model.probes is not None else None
-            h, probe = model._planner_states(u, None, plan, anchor_BI=anchor)
-            made = [model._type_logits(h)[i][0, count]]
-            if probe is not None:
-                made += list(model.plans.types[i].logits(model._normed(probe[0, i])))
+            h = model.normed(model.plan_states(u, None, plan, asked_BI=anchor))
+            made = [model.plans.logits(h)[i][0, count]]
+            if anchor is not None:
+                query = h[:, shape.slots + shape.types :].unflatten(1, (shape.types, -1))
+                made += list(model.plans.types[i].logits(query[0, i]))
             for logits in made[: shape.lengths[i] - count]:
                 ended = int(logits.argmax()) == shape.sizes[i]
                 if ended:
@@ -390,19 +388,15 @@ def test_probes_are_seen_by_nobody_else(parallel):
         plans(3, seed=1),
     )
     with torch.no_grad():
-        h, none = model._planner_states(u, mask, plan)
-        with_probes, probe = model._planner_states(u, mask, plan, anchor_BI=SHAPE.counts(plan) // 2)
-        assert none is None and probe.shape == (3, 3, 2, 64)
-        torch.testing.assert_close(h, with_probes, **CLOSE)
+        h = model.plan_states(u, mask, plan)
+        with_queries = model.plan_states(u, mask, plan, asked_BI=SHAPE.counts(plan) // 2)
+        assert h.shape[1] == 12 and with_queries.shape[1] == 12 + 3 * 2
+        torch.testing.assert_close(h, with_queries[:, :12], **CLOSE)
         changed = plan.clone()
         changed[:, 5:] = plans(3, seed=2)[:, 5:]  # type 2
-        other = model._planner_states(
-            u, mask, changed, anchor_BI=torch.zeros_like(SHAPE.counts(plan))
-        )[1]
-        still = model._planner_states(
-            u, mask, plan, anchor_BI=torch.zeros_like(SHAPE.counts(plan))
-        )[1]
-        assert torch.equal(other, still), "a probe sees nothing behind its anchor"
+        zero = torch.zeros_like(SHAPE.counts(plan))
+        a, b = (model.plan_states(u, mask, x, asked_BI=zero)[:, 12:] for x in (plan, changed))
+        assert torch.equal(a, b), "a query sees nothing after the concept it stands at"
 
 
 # ---- search ----
@@ -433,7 +427,9 @@ def test_search_against_all_plans_there_are(parallel):
     assert (narrow <= best[:, 0] + 1e-5).all() and (
         narrow >= model.plan(u, mask)[1][:, 0] - 1e-5
     ).all()
-    torch.testing.assert_close(model.search(context)[1], model.plan(u, mask)[1], atol=0, rtol=0)
+    torch.testing.assert_close(
+        PlanSearch()(model, context)[1], model.plan(u, mask)[1], atol=0, rtol=0
+    )
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -479,20 +475,12 @@ def test_diverse_beams_differ_and_the_first_is_greedy(parallel):
 def test_plans_keep_to_their_lengths(parallel):
     model, (u, mask) = tiny_planner(parallel=parallel), sources()
     for options in ({}, {"num_beams": 3}, {"do_sample": True}):
-        counts = SHAPE.counts(
-            model.plan(u, mask, min_length=2, max_length=(3, 2, 2), **options)[0][:, 0]
-        )
-        assert (counts >= 2).all() and (counts <= torch.tensor([3, 2, 2])).all()
-        assert (SHAPE.counts(model.plan(u, mask, max_length=0, **options)[0][:, 0]) == 0).all()
-    assert (
-        SHAPE.counts(model.plan(u, mask, min_length=9)[0][:, 0]) == torch.tensor(SHAPE.lengths)
-    ).all()
-    for wrong in (
-        {"min_length": 2, "max_length": 1},
-        {"min_length": (1, 1)},
-        {"temperature": 0.0},
-        {"num_beams": 0},
-    ):
+        counts = SHAPE.counts(model.plan(u, mask, max_plan=(1, 2, 2), **options)[0][:, 0])
+        assert (counts <= torch.tensor([1, 2, 2])).all()
+        assert (SHAPE.counts(model.plan(u, mask, max_plan=0, **options)[0][:, 0]) == 0).all()
+    model.limit([1])
+    assert (SHAPE.counts(model.plan(u, mask)[0][:, 0]) <= 1).all() and model.dial.budget == (1,) * 3
+    for wrong in ({"max_plan": (1, 1)}, {"max_plan": -1}, {"temperature": 0.0}, {"num_beams": 0}):
         with pytest.raises(RecipeError, match="need"):
             model.plan(u, mask, **wrong)
 

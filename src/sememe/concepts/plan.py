@@ -1,9 +1,11 @@
-"""Plans: (B, P) concept ids of I types in one tensor, and the tables that read and write them.
+"""Plans: (B, P) concept ids of I types in one tensor, and the vocabularies that read and write
+them.
 
 Type i has K_i ids and at most L_i concepts. It owns the slots offset_i … offset_i + L_i - 1, NULL
-behind its end; no slot holds an `<EOS>`: a type that is shorter than L_i was ended by it, one of
-length L_i by being full. As inputs of a model a separator stands ahead of each type. Suffixes: B
-rows · I types · P slots · C = I + P columns, with the separators · K ids · D width."""
+after its end; no slot holds an `<EOS>`: a type that is shorter than L_i was ended by it, one of
+length L_i by being full. As inputs of a model, a separator precedes each type. Suffixes: B rows ·
+I types · P slots · C = I + P inputs, with the separators · R rows of one type each · K ids · M the
+largest K_i, and `<EOS>` · D width."""
 
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from sememe.errors import CheckpointError
 
 NULL = -1
+IGNORED = -100  # targets of cross entropy that do not count
 
 
 @dataclass(frozen=True)
@@ -39,109 +42,89 @@ class PlanShape:
         """(…, L_i) slots of type i."""
         return plan[..., self.offset(i) : self.offset(i) + self.lengths[i]]
 
-    def columns(self, i: int) -> slice:
-        """Where the separator of type i and its slots stand among the C columns."""
+    def inputs(self, i: int) -> slice:
+        """Which of the C inputs are type i's: its separator and its slots."""
         start = self.offset(i) + i
         return slice(start, start + self.lengths[i] + 1)
 
     def counts(self, plan_BP: Tensor) -> Tensor:
         """(B, I) concepts in each type."""
-        return torch.stack(
-            [(self.of_type(plan_BP, i) != NULL).sum(-1) for i in range(self.types)], -1
-        )
+        types = [self.of_type(plan_BP, i) for i in range(self.types)]
+        return torch.stack([(ids_BL != NULL).sum(-1) for ids_BL in types], -1)
 
     def id_counts(self, plan_NP: Tensor) -> list[Tensor]:
         """(K_i,) how often each id of each type occurs."""
-        types = zip(range(self.types), self.sizes, strict=True)
-        ids = ((self.of_type(plan_NP, i), size) for i, size in types)
-        return [torch.bincount(x[x != NULL], minlength=size).double() for x, size in ids]
+        types = [self.of_type(plan_NP, i) for i in range(self.types)]
+        return [
+            torch.bincount(ids_NL[ids_NL != NULL], minlength=size).double()
+            for ids_NL, size in zip(types, self.sizes, strict=True)
+        ]
 
     def targets(self, plan_BP: Tensor, i: int) -> Tensor:
         """(B, L_i + 1) what is to be predicted at the separator and at each concept of type i: the
-        next id, K_i for `<EOS>`, and
-        -100 behind that or behind the last slot."""
+        next id, K_i for `<EOS>`, and IGNORED after that or after the last slot."""
         ids_BL = F.pad(self.of_type(plan_BP, i), (0, 1), value=NULL)
-        place_L = torch.arange(ids_BL.shape[1], device=plan_BP.device)
-        ends_BL = (place_L == (ids_BL != NULL).sum(1, keepdim=True)) & (place_L < self.lengths[i])
-        return ids_BL.masked_fill(ids_BL == NULL, -100).masked_fill(ends_BL, self.sizes[i])
+        slot_L = torch.arange(ids_BL.shape[1], device=plan_BP.device)
+        ends_BL = (slot_L == (ids_BL != NULL).sum(1, keepdim=True)) & (slot_L < self.lengths[i])
+        return ids_BL.masked_fill(ids_BL == NULL, IGNORED).masked_fill(ends_BL, self.sizes[i])
 
     def type_of_slot(self, device=None) -> Tensor:
         """(P,) the type that owns each slot."""
-        return torch.arange(self.types, device=device).repeat_interleave(
-            torch.tensor(self.lengths, device=device)
-        )
+        lengths_I = torch.tensor(self.lengths, device=device)
+        return torch.arange(self.types, device=device).repeat_interleave(lengths_I)
 
     def layout(self, device=None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the C columns: index among I separators followed by P slots, type, and place in the
+        """Of the C inputs: index among I separators followed by P slots, type, and position in the
         type (0 the separator's)."""
-        index, kind, place = [], [], []
+        index, kind, position = [], [], []
         for i, length in enumerate(self.lengths):
-            index += [i, *range(self.types + self.offset(i), self.types + self.offset(i) + length)]
+            first = self.types + self.offset(i)
+            index += [i, *range(first, first + length)]
             kind += [i] * (length + 1)
-            place += range(length + 1)
-        return tuple(torch.tensor(x, device=device) for x in (index, kind, place))
+            position += range(length + 1)
+        return tuple(torch.tensor(x, device=device) for x in (index, kind, position))
 
     def check(self, plan: Tensor) -> Tensor:
         """The plan itself. Raises CheckpointError where it is none of this shape."""
         if plan.dim() != 2 or plan.shape[1] != self.slots or plan.is_floating_point():
             raise CheckpointError(
                 f"a plan tensor of {plan.dtype} and shape {tuple(plan.shape)}: need integers "
-                "(rows, "
-                f"{self.slots}), one slot for each of {self.lengths} concepts. try: PlanShape.pack"
+                f"(rows, {self.slots}), one slot for each of {self.lengths} concepts. "
+                "try: PlanShape.pack"
             )
         kind_P = self.type_of_slot(plan.device)
-        size_P = torch.tensor(self.sizes, device=plan.device)[kind_P]
-        outside = (plan < NULL) | (plan >= size_P)
-        behind = F.pad(
-            (plan[:, 1:] != NULL) & (plan[:, :-1] == NULL) & (kind_P[1:] == kind_P[:-1]), (1, 0)
-        )
-        if bool((outside | behind).any()):
-            row, slot = (outside | behind).nonzero()[0].tolist()
-            i, got = int(kind_P[slot]), int(plan[row, slot])
-            if bool(outside[row, slot]):
-                raise CheckpointError(
-                    f"plan id {got} in type {i}: need ids from 0 to {self.sizes[i] - 1}, or {NULL} "
-                    "behind the "
-                    "last. try: plans of the model that reads them"
-                )
+        wrong = (plan < NULL) | (plan >= torch.tensor(self.sizes, device=plan.device)[kind_P])
+        after_end = (plan[:, 1:] != NULL) & (plan[:, :-1] == NULL) & (kind_P[1:] == kind_P[:-1])
+        wrong[:, 1:] |= after_end
+        if bool(wrong.any()):
+            row, slot = wrong.nonzero()[0].tolist()
+            i = int(kind_P[slot])
             raise CheckpointError(
-                f"plan id {got} behind the end of type {i}, in slot {slot - self.offset(i)}: need "
-                "all ids of a "
-                f"type ahead of its {NULL}s. try: PlanShape.pack"
+                f"plan id {int(plan[row, slot])} in slot {slot - self.offset(i)} of type {i}: need "
+                f"ids from 0 to {self.sizes[i] - 1}, and {NULL} in all slots after the last one. "
+                "try: plans of the model that reads them"
             )
         return plan
 
     def pack(self, rows: list[list[list[int]]]) -> Tensor:
         """Plans as a list of ids for each type → (B, P). Raises CheckpointError for what does not
         fit."""
+        flat = []
         for row in rows:
-            if len(row) != self.types or any(
-                len(ids) > most for ids, most in zip(row, self.lengths, strict=True)
-            ):
+            counts = [len(ids) for ids in row]
+            if len(row) != self.types or any(map(int.__gt__, counts, self.lengths)):
                 raise CheckpointError(
-                    f"a plan of {[len(ids) for ids in row]} concepts: need {self.types} types of "
-                    "at most "
+                    f"a plan of {counts} concepts: need {self.types} types of at most "
                     f"{self.lengths}. try: cut it"
                 )
-        flat = [
-            [
-                x
-                for ids, most in zip(row, self.lengths, strict=True)
-                for x in [*ids, *[NULL] * (most - len(ids))]
-            ]
-            for row in rows
-        ]
-        plan_BP = self.check(torch.tensor(flat, dtype=torch.long).reshape(len(rows), self.slots))
-        if any(NULL in ids for row in rows for ids in row):
-            raise CheckpointError(
-                f"plan id {NULL} in a list: need ids alone. try: PlanShape.unpack"
-            )
-        return plan_BP
+            for ids, length in zip(row, self.lengths, strict=True):
+                flat += ids + [NULL] * (length - len(ids))
+        return self.check(torch.tensor(flat, dtype=torch.long).reshape(len(rows), self.slots))
 
     def unpack(self, plan_BP: Tensor) -> list[list[list[int]]]:
         """(B, P) → a list of ids for each type of each row."""
-        parts = [self.of_type(plan_BP, i).tolist() for i in range(self.types)]
-        return [[[x for x in ids if x != NULL] for ids in row] for row in zip(*parts, strict=True)]
+        types = [self.of_type(plan_BP, i).tolist() for i in range(self.types)]
+        return [[[x for x in ids if x != NULL] for ids in row] for row in zip(*types, strict=True)]
 
 
 class PlanEmbedding(nn.Module):
@@ -164,10 +147,10 @@ class PlanEmbedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(…, D) states of scale 1 → (…, K + 1), `<EOS>` last. At the start their deviation is
         1."""
-        rows = torch.cat([self.weight, self.eos]).float() * (
-            self.log_sharpness.float().exp() / x.shape[-1] ** 0.5
-        )
-        return F.linear(x.float(), rows, self.bias.float())
+        sharpness = self.log_sharpness.float().exp() / x.shape[-1] ** 0.5
+        with torch.autocast(x.device.type, enabled=False):
+            rows = torch.cat([self.weight, self.eos]).float() * sharpness
+            return F.linear(x.float(), rows, self.bias.float())
 
 
 class PlanCodes(nn.Module):
@@ -179,9 +162,8 @@ class PlanCodes(nn.Module):
         super().__init__()
         self.shape = shape
         self.types = nn.ModuleList(PlanEmbedding(size, width) for size in shape.sizes)
-        self.separator = nn.Parameter(
-            torch.zeros(shape.types + 1, width)
-        )  # the last one stands ahead of the text
+        # The last separator stands before the text.
+        self.separator = nn.Parameter(torch.zeros(shape.types + 1, width))
         self.kind = nn.Parameter(torch.zeros(shape.types, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
@@ -192,11 +174,8 @@ class PlanCodes(nn.Module):
         self.mean.copy_(embed_ND.float().mean(0))
         self.scale.copy_(embed_ND.float().std(0).clamp(min=1e-6))
         generator = torch.Generator().manual_seed(seed)
-        for p in (
-            self.separator,
-            self.kind,
-            *(p for one in self.types for p in (one.weight, one.eos)),
-        ):
+        vocabularies = [p for one in self.types for p in (one.weight, one.eos)]
+        for p in (self.separator, self.kind, *vocabularies):
             p.copy_(torch.randn(p.shape, generator=generator))
 
     def to_states(self, x: Tensor) -> Tensor:
@@ -213,45 +192,79 @@ class PlanCodes(nn.Module):
 
     def forward(self, plan_BP: Tensor) -> Tensor:
         """(B, P, D) fp32 states of the concepts; some state where there is none."""
-        of_type, clamped = self.shape.of_type, plan_BP.clamp(min=0)
-        return torch.cat(
-            [
-                self.to_states(F.embedding(of_type(clamped, i), one.weight))
-                for i, one in enumerate(self.types)
-            ],
-            1,
-        )
+        ids_BP = plan_BP.clamp(min=0)
+        of_types = [
+            F.embedding(self.shape.of_type(ids_BP, i), vocabulary.weight)
+            for i, vocabulary in enumerate(self.types)
+        ]
+        return self.to_states(torch.cat(of_types, 1))
 
     def means(self, plan_BP: Tensor, e_BPD: Tensor) -> Tensor:
         """(B, I · D) fp32 mean of each type's concept states in this frame, 0 where it has none."""
         there_B1P = (plan_BP != NULL).unsqueeze(1)
-        x_BDP, of_type = self.to_frame(e_BPD).mT * there_B1P, self.shape.of_type
+        x_BDP = self.to_frame(e_BPD).mT * there_B1P
+        sums = [self.shape.of_type(x_BDP, i).sum(-1) for i in range(self.shape.types)]
+        counts_BI = self.shape.counts(plan_BP).clamp(min=1)
         return torch.cat(
-            [
-                of_type(x_BDP, i).sum(-1) / of_type(there_B1P, i).sum(-1).clamp(min=1)
-                for i in range(self.shape.types)
-            ],
-            1,
+            [x_BD / n_B1 for x_BD, n_B1 in zip(sums, counts_BI.split(1, 1), strict=True)], 1
         )
 
     def soft(self, logits: list[Tensor], temperature: float = 1.0) -> Tensor:
         """(B, P, D) mixtures of each slot's concepts, from (B, L_i + 1, K_i + 1) logits, given that
         it holds one. The vectors themselves get no gradient from here; they have that of the
         concept that was read."""
-        p = [(x[:, :-1, :-1].float() / temperature).softmax(-1) for x in logits]
-        return torch.cat([p_BLK @ self.table(i).detach() for i, p_BLK in enumerate(p)], 1)
+        mixtures = []
+        for i, logits_BLK in enumerate(logits):
+            with torch.autocast(logits_BLK.device.type, enabled=False):
+                p_BLK = (logits_BLK[:, :-1, :-1].float() / temperature).softmax(-1)
+                mixtures.append(p_BLK @ self.table(i).detach())
+        return torch.cat(mixtures, 1)
 
-    def columns(self, e_BPD: Tensor) -> Tensor:
-        """(B, P, D) concept states → (B, C, D) inputs: separators among them, and on each its
-        type's vector."""
+    # ---- inputs of the base ----
+
+    def of_type(self, x_D: Tensor, kind: Tensor) -> Tensor:
+        """(…, D) states of what belongs to types: its own, and its type's vector on it."""
+        return x_D + self.scale.float() * self.kind.float()[kind]
+
+    def inputs(self, e_BPD: Tensor) -> Tensor:
+        """(B, P, D) concept states → (B, C, D): separators among them."""
         index_C, kind_C, _ = self.shape.layout(e_BPD.device)
         separator_BID = self.to_states(self.separator[:-1]).expand(len(e_BPD), -1, -1)
         x_BCD = torch.cat([separator_BID, e_BPD.float()], 1)[:, index_C]
-        return x_BCD + (self.scale.float() * self.kind.float())[kind_C]
+        return self.of_type(x_BCD, kind_C)
+
+    def separator_inputs(self, kind_R: Tensor) -> Tensor:
+        """(R, D) what opens a type."""
+        return self.of_type(self.to_states(self.separator[kind_R]), kind_R)
+
+    def concept_inputs(self, id_R: Tensor, kind_R: Tensor) -> Tensor:
+        """(R, D) a concept of each row's type."""
+        weight_nD = torch.cat([vocabulary.weight for vocabulary in self.types])
+        first_I = F.pad(torch.tensor(self.shape.sizes, device=id_R.device).cumsum(0), (1, 0))
+        return self.of_type(self.to_states(weight_nD[first_I[kind_R] + id_R]), kind_R)
 
     def last_separator(self) -> Tensor:
         """(D,) the input that the text's first token is predicted from."""
         return self.to_states(self.separator[-1])
+
+    # ---- logits ----
+
+    def logits(self, x_BCD: Tensor) -> list[Tensor]:
+        """(B, L_i + 1, K_i + 1) of each type, from states of scale 1 at the C inputs."""
+        return [one.logits(x_BCD[:, self.shape.inputs(i)]) for i, one in enumerate(self.types)]
+
+    def row_logits(self, x_RnD: Tensor, kind_R: Tensor, types: list[int]) -> Tensor:
+        """(R, n, M) of each row's type, one of `types`: `<EOS>` last, -inf past the type's
+        vocabulary."""
+        max_size = max(self.shape.sizes)
+        logits_RnM = x_RnD.new_full((*x_RnD.shape[:2], max_size + 1), -torch.inf)
+        for i in types:
+            rows_R = kind_R == i
+            logits_rnK = self.types[i].logits(x_RnD[rows_R])
+            padding = (0, max_size - self.shape.sizes[i])
+            ids_rnM = F.pad(logits_rnK[..., :-1], padding, value=-torch.inf)
+            logits_RnM[rows_R] = torch.cat([ids_rnM, logits_rnK[..., -1:]], -1)
+        return logits_RnM
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

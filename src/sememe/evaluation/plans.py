@@ -67,14 +67,7 @@ def target_nll(
             e_BPD = torch.where(
                 dropped_BP1, model.plans.mean.float(), model.plan_embeddings(plan_BP)
             )
-        logits_BYV = model.executor_logits(plan_BP, target_BY, e_BPD)
-        loss = F.cross_entropy(
-            logits_BYV.flatten(0, 1).float(),
-            target_BY.flatten(),
-            reduction="none",
-            ignore_index=IGNORED,
-        )
-        found.append(loss.view(target_BY.shape).cpu())
+        found.append(model.target_nll(plan_BP, target_BY, e_BPD).cpu())
         tick(len(index_B))
     return torch.cat(found)
 

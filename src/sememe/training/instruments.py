@@ -13,7 +13,7 @@ from sememe.concepts.codebook import count_digits
 from sememe.concepts.quantise import quantise
 from sememe.evaluation.quality import by_position, code_use, longest_tail, token_nll
 from sememe.models.online import NULL, OnlineForCausalLM
-from sememe.models.planner.beam import EXECUTOR, PLANNER
+from sememe.models.planner.model import EXECUTOR, PLANNER
 
 SMALL_BATCH = 512  # held-out tokens that codes are ablated on; one forward each
 USE = (

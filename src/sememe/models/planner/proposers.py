@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.concepts.plan import NULL, PlanShape
-from sememe.models.planner.beam import SourceContext
+from sememe.models.planner.beam import PlanSearch
 from sememe.models.planner.model import PlannerForCausalLM, in_chunks
+from sememe.models.planner.slots import Context
 from sememe.pairs import PairTensors
 
 DIVERSITY = 1.0  # nats that a diverse beam loses for repeating another's concept
@@ -27,7 +28,7 @@ class PairBatch(NamedTuple):
     """(B, Y) targets with -100 behind their end, and the planner's KV cache of the sources."""
 
     target_BY: Tensor
-    context: SourceContext
+    context: Context
 
     @classmethod
     def of(cls, model: PlannerForCausalLM, pairs: PairTensors) -> PairBatch:
@@ -40,17 +41,18 @@ Proposer = Callable[[PlannerForCausalLM, PairBatch, Tensor, int, torch.Generator
 
 def beam(model, batch: PairBatch, present_BP: Tensor, count: int, generator) -> Tensor:
     """The planner's most likely plans, by beam search."""
-    return model.search(batch.context, num_beams=count, num_return=count)[0]
+    return PlanSearch(num_beams=count, num_return=count)(model, batch.context)[0]
 
 
 def diverse(model, batch: PairBatch, present_BP: Tensor, count: int, generator) -> Tensor:
     """Likely plans that differ from each other, by diverse beam search."""
-    return model.search(batch.context, num_return=count, diversity=DIVERSITY)[0]
+    return PlanSearch(num_return=count, diversity=DIVERSITY)(model, batch.context)[0]
 
 
 def sample(model, batch: PairBatch, present_BP: Tensor, count: int, generator) -> Tensor:
     """Draws from the planner."""
-    return model.search(batch.context, num_return=count, do_sample=True, generator=generator)[0]
+    search = PlanSearch(num_return=count, do_sample=True, generator=generator)
+    return search(model, batch.context)[0]
 
 
 def edit(model, batch: PairBatch, present_BP: Tensor, count: int, generator) -> Tensor:
