@@ -255,12 +255,12 @@ def test_bits_per_byte_are_of_the_text(runs, tmp_path):
         (("sweep", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
         (
             ("evaluate", "RUNS/r", "--sequence-length", "300"),
-            "300 tokens .* places for 256.*--sequence-length 256",
+            "300 tokens .* positions for 256.*--sequence-length 256",
         ),
-        (("ablate", "RUNS/r", "--sequence-length", "300"), "300 tokens .* places for 256"),
+        (("ablate", "RUNS/r", "--sequence-length", "300"), "300 tokens .* positions for 256"),
         (
             ("benchmark", "RUNS/r", "--prompt-tokens", "200"),
-            "200 tokens of text and 64 behind them.*--prompt-tokens 192",
+            "200 tokens of text and 64 after them.*--prompt-tokens 192",
         ),
         (("report", "x" * 300), "cannot be used as a path"),
         (("doctor", "x" * 300), "cannot be used as a path"),

@@ -374,12 +374,7 @@ def test_arguments_of_from_pretrained(folders, kind, tmp_path):
     want = load()(ids).logits
     for device_map in ("cpu", "auto", {"": "cpu"}, torch.device("cpu")):
         assert torch.equal(load(device_map=device_map)(ids).logits, want)
-    model, info = load(output_loading_info=True)
-    assert (
-        torch.equal(model(ids).logits, want)
-        and not info["missing_keys"]
-        and not info["unexpected_keys"]
-    )
+    model = load()
     assert (
         load(rate=0.7).dial.rate
         == AutoModelForCausalLM.from_pretrained(folders / kind, rate=0.7).dial.rate

@@ -19,7 +19,7 @@ ALLOWED = {
     "backbone": {"paths", "storage", "errors"},
     "data": {"paths", "errors"},
     "pairs": {"data", "paths", "errors"},
-    "models": {"concepts", "backbone", "pairs", "paths", "errors"},
+    "models": {"concepts", "backbone", "pairs", "paths", "storage", "errors"},
     "evaluation": {
         "models",
         "concepts",

@@ -294,7 +294,7 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
     }
     with pytest.raises(
         DataError,
-        match=r"got 200 tokens of text and 100 behind them, .* places for 255.*source_length=155",
+        match=r"got 200 tokens of text and 100 after them, .* positions for 255.*source_length=155",
     ):
         run({**long, "system": "control"}, tmp_path / "r")
     same.write_text(json.dumps({"instruction": "x", "response": "y" * 255}) + "\n")

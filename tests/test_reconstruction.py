@@ -498,7 +498,7 @@ def test_unexpected_values_leave_a_page(tmp_path, junk):
         ),
         (
             ("RUN", "--data", "HELD", "--window", "256"),
-            "256 tokens .* places for 255.*--window 255",
+            "256 tokens .* positions for 255.*--window 255",
         ),
         (("RUN", "--data", "HELD", "--rates", "0.5,half"), "need numbers with commas"),
         (("RUN", "--data", "HELD", "--rates", "0.5,0.1"), "max_tail = 6"),

@@ -85,7 +85,7 @@ class System:
         """Raises DataError where sequences are longer than the base has positions for."""
         if recipe.pairs is None:
             base_config = AutoConfig.from_pretrained(folder)
-            longest = longest_text(base_config, opened=self.opens_with_bos)
+            longest = longest_text(base_config, bos=self.opens_with_bos)
             check_length(longest, recipe.sequence_length, "sequence_length=")
 
     def config(self, recipe: Recipe, layers: int) -> AdaptedConfig:
@@ -264,7 +264,7 @@ class Planner(System):
     def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
         """Pairs. Source and target each stand beside a plan, never beside each other."""
         train, heldout, base_config = _pairs(recipe, tokenizer, folder, say)
-        longest = longest_text(base_config, opened=True)
+        longest = longest_text(base_config, bos=True)
         beside = 1 + sum(recipe.plan.lengths) + len(recipe.plan.lengths)
         check_length(longest, train.source_NU.shape[1], "source_length=", beside)
         check_length(longest, train.target_NY.shape[1], "target_length=", beside)
@@ -312,7 +312,7 @@ class Control(System):
         if recipe.pairs is None:
             return super().batches(recipe, tokenizer, folder, say)
         train, heldout, base_config = _pairs(recipe, tokenizer, folder, say)
-        longest = longest_text(base_config, opened=True)
+        longest = longest_text(base_config, bos=True)
         target = train.target_NY.shape[1]
         check_length(longest, train.source_NU.shape[1], "source_length=", target)
         return Batches(PairExamples(recipe, train, sink_id(base_config)), heldout)

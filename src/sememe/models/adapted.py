@@ -1,9 +1,8 @@
 """Shared by the systems: a frozen base with LoRA, saved as a few MB that name their base, or merged
 whole."""
 
-import hashlib
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,48 +11,27 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sememe.backbone.adapters import add_lora, merge_lora
-from sememe.backbone.bases import fingerprint, load_base, resolve
+from sememe.backbone.bases import MANIFEST, WEIGHTS, fingerprint, load_base, resolve
 from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
 from sememe.backbone.split import self_check
 from sememe.concepts.masks import FLEX
-from sememe.errors import CheckpointError
+from sememe.errors import CheckpointError, reason
 from sememe.models.configuration import sink_id
+from sememe.storage import replacing, sha256, write
 
-WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 # Options of transformers that are used, or that say nothing about a local folder of adapters; and
 # those that ask for nothing with the value that transformers gives them.
 LOADING = (
-    "dtype",
-    "torch_dtype",
-    "attn_implementation",
-    "device_map",
-    "output_loading_info",
-    "_from_auto",
-    "_from_pipeline",
-    "_commit_hash",
-    "adapter_kwargs",
-    "trust_remote_code",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "token",
-    "use_auth_token",
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "weights_only",
-)
-SAVING = (
-    "safe_serialization",
-    "max_shard_size",
-    "token",
-    "save_peft_format",
-    "save_original_format",
-)
+    "dtype torch_dtype attn_implementation device_map _from_auto _from_pipeline _commit_hash "
+    "adapter_kwargs trust_remote_code cache_dir force_download local_files_only proxies token "
+    "use_auth_token low_cpu_mem_usage use_safetensors weights_only"
+).split()
+SAVING = "safe_serialization max_shard_size token save_peft_format save_original_format".split()
 DEFAULTS = {
     "revision": "main",
     "subfolder": "",
     "ignore_mismatched_sizes": False,
+    "output_loading_info": False,
     "push_to_hub": False,
     "use_kernels": False,
 }
@@ -121,7 +99,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
     @property
     def bos(self) -> int:
-        """What stands ahead of every text."""
+        """The token that every text begins with."""
         return sink_id(self.config.text_config)
 
     def refuse_unknown(self, named: dict, extra: frozenset[str] = frozenset()) -> None:
@@ -147,25 +125,19 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self.backbone.set_output_embeddings(value)
 
     def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        *args,
-        **kwargs,
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs
     ):
         """As in transformers. Raises CheckpointError where the new rows would be lost, with the
         base, which is not saved."""
         rows = self.get_input_embeddings().num_embeddings
-        if self.config.base is not None and (
-            new_num_tokens not in (None, rows) or rows % (pad_to_multiple_of or 1)
-        ):
+        resized = new_num_tokens not in (None, rows) or rows % (pad_to_multiple_of or 1)
+        if resized and self.config.base is not None:
             raise CheckpointError(
                 "new embedding rows would be the base's, and only adapters are saved: need the "
-                f"{rows} of "
-                f"{self.config.base!r}. try: model.merged() first, or train over a base that was "
-                "resized"
+                f"{rows} of {self.config.base!r}. try: model.merged() first, or train over a base "
+                "that was resized"
             )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)
 
     @classmethod
     def from_base(
@@ -203,23 +175,23 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def own_state(self, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What is not the base's, of `state` or the model as it is: LoRA, new modules and their
         buffers."""
-        weights = {name for name, p in self.named_parameters() if p.dim() > 1}
+        matrices = dict(self._own_matrices())
         return {
-            name: value.detach()
-            .to(self._own_dtype if name in weights else value.dtype)
-            .contiguous()
+            name: value.detach().to(self._own_dtype if name in matrices else value.dtype)
             for name, value in (state or self.state_dict()).items()
-            if "lora_" in name or not name.startswith("backbone.")
+            if _is_own(name)
         }
+
+    def _own_matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, p) for name, p in self.named_parameters() if _is_own(name) and p.dim() > 1)
 
     @torch.no_grad()
     def round_own_weights(self, dtype: torch.dtype = torch.bfloat16) -> None:
         """Rounds the matrices of LoRA and new modules to `dtype` in place; they are saved in it
         from now on. Vectors and buffers stay as they are: a code's bias is near 100, where bf16 has
         steps of 0.5."""
-        for name, p in self.named_parameters():
-            if ("lora_" in name or not name.startswith("backbone.")) and p.dim() > 1:
-                p.copy_(p.to(dtype))
+        for _, p in self._own_matrices():
+            p.copy_(p.to(dtype))
         self._own_dtype = dtype
 
     def save_pretrained(
@@ -230,7 +202,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: an option that would be ignored."""
-        refuse_unknown(_asked(kwargs), SAVING, f"{type(self).__name__}.save_pretrained")
+        refuse_unknown(_requested(kwargs), SAVING, f"{type(self).__name__}.save_pretrained")
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -240,21 +212,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
-        if config.base is None:
-            state = {
-                k: v.detach().contiguous() for k, v in (state_dict or self.state_dict()).items()
-            }
-            tied = self.get_output_embeddings().weight is self.get_input_embeddings().weight
-            if tied:
-                state.pop("backbone.lm_head.weight", None)
-        else:
-            state = self.own_state(state_dict)
-        metadata = {
-            "format": "pt",
-            "base": config.base or "",
-            "base_sha256": config.base_sha256 or "",
-        }
-        write_weights(state, folder, metadata)
+        state = state_dict or self.state_dict()
+        if config.base is not None:
+            state = self.own_state(state)
+        elif self.get_output_embeddings().weight is self.get_input_embeddings().weight:
+            state = {key: value for key, value in state.items() if key != "backbone.lm_head.weight"}
+        write_weights(state, folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -278,16 +241,18 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         if config.base is None:
             return super().from_pretrained(folder, *args, config=config, **kwargs)
         known = {*LOADING, *config.to_dict(), "base_from"}
-        refuse_unknown(_asked(kwargs), known, f"{cls.__name__}.from_pretrained")
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
-        dtype = (
-            torch.float32
-            if dtype == "auto"
-            else getattr(torch, dtype)
-            if isinstance(dtype, str)
-            else dtype
-        )
-        attention = kwargs.pop("attn_implementation", None) or config._attn_implementation or "sdpa"
+        refuse_unknown(_requested(kwargs), known, f"{cls.__name__}.from_pretrained")
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        # A dtype or its name; "auto" and None are no attributes of torch.
+        dtype = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
+        attention = kwargs.get("attn_implementation") or config._attn_implementation or "sdpa"
+        device_map = kwargs.get("device_map")
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if len(devices) > 1:
+            raise CheckpointError(
+                f"device_map = {device_map}: need one device for all of the model. try: "
+                "device_map='cpu'"
+            )
         model = cls.from_base(config, dtype, attention, folder=resolve(base) if base else None)
         model.load_own_state(folder)
         if (folder / "generation_config.json").is_file():
@@ -295,31 +260,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         for name, p in model.named_parameters():
             if "lora_" in name or name.startswith("bridge."):  # they multiply states
                 p.data = p.data.to(dtype)  # codes, head and rotary buffers keep fp32
-        device = kwargs.pop("device_map", None)
-        if isinstance(device, dict):
-            if len(set(device.values())) != 1:
-                raise CheckpointError(
-                    f"device_map = {device}: need one device for all of the model. try: "
-                    "device_map='cpu'"
-                )
-            device = next(iter(device.values()))
-        if device is not None:
-            model.to(
-                "cuda"
-                if device == "auto" and torch.cuda.is_available()
-                else "cpu"
-                if device == "auto"
-                else device
-            )
-        model.eval()
-        if kwargs.pop("output_loading_info", False):  # `load_own_state` refuses anything else
-            return model, {
-                "missing_keys": set(),
-                "unexpected_keys": set(),
-                "mismatched_keys": set(),
-                "error_msgs": [],
-            }
-        return model
+        device = devices.pop()
+        return model.to(default_device() if device == "auto" else device or "cpu").eval()
 
     def load_own_state(self, folder: Path) -> None:
         """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does
@@ -328,19 +270,16 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             state = load_file(folder / WEIGHTS)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"cannot read {folder / WEIGHTS} ({error}): need a whole safetensors file. try: "
-                "save or train it again"
+                f"cannot read {folder / WEIGHTS} ({reason(error)}): need a whole safetensors file. "
+                "try: save or train it again"
             ) from error
         state.pop("codes.use", None)  # counts that releases with revival of codes saved
-        want = self.own_state()
-        wrong = sorted(set(want) ^ set(state)) + [
-            k for k in want if k in state and want[k].shape != state[k].shape
-        ]
+        saved = {(name, value.shape) for name, value in state.items()}
+        wrong = sorted(saved ^ {(name, value.shape) for name, value in self.own_state().items()})
         if wrong:
             raise CheckpointError(
-                f"{folder / WEIGHTS} does not fit its configuration ({len(wrong)} tensors, first "
-                f"{wrong[0]}): need the "
-                "config.json that was saved with it. try: the folder's own pair of files"
+                f"{folder / WEIGHTS} does not fit its configuration (first {wrong[0][0]}): need "
+                "the config.json that was saved with it. try: the folder's own pair of files"
             )
         self.load_state_dict(state, strict=False)
 
@@ -353,59 +292,50 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         return self
 
 
-def _asked(named: dict) -> dict:
+def _is_own(name: str) -> bool:
+    return "lora_" in name or not name.startswith("backbone.")
+
+
+def _requested(named: dict) -> dict:
     """Without the options that have the value they have anyway."""
-    return {
-        name: value
-        for name, value in named.items()
-        if name not in DEFAULTS or value != DEFAULTS[name]
-    }
+    return {name: value for name, value in named.items() if DEFAULTS.get(name, ...) != value}
 
 
-def write_weights(state: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:
-    """Safetensors and then its manifest, each whole or not at all.
+def default_device() -> str:
+    """Where a model runs when nothing is said."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    Raises:
-        CheckpointError: the disk is full or cannot be written to.
-    """
-    temporary = folder / (WEIGHTS + ".tmp")
+
+def write_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Safetensors and then the manifest with their hash, each whole or not at all. Raises
+    CheckpointError where they cannot be written."""
+    state = {name: value.detach().contiguous() for name, value in state.items()}
     try:
-        save_file(state, temporary, metadata=metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(temporary, folder / WEIGHTS)
-        manifest = folder / (MANIFEST + ".tmp")
-        manifest.write_text(json.dumps({WEIGHTS: digest, **metadata}, indent=2), encoding="utf-8")
-        os.replace(manifest, folder / MANIFEST)
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file(state, temporary, metadata={"format": "pt"})
+        manifest = json.dumps({WEIGHTS: sha256(folder / WEIGHTS)}, indent=2)
+        write(folder / MANIFEST, manifest.encode())
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
-            f"could not write {folder / WEIGHTS} ({error}): need free space and write permission. "
-            "try: another --out"
+            f"could not write {folder / WEIGHTS} ({reason(error)}): need free space and write "
+            "permission. try: another --out"
         ) from error
 
 
 def check_manifest(folder: Path) -> None:
     """One flipped bit in a safetensors file goes unnoticed nearly always: compare with the hash
     beside it."""
-    if not (folder / WEIGHTS).is_file() or not (folder / MANIFEST).is_file():
-        missing = WEIGHTS if not (folder / WEIGHTS).is_file() else MANIFEST
-        raise CheckpointError(
-            f"{folder} holds no {missing}: need a finished model. try: RUN/model of a finished run"
-        )
     try:
-        want = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[WEIGHTS]
-    except (ValueError, KeyError, TypeError) as error:
+        wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[WEIGHTS]
+        found = sha256(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST} cannot be read: need the manifest that was saved with the model. "
-            "try: copy it again"
+            f"{folder} holds no finished model ({reason(error)}): need {WEIGHTS} and the "
+            f"{MANIFEST} that was saved with it. try: RUN/model of a finished run"
         ) from error
-    with (folder / WEIGHTS).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if want != found:
+    if wanted != found:
         raise CheckpointError(
             f"{folder / WEIGHTS} is corrupt (sha256 {found[:12]}…, the manifest says "
-            f"{str(want)[:12]}…): need the file "
-            "as it was saved. try: copy it again, or train again"
+            f"{str(wanted)[:12]}…): need the file as it was saved. try: copy it again, or train "
+            "again"
         )

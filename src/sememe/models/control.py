@@ -5,13 +5,28 @@ import torch
 from torch import Tensor, nn
 
 from sememe.backbone.calling import cache_argument, check_places, parameters, take_cache
-from sememe.backbone.split import SLIDING, Spine, causal_mask
+from sememe.backbone.split import SLIDING, Spine
 from sememe.concepts.bridge import TailBridge
-from sememe.concepts.masks import Lane, allow, segment_mask
+from sememe.concepts.masks import allow
 from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import ControlConfig
-from sememe.models.writing import all_concepts
+
+
+class SkippedLayer(nn.Module):
+    """In the place of a decoder layer: hands the states on, through the bridge if there is one. The
+    first token, an attention sink, stays as it is."""
+
+    def __init__(self, bridge: TailBridge | None):
+        super().__init__()
+        self._bridge = (bridge,)  # in a tuple, since it is a sub-module of the model already
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
+        (bridge,) = self._bridge
+        if bridge is None:
+            return hidden_states
+        bridged_BTD = bridge(hidden_states, bridge.concept_mean.to(hidden_states.dtype))
+        return torch.where((position_ids == 0).unsqueeze(-1), hidden_states, bridged_BTD)
 
 
 class ControlForCausalLM(AdaptedModel):
@@ -27,75 +42,40 @@ class ControlForCausalLM(AdaptedModel):
 
     def __init__(self, config: ControlConfig, backbone=None):
         super().__init__(config, backbone)
-        self.bridge = (
-            TailBridge(config.text_config.hidden_size) if config.skipped and config.bridge else None
-        )
+        text_config = config.text_config
         if config.window is not None and SLIDING in Spine(self.backbone).kinds:
             raise RecipeError(
-                f"system = window over a base of type {config.text_config.model_type}, which has a "
-                "sliding window "
-                "of its own: need one that sees everything. try: system=control"
+                f"system = window over a base of type {text_config.model_type}, which has a "
+                "sliding window of its own: need one that sees everything. try: system=control"
             )
-        if (
-            config.skipped
-            and len(self.backbone.get_decoder().layers) == config.text_config.num_hidden_layers
-        ):
-            self._skip(*config.skipped)
+        with_bridge = bool(config.skipped) and config.bridge
+        self.bridge = TailBridge(text_config.hidden_size) if with_bridge else None
+        self._whole = (self.backbone.get_decoder().layers,)  # in a tuple: not saved
+        if config.skipped:
+            first, last = config.skipped
+            skips = [SkippedLayer(None) for _ in range(first + 1, last)]
+            layers = [*self._whole[0][:first], SkippedLayer(self.bridge), *skips]
+            self.backbone.get_decoder().layers = nn.ModuleList([*layers, *self._whole[0][last:]])
         self.finish()
-
-    def _skip(self, first: int, last: int) -> None:
-        decoder = self.backbone.get_decoder()
-        # In a tuple, so that they are nobody's weights any more; the bridge is fitted to what they
-        # did.
-        self._taken_out = tuple(decoder.layers[first:last]), Spine(self.backbone).kinds[first:last]
-        kept = [i for i in range(len(decoder.layers)) if not first <= i < last]
-        decoder.layers = nn.ModuleList([decoder.layers[i] for i in kept])
-        for index, layer in enumerate(decoder.layers):
-            layer.self_attn.layer_idx = index
-        text = self.config.text_config
-        self.backbone.config = decoder.config = text = type(text).from_dict(text.to_dict())
-        text.num_hidden_layers = len(kept)
-        if getattr(text, "layer_types", None):
-            text.layer_types = [text.layer_types[i] for i in kept]
-        text._attn_implementation = self.config._attn_implementation
-        if self.bridge is not None:
-            decoder.layers[first].register_forward_pre_hook(self._cross, with_kwargs=True)
-
-    def _cross(self, layer: nn.Module, arguments: tuple, named: dict):
-        """The first deep layer reads bridged states; the first token, an attention sink, stays as
-        it is."""
-        h_BTD, *rest = arguments or (named.pop("hidden_states"),)
-        sink_BT1 = (named["position_ids"] == 0).unsqueeze(-1)
-        bridged_BTD = self.bridge(h_BTD, self.bridge.concept_mean.to(h_BTD.dtype))
-        return (torch.where(sink_BT1, h_BTD, bridged_BTD), *rest), named
 
     @torch.no_grad()
     def start_bridge(self, ids_NT: Tensor, tokens: int = 16384, batch: int = 4) -> dict[str, float]:
-        """Least squares from the shallow states of (N, T) blocks of text to those that the layers
-        taken out made of them."""
-        spine, (layers, kinds), first = (
-            Spine(self.backbone),
-            self._taken_out,
-            self.config.skipped[0],
-        )
-        attention, states, targets = self.config._attn_implementation, [], []
-        layers = [layer.to(self.device) for layer in layers]
+        """Least squares from the shallow states of (N, T) blocks of text to those that the skipped
+        layers made of them."""
+        decoder = self.backbone.get_decoder()
+        first, last = self.config.skipped
+        skipping = decoder.layers
+        decoder.layers = self._whole[0].to(self.device)
+        states = []
+        targets = []
         for ids_BT in ids_NT[: max(1, tokens // ids_NT.shape[1])].to(self.device).split(batch):
-            h_BTD = spine.embed(ids_BT)
-            place_BT = torch.arange(ids_BT.shape[1], device=self.device).expand_as(ids_BT)
-            rope = spine.rope(h_BTD, place_BT)
-
-            def mask(window: int | None, place_BT: Tensor = place_BT) -> Tensor | None:
-                return causal_mask(place_BT, window, attention)
-
-            h_BTD = spine.run(0, first, h_BTD, place_BT, rope, mask)
-            target_BTD = spine.run_layers(layers, kinds, h_BTD, place_BT, rope, mask)
-            states.append(h_BTD[:, 1:].flatten(0, 1).float())
-            targets.append(target_BTD[:, 1:].flatten(0, 1).float())
+            out = decoder(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
+            states.append(out.hidden_states[first][:, 1:].flatten(0, 1).float())
+            targets.append(out.hidden_states[last][:, 1:].flatten(0, 1).float())
+        decoder.layers = skipping
         h_ND = torch.cat(states)
-        return {
-            "bridge_explains": self.bridge.start(h_ND, torch.zeros_like(h_ND), torch.cat(targets))
-        }
+        share = self.bridge.start(h_ND, torch.zeros_like(h_ND), torch.cat(targets))
+        return {"bridge_explains": share}
 
     def forward(
         self,
@@ -118,13 +98,9 @@ class ControlForCausalLM(AdaptedModel):
         self.refuse_unknown(kwargs, parameters(type(self.backbone)))
         if self.config.window is not None:
             tokens_BT = input_ids if input_ids is not None else inputs_embeds[..., 0]
-            check_places(
-                tokens_BT.shape[1],
-                attention_mask,
-                position_ids,
-                0 if cache is None else cache.get_seq_length(),
-            )
-            attention_mask = self._recent(tokens_BT, attention_mask, cache)
+            before = 0 if cache is None else cache.get_seq_length()
+            check_places(tokens_BT.shape[1], attention_mask, position_ids, before)
+            attention_mask = self._window_mask(tokens_BT, attention_mask, before)
         return self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -136,15 +112,16 @@ class ControlForCausalLM(AdaptedModel):
             **kwargs,
         )
 
-    def _recent(self, tokens_BT: Tensor, mask_BS: Tensor | None, cache) -> Tensor:
+    def _window_mask(self, tokens_BT: Tensor, mask_BS: Tensor | None, before: int) -> Tensor:
         """(B, 1, T, S) in the kernel's form: which of the S tokens up to now the new ones see."""
         batch, length = tokens_BT.shape
-        before = cache.get_seq_length() if cache is not None else 0
-        valid_BS = tokens_BT.new_ones(batch, before + length) if mask_BS is None else mask_BS
-        key = all_concepts((valid_BS.long().cumsum(1) - 1).clamp(min=0), valid_BS.bool())
-        query = Lane(*(field[:, -length:] for field in key))
-        return allow(
-            segment_mask(query, key, recent=self.config.window),
-            self.dtype,
-            self.config._attn_implementation,
-        )
+        if mask_BS is None:
+            mask_BS = torch.ones(batch, before + length, device=tokens_BT.device)
+        valid_BS = mask_BS.bool()
+        key_BS = valid_BS.cumsum(1) - 1
+        age_BTS = key_BS[:, -length:, None] - key_BS[:, None]
+        seen_BTS = (age_BTS < self.config.window) | (key_BS[:, None] == 0)
+        seen_BTS &= (age_BTS >= 0) & valid_BS[:, None]
+        # A row without any key would give NaN: padding sees everything, and is never used.
+        seen_BTS |= ~valid_BS[:, -length:, None]
+        return allow(seen_BTS.unsqueeze(1), self.dtype, self.config._attn_implementation)
