@@ -224,7 +224,7 @@ class Compressor(Writing):
     def state(self, model: AdaptedModel) -> dict[str, float]:
         figures = super().state(model)
         if model.segmenter is not None:
-            figures["price"] = float(model.segmenter.lengths.price)
+            figures["length_penalty"] = float(model.segmenter.lengths.penalty)
         return figures
 
 

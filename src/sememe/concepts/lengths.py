@@ -1,47 +1,44 @@
-"""Lengths: (…, D) states → how many tokens a concept covers, 1 … N; and the price that holds the
-rate while they are learned.
+"""Lengths: (…, D) states → how many tokens a concept covers, 1 … N; and the penalty per concept
+that holds the rate while they are learned.
 
 A length is an action, so it learns from what its segment cost (policy gradient). A text that is
 covered segment by segment is a semi-Markov process with an average reward: covering n tokens earns
 what n average tokens cost, less what these did cost. Suffixes: B rows, N lengths, s segments of a
 batch, M remembered ones."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-REMEMBERED = 128  # distributions that the dial is read off
+REMEMBERED = 128  # distributions that the tilt of another rate is computed from
 POLICY, ENTROPY = 0.1, 0.02  # of the loss; of the advantage, whose spread is 1
 MOMENTUM = 0.1  # of a batch in the running means
-STEP, DAMPING = (
-    0.02,
-    1.0,
-)  # of the price, in average concepts' nats for a rate that is off by its own size
+# Of the penalty, in average concepts' nats for a rate that is off by its own size.
+STEP, DAMPING = 0.02, 1.0
 FIRMNESS = 1.0  # twice the nats that one concept too early or too late costs, on the way
 
 
-def tilted(score: Tensor, mean: float) -> float:
-    """By how much per token the softmax of (N,) scores must be tilted for lengths of that mean."""
-    n_N = torch.arange(1, len(score) + 1, dtype=torch.float64)
+def bisect(increasing: Callable[[float], float], target: float) -> float:
+    """Where a function of [-20, 20] reaches `target`."""
     low, high = -20.0, 20.0
     for _ in range(50):
-        tilt = (low + high) / 2
-        low, high = (
-            (tilt, high)
-            if float(torch.softmax(score.double() + tilt * n_N, 0) @ n_N) < mean
-            else (low, tilt)
-        )
+        middle = (low + high) / 2
+        if increasing(middle) < target:
+            low = middle
+        else:
+            high = middle
     return (low + high) / 2
 
 
 def covering(score: Tensor, rest: Tensor) -> Tensor:
-    """(…, N) log-weights of lengths, where (…,) tokens are left: all lengths that reach the end are
-    one, the way that covers what is left; -inf behind it."""
+    """(…, N) log-weights of lengths where (…,) tokens are left: all lengths that reach the end are
+    one, the one that covers what is left; longer ones are -inf."""
     n_N = torch.arange(1, score.shape[-1] + 1, device=score.device)
-    reach = score.flip(-1).logcumsumexp(-1).flip(-1)
-    return torch.where(n_N < rest.unsqueeze(-1), score, reach).masked_fill(
-        n_N > rest.unsqueeze(-1), -torch.inf
-    )
+    at_least = score.flip(-1).logcumsumexp(-1).flip(-1)
+    rest = rest.unsqueeze(-1)
+    return torch.where(n_N < rest, score, at_least).masked_fill(n_N > rest, -torch.inf)
 
 
 class Lengths(nn.Module):
@@ -50,18 +47,18 @@ class Lengths(nn.Module):
 
     def __init__(self, width: int, longest: int, rate: float):
         super().__init__()
+        n_N = torch.arange(1, longest + 1)
         # A bell, since a tilt moves the top of one smoothly. With a geometric distribution it jumps
         # from end to end.
-        n_N = torch.arange(1, longest + 1)
         bell_N = -0.5 * ((n_N - 1 / rate) / max(0.5, 0.5 / rate)).square()
+
+        def mean_length(tilt: float) -> float:
+            return float(torch.softmax(bell_N.double() + tilt * n_N, 0) @ n_N.double())
+
         self.weight = nn.Parameter(torch.zeros(longest, width))
-        self.bias = nn.Parameter(F.log_softmax(bell_N + tilted(bell_N, 1 / rate) * n_N, 0))
-        for name in (
-            "price",
-            "nats",
-            "density",
-            "batches",
-        ):  # nats a concept; running means of nats and concepts a token
+        self.bias = nn.Parameter(F.log_softmax(bell_N + bisect(mean_length, 1 / rate) * n_N, 0))
+        # Nats per concept; running means per token of nats and of concepts.
+        for name in ("penalty", "nats", "density", "batches"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("remembered", self.bias.detach().repeat(REMEMBERED, 1))
 
@@ -73,24 +70,20 @@ class Lengths(nn.Module):
 
     @torch.no_grad()
     def remember(self, log_p_sN: Tensor) -> None:
-        """Lets the newest distributions, every so many of them, take the places of the oldest."""
+        """A sample of the newest distributions replaces the oldest."""
         log_p_sN = log_p_sN[:: max(1, len(log_p_sN) // REMEMBERED)]
         self.remembered.copy_(torch.cat([log_p_sN.detach(), self.remembered])[:REMEMBERED])
 
     def tilt(self, rate: float) -> float:
         """Nats per token that make the likeliest lengths of the remembered distributions 1 / rate
-        long in the mean; in the middle, where a range of them does."""
+        long in the mean; the middle of the range where several do."""
         log_p_MN = self.remembered.double().cpu()
         n_N = torch.arange(1, log_p_MN.shape[1] + 1, dtype=torch.float64)
-        edges = []
-        for least in (1 / rate - 1e-6, 1 / rate + 1e-6):
-            low, high = -20.0, 20.0
-            for _ in range(40):
-                tilt = (low + high) / 2
-                mean = float((log_p_MN + tilt * n_N).argmax(1).double().mean()) + 1
-                low, high = (tilt, high) if mean < least else (low, tilt)
-            edges.append((low + high) / 2)
-        return sum(edges) / 2
+
+        def mean_length(tilt: float) -> float:
+            return float((log_p_MN + tilt * n_N).argmax(1).double().mean()) + 1
+
+        return sum(bisect(mean_length, 1 / rate + edge) for edge in (-1e-6, 1e-6)) / 2
 
     def choose(
         self,
@@ -107,26 +100,22 @@ class Lengths(nn.Module):
         Args:
             rest_B, total_B: tokens not yet covered, of all of the row's.
             written: concepts so far."""
-        longest, rest_B1, total_B1 = (
-            log_p_BN.shape[-1],
-            rest_B[:, None],
-            total_B[:, None].clamp(min=1),
-        )
+        longest = log_p_BN.shape[-1]
+        rest_B1 = rest_B[:, None]
+        total_B1 = total_B[:, None].clamp(min=1)
         n_N = torch.arange(1, longest + 1, device=log_p_BN.device)
-        budget_B1 = torch.maximum((rate * total_B1).round(), (total_B1 / longest).ceil()).clamp(
-            min=1
-        )
-        left_B1, behind_BN = budget_B1 - written - 1, rest_B1 - n_N
-        debt_BN = written + 1 - budget_B1 / total_B1 * (total_B1 - behind_BN)
+        fewest_B1 = (total_B1 / longest).ceil()
+        budget_B1 = torch.maximum((rate * total_B1).round(), fewest_B1).clamp(min=1)
+        concepts_left_B1 = budget_B1 - written - 1
+        tokens_left_BN = rest_B1 - n_N
+        debt_BN = written + 1 - budget_B1 / total_B1 * (total_B1 - tokens_left_BN)
         score_BN = log_p_BN + tilt * n_N - 0.5 * FIRMNESS * debt_BN.square()
-        # The concepts that are left must be able to cover what is behind, with a token each at
-        # least.
-        return (
-            score_BN.masked_fill(
-                (behind_BN < left_B1) | (behind_BN > longest * left_B1), -torch.inf
-            ).argmax(-1)
-            + 1
+        # The concepts that are left must be able to cover the tokens that are left, with at least
+        # one each.
+        impossible_BN = (tokens_left_BN < concepts_left_B1) | (
+            tokens_left_BN > longest * concepts_left_B1
         )
+        return score_BN.masked_fill(impossible_BN, -torch.inf).argmax(-1) + 1
 
     # ---- in training ----
 
@@ -140,7 +129,8 @@ class Lengths(nn.Module):
     def learn(
         self, log_p_sN: Tensor, rest_s: Tensor, n_s: Tensor, nats_s: Tensor, rate: float
     ) -> Tensor:
-        """What the lengths (s,) that were drawn add to the loss. Moves the running means.
+        """What the lengths (s,) that were drawn add to the loss. Moves the running means, and the
+        penalty by one Lagrange step: it rises while there are too many concepts.
 
         Args:
             rest_s: tokens that were left where each segment began.
@@ -149,23 +139,16 @@ class Lengths(nn.Module):
         self._follow(nats_s, n_s)
         self.remember(log_p_sN)
         with torch.no_grad():
-            price = self.price + DAMPING * self._unit * (self.density / rate - 1)
-            average = self.nats + price * self.density
-            gain_s = average * n_s - (nats_s + price)
+            # Nats of an average concept for a rate that is off by its own size.
+            excess = self.nats / self.density.clamp(min=1e-6) * (self.density / rate - 1)
+            penalty = self.penalty + DAMPING * excess
+            average = self.nats + penalty * self.density
+            gain_s = average * n_s - (nats_s + penalty)
             gain_s = (gain_s - gain_s.mean()) / gain_s.std(unbiased=False).clamp(min=1e-6)
+            self.penalty += STEP * excess
         log_p_s = covering(log_p_sN, rest_s).gather(-1, n_s.unsqueeze(-1) - 1).squeeze(-1)
         entropy_s = -(log_p_sN.exp() * log_p_sN).sum(-1)
         return -POLICY * (gain_s * log_p_s + ENTROPY * entropy_s).mean()
-
-    @torch.no_grad()
-    def hold(self, rate: float) -> None:
-        """One Lagrange step: the price of a concept rises while there are too many of them."""
-        self.price += STEP * self._unit * (self.density / rate - 1)
-
-    @property
-    def _unit(self) -> Tensor:
-        """Nats that the tokens of an average concept cost."""
-        return self.nats / self.density.clamp(min=1e-6)
 
     @torch.no_grad()
     def _follow(self, nats_s: Tensor, n_s: Tensor) -> None:
@@ -174,5 +157,5 @@ class Lengths(nn.Module):
             torch.distributed.all_reduce(sums)
         self.batches += 1
         share = torch.clamp(1 / self.batches, min=MOMENTUM)
-        for mean, new in ((self.nats, sums[0]), (self.density, sums[1])):
-            mean.lerp_((new / sums[2].clamp(min=1)).to(mean), share)
+        for mean, total in ((self.nats, sums[0]), (self.density, sums[1])):
+            mean.lerp_((total / sums[2].clamp(min=1)).to(mean), share)

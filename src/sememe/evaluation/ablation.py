@@ -13,7 +13,8 @@ from sememe.evaluation.heldout import heldout_blocks, heldout_texts
 from sememe.evaluation.plan_files import ablate_pair_files, pair_form
 from sememe.evaluation.quality import token_nll
 from sememe.models.loading import load_model
-from sememe.models.writing import NULL, Writing
+from sememe.models.configuration import ConceptConfig
+from sememe.models.writing import NULL
 
 SHARES = tuple(tenth / 10 for tenth in range(10))
 DRAWN = {
@@ -118,7 +119,7 @@ def ablate_files(
         )
     texts = heldout_texts(model, data)
     loaded, tokenizer = load_model(model, base=base, rate=rate)
-    if not isinstance(loaded, Writing):
+    if not isinstance(loaded.config, ConceptConfig):
         raise CheckpointError(
             f"{model} has no concepts to ablate: need a run of system: online or compressor. try: "
             "runs/demo"

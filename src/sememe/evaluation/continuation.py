@@ -41,7 +41,7 @@ def model_nll(
         ]
         nll = F.cross_entropy(logits_BnV.flatten(0, 1).float(), next_Bn.flatten(), reduction="none")
         found.append(nll.view(next_Bn.shape).cpu())
-        counts.append(torch.zeros(len(ids_BT)) if made is None else made.read.coded_BC.sum(1).cpu())
+        counts.append(torch.zeros(len(ids_BT)) if made is None else made.coded_BC.sum(1).cpu())
         tick(ids_BT.numel())
     return torch.cat(found), torch.cat(counts).long()
 

@@ -28,7 +28,7 @@ from sememe.models.loading import (
     resolve,
 )
 from sememe.models.online import OnlineForCausalLM
-from sememe.models.writing import Writing
+from sememe.models.configuration import ConceptConfig
 from sememe.progress import advance
 from sememe.progress import bar as progress_bar
 
@@ -104,7 +104,9 @@ def evaluate_files(
                 f"{control} has another tokenizer than {model}: need the same base. try: its own "
                 "control"
             )
-    passes = (4 if isinstance(loaded, Writing) else 1) + (other is not None) + len(rates)
+    passes = (
+        (4 if isinstance(loaded.config, ConceptConfig) else 1) + (other is not None) + len(rates)
+    )
     found = []
     partial = partial_of(
         model,

@@ -24,7 +24,7 @@ from sememe.models.configuration import (
     OnlineConfig,
     PlannerConfig,
 )
-from sememe.models.writing import NULL, Writing
+from sememe.models.writing import NULL
 
 BUCKET = 64  # positions per bucket of `nll_by_position`
 FLOOR = 2048  # tokens that are measured however little time there is
@@ -218,7 +218,7 @@ def evaluate(
             "tokenizer. try: the tokenizer saved beside the model"
         )
     sides = {"own": (model, None)} | ({"control": (control, None)} if control is not None else {})
-    if isinstance(model, Writing):
+    if isinstance(model.config, ConceptConfig):
         sides |= {kind: (model, kind) for kind in ABLATIONS}
     found = measure(sides, ids_NT, batch, tick, partial or Partial(), seconds, prefix)
     nll_NT, concepts_NT = found["own"]
@@ -258,7 +258,7 @@ def evaluate(
     if control_NT is not None:
         result["control_nll"] = float(control_NT.mean())
         result["delta_nll_control"] = nll - result["control_nll"]
-    if not isinstance(model, Writing):
+    if not isinstance(model.config, ConceptConfig):
         return result | {"layer_share": layer_share(model.config)}
     result |= rate_and_codes(concepts_NT, model.config.num_concepts, model.config.codes_per_concept)
     result["layer_share"] = layer_share(model.config, result["concept_rate"])

@@ -19,7 +19,7 @@ from sememe.errors import DataError
 from sememe.evaluation.baselines import base_nll
 from sememe.evaluation.coding import written_again
 from sememe.models.compressor import CompressorForCausalLM
-from sememe.models.decompressing import Encoded
+from sememe.models.compressor import Encoded
 from sememe.paths import usable
 
 LONGEST = 16  # tokens of an answer; it ends with its line
@@ -153,7 +153,7 @@ def answer(
             continue
         context_1T = torch.tensor([context], device=model.device)
         made, again = model.encode(context_1T), written_again(model, context_1T, window)[0]
-        ids = digits * int(made.read.coded_BC.sum())
+        ids = digits * int(made.coded_BC.sum())
         given = {
             "whole context": context,
             "its last tokens": context[-ids:],

@@ -172,16 +172,16 @@ METRICS: dict[str, tuple[str, str]] = {
     "grad_norm_bridge": ("", "length of the gradient of the bridge that completes the tail"),
     "grad_norm_anchor": ("", "length of the gradient of the anchor that gives a concept its token"),
     "grad_norm_pool": ("", "length of the gradient of the pool that gives a concept its tail"),
-    "grad_norm_foretold": (
+    "grad_norm_next_embedding": (
         "",
         "length of the gradient of the map that foretells a compressor's next token",
     ),
-    "grad_norm_reader": ("", "length of the gradient of what a decompressor reads concepts by"),
+    "grad_norm_decompressor": ("", "length of the gradient of what a decompressor reads concepts by"),
     "grad_norm_segmenter": (
         "",
         "length of the gradient of what says how long an autoregressive concept is",
     ),
-    "price": ("nats", "what a concept of boundary: autoregressive costs, so that the rate is held"),
+    "length_penalty": ("nats", "what a concept of boundary: autoregressive costs, so that the rate is held"),
     "tail_mean": ("", "tokens without a concept in a row, on average, in training"),
     "largest_code_share": ("share", "share of the most frequent code among all concepts"),
     "bits_per_concept": (

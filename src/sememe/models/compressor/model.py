@@ -1,0 +1,335 @@
+"""Compressor and decompressor: (B, T) ids → concept ids → the text again, (B, T, V) logits
+(docs/concepts.md).
+
+    BOS x ─ base + adapter "compressor" ─ h ─ gate and head ─ z ─ code ─ e ┐
+    BOS x ─ embed ─ (+) ── e of the segment that the next token lies in ───┘
+                     └─ base + adapter "decompressor" ─ p(x_t)
+
+One frozen base, two adapters. The compressor sees the text; the decompressor its own words and the
+concepts alone. How many tokens a concept stands for it says itself, so that the decompressor knows
+when the next one is due. To go on from a text instead of writing it, the concepts come before the
+new words, each at the position that the rate gives it. Suffixes as in `concepts`; S = 1 + T counts
+the BOS."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from sememe.backbone.adapters import add_lora
+from sememe.backbone.split import Spine
+from sememe.concepts.ablation import ablate
+from sememe.concepts.bins import WordBins
+from sememe.concepts.codebook import ConceptEmbedding
+from sememe.concepts.dial import Dial
+from sememe.concepts.gate import RateGate
+from sememe.concepts.head import HEADS
+from sememe.concepts.news import NextEmbedding
+from sememe.concepts.quantise import quantise
+from sememe.errors import CheckpointError
+from sememe.models.adapted import AdaptedModel
+from sememe.models.compressor import decode, encode, start
+from sememe.models.compressor.decode import Decompressor
+from sememe.models.compressor.encode import Segments, embed_text, segment
+from sememe.models.compressor.slots import Segmenter, Text
+from sememe.models.configuration import CompressorConfig
+
+NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K^G - 1
+# Beams of all rows that are written together, each with a cache of its own.
+BEAMS_AT_ONCE = 256
+
+
+@dataclass
+class CompressorOutput(CausalLMOutputWithPast):
+    """`concept_ids` (B, T): the id that each token wrote; NULL -1. `term`: what lengths added to
+    `loss`."""
+
+    concept_ids: Tensor | None = None
+    term: Tensor | None = None
+
+
+@dataclass
+class Encoded:
+    """What the compressor makes of (B, T) texts."""
+
+    text: Text
+    segments: Segments
+    e_BCD: Tensor
+    ids_BC: Tensor
+
+    @property
+    def coded_BC(self) -> Tensor:
+        """Which concepts are real."""
+        return self.segments.coded_BC
+
+    @property
+    def rank_BT(self) -> Tensor:
+        """Which concept covers each token; some concept on padding."""
+        return self.segments.rank_BS[:, 1:]
+
+    @property
+    def offset_BT(self) -> Tensor:
+        """Positions of the tokens in their segments, from 0; 0 on padding."""
+        return self.segments.offset_BS[:, 1:].masked_fill(~self.text.valid_BS[:, 1:], 0)
+
+
+def token_nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """(B, T) nats; 0 where the label is -100."""
+    nll_n = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="none")
+    return nll_n.view(labels_BT.shape)
+
+
+class CompressorForCausalLM(AdaptedModel):
+    """The base with two adapters, and gate, head and codes between them."""
+
+    config_class = CompressorConfig
+    # Recomputed layers would meet whichever adapter is on by then.
+    supports_gradient_checkpointing = False
+    foldable = False
+    tells_work = False
+
+    def __init__(self, config: CompressorConfig, backbone=None):
+        super().__init__(config, backbone)
+        config.check()
+        width, lengths = config.text_config.hidden_size, config.max_tail + 1
+        stages = config.codes_per_concept
+        self.dial = Dial(config.rate, config.quantise)
+        self.gate = RateGate(config.boundary, width)
+        self.head = HEADS[config.head](width, config.num_concepts, stages)
+        self.codes = ConceptEmbedding(config.num_concepts, width, stages)
+        self.next_embedding = NextEmbedding(width)
+        boundary = self.gate.boundary
+        self.segmenter = Segmenter(width, lengths, config.rate) if boundary.offline else None
+        bins = None
+        if config.content == "bins":
+            vocab, even = len(self.get_output_embeddings().weight), not boundary.scored
+            rate = config.bins_rate
+            bins = WordBins(width, vocab, config.num_concepts, stages, lengths, rate, even)
+        self.decompressor = Decompressor(width, lengths, bins)
+        # Codes that spell bins of segments with fixed ends do not depend on the base's states.
+        self.reads_states = bins is None or boundary.scored or boundary.offline
+        self.finish()
+
+    def add_adapters(self) -> None:
+        config = self.config
+        adapters = [(decode.ADAPTER, None)]
+        if self.reads_states:
+            adapters.insert(0, (encode.ADAPTER, config.depth))
+        for name, last in adapters:
+            add_lora(
+                self.backbone,
+                config.lora_rank,
+                config.lora_alpha,
+                config.lora_dropout,
+                config.lora_first,
+                last,
+                name,
+            )
+
+    def merged(self):
+        """Raises CheckpointError: two adapters cannot be folded into one base."""
+        raise CheckpointError(
+            "a compressor's two adapters cannot be folded into one base: need it as it was saved. "
+            "try: sememe compress and decompress on the run itself"
+        )
+
+    # ---- the compressor ----
+
+    def write(self, segments: Segments, ablation: str | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C, D) concept states and (B, C) ids. The BOS, and everything while nothing is
+        quantised, stays a state."""
+        config, x_BCD, coded_BC = self.config, segments.x_BCD, segments.coded_BC
+        h_BCD = self.codes.to_states(x_BCD)
+        ids_BC = torch.full_like(segments.pack.index_BC, UNQUANTISED)
+        if self.dial.quantise == 0:
+            return h_BCD, ids_BC
+        with torch.autocast(h_BCD.device.type, enabled=False):
+            h_nD = h_BCD[coded_BC]
+            quantised = quantise(
+                self.codes,
+                self.head,
+                x_BCD[coded_BC],
+                temperature=config.code_temperature,
+                gumbel=config.gumbel if self.training else 0.0,
+                soft=self.training,
+            )
+            ids_BC[coded_BC] = quantised.ids_n
+            e_nD = self.codes.to_states(quantised.state_nD)
+            if ablation is not None:
+                ids_BC, dropped_BC = ablate(
+                    ids_BC, coded_BC, ablation, config.num_concepts**config.codes_per_concept
+                )
+                e_nD = self.codes(ids_BC[coded_BC])
+                e_nD = e_nD.masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
+        e_nD = e_nD.to(h_BCD.dtype)
+        if self.dial.quantise < 1:
+            e_nD = h_nD + self.dial.quantise * (e_nD - h_nD)
+        if self.training and config.concept_dropout > 0:
+            lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < config.concept_dropout
+            e_nD = torch.where(lost_n1, self.codes.mean.to(e_nD.dtype), e_nD)
+        return h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD), ids_BC
+
+    def encode(
+        self, ids_BT: Tensor, attention_mask: Tensor | None = None, ablation: str | None = None
+    ) -> Encoded:
+        """The concepts of (B, T) texts."""
+        text = embed_text(self, ids_BT, attention_mask)
+        segments = segment(self, text)
+        e_BCD, ids_BC = self.write(segments, ablation)
+        if self.training and self.gate.boundary.learned:
+            # Forward e; backward the gate learns what the code is worth beside none.
+            margin_BC = segments.pack.pack(segments.margin_BS) * segments.coded_BC
+            p_BC1 = torch.sigmoid(margin_BC).unsqueeze(-1)
+            e_BCD = e_BCD + (p_BC1 - p_BC1.detach()) * (e_BCD - self.codes.mean).detach()
+        return Encoded(text, segments, e_BCD, ids_BC)
+
+    # ---- both halves ----
+
+    def covering(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """(B, S, D) normalised states of the concepts that cover each next token, and (B, S) its
+        offset in its segment; the last of each row is of no token."""
+        index_BTD = encoded.rank_BT.unsqueeze(-1).expand(-1, -1, encoded.e_BCD.shape[-1])
+        e_BTD = encoded.e_BCD.gather(1, index_BTD)
+        x_BSD = self.codes.normalise(F.pad(e_BTD, (0, 0, 0, 1)))
+        return x_BSD, F.pad(encoded.offset_BT, (0, 1))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        ablation: str | None = None,
+        **kwargs,
+    ) -> CompressorOutput:
+        """The text through its concepts. `loss`: of writing it again, every token, mixed with going
+        on from its first half.
+
+        Args:
+            input_ids: (B, T) token ids.
+            attention_mask: (B, T), 0 on padding, on the right.
+            labels: (B, T) targets, -100 ignored; None for no loss.
+            ablation: replace the codes, see `concepts/ablation.py`.
+
+        Returns logits (B, T, V) as a language model's: those at t are of token t + 1."""
+        self.refuse_unknown(kwargs)
+        spine = Spine(self.backbone)
+        encoded = self.encode(input_ids, attention_mask, ablation)
+        x_BSD, offset_BS = self.covering(encoded)
+        h_BSD = self.decompressor.states(spine, encoded.text.ids_BS, x_BSD, offset_BS)
+        logits_BSV = self.decompressor.logits(spine, h_BSD, x_BSD, offset_BS)
+        ids_BS = torch.full_like(encoded.text.ids_BS, NULL).scatter(
+            1, encoded.segments.pack.index_BC, encoded.ids_BC.where(encoded.coded_BC, NULL)
+        )
+        loss = term = None
+        if labels is not None:
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, -100)
+            loss, term = self._losses(encoded, input_ids, labels, logits_BSV[:, :-1])
+            # This batch's tokens are a share of the step's.
+            count = (labels != -100).sum()
+            total = kwargs.get("num_items_in_batch")
+            share = 1.0 if total is None else count / total
+            loss, term = (loss + term) * share, term * share
+        return CompressorOutput(
+            loss=loss, logits=logits_BSV[:, 1:], concept_ids=ids_BS[:, 1:], term=term
+        )
+
+    def _losses(
+        self, encoded: Encoded, ids_BT: Tensor, labels_BT: Tensor, logits_BTV: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Nats per token of the text, and what lengths add to them in training."""
+        share = self.config.continuation_share
+        nll_BT = token_nll(logits_BTV, labels_BT)
+        loss = (1 - share) * nll_BT.sum() / (labels_BT != -100).sum().clamp(min=1)
+        if share > 0:
+            half = ids_BT.shape[1] // 2
+            first = self.encode(ids_BT[:, :half])
+            logits_BhV = self.continuation_logits(first, ids_BT[:, half:])
+            labels_Bh = labels_BT[:, half:]
+            count = (labels_Bh != -100).sum().clamp(min=1)
+            loss = loss + share * token_nll(logits_BhV, labels_Bh).sum() / count
+        term = torch.zeros_like(loss)
+        if self.training:
+            if self.segmenter is not None:
+                slots = encoded.segments.slots
+                rank_BT, rate = encoded.rank_BT, self.dial.rate
+                term = self.segmenter.length_loss(slots, rank_BT, nll_BT, rate)
+            # Keeps every rank's gradients in step, whatever its batch used.
+            trained = [p for p in self.parameters() if p.requires_grad]
+            term = term + sum(p.float().sum() for p in trained) * 0.0
+        return loss, term
+
+    @torch.no_grad()
+    def compress(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
+        """The concept ids of each row, each below K^G; padding is on the right."""
+        encoded = self.encode(ids_BT.to(self.device), attention_mask)
+        return [
+            ids_C[coded_C].tolist()
+            for ids_C, coded_C in zip(encoded.ids_BC, encoded.coded_BC, strict=True)
+        ]
+
+    @torch.no_grad()
+    def decompress(self, concepts: list[list[int]], beams: int | None = None) -> list[list[int]]:
+        """The token ids of the likeliest text of each row of concept ids that a search with so many
+        beams finds (None: as configured). A row without concepts is an empty text.
+
+        Raises CheckpointError for an id that this model has no code for."""
+        count = self.config.num_concepts**self.config.codes_per_concept
+        wrong = [i for ids in concepts for i in ids if not 0 <= i < count]
+        if wrong:
+            raise CheckpointError(
+                f"concept id {wrong[0]}: need ids from 0 to {count - 1}, as this model writes "
+                "them. try: the model that compressed the text"
+            )
+        spine, beams = Spine(self.backbone), beams or self.config.beams
+        rows_at_once = max(1, BEAMS_AT_ONCE // beams)
+        texts = []
+        for first in range(0, len(concepts), rows_at_once):
+            rows = [torch.tensor(ids) for ids in concepts[first : first + rows_at_once]]
+            ids_BC = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
+            x_BCD = self.codes.normalise(self.codes(ids_BC.to(self.device)))
+            count_B = torch.tensor([len(ids) for ids in rows], device=self.device)
+            texts += self.decompressor.write(spine, x_BCD, count_B, self.bos, beams)
+        return texts
+
+    def concept_positions(self, count: int) -> Tensor:
+        """(C,) positions of concepts that a text goes on from: those that the rate gives them,
+        which ids alone tell."""
+        order_C = torch.arange(count, device=self.device)
+        return torch.round((order_C + 1) / self.dial.rate).long()
+
+    def continuation_logits(self, encoded: Encoded | None, ids_BT: Tensor) -> Tensor:
+        """(B, T, V) logits of each of the (B, T) tokens, given those before it and the concepts of
+        what came before them (None: nothing did)."""
+        spine = Spine(self.backbone)
+        ids_BS = F.pad(ids_BT, (1, 0), value=self.bos)
+        if encoded is None:
+            return self.decompressor.continuation_logits(spine, ids_BS)
+        # Without the BOS, concept 0.
+        x_BCD = self.codes.normalise(encoded.e_BCD[:, 1:])
+        position_C = self.concept_positions(x_BCD.shape[1])
+        return self.decompressor.continuation_logits(
+            spine, ids_BS, x_BCD, encoded.coded_BC[:, 1:], position_C
+        )
+
+    # ---- before training ----
+
+    def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
+        """Sets what the codes are made in, from (N, T) blocks of text; see `start.py`."""
+        return start.start_frame(self, ids_NT)
+
+    def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
+        """Sets codes, head and gate. To be called when quantisation begins."""
+        return start.start_codes(self, ids_NT, seed)
+
+    def calibrate_gate(self, ids_NT: Tensor) -> None:
+        """Sets what the gate knows of its scores."""
+        start.calibrate_gate(self, ids_NT)
+
+    def written_inputs(self, ids_NT: Tensor) -> Tensor:
+        """(n, D) what the codes are to say of the concepts of a text."""
+        return start.segment_states(self, ids_NT)

@@ -1,0 +1,160 @@
+"""Segments of any length: a compressor that writes concepts one after another, each as long as it
+likes (boundary: autoregressive).
+
+    BOS x ─ adapter "compressor" ─┬─ news of each token ─────────(+)─ code ─ e
+                                  └─ [slot 1, slot 2, …] ─ state ─┴─ log p(n): tokens it covers
+
+A slot comes after the text, at the position of the first token that no concept covers yet, and is
+given that token and the code before. It sees all of the text and all slots before. In training a
+first pass without gradient draws lengths and codes step by step, and a second one computes all
+slots at once, with gradient. Suffixes as in `concepts`; S = 1 + T counts the BOS; here C counts
+slots, N lengths, and K = S + C entries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from sememe.backbone.split import Rope
+from sememe.concepts.lengths import Lengths
+
+
+@dataclass
+class Text:
+    """A batch of texts with their BOS, as the base reads them."""
+
+    ids_BS: Tensor
+    embed_BSD: Tensor
+    position_BS: Tensor
+    valid_BS: Tensor
+    rope: Rope
+
+    def inside(self, at: Tensor) -> Tensor:
+        """Indices of tokens, those after the text taken back to its end."""
+        return at.clamp(max=self.ids_BS.shape[1] - 1)
+
+    def rope_at(self, at_BC: Tensor) -> Rope:
+        """That of the text at these positions: some kinds of rope choose their base by the largest
+        position that they see."""
+
+        def pick(x: Tensor) -> Tensor:
+            index_BCd = at_BC.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            return x.expand(len(at_BC), -1, -1).gather(1, index_BCd)
+
+        return {kind: tuple(pick(x) for x in pair) for kind, pair in self.rope.items()}
+
+
+@dataclass
+class Slots:
+    """What the pass step by step wrote."""
+
+    cursor_BC: Tensor
+    """The first token that was not covered; after the text where the row had ended."""
+    rest_BC: Tensor
+    """Tokens that were left there; 0 where the row had ended."""
+    length_BC: Tensor
+    code_BCD: Tensor
+    """The code before each slot, normalised; 0 before the first."""
+    state_BCD: Tensor
+
+
+class Segmenter(nn.Module):
+    """What slots read and say beside the base: the code before, lengths, and what is added to a
+    segment's state.
+
+    States come in with norm 1, so that a step of the optimizer moves all of it by a share that does
+    not grow with the width."""
+
+    def __init__(self, width: int, longest: int, rate: float):
+        super().__init__()
+        self.before = nn.Parameter(torch.zeros(width, width))
+        self.more = nn.Parameter(torch.zeros(width, width))
+        self.lengths = Lengths(width, longest, rate)
+        self.generator: torch.Generator | None = None
+        """Where there is one, lengths are drawn with it even when the model is not trained."""
+
+    def inputs(self, text: Text, at_BC: Tensor, code_BCD: Tensor) -> Tensor:
+        """(B, C, D) of slots: the first token that is not covered, and the code before."""
+        index_BCD = at_BC.unsqueeze(-1).expand(-1, -1, code_BCD.shape[-1])
+        token_BCD = text.embed_BSD.gather(1, index_BCD)
+        code_BCD = code_BCD.float() / code_BCD.shape[-1] ** 0.5
+        return token_BCD + F.linear(code_BCD, self.before.float()).to(token_BCD.dtype)
+
+    def addition(self, state: Tensor) -> Tensor:
+        """(…, D) slots' states → (…, D) normalised, added to the states of their segments."""
+        return F.linear(state, self.more.float())
+
+    @torch.no_grad()
+    def step_by_step(
+        self,
+        read: Callable[..., Tensor],
+        code_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+        text: Text,
+        cache: DynamicCache,
+        rate: float,
+        draw: bool,
+    ) -> Slots:
+        """Slot after slot until every row's text is covered.
+
+        Args:
+            read: new entries with a cache → their states.
+            code_of: (B,) first tokens, (B,) lengths and (B, D) states → the code of a segment.
+            cache: the text, read already."""
+        total_B = text.valid_BS.sum(1) - 1
+        cursor_B = torch.ones_like(total_B)
+        code_BD = torch.zeros_like(text.embed_BSD[:, 0], dtype=torch.float32)
+        position_BK, valid_BK = text.position_BS, text.valid_BS
+        tilt = 0.0 if draw else self.lengths.tilt(rate)
+        steps: list[tuple[Tensor, ...]] = []
+        while bool((cursor_B <= total_B).any()) or not steps:
+            at_B1 = text.inside(cursor_B).unsqueeze(1)
+            position_BK = torch.cat([position_BK, at_B1], 1)
+            valid_BK = F.pad(valid_BK, (0, 1), value=True)
+            x_B1D = self.inputs(text, at_B1, code_BD.unsqueeze(1))
+            h_B1D = read(x_B1D, position_BK, valid_BK, text.rope_at(at_B1), cache)
+            state_BD = F.normalize(h_B1D[:, 0], dim=-1)
+            with torch.autocast(state_BD.device.type, enabled=False):
+                log_p_BN = self.lengths(state_BD)
+                # A row that has ended covers one more token, which nobody reads.
+                rest_B = (total_B + 1 - cursor_B).clamp(min=1)
+                if rate >= 1:
+                    length_B = torch.ones_like(cursor_B)
+                elif draw:
+                    length_B = self.lengths.draw(log_p_BN, rest_B, self.generator)
+                else:
+                    length_B = self.lengths.choose(
+                        log_p_BN, rest_B, total_B, len(steps), rate, tilt
+                    )
+                left_B = (total_B + 1 - cursor_B).clamp(min=0)
+                steps.append((cursor_B, left_B, length_B, code_BD, state_BD))
+                code_BD = code_of(cursor_B, length_B, state_BD)
+            cursor_B = torch.where(cursor_B <= total_B, cursor_B + length_B, cursor_B)
+        return Slots(*(torch.stack(x, 1) for x in zip(*steps, strict=True)))
+
+    def at_once(
+        self, read: Callable[..., Tensor], text: Text, slots: Slots
+    ) -> tuple[Tensor, Tensor]:
+        """(B, S, D) states of the text and (B, C, D) of its slots, given their codes: one forward,
+        with gradient."""
+        at_BC = text.inside(slots.cursor_BC)
+        x_BKD = torch.cat([text.embed_BSD, self.inputs(text, at_BC, slots.code_BCD)], 1)
+        position_BK = torch.cat([text.position_BS, at_BC], 1)
+        valid_BK = torch.cat([text.valid_BS, slots.rest_BC > 0], 1)
+        h_BKD = read(x_BKD, position_BK, valid_BK, text.rope_at(position_BK))
+        h_BSD, slot_BCD = h_BKD.split([text.ids_BS.shape[1], at_BC.shape[1]], 1)
+        return h_BSD, F.normalize(slot_BCD, dim=-1)
+
+    def length_loss(self, slots: Slots, rank_BT: Tensor, nll_BT: Tensor, rate: float) -> Tensor:
+        """What lengths learn from what their segments cost; `rank_BT`: which segment, from 1, each
+        token is in."""
+        real_BC = slots.rest_BC > 0
+        if rate >= 1 or not bool(real_BC.any()):
+            return nll_BT.new_zeros(())
+        nats_BC = nll_BT.new_zeros(len(nll_BT), 1 + slots.rest_BC.shape[1])
+        nats_BC = nats_BC.scatter_add(1, rank_BT, nll_BT.detach())[:, 1:]
+        log_p_sN = self.lengths(slots.state_BCD[real_BC])
+        parts = (x[real_BC] for x in (slots.rest_BC, slots.length_BC, nats_BC))
+        return self.lengths.learn(log_p_sN, *parts, rate)

@@ -1,0 +1,190 @@
+"""What a compressor sets before it is trained, from (N, T) blocks of training text and its base's
+own states, without gradient."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sememe.backbone.split import Spine
+from sememe.concepts.bins import Confusion
+from sememe.concepts.codebook import SHARPNESS, start_from_states
+from sememe.concepts.fit import linear_fit
+from sememe.concepts.lengths import REMEMBERED
+from sememe.models.compressor.encode import embed_text, news, read_text, scores, segment
+from sememe.models.compressor.slots import Text
+
+# Logits that votes may give the mean word's own news at first: the best is found by trial.
+VOTES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+TOKENS_AT_ONCE = 1024
+FITTED_TOKENS = 16384  # that a boundary's estimate is fitted on, at most
+
+
+def texts(model, ids_NT: Tensor, show: bool = False) -> Iterator[Text]:
+    """Blocks in batches, as in evaluation."""
+    was_training = model.training
+    model.eval()
+    batch = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
+    parts = ids_NT.to(model.device).split(batch)
+    # None: no bar where stderr is a pipe.
+    for ids_BT in tqdm(parts, "base states", leave=False, disable=None if show else True):
+        yield embed_text(model, ids_BT)
+    model.train(was_training)
+
+
+@contextmanager
+def drawing(model, seed: int) -> Iterator[None]:
+    """Lengths inside are drawn, as in training: what is started there is for segments that differ,
+    and at first the likeliest lengths are all the same."""
+    if model.segmenter is not None:
+        model.segmenter.generator = torch.Generator(model.device).manual_seed(seed)
+    yield
+    if model.segmenter is not None:
+        model.segmenter.generator = None
+
+
+@torch.no_grad()
+def start_frame(model, ids_NT: Tensor) -> dict[str, float]:
+    """Word bins, the prediction of the next embedding, the frame of the codes, and the boundary.
+    Returns shares of variance explained."""
+    bins, reader = model.decompressor.bins, model.decompressor.reader
+    embed, states = [], []
+    confusion = None if bins is None else Confusion(bins.bin_LV.shape[1])
+    for text in texts(model, ids_NT, show=True):
+        embed.append(text.embed_BSD.float())
+        if model.reads_states:
+            states.append(read_text(model, text))
+        if confusion is not None:
+            log_p_BSV = base_log_p(model, text.ids_BS)
+            confusion.add(log_p_BSV[:, :-1].flatten(0, 1), text.ids_BS[:, 1:].flatten())
+    if confusion is not None:
+        bins.start(confusion)
+    news_NSD = torch.cat(embed)
+    inner_nD = news_NSD[:, 1:].flatten(0, 1)
+    reader.start(float(inner_nD.square().mean().sqrt()))
+    shares = {}
+    if model.reads_states:
+        h_NSD = torch.cat(states)
+        shares["foretold"] = model.next_embedding.start(h_NSD[:, :-1].flatten(0, 1), inner_nD)
+        news_NSD = model.next_embedding.news(news_NSD, h_NSD)
+    model.codes.start_frame(news_NSD[:, 1:].flatten(0, 1))
+    if model.gate.boundary.fitted:
+        shares |= fit_boundary(model, ids_NT, news_NSD)
+    calibrate(model, news_NSD)
+    return shares
+
+
+def base_log_p(model, ids_BS: Tensor) -> Tensor:
+    """(B, S, V) log-probabilities of next tokens by the base, whose adapters are still zero."""
+    return model.backbone(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
+
+
+def fit_boundary(model, ids_NT: Tensor, news_NSD: Tensor) -> dict[str, float]:
+    """Fits the boundary's estimate of what the base makes of the text: the entropy of the next
+    token, or the surprise at this one."""
+    kind = model.gate.boundary.fitted
+    blocks = max(1, FITTED_TOKENS // ids_NT.shape[1])
+    targets = []
+    for ids_BS in F.pad(ids_NT[:blocks].to(model.device), (1, 0), value=model.bos).split(4):
+        log_p_BSV = base_log_p(model, ids_BS)
+        if kind == "entropy":
+            targets.append(-(log_p_BSV.exp() * log_p_BSV).sum(-1)[:, 1:])
+        else:
+            targets.append(-log_p_BSV[:, :-1].gather(-1, ids_BS[:, 1:, None]).squeeze(-1))
+    x_NSD = model.codes.normalise(news_NSD[:blocks])
+    x_nD, before_nD = x_NSD[:, 1:].flatten(0, 1), x_NSD[:, :-1].flatten(0, 1)
+    share = model.gate.boundary.start(x_nD, before_nD, torch.cat(targets).flatten())
+    return {f"{kind}_explains": share}
+
+
+def calibrate(model, news_NSD: Tensor) -> None:
+    """The gate's score distribution is that of a text's news."""
+    model.gate.calibrate(scores(model, news_NSD)[:, 1:].flatten())
+
+
+@torch.no_grad()
+def calibrate_gate(model, ids_NT: Tensor) -> None:
+    """The gate's score distribution, or the lengths that are remembered, are those of a text."""
+    if model.gate.boundary.scored:
+        calibrate(model, torch.cat([news(model, text) for text in texts(model, ids_NT)]))
+    if model.segmenter is not None:
+        blocks = 1 + int(REMEMBERED / model.dial.rate) // ids_NT.shape[1]
+        log_p = []
+        for text in texts(model, ids_NT[:blocks]):
+            slots = segment(model, text).slots
+            log_p.append(model.segmenter.lengths(slots.state_BCD[slots.rest_BC > 0]))
+        model.segmenter.lengths.remember(torch.cat(log_p))
+
+
+@torch.no_grad()
+def start_codes(model, ids_NT: Tensor, seed: int) -> dict[str, float]:
+    """Codes and head, gate, and what votes weigh."""
+    with drawing(model, seed):
+        if model.decompressor.bins is None:
+            h_nD = model.codes.to_states(segment_states(model, ids_NT))
+            figures = start_from_states(model.codes, model.head, h_nD, seed=seed)
+        else:
+            figures = spell_bins(model)
+        calibrate_gate(model, ids_NT)
+    with drawing(model, seed):
+        return figures | weigh_votes(model, ids_NT[:32].to(model.device))
+
+
+def segment_states(model, ids_NT: Tensor) -> Tensor:
+    """(n, D) normalised states of all segments of a text, for the codes."""
+    segments = [segment(model, text) for text in texts(model, ids_NT)]
+    return torch.cat([part.x_BCD[part.coded_BC] for part in segments])
+
+
+def spell_bins(model) -> dict[str, float]:
+    """Codes that spell bins, instead of those of k-means; those that are left over belong to no
+    segment at all."""
+    bins, codes, reader = model.decompressor.bins, model.codes, model.decompressor.reader
+    for g in range(codes.codes_per_concept):
+        parts_KD = []
+        for length in range(1, len(bins.counts) + 1):
+            x_nD = bins.codes(g, length)
+            if g == 0:
+                length_n = torch.full((len(x_nD),), length, device=x_nD.device)
+                x_nD = reader.mark(codes.normalise(codes.scale.float() * x_nD), length_n)
+            else:
+                x_nD = reader.content(x_nD)
+            parts_KD.append(F.pad(x_nD, (0, 0, 0, bins.counts[length - 1] - len(x_nD))))
+        table_KD = torch.cat(parts_KD)
+        table_KD = F.pad(table_KD, (0, 0, 0, codes.num_concepts - len(table_KD)))
+        codes.weight[g] = table_KD
+        sharpness = torch.tensor(SHARPNESS / table_KD.shape[1], device=table_KD.device)
+        model.head.start(g, table_KD, sharpness)
+    return {"codes": float(sum(bins.counts))}
+
+
+def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
+    """The weight of votes with which the untrained model writes a little text best."""
+    decompressor, spine = model.decompressor, Spine(model.backbone)
+    embed_VD, out_VD = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    map_DD = torch.eye(embed_VD.shape[1], device=model.device)
+    unit = 1.0
+    if decompressor.bins is None:
+        unit = 1 / float(out_VD.float().square().mean().sqrt() * len(map_DD))
+        if out_VD is not embed_VD:
+            map_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T.to(map_DD)
+    was_training = model.training
+    model.eval()
+    encoded = model.encode(ids_BT)
+    x_BSD, offset_BS = model.covering(encoded)
+    h_BSD = decompressor.states(spine, encoded.text.ids_BS, x_BSD, offset_BS)
+    decompressor.reader.vote.weight.copy_(map_DD)
+    nll = {}
+    for weight in VOTES:
+        decompressor.reader.gain.fill_(weight * unit)
+        logits_BSV = decompressor.logits(spine, h_BSD, x_BSD, offset_BS)
+        nll[weight] = float(
+            F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), ids_BT.flatten())
+        )
+    best = min(nll, key=nll.get)
+    decompressor.reader.gain.fill_(best * unit)
+    model.train(was_training)
+    return {"vote": best, "vote_nll": nll[best]}
