@@ -17,7 +17,7 @@ from plan_runs import SAID, planner_recipe, write_pairs
 from sememe.concepts.plan import PlanShape
 from sememe.models.planner import PlannerOutput
 from sememe.report.doctor import RULES, examine
-from sememe.training import search
+from sememe.training import plans
 from sememe.training.recipe import load_recipe
 from test_doctor import ALPHABET, chain, findings
 
@@ -127,12 +127,14 @@ def test_text_that_needs_no_plan_leaves_it_ignored_and_the_search_undecided(clin
     """Sources that say nothing, targets that go on from their own last character, and plans that
     start at random."""
     monkeypatch.setattr(
-        search,
-        "start_plans",
-        lambda model, pairs, shape, seed: torch.cat(
+        plans,
+        "piece_plans",
+        lambda model, pairs, seed: torch.cat(
             [
                 torch.randint(size, (len(pairs), most))
-                for size, most in zip(shape.sizes, shape.lengths, strict=True)
+                for size, most in zip(
+                    model.plans.shape.sizes, model.plans.shape.lengths, strict=True
+                )
             ],
             1,
         ),
@@ -153,7 +155,7 @@ def test_text_that_needs_no_plan_leaves_it_ignored_and_the_search_undecided(clin
                 "warmup": 0.25,
                 "distil": 0.25,
                 "every": 3,
-                "price": 0.0,
+                "planner_weight": 0.0,
                 "proposers": {"sample": 8},
             },
         )
@@ -169,9 +171,9 @@ def test_text_that_needs_no_plan_leaves_it_ignored_and_the_search_undecided(clin
 
 def test_a_planner_that_is_sure_of_one_plan_from_the_start(clinic, monkeypatch):
     """All pairs start from the same plan; candidates come from the planner alone."""
-    real = search.start_plans
+    real = plans.piece_plans
     monkeypatch.setattr(
-        search, "start_plans", lambda *rest: (x := real(*rest))[:1].expand_as(x).clone()
+        plans, "piece_plans", lambda *rest: (x := real(*rest))[:1].expand_as(x).clone()
     )
     found = findings(
         clinic(
@@ -291,12 +293,10 @@ def test_the_meter_is_the_naive_count():
     it."""
     shape, generator = PlanShape((3, 5), (1, 2)), torch.Generator().manual_seed(0)
     batches = [shape.pack([[[0], [4]], [[2], [1, 3]]]), shape.pack([[[0], []]])]
-    meter, rows, ids = search.PlanMeter(shape), [], [[], []]
+    meter, rows, ids = plans.PlanMeter(shape), [], [[], []]
     for plan_BP in batches:
-        logits = tuple(
-            torch.randn(len(plan_BP), most + 1, size + 1, generator=generator)
-            for size, most in ((3, 1), (5, 2))
-        )
+        logits = torch.randn(len(plan_BP), 5, 6, generator=generator)
+        logits[:, :2, 3:5] = -torch.inf  # type 0 has three ids
         meter.see(
             PlannerOutput(
                 target_nll=torch.tensor(1.0),
@@ -311,14 +311,14 @@ def test_the_meter_is_the_naive_count():
                 zip(told, shape.sizes, shape.lengths, strict=True)
             ):
                 ids[i] += concepts
-                for place, want in enumerate([*concepts, size][:most]):
-                    p = logits[i][row, place].softmax(-1)
+                for place, want in enumerate([*concepts, 5][:most]):
+                    p = logits[row, 2 * i + place, [*range(size), 5]].softmax(-1)
                     rows.append(
                         (
                             shape.offset(i) + place,
                             -float((p * p.log()).sum()),
                             float(p.max()),
-                            int(p.argmax()) == want,
+                            int(logits[row, 2 * i + place].argmax()) == want,
                         )
                     )
     found = meter.read()

@@ -34,6 +34,11 @@ class PlanShape:
     def slots(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def eos(self) -> int:
+        """The place of `<EOS>` among the logits of any type: past the largest vocabulary."""
+        return max(self.sizes)
+
     def offset(self, i: int) -> int:
         """First slot of type i."""
         return sum(self.lengths[:i])
@@ -42,47 +47,50 @@ class PlanShape:
         """(…, L_i) slots of type i."""
         return plan[..., self.offset(i) : self.offset(i) + self.lengths[i]]
 
-    def inputs(self, i: int) -> slice:
-        """Which of the C inputs are type i's: its separator and its slots."""
-        start = self.offset(i) + i
-        return slice(start, start + self.lengths[i] + 1)
-
-    def counts(self, plan_BP: Tensor) -> Tensor:
-        """(B, I) concepts in each type."""
-        types = [self.of_type(plan_BP, i) for i in range(self.types)]
-        return torch.stack([(ids_BL != NULL).sum(-1) for ids_BL in types], -1)
-
-    def id_counts(self, plan_NP: Tensor) -> list[Tensor]:
-        """(K_i,) how often each id of each type occurs."""
-        types = [self.of_type(plan_NP, i) for i in range(self.types)]
-        return [
-            torch.bincount(ids_NL[ids_NL != NULL], minlength=size).double()
-            for ids_NL, size in zip(types, self.sizes, strict=True)
-        ]
-
-    def targets(self, plan_BP: Tensor, i: int) -> Tensor:
-        """(B, L_i + 1) what is to be predicted at the separator and at each concept of type i: the
-        next id, K_i for `<EOS>`, and IGNORED after that or after the last slot."""
-        ids_BL = F.pad(self.of_type(plan_BP, i), (0, 1), value=NULL)
-        slot_L = torch.arange(ids_BL.shape[1], device=plan_BP.device)
-        ends_BL = (slot_L == (ids_BL != NULL).sum(1, keepdim=True)) & (slot_L < self.lengths[i])
-        return ids_BL.masked_fill(ids_BL == NULL, IGNORED).masked_fill(ends_BL, self.sizes[i])
-
     def type_of_slot(self, device=None) -> Tensor:
         """(P,) the type that owns each slot."""
         lengths_I = torch.tensor(self.lengths, device=device)
         return torch.arange(self.types, device=device).repeat_interleave(lengths_I)
 
+    def interleave(self, first_BI: Tensor, slots_BP: Tensor) -> Tensor:
+        """(B, C, …) each type's own, and its slots after it."""
+        pairs = zip(first_BI.split(1, 1), slots_BP.split(self.lengths, 1), strict=True)
+        return torch.cat([x for pair in pairs for x in pair], 1)
+
     def layout(self, device=None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the C inputs: index among I separators followed by P slots, type, and position in the
-        type (0 the separator's)."""
-        index, kind, position = [], [], []
-        for i, length in enumerate(self.lengths):
-            first = self.types + self.offset(i)
-            index += [i, *range(first, first + length)]
-            kind += [i] * (length + 1)
-            position += range(length + 1)
-        return tuple(torch.tensor(x, device=device) for x in (index, kind, position))
+        """Of the C inputs: type, position in it (0 the separator's), and whether the type is full
+        there, so that nothing follows."""
+        inputs_I = torch.tensor(self.lengths, device=device) + 1
+        kind_C = torch.arange(self.types, device=device).repeat_interleave(inputs_I)
+        position_C = torch.cat([torch.arange(n + 1, device=device) for n in self.lengths])
+        return kind_C, position_C, position_C == inputs_I[kind_C] - 1
+
+    def separators(self, device=None) -> Tensor:
+        """(I,) which of the C inputs are separators."""
+        return (self.layout(device)[1] == 0).nonzero().squeeze(1)
+
+    def valid(self, plan_BP: Tensor) -> Tensor:
+        """(B, C) bool: separators, and slots that hold a concept."""
+        return self.interleave(torch.ones_like(plan_BP[:, : self.types]) > 0, plan_BP != NULL)
+
+    def targets(self, plan_BP: Tensor) -> Tensor:
+        """(B, C) what is to be predicted at each input: its type's next id, or `eos`; IGNORED after
+        that and where the type is full."""
+        own_BC = self.interleave(torch.full_like(plan_BP[:, : self.types], NULL), plan_BP)
+        next_BC = own_BC.roll(-1, 1)
+        next_BC = next_BC.masked_fill(next_BC == NULL, self.eos)
+        *_, full_C = self.layout(plan_BP.device)
+        return next_BC.masked_fill(full_C | ~self.valid(plan_BP), IGNORED)
+
+    def counts(self, plan_BP: Tensor) -> Tensor:
+        """(B, I) concepts in each type."""
+        types = (plan_BP != NULL).split(self.lengths, 1)
+        return torch.stack([there_BL.sum(1) for there_BL in types], 1)
+
+    def id_counts(self, plan_NP: Tensor) -> list[Tensor]:
+        """(K_i,) how often each id of each type occurs."""
+        types = zip(plan_NP.split(self.lengths, 1), self.sizes, strict=True)
+        return [torch.bincount(x[x != NULL], minlength=size).double() for x, size in types]
 
     def check(self, plan: Tensor) -> Tensor:
         """The plan itself. Raises CheckpointError where it is none of this shape."""
@@ -109,21 +117,21 @@ class PlanShape:
     def pack(self, rows: list[list[list[int]]]) -> Tensor:
         """Plans as a list of ids for each type → (B, P). Raises CheckpointError for what does not
         fit."""
-        flat = []
-        for row in rows:
+        plan_BP = torch.full((len(rows), self.slots), NULL)
+        for plan_P, row in zip(plan_BP, rows, strict=True):
             counts = [len(ids) for ids in row]
             if len(row) != self.types or any(map(int.__gt__, counts, self.lengths)):
                 raise CheckpointError(
                     f"a plan of {counts} concepts: need {self.types} types of at most "
                     f"{self.lengths}. try: cut it"
                 )
-            for ids, length in zip(row, self.lengths, strict=True):
-                flat += ids + [NULL] * (length - len(ids))
-        return self.check(torch.tensor(flat, dtype=torch.long).reshape(len(rows), self.slots))
+            for i, ids in enumerate(row):
+                self.of_type(plan_P, i)[: len(ids)] = torch.tensor(ids)
+        return self.check(plan_BP)
 
     def unpack(self, plan_BP: Tensor) -> list[list[list[int]]]:
         """(B, P) → a list of ids for each type of each row."""
-        types = [self.of_type(plan_BP, i).tolist() for i in range(self.types)]
+        types = [ids_BL.tolist() for ids_BL in plan_BP.split(self.lengths, 1)]
         return [[[x for x in ids if x != NULL] for ids in row] for row in zip(*types, strict=True)]
 
 
@@ -192,32 +200,26 @@ class PlanCodes(nn.Module):
 
     def forward(self, plan_BP: Tensor) -> Tensor:
         """(B, P, D) fp32 states of the concepts; some state where there is none."""
-        ids_BP = plan_BP.clamp(min=0)
-        of_types = [
-            F.embedding(self.shape.of_type(ids_BP, i), vocabulary.weight)
-            for i, vocabulary in enumerate(self.types)
-        ]
-        return self.to_states(torch.cat(of_types, 1))
+        types = zip(plan_BP.clamp(min=0).split(self.shape.lengths, 1), self.types, strict=True)
+        embeddings = [F.embedding(ids_BL, vocabulary.weight) for ids_BL, vocabulary in types]
+        return self.to_states(torch.cat(embeddings, 1))
 
     def means(self, plan_BP: Tensor, e_BPD: Tensor) -> Tensor:
         """(B, I · D) fp32 mean of each type's concept states in this frame, 0 where it has none."""
-        there_B1P = (plan_BP != NULL).unsqueeze(1)
-        x_BDP = self.to_frame(e_BPD).mT * there_B1P
-        sums = [self.shape.of_type(x_BDP, i).sum(-1) for i in range(self.shape.types)]
-        counts_BI = self.shape.counts(plan_BP).clamp(min=1)
-        return torch.cat(
-            [x_BD / n_B1 for x_BD, n_B1 in zip(sums, counts_BI.split(1, 1), strict=True)], 1
-        )
+        x_BPD = self.to_frame(e_BPD) * (plan_BP != NULL).unsqueeze(-1)
+        sums_BID = torch.stack([x.sum(1) for x in x_BPD.split(self.shape.lengths, 1)], 1)
+        return (sums_BID / self.shape.counts(plan_BP).clamp(min=1).unsqueeze(-1)).flatten(1)
 
-    def soft(self, logits: list[Tensor], temperature: float = 1.0) -> Tensor:
-        """(B, P, D) mixtures of each slot's concepts, from (B, L_i + 1, K_i + 1) logits, given that
-        it holds one. The vectors themselves get no gradient from here; they have that of the
-        concept that was read."""
-        mixtures = []
-        for i, logits_BLK in enumerate(logits):
-            with torch.autocast(logits_BLK.device.type, enabled=False):
-                p_BLK = (logits_BLK[:, :-1, :-1].float() / temperature).softmax(-1)
-                mixtures.append(p_BLK @ self.table(i).detach())
+    def soft(self, logits_BCM: Tensor, temperature: float = 1.0) -> Tensor:
+        """(B, P, D) mixtures of each slot's concepts, given that it holds one. The vectors
+        themselves get no gradient from here; they have that of the concept that was read."""
+        *_, full_C = self.shape.layout(logits_BCM.device)
+        with torch.autocast(logits_BCM.device.type, enabled=False):
+            p_BPM = (logits_BCM[:, ~full_C, :-1].float() / temperature).softmax(-1)
+            types = zip(p_BPM.split(self.shape.lengths, 1), self.shape.sizes, strict=True)
+            mixtures = [
+                p_BLM[..., :size] @ self.table(i).detach() for i, (p_BLM, size) in enumerate(types)
+            ]
         return torch.cat(mixtures, 1)
 
     # ---- inputs of the base ----
@@ -228,10 +230,9 @@ class PlanCodes(nn.Module):
 
     def inputs(self, e_BPD: Tensor) -> Tensor:
         """(B, P, D) concept states → (B, C, D): separators among them."""
-        index_C, kind_C, _ = self.shape.layout(e_BPD.device)
         separator_BID = self.to_states(self.separator[:-1]).expand(len(e_BPD), -1, -1)
-        x_BCD = torch.cat([separator_BID, e_BPD.float()], 1)[:, index_C]
-        return self.of_type(x_BCD, kind_C)
+        kind_C, *_ = self.shape.layout(e_BPD.device)
+        return self.of_type(self.shape.interleave(separator_BID, e_BPD.float()), kind_C)
 
     def separator_inputs(self, kind_R: Tensor) -> Tensor:
         """(R, D) what opens a type."""
@@ -249,21 +250,24 @@ class PlanCodes(nn.Module):
 
     # ---- logits ----
 
-    def logits(self, x_BCD: Tensor) -> list[Tensor]:
-        """(B, L_i + 1, K_i + 1) of each type, from states of scale 1 at the C inputs."""
-        return [one.logits(x_BCD[:, self.shape.inputs(i)]) for i, one in enumerate(self.types)]
+    def logits_of(self, x: Tensor, i: int) -> Tensor:
+        """(…, M) of type i, from states of scale 1: -inf past its vocabulary, `<EOS>` last."""
+        logits = self.types[i].logits(x)
+        padding = (0, self.shape.eos - self.shape.sizes[i])
+        ids = F.pad(logits[..., :-1], padding, value=-torch.inf)
+        return torch.cat([ids, logits[..., -1:]], -1)
+
+    def logits(self, x_BCD: Tensor) -> Tensor:
+        """(B, C, M) from states of scale 1 at the C inputs."""
+        types = x_BCD.split([length + 1 for length in self.shape.lengths], 1)
+        return torch.cat([self.logits_of(x, i) for i, x in enumerate(types)], 1)
 
     def row_logits(self, x_RnD: Tensor, kind_R: Tensor, types: list[int]) -> Tensor:
-        """(R, n, M) of each row's type, one of `types`: `<EOS>` last, -inf past the type's
-        vocabulary."""
-        max_size = max(self.shape.sizes)
-        logits_RnM = x_RnD.new_full((*x_RnD.shape[:2], max_size + 1), -torch.inf)
+        """(R, n, M) of each row's type, one of `types`."""
+        logits_RnM = x_RnD.new_empty(*x_RnD.shape[:2], self.shape.eos + 1)
         for i in types:
             rows_R = kind_R == i
-            logits_rnK = self.types[i].logits(x_RnD[rows_R])
-            padding = (0, max_size - self.shape.sizes[i])
-            ids_rnM = F.pad(logits_rnK[..., :-1], padding, value=-torch.inf)
-            logits_RnM[rows_R] = torch.cat([ids_rnM, logits_rnK[..., -1:]], -1)
+            logits_RnM[rows_R] = self.logits_of(x_RnD[rows_R], i)
         return logits_RnM
 
 

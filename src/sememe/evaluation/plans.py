@@ -120,11 +120,10 @@ def head_figures(
     for index_B in torch.arange(len(pairs)).split(batch):
         plan_BP = plan_NP[index_B].to(model.device)
         logits = model.plan_logits(pairs.source_NU[index_B], pairs.source_mask_NU[index_B], plan_BP)
-        for i, x_BLK in enumerate(logits):
-            log_p_nK = x_BLK[shape.targets(plan_BP, i) != IGNORED].float().log_softmax(-1)
-            sums[0] -= float((log_p_nK.exp() * log_p_nK).sum())
-            sums[1] += float(log_p_nK.exp().amax(-1).sum())
-            places += len(log_p_nK)
+        p_nM = logits[shape.targets(plan_BP) != IGNORED].float().softmax(-1)
+        sums[0] += float(torch.special.entr(p_nM).sum())
+        sums[1] += float(p_nM.amax(-1).sum())
+        places += len(p_nM)
         there_BP, frame = plan_BP != NULL, model.plans
         soft_nD, hard_nD = (
             (x[there_BP] - frame.mean) / frame.scale

@@ -244,19 +244,16 @@ class PlanMeter:
 
     @torch.no_grad()
     def _slots(self, outputs) -> Tensor:
-        """(4, P) sums over the rows. What a slot holds is chosen one input before it; after the
-        last slot of a type nothing is chosen."""
-        types = []
-        for i, logits_BLK in enumerate(outputs.plan_logits):
-            target_BL = self.shape.targets(outputs.plan_ids, i)[:, :-1]
-            log_p_BLK = logits_BLK[:, :-1].detach().float().log_softmax(-1)
-            p_BLK = log_p_BLK.exp()
-            max_BL, first_BL = p_BLK.max(-1)
-            entropy_BL = -(p_BLK * log_p_BLK).sum(-1)
-            right_BL = first_BL == target_BL
-            columns_4BL = torch.stack([torch.ones_like(max_BL), entropy_BL, max_BL, right_BL])
-            types.append((columns_4BL * (target_BL != IGNORED)).sum(1))
-        return torch.cat(types, 1)
+        """(4, P) sums over the rows. What a slot holds is chosen one input before it."""
+        *_, full_C = self.shape.layout(outputs.plan_ids.device)
+        target_BP = self.shape.targets(outputs.plan_ids)[:, ~full_C]
+        p_BPM = outputs.plan_logits[:, ~full_C].float().softmax(-1)
+        max_BP, first_BP = p_BPM.max(-1)
+        entropy_BP = torch.special.entr(p_BPM).sum(-1)
+        written_BP = target_BP != IGNORED
+        right_BP = first_BP == target_BP
+        columns_4BP = torch.stack([written_BP.float(), entropy_BP, max_BP, right_BP])
+        return (columns_4BP * written_BP).sum(1)
 
     def note(self, figures: dict[str, float]) -> None:
         """Figures of an E-step, for the next line of the log."""

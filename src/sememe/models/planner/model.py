@@ -42,13 +42,13 @@ LOGITS_AT_ONCE = 2**25  # of texts whose logits are not kept: 128 MB
 @dataclass
 class PlannerOutput(CausalLMOutputWithPast):
     """`logits` (B, Y, V) of each target token. `target_nll`: nats per target token; `plan_nll`:
-    nats per concept, `<EOS>` included; `plan_logits`: (B, L_i + 1, K_i + 1) of each type;
-    `plan_ids`: the plan that was read; `signal_nll`: nats per label, summed over the signals. In
-    training the planner is reached through `loss` alone."""
+    nats per concept, `<EOS>` included; `plan_logits`: (B, C, M); `plan_ids`: the plan that was
+    read; `signal_nll`: nats per label, summed over the signals. In training the planner is reached
+    through `loss` alone."""
 
     target_nll: Tensor | None = None
     plan_nll: Tensor | None = None
-    plan_logits: tuple[Tensor, ...] | None = None
+    plan_logits: Tensor | None = None
     plan_ids: Tensor | None = None
     signal_nll: Tensor | None = None
 
@@ -158,12 +158,9 @@ class PlannerForCausalLM(AdaptedModel):
     def _plan_slots(self, plan_BP: Tensor, start_B1: Tensor, first: int, parallel: bool) -> Slots:
         """The C slots of plans whose first separator is at position `start` in RoPE, and number
         `first` in the sequence. Types in parallel are seen by themselves alone."""
-        shape = self.plans.shape
-        index_C, kind_C, position_C = shape.layout(plan_BP.device)
-        separator_BI = torch.ones_like(plan_BP[:, :1], dtype=torch.bool).expand(-1, shape.types)
-        valid_BC = torch.cat([separator_BI, plan_BP != NULL], 1)[:, index_C]
-        slots = Slots.text(start_B1 + position_C, valid_BC, first)
-        return slots._replace(kind=kind_C.expand_as(valid_BC)) if parallel else slots
+        kind_C, position_C, _ = self.plans.shape.layout(plan_BP.device)
+        slots = Slots.text(start_B1 + position_C, self.plans.shape.valid(plan_BP), first)
+        return slots._replace(kind=kind_C.expand_as(slots.order)) if parallel else slots
 
     def _query_slots(self, asked_BI: Tensor, start_B1: Tensor, first: int) -> Slots:
         """Slots of the m - 1 queries of each type, which see what precedes its concept number
@@ -171,11 +168,10 @@ class PlannerForCausalLM(AdaptedModel):
         shape, device, count = self.plans.shape, asked_BI.device, self.config.multi_token - 1
         kind_n = torch.arange(shape.types, device=device).repeat_interleave(count)
         further_n = torch.arange(1, count + 1, device=device).repeat(shape.types)
-        start_I = torch.tensor([shape.inputs(i).start for i in range(shape.types)], device=device)
         asked_Bn = asked_BI[:, kind_n]
         slots = Slots.text(start_B1 + asked_Bn + further_n)
         return slots._replace(
-            order=first + start_I[kind_n] + asked_Bn,
+            order=first + shape.separators(device)[kind_n] + asked_Bn,
             kind=kind_n.expand_as(asked_Bn),
             query=slots.valid,
         )
@@ -230,18 +226,17 @@ class PlannerForCausalLM(AdaptedModel):
         source_mask: Tensor | None,
         plan_BP: Tensor,
         context: Context | None = None,
-    ) -> list[Tensor]:
-        """(B, L_i + 1, K_i + 1) for each type, teacher forced: at its separator and its concepts,
-        of what comes next, `<EOS>` last. After the end of a type, and after its last slot, they
-        mean nothing: see `PlanShape.targets`. `context` as in `plan_states`."""
+    ) -> Tensor:
+        """(B, C, M) teacher forced: at each separator and concept, of what comes next in its type,
+        `<EOS>` last. After the end of a type, and after its last slot, they mean nothing: see
+        `PlanShape.targets`. `context` as in `plan_states`."""
         h_BCD = self.plan_states(source_BU, source_mask, plan_BP, context)
         return self.plans.logits(self.normed(h_BCD))
 
     def plan_log_prob(self, plan_BP: Tensor, context: Context) -> Tensor:
         """(B,) log p(z | u) in nats, with the `<EOS>` of each type that is not full."""
-        logits = self.plan_logits(None, None, plan_BP, context)
-        targets = (self.plans.shape.targets(plan_BP, i) for i in range(len(logits)))
-        return -sum(nll(x, target).sum(1) for x, target in zip(logits, targets, strict=True))
+        logits_BCM = self.plan_logits(None, None, plan_BP, context)
+        return -nll(logits_BCM, self.plans.shape.targets(plan_BP)).sum(1)
 
     # ---- the executor ----
 
@@ -375,33 +370,34 @@ class PlannerForCausalLM(AdaptedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             h_BnD = self.plan_states(source_BU, source_mask, plan_BP, asked_BI=asked_BI)
             h_BCD = h_BnD[:, : shape.slots + shape.types]
-            logits = self.plans.logits(self.normed(h_BCD))
-            targets = [shape.targets(plan_BP, i) for i in range(shape.types)]
-            plan_nll = mean_nll(logits, targets)
+            logits_BCM = self.plans.logits(self.normed(h_BCD))
+            target_BC = shape.targets(plan_BP)
+            plan_nll = mean_nll(logits_BCM, target_BC)
             loss = plan_nll
             if asked_BI is not None:
                 h_BInD = h_BnD[:, h_BCD.shape[1] :].unflatten(1, (shape.types, -1))
-                loss = plan_nll + self._query_loss(h_BInD, asked_BI, targets)
+                loss = plan_nll + self._query_loss(h_BInD, asked_BI, target_BC)
         if self.training and not alone and not dial.straight_through and loss.requires_grad:
             # The text does not depend on the planner's activations: its gradients are taken now, so
             # that they need not wait for the executor's.
             loss = settled(loss, self.parameters())
             plan_nll = plan_nll.detach()
-            logits = [x.detach() for x in logits]
-        return PlannerOutput(
-            loss=loss, plan_nll=plan_nll, plan_logits=tuple(logits), plan_ids=plan_BP
-        )
+            logits_BCM = logits_BCM.detach()
+        return PlannerOutput(loss=loss, plan_nll=plan_nll, plan_logits=logits_BCM, plan_ids=plan_BP)
 
-    def _query_loss(self, h_BInD: Tensor, asked_BI: Tensor, targets: list[Tensor]) -> Tensor:
+    def _query_loss(self, h_BInD: Tensor, asked_BI: Tensor, target_BC: Tensor) -> Tensor:
         """Nats per concept of those that the queries ask for."""
-        count = h_BInD.shape[2]
-        further_n = torch.arange(1, count + 1, device=h_BInD.device)
-        logits = [one.logits(self.normed(h_BInD[:, i])) for i, one in enumerate(self.plans.types)]
-        wanted = [
-            F.pad(target_BT, (0, count), value=IGNORED).gather(1, asked_B[:, None] + further_n)
-            for target_BT, asked_B in zip(targets, asked_BI.unbind(1), strict=True)
-        ]
-        return mean_nll(logits, wanted)
+        shape = self.plans.shape
+        h_BInD = self.normed(h_BInD)
+        logits = [self.plans.logits_of(h_BInD[:, i], i) for i in range(shape.types)]
+        further_n = torch.arange(1, h_BInD.shape[2] + 1, device=h_BInD.device)
+        position_BIn = asked_BI.unsqueeze(-1) + further_n
+        input_BIn = shape.separators(h_BInD.device)[:, None] + position_BIn
+        wanted_Bn = target_BC.gather(1, input_BIn.flatten(1).clamp(max=target_BC.shape[1] - 1))
+        length_I1 = torch.tensor(shape.lengths, device=h_BInD.device)[:, None]
+        past_BIn = position_BIn >= length_I1  # that is another type's, or nobody's
+        wanted_Bn = wanted_Bn.masked_fill(past_BIn.flatten(1), IGNORED)
+        return mean_nll(torch.cat(logits, 1), wanted_Bn)
 
     # ---- use ----
 
@@ -513,10 +509,9 @@ def nll(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_nV, target_BT.flatten(), reduction="none").view(target_BT.shape)
 
 
-def mean_nll(logits: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Nats for each target that counts, of all types together."""
-    total = sum(nll(x, target).sum() for x, target in zip(logits, targets, strict=True))
-    return total / sum((target != IGNORED).sum() for target in targets).clamp(min=1)
+def mean_nll(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+    """Nats for each target that counts."""
+    return nll(logits_BTV, target_BT).sum() / (target_BT != IGNORED).sum().clamp(min=1)
 
 
 def in_chunks(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
