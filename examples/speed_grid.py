@@ -61,7 +61,7 @@ def untrained(base, split: str | None, rate: float) -> OnlineForCausalLM:
     model.bridge.to(base.dtype)
     ids_BT = torch.arange(1, 65, device=base.device).view(2, 32) % config.text_config.vocab_size
     with torch.no_grad():  # codes of the size of the states that they replace
-        model.codes.start_frame(model.shallow_states(ids_BT).flatten(0, 1))
+        model.writer.codes.start_frame(model.shallow_states(ids_BT).flatten(0, 1))
     return model
 
 

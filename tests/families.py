@@ -60,7 +60,7 @@ def tiny_online(
     model = OnlineForCausalLM(config, base)
     generator = torch.Generator().manual_seed(seed + 1)
     move(model, generator)
-    model.gate.feedback = 0.1  # lets rows differ in their number of concepts
+    model.writer.gate.feedback = 0.1  # lets rows differ in their number of concepts
     blocks = torch.randint(3, 97, (16, 24), generator=generator)
     model.start_frame(blocks)
     model.start_codes(blocks)

@@ -42,7 +42,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
     unquantised)."""
     config, spine = model.config, model.spine
     shallow, middle, _ = config.split
-    threshold, gain = model.gate.threshold(model.dial.rate)
+    threshold, gain = model.writer.gate.threshold(model.dial.rate)
 
     def run(first: int, last: int, states: list[Tensor], positions: list[int]) -> list[Tensor]:
         h, position_ids = torch.stack(states)[None], torch.tensor(positions)[None]
@@ -63,8 +63,11 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
         if config.shallow_window
         else run(0, shallow, list(spine.embed(ids_T[None])[0]), everything)
     )
-    x = [model.codes.normalise(state) for state in h]
-    scores = [model.gate.boundary.score(model.head, x[t], x[max(t - 1, 0)]) for t in everything]
+    x = [model.writer.codes.normalise(state) for state in h]
+    scores = [
+        model.writer.gate.boundary.score(model.writer.head, x[t], x[max(t - 1, 0)])
+        for t in everything
+    ]
     written = naive_decisions(
         [float(s) for s in scores],
         model.dial.rate,
@@ -80,12 +83,13 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             weights = torch.stack(scores[begin : t + 1])
             read[t] = (weights[:, None] * torch.stack(h[begin : t + 1])).sum(0) / weights.sum()
     words = list(spine.embed(ids_T))  # what an anchor reads
-    if model.pool is not None:
+    if config.pool:
         words = [torch.cat([word, 0 * word]) for word in words]
         for t in everything:
             begin = next((j + 1 for j in range(t - 1, -1, -1) if written[j]), 0)
             if written[t] and begin < t:
-                read[t] = h[t] + model.codes.scale * model.pool(torch.stack(x[begin:t]).mean(0))
+                pooled = torch.stack(x[begin:t]).mean(0) @ model.writer.readout.pool
+                read[t] = h[t] + model.writer.codes.scale * pooled
                 words[t] = torch.cat([spine.embed(ids_T[t]), spine.embed(ids_T[begin:t]).mean(0)])
     ids, concepts = [], []
     for t in everything:
@@ -93,13 +97,12 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             ids.append(-2 if written[t] else -1)
             concepts.append(read[t])
             continue
-        code = (
-            0.0 if model.anchor is None else model.anchor(words[t])
-        )  # what the token itself tells
-        left, written_id = model.codes.normalise(read[t]) - code, 0
+        # what the token itself tells
+        code = model.writer.readout.anchor(words[t]) if config.anchor else 0.0
+        left, written_id = model.writer.codes.normalise(read[t]) - code, 0
         for g in range(config.codes_per_concept):
-            table = model.codes.weight[g]
-            logits = model.head.code_logits(left, table, g)
+            table = model.writer.codes.weight[g]
+            logits = model.writer.head.code_logits(left, table, g)
             digit = int(logits.argmax())
             soft = (logits / config.code_temperature).softmax(-1) @ table
             code = code + (
@@ -109,7 +112,9 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             written_id += digit * config.num_concepts**g
         ids.append(written_id)
         concepts.append(
-            read[t] + model.dial.quantise * (model.codes.mean + model.codes.scale * code - read[t])
+            read[t]
+            + model.dial.quantise
+            * (model.writer.codes.mean + model.writer.codes.scale * code - read[t])
         )
 
     out = []
@@ -159,6 +164,6 @@ def shallow_states(model, ids_T: Tensor) -> list[Tensor]:
 def tail_state(model, h_D: Tensor, last_D: Tensor | None) -> Tensor:
     """What a normal token brings to the deep slice: its shallow state, bridged if the model has a
     bridge."""
-    if model.bridge is None:
+    if not model.config.bridge:
         return h_D
     return model.bridge(h_D, model.bridge.concept_mean if last_D is None else last_D)

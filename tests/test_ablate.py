@@ -138,9 +138,9 @@ def entering(model, ids, monkeypatch, **settings):
     seen = {}
     inner = type(model)._middle
 
-    def middle(self, spine, e_BCD, pack, *rest):
-        seen.update(e=e_BCD, pack=pack)
-        return inner(self, spine, e_BCD, pack, *rest)
+    def middle(self, spine, e_BCD, chunk, decision, *rest):
+        seen.update(e=e_BCD, pack=decision.pack)
+        return inner(self, spine, e_BCD, chunk, decision, *rest)
 
     monkeypatch.setattr(type(model), "_middle", middle)
     out = model(ids, **settings)
@@ -159,7 +159,9 @@ def test_swap_feeds_the_neighbours_codes_to_the_middle_slice(monkeypatch):
         theirs, count = own[(row + 1) % 3], len(own[row])
         want = theirs[torch.arange(count) % len(theirs)]
         assert out.concept_ids[row][out.concept_ids[row] >= 0].tolist() == want.tolist()
-        torch.testing.assert_close(e_BCD[row, 1 : 1 + count], model.codes(want), atol=0, rtol=0)
+        torch.testing.assert_close(
+            e_BCD[row, 1 : 1 + count], model.writer.codes(want), atol=0, rtol=0
+        )
 
 
 def test_drop_sets_states_to_zero_and_leaves_the_others(monkeypatch):

@@ -82,7 +82,7 @@ def test_a_code_spells_its_segment(boundary, changes):
     with torch.no_grad():
         encoded = model.encode(ids)
     coded, bins, reader = encoded.coded_BC, model.decompressor.bins, model.decompressor.reader
-    code_nD = model.codes.normalise(model.codes(encoded.ids_BC[coded]))
+    code_nD = model.writer.codes.normalise(model.writer.codes(encoded.ids_BC[coded]))
     torch.testing.assert_close(code_nD, encoded.segments.x_BCD[coded], atol=1e-4, rtol=1e-4)
     x_BSD, offset_BS = model.covering(encoded)
     x_BTD, offset_BT = x_BSD[:, :-1], offset_BS[:, :-1]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from families import positions, text, tiny_base, tiny_online, uncached_greedy
+from sememe.backbone.cache import NoCache
 from sememe.concepts.bridge import TailBridge
 from sememe.models import ControlConfig, ControlForCausalLM
 
@@ -35,12 +36,12 @@ def test_online_bridge_comes_closer_to_the_base_on_other_text():
     model, other = tiny_online(bridge=True, lora_rank=0, quantise=0.0), text(8, 24, seed=5)
     found = model.start_frame(text(600, 24, seed=3))
     assert 0.05 < found["bridge_explains"] < 1
-    step, h = next(model._shallow_batches(other, tokens=8 * 24))
-    read = model._read(h, step)
-    written, pack = read.written_BT, read.pack
-    full = model.spine.run(1, 3, h, step.position_BT, step.rope, lambda window: None)
-    c = model._middle(model.spine, read.h_BCD, pack, written, step)
-    bridged, _ = model._tail(h, model._known(c, read), read, None)
+    chunk, h = next(model._shallow_batches(other, tokens=8 * 24))
+    decision = model.writer.decide(h, chunk)
+    written = decision.written_BT
+    full = model.spine.run(1, 3, h, chunk.position_BT, chunk.rope, lambda window: None)
+    c = model._middle(model.spine, decision.h_BCD, chunk, decision, NoCache())
+    bridged, _ = model.bridge.tails(h, c, decision, model.bridge.first(h))
     tail = ~written & (written.cumsum(1) > 1)
     assert (bridged - full)[tail].square().mean() < 0.97 * (h - full)[tail].square().mean()
 

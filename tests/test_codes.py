@@ -23,7 +23,7 @@ def started(head: str = "joint", stages: int = 1, k: int = 7, width: int = 8, co
     codes, made = ConceptEmbedding(k, width, stages), HEADS[head](width, k, stages)
     states = 3 + 2 * torch.randn(count, width)
     codes.start_frame(states)
-    start_from_states(codes, made, states)
+    start_from_states(codes, made, codes.normalise(states))
     with torch.no_grad():
         for p in (*codes.parameters(), *made.parameters()):
             p += 0.02 * torch.randn_like(p)
@@ -64,7 +64,7 @@ def test_head_starts_as_nearest_centroid_of_what_is_left(name):
         3 + 2 * torch.randn(500, 8),
     )
     codes.start_frame(states)
-    found = start_from_states(codes, head, states)
+    found = start_from_states(codes, head, codes.normalise(states))
     left, by_stage = codes.normalise(states), []
     for g in range(3):
         nearest = assign(left, codes.table(g).detach())[0]

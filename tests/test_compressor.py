@@ -64,7 +64,7 @@ def trained(model: CompressorForCausalLM, ids: torch.Tensor, steps: int = 60):
 def uncached(model: CompressorForCausalLM, ids: list[int]) -> list[int]:
     """The specification of `decompress`, one row, greedy: everything again for every token."""
     decompressor, spine = model.decompressor, Spine(model.backbone)
-    x_CD = model.codes.normalise(model.codes(torch.tensor(ids)))
+    x_CD = model.writer.codes.normalise(model.writer.codes(torch.tensor(ids)))
     words, ranks, offsets, rank, offset = [model.bos], [], [], 0, 0
     while rank < len(ids):
         ranks.append(rank)
@@ -86,7 +86,9 @@ def uncached(model: CompressorForCausalLM, ids: list[int]) -> list[int]:
 def test_decompressing_with_a_cache_is_decompressing_without(family, boundary):
     model = tiny_compressor(family, boundary=boundary, codes_per_concept=2)
     ids = model.compress(text(3, 20))
-    x = model.codes.normalise(model.codes(torch.tensor([i for row in ids for i in row])))
+    x = model.writer.codes.normalise(
+        model.writer.codes(torch.tensor([i for row in ids for i in row]))
+    )
     assert len(model.decompressor.reader.length(x).unique()) > 1 or boundary == "fixed"
     assert model.decompress(ids) == [uncached(model, row) for row in ids]
 
@@ -153,7 +155,7 @@ def test_each_adapter_is_its_own_and_both_learn():
     model, ids = tiny_compressor(boundary="null"), text(2, 16)
     model.train()
     model(ids, labels=ids).loss.backward()
-    modules = (model.head, model.codes, model.next_embedding, model.decompressor)
+    modules = (model.writer.head, model.writer.codes, model.next_embedding, model.decompressor)
     learned = [[p for p in module.parameters()] for module in modules]
     for name in ("compressor", "decompressor"):
         learned.append([p for n, p in model.named_parameters() if f".{name}." in n and "lora" in n])

@@ -157,7 +157,7 @@ def test_a_collapsed_codebook(clinic, monkeypatch, tmp_path):
     def collapse(self, ids, seed=0):
         found = real(self, ids, seed)
         with torch.no_grad():
-            self.head.codes[0].bias[3] += 1e4
+            self.writer.head.codes[0].bias[3] += 1e4
         return found
 
     monkeypatch.setattr(OnlineForCausalLM, "start_codes", collapse)

@@ -117,7 +117,7 @@ def test_cache_holds_what_the_formula_says(model):
     cache = model.new_cache(1)
     model(text(1, 100), cache=cache)
     concepts, tail = int(cache.concepts[0]), int(cache.tail[0])
-    assert (cache.shallow.used, cache.middle.used, cache.deep.used) == (
+    assert tuple(one.used for one in cache.slices) == (
         100,
         concepts,
         concepts + tail,
@@ -142,8 +142,8 @@ def test_chunks_of_a_prompt_find_their_room_made(window, monkeypatch):
     cache = model.new_cache(1)
     model(text(1, 100), cache=cache)
     assert grown and 4 not in grown, "positions grow once for each slice, its layers never"
-    assert cache.shallow.capacity == (window + 1 if window else 100)
-    assert cache.middle.capacity == cache.deep.capacity == 40 + cache_module.GROWTH
+    assert cache.slices[0].capacity == (window + 1 if window else 100)
+    assert cache.slices[1].capacity == cache.slices[2].capacity == 40 + cache_module.GROWTH
     model(text(1, 100), cache=cache)
     assert cache.concepts[0] > 60 and cache.get_seq_length() == 200
 

@@ -209,12 +209,12 @@ def test_head_figures_are_the_naive_ones(settings):
         states = model.shallow_states(ids)
         naive: list[tuple] = []
         for row, t in (written >= 0).nonzero().tolist():
-            x = model.codes.normalise(states[row, t])
+            x = model.writer.codes.normalise(states[row, t])
             soft = hard = torch.zeros_like(x)
             entropy, surest = 0.0, []
-            for g in range(model.codes.codes_per_concept):
-                table = model.codes.table(g)
-                logits = model.head.code_logits((x - hard).unsqueeze(0), table, g)[0]
+            for g in range(model.writer.codes.codes_per_concept):
+                table = model.writer.codes.table(g)
+                logits = model.writer.head.code_logits((x - hard).unsqueeze(0), table, g)[0]
                 p = torch.softmax(logits.double() / model.config.code_temperature, 0)
                 entropy -= float((p * p.log()).nan_to_num().sum())
                 surest.append(float(p.max()))

@@ -16,7 +16,7 @@ ALLOWED = {
     "progress": set(),
     "paths": {"errors"},
     "concepts": {"errors"},
-    "backbone": {"paths", "storage", "errors"},
+    "backbone": {"concepts", "paths", "storage", "errors"},
     "data": {"paths", "errors"},
     "pairs": {"data", "paths", "errors"},
     "models": {"concepts", "backbone", "pairs", "paths", "storage", "errors"},

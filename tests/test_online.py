@@ -171,8 +171,8 @@ def test_a_long_prompt_is_read_in_chunks(settings):
 def test_a_window_bounds_the_shallow_cache():
     model, ids = tiny_online(shallow_window=4, split=(2, 1, 1)), text(2, 90)
     _, cache = chunked(model, ids, [3, 40, 41, 42, 43])
-    assert cache.shallow.used == 5, "the first token and the last 4"
-    assert cache.shallow.capacity <= 5 + 32
+    assert cache.slices[0].used == 5, "the first token and the last 4"
+    assert cache.slices[0].capacity <= 5 + 32
     other = ids.clone()
     other[:, 50] = (ids[:, 50] + 1) % 90
     moved = (model.shallow_states(ids) - model.shallow_states(other)).abs().sum((0, 2)) > 0
@@ -258,7 +258,7 @@ def test_causality_by_perturbation(settings):
 
 def test_tail_is_bounded_in_prefill_and_decoding():
     model, ids = tiny_online(rate=0.2, max_tail=4), text(2, 40)
-    model.gate.quantiles += 100  # a gate that never wants to write
+    model.writer.gate.quantiles += 100  # a gate that never wants to write
     for concept_ids in (
         model(ids).concept_ids,
         chunked(model, ids, list(range(5, 40)))[1].concept_ids,

@@ -12,12 +12,12 @@ import yaml
 
 from conftest import byte_tokenizer, sememe
 from families import compressor_over, online_over, tiny_base
+from sememe.concepts.writer import NULL
 from sememe.data import token_blocks
 from sememe.evaluation.baselines import base_nll
 from sememe.evaluation.continuation import continuation
 from sememe.evaluation.online_cost import online_cost, online_nll
 from sememe.models.loading import load_base, load_model
-from sememe.models.writing import NULL
 from sememe.report import write_report
 
 CONTEXT = 64

@@ -3,7 +3,6 @@ were stopped."""
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,6 @@ from sememe.errors import CheckpointError
 from sememe.evaluation import quality, speed
 from sememe.evaluation.files import benchmark_files, evaluate_files
 from sememe.evaluation.partial import Partial
-from sememe.training.recipe import check_recipe
 
 
 @pytest.fixture(scope="module")
@@ -164,28 +162,6 @@ def test_a_checkpoint_stands_behind_the_calibration(recipe_values, tmp_path):
         f"checkpoint-{first}",
         "checkpoint-8",
     }
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"bridge": False}, {"codes_per_concept": 1, "pool": True}], ids=str
-)
-def test_what_calibration_reports_is_what_it_was_said_to_take(recipe_values, changes):
-    """Within a tenth: the rate that is realised is not quite the one asked for."""
-    from sememe.backbone.bases import load_tokenizer
-    from sememe.systems import SYSTEMS
-
-    recipe = check_recipe(recipe_values | changes, "test")
-    folder = Path(recipe.base)
-    system = SYSTEMS[recipe.system]
-    batches = system.batches(recipe, load_tokenizer(folder), folder, lambda line: None)
-    ids_NT, model = batches.examples.ids_NT[:8], system.build(recipe, folder)
-    for expected, start in zip(
-        model.work(ids_NT, recipe.rate), (model.start_frame, model.start_codes), strict=True
-    ):
-        done: list[float] = []
-        model.on_work = done.append
-        start(ids_NT)
-        assert sum(done) == pytest.approx(expected, rel=0.1 if not recipe.pool else 0.6)
 
 
 def test_bars_write_lines_where_there_is_no_terminal(capsys, monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from families import left_padded, text, tiny_online
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
-from sememe.concepts.segments import tail_lengths
+from sememe.concepts.segments import Chunk, tail_lengths
 
 # Logits are of order 10. Chunks and padding change the shapes of matmuls and with them the order of
 # sums: 2e-5 at worst in 900 examples; a wrong mask, position or slot changed logits by 0.1 and
@@ -34,7 +34,7 @@ def tuned(weights: dict, dials: dict, feedback: float):
     model = built(**weights)
     for name, value in dials.items():
         setattr(model.dial if hasattr(model.dial, name) else model.config, name, value)
-    model.gate.feedback = feedback
+    model.writer.gate.feedback = feedback
     model.config.check()
     return model
 
@@ -156,7 +156,7 @@ def test_the_rate_is_within_what_tail_and_debt_allow(data):
         data.draw(st.integers(1, 96)),
         data.draw(st.integers(0, 1000)),
     )
-    assume(model.gate.feedback > 0)
+    assume(model.writer.gate.feedback > 0)
     ids = text(1, length, seed=seed)
     config = model.config
     written_BT = model(ids).concept_ids != -1
@@ -169,17 +169,12 @@ def test_the_rate_is_within_what_tail_and_debt_allow(data):
     if model.dial.rate == 1:
         assert all(written)
         return
-    threshold, gain = model.gate.threshold(model.dial.rate)
+    threshold, gain = model.writer.gate.threshold(model.dial.rate)
     h_BTD = model.shallow_states(ids)
-    x_BTD = model.codes.normalise(h_BTD)
-    scores = (
-        model.gate.boundary.score(model.head, x_BTD, model._previous(x_BTD, None))[0]
-        .double()
-        .tolist()
-    )
+    scores = model.writer.scores(h_BTD, Chunk.of(h_BTD))[0].double().tolist()
     pushes, total = [], 0.0
     for t in range(1, length):  # the sink has no say
-        total = total + scores[t] if model.gate.boundary.accumulates else scores[t]
+        total = total + scores[t] if model.writer.gate.boundary.accumulates else scores[t]
         pushes.append(total)
         total = max(total - threshold, 0.0) if written[t] else total
     high, low = (
@@ -202,7 +197,7 @@ def test_the_rate_is_within_what_tail_and_debt_allow(data):
 def test_the_rate_is_held_on_text_like_the_training_text(rate):
     """With the default feedback, over 4 × 200 tokens: within 3 % of what is asked."""
     model = tiny_online(rate=rate, max_tail=16)
-    model.gate.feedback = 0.5
+    model.writer.gate.feedback = 0.5
     model.calibrate_gate(text(16, 48, seed=5))
     realised = float((model(text(4, 200, seed=9)).concept_ids != -1).float().mean())
     assert abs(realised / rate - 1) < 0.03, realised

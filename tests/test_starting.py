@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from families import text, tiny_online
-from sememe.concepts.anchor import TokenAnchor
 from sememe.concepts.boundary import Entropy
-from sememe.concepts.quantise import quantise
+from sememe.concepts.readout import TokenAnchor
+from sememe.concepts.segments import Chunk
 
 
 def test_the_codebook_sees_every_token_of_the_vocabulary():
@@ -49,7 +49,7 @@ def test_the_entropy_estimate_is_the_least_squares_fit():
     x, previous = torch.randn(2, 2000, 8, generator=generator)
     wanted = 2 + x @ torch.arange(8.0) - previous[:, 0]
     boundary = Entropy(8)
-    assert boundary.start(x[:1000], previous[:1000], wanted[:1000]) > 0.99
+    assert boundary.start(x[:1000], previous[:1000], wanted[:1000])["entropy_explains"] > 0.99
     score = boundary.score(None, x[1000:], previous[1000:])
     assert torch.corrcoef(torch.stack([score, wanted[1000:]]))[0, 1] > 0.99, "on other states"
 
@@ -61,8 +61,8 @@ def test_it_is_fitted_to_what_the_base_makes_of_the_text(kind):
     but real relation."""
     model, ids = tiny_online(boundary=kind, lora_rank=0), text(100, 24, seed=3)
     assert model.start_frame(ids)[f"{kind}_explains"] > 0.03
-    x = model.codes.normalise(model.shallow_states(ids))
-    score = model.gate.boundary.score(model.head, x, model._previous(x, None))[:, 1:].flatten()
+    h = model.shallow_states(ids)
+    score = model.writer.scores(h, Chunk.of(h))[:, 1:].flatten()
     log_p = F.log_softmax(model.backbone(ids).logits, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)[:, 1:].flatten()
     surprise = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).flatten()
@@ -78,7 +78,7 @@ def test_the_anchor_is_the_least_squares_fit_of_the_token():
     x = 10 * embedding @ torch.randn(8, 8, generator=generator) + 3
     anchor = TokenAnchor(8)
     assert anchor(embedding).abs().max() == 0, "nothing at birth"
-    assert anchor.start(embedding[:300], x[:300]) > 0.99
+    assert anchor.start(embedding[:300], x[:300])["anchor_explains"] > 0.99
     torch.testing.assert_close(anchor(embedding[300:]), x[300:], atol=0.3, rtol=0.1)
 
 
@@ -90,9 +90,8 @@ def test_with_an_anchor_the_codes_say_the_rest():
         model = tiny_online(anchor=anchored, lora_rank=0)
         model.start_frame(ids)
         found = model.start_codes(ids)
-        x = model.unsaid(*model._code_states(other))[0]
-        left[anchored] = float(
-            (x - quantise(model.codes, model.head, x, soft=False).hard_nD).square().mean()
-        )
+        h, token = model._code_states(other)
+        x = model.writer.codes.normalise(h) - model.writer.readout.anchor(token)
+        left[anchored] = float((x - model.writer.quantise(x, soft=False).hard_nD).square().mean())
     assert found["anchor_explains"] > 0.03
     assert left[True] < left[False], "on other text"

@@ -132,7 +132,7 @@ def test_non_finite_loss_never_reaches_the_optimizer(recipe_values, tmp_path, mo
         calls.append(1)
         if len(calls) == 6:
             with torch.no_grad():
-                self.model.codes.weight.fill_(float("nan"))
+                self.model.writer.codes.weight.fill_(float("nan"))
                 self.model.dial.quantise = 1.0
         return real(self, inputs)
 

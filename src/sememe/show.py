@@ -159,6 +159,6 @@ def generate_text(
     if online:
         result |= {
             "concept_ids": cache.concept_ids[0].tolist(),
-            "concept_rate": float(cache.concepts[0] / cache.gate_state.tokens[0]),
+            "concept_rate": float(cache.concepts[0] / cache.tokens[0]),
         }
     return result

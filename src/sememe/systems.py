@@ -169,7 +169,7 @@ class Writing(System):
     def start(self, run: Run) -> None:
         """Sets the frame of the codes, the gate and the bridge from states of the base."""
         calibration_NT, rate = run.batches.calibration_NT, run.recipe.rate
-        with calibrating(run.model, calibration_NT, rate, 0, run.show):
+        with calibrating():
             _say_explained(run.say, run.model.start_frame(calibration_NT, rate))
 
     def meter(self, recipe: Recipe, model: AdaptedModel) -> ConceptMeter:

@@ -1,14 +1,22 @@
 """A transformers Cache whose layers keep all tokens (shallow), concepts (middle), concepts + tail
 (deep).
 
-Keys and values are written at (row, slot) of preallocated buffers. Shallow slots are the columns of
-the text, middle slots the ranks of the concepts, deep slots `[concepts…, tail…]`: a new concept
-takes the first tail slot and the tail's length falls to 0, so dropping a tail moves no memory."""
+Keys and values are written at (row, slot) of preallocated buffers. Slots are counted in each row by
+itself, so padding and rows of other lengths leave no holes: in the shallow slice by token, in the
+middle by concept, in the deep `[concepts…, tail…]`: a new concept takes the first tail slot and the
+tail's length falls to 0, so dropping a tail moves no memory.
+
+For each slice of a forward the cache says where its entries go and which keys its queries meet
+(`shallow`, `middle`, `deep`). `NoCache` answers the same where nothing is kept."""
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from sememe.concepts.masks import Lane, Lanes
+from sememe.concepts.segments import Chunk
+from sememe.concepts.writer import Memory, WriteDecision
 
 GROWTH = 32  # slots added when a buffer is full: one copy in 32 tokens, and few slots in reserve
 
@@ -106,44 +114,38 @@ class SliceCache:
 
     def plan(
         self,
-        slot: Tensor,
+        slot: np.ndarray,
         position: Tensor,
-        used: int,
-        rows: Tensor | None = None,
+        length: np.ndarray,
+        rows: np.ndarray | None = None,
         keep_before: bool = False,
-        length_B: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sets where the next (b, n) entries go (slot -1: not kept) before the slice's layers run.
 
-        `rows`: the rows of the batch that take part, None for all. `keep_before`: queries see the
-        slots as they were before, followed by the new entries (a chunk in which tails die before
-        its end); else the slots after writing. `length_B`: slots in use in each row from now on (a
-        dropped tail ends its slots' validity); None: those written. Returns position and validity
-        of the cached slots that the queries see."""
+        `length`: (B,) slots in use in each row from now on; a dropped tail ends its slots'
+        validity. `rows`: the rows of the batch that take part, None for all. `keep_before`: queries
+        see the slots as they were before, followed by the new entries (a chunk in which entries are
+        dropped before its end); else the slots after writing. Returns position and validity of the
+        cached slots that the queries see."""
+        device = self.position.device
+        used = int(length.max())
         self.before = self.used if keep_before else None
-        old = (
-            (self.position[:, : self.used].clone(), self.valid[:, : self.used].clone())
-            if keep_before
-            else None
-        )
+        if keep_before:
+            seen = self.position[:, : self.used].clone(), self.valid[:, : self.used].clone()
         if used > self.capacity:
             self.capacity = max(used + (0 if self.used == 0 else GROWTH), self.expected)
-            self.position, self.valid = (
-                _grow(x, self.capacity + 1) for x in (self.position, self.valid)
-            )
-        self.slot = torch.where(slot < 0, self.capacity, slot)
-        self.rows, self.used = rows, used
-        row_index = (
-            torch.arange(self.position.shape[0], device=slot.device) if rows is None else rows
-        )
-        self.position[row_index[:, None], self.slot] = position
-        if length_B is None:
-            self.valid[row_index[:, None], self.slot] = slot >= 0
-        else:
-            length = torch.from_numpy(length_B).to(slot.device)
-            self.valid = torch.arange(self.capacity + 1, device=slot.device) < length[:, None]
-        some = slice(None) if rows is None else rows
-        return old or (self.position[some, :used], self.valid[some, :used])
+            self.position = _grow(self.position, self.capacity + 1)
+        self.slot = torch.from_numpy(np.where(slot < 0, self.capacity, slot)).to(device)
+        self.rows = None if rows is None else torch.from_numpy(rows).to(device)
+        self.used = used
+        row_B = torch.arange(len(self.position), device=device) if rows is None else self.rows
+        self.position[row_B[:, None], self.slot] = position
+        length_B1 = torch.from_numpy(length).to(device)[:, None]
+        self.valid = torch.arange(self.capacity + 1, device=device) < length_B1
+        if keep_before:
+            return seen
+        some = slice(None) if rows is None else self.rows
+        return self.position[some, :used], self.valid[some, :used]
 
     def take_rows(self, rows: Tensor) -> None:
         self.position, self.valid = self.position[rows], self.valid[rows]
@@ -151,53 +153,129 @@ class SliceCache:
             layer.take_rows(rows)
 
 
-class ConceptCache(Cache):
-    """The online model's cache. Row state that decides about the next token lives here too, so that
-    beams, batches and continued generation carry it along: the gate's counters, the last shallow
-    and concept states, what the open segment has summed up, the ids written so far."""
+class NoCache:
+    """A forward whose keys are its own entries alone."""
 
-    def __init__(
-        self,
-        split: tuple[int, int, int],
-        batch: int,
-        device: torch.device,
-        gate_state,
-        width: int,
-        segment_width: int | None = None,
-    ):
-        self.shallow, self.middle, self.deep = (SliceCache(n, batch, device) for n in split)
-        super().__init__(layers=[*self.shallow.layers, *self.middle.layers, *self.deep.layers])
-        self.gate_state = gate_state
+    tokens = None
+    memory = None
+
+    def shallow(self, chunk: Chunk, window: int | None) -> Lanes:
+        """All tokens, causal; with a `window` each sees that many, itself among them, and the first
+        of the text."""
+        lane = Lane.causal(chunk.position_BT, chunk.valid_BT)
+        return Lanes(lane, lane, not chunk.padded, window)
+
+    def middle(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
+        """Concepts, causal, each at its own place in the text."""
+        lane = Lane.causal(decision.pack.pack(chunk.position_BT), decision.pack.valid_BC)
+        return Lanes(lane, lane, _equal(decision.written.sum(1)))
+
+    def deep(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
+        """Each token sees the concepts up to it, and the tail that it lies in."""
+        lane = _deep_lane(chunk, decision)
+        return Lanes(lane, lane, bool(decision.written.all()))
+
+    def last_concept(self, first_BD: Tensor) -> Tensor:
+        """(B, D) middle state of the last concept, `first_BD` where there is none."""
+        return first_BD
+
+    def remember(self, decision: WriteDecision, last_BD: Tensor, ids_BT: Tensor) -> None:
+        """Keeps what the next chunk needs beside keys and values."""
+
+
+class ConceptCache(Cache):
+    """The online model's cache. What decides about the next token lives here too, so that beams,
+    batches and continued generation carry it along: the writer's memory, the last concept's state,
+    the ids written so far."""
+
+    def __init__(self, split: tuple[int, int, int], memory: Memory, last_concept_BD: Tensor):
+        batch, device = len(last_concept_BD), last_concept_BD.device
+        self.slices = [SliceCache(layers, batch, device) for layers in split]
+        super().__init__(layers=[layer for one in self.slices for layer in one.layers])
+        self.memory = memory
         self.tail = np.zeros(batch, np.int64)  # normal tokens in each row's deep tail
-        self.last_hidden_BD = torch.zeros(batch, width, device=device)
-        self.last_concept_BD = torch.zeros(
-            batch, width, device=device
-        )  # its middle state, for the bridge
-        self.open_segment = (
-            torch.zeros(batch, segment_width or width, device=device),
-            torch.zeros(batch, device=device),
-        )
-        self.padded = False
+        self._last_concept_BD = last_concept_BD
         self._ids = torch.empty(batch, 0, dtype=torch.long, device=device)
         self._columns = 0
 
     @property
+    def tokens(self) -> np.ndarray:
+        """(B,) tokens read so far, without padding."""
+        return self.memory.gate.tokens
+
+    @property
     def concepts(self) -> np.ndarray:
         """(B,) concepts written so far."""
-        return self.gate_state.concepts
+        return self.memory.gate.concepts
 
-    def expect(self, tokens: int, concepts: int, window: int | None) -> None:
-        """Room for a prompt that comes in chunks, at once: a cache that grew with each would be
-        copied as often, and leave holes of its former sizes in the heap. `window`: the shallow
-        slice's."""
-        shallow = self.shallow.used + tokens
-        self.shallow.expected = min(shallow, window + 1) if window else shallow
-        for lane in (self.middle, self.deep):  # the deep tail, too, is in the reserve
-            lane.expected = lane.used + concepts + GROWTH
+    @property
+    def concept_ids(self) -> Tensor:
+        """(B, columns seen) ids written so far, in text order."""
+        return self._ids[:, : self._columns]
 
-    def record(self, ids_BT: Tensor) -> None:
-        """Keeps the ids written in this step (codes of
-        `models.online.OnlineOutput.concept_ids`)."""
+    # ---- one forward ----
+
+    def shallow(self, chunk: Chunk, window: int | None) -> Lanes:
+        """As `NoCache` has it, over the tokens of all chunks."""
+        several = chunk.real.shape[1] > 1
+        query = Lane.causal(chunk.position_BT, chunk.valid_BT)
+        slot, length = shallow_slots(chunk.real, self.tokens, window)
+        keep_before = bool(window) and several
+        seen = Lane.causal(
+            *self.slices[0].plan(slot, chunk.position_BT, length, keep_before=keep_before)
+        )
+        fresh = not self.tokens.any()
+        plain = not chunk.padded and (fresh if several else _equal(length))
+        key = seen.then(query) if keep_before else seen
+        # The ring holds what a single query may see.
+        return Lanes(query, key, plain, window if several else None)
+
+    def middle(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
+        """As `NoCache` has it. In a step of one token only the rows that write take part."""
+        pack, before = decision.pack, self.concepts
+        position_BC = pack.pack(chunk.position_BT)
+        count = decision.written.sum(1)
+        rank = np.arange(position_BC.shape[1])
+        slot = np.where(rank < count[:, None], before[:, None] + rank, -1)
+        query, rows = Lane.causal(position_BC, pack.valid_BC), None
+        length = before + count
+        if not count.any() or (chunk.real.shape[1] == 1 and not count.all()):
+            rows = np.flatnonzero(count)
+            rows_n = torch.from_numpy(rows).to(position_BC.device)
+            query = Lane(*(field[rows_n] for field in query))
+            if len(rows) == 0:
+                return Lanes(query, query, True, rows=rows_n)
+            slot = slot[rows]
+        key = Lane.causal(*self.slices[1].plan(slot, query.position, length, rows))
+        # Nobody looks at a slot that is empty in its row: all of them reach as far as the longest.
+        full = (length if rows is None else length[rows]).min() == length.max()
+        plain = bool(full) and (slot.shape[1] == 1 or not before.any())
+        return Lanes(query, key, plain, rows=self.slices[1].rows)
+
+    def deep(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
+        """As `NoCache` has it, over the concepts and the tails of all chunks."""
+        several = chunk.real.shape[1] > 1
+        before = self.concepts
+        slot, self.tail = deep_slots(decision.written, chunk.real, before, self.tail)
+        length = before + decision.written.sum(1) + self.tail
+        query = _deep_lane(chunk, decision, before)
+        position, valid = self.slices[2].plan(slot, chunk.position_BT, length, keep_before=several)
+        if not several:
+            plain = _equal(length) and not chunk.padded
+            return Lanes(query, Lane.causal(position, valid), plain)
+        before_B1 = torch.from_numpy(before).to(position.device)[:, None]
+        concept = torch.arange(position.shape[1], device=position.device) < before_B1
+        seen = Lane(position, before_B1.expand(position.shape), concept, valid)
+        plain = bool(decision.written.all()) and not self.tokens.any()
+        return Lanes(query, seen.then(query), plain)
+
+    def last_concept(self, first_BD: Tensor) -> Tensor:
+        return self._last_concept_BD
+
+    def remember(self, decision: WriteDecision, last_BD: Tensor, ids_BT: Tensor) -> None:
+        """Keeps what the next chunk needs beside keys and values."""
+        self.memory = decision.memory
+        self._last_concept_BD = last_BD
         end = self._columns + ids_BT.shape[1]
         if end > self._ids.shape[1]:
             room = self._ids.new_empty(self._ids.shape[0], end + GROWTH - self._ids.shape[1])
@@ -205,10 +283,15 @@ class ConceptCache(Cache):
         self._ids[:, self._columns : end] = ids_BT
         self._columns = end
 
-    @property
-    def concept_ids(self) -> Tensor:
-        """(B, tokens seen) ids written so far, in text order."""
-        return self._ids[:, : self._columns]
+    def expect(self, tokens: int, concepts: int, window: int | None) -> None:
+        """Room for a prompt that comes in chunks, at once: a cache that grew with each would be
+        copied as often, and leave holes of its former sizes in the heap. `window`: the shallow
+        slice's."""
+        shallow, middle, deep = self.slices
+        length = shallow.used + tokens
+        shallow.expected = min(length, window + 1) if window else length
+        for one in (middle, deep):  # the deep tail, too, is in the reserve
+            one.expected = one.used + concepts + GROWTH
 
     def bytes(self) -> int:
         """Bytes of all keys and values, summed from the tensors."""
@@ -219,34 +302,31 @@ class ConceptCache(Cache):
             for x in (layer.keys, layer.values)
         )
 
+    # ---- what `generate` asks of a cache ----
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns, padding among them: an attention mask is as wide."""
         return self._columns
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self._columns
 
     def _take_rows(self, rows: Tensor) -> None:
-        host = rows.cpu().numpy()
-        for lane in (self.shallow, self.middle, self.deep):
-            lane.take_rows(rows)
-        self.gate_state = self.gate_state.select(host)
-        self.tail, self._ids = self.tail[host], self._ids[rows]
-        self.last_hidden_BD, self.last_concept_BD = (
-            self.last_hidden_BD[rows],
-            self.last_concept_BD[rows],
-        )
-        self.open_segment = tuple(x[rows] for x in self.open_segment)
+        rows = rows.to(self._ids.device)
+        for one in self.slices:
+            one.take_rows(rows)
+        self.memory = self.memory.select(rows)
+        self.tail = self.tail[rows.cpu().numpy()]
+        self._ids, self._last_concept_BD = self._ids[rows], self._last_concept_BD[rows]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._take_rows(beam_idx.to(self._ids.device))
+        self._take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._take_rows(
-            torch.arange(len(self._ids), device=self._ids.device).repeat_interleave(repeats)
-        )
+        self._take_rows(torch.arange(len(self._ids)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._take_rows(torch.as_tensor(indices, device=self._ids.device))
+        self._take_rows(torch.as_tensor(indices))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: dropped tails cannot come back, so neither assisted nor contrastive decoding can
@@ -258,6 +338,20 @@ class ConceptCache(Cache):
 
     def reset(self) -> None:
         raise ValueError("a concept cache cannot be reset. try: a new one, new_cache(batch)")
+
+
+def _equal(length: np.ndarray) -> bool:
+    """Whether no row has empty slots behind its own."""
+    return bool((length == length[0]).all()) if len(length) else True
+
+
+def _deep_lane(chunk: Chunk, decision: WriteDecision, before: np.ndarray | None = None) -> Lane:
+    """The tokens as entries of the deep slice. `before`: (B,) concepts of earlier chunks."""
+    count = decision.written.cumsum(1)
+    if before is not None:
+        count = before[:, None] + count
+    count_BT = torch.from_numpy(count).to(chunk.valid_BT.device)
+    return Lane(chunk.position_BT, count_BT, decision.written_BT, chunk.valid_BT)
 
 
 def deep_slots(written: np.ndarray, valid: np.ndarray, concepts: np.ndarray, tail: np.ndarray):
@@ -272,15 +366,16 @@ def deep_slots(written: np.ndarray, valid: np.ndarray, concepts: np.ndarray, tai
     return slot, np.where(any_written, 0, tail) + normal.sum(1)
 
 
-def ring_slots(valid: np.ndarray, tokens: np.ndarray, window: int):
-    """Shallow-cache slots of a chunk where only the first token of a text and the last `window` are
-    kept, (B, T): -1 for padding and for what falls out before the chunk ends; and (B,) slots in use
-    after it.
+def shallow_slots(valid: np.ndarray, tokens: np.ndarray, window: int | None = None):
+    """Shallow-cache slots of a chunk, (B, T), -1 for padding; and (B,) slots in use after it. With
+    a `window` only the first token of a text and the last `window` are kept, in a ring: -1 also for
+    what falls out before the chunk ends.
 
     `tokens`: (B,) real tokens before the chunk."""
     place = tokens[:, None] + np.cumsum(valid, 1) - 1
     total = tokens + valid.sum(1)
+    if window is None:
+        return np.where(valid, place, -1), total
     kept = valid & ((place == 0) | (place >= total[:, None] - window))
-    return np.where(kept, np.where(place == 0, 0, 1 + (place - 1) % window), -1), np.minimum(
-        total, window + 1
-    )
+    slot = np.where(place == 0, 0, 1 + (place - 1) % window)
+    return np.where(kept, slot, -1), np.minimum(total, window + 1)

@@ -88,6 +88,12 @@ class Entropy(Boundary):
 
     fitted = "entropy"
 
+    @staticmethod
+    def target(log_p_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+        """(B, T - 1) what is estimated at all tokens but the first, of the base's own
+        distributions of the next token."""
+        return -(log_p_BTV.exp() * log_p_BTV).sum(-1)[:, 1:]
+
     def __init__(self, width: int):
         super().__init__(width)
         self.register_buffer("weight", torch.zeros(2 * width))
@@ -96,12 +102,12 @@ class Entropy(Boundary):
         return torch.cat([x, previous], -1) @ self.weight.float()
 
     @torch.no_grad()
-    def start(self, x_ND: Tensor, previous_ND: Tensor, target_N: Tensor) -> float:
+    def start(self, x_ND: Tensor, previous_ND: Tensor, target_N: Tensor) -> dict[str, float]:
         """Fits (N,) values in nats. Returns the share of their variance explained."""
         target_N1 = target_N.unsqueeze(1)
         weight_F1, _, left_N1 = linear_fit(torch.cat([x_ND, previous_ND], -1), target_N1, 0.03)
         self.weight.copy_(weight_F1.squeeze(1))
-        return explained(left_N1, target_N1)
+        return {f"{self.fitted}_explains": explained(left_N1, target_N1)}
 
 
 class Surprise(Entropy):
@@ -109,6 +115,10 @@ class Surprise(Entropy):
     base gave it. A concept is then written by the very token that it is needed for."""
 
     fitted = "surprise"
+
+    @staticmethod
+    def target(log_p_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+        return -log_p_BTV[:, :-1].gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
 
 
 class Autoregressive(Fixed):

@@ -1,4 +1,4 @@
-"""TailBridge: (B, T, D) shallow states and last concepts → the states that tail positions enter the
+"""Bridge: (B, T, D) shallow states and last concepts → the states that tail positions enter the
 deep slice with.
 
 A tail position skips the middle slice, so the deep slice meets a state that it has never seen. The
@@ -12,11 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from sememe.concepts.fit import explained, linear_fit
+from sememe.concepts.writer import WriteDecision
 
 
-class TailBridge(nn.Module):
+class NoBridge(nn.Module):
+    """Tail positions enter the deep slice as they left the shallow one."""
+
+    fitted = False
+
+    def first(self, like_BTD: Tensor) -> Tensor:
+        """(B, D) what stands for the last concept ahead of a text."""
+        return like_BTD.new_zeros(like_BTD.shape[0], like_BTD.shape[-1])
+
+    def tails(
+        self, h_BTD: Tensor, c_BCD: Tensor, decision: WriteDecision, last_BD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, D) states of tail positions, and (B, D) the last concept's for the next chunk.
+        `last_BD`: that of the chunk before."""
+        return h_BTD, last_BD
+
+    def at_concepts(self, h_BTD: Tensor, c_BCD: Tensor, decision: WriteDecision) -> Tensor:
+        """(B, C, D) states that the writing positions would have had as tail positions."""
+        return decision.pack.pack(h_BTD)
+
+
+class TailBridge(NoBridge):
     """`h + scale · (x W + y V + b)` with x, y the normalised shallow state and last concept's
     middle state."""
+
+    fitted = True
 
     def __init__(self, width: int):
         super().__init__()
@@ -36,6 +60,24 @@ class TailBridge(nn.Module):
         y = ((last_BTD.float() - self.concept_mean) / self.concept_scale).to(h_BTD.dtype)
         return h_BTD + (self.shallow(x) + self.concept(y)) * self.scale.to(h_BTD.dtype)
 
+    def first(self, like_BTD: Tensor) -> Tensor:
+        return self.concept_mean.expand(like_BTD.shape[0], -1)
+
+    def _without_sink(self, c_BCD: Tensor, decision: WriteDecision) -> Tensor:
+        sink_BC1 = (decision.pack.valid_BC & ~decision.coded_BC).unsqueeze(-1)
+        return torch.where(sink_BC1, self.concept_mean.to(c_BCD.dtype), c_BCD)
+
+    def tails(self, h_BTD, c_BCD, decision, last_BD):
+        c_BCD = self._without_sink(c_BCD, decision)
+        last_BTD = decision.pack.last(c_BCD, decision.written_BT, last_BD)
+        return self(h_BTD, last_BTD), last_BTD[:, -1].detach()
+
+    def at_concepts(self, h_BTD, c_BCD, decision):
+        c_BCD = self._without_sink(c_BCD, decision)
+        first_B1D = self.first(h_BTD).unsqueeze(1).to(c_BCD)
+        before_BCD = torch.cat([first_B1D, c_BCD[:, :-1]], 1)  # past the concept before its own
+        return self(decision.pack.pack(h_BTD), before_BCD)
+
     @torch.no_grad()
     def start(
         self, h_ND: Tensor, last_ND: Tensor, target_ND: Tensor, penalty: float = 0.01
@@ -44,9 +86,8 @@ class TailBridge(nn.Module):
         the share explained of the variance of `target`. `penalty`: of the mean variance of a
         normalised coordinate; N may be below 2 D."""
         missing_ND = target_ND.double() - h_ND.double()
-        self.scale.copy_(
-            (missing_ND - missing_ND.mean(0)).square().mean().sqrt().clamp(min=1e-6)
-        )  # 0: no middle layers
+        spread = (missing_ND - missing_ND.mean(0)).square().mean().sqrt()
+        self.scale.copy_(spread.clamp(min=1e-6))  # 0: no middle layers
         features = []
         for mean, scale, states in (
             (self.shallow_mean, self.shallow_scale, h_ND.double()),

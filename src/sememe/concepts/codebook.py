@@ -83,16 +83,15 @@ class ConceptEmbedding(nn.Module):
 def start_from_states(
     codes: ConceptEmbedding,
     head: nn.Module,
-    h_ND: Tensor,
+    x_ND: Tensor,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, float | list[float]]:
-    """Codebook and head from the model's own shallow states, stage by stage: k-means of what the
-    stages before have left, and its nearest-centroid classifier.
+    """Codebook and head from (N, D) normalised states, stage by stage: k-means of what the stages
+    before have left, and its nearest-centroid classifier.
 
     Returns the number of states used and the share of their variance that the codes leave, at the
     end and by stage."""
-    x_ND = codes.normalise(h_ND)
     variance, left_by_stage = x_ND.square().sum(1).mean(), []
     r_ND = x_ND
     for g in range(codes.codes_per_concept):

@@ -128,24 +128,23 @@ class RateGate(nn.Module):
     def forward(
         self,
         score_BT: Tensor,
-        valid_BT: Tensor,
+        real_BT: np.ndarray,
         *,
         rate: float,
         max_tail: int,
         state: GateState | None = None,
-    ) -> tuple[Tensor, GateState]:
-        """(B, T) bool decisions on the scores' device, and the state to go on from."""
-        state = state or GateState.start(score_BT.shape[0])
-        score = score_BT.detach().float().cpu().numpy()
+    ) -> tuple[np.ndarray, GateState, float]:
+        """(B, T) bool decisions, on the host; the state to go on from; and the threshold.
+        `real_BT`: False on padding."""
         threshold, gain = self.threshold(rate)
-        written, state = decide(
-            score,
-            valid_BT.cpu().numpy(),
+        written_BT, state = decide(
+            score_BT.detach().float().cpu().numpy(),
+            real_BT,
             rate=rate,
             max_tail=max_tail,
             threshold=threshold,
             gain=gain,
-            state=state,
+            state=state or GateState.start(len(score_BT)),
             accumulates=self.boundary.accumulates,
         )
-        return torch.from_numpy(written).to(score_BT.device), state
+        return written_BT, state, threshold

@@ -4,7 +4,8 @@
 That one rule is concept→concept causal, tail→concept, tail→tail causal, concept→tail never. With
 every position a concept it is plain causal attention; with none it is too."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +25,45 @@ class Lane(NamedTuple):
     concept: Tensor  # bool: is this entry a concept
     valid: Tensor  # bool: False on padding and on empty cache slots
 
+    @classmethod
+    def causal(cls, position: Tensor, valid: Tensor) -> "Lane":
+        """One on which the rule is plain causal attention."""
+        return cls(position, torch.zeros_like(position), torch.ones_like(valid), valid)
+
     def then(self, other: "Lane") -> "Lane":
         """These entries and the other's behind them."""
         return Lane(*(torch.cat(pair, 1) for pair in zip(self, other, strict=True)))
+
+
+class Lanes(NamedTuple):
+    """Queries and keys of one slice of a forward.
+
+    `plain`: the kernel's own causal attention does it, or one query sees all keys. `recent`: keys
+    are seen for that many places only, but for the first of the text. `rows`: those of the batch
+    that take part; None for all."""
+
+    query: Lane
+    key: Lane
+    plain: bool
+    recent: int | None = None
+    rows: Tensor | None = None
+
+    def masks(self, attention: str, dtype: torch.dtype) -> Callable[[int | None], Any]:
+        """The mask for each sliding window that layers have, in the form of the kernel
+        `attention`."""
+        check_device(attention, self.query.position.device)
+
+        def mask(window: int | None) -> Tensor | BlockMask | None:
+            narrowest = min((w for w in (window, self.recent) if w is not None), default=None)
+            if self.plain and attention == "sdpa":
+                if narrowest is None or int(self.key.position.max()) < narrowest:
+                    return None
+            if attention == FLEX and self.query.position.shape[1] > 1:
+                return segment_blocks(self.query, self.key, window, self.recent)
+            allowed = segment_mask(self.query, self.key, window, self.recent)
+            return allow(allowed, dtype, attention)
+
+        return mask
 
 
 def segment_mask(

@@ -7,14 +7,15 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sememe.concepts.writer import NULL
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.figures import keep
 from sememe.evaluation.heldout import heldout_blocks, heldout_texts
 from sememe.evaluation.plan_files import ablate_pair_files, pair_form
 from sememe.evaluation.quality import token_nll
-from sememe.models.loading import load_model
+from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import ConceptConfig
-from sememe.models.writing import NULL
+from sememe.models.loading import load_model
 
 SHARES = tuple(tenth / 10 for tenth in range(10))
 DRAWN = {
@@ -35,7 +36,7 @@ def passes(shares: Sequence[float], seeds: int) -> int:
 
 
 def ablation_curve(
-    model: Writing,
+    model: AdaptedModel,
     ids_NT: Tensor,
     shares: Sequence[float] = SHARES,
     seeds: int = 3,

@@ -18,6 +18,7 @@ from sememe.evaluation.quality import evaluate
 from sememe.evaluation.speed import benchmark_training, benchmark_use
 from sememe.models import ControlConfig, ControlForCausalLM
 from sememe.models.adapted import AdaptedModel
+from sememe.models.configuration import ConceptConfig
 from sememe.models.loading import (
     check_length,
     load_base,
@@ -28,7 +29,6 @@ from sememe.models.loading import (
     resolve,
 )
 from sememe.models.online import OnlineForCausalLM
-from sememe.models.configuration import ConceptConfig
 from sememe.progress import advance
 from sememe.progress import bar as progress_bar
 
@@ -133,7 +133,7 @@ def evaluate_files(
             result = evaluate(
                 loaded, tokenizer, one, other, batch, 2, tick, partial, seconds, f"{place} "
             )
-            asked = getattr(loaded.config, "rate", None)
+            asked = loaded.dial.rate if isinstance(loaded.config, ConceptConfig) else None
             result |= {
                 "model": str(model),
                 "data": str(name),
@@ -280,7 +280,7 @@ def _training(
 ) -> dict:
     """Training-step figures. The gate follows what it sees in training, so it is put back
     afterwards."""
-    config, gate = loaded.config, {k: v.clone() for k, v in loaded.gate.state_dict().items()}
+    config, gate = loaded.config, {k: v.clone() for k, v in loaded.writer.gate.state_dict().items()}
     lora = {name: getattr(config, name) for name in ("lora_rank", "lora_alpha", "lora_dropout")}
     control = ControlForCausalLM.from_base(
         ControlConfig(base=config.base, **lora), dtype, folder=source
@@ -288,5 +288,5 @@ def _training(
     found = benchmark_training(
         loaded, control.to(loaded.device), ids_BT, repeats, tick, partial, seconds
     )
-    loaded.gate.load_state_dict(gate)
+    loaded.writer.gate.load_state_dict(gate)
     return found

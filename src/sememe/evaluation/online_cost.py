@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sememe.concepts.writer import NULL
 from sememe.errors import CheckpointError
 from sememe.evaluation.dial import rate_error
 from sememe.models.compressor import CompressorForCausalLM
 from sememe.models.configuration import ConceptConfig, OnlineConfig
 from sememe.models.loading import load_model, model_folder, read_config
 from sememe.models.online import OnlineForCausalLM
-from sememe.models.writing import NULL
 
 BESIDE = (
     ("base", "whole context"),

@@ -13,6 +13,7 @@ from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.segments import tail_lengths
+from sememe.concepts.writer import NULL
 from sememe.data import TextBlocks
 from sememe.detokenize import pieces
 from sememe.errors import DataError
@@ -24,7 +25,6 @@ from sememe.models.configuration import (
     OnlineConfig,
     PlannerConfig,
 )
-from sememe.models.writing import NULL
 
 BUCKET = 64  # positions per bucket of `nll_by_position`
 FLOOR = 2048  # tokens that are measured however little time there is

@@ -18,8 +18,7 @@ from sememe.data import check_text, jsonl_lines
 from sememe.errors import DataError
 from sememe.evaluation.baselines import base_nll
 from sememe.evaluation.coding import written_again
-from sememe.models.compressor import CompressorForCausalLM
-from sememe.models.compressor import Encoded
+from sememe.models.compressor import CompressorForCausalLM, Encoded
 from sememe.paths import usable
 
 LONGEST = 16  # tokens of an answer; it ends with its line

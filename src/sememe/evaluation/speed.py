@@ -245,7 +245,7 @@ def benchmark_use(
                 decode(name, one)()
         cache = caches["concept"]
         found = {name: cache_bytes(caches[name]) for name in pair} | {
-            "read": int(cache.gate_state.tokens.sum())
+            "read": int(cache.tokens.sum())
         }
         if empty := [name for name, amount in found.items() if not amount]:
             raise CheckpointError(

@@ -2,12 +2,14 @@
 whole."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sememe.backbone.adapters import add_lora, merge_lora
@@ -19,6 +21,11 @@ from sememe.errors import CheckpointError, reason
 from sememe.models.configuration import sink_id
 from sememe.storage import replacing, sha256, write
 
+OLD_NAMES = {  # of weights, in models that older releases saved
+    r"^(head|codes|gate)\.": r"writer.\1.",
+    r"^anchor\.": "writer.readout.anchor.",
+    r"^pool\.weight$": "writer.readout.pool",
+}
 # Options of transformers that are used, or that say nothing about a local folder of adapters; and
 # those that ask for nothing with the value that transformers gives them.
 LOADING = (
@@ -37,6 +44,9 @@ DEFAULTS = {
 }
 
 
+FITTED_TOKENS = 16384  # at most, that a boundary is fitted on
+
+
 class AdaptedModel(PreTrainedModel, GenerationMixin):
     """A causal LM around `self.backbone`. Sub-classes add modules and `forward`."""
 
@@ -49,7 +59,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     _own_dtype = torch.float32
     # The frame, the codes and whoever reads them, in whatever dtype the rest is loaded; the
     # bridge's weights multiply states.
-    _keep_in_fp32_modules_strict = [r"^(head|codes|gate|anchor|pool)\.", "^bridge.+(mean|scale)$"]
+    _keep_in_fp32_modules_strict = [r"^writer\.", "^bridge.+(mean|scale)$"]
 
     def __init__(self, config, backbone: PreTrainedModel | None = None):
         attention = config._attn_implementation or "sdpa"
@@ -239,7 +249,9 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 setattr(config, key, kwargs.pop(key))
         check_manifest(folder)
         if config.base is None:
-            return super().from_pretrained(folder, *args, config=config, **kwargs)
+            return super().from_pretrained(
+                folder, *args, config=config, key_mapping=OLD_NAMES, **kwargs
+            )
         known = {*LOADING, *config.to_dict(), "base_from"}
         refuse_unknown(_requested(kwargs), known, f"{cls.__name__}.from_pretrained")
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
@@ -273,7 +285,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 f"cannot read {folder / WEIGHTS} ({reason(error)}): need a whole safetensors file. "
                 "try: save or train it again"
             ) from error
-        state.pop("codes.use", None)  # counts that releases with revival of codes saved
+        state = {_new_name(name): value for name, value in state.items()}
+        state.pop("writer.codes.use", None)  # counts that older releases saved
         saved = {(name, value.shape) for name, value in state.items()}
         wrong = sorted(saved ^ {(name, value.shape) for name, value in self.own_state().items()})
         if wrong:
@@ -294,6 +307,27 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
 def _is_own(name: str) -> bool:
     return "lora_" in name or not name.startswith("backbone.")
+
+
+def boundary_targets(model: "AdaptedModel", ids_NT: Tensor) -> Tensor | None:
+    """(n, T - 1) what a fitted boundary is to estimate on the first few blocks: what the base
+    itself makes of the text (LoRA is still zero)."""
+    boundary = model.writer.gate.boundary
+    if boundary.fitted is None:
+        return None
+    blocks_NT = ids_NT[: max(1, FITTED_TOKENS // ids_NT.shape[1])].to(model.device)
+    targets = []
+    for ids_BT in blocks_NT.split(4):
+        logits_BTV = model.backbone(input_ids=ids_BT, use_cache=False).logits
+        targets.append(boundary.target(logits_BTV.float().log_softmax(-1), ids_BT))
+    return torch.cat(targets)
+
+
+def _new_name(name: str) -> str:
+    """Of a weight, by the name that an older release gave it."""
+    for old, new in OLD_NAMES.items():
+        name = re.sub(old, new, name)
+    return name
 
 
 def _requested(named: dict) -> dict:

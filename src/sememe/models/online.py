@@ -1,38 +1,35 @@
 """Online concepts: (B, T) ids → (B, T, V) logits, with part of the layers on the concepts alone
 (docs/concepts.md).
 
-    ids ─ embed ─ shallow (all tokens) ─ h ─┬─ head ─ z or NULL ─ code ─ e ─ middle (concepts only) ─ c
+    ids ─ embed ─ shallow (all tokens) ─ h ─┬─ writer ─ z or NULL ─ e ─ middle (concepts only) ─ c
                                             └─ deep over [concepts ≤ t ; tail(t)] ─ norm ─ lm_head ─ p(x_{t+1})
 
 One forward serves training, prefill, chunks and decoding; without a cache it costs T shallow, T ·
 rate middle and T deep layer applications. Suffixes as in `concepts`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
-import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from sememe.backbone.cache import ConceptCache, deep_slots, ring_slots
+from sememe.backbone.cache import ConceptCache, NoCache
 from sememe.backbone.calling import CACHE, check_places, name_cache, take_cache
 from sememe.backbone.split import Rope, Spine
-from sememe.concepts.anchor import TokenAnchor
-from sememe.concepts.bridge import TailBridge
-from sememe.concepts.codebook import ConceptEmbedding
+from sememe.concepts.bridge import NoBridge, TailBridge
 from sememe.concepts.dial import Dial
-from sememe.concepts.gate import GateState, RateGate
-from sememe.concepts.head import HEADS
-from sememe.concepts.masks import FLEX, Lane
-from sememe.concepts.pool import SegmentPool
-from sememe.concepts.segments import Packing
-from sememe.models.adapted import AdaptedModel
+from sememe.concepts.masks import FLEX, Lanes
+from sememe.concepts.segments import Chunk
+from sememe.concepts.writer import NULL, ConceptWriter, WriteDecision, inner
+from sememe.models.adapted import AdaptedModel, boundary_targets
 from sememe.models.configuration import OnlineConfig
-from sememe.models.starting import Starting
-from sememe.models.writing import NULL, Step, Writing, all_concepts, past_padding
+
+BRIDGE_TOKENS = 16384  # at most, that the bridge and a fitted boundary are started from
 
 
 @dataclass
@@ -45,26 +42,20 @@ class OnlineOutput(CausalLMOutputWithPast):
         cache = property(attrgetter(CACHE))
 
 
-class OnlineForCausalLM(Starting, Writing, AdaptedModel):
-    """The base, split in three, with a ConceptHead, a ConceptEmbedding and a RateGate between the
-    slices."""
+class OnlineForCausalLM(AdaptedModel):
+    """The base, split in three, with a ConceptWriter and a bridge between the slices."""
 
     config_class = OnlineConfig
     kernels = (*AdaptedModel.kernels, FLEX)
     _supports_flex_attn = True
-    tells_work = True
 
     def __init__(self, config: OnlineConfig, backbone=None):
         super().__init__(config, backbone)
         config.check()
         width = config.text_config.hidden_size
         self.dial = Dial(config.rate, config.quantise)
-        self.head = HEADS[config.head](width, config.num_concepts, config.codes_per_concept)
-        self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept)
-        self.gate = RateGate(config.boundary, width)
-        self.bridge = TailBridge(width) if config.bridge else None
-        self.anchor = TokenAnchor(width, 2 if config.pool else 1) if config.anchor else None
-        self.pool = SegmentPool(width) if config.pool else None
+        self.writer = ConceptWriter(config, width, self.dial)
+        self.bridge = TailBridge(width) if config.bridge else NoBridge()
         self.finish()
 
     @property
@@ -114,249 +105,160 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
                 "forward takes either input_ids or inputs_embeds, got both or neither. try: "
                 "input_ids alone"
             )
-        h_BTD = spine.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BTD = spine.embed(input_ids) if inputs_embeds is None else inputs_embeds
         drops = self.training and getattr(spine.decoder.layers[0], "gradient_checkpointing", False)
         if cache is None and use_cache and not drops:  # checkpointed layers would leave it empty
-            cache = self.new_cache(h_BTD.shape[0])
-        _check(
-            h_BTD,
-            attention_mask,
-            position_ids,
-            cache,
-            kwargs.get("output_attentions") or self.config.output_attentions,
-        )
-        record = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        )
-        length, size = h_BTD.shape[1], self.config.prefill_chunk
-        if cache is None or self.training or not size:
-            size = length
-        if size < length:
-            cache.expect(length, round(length * self.dial.rate), self.config.shallow_window)
+            cache = self.new_cache(x_BTD.shape[0])
+        attentions = kwargs.get("output_attentions") or self.config.output_attentions
+        _check(x_BTD, attention_mask, position_ids, cache, attentions)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        keys = NoCache() if cache is None else cache
         parts = []
-        for start in range(0, length, size):
-            end = min(start + size, length)
-            mask = (
-                attention_mask
-                if attention_mask is None
-                else attention_mask[:, : attention_mask.shape[1] - length + end]
-            )
-            place = position_ids if position_ids is None else position_ids[:, start:end]
-            spine.record = [] if record else None
-            parts.append(self._through(spine, h_BTD[:, start:end], mask, place, cache, ablation))
-        d_BTD, ids_BT = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
-        kept = (
-            slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        )  # slice(-0, None): all
+        for start, end in self._chunks(x_BTD.shape[1], cache):
+            mask, place = attention_mask, position_ids
+            if mask is not None:
+                mask = mask[:, : mask.shape[1] - x_BTD.shape[1] + end]
+            if place is not None:
+                place = place[:, start:end]
+            spine.record = [] if output_hidden_states else None
+            chunk = Chunk.of(x_BTD[:, start:end], mask, place, keys.tokens)
+            parts.append(self._through(spine, chunk, keys, ablation))
+        d_BTD, ids_BT, hidden = zip(*parts, strict=True)
+        d_BTD = torch.cat(d_BTD, 1)
+        # slice(-0, None): all
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = spine.logits(d_BTD[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        hidden = parts[0][2]
-        if record and len(parts) > 1:
-            hidden = tuple(
-                torch.cat(states, 1) for states in zip(*(part[2] for part in parts), strict=True)
-            )
         return OnlineOutput(
             loss=loss,
             logits=logits,
-            hidden_states=hidden,
-            concept_ids=ids_BT,
+            hidden_states=tuple(torch.cat(states, 1) for states in zip(*hidden, strict=True))
+            if output_hidden_states
+            else None,
+            concept_ids=torch.cat(ids_BT, 1),
             **{CACHE: cache},
         )
 
+    def _chunks(self, length: int, cache: ConceptCache | None) -> Iterator[tuple[int, int]]:
+        """(start, end) of what is read at a time: with a cache a long text goes in parts, so that
+        no mask grows with its square."""
+        size = self.config.prefill_chunk
+        if cache is None or self.training or not size:
+            size = length
+        if size < length:
+            concepts = round(length * self.dial.rate)
+            cache.expect(length, concepts, self.config.shallow_window)
+        return ((start, min(start + size, length)) for start in range(0, length, size))
+
+    def _through(
+        self, spine: Spine, chunk: Chunk, cache: ConceptCache | NoCache, ablation: str | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """All three slices over one chunk: (B, T, D) last states, (B, T) ids, and what each layer
+        left if it is recorded."""
+        chunk.rope = spine.rope(chunk.embed_BTD, chunk.position_BT)
+        h_BTD = self._shallow(spine, chunk, cache)
+
+        decision = self.writer.decide(h_BTD, chunk, cache.memory)
+        e_BCD, ids_BC = self.writer.write(decision, ablation)
+        c_BCD = self._middle(spine, e_BCD, chunk, decision, cache)
+
+        last_BD = cache.last_concept(self.bridge.first(h_BTD))
+        tail_BTD, last_BD = self.bridge.tails(h_BTD, c_BCD, decision, last_BD)
+        if self.training:
+            c_BCD = self._teach_gate(c_BCD, h_BTD, decision)
+        x_BTD = decision.pack.unpack(c_BCD, decision.written_BT, tail_BTD)
+        lanes = cache.deep(chunk, decision)
+        d_BTD = self._run(spine, 2, x_BTD, chunk.position_BT, chunk.rope, lanes, cache)
+
+        pack = decision.pack
+        ids_BT = torch.full_like(chunk.position_BT, NULL)
+        ids_BT = ids_BT.scatter(1, pack.index_BC, torch.where(pack.valid_BC, ids_BC, NULL))
+        cache.remember(decision, last_BD, ids_BT)
+        return d_BTD, ids_BT, self._hidden_states(spine, chunk, decision)
+
+    def _shallow(self, spine: Spine, chunk: Chunk, cache: ConceptCache | NoCache) -> Tensor:
+        lanes = cache.shallow(chunk, self.config.shallow_window)
+        return self._run(spine, 0, chunk.embed_BTD, chunk.position_BT, chunk.rope, lanes, cache)
+
+    def _middle(
+        self,
+        spine: Spine,
+        e_BCD: Tensor,
+        chunk: Chunk,
+        decision: WriteDecision,
+        cache: ConceptCache | NoCache,
+    ) -> Tensor:
+        lanes = cache.middle(chunk, decision)
+        position_BC, rope = chunk.packed(decision.pack)
+        return self._run(spine, 1, e_BCD, position_BC, rope, lanes, cache)
+
+    def _run(
+        self,
+        spine: Spine,
+        number: int,
+        x_BnD: Tensor,
+        position_Bn: Tensor,
+        rope: Rope,
+        lanes: Lanes,
+        cache: ConceptCache | NoCache,
+    ) -> Tensor:
+        """Slice `number` of the layers over the rows that take part; others stay as they are."""
+        first = sum(self.config.split[:number])
+        last = first + self.config.split[number]
+        every, rows = x_BnD, lanes.rows
+        if rows is not None:
+            if len(rows) == 0:
+                return every
+            x_BnD, position_Bn = x_BnD[rows], position_Bn[rows]
+            rope = {kind: tuple(x[rows] for x in pair) for kind, pair in rope.items()}
+        masks = lanes.masks(self.backbone.config._attn_implementation, self.dtype)
+        kept = cache if isinstance(cache, ConceptCache) else None
+        x_BnD = spine.run(first, last, x_BnD, position_Bn, rope, masks, kept)
+        return x_BnD if rows is None else every.index_copy(0, rows, x_BnD)
+
+    def _teach_gate(self, c_BCD: Tensor, h_BTD: Tensor, decision: WriteDecision) -> Tensor:
+        """The same concepts, with gradient for the gate. Interpolated after the middle layers so
+        that what they read stays discrete."""
+        # A zero term of the new modules keeps every rank's gradients in step when its batch used no
+        # code.
+        new = [p for name, p in self.named_parameters() if p.requires_grad and "lora_" not in name]
+        c_BCD = c_BCD + (sum(p.float().sum() for p in new) * 0.0).to(c_BCD.dtype)
+        if self.dial.rate >= 1 or not self.writer.gate.boundary.learned:
+            return c_BCD
+        with torch.no_grad():
+            tail_BCD = self.bridge.at_concepts(h_BTD, c_BCD, decision)
+        return self.writer.confidence(c_BCD, tail_BCD, decision)
+
     def _hidden_states(
-        self, spine: Spine, step: Step, written_BT: Tensor, pack: Packing
+        self, spine: Spine, chunk: Chunk, decision: WriteDecision
     ) -> tuple[Tensor, ...]:
         """(B, T, D) × (layers + 1), as transformers has them: the embeddings, what each layer left,
         the last one normed. A token that writes nothing skips the middle layers: there it is what
         the shallow slice left."""
+        if spine.record is None:
+            return ()
         shallow, middle, deep = self.config.split
         left = spine.record
-        h_BTD, states = left[shallow - 1], [step.embed_BTD, *left[:shallow]]
+        h_BTD, states = left[shallow - 1], [chunk.embed_BTD, *left[:shallow]]
         for c_bCD in left[shallow : len(left) - deep]:
             c_BCD = c_bCD
             if len(c_bCD) < len(h_BTD):  # only the rows that wrote went through
-                c_BCD = h_BTD.new_zeros(len(h_BTD), *c_bCD.shape[1:]).index_copy(
-                    0, written_BT.any(1).nonzero()[:, 0], c_bCD
-                )
-            states.append(pack.unpack(c_BCD, written_BT, h_BTD))
+                rows = decision.written_BT.any(1).nonzero()[:, 0]
+                c_BCD = h_BTD.new_zeros(len(h_BTD), *c_bCD.shape[1:]).index_copy(0, rows, c_bCD)
+            states.append(decision.pack.unpack(c_BCD, decision.written_BT, h_BTD))
         states += [h_BTD] * (1 + shallow + middle - len(states))  # no row wrote
         return *states, *left[len(left) - deep : -1], spine.decoder.norm(left[-1])
 
-    def _through(
-        self,
-        spine: Spine,
-        h_BTD: Tensor,
-        attention_mask,
-        position_ids,
-        cache: ConceptCache | None,
-        ablation,
-    ):
-        """All three slices over one chunk: (B, T, D) last states, (B, T) ids, and what each
-        layer left if it is recorded."""
-        step = self._step(spine, h_BTD, attention_mask, position_ids, cache)
-        h_BTD = self._shallow(spine, h_BTD, step)
-        read = self._read(h_BTD, step)
-        written_BT, pack = read.written_BT, read.pack
-        e_BCD, ids_BC = self._write(read, step, ablation)
-        c_BCD = self._middle(spine, e_BCD, pack, written_BT, step)
-        known_BCD = self._known(c_BCD, read)
-        tail_BTD, last_BD = self._tail(h_BTD, known_BCD, read, cache)
-        if self.training:
-            c_BCD = self._confidence(c_BCD, known_BCD, h_BTD, read)
-        d_BTD = self._deep(spine, c_BCD, tail_BTD, pack, written_BT, step, read.state)
-
-        ids_BT = torch.full_like(step.position_BT.expand(written_BT.shape), NULL)
-        ids_BT = ids_BT.scatter(1, pack.index_BC, torch.where(pack.valid_BC, ids_BC, NULL))
-        if cache is not None:
-            ahead_B1D = cache.last_hidden_BD.to(h_BTD).unsqueeze(1)
-            real_BSD = (
-                past_padding(torch.cat([ahead_B1D, h_BTD], 1), step.valid_BT)
-                if step.padded
-                else h_BTD
-            )
-            cache.gate_state, cache.last_hidden_BD = read.state, real_BSD[:, -1].detach()
-            cache.last_concept_BD, cache.open_segment = last_BD, read.open_segment
-            cache.record(ids_BT)
-        return (
-            d_BTD,
-            ids_BT,
-            self._hidden_states(spine, step, written_BT, pack) if spine.record else None,
-        )
-
-    def _shallow(self, spine: Spine, h_BTD: Tensor, step: Step) -> Tensor:
-        """All tokens, causal; with `shallow_window` each sees that many, itself among them, and the
-        first of the text."""
-        cache, length, window = step.cache, h_BTD.shape[1], self.config.shallow_window
-        query = key = all_concepts(step.position_BT, step.valid_BT)
-        free = not step.padded
-        if cache is not None:
-            lane, before = cache.shallow, cache.get_seq_length()
-            if window:
-                slot, length_B = ring_slots(
-                    step.valid_BT.cpu().numpy(), cache.gate_state.tokens, window
-                )
-                slot = torch.from_numpy(slot).to(h_BTD.device)
-                seen = lane.plan(
-                    slot, step.position_BT, int(length_B.max()), None, length > 1, length_B
-                )
-            else:
-                column = torch.arange(before, before + length, device=h_BTD.device)
-                seen = lane.plan(
-                    torch.where(step.valid_BT, column, -1), step.position_BT, before + length
-                )
-            old = all_concepts(*seen)
-            key = old.then(query) if lane.before is not None else old
-            free = free and (length == 1 or before == 0)
-            window = window if length > 1 else None  # the ring holds what the one query may see
-        mask = self._mask(query, key, free, window)
-        return spine.run(0, self.config.split[0], h_BTD, step.position_BT, step.rope, mask, cache)
-
-    def _middle(
-        self, spine: Spine, e_BCD: Tensor, pack: Packing, written_BT: Tensor, step: Step
-    ) -> Tensor:
-        """Concepts only, causal, each at its own place in the text."""
-        first, last = self.config.split[0], sum(self.config.split[:2])
-        cache, rows = step.cache, None
-        position_BC = pack.pack(step.position_BT)
-        rope = _packed(step.rope, pack)
-        query = key = all_concepts(position_BC, pack.valid_BC)
-        ragged = step.padded or len(e_BCD) > 1
-        if cache is not None:
-            count_B = step.written_before + written_BT.sum(1).cpu().numpy()
-            wrote = np.flatnonzero(count_B > step.written_before)
-            if len(wrote) == 0:
-                return e_BCD
-            if written_BT.shape[1] == 1 and len(wrote) < len(count_B):
-                rows = torch.from_numpy(wrote).to(e_BCD.device)
-            before = torch.from_numpy(step.written_before).to(e_BCD.device)
-            rank_BC = torch.arange(e_BCD.shape[1], device=e_BCD.device)
-            slot = torch.where(pack.valid_BC, before[:, None] + rank_BC, -1)
-            every, lane = e_BCD, cache.middle
-            if rows is not None:
-                slot, position_BC, e_BCD = slot[rows], position_BC[rows], e_BCD[rows]
-                rope = {kind: tuple(x[rows] for x in pair) for kind, pair in rope.items()}
-                query = Lane(*(field[rows] for field in query))
-            key = all_concepts(
-                *lane.plan(slot, position_BC, int(count_B.max()), rows, length_B=count_B)
-            )
-        free = not ragged and (
-            e_BCD.shape[1] == 1 or cache is None or int(step.written_before.max()) == 0
-        )
-        free = free or step.plain
-        c_BCD = spine.run(
-            first, last, e_BCD, position_BC, rope, self._mask(query, key, free), cache
-        )
-        return c_BCD if rows is None else every.index_copy(0, rows, c_BCD)
-
-    def _deep(
-        self,
-        spine: Spine,
-        c_BCD: Tensor,
-        tail_BTD: Tensor,
-        pack: Packing,
-        written_BT: Tensor,
-        step: Step,
-        state: GateState,
-    ) -> Tensor:
-        """Concepts ≤ t and the tail of t, one state per position: (B, T, D)."""
-        split, cache = self.config.split, step.cache
-        before = torch.from_numpy(step.written_before).to(c_BCD.device)[:, None]
-        entry = Lane(step.position_BT, before + written_BT.cumsum(1), written_BT, step.valid_BT)
-        d_BTD = pack.unpack(c_BCD, written_BT, tail_BTD)
-        query, key, free, several = entry, entry, step.plain, d_BTD.shape[1] > 1
-        if cache is not None:
-            lane = cache.deep
-            slot, tail = deep_slots(
-                entry.concept.cpu().numpy(),
-                step.valid_BT.cpu().numpy(),
-                step.written_before,
-                cache.tail,
-            )
-            total_B = state.concepts + tail
-            seen = lane.plan(
-                torch.from_numpy(slot).to(d_BTD.device),
-                entry.position,
-                int(total_B.max()),
-                None,
-                several,
-                total_B,
-            )
-            cache.tail = tail
-            if lane.before is not None:
-                old_concept = torch.arange(seen[0].shape[1], device=d_BTD.device) < before
-                old = Lane(seen[0], before.expand(seen[0].shape), old_concept, seen[1])
-                key = old.then(query)
-            else:
-                key = all_concepts(*seen)
-                free = len(d_BTD) == 1 and not step.padded
-        return spine.run(
-            split[0] + split[1],
-            sum(split),
-            d_BTD,
-            entry.position,
-            step.rope,
-            self._mask(query, key, free),
-            cache,
-        )
+    # ---- cache ----
 
     def new_cache(self, batch: int) -> ConceptCache:
         """An empty cache for `batch` rows."""
-        width = self.config.text_config.hidden_size
-        cache = ConceptCache(
-            tuple(self.config.split),
-            batch,
-            self.device,
-            GateState.start(batch),
-            width,
-            2 * width if self.config.pool else width,
-        )
-        if self.bridge is not None:
-            cache.last_concept_BD = self.bridge.concept_mean.expand(batch, -1)
-        return cache
+        memory = self.writer.memory(batch)
+        return ConceptCache(tuple(self.config.split), memory, self.bridge.first(memory.last_BD))
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, *args
@@ -364,8 +266,7 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
                 "assisted decoding takes tokens back, and tails that a concept closed cannot come "
-                "back. "
-                "try: generate without assistant_model, prompt_lookup_num_tokens and "
+                "back. try: generate without assistant_model, prompt_lookup_num_tokens and "
                 "assistant_early_exit"
             )
         if name_cache(model_kwargs) is not None or generation_config.use_cache is False:
@@ -375,45 +276,139 @@ class OnlineForCausalLM(Starting, Writing, AdaptedModel):
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation = {generation_config.cache_implementation!r}: the concept "
-                "cache is the only one "
-                "that fits this model. try: leave it out"
+                "cache is the only one that fits this model. try: leave it out"
             )
-        rows = batch_size * max(
-            generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+        rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        model_kwargs[CACHE] = self.new_cache(batch_size * rows)
+
+    # ---- start, from (N, T) blocks of training text, without gradient ----
+
+    @torch.no_grad()
+    def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
+        """Sets the frame of the codes, the gate's scores and threshold, and the bridge as it fits
+        `rate`. Returns shares of variance explained."""
+        h_NTD = self.shallow_states(ids_NT, "calibrate: gate")
+        shares = self.writer.start_frame(h_NTD, boundary_targets(self, ids_NT))
+        if self.bridge.fitted:
+            with self.dial.at(rate=rate or self.dial.rate):
+                shares |= self._start_bridge(ids_NT)
+        return shares
+
+    @torch.no_grad()
+    def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
+        """Codebook and head by k-means of the shallow states of the text and of the whole
+        vocabulary in random order: rare words need codes too, and a little text has few of them
+        (docs/log.md)."""
+        texts = ids_NT, self._vocabulary(ids_NT, seed)
+        states = [self._code_states(text_NT) for text_NT in texts]
+        h_ND, token_NF = (torch.cat(x) for x in zip(*states, strict=True))
+        with tqdm(desc="calibrate: codes", disable=None, leave=False) as bar:
+            shares = self.writer.start_codes(h_ND, token_NF, seed, bar.update)
+        self.calibrate_gate(ids_NT)
+        return shares
+
+    @torch.no_grad()
+    def calibrate_gate(self, ids_NT: Tensor) -> None:
+        """Sets the gate's score distribution to that of the text."""
+        if self.writer.gate.boundary.scored:
+            self.writer.start_gate(self.shallow_states(ids_NT))
+
+    @torch.no_grad()
+    def written_inputs(self, ids_NT: Tensor) -> Tensor:
+        """(n, D) normalised states that the codes stand for where the gate writes."""
+        return torch.cat(
+            [
+                self.writer.inputs(self.writer.decide(h_BTD, chunk))[0]
+                for chunk, h_BTD in self._shallow_batches(ids_NT)
+            ]
         )
-        model_kwargs[CACHE] = self.new_cache(rows)
 
+    def _code_states(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, D) states that codes stand for, and the embeddings that an anchor reads: at every
+        position but the sinks, or where the readout sums up segments at those that write."""
+        states, tokens = [], []
+        for chunk, h_BTD in self._shallow_batches(ids_NT, "calibrate: states"):
+            if self.writer.readout.summed and self.writer.readout.tokens > 1:
+                decision = self.writer.decide(h_BTD, chunk)
+                states.append(decision.h_BCD[decision.coded_BC].float())
+                tokens.append(decision.token_BCF[decision.coded_BC])
+            else:
+                states.append(inner(h_BTD).float())
+                tokens.append(inner(chunk.embed_BTD))
+        return torch.cat(states), torch.cat(tokens)
 
-def _packed(rope: Rope, pack: Packing) -> Rope:
-    """That of the concepts, from that of the tokens."""
-    rows = len(pack.index_BC)
-    return {
-        kind: tuple(pack.pack(x.expand(rows, -1, -1)) for x in pair) for kind, pair in rope.items()
-    }
+    def _start_bridge(self, ids_NT: Tensor) -> dict[str, float]:
+        """Least squares from the shallow states and last concepts of tail positions to the states
+        that the base itself would enter the deep slice with. Concepts are continuous here; LoRA is
+        still zero, so the base is the teacher."""
+        spine, states, lasts, targets = self.spine, [], [], []
+        blocks_NT = ids_NT[: max(1, BRIDGE_TOKENS // ids_NT.shape[1])]
+        for chunk, h_BTD in self._shallow_batches(blocks_NT, "calibrate: bridge"):
+            decision = self.writer.decide(h_BTD, chunk)
+            c_BCD = self._middle(spine, decision.h_BCD, chunk, decision, NoCache())
+            last_BTD = decision.pack.last(c_BCD, decision.written_BT)
+            lanes = NoCache().shallow(chunk, None)
+            target_BTD = self._run(spine, 1, h_BTD, chunk.position_BT, chunk.rope, lanes, NoCache())
+            # Behind the sink alone there is no concept to read.
+            tail_BT = ~decision.written_BT & (decision.written_BT.cumsum(1) > 1)
+            for kept, x in ((states, h_BTD), (lasts, last_BTD), (targets, target_BTD)):
+                kept.append(x[tail_BT].float())
+        if sum(map(len, states)) == 0:
+            return {}
+        share = self.bridge.start(torch.cat(states), torch.cat(lasts), torch.cat(targets))
+        return {"bridge_explains": share}
+
+    def _vocabulary(self, ids_NT: Tensor, seed: int) -> Tensor:
+        """(n, T) blocks that open as the texts do and go on with every token of the vocabulary
+        once, in random order; of a vocabulary that is larger than 1.5 times the text, a part."""
+        vocab, length = self.config.text_config.vocab_size, ids_NT.shape[1] - 1
+        generator = torch.Generator().manual_seed(seed)
+        token_V = torch.randperm(vocab, generator=generator)[: max(length, ids_NT.numel() * 3 // 2)]
+        count = max(1, len(token_V) // length)
+        token_nT = token_V.repeat(-(-length // len(token_V)))[: count * length].view(-1, length)
+        first_n = ids_NT[torch.arange(count) % len(ids_NT), 0].cpu()
+        return torch.cat([first_n[:, None], token_nT], 1)
+
+    def shallow_states(self, ids_NT: Tensor, name: str | None = None) -> Tensor:
+        """(N, T, D) fp32 outputs of the shallow slice."""
+        return torch.cat([h_BTD.float() for _, h_BTD in self._shallow_batches(ids_NT, name)])
+
+    def _shallow_batches(
+        self, ids_NT: Tensor, name: str | None = None, tokens: int = 1024
+    ) -> Iterator[tuple[Chunk, Tensor]]:
+        """(chunk, (B, T, D) outputs of the shallow slice), batch by batch, as in evaluation; with
+        a bar of that `name`."""
+        spine, was_training = self.spine, self.training
+        self.eval()
+        parts = ids_NT.to(self.device).split(max(1, tokens // ids_NT.shape[1]))
+        off = True if name is None else None  # None: only in pipes
+        for ids_BT in tqdm(parts, desc=name, unit="batch", disable=off, leave=False):
+            chunk = Chunk.of(spine.embed(ids_BT))
+            chunk.rope = spine.rope(chunk.embed_BTD, chunk.position_BT)
+            yield chunk, self._shallow(spine, chunk, NoCache())
+        self.train(was_training)
 
 
 def _check(
-    h_BTD: Tensor,
+    x_BTD: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache,
     output_attentions: bool | None,
 ) -> None:
     """Raises ValueError for what some models take and this one cannot."""
-    batch, length = h_BTD.shape[:2]
+    batch, length = x_BTD.shape[:2]
     if output_attentions:
         raise ValueError(
             "output_attentions: the slices attend over different lists of keys, and there is no "
-            "(T, T) table of "
-            "weights to return. try: output_hidden_states, or concept_ids"
+            "(T, T) table of weights to return. try: output_hidden_states, or concept_ids"
         )
     if attention_mask is not None and (
         attention_mask.dim() != 2 or attention_mask.shape[1] < length
     ):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, past + "
-            f"{length}), 0 on "
-            "padding. try: the mask that the tokenizer returns"
+            f"{length}), 0 on padding. try: the mask that the tokenizer returns"
         )
     if cache is not None and not isinstance(cache, ConceptCache):
         raise ValueError(
@@ -422,8 +417,7 @@ def _check(
     if cache is not None and len(cache.tail) != batch:
         raise ValueError(
             f"the cache has {len(cache.tail)} rows, the batch has {batch}: need one for each, "
-            "beams and "
-            f"num_return_sequences counted. try: new_cache({batch})"
+            f"beams and num_return_sequences counted. try: new_cache({batch})"
         )
     check_places(
         length, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length()

@@ -176,12 +176,18 @@ METRICS: dict[str, tuple[str, str]] = {
         "",
         "length of the gradient of the map that foretells a compressor's next token",
     ),
-    "grad_norm_decompressor": ("", "length of the gradient of what a decompressor reads concepts by"),
+    "grad_norm_decompressor": (
+        "",
+        "length of the gradient of what a decompressor reads concepts by",
+    ),
     "grad_norm_segmenter": (
         "",
         "length of the gradient of what says how long an autoregressive concept is",
     ),
-    "length_penalty": ("nats", "what a concept of boundary: autoregressive costs, so that the rate is held"),
+    "length_penalty": (
+        "nats",
+        "what a concept of boundary: autoregressive costs, so that the rate is held",
+    ),
     "tail_mean": ("", "tokens without a concept in a row, on average, in training"),
     "largest_code_share": ("share", "share of the most frequent code among all concepts"),
     "bits_per_concept": (

@@ -22,22 +22,11 @@ from sememe.training.recipe import Recipe
 
 
 @contextlib.contextmanager
-def calibrating(model, ids_NT: Tensor, rate: float, part: int, show: bool) -> Iterator[None]:
-    """A bar for what an online model does before its first step (part 0) and before its first
-    quantised one (part 1)."""
-    if not model.tells_work:
-        yield
-        return
-    work = model.work(ids_NT, rate)[part]
-    name = ("calibrate: gate and bridge", "calibrate: codes by k-means")[part]
-    shape = "{desc}: {percentage:.0f}% |{bar}| [{elapsed}, {remaining} left]"
+def calibrating() -> Iterator[None]:
+    """What a model does before its first step, and before its first quantised one, tells the bars
+    nothing of the time that further steps take."""
     began = time.time()
-    with bar(total=100.0, desc=name, disable=not show, bar_format=shape) as shown:
-        model.on_work = lambda macs: shown.update(min(100 * macs / work, 100 - shown.n))
-        try:
-            yield
-        finally:
-            del model.on_work
+    yield
     leave_out(time.time() - began)
 
 
@@ -65,7 +54,7 @@ class Schedule(TrainerCallback):
         step = state.global_step
         model.dial.quantise = self._at(step)
         if model.dial.quantise > 0 and (step == 0 or self._at(step - 1) == 0):
-            with calibrating(model, self.calibration_NT, self.recipe.rate, 1, self.show):
+            with calibrating():
                 found = model.start_codes(self.calibration_NT, self.recipe.seed)
             self.started = True
             if "variance_left" in found:
@@ -82,8 +71,8 @@ class Schedule(TrainerCallback):
                 )
             if args.world_size > 1:  # equal on equal machines; made sure of on others
                 for value in (
-                    *model.head.state_dict().values(),
-                    *model.codes.state_dict().values(),
+                    *model.writer.head.state_dict().values(),
+                    *model.writer.codes.state_dict().values(),
                 ):
                     torch.distributed.broadcast(value, 0)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
-from sememe.concepts.quantise import quantise
 from sememe.evaluation.quality import by_position, code_use, longest_tail, token_nll
 from sememe.models.online import NULL, OnlineForCausalLM
 from sememe.models.planner.model import EXECUTOR, PLANNER
@@ -89,7 +88,7 @@ def gradient_norms(model) -> dict[str, float]:
     squares: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         if p.requires_grad and p.grad is not None:
-            part = name.split(".")[0]
+            part = name.removeprefix("writer.").removeprefix("readout.").split(".")[0]
             if "lora_" in name:
                 part = next((of for of in (PLANNER, EXECUTOR) if f".{of}." in name), "lora")
             squares[part] = squares.get(part, 0.0) + p.grad.detach().float().square().sum()
@@ -133,7 +132,7 @@ def head_figures(model: OnlineForCausalLM, ids_BT: Tensor) -> dict[str, float]:
     x_nD = model.written_inputs(ids_BT)
     if len(x_nD) == 0:
         return {}
-    found = quantise(model.codes, model.head, x_nD, temperature=model.config.code_temperature)
+    found = model.writer.quantise(x_nD, soft=True)
     distance_n = (found.soft_nD - found.hard_nD).norm(dim=-1) / found.hard_nD.norm(dim=-1).clamp(
         min=1e-6
     )

@@ -13,9 +13,10 @@ from transformers import DynamicCache
 
 from sememe.backbone.adapters import adapter
 from sememe.backbone.split import Rope, Spine
+from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.news import rotate
-from sememe.concepts.quantise import quantise
 from sememe.concepts.segments import Packing, packing
+from sememe.concepts.writer import WriteDecision
 from sememe.models.compressor.entries import run_entries
 from sememe.models.compressor.slots import Slots, Text
 
@@ -29,8 +30,9 @@ class Segments:
     written_BS: Tensor
     pack: Packing
     x_BCD: Tensor | None = None
-    margin_BS: Tensor | None = None
-    """Scores above the gate's threshold, where a gate has decided."""
+    score_BS: Tensor | None = None
+    threshold: float = 0.0
+    """The gate's, where a gate has decided."""
     slots: Slots | None = None
     """Where lengths were chosen instead."""
 
@@ -38,6 +40,19 @@ class Segments:
     def coded_BC(self) -> Tensor:
         """Which concepts are real, and not the BOS."""
         return self.pack.valid_BC & (self.pack.index_BC > 0)
+
+    def decision(self, codes: ConceptEmbedding) -> WriteDecision:
+        """As the writer takes it."""
+        return WriteDecision(
+            written=None,
+            written_BT=self.written_BS,
+            pack=self.pack,
+            coded_BC=self.coded_BC,
+            h_BCD=codes.to_states(self.x_BCD),
+            token_BCF=self.x_BCD,
+            score_BT=self.score_BS,
+            threshold=self.threshold,
+        )
 
     @property
     def length_BC(self) -> Tensor:
@@ -110,26 +125,28 @@ def contributions(model, news: Tensor, ids: Tensor, offset: Tensor, length: Tens
     bins = model.decompressor.bins
     if bins is None:
         return rotate(news, offset)
-    return model.codes.scale.float() * bins(ids, offset, length)
+    return model.writer.codes.scale.float() * bins(ids, offset, length)
 
 
 def scores(model, news_BSD: Tensor) -> Tensor:
     """(B, S) the boundary's: the higher, the sooner a segment ends."""
-    x_BSD = model.codes.normalise(news_BSD)
+    x_BSD = model.writer.codes.normalise(news_BSD)
     with torch.autocast(x_BSD.device.type, enabled=False):
         before_BSD = torch.cat([x_BSD[:, :1], x_BSD[:, :-1]], 1)
-        return model.gate.boundary.score(model.head, x_BSD, before_BSD)
+        return model.writer.gate.boundary.score(model.writer.head, x_BSD, before_BSD)
 
 
 def segment(model, text: Text) -> Segments:
     """Segments that end where the gate says, or as long as the compressor chooses."""
     if model.segmenter is not None:
         return segment_by_slots(model, text)
-    gate, valid_BS = model.gate, text.valid_BS
+    gate, valid_BS = model.writer.gate, text.valid_BS
     news_BSD = news(model, text)
     score_BS = scores(model, news_BSD)
-    threshold = gate.threshold(model.dial.rate)[0]
-    written_BS, _ = gate(score_BS, valid_BS, rate=model.dial.rate, max_tail=model.config.max_tail)
+    real_BS = valid_BS.cpu().numpy()
+    rate, max_tail = model.dial.rate, model.config.max_tail
+    written_BS, _, threshold = gate(score_BS, real_BS, rate=rate, max_tail=max_tail)
+    written_BS = torch.from_numpy(written_BS).to(valid_BS.device)
     # The last token ends a segment: all of the text is covered.
     written_BS |= valid_BS & (valid_BS.flip(1).cumsum(1).flip(1) == 1)
     if model.training and torch.is_grad_enabled():
@@ -137,7 +154,7 @@ def segment(model, text: Text) -> Segments:
     weight_BS = valid_BS
     if gate.boundary.accumulates and model.decompressor.bins is None:
         weight_BS = valid_BS * score_BS
-    segments = Segments(written_BS, packing(written_BS), margin_BS=score_BS - threshold)
+    segments = Segments(written_BS, packing(written_BS), None, score_BS, threshold)
     segments.x_BCD = sums(model, text, segments, news_BSD, weight_BS)
     return segments
 
@@ -181,12 +198,12 @@ def code_of_span(
         model, news_BSD[row_B1, at_BN], text.ids_BS[row_B1, at_BN], offset_N, length_B1
     )
     h_BD = (part_BND * (offset_N < length_B1).unsqueeze(-1)).sum(1)
-    x_BD = model.codes.normalise(h_BD) + model.segmenter.addition(state_BD)
+    x_BD = model.writer.codes.normalise(h_BD) + model.segmenter.addition(state_BD)
     x_BD = model.decompressor.reader.mark(x_BD, length_B)
     share = model.dial.quantise
     if share == 0:
         return x_BD
-    return x_BD + share * (quantise(model.codes, model.head, x_BD, soft=False).hard_nD - x_BD)
+    return x_BD + share * (model.writer.quantise(x_BD, soft=False).hard_nD - x_BD)
 
 
 def sums(model, text: Text, segments: Segments, news_BSD: Tensor, weight_BS: Tensor) -> Tensor:
@@ -197,7 +214,7 @@ def sums(model, text: Text, segments: Segments, news_BSD: Tensor, weight_BS: Ten
         length_BS = length_BC.gather(1, segments.rank_BS)
         part_BSD = contributions(model, news_BSD, text.ids_BS, segments.offset_BS, length_BS)
         mean_BCD, _ = segments.pack.pool(part_BSD, weight_BS, segments.written_BS)
-        x_BCD = model.codes.normalise(mean_BCD * length_BC.unsqueeze(-1))
+        x_BCD = model.writer.codes.normalise(mean_BCD * length_BC.unsqueeze(-1))
         if segments.slots is not None:
             more_BCD = model.segmenter.addition(segments.slots.state_BCD)
             # The BOS, segment 0, has no slot.

@@ -21,14 +21,11 @@ from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.adapters import add_lora
 from sememe.backbone.split import Spine
-from sememe.concepts.ablation import ablate
 from sememe.concepts.bins import WordBins
-from sememe.concepts.codebook import ConceptEmbedding
 from sememe.concepts.dial import Dial
-from sememe.concepts.gate import RateGate
-from sememe.concepts.head import HEADS
 from sememe.concepts.news import NextEmbedding
-from sememe.concepts.quantise import quantise
+from sememe.concepts.readout import Readout
+from sememe.concepts.writer import NULL, ConceptWriter
 from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.compressor import decode, encode, start
@@ -37,7 +34,6 @@ from sememe.models.compressor.encode import Segments, embed_text, segment
 from sememe.models.compressor.slots import Segmenter, Text
 from sememe.models.configuration import CompressorConfig
 
-NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K^G - 1
 # Beams of all rows that are written together, each with a cache of its own.
 BEAMS_AT_ONCE = 256
 
@@ -89,7 +85,6 @@ class CompressorForCausalLM(AdaptedModel):
     # Recomputed layers would meet whichever adapter is on by then.
     supports_gradient_checkpointing = False
     foldable = False
-    tells_work = False
 
     def __init__(self, config: CompressorConfig, backbone=None):
         super().__init__(config, backbone)
@@ -97,11 +92,10 @@ class CompressorForCausalLM(AdaptedModel):
         width, lengths = config.text_config.hidden_size, config.max_tail + 1
         stages = config.codes_per_concept
         self.dial = Dial(config.rate, config.quantise)
-        self.gate = RateGate(config.boundary, width)
-        self.head = HEADS[config.head](width, config.num_concepts, stages)
-        self.codes = ConceptEmbedding(config.num_concepts, width, stages)
+        # What a segment's code is read from the compressor makes itself, so the readout is unused.
+        self.writer = ConceptWriter(config, width, self.dial, Readout(width, anchor=False))
         self.next_embedding = NextEmbedding(width)
-        boundary = self.gate.boundary
+        boundary = self.writer.gate.boundary
         self.segmenter = Segmenter(width, lengths, config.rate) if boundary.offline else None
         bins = None
         if config.content == "bins":
@@ -138,52 +132,17 @@ class CompressorForCausalLM(AdaptedModel):
 
     # ---- the compressor ----
 
-    def write(self, segments: Segments, ablation: str | None = None) -> tuple[Tensor, Tensor]:
-        """(B, C, D) concept states and (B, C) ids. The BOS, and everything while nothing is
-        quantised, stays a state."""
-        config, x_BCD, coded_BC = self.config, segments.x_BCD, segments.coded_BC
-        h_BCD = self.codes.to_states(x_BCD)
-        ids_BC = torch.full_like(segments.pack.index_BC, UNQUANTISED)
-        if self.dial.quantise == 0:
-            return h_BCD, ids_BC
-        with torch.autocast(h_BCD.device.type, enabled=False):
-            h_nD = h_BCD[coded_BC]
-            quantised = quantise(
-                self.codes,
-                self.head,
-                x_BCD[coded_BC],
-                temperature=config.code_temperature,
-                gumbel=config.gumbel if self.training else 0.0,
-                soft=self.training,
-            )
-            ids_BC[coded_BC] = quantised.ids_n
-            e_nD = self.codes.to_states(quantised.state_nD)
-            if ablation is not None:
-                ids_BC, dropped_BC = ablate(
-                    ids_BC, coded_BC, ablation, config.num_concepts**config.codes_per_concept
-                )
-                e_nD = self.codes(ids_BC[coded_BC])
-                e_nD = e_nD.masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
-        e_nD = e_nD.to(h_BCD.dtype)
-        if self.dial.quantise < 1:
-            e_nD = h_nD + self.dial.quantise * (e_nD - h_nD)
-        if self.training and config.concept_dropout > 0:
-            lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < config.concept_dropout
-            e_nD = torch.where(lost_n1, self.codes.mean.to(e_nD.dtype), e_nD)
-        return h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD), ids_BC
-
     def encode(
         self, ids_BT: Tensor, attention_mask: Tensor | None = None, ablation: str | None = None
     ) -> Encoded:
         """The concepts of (B, T) texts."""
         text = embed_text(self, ids_BT, attention_mask)
         segments = segment(self, text)
-        e_BCD, ids_BC = self.write(segments, ablation)
-        if self.training and self.gate.boundary.learned:
-            # Forward e; backward the gate learns what the code is worth beside none.
-            margin_BC = segments.pack.pack(segments.margin_BS) * segments.coded_BC
-            p_BC1 = torch.sigmoid(margin_BC).unsqueeze(-1)
-            e_BCD = e_BCD + (p_BC1 - p_BC1.detach()) * (e_BCD - self.codes.mean).detach()
+        decision = segments.decision(self.writer.codes)
+        e_BCD, ids_BC = self.writer.write(decision, ablation)
+        if self.training and self.writer.gate.boundary.learned:
+            # The gate learns what the code is worth beside none.
+            e_BCD = self.writer.confidence(e_BCD, self.writer.codes.mean, decision)
         return Encoded(text, segments, e_BCD, ids_BC)
 
     # ---- both halves ----
@@ -193,7 +152,7 @@ class CompressorForCausalLM(AdaptedModel):
         offset in its segment; the last of each row is of no token."""
         index_BTD = encoded.rank_BT.unsqueeze(-1).expand(-1, -1, encoded.e_BCD.shape[-1])
         e_BTD = encoded.e_BCD.gather(1, index_BTD)
-        x_BSD = self.codes.normalise(F.pad(e_BTD, (0, 0, 0, 1)))
+        x_BSD = self.writer.codes.normalise(F.pad(e_BTD, (0, 0, 0, 1)))
         return x_BSD, F.pad(encoded.offset_BT, (0, 1))
 
     @can_return_tuple
@@ -291,7 +250,7 @@ class CompressorForCausalLM(AdaptedModel):
         for first in range(0, len(concepts), rows_at_once):
             rows = [torch.tensor(ids) for ids in concepts[first : first + rows_at_once]]
             ids_BC = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
-            x_BCD = self.codes.normalise(self.codes(ids_BC.to(self.device)))
+            x_BCD = self.writer.codes.normalise(self.writer.codes(ids_BC.to(self.device)))
             count_B = torch.tensor([len(ids) for ids in rows], device=self.device)
             texts += self.decompressor.write(spine, x_BCD, count_B, self.bos, beams)
         return texts
@@ -310,7 +269,7 @@ class CompressorForCausalLM(AdaptedModel):
         if encoded is None:
             return self.decompressor.continuation_logits(spine, ids_BS)
         # Without the BOS, concept 0.
-        x_BCD = self.codes.normalise(encoded.e_BCD[:, 1:])
+        x_BCD = self.writer.codes.normalise(encoded.e_BCD[:, 1:])
         position_C = self.concept_positions(x_BCD.shape[1])
         return self.decompressor.continuation_logits(
             spine, ids_BS, x_BCD, encoded.coded_BC[:, 1:], position_C

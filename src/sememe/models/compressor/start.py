@@ -14,13 +14,13 @@ from sememe.concepts.bins import Confusion
 from sememe.concepts.codebook import SHARPNESS, start_from_states
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.lengths import REMEMBERED
-from sememe.models.compressor.encode import embed_text, news, read_text, scores, segment
+from sememe.models.adapted import boundary_targets
+from sememe.models.compressor.encode import embed_text, news, read_text, segment
 from sememe.models.compressor.slots import Text
 
 # Logits that votes may give the mean word's own news at first: the best is found by trial.
 VOTES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TOKENS_AT_ONCE = 1024
-FITTED_TOKENS = 16384  # that a boundary's estimate is fitted on, at most
 
 
 def texts(model, ids_NT: Tensor, show: bool = False) -> Iterator[Text]:
@@ -70,11 +70,8 @@ def start_frame(model, ids_NT: Tensor) -> dict[str, float]:
         h_NSD = torch.cat(states)
         shares["foretold"] = model.next_embedding.start(h_NSD[:, :-1].flatten(0, 1), inner_nD)
         news_NSD = model.next_embedding.news(news_NSD, h_NSD)
-    model.codes.start_frame(news_NSD[:, 1:].flatten(0, 1))
-    if model.gate.boundary.fitted:
-        shares |= fit_boundary(model, ids_NT, news_NSD)
-    calibrate(model, news_NSD)
-    return shares
+    ids_NS = F.pad(ids_NT, (1, 0), value=model.bos)
+    return shares | model.writer.start_frame(news_NSD, boundary_targets(model, ids_NS))
 
 
 def base_log_p(model, ids_BS: Tensor) -> Tensor:
@@ -82,34 +79,11 @@ def base_log_p(model, ids_BS: Tensor) -> Tensor:
     return model.backbone(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
 
 
-def fit_boundary(model, ids_NT: Tensor, news_NSD: Tensor) -> dict[str, float]:
-    """Fits the boundary's estimate of what the base makes of the text: the entropy of the next
-    token, or the surprise at this one."""
-    kind = model.gate.boundary.fitted
-    blocks = max(1, FITTED_TOKENS // ids_NT.shape[1])
-    targets = []
-    for ids_BS in F.pad(ids_NT[:blocks].to(model.device), (1, 0), value=model.bos).split(4):
-        log_p_BSV = base_log_p(model, ids_BS)
-        if kind == "entropy":
-            targets.append(-(log_p_BSV.exp() * log_p_BSV).sum(-1)[:, 1:])
-        else:
-            targets.append(-log_p_BSV[:, :-1].gather(-1, ids_BS[:, 1:, None]).squeeze(-1))
-    x_NSD = model.codes.normalise(news_NSD[:blocks])
-    x_nD, before_nD = x_NSD[:, 1:].flatten(0, 1), x_NSD[:, :-1].flatten(0, 1)
-    share = model.gate.boundary.start(x_nD, before_nD, torch.cat(targets).flatten())
-    return {f"{kind}_explains": share}
-
-
-def calibrate(model, news_NSD: Tensor) -> None:
-    """The gate's score distribution is that of a text's news."""
-    model.gate.calibrate(scores(model, news_NSD)[:, 1:].flatten())
-
-
 @torch.no_grad()
 def calibrate_gate(model, ids_NT: Tensor) -> None:
     """The gate's score distribution, or the lengths that are remembered, are those of a text."""
-    if model.gate.boundary.scored:
-        calibrate(model, torch.cat([news(model, text) for text in texts(model, ids_NT)]))
+    if model.writer.gate.boundary.scored:
+        model.writer.start_gate(torch.cat([news(model, text) for text in texts(model, ids_NT)]))
     if model.segmenter is not None:
         blocks = 1 + int(REMEMBERED / model.dial.rate) // ids_NT.shape[1]
         log_p = []
@@ -124,8 +98,8 @@ def start_codes(model, ids_NT: Tensor, seed: int) -> dict[str, float]:
     """Codes and head, gate, and what votes weigh."""
     with drawing(model, seed):
         if model.decompressor.bins is None:
-            h_nD = model.codes.to_states(segment_states(model, ids_NT))
-            figures = start_from_states(model.codes, model.head, h_nD, seed=seed)
+            x_nD = segment_states(model, ids_NT)
+            figures = start_from_states(model.writer.codes, model.writer.head, x_nD, seed=seed)
         else:
             figures = spell_bins(model)
         calibrate_gate(model, ids_NT)
@@ -142,7 +116,7 @@ def segment_states(model, ids_NT: Tensor) -> Tensor:
 def spell_bins(model) -> dict[str, float]:
     """Codes that spell bins, instead of those of k-means; those that are left over belong to no
     segment at all."""
-    bins, codes, reader = model.decompressor.bins, model.codes, model.decompressor.reader
+    bins, codes, reader = model.decompressor.bins, model.writer.codes, model.decompressor.reader
     for g in range(codes.codes_per_concept):
         parts_KD = []
         for length in range(1, len(bins.counts) + 1):
@@ -157,7 +131,7 @@ def spell_bins(model) -> dict[str, float]:
         table_KD = F.pad(table_KD, (0, 0, 0, codes.num_concepts - len(table_KD)))
         codes.weight[g] = table_KD
         sharpness = torch.tensor(SHARPNESS / table_KD.shape[1], device=table_KD.device)
-        model.head.start(g, table_KD, sharpness)
+        model.writer.head.start(g, table_KD, sharpness)
     return {"codes": float(sum(bins.counts))}
 
 
