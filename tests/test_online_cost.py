@@ -161,7 +161,7 @@ def test_reconstruct_prints_keeps_and_draws_it(saved, tmp_path):
     )
     assert "being online" not in sememe(*words)
     assert json.loads((tmp_path / "r.json").read_text())["online"] is None
-    assert "What being online costs" not in write_report(saved["RUN"]).read_text()
+    assert "Online against offline" not in write_report(saved["RUN"]).read_text()
     printed = sememe(*words, "--online", saved["ONLINE"])
     found = json.loads((tmp_path / "r.json").read_text())
     assert json.loads((saved["RUN"] / "reconstruct.json").read_text()) == found
@@ -172,30 +172,7 @@ def test_reconstruct_prints_keeps_and_draws_it(saved, tmp_path):
     assert cost["context"] == found["continuation"]["context"] and len(cost["given"]) == 4
     assert "what being online costs" in printed and "its concepts" in printed
     page = write_report(saved["RUN"]).read_text()
-    assert (
-        "What being online costs" in page
-        and "its concepts" in page
-        and "goes on compressing" in page
-    )
-
-
-@pytest.mark.parametrize(
-    "junk",
-    [
-        None,
-        "text",
-        {},
-        math.nan,
-        [None, {}],
-        10**400,
-        -1,
-        {"given": [{"nll": "x"}, 7], "model": []},
-    ],
-)
-def test_unexpected_values_leave_a_page(tmp_path, junk):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-    (tmp_path / "reconstruct.json").write_text(json.dumps({"token_accuracy": 0.5, "online": junk}))
-    assert "What comes back" in write_report(tmp_path).read_text()
+    assert "Online against offline" in page and "its concepts" in page
 
 
 @pytest.mark.parametrize(

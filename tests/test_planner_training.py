@@ -3,6 +3,7 @@ stages, the control's pairs."""
 
 import functools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 from conftest import byte_tokenizer, ctrl_c, metrics, run, sememe
 from plan_runs import SAID, planner_recipe, write_pairs
 from sememe.backbone.bases import load_tokenizer, resolve
-from sememe.concepts.plan import NULL
+from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import CheckpointError, DataError, Interrupted, RecipeError
 from sememe.evaluation.plans import joined_nll
 from sememe.models.loading import load_model
+from sememe.models.planner import PlannerOutput
 from sememe.models.planner.proposers import PROPOSERS
 from sememe.pairs import IGNORED
 from sememe.systems import SYSTEMS
@@ -325,3 +327,57 @@ def test_names_and_lengths():
     assert Curriculum().length(0, 100, 96) == 96
     assert set(SAID) == {"aa", "bb", "cc", "dd"} and NULL == -1
     assert Recipe.model_fields["plan"].default.sizes == [64, 512]
+
+
+def test_the_meter_is_the_naive_count():
+    """Two batches in one interval; a type that ends early asks for its `<EOS>`, and nothing behind
+    it."""
+    shape, generator = PlanShape((3, 5), (1, 2)), torch.Generator().manual_seed(0)
+    batches = [shape.pack([[[0], [4]], [[2], [1, 3]]]), shape.pack([[[0], []]])]
+    meter, rows, ids = plans.PlanMeter(shape), [], [[], []]
+    for plan_BP in batches:
+        logits = tuple(
+            torch.randn(len(plan_BP), most + 1, size + 1, generator=generator)
+            for size, most in ((3, 1), (5, 2))
+        )
+        meter.see(
+            PlannerOutput(
+                target_nll=torch.tensor(1.0),
+                plan_nll=torch.tensor(2.0),
+                plan_logits=logits,
+                plan_ids=plan_BP,
+            ),
+            torch.zeros(len(plan_BP), 4, dtype=torch.long),
+        )
+        for row, written in enumerate(shape.unpack(plan_BP)):
+            for i, (concepts, size, most) in enumerate(
+                zip(written, shape.sizes, shape.lengths, strict=True)
+            ):
+                ids[i] += concepts
+                for place, want in enumerate([*concepts, size][:most]):
+                    p = logits[i][row, place].softmax(-1)
+                    rows.append(
+                        (
+                            shape.offset(i) + place,
+                            -float((p * p.log()).sum()),
+                            float(p.max()),
+                            int(p.argmax()) == want,
+                        )
+                    )
+    found = meter.read()
+    for slot in range(3):
+        mine = [row for row in rows if row[0] == slot]
+        assert found["plan_entropy_by_slot"][slot] == pytest.approx(
+            sum(x[1] for x in mine) / len(mine), rel=1e-5
+        )
+        assert found["plan_max_prob_by_slot"][slot] == pytest.approx(
+            sum(x[2] for x in mine) / len(mine), rel=1e-5
+        )
+    assert found["plan_match"] == pytest.approx(sum(x[3] for x in rows) / len(rows))
+    assert found["plan_ids_used"] == [2, 3] and found["plan_largest_share"] == pytest.approx(
+        [2 / 3, 1 / 3]
+    )
+    assert found["plan_perplexity"] == pytest.approx(
+        [math.exp(math.log(3) - 2 / 3 * math.log(2)), 3.0]
+    )
+    assert meter.read() == {}, "an interval is read once"

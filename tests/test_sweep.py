@@ -390,7 +390,7 @@ def test_the_command_prints_a_table_and_names_its_files(done, monkeypatch):
     for word in ("control", "skip", "rate-0.5", "rate-0.25", "Δ control", "layers", "sweep.json"):
         assert word in printed, word
     page = (out / "sweep.html").read_text()
-    assert "Quality against compute" in page and page.count("<svg") == 1, (
+    assert "Quality against compute" in page and page.count("data:image/svg") == 1, (
         "two points and a control are enough to draw"
     )
     sememe("report", out / "rate-0.5", out, "--json", out.parent / "page.json")

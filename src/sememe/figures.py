@@ -18,6 +18,16 @@ MAX_CHARACTERS = 400
 """Of a text or of an unforeseen nested value: a page has a size to keep."""
 MAX_ENTRIES = 12
 """Of a list."""
+READ_FROM = {
+    "planner": "its own plan",
+    "posterior": "z* (target in view)",
+    "shuffle": "plans shuffled",
+    "random": "random plans",
+    "empty": "no plan",
+    "source": "the source itself",
+    "source (control)": "the source, by the control",
+}
+"""What a planner's target was read from → how it is shown."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class Figure:
     healthy: str = ""
 
     def show(self, value: Any) -> str:
+        if self.key == "given" and isinstance(value, str):
+            value = READ_FROM.get(value, value)
         return show(value, self.unit)
 
     def is_healthy(self, value: Any) -> bool | None:

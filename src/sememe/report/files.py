@@ -1,82 +1,149 @@
-"""A run folder's files → plain values: tolerant of what is absent, strict about there being a run
-at all."""
+"""Run and sweep folders → plain values: tolerant of what is absent, strict about there being a run
+at all. Reads files only."""
 
 import json
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from sememe.errors import CheckpointError
+from sememe.figures import number, objects
 from sememe.paths import usable
-from sememe.report.values import number
 
-LONGEST_DETAIL = 100_000  # characters of recipe and environment shown; the page has a size to keep
+BASELINES = ("control", "skip", "window")
+MEASURED = ("evaluate", "ablate", "reconstruct", "benchmark")
+"""The commands whose figures lie beside a run, as COMMAND.json."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """One line a step, in order of steps."""
+    """metrics.jsonl: one line a logged step, in order of steps."""
 
-    lines: list[dict]
-    damaged: int = 0
-    """Lines that are not a JSON object with a step: a run that was killed leaves half a line."""
+    lines: list[dict] = field(default_factory=list)
+    unreadable: int = 0
+    """Lines that are no JSON object with a step: a run that was killed leaves half a line."""
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
         pairs = ((number(line.get(x)), number(line.get(y))) for line in self.lines)
-        return sorted((a, b) for a, b in pairs if a is not None and b is not None)
+        return [(a, b) for a, b in pairs if a is not None and b is not None]
 
-    def not_finite(self, key: str) -> int:
-        """Lines where `key` was logged as something that is no finite number."""
-        return sum(
-            1 for line in self.lines if line.get(key) is not None and number(line[key]) is None
-        )
-
-    def latest(self) -> dict:
+    def last(self) -> dict:
         """The last value of every key: held-out figures are not in every line."""
         merged: dict = {}
         for line in self.lines:
-            merged.update({key: value for key, value in line.items() if value is not None})
+            merged |= {key: value for key, value in line.items() if value is not None}
         return merged
 
 
 @dataclass(frozen=True)
-class Json:
-    """An optional JSON object of the run: its figures, or why there are none."""
+class Point:
+    """A trained model, or the mean over its seeds. `mean` and `spread` have the keys of
+    evaluate.json."""
 
-    figures: dict = field(default_factory=dict)
-    fault: str | None = None
+    name: str
+    kind: str
+    mean: dict
+    spread: dict = field(default_factory=dict)
+
+    @property
+    def layers(self) -> float | None:
+        return 1.0 if self.kind == "control" else number(self.mean.get("layer_share"))
+
+    @property
+    def delta(self) -> float | None:
+        return 0.0 if self.kind == "control" else number(self.mean.get("delta_nll_control"))
 
 
 @dataclass(frozen=True)
 class Run:
     path: Path
     metrics: Metrics
-    control_path: Path | None
-    control: Metrics
-    evaluate: Json
-    benchmark: Json
-    reconstruct: Json
-    recipe: str
-    env: str
+    recipe: dict[str, Any]
+    """Empty where recipe.yaml is missing or unreadable."""
+    json: dict[str, dict]
+    """The command that wrote it → its figures; empty where there are none."""
+    control_path: Path | None = None
+    control: Metrics = Metrics()
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def system(self) -> str:
+        """By the recipe, which a run has from its first step on."""
+        found = self.recipe.get("system") or self.json["evaluate"].get("system")
+        return found if isinstance(found, str) else "online"
+
+    @property
+    def points(self) -> list[Point]:
+        figures = self.json["evaluate"]
+        trained = {"trained_tokens": self.metrics.last().get("tokens")}
+        return [Point(self.name, _kind(self.system, figures.get("boundary")), figures | trained)]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """sweep.json of `sememe sweep`."""
+
+    path: Path
+    content: dict
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def points(self) -> list[Point]:
+        return [
+            Point(
+                str(one.get("name")),
+                _kind(one.get("system"), one.get("boundary")),
+                plain(one.get("mean")) | {"trained_tokens": one.get("trained_tokens")},
+                plain(one.get("spread")),
+            )
+            for one in objects(self.content.get("points"))
+        ]
+
+
+def _kind(system: Any, boundary: Any) -> str:
+    if system in BASELINES:
+        return system
+    return "fixed stride" if boundary == "fixed" else "concepts"
+
+
+def is_sweep(folder: Path) -> bool:
+    return (folder / "sweep.json").is_file() and not (folder / "metrics.jsonl").is_file()
+
+
+def read_sweep(folder: Path) -> Sweep:
+    content = read_json(folder / "sweep.json")
+    if not isinstance(content.get("points"), list):
+        raise CheckpointError(
+            f"got {folder / 'sweep.json'}, which is no sweep; need what `sememe sweep` wrote. try: "
+            "the same `sememe sweep` again"
+        )
+    return Sweep(folder, content)
 
 
 def read_run(run: Path, control: Path | None = None) -> Run:
-    """Everything the page needs. `control` None: the sibling `<run>-control`, where it has
-    metrics."""
+    """Everything that a run folder holds. `control` None: the sibling `<run>-control`, where it has
+    metrics. Raises CheckpointError where `run` has logged nothing."""
     metrics = read_metrics(run)
     if control is None:
-        whole = run.resolve()  # so that '.' has a name
+        whole = run.resolve()  # so that "." has a name
         sibling = whole.with_name(whole.name + "-control") if whole.name else whole
         control = sibling if sibling != whole and (sibling / "metrics.jsonl").is_file() else None
     return Run(
         path=run,
         metrics=metrics,
+        recipe=read_recipe(run),
+        json={command: read_json(run / f"{command}.json") for command in MEASURED},
         control_path=control,
-        control=read_metrics(control) if control is not None else Metrics([]),
-        evaluate=read_json(run / "evaluate.json"),
-        benchmark=read_json(run / "benchmark.json"),
-        reconstruct=read_json(run / "reconstruct.json"),
-        recipe=_read_text(run / "recipe.yaml"),
-        env=_env(run / "env.json"),
+        control=Metrics() if control is None else read_metrics(control),
     )
 
 
@@ -94,49 +161,50 @@ def read_metrics(run: Path) -> Metrics:
             "try: `sememe train RECIPE` first, then the folder it prints"
         )
     by_step: dict[float, dict] = {}
-    damaged = 0
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            found = _parsed(line)
-            step = number(found.get("step")) if isinstance(found, dict) else None
-            if step is None:
-                damaged += 1
-            else:
-                by_step[step] = found
+    unreadable = 0
+    for text in read_text(file).splitlines():
+        line = plain(_parsed(text))
+        step = number(line.get("step"))
+        if step is not None:
+            by_step[step] = line
+        elif text.strip():
+            unreadable += 1
     if not by_step:
         raise CheckpointError(
             f"got {file} without one readable line; need at least one logged step. "
             "try: let the run reach its first logged step"
         )
-    return Metrics([by_step[step] for step in sorted(by_step)], damaged)
+    return Metrics([by_step[step] for step in sorted(by_step)], unreadable)
 
 
-def _parsed(text: str) -> object:
+def read_recipe(run: Path) -> dict[str, Any]:
+    try:
+        return plain(yaml.safe_load(read_text(run / "recipe.yaml")))
+    except yaml.YAMLError:
+        return {}
+
+
+def read_json(file: Path) -> dict:
+    """The object in a file; empty where there is none."""
+    return plain(_parsed(read_text(file)))
+
+
+def read_text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def plain(value: Any) -> dict:
+    """A JSON object as it is; anything else as an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def dig(found: Any, path: str) -> Any:
+    """What stands at a dotted path; None where there is nothing."""
+    return reduce(lambda inner, key: plain(inner).get(key), path.split("."), found)
+
+
+def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def read_json(file: Path) -> Json:
-    if not file.is_file():
-        return Json(fault=f"There is no {file.name} in this run folder yet.")
-    found = _parsed(file.read_text(encoding="utf-8", errors="replace"))
-    if not isinstance(found, dict) or not found:
-        return Json(fault=f"{file.name} is there but is not a readable JSON object.")
-    return Json(figures=found)
-
-
-def _read_text(file: Path) -> str:
-    if not file.is_file():
-        return ""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    return text if len(text) <= LONGEST_DETAIL else text[:LONGEST_DETAIL] + "\n… (shortened)"
-
-
-def _env(file: Path) -> str:
-    text = _read_text(file)
-    found = _parsed(text)
-    return json.dumps(found, indent=2, ensure_ascii=False) if isinstance(found, dict) else text

@@ -1,227 +1,276 @@
-"""The page itself: files → figures → template → RUN/report.html or SWEEP/sweep.html, written all or
-nothing."""
+"""Run or sweep folder → figures → template → one self-contained HTML page, whole or not at all."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from sememe.errors import CheckpointError
+from sememe.errors import CheckpointError, SememeError
+from sememe.figures import Figure, figure, number, objects, rows, show, table
 from sememe.paths import usable
-from sememe.report import comparison, meanings, meanings_plans, plans, plots
-from sememe.report.files import Run, read_run
-from sememe.report.instruments import instrument_plots
-from sememe.report.pareto import pareto_plot
-from sememe.report.reconstruction import ANSWERS, GIVEN, read_reconstruction
-from sememe.report.samples import read_samples
-from sememe.report.sweeps import Sweep, is_sweep, read_sweep
-from sememe.report.tiles import tiles, verdict
-from sememe.report.values import show
+from sememe.report import plots
+from sememe.report.doctor import examine
+from sememe.report.files import (
+    Point,
+    Run,
+    Sweep,
+    dig,
+    is_sweep,
+    plain,
+    read_run,
+    read_sweep,
+    read_text,
+)
+from sememe.report.samples import frequent, samples
 from sememe.storage import write
 
 HERE = Path(__file__).parent
-STYLE = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # ours, so not escaped
+MAX_DETAIL = 100_000
+"""Characters of a recipe that are shown."""
+HEADLINES = {
+    "online": (
+        "delta_nll_control compression_ratio delta_nll_zero delta_nll_shuffle decode_speedup "
+        "cache_reduction"
+    ),
+    "compressor": (
+        "token_accuracy exact_match bits_per_token bits_per_token_lossless delta_nll_shuffle "
+        "compress_base_forwards"
+    ),
+    "planner": "nll nll_posterior delta_nll_shuffle delta_nll_empty em_flips plan_entropy",
+    "control": "nll bits_per_byte delta_nll_control layer_share",
+}
+"""System → the figures at the head of its page; a baseline has those of the control."""
+LEADS = {
+    "online": "An online model sums up what it has read or written since its last concept token in "
+    "a new one, every few tokens and by its own decision. Its middle layers run on the concept "
+    "tokens alone. Is text predicted as well as by the control, the same base trained the same way "
+    "without concepts, and does it matter which concepts are written?",
+    "compressor": "A compressor reads a window of text and writes its concept ids; the text is "
+    "written again from these ids alone. How much of it comes back, for how many bits?",
+    "planner": "A planner reads the source and writes a short list of concept tokens of several "
+    "types; an executor writes the target from this plan alone. The best plan of each training "
+    "pair, z*, is searched for while both learn. Does the text depend on its plan, and does the "
+    "planner come near z*?",
+    "control": "A baseline: the same base with the same adapters, without concepts.",
+}
+WANTED = {
+    "online": "evaluate ablate benchmark",
+    "compressor": "evaluate ablate reconstruct benchmark",
+    "planner": "evaluate ablate",
+    "control": "evaluate",
+}
+"""System → the commands whose figures its page shows."""
+TABLES = (
+    ("What the target is read from", "evaluate.given", ""),
+    ("Signals that a linear probe reads off the plan", "evaluate.signals", ""),
+    ("At other rates", "evaluate.dial", ""),
+    ("Each text", "evaluate.by_data", "data tokens nll delta_nll_control concept_rate target_rate"),
+    ("Ablations", "ablate", "delta_nll delta_nll_min delta_nll_max"),
+    ("Dropping concepts", "ablate.drop", "share delta_nll delta_nll_min delta_nll_max"),
+    (
+        "Rate and distortion",
+        "reconstruct.curve",
+        "target_rate concept_rate compression_ratio bits_per_token bits_per_token_used "
+        "token_accuracy exact_match bleu chrf rouge_l nll bits_per_token_lossless",
+    ),
+    ("Lossless coders, on the same text", "reconstruct.lossless", ""),
+    ("Continuing a context", "reconstruct.continuation.given", ""),
+    ("Online against offline, on the same tokens", "reconstruct.online.given", ""),
+    ("Answering questions about a context", "reconstruct.questions.given", ""),
+    (
+        "Speed and memory",
+        "benchmark",
+        "prefill_tokens_per_s decode_tokens_per_s read_tokens_per_s write_tokens_per_s "
+        "train_tokens_per_s cache_bytes weight_bytes prefill_peak_bytes train_peak_bytes",
+    ),
+)
+"""Title, where the records are (a list, or an object that names them), its columns ("": all)."""
+POINT_COLUMNS = [
+    "layer_share",
+    "compression_ratio",
+    "nll",
+    "delta_nll_control",
+    "delta_nll_zero",
+    "delta_nll_shuffle",
+    "code_perplexity",
+    "trained_tokens",
+]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
 
 
 def write_report(run: Path, control: Path | None = None, beside: Iterable[Path] = ()) -> Path:
     """Write RUN/report.html from the files of `run`, or SWEEP/sweep.html from those of a sweep;
     returns its path.
 
-    `control`: the folder of the control run whose curves are drawn beside; None takes the sibling
-    folder `<run>-control` where there is one. `beside`: further runs and sweeps, drawn on the same
-    axes."""
+    `control`: the run whose curves are drawn beside; None takes the sibling folder `<run>-control`
+    where there is one. `beside`: further runs and sweeps to compare with."""
     run = usable(run)
     others = [_read(usable(path)) for path in beside]
-    if is_sweep(run):
-        if control is not None:
-            raise CheckpointError(
-                f"got {run}, a sweep, and --control; need a run for that. try: it without --control"
-            )
-        html, page = render_sweep(read_sweep(run), others), run / "sweep.html"
-    else:
-        html, page = (
-            render(read_run(run, Path(control) if control is not None else None), others),
-            run / "report.html",
-        )
-    return _put(page, html)
-
-
-def _put(page: Path, html: str) -> Path:
-    try:
-        write(page, html.encode("utf-8", "replace"))
-    except OSError as error:
+    if not is_sweep(run):
+        return _put(run / "report.html", run_page(read_run(run, control), others))
+    if control is not None:
         raise CheckpointError(
-            f"got {error.strerror} when writing {page}; need a folder with room that can be "
-            "written to. "
-            "try: free some space, or copy the run folder to where you may write"
-        ) from error
-    return page
+            f"got {run}, a sweep, and --control; need a run for that. try: it without --control"
+        )
+    return _put(run / "sweep.html", sweep_page(read_sweep(run), others))
 
 
 def _read(path: Path) -> Run | Sweep:
     return read_sweep(path) if is_sweep(path) else read_run(path)
 
 
-def render(run: Run, beside: Sequence[Run | Sweep] = ()) -> str:
-    evaluate, benchmark = run.evaluate.figures, run.benchmark.figures
-    latest = run.metrics.latest()
-    points = comparison.points([run, *beside])
-    again = read_reconstruction(run.reconstruct.figures)
-    return _template("page.html").render(
-        run=run,
-        style=STYLE,
-        name=run.path.resolve().name,
-        folder=shlex.quote(str(run.path)),  # commands on the page can be copied
-        facts=_facts(run, latest),
-        tokens_plots=_drawn(comparison.over_tokens(run, beside)),
-        pareto_plots=_drawn(pareto_plot(points)),
-        points=comparison.rows(points),
-        columns=comparison.COLUMNS,
-        again=again,
-        again_plots=_drawn(*(again.plots if again else ())),
-        given_columns=[title for _, title in GIVEN.values()],
-        answer_columns=[title for _, title in ANSWERS.values()],
-        side_rows=_side_rows(benchmark),
-        benchmark_rows=meanings.rows(benchmark, meanings.BENCHMARK, skip=meanings.BENCHMARK_APART),
-        settings=_settings(benchmark),
-        **(_of_plans if plans.is_planner(run) else _of_concepts)(run, evaluate, benchmark, latest),
-    )
-
-
-def _of_concepts(run: Run, evaluate: dict, benchmark: dict, latest: dict) -> dict:
-    """What the page shows of online concepts, and of models without any."""
-    return dict(
-        plans=None,
-        tiles=tiles(evaluate, benchmark, latest.get("target_rate")),
-        verdict=verdict(evaluate),
-        training_plots=_drawn(
-            plots.loss_plot(run.metrics, run.control), plots.rate_plot(run.metrics)
-        ),
-        evaluate_plots=_drawn(plots.position_plot(evaluate), plots.code_plot(evaluate)),
-        instruments=_drawn(*instrument_plots(run.metrics)),
-        samples=read_samples(evaluate),
-        latest_rows=meanings.rows(latest, meanings.METRICS, skip=meanings.METRICS_DRAWN),
-        evaluate_rows=meanings.rows(evaluate, meanings.EVALUATE, skip=meanings.EVALUATE_DRAWN),
-    )
-
-
-def _of_plans(run: Run, evaluate: dict, benchmark: dict, latest: dict) -> dict:
-    """What it shows of a planner. Keys that are of online concepts alone, and null here, are left
-    out."""
-    shown = {
-        key: value
-        for key, value in evaluate.items()
-        if value is not None or key in meanings_plans.EVALUATE
-    }
-    drawn = instrument_plots(
-        plans.by_type(run.metrics), meanings_plans.instruments(plans.types_of(run.metrics))
-    )
-    return dict(
-        plans=dict(
-            given_columns=plans.given_columns(evaluate),
-            given=plans.given_rows(evaluate),
-            type_columns=plans.TYPE_COLUMNS,
-            types=plans.type_rows(evaluate, latest),
-            written=plans.written(evaluate),
-            signal_columns=plans.SIGNAL_COLUMNS,
-            signals=plans.signal_rows(evaluate),
-        ),
-        tiles=plans.plan_tiles(evaluate, latest),
-        verdict=plans.plan_verdict(evaluate),
-        training_plots=_drawn(plots.loss_plot(run.metrics, run.control, planner=True)),
-        evaluate_plots=_drawn(
-            plans.given_plot(evaluate),
-            plots.position_plot(evaluate, "plan"),
-            plans.slot_plot(run.metrics),
-        ),
-        instruments=_drawn(*drawn),
-        samples=None,
-        latest_rows=meanings.rows(
-            plans.readable(latest), meanings_plans.METRICS, skip=meanings_plans.METRICS_DRAWN
-        ),
-        evaluate_rows=meanings.rows(
-            plans.readable(shown), meanings_plans.EVALUATE, skip=meanings_plans.EVALUATE_DRAWN
-        ),
-    )
-
-
-def render_sweep(sweep: Sweep, beside: Sequence[Run | Sweep] = ()) -> str:
-    points = comparison.points([sweep, *beside])
-    trained = [
-        show(tokens, "count") for tokens in sorted({p.tokens for p in sweep.points if p.tokens})
-    ]
-    facts = [sweep.recipe, f"{len(sweep.points)} points"]
-    facts += (
-        [f"{' to '.join(dict.fromkeys((trained[0], trained[-1])))} training tokens"]
-        if trained
-        else []
-    )
-    facts += [f"{len(sweep.faults)} runs failed"] if sweep.faults else []
-    return _template("sweep.html").render(
-        style=STYLE,
-        name=sweep.path.resolve().name,
-        facts=facts,
-        pareto_plots=_drawn(pareto_plot(points)),
-        points=comparison.rows(points),
-        columns=comparison.COLUMNS,
-        tokens_plots=_drawn(comparison.over_tokens(sweep, beside)),
-        faults=sweep.faults,
-        grid=[
-            (key, show(" · ".join(map(str, v)) if isinstance(v, list) else v))
-            for key, v in sweep.grid.items()
-        ],
-    )
-
-
-def _template(name: str) -> jinja2.Template:
+def _put(path: Path, page: dict[str, Any]) -> Path:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template(name)
+    style = Markup(read_text(HERE / "style.css"))  # ours, so not escaped
+    html = environment.get_template("page.html").render(page, style=style, show=show)
+    try:
+        write(path, html.encode("utf-8", "replace"))
+    except OSError as error:
+        raise CheckpointError(
+            f"got {error.strerror} when writing {path}; need a folder with room that can be "
+            "written to. try: free some space, or copy the run folder to where you may write"
+        ) from error
+    return path
 
 
-def _drawn(*found: plots.Plot | None) -> list[dict]:
-    # The SVG is ours and matplotlib has escaped its text.
-    return [
-        {"title": p.title, "svg": Markup(p.svg), "caption": p.caption}
-        for p in found
-        if p is not None
+def run_page(run: Run, beside: list[Run | Sweep]) -> dict[str, Any]:
+    last, texts = run.metrics.last(), samples(run)
+    system = run.system if run.system in HEADLINES else "control"
+    facts = [run.system, f"{show(last['step'])} steps"]
+    facts += [figure(key).show(last[key]) for key in ("seconds",) if key in last]
+    facts += [f"{show(last['tokens'])} tokens"] if "tokens" in last else []
+    facts += [f"control: {run.control_path.resolve().name if run.control_path else 'none beside'}"]
+    if run.metrics.unreadable:
+        facts.append(f"{run.metrics.unreadable} unreadable lines of metrics.jsonl skipped")
+    drawn = [
+        plots.loss_plot(run, [one for one in beside if isinstance(one, Run)]),
+        *plots.curve_plots(run),
+        plots.given_plot(run),
+        plots.code_plot(run),
+        plots.distortion_plot(run),
     ]
+    compared = _comparison([run, *beside]) if beside else {}
+    return compared | {
+        "name": run.name,
+        "kind": "run report",
+        "facts": facts,
+        "lead": LEADS[system],
+        "tiles": [_tile(key, run, last) for key in HEADLINES[system].split()],
+        "plots": [one for one in drawn if one is not None],
+        "missing": list(_missing(run, system)),
+        "doctor": _diagnosis(run),
+        "texts": texts,
+        "frequent": frequent(texts),
+        "tables": list(_tables(run)),
+        "figures": {
+            f"{command}.json": list(rows(found)) for command, found in run.json.items() if found
+        }
+        | {"metrics.jsonl, last values": list(rows(last))},
+        "details": {
+            name: read_text(run.path / name)[:MAX_DETAIL] for name in ("recipe.yaml", "env.json")
+        },
+    }
 
 
-def _facts(run: Run, latest: dict) -> list[str]:
-    facts = [f"{show(latest['step'], 'count')} steps"]
-    if "tokens" in latest:
-        facts.append(f"{show(latest['tokens'], 'count')} tokens")
-    if "seconds" in latest:
-        facts.append(show(latest["seconds"], "time"))
-    control = run.control_path.resolve().name if run.control_path else "none beside"
-    facts.append(f"control: {control}")
-    if run.metrics.damaged:
-        facts.append(f"{run.metrics.damaged} unreadable lines of metrics.jsonl skipped")
-    return facts
+def sweep_page(sweep: Sweep, beside: list[Run | Sweep]) -> dict[str, Any]:
+    runs = objects(sweep.content.get("runs"))
+    faults = [[show(one.get("name")), show(one["fault"])] for one in runs if one.get("fault")]
+    grid = [[key, show(values)] for key, values in plain(sweep.content.get("grid")).items()]
+    return _comparison([sweep, *beside]) | {
+        "name": sweep.name,
+        "kind": "sweep",
+        "facts": [show(sweep.content.get("recipe")), f"{len(sweep.points)} points"],
+        "lead": "One recipe, trained at every point of a grid. A model with concepts runs its "
+        "middle layers on fewer positions than its base; ΔNLL to the control, the same base and "
+        "adapters on the same batches without concepts, is what that costs.",
+        "tables": [
+            Table(title, columns, cells)
+            for title, columns, cells in (
+                ("Failed", ["run", "why"], faults),
+                ("The grid", ["recipe key", "values"], grid),
+            )
+            if cells
+        ],
+    }
 
 
-def _side_rows(benchmark: dict) -> list[tuple[str, str, str, str]]:
-    """(key, concept model, base, meaning), for the keys that either side has."""
-    sides = (benchmark.get("concept"), benchmark.get("base"))
-    concept, base = (side if isinstance(side, dict) else {} for side in sides)
-    known = meanings.BENCHMARK_SIDES
-    keys = [key for key in known if key in concept or key in base]
-    keys += [key for key in {**concept, **base} if key not in known]
-    found = []
-    for key in keys:
-        kind, meaning = known.get(key, ("", meanings.UNDESCRIBED))
-        found.append((key, show(concept.get(key), kind), show(base.get(key), kind), meaning))
-    return found
+def _comparison(sources: list[Run | Sweep]) -> dict[str, Any]:
+    """The points of all sources; those of a second sweep carry its name."""
+    points: list[Point] = []
+    for place, source in enumerate(sources):
+        prefix = f"{source.name}/" if place and isinstance(source, Sweep) else ""
+        points += [
+            Point(prefix + one.name, one.kind, one.mean, one.spread) for one in source.points
+        ]
+    best, drawn = plots.pareto_front(points), plots.pareto_plot(points)
+    cells = [
+        [
+            str(row),
+            one.name,
+            one.kind,
+            *(_with_spread(one, figure(key)) for key in POINT_COLUMNS),
+            "front" if one in best else "",
+        ]
+        for row, one in enumerate(points, 1)
+    ]
+    columns = ["", "point", "kind", *(figure(key).title for key in POINT_COLUMNS), ""]
+    return {
+        "pareto": drawn,
+        "comparison": Table("", columns, cells),
+    }
 
 
-def _settings(benchmark: dict) -> list[tuple[str, str]]:
-    settings = benchmark.get("settings")
-    return [(str(k), show(v)) for k, v in settings.items()] if isinstance(settings, dict) else []
+def _with_spread(point: Point, column: Figure) -> str:
+    """Mean ± standard deviation where there are several seeds."""
+    spread = number(point.spread.get(column.key))
+    after = "" if spread is None else f" ± {column.show(spread).lstrip('+')}"
+    return column.show(point.mean.get(column.key)) + after
+
+
+def _tile(key: str, run: Run, last: dict) -> dict[str, str]:
+    """A headline figure, from the first file that has it."""
+    sources = (run.json["reconstruct"], run.json["evaluate"], run.json["benchmark"], last)
+    value = next((x for one in sources if (x := one.get(key)) is not None), None)
+    one = figure(key)
+    tone = {True: "good", False: "poor", None: ""}[one.is_healthy(value)]
+    return {"title": one.title, "value": one.show(value), "meaning": one.meaning, "tone": tone}
+
+
+def _missing(run: Run, system: str) -> Iterator[tuple[str, str]]:
+    """(file, the command that makes it) of what is not there, or unreadable."""
+    for command in WANTED[system].split():
+        if not run.json[command]:
+            data = "" if command == "benchmark" else " --data heldout.txt"
+            yield f"{command}.json", f"sememe {command} {shlex.quote(str(run.path))}{data}"
+
+
+def _tables(run: Run) -> Iterator[Table]:
+    for title, where, columns in TABLES:
+        found = dig(run.json, where)
+        named = [{"": name} | one for name, one in plain(found).items() if isinstance(one, dict)]
+        records, keys = objects(found) or named, columns.split()
+        if keys:
+            records = [one for one in records if any(key in one for key in keys)]
+            keys = [key for key in keys if any(key in one for one in records)]
+            keys = ["", *keys] if named else keys
+        if records:
+            yield Table(title, *table(records, keys or None))
+
+
+def _diagnosis(run: Run) -> dict[str, Any]:
+    try:
+        return examine(run.path)
+    except SememeError as error:
+        return {"unchecked": [{"rule": "all", "because": str(error)}]}

@@ -1,195 +1,340 @@
-"""The first four plots of the page: loss, rate, NLL by position, code usage; None where there are
-no points."""
+"""The plots of the report, as matplotlib's savefig draws them; None where there are no points."""
 
+import base64
+import io
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from sememe.report.curves import Plot, Points, curve, dots, line, thinned, x_axis
-from sememe.report.files import Metrics
-from sememe.report.svg import CONTROL, INK, MUTED, RUN, THIRD, Drawing, large_numbers
-from sememe.report.values import minus, number, show
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
-MOST_RANKS = 300
-MOST_LABELLED_BARS = 10
+from sememe.figures import figure, number, objects, show
+from sememe.report.files import Metrics, Point, Run, plain
+
+MAX_POINTS = 400
+"""Of a curve: a plot of 374 units width shows no more."""
+INK, MUTED, GRID = "#1c1f24", "#5c6370", "#dfe2e7"
+BLUE, ORANGE, GREEN, PURPLE = "#2563c9", "#d07a12", "#14866d", "#8a4fc7"
+KINDS = {
+    "concepts": (BLUE, "o"),
+    "fixed stride": (GREEN, "s"),
+    "skip": (ORANGE, "D"),
+    "window": (MUTED, "v"),
+    "control": (INK, "*"),
+}
+"""What a point of a sweep is → its look. All but the first need no learned boundary: they are there
+to be beaten."""
+CURVES = (
+    (
+        "",
+        "Concept rate",
+        "The realised rates lie on the one asked for. Training and held-out apart: the gate "
+        "behaves differently once it decides alone. Quantised: how much of a concept is its code.",
+        "concepts per token",
+        ("target_rate", "rate", "heldout_rate", "quantise"),
+    ),
+    (
+        "",
+        "Ablation",
+        "What held-out NLL rises by without the true codes. Near 0 when zeroed: they are not read; "
+        "near 0 when shuffled: any code would do.",
+        "NLL rises by (nats)",
+        ("delta_nll_zero", "delta_nll_shuffle", "delta_nll_random"),
+    ),
+    (
+        "planner",
+        "Ablation",
+        "What held-out NLL rises by without the true plans. Near 0 when shuffled: the text is "
+        "written past its plan.",
+        "NLL rises by (nats)",
+        ("delta_nll_shuffle", "delta_nll_random", "delta_nll_empty"),
+    ),
+    (
+        "planner",
+        "Planner against z*",
+        "NLL of the same training targets, read from z*, from the planner's own plan, and from "
+        "another pair's z*. The planner should stay near z* and far below the last.",
+        "nats per target token",
+        ("em_nll", "em_nll_planner", "em_nll_shuffle"),
+    ),
+)
+"""System, title, caption, y axis, figures over training. A new plot is one entry here."""
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: small, and sharp at every size
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=(BLUE, ORANGE, GREEN, PURPLE, INK, MUTED)),
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.5,
+}
+Points = list[tuple[float, float]]
+Curve = tuple[str, Metrics, str, dict]
+"""Legend, log, key, look."""
 
 
-def loss_plot(run: Metrics, control: Metrics, planner: bool = False) -> Plot | None:
-    """`planner`: its loss counts the plan too, so that the NLL of its targets stands in its
-    place."""
-    x = x_axis(run)
+@dataclass(frozen=True)
+class Plot:
+    title: str
+    caption: str
+    image: str
+    """A data URI of the SVG."""
+
+
+def plot(title: str, caption: str, draw: Callable[[Axes], None], height: float = 3.2) -> Plot:
+    """What `draw` puts on a pair of axes. The same files give the same bytes."""
+    out = io.BytesIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+        canvas = Figure(figsize=(5.2, height), layout="constrained")
+        axes = canvas.subplots()
+        draw(axes)
+        if axes.get_legend_handles_labels()[1]:
+            canvas.legend(loc="outside upper left", ncols=3)
+        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    image = base64.b64encode(out.getvalue()).decode()
+    return Plot(title, caption, f"data:image/svg+xml;base64,{image}")
+
+
+# ---- over training ----
+
+
+def loss_plot(run: Run, beside: list[Run]) -> Plot | None:
+    """Training loss as lines, held-out NLL as marks; the control dashed, other runs by their
+    held-out NLL alone."""
+    planner = run.system == "planner"
+    marks = dict(linestyle="", marker="o")
     curves = [
-        (run, "target_nll" if planner else "loss", "training", line(RUN)),
-        (control, "loss", "control, training", line(CONTROL, "--")),
-        (run, "heldout_nll", "held out", dots(RUN, "o")),
-        (control, "heldout_nll", "control, held out", dots(CONTROL, "D")),
+        ("training", run.metrics, "target_nll" if planner else "loss", dict(color=BLUE)),
+        ("held out", run.metrics, "heldout_nll", dict(color=BLUE) | marks),
+        ("control", run.control, "loss", dict(color=ORANGE, linestyle="--")),
+        ("control, held out", run.control, "heldout_nll", dict(color=ORANGE) | marks),
     ]
-    drawn = [(*thinned(log.points(x, key)), label, look) for log, key, label, look in curves]
-    drawn = [found for found in drawn if found[0]]
-    if not drawn:
-        return None
-    with Drawing("loss") as drawing:
-        axes = drawing.figure.subplots()
-        for points, _, label, look in drawn:
-            curve(axes, points, label, look)
-        above = _cut_opening(axes, [points for points, *_ in drawn])
-        axes.set(xlabel=x, ylabel="nats per token")
-        large_numbers(axes.xaxis)
-        axes.legend()
-        svg = drawing.svg("loss against " + x)
+    curves += [
+        (f"{one.name}, held out", one.metrics, "heldout_nll", dict(color=colour, marker="."))
+        for one, colour in zip(beside, (GREEN, PURPLE, INK, MUTED), strict=False)
+    ]
     caption = (
-        "Lower is better. The gap to the control is what the concepts cost; "
-        "held-out text is the one that counts."
+        "Lower is better. The gap to the control is what the concepts cost, and held-out text is "
+        "what counts. "
     )
     if planner:
         caption = (
-            "Of the target alone; lower is better. Training texts are written from z*, held-out "
-            "ones from the planner's "
-            "own plan, and the control sees the source: a training line far below the marks means "
-            "that the planner "
-            "does not come near z*, or that texts were learnt by heart."
+            "NLL of the target alone. Training targets are read from z*, held-out ones from the "
+            "planner's own plan, and the control sees the source: a line far below the marks means "
+            "that the planner does not come near z*, or that targets were memorised. "
         )
-    merged = max(width for _, width, *_ in drawn)
-    if merged > 1:
-        caption += f" A point of a curve is the mean of up to {merged} logged lines."
-    if above is not None:
-        caption += f" The opening, up to {show(above, 'nats')}, lies above the frame."
-    if bad := run.not_finite("loss"):
-        caption += f" Not drawn: {bad} logged losses that are no finite number."
-    if not control.lines:
-        caption += " No control run was found to draw beside."
-    return Plot("Loss", svg, caption)
+    caption += "A steep opening may lie above the frame."
+    return _over_training("Loss", caption, "nats per token", curves, hide_opening=True)
 
 
-def rate_plot(run: Metrics) -> Plot | None:
-    x = x_axis(run)
-    rates = [
-        ("rate", "realised in training", line(RUN)),
-        ("target_rate", "asked for", line(INK, "--")),
-        ("heldout_rate", "realised on held-out text", dots(THIRD, "o")),
+def curve_plots(run: Run) -> list[Plot | None]:
+    """Those of CURVES that are the system's and measured."""
+    return [
+        _over_training(title, caption, y, [_curve(run, key) for key in keys])
+        for system, title, caption, y, keys in CURVES
+        if (run.system == "planner") == (system == "planner")
     ]
-    drawn = [(thinned(run.points(x, key))[0], label, look) for key, label, look in rates]
-    drawn = [found for found in drawn if found[0]]
-    quantise, _ = thinned(run.points(x, "quantise"))
-    if not drawn and not quantise:
+
+
+def _curve(run: Run, key: str) -> Curve:
+    return figure(key).title, run.metrics, key, dict(marker="o" if "heldout" in key else "")
+
+
+def _over_training(
+    title: str, caption: str, y: str, curves: list[Curve], hide_opening: bool = False
+) -> Plot | None:
+    """Curves over the tokens trained on, which a control shares; over steps where a log counts
+    none. `hide_opening`: the first 5 % do not set the height of the frame."""
+    x = "tokens" if any(log.points("tokens", key) for _, log, key, _ in curves) else "step"
+    drawn = [(label, thinned(log.points(x, key)), look) for label, log, key, look in curves]
+    drawn = [one for one in drawn if one[1]]
+    if not drawn:
         return None
-    with Drawing("rate", height=3.6) as drawing:
-        upper, lower = drawing.figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        for points, label, look in drawn:
-            curve(upper, points, label, look)
-        upper.set(ylabel="concepts per token")
-        if drawn:
-            upper.set_ylim(0, 1.1 * max(y for points, *_ in drawn for _, y in points) or 1)
-            upper.legend()
-        if quantise:
-            curve(lower, quantise, "quantised", line(CONTROL))
-        lower.set(xlabel=x, ylabel="quantised", ylim=(-0.05, 1.05), yticks=[0, 0.5, 1])
-        lower.set_yticklabels(["0 %", "50 %", "100 %"])
-        large_numbers(lower.xaxis)
-        svg = drawing.svg("concept rate and quantisation share against " + x)
-    caption = (
-        "Above: how many concepts the model writes per token. The three must lie on each other; "
-        "training and held-out apart means that the gate behaves differently once it decides "
-        "alone. "
-        "Below: the share of each concept that is the discrete code rather than the continuous "
-        "state "
-        "it came from."
-    )
-    return Plot("Concept rate", svg, caption)
+
+    def draw(axes: Axes) -> None:
+        for label, points, look in drawn:
+            # a line through one point cannot be seen
+            lone = dict(marker="o") if len(points) == 1 else {}
+            axes.plot(*zip(*points, strict=True), label=label, **look | lone)
+        axes.set(xlabel=x, ylabel=y)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        end = max(points[-1][0] for _, points, _ in drawn)
+        late = [b for _, points, _ in drawn for a, b in points if a >= 0.05 * end]
+        if hide_opening and max(late) > min(late):
+            margin = 0.05 * (max(late) - min(late))
+            axes.set_ylim(top=min(axes.get_ylim()[1], max(late) + margin))
+
+    return plot(title, caption, draw)
 
 
-def position_plot(evaluate: dict, carrier: str = "concepts") -> Plot | None:
-    """`carrier`: what else than the text so far serves the prediction."""
-    listed = evaluate.get("nll_by_position")
-    buckets = [b for b in listed if isinstance(b, dict)] if isinstance(listed, list) else []
-    own = [number(b.get("nll")) for b in buckets]
-    control = [number(b.get("control_nll")) for b in buckets]
-    if not any(v is not None for v in own):
-        return None
-    beside = any(v is not None for v in control)
-    width = 0.4 if beside else 0.7
-    with Drawing("position") as drawing:
-        axes = drawing.figure.subplots()
-        _bars(axes, own, -width / 2 if beside else 0, width, "this run", RUN)
-        if beside:
-            _bars(axes, control, width / 2, width, "control", CONTROL)
-        for place, (a, b) in enumerate(zip(own, control, strict=True)):
-            if a is not None and b is not None and len(buckets) <= MOST_LABELLED_BARS:
-                gap = minus(f"{a - b:+.2f}")
-                axes.text(place, max(a, b), gap, ha="center", va="bottom", fontsize=8, color=MUTED)
-        every = math.ceil(len(buckets) / 12)
-        names = [f"{show(b.get('from'))}–{show(b.get('to'))}" for b in buckets]
-        turned = dict(rotation=40, ha="right") if len(names) > 5 else {}
-        axes.set_xticks(range(0, len(names), every), names[::every], fontsize=9, **turned)
-        axes.set(xlabel="position in the text (tokens)", ylabel="NLL (nats)")
-        axes.grid(axis="x", visible=False)
-        axes.margins(y=0.12)
-        if beside:
-            drawing.figure.legend(
-                loc="outside upper right", ncols=2
-            )  # inside, it would lie on the bars
-        svg = drawing.svg("NLL by position")
-    caption = (
-        "Surprise by how far into the text the token stands; "
-        "later tokens have more context and should be easier."
-    )
-    if beside:
-        caption += f" If only the first group kept up, the {carrier} would serve the opening alone."
-    if beside and len(buckets) <= MOST_LABELLED_BARS:
-        caption += " Above the bars: this run minus control."
-    return Plot("NLL by position", svg, caption)
+def thinned(points: Points) -> Points:
+    """At most MAX_POINTS means of neighbouring points."""
+    width = math.ceil(len(points) / MAX_POINTS) or 1
+    groups = [points[i : i + width] for i in range(0, len(points), width)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def code_plot(evaluate: dict) -> Plot | None:
+# ---- of a finished model ----
+
+
+def code_plot(run: Run) -> Plot | None:
+    """Rank and frequency of the codes."""
+    evaluate = run.json["evaluate"]
     listed = evaluate.get("code_counts")
-    found = [number(c) for c in listed] if isinstance(listed, list) else []
-    counts = sorted((c for c in found if c is not None and c > 0), reverse=True)
+    counts = [number(x) or 0 for x in listed] if isinstance(listed, list) else []
+    counts = sorted((x for x in counts if x > 0), reverse=True)
     if not counts:
         return None
-    total, codes = sum(counts), number(evaluate.get("num_concepts"))
-    shown = [(rank, counts[rank - 1]) for rank in _log_spaced(len(counts))]
-    with Drawing("codes") as drawing:
-        axes = drawing.figure.subplots()
-        axes.plot(*zip(*shown, strict=True), label="codes", marker=".", markersize=4, **line(RUN))
-        if codes and codes > 0:
-            axes.plot([1, codes], [total / codes] * 2, label="even use of all", **line(MUTED, ":"))
-            axes.legend()
+    codes = number(evaluate.get("num_concepts")) or len(counts)
+    # evenly on a logarithmic axis; every rank kept is a true point
+    ranks = sorted({round(len(counts) ** (i / MAX_POINTS)) for i in range(MAX_POINTS + 1)})
+
+    def draw(axes: Axes) -> None:
+        axes.plot(ranks, [counts[rank - 1] for rank in ranks], marker=".", label="codes")
+        axes.plot([1, codes], [sum(counts) / codes] * 2, color=MUTED, ls=":", label="uniform use")
         axes.set(xscale="log", yscale="log", xlabel="rank of the code", ylabel="times written")
-        large_numbers(axes.xaxis)
-        large_numbers(axes.yaxis)
-        svg = drawing.svg("rank and frequency of codes")
-    of_all = f" of {show(codes, 'count')}" if codes else ""
-    written = show(total, "count")
-    caption = f"{len(counts):,}{of_all} codes occur among {written} concepts, most frequent first."
-    perplexity = number(evaluate.get("code_perplexity"))
-    if perplexity is not None:
-        caption += (
-            f" Perplexity {show(perplexity)}: as varied as that many codes used equally often."
-        )
-    caption += " A curve that drops early means that few codes do all the work."
-    return Plot("Code usage", svg, caption)
+
+    caption = (
+        f"{len(counts):,} of {show(codes)} codes occur among {show(sum(counts))} concepts; "
+        f"perplexity {show(number(evaluate.get('code_perplexity')))}. A curve that drops early "
+        "means that few codes do all the work."
+    )
+    return plot("Code use", caption, draw)
 
 
-def _cut_opening(axes, curves: list[Points]) -> float | None:
-    """Leave a steep opening out of the frame, so that the rest is legible; returns the highest
-    value."""
-    start, end = min(c[0][0] for c in curves), max(c[-1][0] for c in curves)
-    values = [y for c in curves for _, y in c]
-    later = [y for c in curves for x, y in c if x >= start + 0.05 * (end - start)]
-    low, high = min(values), max(later)
-    if high <= low or max(values) <= high + 0.6 * (high - low):
+def given_plot(run: Run) -> Plot | None:
+    """NLL of the same targets by what they are read from."""
+    bars = [
+        (figure("given").show(one.get("given")), nll)
+        for one in objects(run.json["evaluate"].get("given"))
+        if (nll := number(one.get("nll"))) is not None
+    ]
+    if len(bars) < 2:
         return None
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-    return max(values)
+
+    def draw(axes: Axes) -> None:
+        names, values = zip(*bars, strict=True)
+        shown = axes.barh(range(len(bars)), values, height=0.65, color=BLUE)
+        axes.bar_label(shown, fmt=" %.3f", fontsize=8)
+        axes.set_yticks(range(len(bars)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("nats per target token")
+
+    caption = (
+        "NLL of the same held-out targets. z* was found with the target in view: between it and no "
+        "plan lies all that planning can bring. Shuffled and random plans tell whether the text "
+        "follows its plan."
+    )
+    return plot("What the target is read from", caption, draw, 1.4 + 0.3 * len(bars))
 
 
-def _bars(
-    axes, values: list[float | None], shift: float, width: float, label: str, colour: str
-) -> None:
-    places = [(i + shift, v) for i, v in enumerate(values) if v is not None]
-    axes.bar(*zip(*places, strict=True), width=width, label=label, color=colour)
+def distortion_plot(run: Run) -> Plot | None:
+    """Tokens that come back over the bits of the ids, beside what lossless coders take."""
+    result = run.json["reconstruct"]
+    curve = sorted(
+        pair
+        for one in objects(result.get("curve")) or [result]
+        if None
+        not in (pair := (number(one.get("bits_per_token")), number(one.get("token_accuracy"))))
+    )
+    coders = [
+        (f"{show(one.get('name'))}, {show(one.get('of'))}", bits)
+        for one in objects(result.get("lossless"))
+        if (bits := number(one.get("bits_per_token"))) is not None
+    ]
+    shuffled = number(plain(result.get("shuffled")).get("token_accuracy"))
+    if not curve:
+        return None
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*zip(*curve, strict=True), marker="o", label="concept ids")
+        if shuffled is not None:
+            axes.axhline(shuffled, color=MUTED, ls=":", label="ids shuffled")
+        for name, bits in coders:
+            axes.plot([bits], [1], marker="D", ls="", label=name)
+        axes.set(xlabel="bits per token", ylabel="tokens back", xlim=(0, None), ylim=(-0.04, 1.08))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+    caption = (
+        "Tokens that come back against the bits that the ids take, at each rate. The diamonds lose "
+        "nothing: the base with an arithmetic coder, zstd, xz. Left of the cheapest of them "
+        "something must be lost."
+    )
+    return plot("Rate and distortion", caption, draw, 3.9)
 
 
-def _log_spaced(count: int) -> list[int]:
-    """Ranks 1 … count, thinned evenly on a logarithmic axis; every rank kept is a true point."""
-    if count <= MOST_RANKS:
-        return list(range(1, count + 1))
-    return sorted({round(count ** (i / (MOST_RANKS - 1))) for i in range(MOST_RANKS)})
+# ---- of several models ----
+
+
+def pareto_front(points: list[Point]) -> list[Point]:
+    """Those that no other beats in both layers and ΔNLL, by rising layers; what is not measured is
+    left out."""
+    best: list[Point] = []
+    measured = [one for one in points if one.layers is not None and one.delta is not None]
+    for point in sorted(measured, key=lambda one: (one.layers, one.delta)):
+        if not best or point.delta < best[-1].delta:
+            best.append(point)
+    return best
+
+
+def pareto_plot(points: list[Point]) -> Plot | None:
+    """Quality against compute; numbers are the rows of the table beside it, from 1. None where
+    fewer than two models besides the control are measured against it."""
+    numbered = [
+        (str(row), one)
+        for row, one in enumerate(points, 1)
+        if one.layers is not None and one.delta is not None
+    ]
+    if sum(one.kind != "control" for _, one in numbered) < 2:
+        return None
+    if not any(one.kind == "control" for _, one in numbered):
+        numbered.append(("", Point("control", "control", {})))  # what each ΔNLL is to
+
+    def draw(axes: Axes) -> None:
+        best = [(one.layers, one.delta) for one in pareto_front([one for _, one in numbered])]
+        axes.step(*zip(*best, strict=True), where="post", color=MUTED, ls="--", label="front")
+        for kind, (colour, marker) in KINDS.items():
+            marks = [
+                (one.layers, one.delta, number(one.spread.get("delta_nll_control")) or 0.0)
+                for _, one in numbered
+                if one.kind == kind
+            ]
+            if marks:
+                axes.errorbar(*zip(*marks, strict=True), fmt=marker, color=colour, label=kind)
+        for row, one in numbered:
+            axes.annotate(
+                row,
+                (one.layers, one.delta),
+                xytext=(5, 5),
+                textcoords="offset points",
+                fontsize=8,
+                color=MUTED,
+            )
+        axes.set(xlabel="layers run per token", ylabel="NLL minus control (nats)")
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.margins(0.1)
+
+    caption = (
+        "Each mark is a trained model: NLL above its control (up) against the share of the base's "
+        "layers it runs per token (right). Down and left is better; nothing beats the dashed line "
+        "in both. Numbers are rows of the table; bars, one standard deviation over seeds."
+    )
+    return plot("Quality against compute", caption, draw, 3.9)

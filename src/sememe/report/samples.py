@@ -1,143 +1,107 @@
-"""Sample texts cut into segments: the tail, the token that wrote the concept, its id and its
-colour."""
+"""Sample texts as coloured stretches: a concept has one colour and one name wherever it stands."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from typing import Any
 
-from markupsafe import escape
+from sememe.figures import concept_name, number, objects, show
+from sememe.report.files import Run
 
-MOST_BYTES = 500_000  # of sample text as written into the page, marks included
-MARK_BYTES = 160  # what the marks of one segment take
-GOLDEN_ANGLE = 137.508  # degrees; spreads neighbouring ids over the colour circle
-
-
-@dataclass(frozen=True)
-class Segment:
-    tail: str
-    writer: str
-    """The token whose position wrote the concept; '' in an open tail."""
-    label: str
-    """The concept id, 'sink', or '' for a tail that no concept has closed."""
-    title: str
-    concept: int | None = None
-
-    @property
-    def hue(self) -> float | None:
-        return None if self.concept is None else hue(self.concept)
-
-    @property
-    def size(self) -> int:
-        # 'replace': half of a surrogate pair is legal in JSON and not in UTF-8.
-        return len(escape(self.tail + self.writer).encode("utf-8", "replace")) + MARK_BYTES
+MAX_SPANS = 1000
+"""Of a text: the page has a size to keep."""
+GOLDEN_ANGLE = 137.508
+"""Degrees; spreads neighbouring ids over the colour circle."""
 
 
 @dataclass(frozen=True)
-class Frequent:
-    concept: int
-    hue: float
-    count: int
-    writers: list[str]
+class Span:
+    """A stretch of text. `writer` is its last token where that wrote the concept `name`."""
+
+    text: str
+    hue: float | None = None
+    title: str = ""
+    writer: str = ""
+    name: str = ""
 
 
-@dataclass(frozen=True)
-class Samples:
-    texts: list[list[Segment]]
-    frequent: list[Frequent]
-    left_out: int
-    """Samples shortened or left out because the page would have become too large."""
+Sample = dict[str, list[Span]]
+"""Caption → text."""
 
 
-def read_samples(evaluate: dict) -> Samples:
-    listed = evaluate.get("samples")
-    whole = [segments(_pieces(sample)) for sample in listed] if isinstance(listed, list) else []
-    whole = [text for text in whole if text]
-    texts, room, complete = [], MOST_BYTES, 0
-    for text in whole:
-        kept = []
-        for segment in text:
-            room -= segment.size
-            if room < 0:
-                break
-            kept.append(segment)
-        complete += len(kept) == len(text)
-        if kept:
-            texts.append(kept)
-    return Samples(texts, _frequent(texts), len(whole) - complete)
+def samples(run: Run) -> list[Sample]:
+    """Of evaluate.json: texts cut into segments, or sources, plans and what is written from them.
+    Of reconstruct.json: windows, their concepts, and what came back."""
+    found: list[Sample] = []
+    for one in objects(run.json["evaluate"].get("samples")):
+        if "pieces" in one:
+            found.append({"": segments(objects(one["pieces"]), run.json["evaluate"])})
+        elif "plan" in one:
+            source, written, target = (
+                [Span(show(one.get(key)))] for key in ("source", "written", "target")
+            )
+            plan = {"source": source, "plan": _plan(one["plan"]), "written from it": written}
+            found.append(plan | {"target": target})
+    for one in objects(run.json["reconstruct"].get("samples")):
+        text, rebuilt = ([Span(show(one.get(key)))] for key in ("text", "rebuilt"))
+        chips = [Span(_name(x, run.json["reconstruct"]), _hue(x)) for x in _ids(one, "concept_ids")]
+        found.append({"text": text, "its concepts": chips, "written again from them": rebuilt})
+    return found
 
 
-def segments(pieces: list[dict]) -> list[Segment]:
+def segments(pieces: list[dict], vocabulary: dict) -> list[Span]:
     """A piece with a concept, or the sink, closes a segment; what is left at the end is an open
-    tail."""
-    done: list[Segment] = []
-    tail: list[str] = []
-    for piece in pieces:
-        text, concept = str(piece.get("text") or ""), _concept(piece)
-        sink = piece.get("sink") is True
-        if concept is None and not sink:
-            tail.append(text)
+    tail. `vocabulary` has num_concepts and codes_per_concept."""
+    spans: list[Span] = []
+    before: list[str] = []
+    for piece in pieces[:MAX_SPANS]:
+        text, concept = str(piece.get("text") or ""), number(piece.get("concept"))
+        word = text.lstrip()
+        if concept is None and piece.get("sink") is not True:
+            before.append(text)
             continue
-        length = _tokens(len(tail) + 1)
-        if sink:
-            title = f"sink, carried unquantised · {length}"
-            done.append(Segment(*_split(tail, text), "sink", title))
-        else:
-            title = f"concept {concept} · segment of {length}"
-            done.append(Segment(*_split(tail, text), str(concept), title, concept))
-        tail = []
-    if tail:
-        title = f"open tail of {_tokens(len(tail))}, no concept yet"
-        done.append(Segment("".join(tail), "", "", title))
-    return done
+        # the space that most tokens begin with is not underlined; a token of spaces is made visible
+        before.append(text[: len(text) - len(word)] if word else "")
+        word = word or text.replace("\n", "⏎\n").replace("\t", "⇥").replace(" ", "␣")
+        name = "sink" if concept is None else _name(int(concept), vocabulary)
+        hue = None if concept is None else _hue(int(concept))
+        spans.append(Span("".join(before), hue, f"segment of {len(before)} tokens", word, name))
+        before = []
+    return [*spans, Span("".join(before), title="no concept yet")] if before else spans
 
 
-def hue(concept: int) -> float:
+def frequent(texts: list[Sample]) -> list[tuple[Span, int, list[str]]]:
+    """The concepts written most often in segmented texts: how often, and by which tokens."""
+    writers: dict[Span, Counter[str]] = defaultdict(Counter)
+    for span in (span for text in texts for span in text.get("", ()) if span.hue is not None):
+        writers[Span(span.name, span.hue)][span.writer.strip()] += 1
+    ranked = sorted(writers.items(), key=lambda item: -item[1].total())
+    return [
+        (concept, words.total(), [word for word, _ in words.most_common(8)])
+        for concept, words in ranked[:12]
+        if words.total() > 1
+    ]
+
+
+def _hue(concept: int) -> float:
     return round(concept * GOLDEN_ANGLE % 360, 1)
 
 
-def visible(text: str) -> str:
-    """A token of nothing but white space cannot be underlined; show what it is and keep its line
-    breaks."""
-    if text.strip():
-        return text
-    return text.replace("\n", "⏎\n").replace("\t", "⇥").replace(" ", "␣")
+def _name(concept: int, vocabulary: dict) -> str:
+    codes, count = (number(vocabulary.get(x)) for x in ("num_concepts", "codes_per_concept"))
+    return concept_name(concept, int(codes), int(count or 1)) if codes else str(concept)
 
 
-def _split(tail: list[str], writer: str) -> tuple[str, str]:
-    """Tail and writer as shown: the space that most tokens begin with is left out of the
-    underlining."""
-    space = writer[: len(writer) - len(writer.lstrip())] if writer.strip() else ""
-    return "".join(tail) + space, visible(writer[len(space) :])
+def _ids(holder: Any, key: Any) -> list[int]:
+    try:
+        return [x for x in holder[key] if isinstance(x, int)][:MAX_SPANS]
+    except (KeyError, TypeError):
+        return []
 
 
-def _tokens(count: int) -> str:
-    return f"{count} token" if count == 1 else f"{count} tokens"
-
-
-def _pieces(sample: object) -> list[dict]:
-    listed = sample.get("pieces") if isinstance(sample, dict) else None
-    return (
-        [piece for piece in listed if isinstance(piece, dict)] if isinstance(listed, list) else []
-    )
-
-
-def _concept(piece: dict) -> int | None:
-    concept = piece.get("concept")
-    return concept if isinstance(concept, int) and not isinstance(concept, bool) else None
-
-
-def _frequent(texts: list[list[Segment]], most: int = 12, most_writers: int = 8) -> list[Frequent]:
-    """The concepts written most often in the texts shown, and the tokens that wrote them."""
-    counts: Counter[int] = Counter()
-    writers: dict[int, Counter[str]] = defaultdict(Counter)
-    for segment in (segment for text in texts for segment in text):
-        if segment.concept is not None:
-            counts[segment.concept] += 1
-            if segment.writer:  # '' is a token that ends inside a character
-                writers[segment.concept][segment.writer.strip()[:40]] += 1
-    often = [(concept, count) for concept, count in counts.most_common(most) if count > 1]
+def _plan(plan: Any) -> list[Span]:
+    """The ids of each type; the same id of two types is two concepts."""
     return [
-        Frequent(
-            concept, hue(concept), count, [w for w, _ in writers[concept].most_common(most_writers)]
-        )
-        for concept, count in often
+        Span(str(x), _hue(x + 1009 * kind), f"type {kind}")
+        for kind in range(len(plan) if isinstance(plan, list) else 0)
+        for x in _ids(plan, kind)
     ]

@@ -1,7 +1,7 @@
 """What a run is watched by: concept ids, gradients and held-out blocks → the figures of
 metrics.jsonl.
 
-Cheap and always on. What each figure is like in a healthy run and in a sick one: docs/doctor.md.
+Cheap and always on. What each figure is like in a healthy run: docs/figures.md.
 """
 
 import torch

@@ -1,0 +1,131 @@
+"""A run folder as the doctor's rules read it: its recipe, its log, and figures by name."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import yaml
+
+from sememe.errors import RecipeError
+from sememe.figures import number
+from sememe.report.files import BASELINES, dig, read_json, read_metrics, read_recipe
+
+PICKS = {
+    "early": lambda values: median(values[: max(1, len(values) // 3)]),
+    "late": lambda values: median(values[-max(1, len(values) // 3) :]),
+    "first": lambda values: values[0],
+    "last": lambda values: values[-1],
+    "min": min,
+}
+"""What a figure's name ends with → which of its values is meant; thirds by their medians."""
+
+
+class Unmeasured(Exception):
+    """A rule has nothing to look at; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a run has left. `stage`: the lines logged once quantisation and rate are at their end;
+    of a planner those after its warm-up, or all while that lasts; of a baseline all lines.
+    `final`: figures of evaluate.json, where they were measured at the recipe's rate."""
+
+    path: Path
+    recipe: dict[str, Any]
+    lines: list[dict]
+    stage: list[dict]
+    final: dict[str, Any]
+
+    def setting(self, key: str) -> Any:
+        """Of a dotted recipe key."""
+        if (value := dig(self.recipe, key)) is None:
+            raise Unmeasured(f"no {key} in recipe.yaml")
+        return value
+
+    def figure(self, name: str) -> float:
+        """`KEY.late` is that of the stage's values of KEY (PICKS), `run.KEY.late` that of all
+        lines; `KEY.final` that of the finished model, or the last one logged; `recipe.KEY` a
+        setting."""
+        scope, _, rest = name.partition(".")
+        if scope == "recipe":
+            return float(self.setting(rest))
+        key, _, pick = name.removeprefix("run.").rpartition(".")
+        if pick == "final":
+            final = number(self.final.get(key))
+            return self.figure(f"{key}.last") if final is None else final
+        values = logged(self.lines if scope == "run" else self.stage, key)
+        # one value is no trend
+        if len(values) < (2 if pick in ("early", "late") else 1):
+            raise Unmeasured(f"{len(values)} values of {key} in the lines that count")
+        return PICKS[pick](values)
+
+    def override(self, text: str) -> str | None:
+        """`KEY=VALUE` as it stands, `KEY*FACTOR` by what the run had; None where that changes
+        nothing. Whole numbers stay whole, and the rate at most 1."""
+        key, _, factor = text.partition("*")
+        old = dig(self.recipe, key)
+        if not factor:
+            key, _, value = text.partition("=")
+            return None if dig(self.recipe, key) == yaml.safe_load(value) else text
+        if isinstance(old, list):
+            return f"{key}={[max(2, round(x * float(factor))) for x in old]}"
+        if not number(old):
+            return None
+        new = min(old * float(factor), 1.0 if key == "rate" else math.inf)
+        return f"{key}={max(1, round(new)) if isinstance(old, int) else f'{new:.2g}'}"
+
+
+def read_log(run: Path) -> Log:
+    """Raises CheckpointError or RecipeError where `run` is none, or has logged nothing yet."""
+    recipe, lines = read_recipe(run), read_metrics(run).lines
+    if not isinstance(recipe.get("system"), str):
+        raise RecipeError(
+            f"{run / 'recipe.yaml'} holds no readable recipe: need the file that `sememe train` "
+            "wrote. try: copy it again"
+        )
+    lines = [line | _by_entry(line) | _of_search(line, recipe) for line in lines]
+    stage = lines
+    if recipe["system"] == "planner":
+        stage = [line for line in lines if line["step"] > warmup(recipe)] or lines
+    elif recipe["system"] not in BASELINES:
+        end = (1, lines[-1].get("target_rate"))
+        stage = [x for x in lines if (x.get("quantise"), x.get("target_rate")) == end] or lines
+    evaluate = read_json(run / "evaluate.json")
+    same_rate = evaluate.get("target_rate") in (None, recipe.get("rate"))
+    return Log(run, recipe, lines, stage, evaluate if same_rate else {})
+
+
+def logged(lines: list[dict], key: str) -> list[float]:
+    return [value for line in lines if (value := number(line.get(key))) is not None]
+
+
+def warmup(recipe: dict[str, Any]) -> float:
+    """Steps in which a planner does not learn."""
+    return (number(dig(recipe, "em.warmup")) or 0) * (number(recipe.get("steps")) or 0)
+
+
+def _by_entry(line: dict) -> dict:
+    """`KEY.i` for the lists in a line, and held-out NLL before and after position 64."""
+    lists = {key: listed for key, listed in line.items() if isinstance(listed, list)}
+    found = {f"{key}.{i}": x for key, listed in lists.items() for i, x in enumerate(listed)}
+    opening, *others = line.get("heldout_nll_by_position") or [None]
+    return found | ({"opening": opening, "others": fmean(others)} if others else {})
+
+
+def _of_search(line: dict, recipe: dict[str, Any]) -> dict:
+    """Of a line with an E-step: what its figures are to the largest that they could be."""
+    if number(line.get("em_flips")) is None or not recipe.get("plan"):
+        return {}
+    types = zip(recipe["plan"]["sizes"], recipe["plan"]["lengths"], strict=True)
+    # the entropy of a slot is at most that of the type's ids and <EOS>
+    largest = [math.log(size + 1) for size, slots in types for _ in range(slots)]
+    slots = zip(line.get("plan_entropy_by_slot") or (), largest, strict=False)
+    shares = [x / top for x, top in slots if x is not None]
+    proposed = 1 + sum(recipe["em"]["proposers"].values())
+    return {
+        "entropy_share": fmean(shares) if shares else None,
+        "candidates_share": line.get("em_candidates", 0) / proposed,
+        "worth": line.get("em_nll_shuffle", math.nan) - line.get("em_nll", math.nan),
+    }
