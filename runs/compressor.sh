@@ -13,6 +13,6 @@ sememe compress runs/compressor runs/compressor/short.txt --out runs/compressor/
 sememe decompress runs/compressor runs/compressor/codes.json --out runs/compressor/back.txt
 
 # How much comes back and for how many bits, at three inference-time concept rates.
-sememe reconstruct runs/compressor --data data/heldout.txt --tokens 1024 --rates 0.25,0.33,0.5
+sememe reconstruct runs/compressor --data data/heldout.txt --tokens 1024 --rate 0.25,0.33,0.5
 sememe benchmark runs/compressor
 sememe report runs/compressor

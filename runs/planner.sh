@@ -11,5 +11,5 @@ sememe train recipes/smollm2-135m-planner.yaml steps=60 system=control --out run
 sememe evaluate runs/planner --control runs/planner-control --tokens 1024
 sememe ablate runs/planner --tokens 1024
 # The same text from a plan with another concept in the first place of type 0.
-sememe generate runs/planner --prompt "The old detective" --show-plan --edit 0:0=5
+sememe generate runs/planner --prompt "The old detective" --show-concepts --edit 0:0=5
 sememe report runs/planner

@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from conftest import ctrl_c, metrics, run, sememe
-from sememe import cli, tables
+from sememe import cli
 from sememe.errors import Interrupted, RecipeError, SememeError
 from sememe.evaluation import figures, files
 from sememe.training.checkpoints import last_checkpoint
@@ -98,16 +98,6 @@ def test_json_on_stdout_stands_alone(tmp_path):
                 check=True,
             )
         assert json.loads((tmp_path / "out").read_text()) and not Path("-").exists()
-
-
-def test_neither_json_nor_table_costs_the_other(tmp_path):
-    shown = []
-    with pytest.raises(UnicodeEncodeError):
-        tables.write_json(tmp_path / "x.json", [1], lambda: "⟨".encode("latin-1"))
-    assert json.loads((tmp_path / "x.json").read_text()) == [1]
-    with pytest.raises(SememeError):
-        tables.write_json(tmp_path / "gone" / "x.json", [1], lambda: shown.append(1))
-    assert shown == [1]
 
 
 def test_a_run_that_may_only_be_read_is_evaluated(recipe_values, tmp_path, monkeypatch):
@@ -294,7 +284,7 @@ def test_version():
 
 @pytest.mark.parametrize(
     "words",
-    [("evaluate", "n" * 300, "--data", "a.txt"), ("export", "~nobody-at-all/x", "--to", "out")],
+    [("evaluate", "n" * 300, "--data", "a.txt"), ("export", "~nobody-at-all/x", "--out", "out")],
 )
 def test_what_the_system_refuses_is_one_line(tmp_path, words):
     done = subprocess.run(

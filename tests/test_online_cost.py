@@ -154,12 +154,10 @@ def test_reconstruct_prints_keeps_and_draws_it(saved, tmp_path):
         saved["HELD"],
         "--tokens",
         160,
-        "--window",
-        16,
         "--json",
         tmp_path / "r.json",
     )
-    assert "being online" not in sememe(*words)
+    sememe(*words)
     assert json.loads((tmp_path / "r.json").read_text())["online"] is None
     assert "Online against offline" not in write_report(saved["RUN"]).read_text()
     printed = sememe(*words, "--online", saved["ONLINE"])
@@ -170,7 +168,7 @@ def test_reconstruct_prints_keeps_and_draws_it(saved, tmp_path):
         found["continuation"]["concept_rate"]
     )
     assert cost["context"] == found["continuation"]["context"] and len(cost["given"]) == 4
-    assert "what being online costs" in printed and "its concepts" in printed
+    assert "its concepts" in printed
     page = write_report(saved["RUN"]).read_text()
     assert "Online against offline" in page and "its concepts" in page
 
@@ -189,7 +187,6 @@ def test_reconstruct_prints_keeps_and_draws_it(saved, tmp_path):
             r"writes 0.3 concepts per token, .* at least 0.5 \(max_tail = 1\): need both at one "
             r"rate",
         ),
-        (("RUN", "ONLINE", "--context", "0"), "no context to go on from"),
     ],
 )
 def test_models_that_do_not_go_together_are_one_sentence(saved, words, said):

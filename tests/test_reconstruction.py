@@ -356,7 +356,7 @@ def test_the_longest_context_that_fits(texts):
     )
     for text, longest in ((["a" * 100], 2048), (held, 200)):
         with pytest.raises(
-            DataError, match="--context 300 and the 128 tokens behind it do not fit"
+            DataError, match="context = 300 and the 128 tokens behind it do not fit"
         ):
             continuation_blocks(text, tokenizer, 64, 300, longest)
 
@@ -371,10 +371,8 @@ def test_reconstruct_prints_keeps_and_is_drawn(run, texts, tmp_path):
         "--data",
         texts[1],
         "--tokens",
-        64,
-        "--window",
-        16,
-        "--rates",
+        128,
+        "--rate",
         "0.25,0.5",
         "--json",
         tmp_path / "r.json",
@@ -383,7 +381,7 @@ def test_reconstruct_prints_keeps_and_is_drawn(run, texts, tmp_path):
     assert json.loads((run / "reconstruct.json").read_text()) == found
     assert (
         found["windows"] == 4
-        and found["window"] == 16
+        and found["window"] == 32
         and [one["target_rate"] for one in found["curve"]] == [0.25, 0.5]
     )
     assert {key: found[key] for key in found["curve"][1]} == found["curve"][1]
@@ -398,13 +396,10 @@ def test_reconstruct_prints_keeps_and_is_drawn(run, texts, tmp_path):
     )
     for word in (
         "token_accuracy",
-        "ids shuffled",
-        "rate and distortion",
-        "base, each window",
-        "zstd, whole text",
-        "never trained for it",
+        "shuffled",
+        "curve",
+        "zstd",
         "its last tokens",
-        "R counts every id",
     ):
         assert word in printed, word
     page = write_report(run).read_text()
@@ -492,17 +487,9 @@ def test_unexpected_values_leave_a_page(tmp_path, junk):
         (("RUN", "--data", "MISSING"), "does not exist"),
         (("RUN", "--data", "SHORT"), "has 14 tokens: need at least 32"),
         (("RUN", "--data", "ONE"), "make one window of 32 tokens: need at least two"),
-        (
-            ("RUN", "--data", "HELD", "--tokens", "128", "--context", "5000"),
-            "--context 5000 .* do not fit .*places for 255",
-        ),
-        (
-            ("RUN", "--data", "HELD", "--window", "256"),
-            "256 tokens .* positions for 255.*--window 255",
-        ),
-        (("RUN", "--data", "HELD", "--rates", "0.5,half"), "need numbers with commas"),
-        (("RUN", "--data", "HELD", "--rates", "0.5,0.1"), "max_tail = 6"),
-        (("RUN", "--data", "HELD", "--rates", "nan"), "rate = nan"),
+        (("RUN", "--data", "HELD", "--rate", "0.5,half"), "need numbers with commas"),
+        (("RUN", "--data", "HELD", "--rate", "0.5,0.1"), "max_tail = 6"),
+        (("RUN", "--data", "HELD", "--rate", "nan"), "rate = nan"),
     ],
 )
 def test_bad_input_is_one_sentence(run, base_folder, blocks, texts, tmp_path, words, said):
@@ -588,15 +575,11 @@ def test_questions_are_asked_of_each_context(model, base_folder, run, texts, tmp
         "--data",
         texts[1],
         "--tokens",
-        16,
-        "--window",
-        8,
-        "--context",
-        0,
+        510,
         "--questions",
         tmp_path / "q.jsonl",
     )
-    assert "2 questions, 1 too long" in printed and "answer_nll" in printed
+    assert "skipped" in printed and "answer_nll" in printed
 
 
 def test_a_model_that_knows_the_answer_is_right(model, monkeypatch):

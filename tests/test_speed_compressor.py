@@ -179,9 +179,7 @@ def test_benchmark_prints_keeps_and_is_drawn(run, tmp_path):
     for word in (
         "compress_base_forwards",
         "decompress_speedup",
-        "16 windows of 20 tokens",
         "compression_ratio",
-        "min–max",
     ):
         assert word in printed, word
     page = write_report(run).read_text()
@@ -208,8 +206,6 @@ def test_benchmark_prints_keeps_and_is_drawn(run, tmp_path):
             ("RUN", "--prompt-tokens", "300"),
             "got 300 tokens .*need 1 to 255.*try: --prompt-tokens 255",
         ),
-        (("RUN", "--new-tokens", "8"), "got --new-tokens, which is not for a compressor"),
-        (("RUN", "--no-training"), "got --training, which is not for a compressor"),
         (("RUN", "--dtype", "float8"), "need one of float32"),
         (("RUN", "--rate", "0.1"), "max_tail = 3"),
         (("RUN", "--data", "none.txt"), "none.txt"),

@@ -359,7 +359,7 @@ def test_ctrl_c_and_the_same_command_goes_on(recipe, tmp_path):
 
 def test_seeds_become_one_point_with_a_spread(recipe, tmp_path):
     printed = sememe(
-        "sweep", recipe, "rate=0.5", "--seeds", "0,1", "--out", tmp_path / "runs", "--tokens", 256
+        "sweep", recipe, "rate=0.5", "seed=0,1", "--out", tmp_path / "runs", "--tokens", 256
     )
     found = read(tmp_path / "runs" / "sweep.json")
     assert [run["name"] for run in found["runs"]] == ["online_seed-0", "online_seed-1"]

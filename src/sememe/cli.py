@@ -1,27 +1,26 @@
-"""The command line. Each sub-command imports what it needs when it runs, so that `--help` is
-instant."""
+"""The command line. A command imports what it needs when it runs, so that `--help` is instant."""
 
+import functools
+import inspect
 import json
 import os
 import sys
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TextIO
 
 import typer
 
 import sememe
-from sememe import cli_compressor
-from sememe.cli_benchmark import benchmark
-from sememe.console import out, replace_unknown, say
+from sememe import arguments
 from sememe.errors import Interrupted, SememeError
-from sememe.options import Budget, Json, Model, Rate, counts, numbers
-from sememe.tables import (
-    show_ablation,
+from sememe.terminal import (
+    replace_unencodable,
+    say,
     show_diagnosis,
-    show_plans,
-    show_quality,
+    show_figures,
     table,
+    write,
     write_json,
 )
 
@@ -37,37 +36,36 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Concept-token language models: part of a pretrained LM works on discrete concepts that it writes for itself.",
 )
 
 
 def main() -> None:
-    """Entry point: what is wrong with the input or with a path is one sentence and exit code 1,
-    never a traceback."""
-    replace_unknown()
+    """Entry point: a fault of the input or of a path is one sentence and exit code 1."""
+    replace_unencodable()
     try:
         app()
+    except Interrupted as stop:
+        _fail(str(stop), 130)
     except SememeError as error:
-        code = 130 if isinstance(error, Interrupted) else 1
-        print(f"{'' if code == 130 else 'error: '}{error}", file=sys.stderr)
-        sys.exit(code)
-    except (
-        OSError
-    ) as error:  # the system's own: no permission, a full disk, a text where a path is due
-        if error.errno is None:
+        _fail(f"error: {error}", 1)
+    except OSError as error:
+        if error.errno is None:  # not of the operating system: a fault of the program
             raise
-        where = "a file" if error.filename is None else f"{error.filename!s:.200}"
-        print(
-            f"error: {where} cannot be used ({error.strerror}): need a path that can be read or "
-            "written. try: another path, or "
-            "other permissions",
-            file=sys.stderr,
+        path = "a file" if error.filename is None else f"{error.filename!s:.200}"
+        _fail(
+            f"error: {path} cannot be used ({error.strerror}): need a path that can be read or "
+            "written. try: another path, or other permissions",
+            1,
         )
-        sys.exit(1)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _fail(line: str, code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
         say(f"sememe {sememe.__version__}")
         raise typer.Exit
 
@@ -76,24 +74,44 @@ def _print_version(asked: bool) -> None:
 def options(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Options ahead of a command."""
+    """Concept-token language models: part of a pretrained LM works on discrete concepts that it
+    writes for itself."""
 
 
-@app.command()
+def command(function: Callable[..., Iterator[Any]]) -> Callable[..., None]:
+    """Adds a command: a generator that yields its result once and then prints it.
+
+    `--json` is written in between: neither a terminal that cannot show something nor a full disk
+    costs both."""
+
+    @functools.wraps(function)
+    def run(json_file: Path | TextIO | None = None, **options: Any) -> None:
+        steps = function(**options)
+        result = next(steps)
+        try:
+            if json_file is not None:
+                write_json(json_file, result)
+        finally:
+            next(steps, None)
+
+    signature = inspect.signature(function)
+    json_parameter = inspect.Parameter(
+        "json_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=arguments.Json
+    )
+    run.__signature__ = signature.replace(
+        parameters=[*signature.parameters.values(), json_parameter]
+    )
+    run.__annotations__ = function.__annotations__ | {"json_file": arguments.Json}
+    return app.command()(run)
+
+
+@command
 def pull(
-    name: Annotated[
-        str | None, typer.Argument(help="A known base; without it, all are listed.")
-    ] = None,
-    to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to put it in, instead of the cache.")
-    ] = None,
-    json_file: Json = None,
-) -> None:
+    name: arguments.BaseName = None,
+):
     """Get a base model and keep it: verified, dequantised to safetensors once. For a concept model
     that comes with Sememe, its base.
 
@@ -101,64 +119,38 @@ def pull(
     from sememe.backbone import bases
     from sememe.models.loading import shipped
 
-    ours = {
-        n: json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for n, folder in shipped().items()
+    configs = {
+        reference: json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for reference, folder in shipped().items()
     }
     if name is None:
-        rows = [(n, b.layers, b.licence, b.description) for n, b in bases.KNOWN.items()]
-        rows += [
-            (
-                n,
-                c["text_config"]["num_hidden_layers"],
-                "Apache-2.0",
-                f"{c['base']} with concepts, R = {1 / c['rate']:g}",
-            )
-            for n, c in ours.items()
-        ]
-        write_json(
-            json_file,
-            [
-                dict(zip(("name", "layers", "licence", "description"), row, strict=True))
-                for row in rows
-            ],
-        )
-        table(
-            rows,
-            "known bases (elsewhere a base is a Hub id or a local folder)",
-            ("name", "layers", "licence", "what"),
-        )
+        columns = ("name", "layers", "licence", "description")
+        rows = [(key, str(b.layers), b.licence, b.description) for key, b in bases.KNOWN.items()]
+        for reference, config in configs.items():
+            about = f"{config['base']} with concepts, R = {1 / config['rate']:g}"
+            layers = str(config["text_config"]["num_hidden_layers"])
+            rows.append((reference, layers, "Apache-2.0", about))
+        yield [dict(zip(columns, row, strict=True)) for row in rows]
+        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", columns)
         return
-    if name in ours:
-        name = ours[name]["base"]
-    folder = bases.pull(name, to=to, say=say)
-    write_json(
-        json_file, {"name": name, "folder": str(folder), "sha256": bases.fingerprint(folder)}
-    )
+    name = configs[name]["base"] if name in configs else name
+    folder = bases.pull(name, say=say)
+    yield {"name": name, "folder": str(folder), "sha256": bases.fingerprint(folder)}
     say(f"{name} is at {folder}")
 
 
-@app.command()
+@command
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")
-    ] = None,
-    run: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="RUN", help="Run folder: new, or an unfinished run to resume."
-        ),
-    ] = Path("runs/last"),
-    json_file: Json = None,
-) -> None:
+    recipe: arguments.Recipe,
+    overrides: arguments.Overrides = None,
+    out: arguments.OutRun = Path("runs/last"),
+):
     """Train a recipe into a run folder. The same command resumes after Ctrl-C.
 
-    Example: `sememe train recipes/smollm2-135m-online-r4.yaml steps=200 --out runs/r4`
+    Example: `sememe train recipes/demo.yaml steps=200 --out runs/r2`
 
-    Its control, on the same batches: `sememe train recipes/smollm2-135m-online-r4.yaml steps=200
-    system=control
-    --out runs/r4-control`
+    Its control, on the same batches: `sememe train recipes/demo.yaml steps=200 system=control --out
+    runs/r2-control`
     """
     from sememe.training.callbacks import read_metrics
     from sememe.training.recipe import load_recipe
@@ -167,150 +159,88 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     first = int(os.environ.get("RANK", "0")) == 0
-    if first and not same_run(loaded, run):
+    if first and not same_run(loaded, out):
         say(loaded.yaml(whole=False), "dim")
-    model = run_training(loaded, run, say=say if first else lambda line: None)
+    model = run_training(loaded, out, say=say if first else lambda line: None)
+    last = {}
+    for line in read_metrics(out / "metrics.jsonl") if first else []:
+        last |= line
+    yield {"run": str(out), "model": str(model), **last}
     if first:
-        last = {k: v for line in read_metrics(run / "metrics.jsonl") for k, v in line.items()}
-        write_json(json_file, {"run": str(run), "model": str(model), **last})
-        table(
-            [(k, v) for k, v in last.items() if not isinstance(v, list)],
-            f"{run}",
-            ("measure", "last"),
-        )
+        show_figures(last, str(out))
         say(f"model: {model}")
 
 
-@app.command()
+@command
 def sweep(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
-    grid: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=A,B,C]...", help="Dotted keys; a value with commas stays whole in []."
-        ),
-    ] = None,
-    folder: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="FOLDER", help="Folder of the runs: new, or a sweep to go on with."
-        ),
-    ] = Path("runs/sweep"),
-    control: Annotated[
-        bool, typer.Option("--control", help="Train control, skip and window too, to compare with.")
-    ] = False,
-    tokens: Annotated[int, typer.Option(min=16, help="Held-out tokens to measure on.")] = 8192,
-    data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text to measure on; default: data.heldout.")
-    ] = None,
-    seeds: Annotated[
-        str, typer.Option(metavar="0,1,2", help="Train every point once for each seed.")
-    ] = "",
-    json_file: Json = None,
-) -> None:
+    recipe: arguments.Recipe,
+    grid: arguments.Grid = None,
+    out: arguments.OutSweep = Path("runs/sweep"),
+    control: arguments.WithBaselines = False,
+    tokens: arguments.Tokens = 8192,
+):
     """Train and measure a grid over recipe keys; one run folder a point, one table and one page.
+    Over seeds: `seed=0,1,2`. The same command resumes after Ctrl-C.
 
-    Example: `sememe sweep recipes/demo.yaml rate=0.5,0.25 boundary=null,fixed steps=40 --control
-    --out runs/rates`
-
-    The same command goes on after Ctrl-C; what is finished is read, not repeated."""
+    Example: `sememe sweep recipes/demo.yaml rate=0.5,0.25 steps=40 --control --out runs/rates`"""
     from sememe.report import write_report
     from sememe.training import sweep as sweeps
 
-    found = sweeps.sweep(
-        recipe, grid or [], folder, control, tokens, data, sweeps.parse_seeds(seeds), say=say
-    )
-    write_json(json_file, found, lambda: table(*sweeps.as_table(found)))
-    say(f"figures: {folder / 'sweep.json'}\nplot: {write_report(folder)}")
-    sweeps.check_faults(found)
+    result = sweeps.sweep(recipe, grid or [], out, control, tokens, say=say)
+    yield result
+    table(*sweeps.as_table(result))
+    say(f"figures: {out / 'sweep.json'}\nplot: {write_report(out)}")
+    sweeps.check_faults(result)
 
 
-@app.command()
+@command
 def evaluate(
-    model: Model,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Held-out text: .txt, .jsonl[#field], .parquet[#field] or a datasets id; default: that of the run. May be given "
-            "several times: each is measured on its own."
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens to measure on.")] = 8192,
-    control: Annotated[
-        str | None, typer.Option(metavar="MODEL2", help="Same LoRA without concepts.")
-    ] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=8, help="Default: that of the run, or 512.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1)] = 4,
-    rate: Rate = None,
-    rates: Annotated[
-        str | None,
-        typer.Option(metavar="R,R,…", help="Table of these settings of the dial as well."),
-    ] = None,
-    answers: Annotated[
-        bool,
-        typer.Option(
-            "--answers",
-            help="Of pairs: write each target too, and count those whose last sentence is right.",
-        ),
-    ] = False,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            "--search",
-            min=0,
-            help="Of a planner: rounds of search for the best plans z*; 0 leaves "
-            "them out, which is much faster.",
-        ),
-    ] = 3,
-    signals: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Of a planner: what plans tell of length, kind, names, numbers "
-            "and key words, by linear probes fitted on N training pairs.",
-        ),
-    ] = 0,
-    budget: Budget = None,
-    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
-    json_file: Json = None,
-) -> None:
+    model: arguments.Model,
+    data: arguments.SeveralData = None,
+    tokens: arguments.Tokens = 8192,
+    control: arguments.Control = None,
+    rate: arguments.Rates = None,
+    search: arguments.Search = 3,
+    answers: arguments.Answers = False,
+    signals: arguments.Signals = 0,
+):
     """Held-out quality, the gate running free: NLL, realised rate, code use, and what ablating the
     codes costs. Of a planner: NLL with its own plans, the best plans, shuffled, random and empty
     ones, and of --control, which sees the source.
 
     Example: `sememe evaluate runs/demo --data data/heldout.txt --control runs/demo-control`
 
-    Over the dial: `sememe evaluate runs/demo --data data/heldout.txt --rates 0.25,0.33,0.5,1`
+    Over several rates: `sememe evaluate runs/demo --data data/heldout.txt --rate 0.25,0.33,0.5,1`
 
-    Right answers of a planner: `sememe evaluate runs/prosqa --data prosqa/heldout.jsonl --answers
-    --search 0`"""
+    Exact matches of a planner: `sememe evaluate runs/prosqa --answers --search 0`"""
     from sememe.evaluation.files import evaluate_files
     from sememe.models.planner.em import best_plans
 
-    dial = numbers(rates, "--rates", "0.25,0.33,0.5,1")
-    texts = data or [_heldout(model)]
-    search = partial(best_plans, rounds=rounds) if rounds else None
     result = evaluate_files(
         model,
-        texts,
+        data or [_heldout(model)],
         tokens,
         control,
-        sequence_length,
-        batch,
-        base,
-        rate,
-        dial,
-        search,
-        answers,
-        signals,
-        counts(budget, "--budget", "2,4"),
+        search=functools.partial(best_plans, rounds=search) if search else None,
+        answers=answers,
+        signals=signals,
+        **_at_rate(model, rate),
     )
-    write_json(
-        json_file, result, lambda: (show_plans if "given" in result else show_quality)(result)
-    )
+    yield result
+    show_figures(result, model)
+
+
+def _at_rate(model: str, rates: list[float]) -> dict[str, Any]:
+    """Keywords of `evaluate_files`: one rate to measure at, several for a table, or a planner's
+    concepts of each type."""
+    from sememe.evaluation.quality import system_of
+    from sememe.generate import plan_budget
+    from sememe.models.loading import model_folder, read_config
+
+    folder = model_folder(model)
+    if folder is not None and system_of(read_config(folder)) == "planner":
+        return {"budget": plan_budget(rates)}
+    return {"rate": rates[0]} if len(rates) == 1 else {"rates": rates}
 
 
 def _heldout(model: str) -> str:
@@ -326,130 +256,158 @@ def _heldout(model: str) -> str:
     return recipe["data"]["heldout"]
 
 
-@app.command()
+@command
 def ablate(
-    model: Model,
-    data: Annotated[str | None, typer.Option(help="Held-out text, as for evaluate.")] = None,
-    tokens: Annotated[
-        int, typer.Option(min=16, help="Tokens to measure on, about 36 times.")
-    ] = 4096,
-    shares: Annotated[
-        str | None,
-        typer.Option(metavar="P,P,…", help="Of the concepts to drop; default: 0,0.1,…,0.9."),
-    ] = None,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="Draws of whatever is random; the mean is reported.")
-    ] = 3,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=8, help="Default: that of the run, or 512.")
-    ] = None,
-    batch: Annotated[
-        int, typer.Option(min=2, help="Texts that shuffle and swap exchange codes among.")
-    ] = 4,
-    rate: Rate = None,
-    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
-    json_file: Json = None,
-) -> None:
+    model: arguments.Model,
+    data: arguments.Data = None,
+    tokens: arguments.Tokens = 4096,
+    rate: arguments.Rate = None,
+):
     """What the codes are worth: NLL over the share of concepts dropped, and with all zeroed,
     shuffled, random or swapped. Of a planner the same of its plans, and whose words a swapped plan
-    brings.
+    brings. Reads the text about 36 times.
 
     Example: `sememe ablate runs/demo --data data/heldout.txt`"""
-    from sememe.evaluation.ablation import SHARES, ablate_files
+    from sememe.evaluation.ablation import ablate_files
 
-    dropped = numbers(shares, "--shares", "0,0.25,0.5,0.75")
-    result = ablate_files(
-        model,
-        data or _heldout(model),
-        tokens,
-        dropped or SHARES,
-        seeds,
-        sequence_length,
-        batch,
-        base,
-        rate,
-    )
-    write_json(json_file, result, lambda: show_ablation(result))
+    result = ablate_files(model, data or _heldout(model), tokens, rate=rate[0] if rate else None)
+    yield result
+    show_figures(result, model)
 
 
-@app.command()
+@command
 def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    show_concepts: Annotated[
-        bool, typer.Option("--show-concepts", help="Mark each segment and its concept id.")
-    ] = False,
-    show_plan: Annotated[
-        bool, typer.Option("--show-plan", help="Print a planner's plan ahead of its text.")
-    ] = False,
-    edit: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TYPE:SLOT=ID",
-            help="Change an id of the plan and print both texts; may be given several times.",
-        ),
-    ] = None,
-    rate: Rate = None,
-    budget: Budget = None,
-    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
-    json_file: Json = None,
-) -> None:
-    """Stream a continuation of a prompt; of a planner what it writes, with its plan.
+    model: arguments.Model,
+    prompt: arguments.Prompt,
+    max_new_tokens: arguments.MaxNewTokens = 64,
+    temperature: arguments.Temperature = 0.0,
+    seed: arguments.Seed = 0,
+    show_concepts: arguments.ShowConcepts = False,
+    edit: arguments.Edits = None,
+    rate: arguments.Rate = None,
+):
+    """Stream a continuation of a prompt; of a planner what it writes.
 
     Example: `sememe generate runs/demo --prompt "The old detective" --show-concepts`
 
-    A planner, and what its text becomes with another id: `sememe generate runs/planner --prompt
-    "The old detective" --show-plan
-    --edit 0:0=5`
-    """
-    from sememe.show import generate_text
+    A planner's text with another concept: `sememe generate runs/planner --prompt "The old
+    detective" --edit 0:0=5`"""
+    from sememe.generate import Sampling, generate_text
 
-    made = generate_text(
-        model,
-        prompt,
-        max_new_tokens,
-        temperature,
-        top_p,
-        seed,
-        show_concepts,
-        out,
-        base,
-        rate,
-        show_plan,
-        edit,
-        counts(budget, "--budget", "2,4"),
-    )
-    write_json(json_file, made)
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    yield generate_text(model, prompt, sampling, show_concepts, edit or (), rate)
 
 
-for command in (
-    cli_compressor.compress,
-    cli_compressor.decompress,
-    cli_compressor.reconstruct,
-    benchmark,
+@command
+def compress(
+    model: arguments.Model,
+    file: arguments.TextFile,
+    out: arguments.OutCodes,
+    rate: arguments.Rate = None,
 ):
-    app.command()(command)
+    """Turn text into concept ids: a JSON file with the ids and the characters of every window.
+
+    Example: `sememe compress runs/compressor data/heldout.txt --out codes.json`
+
+    Documents are cut into windows of the run's sequence_length without overlap, at token ends that
+    are character ends: put together, the windows are the document."""
+    from sememe.codes import compress_file
+
+    result = compress_file(model, file, out, rate=rate[0] if rate else None)
+    yield result
+    show_figures(result, model)
+    say(f"codes: {out}")
 
 
-@app.command()
+@command
+def decompress(
+    model: arguments.Model,
+    codes: arguments.Codes,
+    out: arguments.OutText = None,
+    beams: arguments.Beams = None,
+):
+    """Turn concept ids back into text, with the very model that wrote them.
+
+    Example: `sememe decompress runs/compressor codes.json --out back.txt`"""
+    from sememe.codes import decompress_file
+
+    result, text = decompress_file(model, codes, out, beams=beams)
+    yield result
+    if out is None:  # the text alone on stdout, for pipes
+        write(text)
+    else:
+        show_figures(result, model)
+        say(f"text: {out}")
+
+
+@command
+def reconstruct(
+    model: arguments.Model,
+    data: arguments.Data = None,
+    tokens: arguments.Tokens = 4096,
+    rate: arguments.Rates = None,
+    questions: arguments.Questions = None,
+    online: arguments.Online = None,
+    beams: arguments.Beams = None,
+):
+    """How much of a text comes back from its concept ids alone, and for how many bits.
+
+    Example: `sememe reconstruct runs/compressor --data data/heldout.txt --rate 0.25,0.33,0.5`
+
+    Beside an online model: `sememe reconstruct runs/compressor --data data/heldout.txt --online
+    runs/r2`"""
+    from sememe.evaluation.reconstruction import reconstruct_files
+
+    result = reconstruct_files(
+        model,
+        data or _heldout(model),
+        tokens,
+        rates=rate,
+        questions=questions,
+        online=online,
+        beams=beams,
+    )
+    yield result
+    show_figures(result, model)
+
+
+@command
+def benchmark(
+    model: arguments.Model,
+    prompt_tokens: arguments.PromptTokens = None,
+    new_tokens: arguments.TimedTokens = 64,
+    batch: arguments.Batch = None,
+    repeats: arguments.Repeats = 5,
+    data: arguments.Data = None,
+    dtype: arguments.Dtype = "float32",
+    rate: arguments.Rate = None,
+):
+    """Speed and cache beside the unmodified base: one process, same dtype and kernel, alternating,
+    medians. Of a compressor: compressing beside one forward of the base over the same text,
+    decompressing beside the base's own writing.
+
+    Example: `sememe benchmark runs/demo --prompt-tokens 512 --new-tokens 128`"""
+    from sememe.evaluation.files import benchmark_files
+    from sememe.evaluation.speed_compressor import BATCH, benchmark_compressor_files, is_compressor
+
+    at = rate[0] if rate else None
+    if is_compressor(model):
+        result = benchmark_compressor_files(
+            model, prompt_tokens, batch or BATCH, repeats, data, dtype, rate=at
+        )
+    else:
+        result = benchmark_files(
+            model, prompt_tokens or 512, new_tokens, batch or 1, repeats, True, data, dtype, rate=at
+        )
+    yield result
+    show_figures(result, model)
+
+
+@command
 def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN_OR_SWEEP...",
-            help="A run folder or a sweep's; more of them are drawn beside the first.",
-        ),
-    ],
-    control: Annotated[
-        Path | None, typer.Option(metavar="RUN2", help="Default: RUN-control, where it is there.")
-    ] = None,
-    json_file: Json = None,
-) -> None:
-    """Draw a run as one self-contained HTML page: curves, instruments, code use, coloured samples,
+    runs: arguments.Runs,
+):
+    """Draw a run as one self-contained HTML page: curves, what is wrong with it, coloured samples,
     all figures; or a sweep: quality against compute and training tokens.
 
     Example: `sememe report runs/demo`
@@ -457,44 +415,36 @@ def report(
     Two runs and a sweep on the same axes: `sememe report runs/r2 runs/r4 runs/rates`"""
     from sememe.report import write_report
 
-    page = write_report(runs[0], control, runs[1:])
-    write_json(json_file, {"report": str(page)})
+    page = write_report(runs[0], None, runs[1:])
+    yield {"report": str(page)}
     say(f"report: {page}")
 
 
-@app.command()
-def doctor(
-    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
-    json_file: Json = None,
-) -> None:
+@command
+def doctor(run: arguments.Run):
     """Say what is wrong with a run, by which figures, and what to change. Exit code 1 where
     something is.
 
     Example: `sememe doctor runs/demo`"""
     from sememe.report.doctor import examine
 
-    found = examine(run)
-    write_json(json_file, found)
-    show_diagnosis(found)
-    if not found["healthy"]:
+    diagnosis = examine(run)
+    yield diagnosis
+    show_diagnosis(diagnosis)
+    if not diagnosis["healthy"]:
         raise typer.Exit(1)
 
 
-@app.command()
+@command
 def export(
-    model: Model,
-    to: Annotated[
-        Path, typer.Option("--to", metavar="DIR", help="New folder for the merged model.")
-    ],
-    base: Annotated[str | None, typer.Option(help="Take the base from here instead.")] = None,
-    json_file: Json = None,
-) -> None:
+    model: arguments.Model,
+    out: arguments.OutModel,
+):
     """Write a merged, self-contained model: LoRA folded into the weights, no base needed.
 
-    Example: `sememe export runs/demo --to exported`
-    """
+    Example: `sememe export runs/demo --out exported`"""
     from sememe.models.loading import export_model
 
-    folder, size = export_model(model, to, base)
-    write_json(json_file, {"folder": str(folder), "bytes": size})
+    folder, size = export_model(model, out)
+    yield {"folder": str(folder), "bytes": size}
     say(f"merged model: {folder} ({size / 1e6:.0f} MB)")

@@ -173,7 +173,7 @@ class Codec:
         not depend on its neighbours."""
         config = self.model.config
         window = self.trained_window() if window is None else window
-        check_length(longest_text(config), window, "--window ")
+        check_length(longest_text(config), window, "window=")
         encodings = encoder(self.tokenizer)([check_text(text, "a text") for text in texts])
         cuts = [
             list(cut(encoding, len(text), window))

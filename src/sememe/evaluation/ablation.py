@@ -111,7 +111,7 @@ def ablate_files(
     for share in shares:
         if not 0 <= share <= 1:
             raise SememeError(
-                f"share = {share:g}: need shares of the concepts from 0 to 1. try: --shares "
+                f"share = {share:g}: need shares of the concepts from 0 to 1. try: "
                 "0,0.25,0.5,0.75"
             )
     if pair_form(model) is not None:
@@ -131,7 +131,7 @@ def ablate_files(
         raise DataError(
             f"{data} and --tokens {tokens} make one block of {length} tokens: need at least two, "
             "to swap codes "
-            f"between them. try: --tokens {2 * length}, or --sequence-length {max(8, length // 2)}"
+            f"between them. try: --tokens {2 * length}"
         )
     shares = sorted(set(shares))
     with tqdm(

@@ -1,6 +1,7 @@
 """Models and text by name → figures, beside the run they belong to (RUN/evaluate.json,
 RUN/benchmark.json)."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def evaluate_files(
             signals,
             budget,
         )
-    for option, value in (("--answers", answers), ("--signals", signals), ("--budget", budget)):
+    for option, value in (("--answers", answers), ("--signals", signals), ("--rate", budget)):
         if value:
             raise SememeError(
                 f"got {option}, but {model} reads running text, not pairs of a source and a "
@@ -250,12 +251,13 @@ def torch_dtype(name: str) -> torch.dtype:
 def base_beside(model: str, config, base: str | None) -> str:
     """The base that a saved model is compared with: `base`, or the one that it names. Raises
     CheckpointError without any."""
-    if (base or config.base) is None:
+    base = base or os.environ.get("SEMEME_BASE") or config.base
+    if base is None:
         raise CheckpointError(
             f"{model} is merged and does not name its base any more: need it to compare. try: "
-            "--base NAME"
+            "SEMEME_BASE=NAME"
         )
-    return base or config.base
+    return base
 
 
 def prompts(data: str | None, tokenizer, length: int, batch: int) -> torch.Tensor:

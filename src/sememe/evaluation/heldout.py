@@ -42,7 +42,7 @@ def heldout_blocks(
     texts: list[str],
     tokens: int,
     length: int | None = None,
-    option: str = "--sequence-length",
+    option: str = "sequence_length=",
 ) -> TextBlocks:
     """(N, T) blocks of `length` tokens, or as long as those of the run, or of 512. `option` is what
     a user says `length` with.
@@ -50,5 +50,5 @@ def heldout_blocks(
     Raises DataError for less than one block, or more tokens than the base has places for."""
     longest = longest_text(loaded.config)
     length = length or min(run_recipe(model).get("sequence_length", LENGTH), longest)
-    check_length(longest, length, f"{option} ")
+    check_length(longest, length, option)
     return text_blocks(texts, tokenizer, length, limit=max(tokens, length))

@@ -95,8 +95,8 @@ def evaluate_pair_files(
     if budget:
         if not planner:
             raise SememeError(
-                f"got --budget, but {model} makes no plans: need a run of system: planner. try: "
-                "without --budget"
+                f"got --rate, but {model} makes no plans: need a run of system: planner. try: "
+                "without --rate"
             )
         loaded.limit(budget)
     taught = _training_pairs(model, loaded, tokenizer, signals) if signals else None

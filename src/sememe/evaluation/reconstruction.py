@@ -94,9 +94,9 @@ def continuation_blocks(
             fault = str(error).partition(":")[0]
         if context is not None:
             raise DataError(
-                f"--context {context} and the {length - wanted} tokens behind it do not fit "
+                f"context = {context} and the {length - wanted} tokens behind it do not fit "
                 f"({fault}): need "
-                f"{length} tokens. try: --context {wanted // 2}, or 0 for none"
+                f"{length} tokens. try: context={wanted // 2}, or 0 for none"
             )
         wanted //= 2
     return None
@@ -136,14 +136,14 @@ def reconstruct_files(
         )
     check_rates(loaded, rates, model)
     loaded.config.beams = beams or loaded.config.beams
-    blocks = heldout_blocks(model, loaded, tokenizer, texts, tokens, window, "--window")
+    blocks = heldout_blocks(model, loaded, tokenizer, texts, tokens, window, "window=")
     ids_NT = blocks.ids_NT
     if len(ids_NT) < 2:
         length = ids_NT.shape[1]
         raise DataError(
             f"{data} and --tokens {tokens} make one window of {length} tokens: need at least two, "
             "to shuffle ids "
-            f"between them. try: --tokens {2 * length}, or --window {max(8, length // 2)}"
+            f"between them. try: --tokens {2 * length}"
         )
     other = None
     if online is not None:
@@ -153,7 +153,7 @@ def reconstruct_files(
     if other is not None and found is None:
         raise DataError(
             "--online compares how a text goes on, and there is no context to go on from in "
-            f"{data}: need --context "
+            f"{data}: need context = "
             "other than 0, and a text with room for it. try: more text, or without --online"
         )
     plain = load_base(resolve(base_beside(model, loaded.config, base))).to(loaded.device).eval()

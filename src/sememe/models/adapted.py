@@ -170,8 +170,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             raise CheckpointError(
                 f"this model was trained on base {config.base!r} with sha256 "
                 f"{config.base_sha256[:12]}…, but the base "
-                f"found at {folder} has {found[:12]}…: need the same weights. try: --base FOLDER "
-                "with those"
+                f"found at {folder} has {found[:12]}…: need the same weights. try: "
+                "SEMEME_BASE=FOLDER with those"
             )
         checked = "sdpa" if attention == FLEX else attention  # flex has no CPU to check the base on
         backbone = load_base(folder, dtype=dtype, attn_implementation=checked)

@@ -64,13 +64,14 @@ def load_model(
 ) -> tuple[PreTrainedModel, object]:
     """(model in eval mode, tokenizer). `merge` folds LoRA into the weights: the same function with
     fewer matmuls. `rate` is the dial: concepts per token to run at, instead of the rate that was
-    trained for. `base` is another place to take the same base from.
+    trained for. `base` is another place to take the same base from; default: $SEMEME_BASE.
 
     Raises:
         CheckpointError: not a model, corrupt, over another base, or without concepts where `rate`
             is given.
         RecipeError: a rate that this model cannot hold.
         BaseError: `model` is neither a folder nor a base that can be had."""
+    base = base or os.environ.get("SEMEME_BASE")
     folder = model_folder(model) or resolve(str(model))
     config = read_config(folder)
     if rate is not None:
@@ -141,7 +142,7 @@ def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[
     """Writes the merged model and its tokenizer to a new folder; returns it and its bytes."""
     to = usable(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise CheckpointError(f"{to} is not empty: need a new or empty folder. try: --to {to}-2")
+        raise CheckpointError(f"{to} is not empty: need a new or empty folder. try: --out {to}-2")
     loaded, tokenizer = load_model(model, base=base)
     if not isinstance(loaded.config, AdaptedConfig):
         raise CheckpointError(
@@ -159,6 +160,6 @@ def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[
             os.replace(folder, target)  # onto an empty folder, too
     except OSError as error:
         raise CheckpointError(
-            f"could not write {to} ({error.strerror}): need free space. try: another --to"
+            f"could not write {to} ({error.strerror}): need free space. try: another --out"
         ) from error
     return to, sum(path.stat().st_size for path in to.iterdir())

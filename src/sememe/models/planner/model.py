@@ -417,7 +417,7 @@ class PlannerForCausalLM(AdaptedModel):
             raise RecipeError(
                 f"a budget of {', '.join(map(str, given))} concepts: need one number, or one for "
                 f"each of {len(lengths)} types, of at least 0. "
-                f"try: --budget {','.join(map(str, lengths))}"
+                f"try: --rate {','.join(map(str, lengths))}"
             )
         return tuple(map(min, wanted, lengths))
 

@@ -1,0 +1,211 @@
+"""Text from a prompt on the terminal: a continuation with its concepts, or a plan and its text."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sememe.data import check_text
+from sememe.detokenize import decode
+from sememe.errors import CheckpointError, DataError, SememeError
+from sememe.evaluation.quality import system_of
+from sememe.figures import concept_name
+from sememe.models.loading import check_rate, load_model
+from sememe.terminal import ConceptStreamer, show_plan, write
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `generate`, and for a planner's `plan` and `write`."""
+        # Logits over a temperature that is smaller still overflow.
+        if self.temperature < 1e-6:
+            return {}
+        return {"do_sample": True, "temperature": self.temperature}
+
+
+def generate_text(
+    name: str,
+    prompt: str,
+    sampling: Sampling,
+    show_concepts: bool = False,
+    edits: Sequence[str] = (),
+    rates: Sequence[float] = (),
+) -> dict[str, Any]:
+    """Prints a continuation of `prompt` as it is written, or the text that a planner writes.
+
+    Returns prompt, text and new_tokens; of an online model also concept_ids, of every token that
+    it read, and concept_rate; of a planner its plan, and with `edits` the text of the edited plan.
+
+    Raises:
+        DataError: an empty prompt, one that is not UTF-8, or one longer than the model's context.
+        CheckpointError: the model has no concepts to show, no plan to edit, or writes no text.
+        SememeError: an edit that cannot be made."""
+    if not check_text(prompt, "the prompt").strip():
+        raise DataError(
+            'the prompt is empty: need some text to go on from. try: --prompt "Once upon a time"'
+        )
+    model, tokenizer = load_model(name)
+    system = system_of(model.config)
+    if system == "compressor":
+        raise CheckpointError(
+            f"{name} is a compressor, which writes a text again and none of its own: need a "
+            "language model. try: sememe compress and sememe decompress"
+        )
+    if system == "planner":
+        if rates:
+            model.limit(plan_budget(rates))
+        return _plan_and_write(model, tokenizer, prompt, sampling, show_concepts, edits)
+    if rates:
+        check_rate(model.config, rates[0], name)
+        model.dial.rate = rates[0]
+    if edits:
+        raise CheckpointError(
+            f"{name} makes no plans: need a run of system: planner. try: without --edit"
+        )
+    if show_concepts and system != "online":
+        raise CheckpointError(
+            f"{name} has no concepts to show: need a run of system: online. try: without "
+            "--show-concepts"
+        )
+    return _continue(model, tokenizer, prompt, sampling, show_concepts)
+
+
+def _continue(
+    model, tokenizer, prompt: str, sampling: Sampling, show_concepts: bool
+) -> dict[str, Any]:
+    """Streams a continuation; with concepts each segment in its colour."""
+    ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    _check_length(model, ids_1T.shape[1] + sampling.max_new_tokens, 0)
+    cache = model.new_cache(1) if system_of(model.config) == "online" else None
+    if show_concepts:
+        config = model.config
+        name = partial(
+            concept_name,
+            num_concepts=config.num_concepts,
+            codes_per_concept=config.codes_per_concept,
+        )
+        streamer = ConceptStreamer(tokenizer, prompt, cache, name)
+    else:
+        streamer = ConceptStreamer(tokenizer, prompt)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    torch.manual_seed(sampling.seed)
+    new_1T = model.generate(
+        ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        max_new_tokens=sampling.max_new_tokens,
+        streamer=streamer,
+        pad_token_id=pad,
+        **({} if cache is None else {"cache": cache}),
+        **({"do_sample": False} | sampling.options),
+    )
+    # Decoded after the prompt: alone, the first new token may lose its space.
+    known = decode(tokenizer, ids_1T[0], skip_special_tokens=True)
+    text = decode(tokenizer, new_1T[0], skip_special_tokens=True)[len(known) :]
+    result = {"prompt": prompt, "text": text, "new_tokens": new_1T.shape[1] - ids_1T.shape[1]}
+    if cache is not None:
+        result["concept_ids"] = cache.concept_ids[0].tolist()
+        result["concept_rate"] = float(cache.concepts[0] / cache.tokens[0])
+    return result
+
+
+def _plan_and_write(
+    model, tokenizer, prompt: str, sampling: Sampling, show: bool, edits: Sequence[str]
+) -> dict[str, Any]:
+    """Plans and writes; with `edits` once more from the edited plan, with the same random draws."""
+    shape = model.config.plan_shape
+    ids_1U = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    if not ids_1U.shape[1]:
+        raise DataError(
+            "the prompt has no token: need text that the tokenizer knows. try: --prompt "
+            '"What is a plan?"'
+        )
+    longer = max(1 + ids_1U.shape[1], sampling.max_new_tokens)
+    _check_length(model, longer, shape.slots + shape.types + 1)
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(sampling.seed)
+
+    ids_1U = ids_1U.to(model.device)
+    plans_1RP: Tensor = model.plan(
+        ids_1U, torch.ones_like(ids_1U), generator=generator(), **sampling.options
+    )[0]
+    plans = [shape.unpack(plans_1RP[:, 0].cpu())[0]]
+    if edits:
+        plans.append(edit_plan(plans[0], edits, shape))
+    results = []
+    for plan in plans:
+        ids_Y = model.write(
+            shape.pack([plan]),
+            sampling.max_new_tokens,
+            generator=generator(),
+            **sampling.options,
+        )[0]
+        text = decode(tokenizer, ids_Y, skip_special_tokens=True)
+        if show or edits:
+            show_plan(plan, plans[0])
+        write(f"{text}\n")
+        results.append({"plan": plan, "text": text, "new_tokens": len(ids_Y)})
+    edited = {"edits": list(edits), "edited": results[1]} if edits else {}
+    return {"prompt": prompt, **results[0], **edited}
+
+
+def plan_budget(rates: Sequence[float]) -> list[int]:
+    """`--rate` of a planner: concepts of each type at most. Raises SememeError for fractions."""
+    if not all(float(count).is_integer() for count in rates):
+        raise SememeError(
+            f"--rate {','.join(f'{count:g}' for count in rates)}: of a planner it is concepts of "
+            "each type at most, need whole numbers. try: --rate 2,4"
+        )
+    return [int(count) for count in rates]
+
+
+def _check_length(model, tokens: int, plan_slots: int) -> None:
+    """Raises DataError where prompt and text, beside a plan, are longer than the base allows."""
+    longest = model.config.get_text_config().max_position_embeddings
+    if tokens + plan_slots > longest:
+        beside = f" beside a plan of {plan_slots} positions" if plan_slots else ""
+        raise DataError(
+            f"prompt and new text would have {tokens} tokens{beside}: need at most {longest} "
+            "together. try: a shorter prompt or a smaller --max-new-tokens"
+        )
+
+
+def edit_plan(plan: list[list[int]], edits: Sequence[str], shape) -> list[list[int]]:
+    """The plan with concepts put in as `TYPE:SLOT=ID` says, slots counted from 0; the slot after
+    the last one makes it longer. Raises SememeError for an edit that the plan has no place for."""
+    edited = [list(concepts) for concepts in plan]
+    for edit in edits:
+        match = re.fullmatch(r"(\d+):(\d+)=(\d+)", edit.strip())
+        if match is None:
+            raise SememeError(
+                f"--edit {edit!r}: need TYPE:SLOT=ID, in whole numbers. try: --edit 0:0=1"
+            )
+        kind, slot, concept = map(int, match.groups())
+        if kind >= shape.types:
+            raise SememeError(
+                f"--edit {edit}: this planner has types 0 to {shape.types - 1}, need one of them. "
+                "try: --edit 0:0=1"
+            )
+        last_id = shape.sizes[kind] - 1
+        last_slot = min(len(edited[kind]), shape.lengths[kind] - 1)
+        if concept > last_id or slot > last_slot:
+            raise SememeError(
+                f"--edit {edit}: type {kind} has ids 0 to {last_id}, and here room for a concept "
+                f"in slots 0 to {last_slot}. try: --edit "
+                f"{kind}:{min(slot, last_slot)}={min(concept, last_id)}"
+            )
+        edited[kind][slot : slot + 1] = [concept]
+    return edited
