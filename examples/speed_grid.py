@@ -25,7 +25,7 @@ import torch
 from sememe.errors import SememeError
 from sememe.evaluation.files import prompts
 from sememe.evaluation.speed import alternate, benchmark_use, throughput
-from sememe.models.configuration import OnlineConfig, default_split
+from sememe.models.configuration import OnlineConfig
 from sememe.models.loading import (
     load_base,
     load_model,
@@ -35,6 +35,7 @@ from sememe.models.loading import (
     resolve,
 )
 from sememe.models.online import OnlineForCausalLM
+from sememe.options import split_layers
 
 COLUMNS = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction")
 
@@ -44,7 +45,9 @@ def untrained(base, split: str | None, rate: float) -> OnlineForCausalLM:
     layers = base.config.get_text_config().num_hidden_layers
     config = OnlineConfig(
         text_config=base.config.to_dict(),
-        split=[int(part) for part in split.split("/")] if split else list(default_split(layers)),
+        split=[int(part) for part in split.split("/")]
+        if split
+        else list(split_layers(None, layers)),
         rate=rate,
         boundary="fixed",
         # The stride is shorter: it never forces a concept.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sememe.errors import SememeError
 from sememe.evaluation.files import CONTRACT, evaluate_files
-from sememe.training.recipe import Data, Recipe
+from sememe.options import Data, Recipe
 from sememe.training.run import train
 
 

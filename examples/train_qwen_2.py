@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sememe.errors import SememeError
 from sememe.evaluation.files import CONTRACT, evaluate_files
-from sememe.training.recipe import Data, Recipe, Split
+from sememe.options import Data, Recipe
 from sememe.training.run import train
 
 
@@ -21,7 +21,7 @@ def main(base: str = "Qwen/Qwen3-0.6B", run: str = "runs/qwen-online") -> None:
         batch_size=4,
         rate=0.5,
         max_tail=8,
-        split=Split(),  # 2/15 of the layers shallow, 2/15 deep, the rest in the middle
+        split=None,  # 2/15 of the layers shallow, 2/15 deep, the rest in the middle
     )
     train(recipe, Path(run))  # the same call resumes; a finished run is left as it is
     figures = evaluate_files(run, recipe.data.heldout, tokens=8192)

@@ -9,8 +9,7 @@ from pathlib import Path
 from sememe.errors import SememeError
 from sememe.evaluation.files import evaluate_files
 from sememe.models.planner.em import best_plans
-from sememe.training.plan_recipe import Em, Plan
-from sememe.training.recipe import Data, Recipe
+from sememe.options import Data, Em, Plan, Recipe
 from sememe.training.run import train
 
 
@@ -20,13 +19,13 @@ def main(base: str = "Qwen/Qwen3-0.6B", run: str = "runs/qwen-planner") -> None:
         base=base,
         data=Data(
             train="data/train.txt", heldout="data/heldout.txt", source_share=0.25
-        ),  # or source and target: fields of a .jsonl
+        ),  # or fields of a .jsonl
         steps=400,
         batch_size=8,
         source_length=32,
         target_length=96,
         plan=Plan(sizes=[64, 512], lengths=[2, 8]),  # two types: ids of each, and concepts at most
-        em=Em(every=40, warmup=0.2, distil=0.2),
+        em=Em(every=40, stages=(0.2, 0.4)),
     )
     train(recipe, Path(run))  # the same call resumes; a finished run is left as it is
     for line in evaluate_files(run, recipe.data.heldout, tokens=2048, search=best_plans)["given"]:

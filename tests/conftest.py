@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from families import tiny_base
 from sememe import cli
 from sememe.errors import SememeError
+from sememe.options import check_recipe
 from sememe.training import callbacks
-from sememe.training.recipe import check_recipe
 from sememe.training.run import train
 
 torch.set_num_threads(
@@ -83,11 +83,10 @@ def tiny_recipe(base_folder: Path, texts: tuple[Path, Path]) -> dict:
         "batch_size": 2,
         "rate": 0.5,
         "max_tail": 6,
-        "split": {"shallow": 1, "middle": 2, "deep": 1},
+        "split": [1, 2, 1],
         "num_concepts": 32,
         "precision": "fp32",
         "lora": {"rank": 4, "dropout": 0.1},
-        "log_every": 1,
         "heldout_every": 4,
         "heldout_tokens": 64,
         "save_every": 4,

@@ -18,7 +18,7 @@ from sememe.backbone.calling import CACHE, CACHE_NAMES, cache_argument
 from sememe.backbone.split import self_check
 from sememe.errors import BaseError
 from sememe.models import ControlConfig, ControlForCausalLM, OnlineForCausalLM
-from sememe.training.recipe import check_recipe
+from sememe.options import check_recipe
 
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FAMILIES = ["llama", "qwen3", "gemma3_text", "mistral"]

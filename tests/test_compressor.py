@@ -247,8 +247,8 @@ def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention, chang
 
 
 def compressor_recipe(values: dict, **changes) -> dict:
-    schedule = {"quantise": [0.0, 0.3]}
-    return {**values, "system": "compressor", "boundary": "fixed", "schedule": schedule, **changes}
+    quantise = [0.0, 0.3]
+    return {**values, "system": "compressor", "boundary": "fixed", "quantise": quantise, **changes}
 
 
 @pytest.mark.parametrize(

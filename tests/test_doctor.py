@@ -17,10 +17,10 @@ from plan_runs import planner_recipe, write_pairs
 from sememe import figures
 from sememe.errors import TrainingError
 from sememe.models import OnlineForCausalLM
+from sememe.options import load_recipe
 from sememe.report import doctor, write_report
 from sememe.report.doctor import examine
 from sememe.report.rules import RULES
-from sememe.training.recipe import load_recipe
 
 SHORT = {"steps": 20, "heldout_every": 5}  # enough for faults that are there from the start
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,:;"
@@ -29,7 +29,6 @@ PLANNER = {
     "learning_rate": 2e-2,
     "concept_learning_rate": 2e-2,
     "lora": {"rank": 8},
-    "log_every": 2,
     "save_every": 1000,
     "heldout_tokens": 160,
 }
@@ -57,7 +56,7 @@ def clinic(tmp_path_factory, base_folder):
         values = {
             "system": "online",
             "base": str(base_folder),
-            "split": {"shallow": 1, "middle": 2, "deep": 1},
+            "split": [1, 2, 1],
             "precision": "fp32",
             "data": {"train": str(folder / "train.txt"), "heldout": str(folder / "heldout.txt")},
             "rate": 0.5,
@@ -66,13 +65,12 @@ def clinic(tmp_path_factory, base_folder):
             "steps": 36,
             "sequence_length": 128,
             "batch_size": 4,
-            "log_every": 2,
             "heldout_every": 9,
             "heldout_tokens": 512,
             "save_every": 1000,
             "calibration_tokens": 2048,
             "learning_rate": 1e-2,
-            "schedule": {"quantise": [0.1, 0.3]},
+            "quantise": [0.1, 0.3],
         }
         run(values | changes, folder / name)
         return folder / name
@@ -95,7 +93,7 @@ def planners(clinic, base_folder):
     def trained(name: str, em: dict, plan: dict, steps: int = 30) -> Path:
         values = planner_recipe(base_folder, files) | PLANNER | {"steps": steps}
         values["heldout_every"] = steps // 2
-        values["em"] |= {"every": 4, "warmup": 0.1, "distil": 0.1} | em
+        values["em"] |= {"every": 4, "stages": [0.1, 0.2]} | em
         values["plan"] |= plan
         run(values, clinic.folder / name)
         return clinic.folder / name
@@ -170,7 +168,7 @@ def test_a_collapsed_codebook_is_found(clinic, monkeypatch, tmp_path):
 def test_a_planner_that_does_not_learn_is_found(planners):
     """The executor lives on z*, and the planner has no gradient: plans are not ignored, though
     shuffling the planner's own costs nothing."""
-    em = {"warmup": 0.25, "distil": 0.25}
+    em = {"stages": [0.25, 0.5]}
     found = findings(planners("unlearned", em, {"weight": 0.0}, steps=16))
     assert found["no gradient"]["evidence"] == {"grad_norm_planner / grad_norm": 0.0}
     assert found["planner far from z*"]["try"] and "plans ignored" not in found

@@ -19,8 +19,8 @@ from conftest import ctrl_c, metrics, run, sememe
 from sememe import cli
 from sememe.errors import Interrupted, RecipeError, SememeError
 from sememe.evaluation import figures, files
+from sememe.options import check_recipe
 from sememe.training.checkpoints import last_checkpoint
-from sememe.training.recipe import check_recipe
 from sememe.training.run import train
 
 posix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
@@ -241,7 +241,7 @@ def test_a_finished_run_is_made_longer(recipe_values, tmp_path):
     run(recipe_values, tmp_path / "r")
     sememe("evaluate", tmp_path / "r", "--tokens", 64)
     with pytest.raises(
-        RecipeError, match=r"ahead of the end of schedule.quantise.*need at most 14 steps.*try: "
+        RecipeError, match=r"ahead of the end of quantise.*need at most 14 steps.*try: "
     ):
         run({**recipe_values, "steps": 16}, tmp_path / "r")
     said = _said({**recipe_values, "steps": 12}, tmp_path / "r")

@@ -21,7 +21,7 @@ from sememe.backbone.calling import CACHE
 
 FOLDER = Path(__file__).parent / "golden"
 PROMPT = "the cat sat on a mat and saw the dog on a mat"
-ONLINE = {"schedule": {"quantise": [0.0, 0.3]}}
+ONLINE = {"quantise": [0.0, 0.3]}
 CASES = {
     "online": ONLINE,
     "online-surprise": {
@@ -70,11 +70,10 @@ PLANS = {
         "em": {
             "every": 2,
             "proposers": {"beam": 2, "diverse": 1, "sample": 1, "edit": 2, "gradient": 2},
-            "warmup": 0.25,
-            "distil": 0.25,
+            "stages": [0.25, 0.5],
             "batch": 16,
         },
-        "curriculum": {"start": 12, "until": 0.5},
+        "curriculum": [12, 0.5],
     },
 }
 
@@ -118,7 +117,7 @@ def forwards(model, ids_1T: torch.Tensor, stride: int = 41) -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_system(name, base_folder, texts, tmp_path):
     values = {**tiny_recipe(base_folder, texts), "lora": {"rank": 4}}
-    values |= {"schedule": {"quantise": [0.3, 0.6]}, "save_every": 100, **CASES[name]}
+    values |= {"quantise": [0.3, 0.6], "save_every": 100, **CASES[name]}
     figures = training(run(values, tmp_path / "run"))
     folder = tmp_path / "run" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -327,9 +327,8 @@ def test_a_run_logs_what_it_measures_and_norms_are_those_before_clipping(
     values = {
         **recipe_values,
         "steps": 9,
-        "log_every": 2,
         "bridge": True,
-        "schedule": {"quantise": [0, 0.5]},
+        "quantise": [0, 0.5],
     }
     lines = run(values, tmp_path / "r")
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]

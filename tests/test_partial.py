@@ -156,7 +156,7 @@ def test_an_empty_cache_is_a_fault_and_no_division(runs, monkeypatch):
 
 
 def test_a_checkpoint_stands_behind_the_calibration(recipe_values, tmp_path):
-    run({**recipe_values, "save_every": 100, "schedule": {"quantise": [0.3, 0.6]}}, tmp_path / "r")
+    run({**recipe_values, "save_every": 100, "quantise": [0.3, 0.6]}, tmp_path / "r")
     first = next(line["step"] for line in metrics(tmp_path / "r") if line["quantise"] > 0)
     assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()} == {
         f"checkpoint-{first}",

@@ -12,21 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import byte_tokenizer, ctrl_c, metrics, run, sememe
-from plan_runs import SAID, planner_recipe, write_pairs
+from plan_runs import planner_recipe, write_pairs
 from sememe.backbone.bases import load_tokenizer, resolve
-from sememe.concepts.plan import NULL, PlanShape
+from sememe.concepts.plan import PlanShape
 from sememe.errors import CheckpointError, DataError, Interrupted, RecipeError
 from sememe.evaluation.plans import joined_nll
 from sememe.models.loading import load_model
 from sememe.models.planner import PlannerOutput
-from sememe.models.planner.proposers import PROPOSERS
+from sememe.options import check_recipe
 from sememe.pairs import IGNORED
 from sememe.systems import SYSTEMS
-from sememe.training import plan_recipe, plans
+from sememe.training import plans
 from sememe.training.checkpoints import last_checkpoint
-from sememe.training.plan_recipe import Curriculum
 from sememe.training.plans import PLANS
-from sememe.training.recipe import Recipe, check_recipe
 from sememe.training.trainer import ConceptTrainer
 
 
@@ -162,7 +160,7 @@ def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_sou
         return real(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(ConceptTrainer, "compute_loss", spy)
-    values = values | {"curriculum": {"start": 4, "until": 0.5}}
+    values = values | {"curriculum": [4, 0.5]}
     lines = {
         system: run({**values, "system": system}, tmp_path / system)
         for system in ("planner", "control")
@@ -204,7 +202,7 @@ def test_gradient_accumulation_is_one_batch(values, tmp_path):
     values = values | {
         "steps": 2,
         "lora": {"rank": 4},
-        "em": {"warmup": 1.0, "distil": 0.0, "every": 0},
+        "em": {"stages": [1.0, 1], "every": 0},
     }
     whole, parts = (run({**values, "gradient_accumulation": n}, tmp_path / str(n)) for n in (1, 2))
     assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-5)
@@ -235,38 +233,22 @@ def test_plain_text_is_cut_and_bf16_trains(base_folder, texts, tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"data": {"source": "instruction"}}, "need both fields of a row"),
-        ({"data": {"source": "a", "target": "a"}}, "need two fields of a row"),
-        (
-            {"data": {"source": "a", "target": "b", "source_share": 0.5}},
-            "or else source_share alone",
-        ),
-        ({"data": {"source_share": 1.0}}, r"data.source_share = 1.0"),
-        ({"system": "online"}, "system: online is not trained on"),
-        ({"plan": {"sizes": [4], "lengths": [1, 2]}}, "need one of each for every type"),
-        ({"plan": {"sizes": [1], "lengths": [1]}}, "need at least 2 ids"),
-        ({"plan": {"multi_token": 9}}, "need at most 8"),
-        ({"em": {"proposers": {"magic": 1}}}, "'magic' is no way to propose plans"),
-        ({"em": {"proposers": {"beam": 0}}}, "need candidates to choose from"),
-        ({"em": {"warmup": 0.7, "distil": 0.6}}, "more than the run"),
-        ({"em": {"evry": 3}}, r"unknown key 'em.evry'.*try: em.every"),
-        ({"curriculum": {"start": 200}}, "more than target_length"),
-        ({"gradient_checkpointing": True}, "a planner cannot have it"),
-        ({"distil": 0.5}, "is for system: online"),
+        ({"system": "online"}, "pairs of data.fields or data.source_share with system = online"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing = true with system = planner"),
+        ({"distil": 0.5}, "distil = 0.5 with system = planner"),
     ],
 )
-def test_recipes_that_cannot_be_run_are_one_sentence(values, changes, said):
-    values["data"] = {"train": "a.jsonl", "heldout": "b.jsonl"} | (
-        changes.get("data") or {"source": "instruction", "target": "response"}
-    )
+def test_options_that_a_system_cannot_have_are_one_sentence(values, tmp_path, changes, said):
     with pytest.raises(RecipeError, match=said) as caught:
-        check_recipe(values | {key: value for key, value in changes.items() if key != "data"}, "r")
-    assert "\n" not in str(caught.value) and "try: " in str(caught.value)
+        run(values | changes, tmp_path / "r")
+    assert "\n" not in str(caught.value) and not (tmp_path / "r").exists()
 
 
 def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="line 1 has no field 'prompt'"):
-        run({**values, "data": {**values["data"], "source": "prompt"}}, tmp_path / "r")
+        run(
+            {**values, "data": {**values["data"], "fields": ["prompt", "response"]}}, tmp_path / "r"
+        )
     with pytest.raises(DataError, match="holds the same bytes"):
         copy = tmp_path / "copy.jsonl"
         copy.write_bytes((tmp_path / "train.jsonl").read_bytes())
@@ -312,21 +294,6 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
     assert "a sweep measures running text" in sememe(
         "sweep", recipe, "steps=2,4", "--out", tmp_path / "s", code=1
     )
-
-
-def test_names_and_lengths():
-    assert tuple(PROPOSERS) == plan_recipe.PROPOSERS
-    curriculum = Curriculum(start=16, until=0.5)
-    assert [curriculum.length(step, 100, 96) for step in (0, 25, 49, 50, 99)] == [
-        16,
-        56,
-        94,
-        96,
-        96,
-    ]
-    assert Curriculum().length(0, 100, 96) == 96
-    assert set(SAID) == {"aa", "bb", "cc", "dd"} and NULL == -1
-    assert Recipe.model_fields["plan"].default.sizes == [64, 512]
 
 
 def test_the_meter_is_the_naive_count():

@@ -37,7 +37,6 @@ def runs(tmp_path_factory, base_folder):
         "learning_rate": 2e-2,
         "concept_learning_rate": 2e-2,
         "lora": {"rank": 8},
-        "log_every": 10,
         "heldout_every": 40,
         "save_every": 40,
         "heldout_tokens": 160,

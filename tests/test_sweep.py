@@ -8,22 +8,21 @@ import pytest
 import yaml
 
 from conftest import ctrl_c, metrics, sememe, tiny_recipe
+from sememe import sweep as sweeps
 from sememe.errors import DataError, Interrupted, RecipeError, TrainingError
 from sememe.evaluation.quality import layer_share
 from sememe.models import OnlineConfig
-from sememe.training import sweep as sweeps
-from sememe.training.recipe import check_recipe, known_keys
-from sememe.training.sweep import (
+from sememe.options import check_recipe, known_keys
+from sememe.sweep import (
     baseline,
     parse_grid,
-    parse_seeds,
     plan,
-    split_values,
     summarise,
     sweep,
 )
+from sememe.systems import SYSTEMS
 
-SHORT = {"steps": 4, "save_every": 2, "schedule": {}}
+SHORT = {"steps": 4, "save_every": 2, "quantise": [0.3, 0.6]}
 
 
 @pytest.fixture
@@ -58,20 +57,6 @@ def stamps(out: Path, name: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "text, parts",
-    [
-        ("0.5,0.25", ["0.5", "0.25"]),
-        ("[0,0.1],[0,0.3]", ["[0,0.1]", "[0,0.3]"]),
-        ("one", ["one"]),
-        ("{a: 1, b: [2, 3]},x", ["{a: 1, b: [2, 3]}", "x"]),
-        ('"a,b",c', ['"a,b"', "c"]),
-    ],
-)
-def test_values_with_commas_stay_whole_in_brackets(text, parts):
-    assert split_values(text) == parts
-
-
-@pytest.mark.parametrize(
     "words, said",
     [
         (["rate"], "need key=value"),
@@ -85,12 +70,6 @@ def test_a_grid_that_cannot_be_read(words, said):
         parse_grid(words)
 
 
-def test_seeds_are_whole_numbers():
-    assert parse_seeds("0,1,2") == (0, 1, 2) and parse_seeds("") == ()
-    with pytest.raises(RecipeError, match="--seeds a,1: need whole numbers"):
-        parse_seeds("a,1")
-
-
 def names(recipe, words, control=False):
     return [job.folder_name for job in plan(recipe, parse_grid(words), control)[0]]
 
@@ -98,9 +77,9 @@ def names(recipe, words, control=False):
 def test_points_have_readable_names(recipe):
     assert names(recipe, ["steps=4"]) == ["online"]
     assert names(recipe, ["rate=0.5,0.25", "steps=4"]) == ["rate-0.5", "rate-0.25"]
-    assert names(recipe, ["schedule.quantise=[0.1,0.2],[0.3,0.6]"]) == [
-        "schedule.quantise-0.1-0.2",
-        "schedule.quantise-0.3-0.6",
+    assert names(recipe, ["quantise=[0.1,0.2],[0.3,0.6]"]) == [
+        "quantise-0.1-0.2",
+        "quantise-0.3-0.6",
     ]
     assert names(recipe, ["boundary=null,fixed", "seed=0,1"]) == [
         "boundary-null_seed-0",
@@ -125,7 +104,7 @@ def test_baselines_are_trained_once_for_each_setting_that_they_read(recipe):
         "window_shallow_window-8",
     ]
     by_split = names(
-        recipe, ["split={shallow: 1, middle: 2, deep: 1},{shallow: 1, middle: 1, deep: 2}"], True
+        recipe, ["split=[1,2,1],[1,1,2]"], True
     )
     assert [name.split("_")[0] for name in by_split[:3]] == ["control", "skip", "skip"] and len(
         by_split
@@ -158,14 +137,13 @@ def test_baselines_are_trained_once_for_each_setting_that_they_read(recipe):
 
 def test_no_key_that_the_control_reads_is_taken_from_it():
     """That would make the comparison unequal without a word."""
-    split = {"split.shallow", "split.middle", "split.deep"}
-    for system, middle in (
+    for system, own in (
         ("control", set()),
-        ("skip", split | {"bridge", "concept_learning_rate", "calibration_tokens"}),
-        ("window", split | {"rate", "shallow_window"}),
+        ("skip", {"split", "bridge", "concept_learning_rate", "calibration_tokens"}),
+        ("window", {"split", "rate", "shallow_window"}),
     ):
-        kept = {key for key in known_keys() if not sweeps._ignored(key, sweeps.NOT_READ[system])}
-        assert kept >= middle | {
+        unread = SYSTEMS[system].unread
+        assert set(known_keys()) - unread >= own | {
             "system",
             "base",
             "data.train",
@@ -182,14 +160,12 @@ def test_no_key_that_the_control_reads_is_taken_from_it():
             "gradient_checkpointing",
             "seed",
         }
-        assert {key.partition(".")[0] for key in known_keys()} >= set(sweeps.NOT_READ[system]), (
-            "no key that recipes lack"
-        )
+        assert set(known_keys()) >= unread, "no key that recipes lack"
 
 
 def test_a_baseline_keeps_what_it_reads(recipe_values):
     point = check_recipe(
-        recipe_values | {"seed": 3, "rate": 0.5, "split": {"shallow": 1, "middle": 1, "deep": 2}},
+        recipe_values | {"seed": 3, "rate": 0.5, "split": [1, 1, 2]},
         "test",
     )
     control, skip = baseline(point, "control"), baseline(point, "skip")
@@ -323,7 +299,6 @@ def test_a_failing_point_is_reported_and_the_rest_goes_on(recipe, tmp_path, monk
     [
         (["rat=0.5,0.25"], {}, RecipeError, "unknown key 'rat'"),
         (["rate=0.5"], {"data": "missing.txt"}, DataError, "missing.txt does not exist"),
-        (["seed=0,1"], {"seeds": (0, 1)}, RecipeError, "need one of the two"),
     ],
 )
 def test_bad_input_stops_before_anything_is_written(recipe, tmp_path, words, more, error, said):

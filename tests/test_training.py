@@ -106,7 +106,7 @@ def test_rate_is_realised_in_training_and_on_heldout_text(recipe_values, tmp_pat
         "rate": 0.25,
         "max_tail": 16,
         "heldout_tokens": 2048,
-        "schedule": {"quantise": [0.3, 0.6]},
+        "quantise": [0.3, 0.6],
     }
     lines = run(values, tmp_path / "r")
     trained = sum(line["rate"] for line in lines[-8:]) / 8
@@ -180,7 +180,7 @@ def test_two_processes_train_as_one(recipe_values, tmp_path):
         "max_tail": 40,
         "boundary": "fixed",
         "batch_size": 4,
-        "schedule": {"quantise": [0, 0]},
+        "quantise": [0, 0],
     }
     one = run(values, tmp_path / "one")
     process = launch(values, tmp_path / "two", processes=2)

@@ -7,7 +7,8 @@ from families import text, tiny_base
 from sememe.backbone.calling import CACHE
 from sememe.errors import RecipeError
 from sememe.models import ControlConfig, ControlForCausalLM
-from sememe.training.recipe import check_recipe
+from sememe.options import check_recipe
+from sememe.systems import SYSTEMS
 
 LAYERS = 4
 
@@ -80,10 +81,15 @@ def test_a_base_with_its_own_window_is_refused(family):
         windowed(3, family=family)
 
 
-def test_the_window_of_a_recipe_is_the_cache_of_its_concepts(recipe_values):
-    recipe = check_recipe(
-        recipe_values | {"system": "window", "rate": 0.25, "sequence_length": 256}, "test"
-    )
-    assert recipe.window((4, 22, 4)) == round(256 * (4 + 26 * 0.25) / 30) - 1
-    assert recipe.model_copy(update={"shallow_window": 7}).window((4, 22, 4)) == 7
-    assert recipe.model_copy(update={"sequence_length": 8, "rate": 0.01}).window((1, 62, 1)) == 1
+@pytest.mark.parametrize(
+    "layers, changes, want",
+    [
+        (30, {"split": [4, 22, 4]}, round(256 * (4 + 26 * 0.25) / 30) - 1),
+        (30, {"split": [4, 22, 4], "shallow_window": 7}, 7),
+        (64, {"split": [1, 62, 1], "sequence_length": 8, "rate": 0.01}, 1),
+    ],
+)
+def test_the_window_of_a_recipe_is_the_cache_of_its_concepts(recipe_values, layers, changes, want):
+    values = {**recipe_values, "system": "window", "rate": 0.25, "sequence_length": 256, **changes}
+    recipe = check_recipe(values, "test")
+    assert SYSTEMS["window"].config(recipe, layers).window == want

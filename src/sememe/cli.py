@@ -152,8 +152,8 @@ def train(
     Its control, on the same batches: `sememe train recipes/demo.yaml steps=200 system=control --out
     runs/r2-control`
     """
+    from sememe.options import load_recipe
     from sememe.training.callbacks import read_metrics
-    from sememe.training.recipe import load_recipe
     from sememe.training.resume import same_run
     from sememe.training.run import train as run_training
 
@@ -183,8 +183,8 @@ def sweep(
     Over seeds: `seed=0,1,2`. The same command resumes after Ctrl-C.
 
     Example: `sememe sweep recipes/demo.yaml rate=0.5,0.25 steps=40 --control --out runs/rates`"""
+    from sememe import sweep as sweeps
     from sememe.report import write_report
-    from sememe.training import sweep as sweeps
 
     result = sweeps.sweep(recipe, grid or [], out, control, tokens, say=say)
     yield result

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sememe.data import byte_counts, encoder, read_rows, read_texts
 from sememe.errors import DataError
+from sememe.options import upgraded
 from sememe.paths import locate
 
 if TYPE_CHECKING:
@@ -98,17 +99,12 @@ class PairForm:
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> PairForm | None:
         """That of a recipe's plain values; None where it trains on running text."""
-        data = recipe.get("data", {})
-        share = data.get("source_share") or data.get("opening")  # its name in older runs
-        named = data.get("source") is not None
-        if not named and share is None and recipe.get("system") != "planner":
+        recipe = upgraded(recipe, "recipe")
+        fields, share = (recipe["data"].get(key) for key in ("fields", "source_share"))
+        if fields is None and share is None and recipe.get("system") != "planner":
             return None
-        return cls(
-            (data["source"], data["target"]) if named else None,
-            share or SOURCE_SHARE,
-            recipe["source_length"],
-            recipe["target_length"],
-        )
+        lengths = recipe["source_length"], recipe["target_length"]
+        return cls(fields and tuple(fields), SOURCE_SHARE if share is None else share, *lengths)
 
     def load(
         self,

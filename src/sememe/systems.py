@@ -16,14 +16,35 @@ from sememe.errors import RecipeError
 from sememe.evaluation.plans import pair_figures
 from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
 from sememe.models.adapted import AdaptedModel
-from sememe.models.configuration import AdaptedConfig, check_split, sink_id
+from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
 from sememe.models.loading import check_length, longest_text
 from sememe.models.planner.signals import SignalReader
+from sememe.options import (
+    CompressorOptions,
+    OnlineOptions,
+    Options,
+    Recipe,
+    check_rate,
+    split_layers,
+)
+from sememe.pairs import PairForm
 from sememe.training.callbacks import Schedule, calibrating
 from sememe.training.instruments import ConceptMeter, heldout_figures
 from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, saved_plans
-from sememe.training.recipe import Recipe
 from sememe.training.trainer import Blocks
+
+OF_CONCEPTS = frozenset(
+    {
+        *OnlineOptions.model_fields,
+        *CompressorOptions.model_fields,
+        "quantise",
+        "distil",
+        "lora.shallow",
+        "concept_learning_rate",
+        "calibration_tokens",
+    }
+)
+"""Keys that are about concepts alone."""
 
 
 @dataclass
@@ -67,6 +88,19 @@ class System:
     """Whether it follows the schedule; a run can be made longer once its ramp has ended."""
     lengthens = True
     """Whether a run can be made longer at all."""
+    distils = False
+    """Whether its loss may be a distillation from the base; baselines learn from the text alone."""
+    two_adapters = False
+    """Layers that are computed again in the backward pass would meet the other adapter."""
+    reads_pairs = False
+    """Whether it can be trained on pairs of a source and a target."""
+    measured_on_text = True
+    """Whether its quality is that on running text, as a sweep measures it."""
+    baselines: tuple[str, ...] = ()
+    """Systems without concepts that a sweep trains beside it."""
+    unread: frozenset[str] = frozenset()
+    """Recipe keys that it does not read, and that a sweep may vary. One that is missing here costs
+    a sweep a baseline for each of its values; one too many would make the comparison unequal."""
 
     @property
     def model_class(self) -> type[AdaptedModel]:
@@ -75,6 +109,16 @@ class System:
     def check(self, recipe: Recipe, processes: int) -> None:
         """Raises RecipeError where the recipe cannot be trained in so many processes."""
         parts = processes * recipe.gradient_accumulation
+        refused = {
+            f"distil = {recipe.distil}": recipe.distil > 0 and not self.distils,
+            "gradient_checkpointing = true": recipe.gradient_checkpointing and self.two_adapters,
+            "pairs of data.fields or data.source_share": recipe.on_pairs and not self.reads_pairs,
+        }
+        for key in (key for key, wrong in refused.items() if wrong):
+            raise RecipeError(
+                f"{key} with system = {self.name}, which cannot have it: need another system, or "
+                "the recipe without. try: docs/options.md"
+            )
         if recipe.batch_size % parts:
             raise RecipeError(
                 f"batch_size = {recipe.batch_size} does not divide into {processes} processes × "
@@ -83,7 +127,7 @@ class System:
 
     def check_lengths(self, recipe: Recipe, folder: Path) -> None:
         """Raises DataError where sequences are longer than the base has positions for."""
-        if recipe.pairs is None:
+        if not recipe.on_pairs:
             base_config = AutoConfig.from_pretrained(folder)
             longest = longest_text(base_config, bos=self.opens_with_bos)
             check_length(longest, recipe.sequence_length, "sequence_length=")
@@ -150,21 +194,9 @@ class Writing(System):
 
     ramps = True
 
-    def concept_keys(self, recipe: Recipe) -> dict[str, Any]:
-        """What the model's configuration takes from the recipe as it is."""
-        keys = (
-            "rate",
-            "max_tail",
-            "num_concepts",
-            "head",
-            "boundary",
-            "code_temperature",
-            "gumbel",
-            "pool",
-            "concept_dropout",
-            "codes_per_concept",
-        )
-        return {key: getattr(recipe, key) for key in keys} | _adapter_keys(recipe)
+    def check(self, recipe: Recipe, processes: int) -> None:
+        super().check(recipe, processes)
+        check_rate(recipe.rate, recipe.max_tail)
 
     def start(self, run: Run) -> None:
         """Sets the frame of the codes, the gate and the bridge from states of the base."""
@@ -193,33 +225,26 @@ class Online(Writing):
     """Reads and writes concepts while it goes: a shallow, a middle and a deep slice."""
 
     name = "online"
+    distils = True
+    baselines = ("control", "skip", "window")
 
     def config(self, recipe: Recipe, layers: int) -> OnlineConfig:
-        split = recipe.split.resolve(layers)
-        check_split(split, layers)
-        return OnlineConfig(
-            split=split,
-            shallow_window=recipe.shallow_window,
-            bridge=recipe.bridge,
-            anchor=recipe.anchor,
-            lora_first=0 if recipe.lora.shallow else split[0],
-            **self.concept_keys(recipe),
-        )
+        split = split_layers(recipe.split, layers)
+        keys = _keys(recipe, OnlineOptions) | {"split": split}
+        first = 0 if recipe.lora.shallow else split[0]
+        return OnlineConfig(lora_first=first, **keys, **_adapter_keys(recipe))
 
 
 class Compressor(Writing):
     """Text → concepts → text."""
 
     name = "compressor"
+    two_adapters = True
     opens_with_bos = True
 
     def config(self, recipe: Recipe, layers: int) -> CompressorConfig:
-        return CompressorConfig(
-            depth=recipe.depth,
-            continuation_share=recipe.continuation_share,
-            content=recipe.content,
-            **self.concept_keys(recipe),
-        )
+        keys = _keys(recipe, CompressorOptions)
+        return CompressorConfig(**keys, **_adapter_keys(recipe))
 
     def state(self, model: AdaptedModel) -> dict[str, float]:
         figures = super().state(model)
@@ -233,6 +258,9 @@ class Planner(System):
 
     name = "planner"
     shifts_labels = False
+    two_adapters = True
+    reads_pairs = True
+    measured_on_text = False
     lengthens = False  # its plans are of the pairs that its steps see
 
     def check(self, recipe: Recipe, processes: int) -> None:
@@ -245,21 +273,16 @@ class Planner(System):
             )
 
     def config(self, recipe: Recipe, layers: int) -> PlannerConfig:
-        plan = recipe.plan
         return PlannerConfig(
-            plan_sizes=plan.sizes,
-            plan_lengths=plan.lengths,
-            parallel=plan.parallel,
-            multi_token=plan.multi_token,
-            plan_weight=plan.weight,
-            plan_dropout=plan.dropout,
-            straight_through=plan.straight_through,
-            plan_signals=plan.signals,
-            code_temperature=recipe.code_temperature,
             plan_max_source=recipe.source_length,
+            code_temperature=recipe.code_temperature,
             seed=recipe.seed,
+            **{name: getattr(recipe.plan, key) for key, name in PLAN_KEYS.items()},
             **_adapter_keys(recipe),
         )
+
+    def check_lengths(self, recipe: Recipe, folder: Path) -> None:
+        """Those of pairs are checked when they are read."""
 
     def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
         """Pairs. Source and target each stand beside a plan, never beside each other."""
@@ -298,18 +321,19 @@ class Control(System):
     """The baseline: the base with the same LoRA on the same batches, and no concepts."""
 
     name = "control"
+    reads_pairs = True
+    unread = OF_CONCEPTS
 
     def check(self, recipe: Recipe, processes: int) -> None:
         super().check(recipe, processes)
         _check_trains_something(recipe)
 
     def config(self, recipe: Recipe, layers: int) -> ControlConfig:
-        check_split(recipe.split.resolve(layers), layers)
         return ControlConfig(**_adapter_keys(recipe))
 
     def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
         """A planner's control reads source and target of the same pairs as one text."""
-        if recipe.pairs is None:
+        if not recipe.on_pairs:
             return super().batches(recipe, tokenizer, folder, say)
         train, heldout, base_config = _pairs(recipe, tokenizer, folder, say)
         longest = longest_text(base_config, bos=True)
@@ -326,10 +350,11 @@ class Skip(Control):
     """A baseline without the middle slice."""
 
     name = "skip"
+    reads_pairs = False
+    unread = OF_CONCEPTS - {"split", "bridge", "concept_learning_rate", "calibration_tokens"}
 
     def config(self, recipe: Recipe, layers: int) -> ControlConfig:
-        shallow, middle, deep = recipe.split.resolve(layers)
-        check_split((shallow, middle, deep), layers)
+        shallow, middle, _ = split_layers(recipe.split, layers)
         skipped = (shallow, shallow + middle)
         return ControlConfig(skipped=skipped, bridge=recipe.bridge, **_adapter_keys(recipe))
 
@@ -342,22 +367,32 @@ class Window(Control):
     """A baseline that sees the last tokens and the first one, with as much cache as `online`."""
 
     name = "window"
+    reads_pairs = False
+    unread = OF_CONCEPTS - {"rate", "split", "shallow_window"}
 
     def config(self, recipe: Recipe, layers: int) -> ControlConfig:
-        split = recipe.split.resolve(layers)
-        check_split(split, layers)
-        return ControlConfig(window=recipe.window(split), **_adapter_keys(recipe))
+        shallow, middle, deep = split_layers(recipe.split, layers)
+        # As many tokens as the caches of `online` have rows for at the end of a sequence; the first
+        # token, which is always seen, takes one of them.
+        rows = (shallow + (middle + deep) * recipe.rate) * recipe.sequence_length / layers
+        window = recipe.shallow_window or max(1, round(rows) - 1)
+        return ControlConfig(window=window, **_adapter_keys(recipe))
 
 
 SYSTEMS: dict[str, System] = {
     system.name: system
-    for system in (Online(), Compressor(), Planner(), Control(), Skip(), Window())
+    for system in (Control(), Skip(), Window(), Online(), Compressor(), Planner())
 }
 
 
 def system_of(config) -> System | None:
     """The system of a model's configuration; None for a plain base."""
     return SYSTEMS.get(getattr(config, "system", None))
+
+
+def _keys(recipe: Recipe, options: type[Options]) -> dict[str, Any]:
+    """The options of a model's configuration, as the recipe has them."""
+    return {key: getattr(recipe, key) for key in options.model_fields}
 
 
 def _adapter_keys(recipe: Recipe) -> dict[str, Any]:
@@ -382,7 +417,7 @@ def _check_trains_something(recipe: Recipe) -> None:
 def _pairs(recipe: Recipe, tokenizer, folder: Path, say):
     """As many training pairs as the run can see, held-out pairs of at least `heldout_tokens` target
     tokens, and the base's configuration. Raises DataError: missing or empty text or fields."""
-    form = recipe.pairs
+    form = PairForm.of(recipe.model_dump())
     train = form.load(recipe.data.train, tokenizer, max_pairs=recipe.steps * recipe.batch_size)
     heldout = form.load(recipe.data.heldout, tokenizer, min_tokens=recipe.heldout_tokens)
     if cut := train.cut():

@@ -4,9 +4,17 @@ need."""
 from transformers import AutoConfig, PreTrainedConfig
 
 from sememe.concepts.boundary import BOUNDARIES
-from sememe.concepts.head import HEADS
 from sememe.concepts.plan import PlanShape
 from sememe.errors import CheckpointError, RecipeError
+from sememe.options import (
+    CompressorOptions,
+    Concepts,
+    OnlineOptions,
+    Plan,
+    check_rate,
+    checked,
+    split_layers,
+)
 
 # Options of earlier releases, and the value at which a saved model is what it was.
 REMOVED = {
@@ -65,241 +73,134 @@ class AdaptedConfig(PreTrainedConfig):
             setattr(self, name, getattr(text_config, name, None))
         self.tie_word_embeddings = getattr(text_config, "tie_word_embeddings", False)
 
+    def check(self) -> None:
+        """Raises RecipeError where a value does not fit the others, or the base."""
+
 
 class ConceptConfig(AdaptedConfig):
-    """What every system that writes concepts shares: where they are written, and their codes.
+    """What every system that writes concepts shares: the options of that name, by which they are
+    checked as well.
 
     Args:
-        max_tail: longest run of normal tokens; then a concept is forced.
-        num_concepts: size K of the codebook.
-        codes_per_concept: stages G of the codebook: a concept is G digits of K, one integer below
-            K^G.
-        head: `joint` (one softmax over K + 1) or `nearest` (whether apart from which, which by
-            distance).
-        boundary: how segments close, see `concepts/boundary.py`.
-        pool: codes are read from the mean of the segment's tail too (`concepts/pool.py`).
-        concept_dropout: share of the coded concepts that carry nothing, in training.
-        rate, quantise: where the `Dial` stands at first.
-        code_temperature, gumbel: of the straight-through softmax in training; gumbel scales the
-            noise, 0 for none."""
+        quantise: where the `Dial` stands at first, as `rate`.
+        options: keys of `options`, see sememe/options.py."""
 
     model_type = "sememe-concepts"
+    options: type[Concepts] = Concepts
 
-    def __init__(
-        self,
-        text_config=None,
-        rate: float = 0.25,
-        max_tail: int = 16,
-        num_concepts: int = 4096,
-        head: str = "nearest",
-        boundary: str = "null",
-        quantise: float = 1.0,
-        code_temperature: float = 1.0,
-        gumbel: float = 0.0,
-        concept_dropout: float = 0.0,
-        codes_per_concept: int = 1,
-        pool: bool = False,
-        **kwargs,
-    ):
-        self.rate, self.max_tail, self.num_concepts, self.pool = rate, max_tail, num_concepts, pool
-        self.codes_per_concept = codes_per_concept
-        self.head, self.boundary, self.quantise = head, boundary, quantise
-        self.code_temperature, self.gumbel = code_temperature, gumbel
-        self.concept_dropout = concept_dropout
+    def __init__(self, text_config=None, quantise: float = 1.0, **options):
+        self.quantise = quantise
         for key, neutral in REMOVED.items():
-            if (value := kwargs.pop(key, neutral)) != neutral:
+            if (value := options.pop(key, neutral)) != neutral:
                 raise CheckpointError(
                     f"{key} = {value!r} in the configuration of this model: need {neutral!r}, the "
                     "option is no more. try: an earlier release of sememe, or train it again"
                 )
-        super().__init__(text_config=text_config, **kwargs)
+        own = {key: options.pop(key) for key in self.options.model_fields if key in options}
+        for key, value in checked(self.options, own).model_dump(mode="json").items():
+            setattr(self, key, value)
+        super().__init__(text_config=text_config, **options)
 
     def check(self) -> None:
-        """Raises RecipeError where a value cannot be run."""
-        if not 0 < self.rate <= 1:
-            raise RecipeError(
-                f"rate = {self.rate}: need concepts per token in (0, 1]. try: rate=0.25"
-            )
-        if self.rate * (self.max_tail + 1) < 1 - 1e-9:
-            raise RecipeError(
-                f"max_tail = {self.max_tail} forces more than rate = {self.rate} concepts per "
-                "token: need max_tail ≥ "
-                f"{round(1 / self.rate) - 1}. try: max_tail={4 * round(1 / self.rate)}"
-            )
-        for name, value, known in (
-            ("head", self.head, HEADS),
-            ("boundary", self.boundary, BOUNDARIES),
-        ):
-            if value not in known:
-                raise RecipeError(
-                    f"{name} = {value!r}: need one of {', '.join(known)}. try: "
-                    f"{name}={next(iter(known))}"
-                )
-        if self.num_concepts < 2:
-            raise RecipeError(
-                f"num_concepts = {self.num_concepts}: need at least 2. try: num_concepts=4096"
-            )
-        if self.codes_per_concept < 1 or self.num_concepts**self.codes_per_concept > 2**48:
-            raise RecipeError(
-                f"codes_per_concept = {self.codes_per_concept} of num_concepts = "
-                f"{self.num_concepts}: need at least 1 and at "
-                "most 48 bits per concept. try: codes_per_concept=2"
-            )
-        if self.pool and BOUNDARIES[self.boundary].accumulates:
-            raise RecipeError(
-                f"pool = true with boundary = {self.boundary!r}, which reads the whole segment "
-                "already: need "
-                "one of them. try: pool=false"
-            )
+        """Raises RecipeError where a value does not fit the others, or the base."""
+        check_rate(self.rate, self.max_tail)
 
 
 class OnlineConfig(ConceptConfig):
     """Online concept compression (docs/concepts.md).
 
     Args:
-        split: layers in the shallow, middle and deep slice.
-        bridge: tail states get a linear guess of what the middle slice would have added
-            (`concepts/bridge.py`).
-        anchor: a concept starts from what its token alone tells; the codes say the rest
-            (`concepts/anchor.py`).
-        shallow_window: tokens that a token sees in the shallow slice, itself among them and the
-            first one beside them; None for all. The shallow cache then stops growing.
         prefill_chunk: tokens that a cached forward takes at a time, so that no mask grows with
             their square; 0 for all."""
 
     model_type = "sememe-online"
     system = "online"
+    options = OnlineOptions
 
-    def __init__(
-        self,
-        text_config=None,
-        split=(4, 22, 4),
-        bridge: bool = False,
-        anchor: bool = False,
-        shallow_window: int | None = None,
-        prefill_chunk: int = 1024,
-        **kwargs,
-    ):
-        self.split, self.bridge, self.anchor = list(split), bridge, anchor
-        self.shallow_window, self.prefill_chunk = shallow_window, prefill_chunk
-        super().__init__(text_config=text_config, **kwargs)
+    def __init__(self, text_config=None, prefill_chunk: int = 1024, **options):
+        self.prefill_chunk = prefill_chunk
+        super().__init__(text_config=text_config, **options)
 
     def check(self) -> None:
-        """Raises RecipeError where a value cannot be run."""
-        check_split(self.split, self.text_config.num_hidden_layers)
+        """Raises RecipeError where a value does not fit the others, or the base."""
+        self.split = list(split_layers(self.split, self.text_config.num_hidden_layers))
         super().check()
+        if self.pool and BOUNDARIES[self.boundary].accumulates:
+            raise RecipeError(
+                f"pool = true with boundary = {self.boundary!r}, which reads the whole segment "
+                "already: need one of them. try: pool=false"
+            )
         if BOUNDARIES[self.boundary].offline:
             raise RecipeError(
                 f"boundary = {self.boundary!r} reads all of a text before it writes a concept, and "
-                "an online model "
-                "none of what is to come: need system: compressor for it. try: boundary=null"
+                "an online model none of what is to come: need system: compressor for it. try: "
+                "boundary=null"
             )
-        if (self.shallow_window or 1) < 1 or self.prefill_chunk < 0:
-            raise RecipeError(
-                f"shallow_window = {self.shallow_window}, prefill_chunk = {self.prefill_chunk}: "
-                "need at least 1 "
-                "token, or none for no limit. try: shallow_window=256"
-            )
-
-
-CONTENTS = ("bins", "news")
 
 
 class CompressorConfig(ConceptConfig):
     """Text → concepts → text (docs/concepts.md).
 
     Args:
-        content: what codes stand for: `bins`, which of the words that the base takes for one
-            another stand there (`concepts/bins.py`), or `news`, what the words' embeddings add to
-            what is foretold (`concepts/news.py`).
-        depth: layers that the compressor reads a text with; None for all.
-        continuation_share: of the loss: going on from the concepts of a text's first half, instead
-            of writing the text again.
         beams: texts that are kept beside each other while one is written from its concepts.
         bins_rate: rate that most codes of `bins` are for, wherever the dial stands; None for `rate`
             as it is now."""
 
     model_type = "sememe-compressor"
     system = "compressor"
+    options = CompressorOptions
 
     def __init__(
-        self,
-        text_config=None,
-        depth: int | None = None,
-        continuation_share: float = 0.0,
-        content: str = "bins",
-        beams: int = 16,
-        bins_rate: float | None = None,
-        **kwargs,
+        self, text_config=None, beams: int = 16, bins_rate: float | None = None, **options
     ):
-        self.depth, self.continuation_share, self.content, self.beams = (
-            depth,
-            continuation_share,
-            content,
-            beams,
-        )
-        super().__init__(text_config=text_config, **kwargs)
+        self.beams = beams
+        super().__init__(text_config=text_config, **options)
         self.bins_rate = self.rate if bins_rate is None else bins_rate
 
     def check(self) -> None:
-        """Raises RecipeError where a value cannot be run."""
+        """Raises RecipeError where a value does not fit the others, or the base."""
         super().check()
         layers = self.text_config.num_hidden_layers
-        if not 1 <= (self.depth or layers) <= layers:
+        if (self.depth or layers) > layers:
             raise RecipeError(
                 f"depth = {self.depth}, but this base has {layers} layers: need 1 to {layers}. "
                 f"try: depth={layers}"
             )
-        width = self.text_config.hidden_size
-        if 2 * (self.max_tail + 1) > width:
+        # Of the coordinates of a state each length takes one.
+        longest = self.text_config.hidden_size // 2 - 1
+        if self.content == "bins":
+            longest = min(longest, self.num_concepts - 1)  # and a code for each length
+        if self.max_tail > longest:
             raise RecipeError(
-                f"max_tail = {self.max_tail}: of a compressor's {width} coordinates each length "
-                "takes one, need at "
-                f"most {width // 2 - 1}. try: max_tail={min(16, width // 2 - 1)}"
-            )
-        if self.content not in CONTENTS:
-            raise RecipeError(
-                f"content = {self.content!r}: need one of {', '.join(CONTENTS)}. try: "
-                f"content={CONTENTS[0]}"
-            )
-        if self.content == "bins" and self.num_concepts <= self.max_tail:
-            raise RecipeError(
-                f"num_concepts = {self.num_concepts} with max_tail = {self.max_tail}: need a code "
-                "for each length, "
-                f"at least {self.max_tail + 1}. try: max_tail={self.num_concepts - 1}, or "
-                "content=news"
+                f"max_tail = {self.max_tail}: of a compressor with width "
+                f"{self.text_config.hidden_size} and {self.num_concepts} codes need at most "
+                f"{longest}. try: max_tail={min(16, longest)}"
             )
         if self.beams < 1:
-            raise RecipeError(
-                f"beams = {self.beams}: need at least 1, the likeliest word each time. try: "
-                "beams=16"
-            )
-        if not 0 <= self.continuation_share <= 1:
-            raise RecipeError(
-                f"continuation_share = {self.continuation_share}: need a share of the loss in [0, "
-                "1]. "
-                "try: continuation_share=0.5"
-            )
+            raise RecipeError(f"beams = {self.beams}: need at least 1. try: beams=16")
+
+
+PLAN_KEYS = {
+    "sizes": "plan_sizes",
+    "lengths": "plan_lengths",
+    "weight": "plan_weight",
+    "dropout": "plan_dropout",
+    "signals": "plan_signals",
+    "parallel": "parallel",
+    "multi_token": "multi_token",
+    "straight_through": "straight_through",
+}
+"""Option of `Plan` → its name in the configuration."""
 
 
 class PlannerConfig(AdaptedConfig):
-    """Source → plan → text (`models/planner.py`).
+    """Source → plan → text (docs/planner.md).
 
     Args:
-        plan_sizes: ids of each type of concept.
-        plan_lengths: concepts of each type at most.
-        parallel: types are written at the same time, each from the source alone; else one after
-            another.
-        multi_token: concepts that one step of the planner writes; 1 for one at a time.
         plan_max_source: tokens of the source that are read, its last ones; None for all.
         code_temperature: of the mixture that straight-through gradients are of.
-        straight_through: what the executor reads passes its gradient on to the planner.
-        plan_weight: of the plan's own cross entropy in the loss, nats per concept beside nats per
-            target token.
-        plan_dropout: share of the rows whose text is written without their plan, in training.
-        plan_signals: of what linear probes of the plan lose on the signals of the text, in the
-            loss; 0 for no probes.
-        seed: of the new modules' start."""
+        seed: of the new modules' start.
+        options: those of `PLAN_KEYS`, see sememe/options.py."""
 
     model_type = "sememe-planner"
     system = "planner"
@@ -307,72 +208,23 @@ class PlannerConfig(AdaptedConfig):
     def __init__(
         self,
         text_config=None,
-        plan_sizes=(512, 512),
-        plan_lengths=(4, 8),
-        parallel: bool = False,
-        multi_token: int = 1,
         plan_max_source: int | None = None,
         code_temperature: float = 1.0,
-        straight_through: bool = False,
-        plan_weight: float = 1.0,
-        plan_dropout: float = 0.0,
-        plan_signals: float = 0.0,
         seed: int = 0,
-        **kwargs,
+        **options,
     ):
-        self.plan_sizes, self.plan_lengths = list(plan_sizes), list(plan_lengths)
-        self.parallel, self.multi_token, self.plan_max_source = (
-            parallel,
-            multi_token,
-            plan_max_source,
-        )
-        self.code_temperature, self.straight_through = code_temperature, straight_through
-        self.plan_weight, self.plan_dropout, self.plan_signals, self.seed = (
-            plan_weight,
-            plan_dropout,
-            plan_signals,
-            seed,
-        )
-        super().__init__(text_config=text_config, **kwargs)
+        self.plan_max_source = plan_max_source
+        self.code_temperature = code_temperature
+        self.seed = seed
+        own = {key: options.pop(name) for key, name in PLAN_KEYS.items() if name in options}
+        plan = checked(Plan, own)
+        for key, name in PLAN_KEYS.items():
+            setattr(self, name, getattr(plan, key))
+        super().__init__(text_config=text_config, **options)
 
     @property
     def plan_shape(self) -> PlanShape:
         return PlanShape(tuple(self.plan_sizes), tuple(self.plan_lengths))
-
-    def check(self) -> None:
-        """Raises RecipeError where a value cannot be run."""
-        sizes, lengths = self.plan_sizes, self.plan_lengths
-        if not sizes or len(sizes) != len(lengths):
-            raise RecipeError(
-                f"plan_sizes = {sizes} and plan_lengths = {lengths}: need one of each for every "
-                "type. "
-                "try: plan_sizes=[512,512] plan_lengths=[4,8]"
-            )
-        if min(sizes) < 2 or min(lengths) < 1:
-            raise RecipeError(
-                f"plan_sizes = {sizes} and plan_lengths = {lengths}: need at least 2 ids and 1 "
-                "concept in each type"
-                ". try: plan_sizes=[512,512] plan_lengths=[4,8]"
-            )
-        if not 1 <= self.multi_token <= max(lengths):
-            raise RecipeError(
-                f"multi_token = {self.multi_token}: need 1 to {max(lengths)}, the concepts of the "
-                "longest type. "
-                "try: multi_token=1"
-            )
-        if self.plan_max_source is not None and self.plan_max_source < 1:
-            raise RecipeError(
-                f"plan_max_source = {self.plan_max_source}: need at least 1 token, or none for no "
-                "limit. "
-                "try: plan_max_source=512"
-            )
-        if self.code_temperature <= 0 or min(self.plan_weight, self.plan_signals) < 0:
-            raise RecipeError(
-                f"code_temperature = {self.code_temperature}, plan_weight = {self.plan_weight} and "
-                "plan_signals = "
-                f"{self.plan_signals}: need above 0, and at least 0. try: code_temperature=1 "
-                "plan_weight=1"
-            )
 
 
 class ControlConfig(AdaptedConfig):
@@ -412,26 +264,3 @@ def sink_id(text_config) -> int:
         (x for x in (text_config.bos_token_id, text_config.eos_token_id) if x is not None), 0
     )
     return found[0] if isinstance(found, list) else found
-
-
-def check_split(split, layers: int) -> None:
-    """Raises RecipeError unless the three slices fill the base's layers."""
-    shallow, middle, deep = split
-    if min(split) < 0 or shallow < 1 or deep < 1:
-        raise RecipeError(
-            f"split {shallow}/{middle}/{deep}: need at least 1 shallow and 1 deep layer. try: "
-            "split.shallow=1 split.deep=1"
-        )
-    if sum(split) != layers:
-        raise RecipeError(
-            f"shallow + middle + deep = {sum(split)}, but this base has {layers} layers: need "
-            f"{layers}. "
-            f"try: split.middle={layers - shallow - deep}"
-        )
-
-
-def default_split(layers: int) -> tuple[int, int, int]:
-    """A thick middle, which is where the gain is: 2/15 of the layers at each edge, as 4/22/4 of
-    30."""
-    edge = max(1, round(layers * 2 / 15))
-    return edge, layers - 2 * edge, edge

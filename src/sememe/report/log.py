@@ -103,7 +103,8 @@ def logged(lines: list[dict], key: str) -> list[float]:
 
 def warmup(recipe: dict[str, Any]) -> float:
     """Steps in which a planner does not learn."""
-    return (number(dig(recipe, "em.warmup")) or 0) * (number(recipe.get("steps")) or 0)
+    stages = dig(recipe, "em.stages") or [0]
+    return (number(stages[0]) or 0) * (number(recipe.get("steps")) or 0)
 
 
 def _by_entry(line: dict) -> dict:

@@ -278,7 +278,7 @@ RULES = (
         "the first 64 positions improve by 0.05 nats or more, the others by less than 0.1 of that",
         "plans serve the opening alone: a longer stage of short texts, or longer plans",
         only_opening,
-        ("curriculum={start: 16, until: 0.8}", "plan.lengths*2"),
+        ("curriculum=[16,0.8]", "plan.lengths*2"),
         PLANNER,
     ),
     Rule(
@@ -286,7 +286,7 @@ RULES = (
         "shuffling the planner's plans costs less than 0.02 nats, and z* is worth less than 0.1",
         "the text needs no plan, or ignores it: longer plans, a longer start on them, slower LoRA",
         plans_ignored,
-        ("plan.lengths*2", "em.warmup*2", "learning_rate*0.3"),
+        ("plan.lengths*2", "em.stages=[0.2,0.4]", "learning_rate*0.3"),
         PLANNER,
     ),
     Rule(
@@ -316,7 +316,7 @@ RULES = (
             "run.candidates_share.early",
             "run.worth.early",
         ),
-        ("em.proposers.diverse=4", "em.proposers.edit=4", "plan.weight*0.3", "em.distil*0.5"),
+        ("em.proposers.diverse=4", "em.proposers.edit=4", "plan.weight*0.3", "em.stages=[0.1,0.15]"),
         PLANNER,
     ),
     Rule(

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from sememe.errors import TrainingError
+from sememe.options import Recipe
 from sememe.progress import bar, leave_out
 from sememe.training.checkpoints import rotate, seal
 from sememe.training.instruments import gradient_norms
-from sememe.training.recipe import Recipe
 
 
 @contextlib.contextmanager
@@ -48,7 +48,9 @@ class Schedule(TrainerCallback):
         )
 
     def _at(self, step: int) -> float:
-        return self.recipe.schedule.at(step / max(1, self.recipe.steps - 1))
+        start, end = self.recipe.quantise
+        done = step / max(1, self.recipe.steps - 1)
+        return 1.0 if done >= end else max(0.0, (done - start) / (end - start))
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
@@ -96,6 +98,11 @@ class Finite(TrainerCallback):
                 "was not taken and the "
                 "last checkpoint stands. try: learning_rate=1e-4, or precision=fp32"
             )
+
+
+def log_every(steps: int) -> int:
+    """Steps between lines of the log: about 200 of them in a run."""
+    return max(1, steps // 200)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -155,7 +162,7 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """The Trainer has clipped by now; `on_log` knows by how much."""
         step = state.global_step + 1
-        if step % self.recipe.log_every == 0 or self._due(step, state):
+        if step % log_every(self.recipe.steps) == 0 or self._due(step, state):
             self.norms = gradient_norms(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

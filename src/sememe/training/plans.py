@@ -25,8 +25,8 @@ from sememe.evaluation.plans import other_plans, plan_use, target_nll
 from sememe.models.planner.em import EStep, greedy_plans
 from sememe.models.planner.first_plans import key_word_plans, piece_plans
 from sememe.models.planner.model import PlannerForCausalLM
+from sememe.options import Recipe
 from sememe.pairs import IGNORED, PairTensors
-from sememe.training.recipe import Recipe
 
 PLANS = "plans.safetensors"  # in a checkpoint
 FEW = 8  # pairs of an E-step whose plans are compared with the planner's own
@@ -58,8 +58,7 @@ class PairExamples(Dataset):
 
     def _length(self, i: int) -> int:
         """Target tokens that example i may have."""
-        recipe = self.recipe
-        return recipe.curriculum.length(i // recipe.batch_size, recipe.steps, recipe.target_length)
+        return self.recipe.target_tokens(i // self.recipe.batch_size)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         n = int(self.order_n[i])
@@ -160,10 +159,10 @@ class HardEM(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         em = self.recipe.em
         step = state.global_step
-        warm = step < round(em.warmup * self.recipe.steps)
+        warm = step < round(em.stages[0] * self.recipe.steps)
         model.dial.plan_weight = 0.0 if warm else model.config.plan_weight
         model.dial.straight_through = model.config.straight_through and not warm
-        after = step - em.starts(self.recipe.steps)
+        after = step - round(em.stages[1] * self.recipe.steps)
         if em.every and after >= 0 and after % em.every == 0:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
                 self.e_step(model, step)

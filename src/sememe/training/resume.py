@@ -7,16 +7,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sememe import storage
 from sememe.backbone.bases import fingerprint, resolve
 from sememe.errors import BaseError, RecipeError
 from sememe.evaluation.inputs import INPUTS, TEXTS, content, record, recorded
+from sememe.options import Recipe, flat, read_recipe
 from sememe.paths import usable
 from sememe.systems import SYSTEMS
 from sememe.training.checkpoints import last_checkpoint, step_of
-from sememe.training.recipe import Recipe, check_recipe
 from sememe.training.trainer import cosine
 
 FIGURES = ("evaluate.json", "ablate.json", "benchmark.json", "reconstruct.json")
@@ -35,10 +33,10 @@ def same_run(recipe: Recipe, run: Path) -> bool:
                 f"{run} is there and is no run folder: need an empty or new one. try: another --out"
             )
         return False
-    held, finished = held_recipe(run), (run / "model" / "manifest.json").is_file()
+    held, finished = read_recipe(run / "recipe.yaml"), (run / "model" / "manifest.json").is_file()
     if held == recipe and finished:
         return True
-    a, b = (_flat(one.model_dump()) for one in (held, recipe))
+    a, b = (flat(one.model_dump()) for one in (held, recipe))
     different = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     texts = tuple(f"data.{name}" for name in TEXTS)
     begun = finished or last_checkpoint(run / "checkpoints", clean=False) is not None
@@ -60,19 +58,6 @@ def same_run(recipe: Recipe, run: Path) -> bool:
                 "try: another --out"
             )
     return finished and "steps" not in different
-
-
-def held_recipe(run: Path) -> Recipe:
-    """The recipe that a run was begun with. Raises RecipeError where it cannot be read."""
-    path = run / "recipe.yaml"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): need the recipe of a run. "
-            "try: another --out"
-        ) from error
-    return check_recipe(values, str(path))
 
 
 def open_run(
@@ -97,7 +82,7 @@ def open_run(
             f"{base_sha256[:12]}… now: need the same weights to resume. try: another --out"
         )
     inputs["lengthened"] = before.get("lengthened", [])
-    if checkpoint is not None and (held := held_recipe(run)) != recipe:
+    if checkpoint is not None and (held := read_recipe(run / "recipe.yaml")) != recipe:
         for key, old, new in (
             ("base", held.base, recipe.base),
             *(
@@ -176,24 +161,14 @@ def _may_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:
             "need steps = "
             f"{held.steps} to resume. try: another --out with steps={recipe.steps}, from the start"
         )
-    end = recipe.schedule.quantise[1] if system.ramps else 0.0
+    end = recipe.quantise[1] if system.ramps else 0.0
     if end * (recipe.steps - 1) > step:
         longest = int(step / end) + 1
         raise RecipeError(
             f"{run} has {step} steps, and of steps = {recipe.steps} those are ahead of the end of "
-            f"schedule.quantise, which would go back: need at most {longest} steps. try: "
+            f"quantise, which would go back: need at most {longest} steps. try: "
             f"steps={longest}, or another "
             "--out with "
             f"steps={recipe.steps}, from the start"
         )
     return True
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys → values."""
-    found = {}
-    for key, value in values.items():
-        found |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return found

@@ -19,11 +19,11 @@ from transformers import TrainingArguments
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
 from sememe.errors import CheckpointError, DataError, Interrupted, TrainingError
+from sememe.options import Recipe
 from sememe.paths import source_sha256, usable
 from sememe.systems import SYSTEMS, Run
-from sememe.training.callbacks import Finite, Recorder, Seal, Stop
+from sememe.training.callbacks import Finite, Recorder, Seal, Stop, log_every
 from sememe.training.checkpoints import last_checkpoint, step_of
-from sememe.training.recipe import Recipe
 from sememe.training.resume import open_run, same_run
 from sememe.training.trainer import ConceptTrainer
 
@@ -173,7 +173,7 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         gradient_accumulation_steps=recipe.gradient_accumulation,
         max_grad_norm=1.0,
         bf16=precision(recipe) == "bf16",
-        logging_steps=recipe.log_every,
+        logging_steps=log_every(recipe.steps),
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=recipe.save_every,

@@ -12,9 +12,9 @@ from transformers import Trainer, TrainingArguments
 
 from sememe.backbone.adapters import without_lora
 from sememe.errors import CheckpointError, TrainingError
+from sememe.options import Recipe
 from sememe.training.instruments import ConceptMeter
 from sememe.training.plans import PlanMeter
-from sememe.training.recipe import Recipe
 
 
 def cosine(step: int, steps: int) -> float:

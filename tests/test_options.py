@@ -1,0 +1,138 @@
+"""Options of a recipe: each is defined once, and every fault is one sentence with got, need, try."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from sememe import options
+from sememe.concepts.boundary import BOUNDARIES
+from sememe.concepts.head import HEADS
+from sememe.errors import RecipeError
+from sememe.models.planner.proposers import PROPOSERS
+from sememe.options import Concepts, check_recipe, known_keys, load_recipe, split_layers
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def path(tmp_path, recipe_values):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_values))
+    return file
+
+
+def test_the_page_is_printed_from_the_options():
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert page == options.page() + "\n", "run: python -m sememe.options > docs/options.md"
+    assert len(known_keys()) <= 60
+    assert all(f"| `{key}` |" in page for key in known_keys())
+
+
+def test_overrides_are_dotted_and_typed(path):
+    words = ["rate=0.25", "split=[1,1,2]", "boundary=null", "lora.rank=2"]
+    recipe = load_recipe(path, words)
+    assert (recipe.rate, recipe.split, recipe.boundary) == (0.25, (1, 1, 2), "null")
+    assert recipe.lora.rank == 2 and recipe.lora.dropout == 0.1, "the rest of a group stays"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").iterdir()))
+def test_recipes_are_valid_and_read_back_equal_whole_or_short(name):
+    recipe = load_recipe(ROOT / "recipes" / name)
+    for whole in (True, False):
+        assert check_recipe(yaml.safe_load(recipe.yaml(whole)), "saved") == recipe
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("ratio=0.5", "unknown key 'ratio'.*try: rate"),
+        ("lora.rang=3", "unknown key 'lora.rang'.*try: lora.rank"),
+        ("rate=1.5", "rate = 1.5: .*less than or equal to 1"),
+        ("rate=0", "rate = 0: .*greater than 0"),
+        ("rate=fast", "rate = 'fast'"),
+        ("head=both", "head = 'both': Input should be 'nearest' or 'joint'"),
+        ("boundary=stride", "boundary = 'stride': Input should be 'null'"),
+        ("steps=0", "steps = 0"),
+        ("steps", "need key=value"),
+        ("split=[1,null,null]", r"split = \[1, None, None\]: need at most one"),
+        ("quantise=[0.5,0.1]", "quantise.*need start ≤ end"),
+        ("num_concepts=65536 codes_per_concept=4", "need at most 48 bits"),
+        ("data.heldout=${data.train}", "held-out text is never"),
+        ("data.fields=[a,a]", "need two fields of a row"),
+        ("plan.sizes=[64]", "need one of each for every type"),
+        ("plan.multi_token=9", "need at most 8"),
+        ("em.proposers={guess: 2}", "'guess' is no way to propose plans"),
+        ("em.proposers={beam: 0, sample: 0, edit: 0}", "need candidates"),
+        ("curriculum=[200,0.5]", "starts with more than target_length = 128"),
+        ("shared_map=true", "shared_map = True, and the option is no more: need False"),
+    ],
+)
+def test_bad_values_are_one_sentence(path, override, said):
+    words = [override] if "{" in override else override.split()
+    with pytest.raises(RecipeError, match=said) as caught:
+        load_recipe(path, words)
+    assert "\n" not in str(caught.value) and "try: " in str(caught.value)
+
+
+def test_missing_and_unreadable_files(path, tmp_path, recipe_values):
+    with pytest.raises(RecipeError, match=r"no recipe at .*try: .*recipe.yaml"):
+        load_recipe(tmp_path / "recipy.yaml")
+    for text in ("a: [1,", "- 1"):
+        (tmp_path / "broken.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=r"holds no key|cannot be read as a recipe"):
+            load_recipe(tmp_path / "broken.yaml")
+    recipe_values["data"].pop("heldout")
+    with pytest.raises(RecipeError, match=r"key 'data.heldout' is missing"):
+        check_recipe(recipe_values, "r")
+
+
+def test_recipes_of_earlier_releases_are_read(recipe_values):
+    values = {
+        **recipe_values,
+        "split": {"shallow": 1, "middle": None, "deep": 1},
+        "schedule": {"rate": [0.0, 0.0], "quantise": [0.1, 0.2]},
+        "curriculum": {"start": 0, "until": 0.5},
+        "em": {"warmup": 0.25, "distil": 0.5, "price": 0.5, "adaptive": False},
+        "estimator": "soft",
+        "log_every": 7,
+    }
+    values["data"] |= {"source": "instruction", "target": "response", "opening": None}
+    recipe = check_recipe(values, "old")
+    assert recipe.split == (1, None, 1) and recipe.quantise == (0.1, 0.2)
+    assert recipe.em.stages == (0.25, 0.75) and recipe.em.planner_weight == 0.5
+    assert recipe.curriculum is None and recipe.data.fields == ("instruction", "response")
+
+
+@pytest.mark.parametrize(
+    "split, layers, want",
+    [
+        (None, 30, (4, 22, 4)),
+        ((6, None, 4), 30, (6, 20, 4)),
+        ((None, 18, 8), 30, (4, 18, 8)),
+        ((1, 2, 3), 6, (1, 2, 3)),
+    ],
+)
+def test_split_is_filled_to_the_base(split, layers, want):
+    assert split_layers(split, layers) == want
+
+
+def test_split_that_does_not_fit_the_base():
+    with pytest.raises(RecipeError, match=r"= 6, but this base has 30 layers.*split=\[1,null,3\]"):
+        split_layers((1, 2, 3), 30)
+    with pytest.raises(RecipeError, match="split 0/28/2: need at least 1 shallow"):
+        split_layers((None, 28, 2), 30)
+
+
+def test_short_targets_come_first(recipe_values):
+    values = {**recipe_values, "steps": 100, "target_length": 96}
+    recipe = check_recipe({**values, "curriculum": [16, 0.5]}, "r")
+    assert [recipe.target_tokens(step) for step in (0, 25, 50, 99)] == [16, 56, 96, 96]
+    assert check_recipe(values, "r").target_tokens(0) == 96
+
+
+def test_names_are_those_that_there_are():
+    assert tuple(PROPOSERS) == options.PROPOSERS
+    for key, known in (("head", HEADS), ("boundary", BOUNDARIES)):
+        assert set(get_args(Concepts.model_fields[key].annotation)) == set(known), key
