@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from families import tiny_base
 from sememe.backbone import bases
-from sememe.errors import BaseError
+from sememe.errors import BaseError, CheckpointError
 
 IDS = torch.tensor([[1, 5, 9, 30, 2]])
 
@@ -147,7 +147,7 @@ def test_a_base_without_tokenizer_says_so(tiny):
     assert bases.load_tokenizer(tiny)("hi")["input_ids"]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tiny / name).unlink()
-    with pytest.raises(BaseError, match="no tokenizer"):
+    with pytest.raises(BaseError, match=r"tokenizer of .* cannot be loaded"):
         bases.load_tokenizer(tiny)
 
 
@@ -171,7 +171,6 @@ def fake(base_folder, tmp_path, monkeypatch):
         name="fake",
         member="pack/fake.gguf",
         member_sha256=hashlib.sha256(b"weights").hexdigest(),
-        disk_bytes=1,
     )
     monkeypatch.setenv("SEMEME_HOME", str(seen.home))
     monkeypatch.setitem(bases.KNOWN, "fake", seen.known)
@@ -190,25 +189,23 @@ def test_pull_makes_a_complete_base_once(fake):
     assert folder == fake.home / "bases" / "fake"
     assert [path.name for path in folder.parent.iterdir()] == ["fake"]  # no temporary folder stays
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["source"]["sha256"] == fake.known.member_sha256
     weights = (folder / "model.safetensors").read_bytes()
-    assert manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert manifest["model.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert bases.pull("fake", say=fail) == bases.resolve("fake", say=fail) == folder
     assert fake.downloads == 1
 
 
-def test_a_damaged_pull_is_found_and_replaced(fake):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_damaged_pull_is_found(fake, earlier):
     folder = bases.pull("fake", say=fake.said.append)
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
+    if earlier:  # the manifest that earlier releases wrote
+        digest = json.loads((folder / "manifest.json").read_text())["model.safetensors"]
+        manifest = {"name": "fake", "files": {"model.safetensors": {"sha256": digest}}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     bases.load_base(folder)
-    flip_a_bit(weights)
-    with pytest.raises(BaseError, match="its manifest says"):
+    flip_a_bit(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is corrupt.*pull"):
         bases.load_base(folder)
-    weights.write_bytes(whole[:-1])
-    bases.pull("fake", say=fake.said.append)
-    assert fake.downloads == 2
-    assert weights.read_bytes() == whole
 
 
 def test_pull_to_a_folder_of_the_user_never_overwrites(fake, tmp_path):
@@ -218,7 +215,7 @@ def test_pull_to_a_folder_of_the_user_never_overwrites(fake, tmp_path):
     (full / "thesis.txt").write_text("years of work")
     assert bases.pull("fake", to=empty, say=fake.said.append) == empty
     assert (empty / "manifest.json").is_file()
-    with pytest.raises(BaseError, match="empty folder"):
+    with pytest.raises(BaseError, match=r"Directory not empty.*empty folder"):
         bases.pull("fake", to=full, say=fake.said.append)
     assert [path.name for path in full.iterdir()] == ["thesis.txt"]
     assert fake.downloads == 1
@@ -231,15 +228,14 @@ def test_pull_of_an_unknown_name_lists_the_known(fake):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault", "downloads", "said"),
+    ("changes", "fault", "said"),
     [
-        ({"member_sha256": "0" * 64}, None, 1, "sha256"),
-        ({"disk_bytes": 10**18}, None, 0, "No space left"),
-        ({}, OSError(errno.ENOSPC, "No space left"), 1, r"No space.*SEMEME_HOME"),
-        ({}, RuntimeError("No space left"), 1, r"No space.*SEMEME_HOME"),
+        ({"member_sha256": "0" * 64}, None, "sha256"),
+        ({}, OSError(errno.ENOSPC, "No space left"), "No space"),
+        ({}, RuntimeError("No space left"), "No space"),
     ],
 )
-def test_a_failed_pull_leaves_nothing(fake, monkeypatch, changes, fault, downloads, said):
+def test_a_failed_pull_leaves_nothing(fake, monkeypatch, changes, fault, said):
     def convert(known, gguf, folder):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
@@ -249,7 +245,7 @@ def test_a_failed_pull_leaves_nothing(fake, monkeypatch, changes, fault, downloa
     monkeypatch.setattr(bases, "_save_dequantised", convert)
     with pytest.raises(BaseError, match=said):
         bases.pull("fake", say=fake.said.append)
-    assert fake.downloads == downloads
+    assert fake.downloads == 1
     assert left_behind(fake.home) == []
 
 
@@ -257,7 +253,7 @@ def test_a_failed_pull_leaves_nothing(fake, monkeypatch, changes, fault, downloa
     ("stderr", "said"),
     [
         ("/usr/bin/python: No module named pip", "No module named pip.*need pip"),
-        ("ERROR: first\nERROR: No matching distribution\nhint: look away", "No matching"),
+        ("ERROR: first\nERROR: No matching distribution", "No matching"),
         ("", "no message"),
     ],
 )

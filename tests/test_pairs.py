@@ -41,8 +41,8 @@ def test_two_named_fields_of_a_jsonl_and_a_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"instruction": "x", "response": " \n"}, r"line 3 has nothing in 'response'"),
-        ({"instruction": "", "response": "y"}, r"line 3 has nothing in 'instruction'"),
+        ({"instruction": "x", "response": " \n"}, r"line 3 has an empty field"),
+        ({"instruction": "", "response": "y"}, r"line 3 has an empty field"),
         ({"instruction": "x", "response": "\ud83d"}, r"line 3, field 'response', has half of a"),
         ({"instruction": "x"}, r"line 3 has no field 'response', it has 'instruction'"),
         ({"instruction": "x", "response": None}, r"line 3 has null in 'response'"),
@@ -116,7 +116,7 @@ def test_sources_end_and_targets_begin_at_the_same_column(tokenizer):
     assert tensors.source_NU.tolist() == [[a, b, c], [pad, pad, f]]
     assert tensors.source_mask_NU.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert tensors.target_NY.tolist() == [[d, e, eos, -100, -100], [g, h, i, j, eos]]
-    assert len(tensors) == 2 and tensors.cut() is None
+    assert len(tensors) == 2 and not tensors.cut()
     assert tensors.target_texts(tokenizer) == ["de", "ghij"]
     ids, mask = tensors.prompts(bos)
     assert ids.tolist() == [[bos, a, b, c], [pad, pad, bos, f]]

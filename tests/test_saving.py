@@ -14,8 +14,8 @@ from sememe.backbone.bases import KNOWN
 from sememe.errors import CheckpointError
 from sememe.models import ControlConfig, ControlForCausalLM, OnlineForCausalLM
 from sememe.models import adapted as adapted_module
-from sememe.models.adapted import check_manifest
 from sememe.models.loading import export_model, load_model, model_folder, shipped
+from sememe.storage import check_manifest
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 

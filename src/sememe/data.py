@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,8 @@ from torch import Tensor
 from sememe.errors import DataError, reason
 from sememe.paths import locate, shown, unreadable
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 PIECE_CHARS = 200_000
+BATCH = 16  # pieces, which the tokenizer works on in parallel
 HUB_TIMEOUT_S = 5
 
 
@@ -184,7 +182,7 @@ def check_text(text: str, place: str) -> str:
 # Texts → token blocks
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[Any]]:
+def encoder(tokenizer) -> Callable[[list[str]], list[Any]]:
     """Texts → for each its `ids`, no special ones, and their `offsets`, the characters [from, to)
     that each stands for. Raises DataError for a tokenizer that does not know these."""
     if not getattr(tokenizer, "is_fast", False):
@@ -196,7 +194,6 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[An
     plain.post_processor = None  # adds nothing, and trims no white space off the offsets
     plain.no_truncation()
     plain.no_padding()
-    # Many short documents in one call: the tokenizer then works on them in parallel.
     return functools.partial(plain.encode_batch, add_special_tokens=False)
 
 
@@ -214,7 +211,8 @@ def byte_counts(text: str, offsets: list[tuple[int, int]], skipped: int = 0) -> 
     end_n[-1] = len(text)
     # The last token of each character ends at a known byte; those before it are spread evenly.
     last_n = np.append(np.flatnonzero(np.diff(end_n)), len(end_n) - 1)
-    bytes_n = np.interp(np.arange(len(end_n)), [-1, *last_n], [0, *byte_n[end_n[last_n]]])
+    known_n = np.append(0, byte_n[end_n[last_n]])
+    bytes_n = np.interp(np.arange(len(end_n)), np.append(-1, last_n), known_n)
     return torch.from_numpy(np.diff(bytes_n.astype(np.int64), prepend=0))
 
 
@@ -234,93 +232,85 @@ class TextBlocks:
         return [self.text[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def token_blocks(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
-) -> Tensor:
-    """(N, length) long: the ids of `text_blocks`, to train on."""
-    return text_blocks(texts, tokenizer, length, limit).ids_NT
+def token_blocks(texts: list[str], tokenizer, length: int, limit: int | None = None) -> Tensor:
+    """(N, length) long: the texts as one stream of at most `limit` tokens, cut into full blocks.
 
-
-def text_blocks(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
-) -> TextBlocks:
-    """The documents as one stream of at most `limit` tokens, cut into full blocks of `length`.
-
-    The tokenizer's eos, if it has one, stands between documents; blank documents and the remainder
-    are dropped. Tokenising stops soon after `limit`. Raises DataError when there is not one full
+    The tokenizer's eos, if it has one, stands between texts; blank texts and the remainder are
+    dropped. Tokenising stops soon after `limit`. Raises DataError when there is not one full
     block."""
+    # Tensors one by one: a list of all ids would take several times their memory.
+    ids = [torch.tensor(ids) for ids, *_ in _encoded(texts, tokenizer, limit)]
+    return _cut(ids, length, limit)
+
+
+def text_blocks(texts: list[str], tokenizer, length: int, limit: int | None = None) -> TextBlocks:
+    """The blocks of `token_blocks` with the bytes that they stand for, to measure on."""
+    ids, byte_n, parts = [], [], []
+    for piece_ids, text, offsets, skipped in _encoded(texts, tokenizer, limit):
+        counts_n = byte_counts(text, offsets, skipped)
+        ids.append(torch.tensor(piece_ids))
+        byte_n += [counts_n.new_zeros(len(piece_ids) - len(counts_n)), counts_n]
+        parts.append(text)
+    ids_NT = _cut(ids, length, limit)
+    bytes_NT = torch.cat(byte_n)[: ids_NT.numel()].view_as(ids_NT)
+    return TextBlocks(ids_NT, bytes_NT, "".join(parts).encode()[: int(bytes_NT.sum())])
+
+
+def _cut(ids: list[Tensor], length: int, limit: int | None) -> Tensor:
+    ids_n = torch.cat([torch.zeros(0, dtype=torch.long), *ids])[:limit]
+    count = len(ids_n) // length * length
+    if not count:
+        raise DataError(
+            f"{'the limit leaves' if len(ids_n) == limit else 'the text has'} {len(ids_n)} tokens: "
+            f"need at least {length}, one block. try: more text, a higher limit or shorter blocks"
+        )
+    return ids_n[:count].view(-1, length)
+
+
+def _encoded(
+    texts: list[str], tokenizer, limit: int | None
+) -> Iterator[tuple[list[int], str, list[tuple[int, int]], int]]:
+    """Of each piece that has tokens, until there are `limit`: its ids, after an eos where it begins
+    a text other than the first; the piece; the characters of each token; and how many characters
+    these do not count."""
     encode = encoder(tokenizer)
     adds_space = _adds_space(encode)
-    # Tensors one by one: a list of all ids would take several times their memory.
-    ids = [torch.zeros(0, dtype=torch.long)]
-    byte_n = list(ids)
-    parts: list[str] = []
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     count = 0
-    for batch in _batches(texts):
+    pieces = _pieces(texts)
+    while (limit is None or count < limit) and (batch := list(itertools.islice(pieces, BATCH))):
         # Where the tokenizer puts a space before a text by itself, a piece must not bring its own.
         skips = [int(adds_space and not first and text.startswith(" ")) for first, text in batch]
         encodings = encode([text[skip:] for skip, (_, text) in zip(skips, batch, strict=True)])
         for skip, (first, text), encoding in zip(skips, batch, encodings, strict=True):
-            if first and count and tokenizer.eos_token_id is not None:
-                ids.append(torch.tensor([tokenizer.eos_token_id]))
-                byte_n.append(torch.zeros(1, dtype=torch.long))
             if encoding.ids:
-                ids.append(torch.tensor(encoding.ids))
-                byte_n.append(byte_counts(text, encoding.offsets, skip))
-                parts.append(text)
-            count += len(encoding.ids)
-        if limit is not None and count >= limit:
-            break
-    ids_n = torch.cat(ids)[:limit]
-    count = len(ids_n) // length * length
-    if not count:
-        what = "the limit leaves" if len(ids_n) == limit else "the text has"
-        raise DataError(
-            f"{what} {len(ids_n)} tokens: need at least {length}, one block. try: more text, a "
-            "higher limit or shorter blocks"
-        )
-    bytes_NT = torch.cat(byte_n)[:count].view(-1, length)
-    text = "".join(parts).encode()[: int(bytes_NT.sum())]
-    return TextBlocks(ids_n[:count].view(-1, length), bytes_NT, text)
+                ids = [*(eos if first and count else []), *encoding.ids]
+                count += len(ids)
+                yield ids, text, encoding.offsets, skip
 
 
-def _batches(texts: list[str]) -> Iterator[list[tuple[bool, str]]]:
-    """Pieces of ~PIECE_CHARS characters together, each with whether it begins a document."""
-    batch: list[tuple[bool, str]] = []
-    chars = 0
-    for text in texts:
-        for number, piece in enumerate(_pieces(text) if text.strip() else ()):
-            batch.append((number == 0, piece))
-            chars += len(piece)
-            if chars >= PIECE_CHARS:
-                yield batch
-                batch = []
-                chars = 0
-    if batch:
-        yield batch
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """The text cut where tokenizers cut too: before a lone space, else after a lone newline.
+def _pieces(texts: list[str]) -> Iterator[tuple[bool, str]]:
+    """All but blank texts, cut where tokenizers cut too: before a lone space, else after a lone
+    newline; each piece with whether it begins a text.
 
     A space belongs to the word after it in every byte-level and sentencepiece rule; a newline often
     belongs to the punctuation before it. Next to more white space neither is sure, so those come
     last."""
-    start = 0
-    while len(text) - start > PIECE_CHARS:
-        window = text[start : start + PIECE_CHARS]
-        rules = (r"(?s:.*\S)(?= \S)", r"(?s:.*\S)\n(?=\S)", r"(?s:.*\S)(?=\s)")
-        match = next(filter(None, (re.match(rule, window) for rule in rules)), None)
-        end = start + (match.end() if match else PIECE_CHARS)
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    rules = (r"(?s:.*\S)(?= \S)", r"(?s:.*\S)\n(?=\S)", r"(?s:.*\S)(?=\s)", r"(?s:.*)")
+    for text in filter(str.strip, texts):
+        start = 0
+        while len(text) - start > PIECE_CHARS:
+            window = text[start : start + PIECE_CHARS]
+            piece = next(filter(None, (re.match(rule, window) for rule in rules))).group()
+            yield start == 0, piece
+            start += len(piece)
+        yield start == 0, text[start:]
 
 
 def _adds_space(encode: Callable[[list[str]], list[Any]]) -> bool:
     """Whether the tokenizer puts a space before a text, as that of Llama 2 does."""
-    whole, one, two, spaced = (x.ids for x in encode(["one two", "one", "two", " two"]))
-    return one + two == whole != one + spaced
+    whole, first, second, spaced = (x.ids for x in encode(["one two", "one", "two", " two"]))
+    return first + second == whole != first + spaced
 
 
 def block_order(num_blocks: int, steps: int, batch: int, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from sememe.data import byte_counts, encoder, read_rows, read_texts
 from sememe.errors import DataError
 from sememe.options import upgraded
 from sememe.paths import locate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SOURCE_SHARE = 0.25
 IGNORED = -100
@@ -70,20 +67,19 @@ class PairTensors:
         order = mask.argsort(dim=1, stable=True)
         return ids.gather(1, order), mask.gather(1, order)
 
-    def target_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def target_texts(self, tokenizer) -> list[str]:
         """The targets as they are written, without what was cut."""
         rows = [row[row != IGNORED] for row in self.target_NY]
         return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
-    def cut(self) -> str | None:
-        """One sentence on what was cut, if anything was."""
-        if not self.cut_sources and not self.cut_targets:
-            return None
-        return (
+    def cut(self) -> str:
+        """One sentence on what was cut; empty if nothing was."""
+        said = (
             f"of {len(self)} pairs, {self.cut_sources} sources keep their last "
-            f"{self.source_NU.shape[1]} tokens and "
-            f"{self.cut_targets} targets their first {self.target_NY.shape[1]}"
+            f"{self.source_NU.shape[1]} tokens and {self.cut_targets} targets their first "
+            f"{self.target_NY.shape[1]}"
         )
+        return said if self.cut_sources or self.cut_targets else ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ class PairForm:
     def load(
         self,
         source: str,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer,
         max_pairs: int | None = None,
         min_tokens: int | None = None,
     ) -> PairTensors:
@@ -119,21 +115,18 @@ class PairForm:
             pairs = read_pairs(source, self.fields)
         else:
             texts = read_texts(source)
-            pairs = cut_pairs(texts, self.source_share, self._piece_chars(texts, tokenizer))
+            # Pieces whose two sides about fill their tokens.
+            sample = max(texts, key=len)[:SAMPLE_CHARS]
+            tokens = len(tokenizer(sample, add_special_tokens=False)["input_ids"])
+            share = self.source_share
+            room = min(self.source_length / share, self.target_length / (1 - share))
+            chars = FILLED * room * len(sample) / max(1, tokens)
+            pairs = cut_pairs(texts, share, max(2, int(chars)))
         tensors = pair_tensors(pairs[:max_pairs], tokenizer, self.source_length, self.target_length)
         if min_tokens is None:
             return tensors
         tokens_N = (tensors.target_NY != IGNORED).sum(1).cumsum(0)
         return tensors.rows(slice(0, int((tokens_N < min_tokens).sum()) + 1))
-
-    def _piece_chars(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> int:
-        """Characters of a piece whose two parts about fill their tokens."""
-        text = max(texts, key=len)[:SAMPLE_CHARS]
-        tokens = max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
-        room = min(
-            self.source_length / self.source_share, self.target_length / (1 - self.source_share)
-        )
-        return max(2, int(FILLED * room * len(text) / tokens))
 
 
 def read_pairs(source: str, fields: tuple[str, str]) -> list[Pair]:
@@ -147,12 +140,11 @@ def read_pairs(source: str, fields: tuple[str, str]) -> list[Pair]:
         )
     pairs = []
     for place, texts in read_rows(source, fields):
-        for field, text in zip(fields, texts, strict=True):
-            if not text.strip():
-                raise DataError(
-                    f"{place} has nothing in {field!r}: need some text in both {fields[0]!r} and "
-                    f"{fields[1]!r}. try: drop that row"
-                )
+        if not all(map(str.strip, texts)):
+            raise DataError(
+                f"{place} has an empty field: need some text in both {fields[0]!r} and "
+                f"{fields[1]!r}. try: drop that row"
+            )
         pairs.append(Pair(*texts))
     return pairs
 
@@ -197,7 +189,7 @@ def _nearest(places: list[int], at: int) -> int | None:
 
 
 def pair_tensors(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, source_length: int, target_length: int
+    pairs: list[Pair], tokenizer, source_length: int, target_length: int
 ) -> PairTensors:
     """Token ids of the pairs, as wide as the longest within `source_length` and `target_length`.
 
@@ -209,31 +201,29 @@ def pair_tensors(
     encode = encoder(tokenizer)
     sources = [encoding.ids for encoding in encode([pair.source for pair in pairs])]
     encodings = encode([pair.target for pair in pairs])
-    eos = tokenizer.eos_token_id
-    targets = [[*encoding.ids, *([] if eos is None else [eos])] for encoding in encodings]
-    for number, (source, encoding) in enumerate(zip(sources, encodings, strict=True)):
-        if not source or not encoding.ids:
+    targets = [encoding.ids for encoding in encodings]
+    for number, sides in enumerate(zip(sources, targets, strict=True)):
+        if not all(sides):
             raise DataError(
-                f"pair {number} has a {'target' if source else 'source'} without a token: need "
+                f"pair {number} has a {'target' if sides[0] else 'source'} without a token: need "
                 "text that the tokenizer knows. try: leave that pair out"
             )
     bytes_N = [
         int(byte_counts(pair.target, encoding.offsets)[:target_length].sum())
         for pair, encoding in zip(pairs, encodings, strict=True)
     ]
-    pad = next((x for x in (tokenizer.pad_token_id, eos) if x is not None), 0)
-    sources_cut = [ids[-source_length:] for ids in sources]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pad = [*eos, 0][0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return PairTensors(
-        _padded(sources_cut, pad, left=True),
-        _padded([[1] * len(ids) for ids in sources_cut], 0, left=True),
-        _padded([ids[:target_length] for ids in targets], IGNORED, left=False),
+        _padded([ids[-source_length:] for ids in sources], pad, "left"),
+        _padded([[1] * min(len(ids), source_length) for ids in sources], 0, "left"),
+        _padded([(ids + eos)[:target_length] for ids in targets], IGNORED, "right"),
         cut_sources=sum(len(ids) > source_length for ids in sources),
-        cut_targets=sum(len(encoding.ids) > target_length for encoding in encodings),
+        cut_targets=sum(len(ids) > target_length for ids in targets),
         target_bytes_N=torch.tensor(bytes_N),
     )
 
 
-def _padded(rows: list[list[int]], fill: int, left: bool) -> Tensor:
+def _padded(rows: list[list[int]], fill: int, side: str) -> Tensor:
     tensors = [torch.tensor(ids) for ids in rows]
-    side = "left" if left else "right"
     return torch.nn.utils.rnn.pad_sequence(tensors, True, fill, padding_side=side)

@@ -3,13 +3,16 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sememe.errors import SememeError
+from sememe.errors import CheckpointError, SememeError, reason
 
+WEIGHTS = "model.safetensors"
+MANIFEST = "manifest.json"
 NO_RENAME = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
 
 
@@ -74,3 +77,30 @@ def unwritable(path: Path, error: OSError) -> SememeError:
         f"could not write {path} ({error.strerror or error}): need free space in a folder that can "
         "be written to. try: another folder"
     )
+
+
+def write_manifest(folder: Path, **more: str) -> None:
+    """The hash of the weights in `folder`, in a file beside them that is written last."""
+    manifest = {WEIGHTS: sha256(folder / WEIGHTS), **more}
+    write(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+
+
+def check_manifest(folder: Path) -> None:
+    """Raises CheckpointError unless the weights in `folder` have the hash of their manifest: one
+    flipped bit in a safetensors file goes unnoticed nearly always."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        # The second form is that of bases which an earlier release pulled.
+        wanted = manifest.get(WEIGHTS) or manifest["files"][WEIGHTS]["sha256"]
+        found_sha256 = sha256(folder / WEIGHTS)
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} holds no finished model ({reason(error)}): need {WEIGHTS} and the "
+            f"{MANIFEST} that was saved with it. try: RUN/model of a finished run"
+        ) from error
+    if wanted != found_sha256:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is corrupt (sha256 {found_sha256[:12]}…, the manifest says "
+            f"{wanted[:12]}…): need the file as it was saved. try: copy, pull or train it again in "
+            "a new folder"
+        )

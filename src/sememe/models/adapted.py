@@ -1,7 +1,6 @@
 """Shared by the systems: a frozen base with LoRA, saved as a few MB that name their base, or merged
 whole."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sememe.backbone.adapters import add_lora, merge_lora
-from sememe.backbone.bases import MANIFEST, WEIGHTS, fingerprint, load_base, resolve
+from sememe.backbone.bases import fingerprint, load_base, resolve
 from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
 from sememe.backbone.split import self_check
 from sememe.concepts.masks import FLEX
 from sememe.errors import CheckpointError, reason
 from sememe.models.configuration import sink_id
-from sememe.storage import replacing, sha256, write
+from sememe.storage import WEIGHTS, check_manifest, replacing, write_manifest
 
 OLD_NAMES = {  # of weights, in models that older releases saved
     r"^(head|codes|gate)\.": r"writer.\1.",
@@ -28,12 +27,33 @@ OLD_NAMES = {  # of weights, in models that older releases saved
 }
 # Options of transformers that are used, or that say nothing about a local folder of adapters; and
 # those that ask for nothing with the value that transformers gives them.
-LOADING = (
-    "dtype torch_dtype attn_implementation device_map _from_auto _from_pipeline _commit_hash "
-    "adapter_kwargs trust_remote_code cache_dir force_download local_files_only proxies token "
-    "use_auth_token low_cpu_mem_usage use_safetensors weights_only"
-).split()
-SAVING = "safe_serialization max_shard_size token save_peft_format save_original_format".split()
+LOADING = [
+    "dtype",
+    "torch_dtype",
+    "attn_implementation",
+    "device_map",
+    "_from_auto",
+    "_from_pipeline",
+    "_commit_hash",
+    "adapter_kwargs",
+    "trust_remote_code",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "token",
+    "use_auth_token",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "weights_only",
+]
+SAVING = [
+    "safe_serialization",
+    "max_shard_size",
+    "token",
+    "save_peft_format",
+    "save_original_format",
+]
 DEFAULTS = {
     "revision": "main",
     "subfolder": "",
@@ -347,29 +367,9 @@ def write_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
     try:
         with replacing(folder / WEIGHTS) as temporary:
             save_file(state, temporary, metadata={"format": "pt"})
-        manifest = json.dumps({WEIGHTS: sha256(folder / WEIGHTS)}, indent=2)
-        write(folder / MANIFEST, manifest.encode())
+        write_manifest(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"could not write {folder / WEIGHTS} ({reason(error)}): need free space and write "
             "permission. try: another --out"
         ) from error
-
-
-def check_manifest(folder: Path) -> None:
-    """One flipped bit in a safetensors file goes unnoticed nearly always: compare with the hash
-    beside it."""
-    try:
-        wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[WEIGHTS]
-        found = sha256(folder / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} holds no finished model ({reason(error)}): need {WEIGHTS} and the "
-            f"{MANIFEST} that was saved with it. try: RUN/model of a finished run"
-        ) from error
-    if wanted != found:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} is corrupt (sha256 {found[:12]}…, the manifest says "
-            f"{str(wanted)[:12]}…): need the file as it was saved. try: copy it again, or train "
-            "again"
-        )
