@@ -108,9 +108,8 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     come next."""
     seen, weights = [], []
 
-    def fake(self, model, pairs, plan_NP, index_n, generator, tick):
-        draw = int(torch.randint(2**31, (), generator=generator))
-        seen.append((index_n.tolist(), draw, self))
+    def fake(self, model, pairs, plan_NP, index_n, seed, tick):
+        seen.append((index_n.tolist(), seed, self))
         return {"em_flips": 0.0}
 
     real = plans.HardEM.on_step_begin

@@ -174,13 +174,13 @@ class HardEM(TrainerCallback):
         index_n = self.examples.upcoming(step, em.every)
         index_n = index_n[: em.examples or len(index_n)]
         search = EStep(em.proposers, em.batch, em.planner_weight)
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        seed = self.recipe.seed * 1_000_003 + step
         pairs = self.examples.pairs
         plan_NP = self.examples.plan_NP
         started = time.monotonic()
         name = f"E-step at step {step}"
         with tqdm(total=len(index_n), desc=name, leave=False, disable=not self.show) as bar:
-            figures = search.run(model, pairs, plan_NP, index_n, generator, bar.update)
+            figures = search.run(model, pairs, plan_NP, index_n, seed, bar.update)
         figures["em_seconds"] = round(time.monotonic() - started, 2)
         few_n = index_n[:FEW]
         self.meter.note(figures | own_plans_figures(model, pairs.rows(few_n), plan_NP[few_n], step))

@@ -30,18 +30,13 @@ Tick = Callable[[int], None]
 
 
 class Scores(NamedTuple):
-    """(B, n) each, in nats; `total` is S. `which`: equal for equal plans of a row, and for no
-    others."""
+    """(B, n) each, in nats; `total` is S. `first`: no candidate before it in its row is the same
+    plan."""
 
     total: Tensor
     target: Tensor
     plan: Tensor
-    which: Tensor
-
-    def first(self) -> Tensor:
-        """(B, n) bool: no candidate before it in its row is the same plan."""
-        same_Bnn = self.which.unsqueeze(2) == self.which.unsqueeze(1)
-        return ~same_Bnn.tril(-1).any(2)
+    first: Tensor
 
 
 @torch.no_grad()
@@ -72,8 +67,9 @@ def score(
         row_R,
     )
     which_Bn = which_m.view(rows, count)
+    same_Bnn = which_Bn.unsqueeze(2) == which_Bn.unsqueeze(1)
     scores = (x_R[which_Bn] for x_R in (target_R + planner_weight * plan_R, target_R, plan_R))
-    return Scores(*scores, which_Bn)
+    return Scores(*scores, ~same_Bnn.tril(-1).any(2))
 
 
 @dataclass
@@ -94,7 +90,7 @@ class EStep:
         pairs: PairTensors,
         plan_NP: Tensor,
         index_n: Tensor,
-        generator: torch.Generator,
+        seed: int,
         tick: Tick = lambda n: None,
     ) -> dict[str, float]:
         """Puts better plans of the pairs `index_n` into `plan_NP`, in place, a batch at a time, and
@@ -102,12 +98,12 @@ class EStep:
 
         Raises:
             TrainingError: a score is not finite."""
-        seed = int(torch.randint(2**31, (), generator=generator))
+        base = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
         figures: list[dict[str, Tensor]] = []
         with _evaluating(model):
             for index_B in index_n.split(self.batch):
                 # A batch draws for itself: what the others drew makes no difference.
-                own = torch.Generator().manual_seed(seed + 2**31 * int(index_B[0]))
+                own = torch.Generator().manual_seed(base + 2**31 * int(index_B[0]))
                 best_BP, figures_B = self.search(model, pairs.rows(index_B), plan_NP[index_B], own)
                 plan_NP[index_B] = best_BP.to(plan_NP)
                 figures.append(figures_B)
@@ -152,7 +148,7 @@ def best_of(
     other plan). em_flips: 1 where the plan changed; of those em_edits, the edit distance, and
     em_by_NAME, 1 where NAME proposed it. em_staleness: S(z* new) - S(z* old), both scored now.
     em_entropy: of the softmax of S over the different candidates, em_candidates of them."""
-    total_Bn = scores.total.float().masked_fill(~scores.first(), -torch.inf)
+    total_Bn = scores.total.float().masked_fill(~scores.first, -torch.inf)
     best_B1 = total_Bn.argmax(1, keepdim=True)
     best_B1 = torch.where(total_Bn[:, :1] == total_Bn.gather(1, best_B1), 0, best_B1)
     best_BP = plan_BnP.gather(1, best_B1.unsqueeze(-1).expand(-1, -1, plan_BnP.shape[2])).squeeze(1)
@@ -171,7 +167,7 @@ def best_of(
         "em_edits": torch.where(flipped_B, edits_B, torch.nan),
         "em_staleness": top_B - total_Bn[:, 0],
         "em_entropy": torch.distributions.Categorical(logits=total_Bn).entropy(),
-        "em_candidates": scores.first().sum(1),
+        "em_candidates": scores.first.sum(1),
     }
     for name in dict.fromkeys(filter(None, origin_n)):
         by_n = torch.tensor([origin == name for origin in origin_n], device=total_Bn.device)
@@ -209,21 +205,13 @@ def best_plans(
 ) -> Tensor:
     """(N, P) z* of pairs that nobody trains on: the best plans that `rounds` of E-steps find with
     the targets in view, from the planner's own. `em`: the recipe's search, as plain values."""
-    known = {key: em[key] for key in ("proposers", "batch", "planner_weight") if key in (em or {})}
-    step = EStep(**known)
+    known = ("proposers", "batch", "planner_weight")
+    step = EStep(**{key: value for key, value in (em or {}).items() if key in known})
     plan_NP = greedy_plans(model, pairs, step.batch)
-    done = 0
-
-    def share(count: int) -> None:
-        """Counts a pair when a round's share of it is through: `tick` sees each pair once."""
-        nonlocal done
-        before = done // rounds
-        done += count
-        tick(done // rounds - before)
-
-    for number in range(rounds):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        step.run(model, pairs, plan_NP, torch.arange(len(pairs)), generator, share)
+    for index_B in torch.arange(len(pairs)).split(step.batch):
+        for number in range(rounds):
+            step.run(model, pairs, plan_NP, index_B, seed * 1_000_003 + number)
+        tick(len(index_B))
     return plan_NP
 
 
