@@ -119,7 +119,8 @@ def head_figures(
     shape, sums, places, concepts = model.plans.shape, torch.zeros(4, dtype=torch.float64), 0, 0
     for index_B in torch.arange(len(pairs)).split(batch):
         plan_BP = plan_NP[index_B].to(model.device)
-        logits = model.plan_logits(pairs.source_NU[index_B], pairs.source_mask_NU[index_B], plan_BP)
+        source = model.source(pairs.source_NU[index_B], pairs.source_mask_NU[index_B])
+        logits = model.plan_logits(plan_BP, source)
         p_nM = logits[shape.targets(plan_BP) != IGNORED].float().softmax(-1)
         sums[0] += float(torch.special.entr(p_nM).sum())
         sums[1] += float(p_nM.amax(-1).sum())

@@ -317,7 +317,13 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self.load_state_dict(state, strict=False)
 
     def merged(self):
-        """Folds LoRA into the base in place; the model then saves whole and needs no base."""
+        """Folds LoRA into the base in place; the model then saves whole and needs no base. Raises
+        CheckpointError where there is more than one adapter."""
+        if not self.foldable:
+            raise CheckpointError(
+                f"the two adapters of a {self.config.system} cannot be folded into one base: need "
+                "the model as it was saved. try: the run itself"
+            )
         merge_lora(self.backbone)
         self.config.base = self.config.base_sha256 = None
         self._keys_to_ignore_on_save = None

@@ -123,13 +123,6 @@ class CompressorForCausalLM(AdaptedModel):
                 name,
             )
 
-    def merged(self):
-        """Raises CheckpointError: two adapters cannot be folded into one base."""
-        raise CheckpointError(
-            "a compressor's two adapters cannot be folded into one base: need it as it was saved. "
-            "try: sememe compress and decompress on the run itself"
-        )
-
     # ---- the compressor ----
 
     def encode(

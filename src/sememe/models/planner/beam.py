@@ -8,7 +8,6 @@ hypotheses of a problem · R = Q · n rows of the search · M the largest K_i, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from sememe.models.planner.model import PlannerForCausalLM
 
 
+PLANNER = "planner"  # the adapter that plans
+
+
 @dataclass
 class PlanSearch:
     """How plans are searched for, and what comes back. Where there are fewer plans than are to be
@@ -33,8 +35,8 @@ class PlanSearch:
     num_return: plans of each source, the best first (samples as drawn).
     diversity: nats that a hypothesis loses for each one before it that chooses the same concept in
         the same step; 0 for plain beams (diverse beam search with groups of one, arXiv 1610.02424).
-    do_sample, temperature, generator: draws instead. Log-probabilities are those at temperature 1.
-    max_plan: concepts of each type at most, or one number for all; None for the model's budget."""
+    do_sample, temperature, generator: draws instead. Log-probabilities are those at temperature
+        1."""
 
     num_beams: int = 1
     num_return: int = 1
@@ -42,7 +44,6 @@ class PlanSearch:
     do_sample: bool = False
     temperature: float = 1.0
     generator: torch.Generator | None = None
-    max_plan: int | Sequence[int] | None = None
 
     def __post_init__(self):
         counts = min(self.num_beams, self.num_return)
@@ -69,13 +70,13 @@ class PlanSearch:
         types = model.plans.shape.types
         together = types if model.config.parallel else 1
         hypotheses = Hypotheses(model, context, self, together)
-        with adapter(model.backbone, "planner"):
+        with adapter(model.backbone, PLANNER):
             if model.config.parallel:
                 hypotheses.write(list(range(types)))
             else:
                 for i in range(types):
                     hypotheses.write([i])
-        sources = len(context.slots.position)
+        sources = len(context.inputs_BnD)
         plan_BInP = hypotheses.plan_RP.view(sources, together, self.count, -1)
         score_BIn = hypotheses.score_Qn.view(sources, together, self.count)
         plan_BnP, score_Bn = plan_BInP[:, 0], score_BIn[:, 0]
@@ -130,13 +131,12 @@ class Hypotheses:
         self, model: PlannerForCausalLM, context: Context, search: PlanSearch, together: int
     ):
         shape, device, count = model.plans.shape, model.device, search.count
-        sources = torch.arange(len(context.slots.position), device=device)
         self.model = model
         self.search = search
-        self.context = context.pick(sources.repeat_interleave(together * count))
+        self.context = context.repeated(together * count)
         self.start_R1 = self.context.slots.position[:, -1:] + 1  # where types begin, in RoPE
         self.plan_RP = torch.full((len(self.start_R1), shape.slots), NULL, device=device)
-        self.score_Qn = torch.zeros(len(sources) * together, count, device=device)
+        self.score_Qn = torch.zeros(len(self.plan_RP) // count, count, device=device)
         if not search.independent:
             self.score_Qn[:, 1:] = -torch.inf  # all start alike; one is enough
         self.pending: list[tuple[Tensor, Slots]] = []  # inputs that the cache does not hold yet
@@ -151,7 +151,7 @@ class Hypotheses:
         offsets = [shape.offset(i) for i in range(shape.types)]
         self.length_R, self.budget_R, self.offset_R = (
             torch.tensor(x, device=kind_R.device)[kind_R]
-            for x in (shape.lengths, model.budget_of(self.search.max_plan), offsets)
+            for x in (shape.lengths, model.dial.budget, offsets)
         )
         # A hypothesis is open while its type is neither ended by <EOS> nor full.
         self.open_R = torch.isfinite(self.score_Qn).flatten()

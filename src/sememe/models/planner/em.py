@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sememe.concepts.plan import PlanShape
 from sememe.errors import TrainingError
-from sememe.models.planner.model import PlannerForCausalLM, in_chunks
+from sememe.models.planner.losses import in_chunks
+from sememe.models.planner.model import PlannerForCausalLM
 from sememe.models.planner.proposers import PROPOSERS, PairBatch
 from sememe.pairs import PairTensors
 

@@ -12,7 +12,7 @@ the planner writes m concepts: m - 1 learned queries after the last one ask for 
 Suffixes as in `concepts/plan.py`; U source tokens · S = 1 + U with the BOS · Y text tokens · n
 inputs of a pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +26,15 @@ from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Spine
 from sememe.concepts.masks import allow
 from sememe.concepts.plan import IGNORED, NULL, PlanCodes, straight_through
-from sememe.errors import CheckpointError, RecipeError
+from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PlannerConfig
-from sememe.models.planner.beam import PlanSearch, draw
+from sememe.models.planner.beam import PLANNER, PlanSearch
+from sememe.models.planner.executor import EXECUTOR, target_states, write
+from sememe.models.planner.losses import differentiated, in_chunks, mean_nll, nll
 from sememe.models.planner.signals import SignalProbe
-from sememe.models.planner.slots import Context, Slots
-from sememe.models.settling import settled
+from sememe.models.planner.slots import Context, Slots, plan_slots, query_slots
 
-PLANNER, EXECUTOR = "planner", "executor"
 FRAME_ROWS = 4096  # embeddings that mean and scale are taken from
 LOGITS_AT_ONCE = 2**25  # of texts whose logits are not kept: 128 MB
 
@@ -97,13 +97,6 @@ class PlannerForCausalLM(AdaptedModel):
         for name in (PLANNER, EXECUTOR):
             add_lora(self.backbone, *lora, name=name)
 
-    def merged(self):
-        """Raises CheckpointError: two adapters cannot be folded into one base."""
-        raise CheckpointError(
-            "a planner's two adapters cannot be folded into one base: need it as it was saved. "
-            "try: sememe generate on the run itself"
-        )
-
     @torch.no_grad()
     def start_plans(self, seed: int = 0) -> None:
         """New modules as if drawn from the base's embeddings; all concepts about equally likely."""
@@ -132,9 +125,9 @@ class PlannerForCausalLM(AdaptedModel):
 
     # ---- the planner ----
 
-    def source_inputs(self, source_BU: Tensor, source_mask: Tensor | None) -> tuple[Tensor, Slots]:
-        """(B, S, D) inputs, each row's padding on its left and then its BOS, whatever side the
-        padding was on; a source that is too long keeps its end."""
+    def source(self, source_BU: Tensor, source_mask: Tensor | None = None) -> Context:
+        """(B, U) sources as inputs: each row's padding on its left and then its BOS, whatever side
+        the padding was on; a source that is too long keeps its end."""
         source_BU = source_BU.to(self.device)
         mask_BU = torch.ones_like(source_BU) if source_mask is None else source_mask.to(self.device)
         order_BU = mask_BU.long().argsort(dim=1, stable=True)
@@ -145,71 +138,38 @@ class PlannerForCausalLM(AdaptedModel):
         valid_BS = F.pad(mask_BU, (1, 0)).scatter(1, first_B1, True)
         ids_BS = F.pad(source_BU.gather(1, order_BU), (1, 0)).scatter(1, first_B1, self.bos)
         position_BS = (valid_BS.cumsum(1) - 1).clamp(min=0)
-        return Spine(self.backbone).embed(ids_BS), Slots.text(position_BS, valid_BS)
+        return Context(Slots.text(position_BS, valid_BS), Spine(self.backbone).embed(ids_BS))
 
     def encode_source(self, source_BU: Tensor, source_mask: Tensor | None = None) -> Context:
-        """The planner's KV cache of (B, U) sources, for all plans that are searched or scored."""
-        x_BSD, slots = self.source_inputs(source_BU, source_mask)
-        context = Context(DynamicCache(), slots)
+        """(B, U) sources in a KV cache, for all plans that are searched or scored."""
+        source = self.source(source_BU, source_mask)
+        cache = DynamicCache()
         with adapter(self.backbone, PLANNER):
-            self.run(x_BSD, slots, slots, context.cache)
-        return context
-
-    def _plan_slots(self, plan_BP: Tensor, start_B1: Tensor, first: int, parallel: bool) -> Slots:
-        """The C slots of plans whose first separator is at position `start` in RoPE, and number
-        `first` in the sequence. Types in parallel are seen by themselves alone."""
-        kind_C, position_C, _ = self.plans.shape.layout(plan_BP.device)
-        slots = Slots.text(start_B1 + position_C, self.plans.shape.valid(plan_BP), first)
-        return slots._replace(kind=kind_C.expand_as(slots.order)) if parallel else slots
-
-    def _query_slots(self, asked_BI: Tensor, start_B1: Tensor, first: int) -> Slots:
-        """Slots of the m - 1 queries of each type, which see what precedes its concept number
-        `asked`, and ask for the ones after that."""
-        shape, device, count = self.plans.shape, asked_BI.device, self.config.multi_token - 1
-        kind_n = torch.arange(shape.types, device=device).repeat_interleave(count)
-        further_n = torch.arange(1, count + 1, device=device).repeat(shape.types)
-        asked_Bn = asked_BI[:, kind_n]
-        slots = Slots.text(start_B1 + asked_Bn + further_n)
-        return slots._replace(
-            order=first + shape.separators(device)[kind_n] + asked_Bn,
-            kind=kind_n.expand_as(asked_Bn),
-            query=slots.valid,
-        )
+            self.run(source.inputs_BnD, source.slots, source.slots, cache)
+        return Context(source.slots, source.inputs_BnD[:, :0], cache)
 
     def plan_states(
-        self,
-        source_BU: Tensor | None,
-        source_mask: Tensor | None,
-        plan_BP: Tensor,
-        context: Context | None = None,
-        asked_BI: Tensor | None = None,
+        self, plan_BP: Tensor, context: Context, asked_BI: Tensor | None = None
     ) -> Tensor:
         """(B, C, D) last states at the plan's inputs, teacher forced; with `asked` (B, I) those of
-        the queries after them, all of type 0 first. `context`: what `encode_source` made of b
-        sources, in their place; plans of source 0 first, B / b for each."""
-        dtype = self.backbone.dtype
-        x_BnD = self.plans.inputs(self.plan_embeddings(plan_BP)).to(dtype)
-        if context is None:
-            x_BSD, source = self.source_inputs(source_BU, source_mask)
-        else:
-            rows = torch.arange(len(context.slots.position), device=self.device)
-            context = context.pick(rows.repeat_interleave(len(plan_BP) // len(rows)))
-            x_BSD, source = x_BnD[:, :0], context.slots
-        start_B1 = source.position[:, -1:] + 1
-        slots = self._plan_slots(plan_BP, start_B1, source.length, self.config.parallel)
+        the queries after them, all of type 0 first. Plans of source 0 first, as many for each."""
+        shape, source = self.plans.shape, context.repeated(len(plan_BP) // len(context.inputs_BnD))
+        x_BnD = self.plans.inputs(self.plan_embeddings(plan_BP)).to(self.backbone.dtype)
+        start_B1 = source.slots.position[:, -1:] + 1
+        first = source.slots.length
+        slots = plan_slots(shape, plan_BP, start_B1, first, self.config.parallel)
         if asked_BI is not None:
-            kind_I = torch.arange(self.plans.shape.types, device=self.device)
-            query_BnD = self.query_inputs(kind_I).flatten(0, 1).expand(len(plan_BP), -1, -1)
+            query_InD = self.query_inputs(torch.arange(shape.types, device=self.device))
+            count = query_InD.shape[1]
+            query_BnD = query_InD.flatten(0, 1).expand(len(plan_BP), -1, -1)
             x_BnD = torch.cat([x_BnD, query_BnD], 1)
-            slots = slots.then(self._query_slots(asked_BI, start_B1, source.length))
-        key = source.then(slots)
-        x_BnD = torch.cat([x_BSD, x_BnD], 1)
+            slots = slots.then(query_slots(shape, asked_BI, start_B1, first, count))
+        key = source.slots.then(slots)
+        query = key if source.cache is None else slots
+        x_BnD = torch.cat([source.inputs_BnD, x_BnD], 1)
         with adapter(self.backbone, PLANNER):
-            if context is None:
-                h_BnD = self.run(x_BnD, key, key)
-            else:
-                h_BnD = self.run(x_BnD, slots, key, context.cache)
-        return h_BnD[:, x_BSD.shape[1] :]
+            h_BnD = self.run(x_BnD, query, key, source.cache)
+        return h_BnD[:, source.inputs_BnD.shape[1] :]
 
     def normed(self, h: Tensor) -> Tensor:
         """(…, D) last states at scale 1, past the base's own last norm, fp32."""
@@ -220,23 +180,16 @@ class PlannerForCausalLM(AdaptedModel):
         x_nD = self.plans.to_states(self.probes.weight)
         return self.plans.of_type(x_nD, kind_R[:, None]).to(self.backbone.dtype)
 
-    def plan_logits(
-        self,
-        source_BU: Tensor | None,
-        source_mask: Tensor | None,
-        plan_BP: Tensor,
-        context: Context | None = None,
-    ) -> Tensor:
+    def plan_logits(self, plan_BP: Tensor, context: Context) -> Tensor:
         """(B, C, M) teacher forced: at each separator and concept, of what comes next in its type,
         `<EOS>` last. After the end of a type, and after its last slot, they mean nothing: see
-        `PlanShape.targets`. `context` as in `plan_states`."""
-        h_BCD = self.plan_states(source_BU, source_mask, plan_BP, context)
-        return self.plans.logits(self.normed(h_BCD))
+        `PlanShape.targets`."""
+        return self.plans.logits(self.normed(self.plan_states(plan_BP, context)))
 
     def plan_log_prob(self, plan_BP: Tensor, context: Context) -> Tensor:
         """(B,) log p(z | u) in nats, with the `<EOS>` of each type that is not full."""
-        logits_BCM = self.plan_logits(None, None, plan_BP, context)
-        return -nll(logits_BCM, self.plans.shape.targets(plan_BP)).sum(1)
+        target_BC = self.plans.shape.targets(plan_BP)
+        return -nll(self.plan_logits(plan_BP, context), target_BC).sum(1)
 
     # ---- the executor ----
 
@@ -245,41 +198,13 @@ class PlannerForCausalLM(AdaptedModel):
         CheckpointError for ids that this model has no concept for."""
         return self.plans(self.plans.shape.check(plan_BP))
 
-    def prefix(
-        self, plan_BP: Tensor, plan_embeddings: Tensor | None = None
-    ) -> tuple[Tensor, Slots]:
-        """(B, 1 + C + 1, D) what precedes a text in the executor: BOS, plan, last separator."""
-        e_BPD = self.plan_embeddings(plan_BP)
-        e_BPD = e_BPD if plan_embeddings is None else plan_embeddings
-        zero_B1 = torch.zeros_like(plan_BP[:, :1])
-        bos_B1D = Spine(self.backbone).embed(zero_B1 + self.bos)
-        last_B1D = self.plans.last_separator().expand_as(bos_B1D)
-        x_BnD = torch.cat([bos_B1D, self.plans.inputs(e_BPD), last_B1D], 1).to(bos_B1D.dtype)
-        plan = self._plan_slots(plan_BP, zero_B1, 1, parallel=False)
-        last = Slots.text(zero_B1 + max(self.plans.shape.lengths), first=x_BnD.shape[1] - 1)
-        return x_BnD, Slots.text(zero_B1).then(plan, last)
-
-    def _executor_states(
-        self, plan_BP: Tensor, target_BY: Tensor, plan_embeddings: Tensor | None
-    ) -> Tensor:
-        """(B, Y, D) last states that predict each target token."""
-        x_BnD, slots = self.prefix(plan_BP, plan_embeddings)
-        before_BT = target_BY[:, :-1]
-        # Ignored tokens stand at the end, where nobody sees them: any id will do.
-        text_BTD = Spine(self.backbone).embed(before_BT.masked_fill(before_BT < 0, self.bos))
-        further_T = torch.arange(1, before_BT.shape[1] + 1, device=plan_BP.device)
-        slots = slots.then(Slots.text(slots.position[:, -1:] + further_T, first=slots.length))
-        with adapter(self.backbone, EXECUTOR):
-            h_BnD = self.run(torch.cat([x_BnD, text_BTD], 1), slots, slots)
-        return h_BnD[:, x_BnD.shape[1] - 1 :][:, : target_BY.shape[1]]
-
     def executor_logits(
         self, plan_BP: Tensor, target_BY: Tensor, plan_embeddings: Tensor | None = None
     ) -> Tensor:
         """(B, Y, V) logits of each target token, given the plan and the tokens before it.
         `plan_embeddings` (B, P, D): read in the place of the concepts' own states; slots that are
         NULL in the plan stay unseen."""
-        h_BYD = self._executor_states(plan_BP, target_BY, plan_embeddings)
+        h_BYD = target_states(self, plan_BP, target_BY, plan_embeddings)
         return Spine(self.backbone).logits(h_BYD)
 
     def target_nll(
@@ -287,7 +212,7 @@ class PlannerForCausalLM(AdaptedModel):
     ) -> Tensor:
         """(B, Y) nats of each target token, 0 where it is -100. There are never the logits of more
         than a few rows."""
-        h_BYD = self._executor_states(plan_BP, target_BY, plan_embeddings)
+        h_BYD = target_states(self, plan_BP, target_BY, plan_embeddings)
         logits = Spine(self.backbone).logits
         rows = self.rows_at_once(target_BY.shape[1])
         return in_chunks(lambda h, target: nll(logits(h), target), rows, h_BYD, target_BY)
@@ -327,7 +252,7 @@ class PlannerForCausalLM(AdaptedModel):
         config, dial = self.config, self.dial
         if plan_ids is None:
             plan_ids = self.plan(input_ids, attention_mask)[0][:, 0]
-        out = self._plan_losses(input_ids, attention_mask, plan_ids, alone=labels is None)
+        out = self._plan_losses(self.source(input_ids, attention_mask), plan_ids, labels is None)
         if labels is None:
             return out
         e_BPD = self.plan_embeddings(plan_ids)
@@ -355,9 +280,7 @@ class PlannerForCausalLM(AdaptedModel):
             out.loss = out.loss + sum(trained) * 0.0
         return out
 
-    def _plan_losses(
-        self, source_BU: Tensor, source_mask: Tensor | None, plan_BP: Tensor, alone: bool
-    ) -> PlannerOutput:
+    def _plan_losses(self, source: Context, plan_BP: Tensor, alone: bool) -> PlannerOutput:
         """Logits and cross entropy of the plan; `loss`: with that of the queries. `alone`: no text
         is written from it."""
         dial, shape = self.dial, self.plans.shape
@@ -368,7 +291,7 @@ class PlannerForCausalLM(AdaptedModel):
             asked_BI = (random_BI * (counts_BI + 1)).long()
         wanted = dial.plan_weight > 0 or dial.straight_through
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
-            h_BnD = self.plan_states(source_BU, source_mask, plan_BP, asked_BI=asked_BI)
+            h_BnD = self.plan_states(plan_BP, source, asked_BI)
             h_BCD = h_BnD[:, : shape.slots + shape.types]
             logits_BCM = self.plans.logits(self.normed(h_BCD))
             target_BC = shape.targets(plan_BP)
@@ -380,7 +303,7 @@ class PlannerForCausalLM(AdaptedModel):
         if self.training and not alone and not dial.straight_through and loss.requires_grad:
             # The text does not depend on the planner's activations: its gradients are taken now, so
             # that they need not wait for the executor's.
-            loss = settled(loss, self.parameters())
+            loss = differentiated(loss, self.parameters())
             plan_nll = plan_nll.detach()
             logits_BCM = logits_BCM.detach()
         return PlannerOutput(loss=loss, plan_nll=plan_nll, plan_logits=logits_BCM, plan_ids=plan_BP)
@@ -404,22 +327,15 @@ class PlannerForCausalLM(AdaptedModel):
     def limit(self, budget: Sequence[int]) -> None:
         """Concepts of each type at most from now on: a number for each, or one for all. Raises
         RecipeError for others."""
-        self.dial.budget = self.budget_of(budget)
-
-    def budget_of(self, budget: int | Sequence[int] | None) -> tuple[int, ...]:
-        """A number for each type; None for what `limit` set."""
         lengths = self.plans.shape.lengths
-        if budget is None:
-            return self.dial.budget
-        given = [budget] if isinstance(budget, int) else list(budget)
-        wanted = given * len(lengths) if len(given) == 1 else given
+        wanted = list(budget) * (len(lengths) if len(budget) == 1 else 1)
         if len(wanted) != len(lengths) or min(wanted) < 0:
             raise RecipeError(
-                f"a budget of {', '.join(map(str, given))} concepts: need one number, or one for "
+                f"a budget of {', '.join(map(str, budget))} concepts: need one number, or one for "
                 f"each of {len(lengths)} types, of at least 0. "
                 f"try: --rate {','.join(map(str, lengths))}"
             )
-        return tuple(map(min, wanted, lengths))
+        self.dial.budget = tuple(wanted)
 
     def plan(
         self, source_BU: Tensor, source_mask: Tensor | None = None, **search
@@ -429,39 +345,10 @@ class PlannerForCausalLM(AdaptedModel):
         with torch.no_grad():
             return PlanSearch(**search)(self, self.encode_source(source_BU, source_mask))
 
-    @torch.no_grad()
-    def write(
-        self,
-        plan_BP: Tensor,
-        max_new_tokens: int = 128,
-        *,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> list[list[int]]:
+    def write(self, plan_BP: Tensor, max_new_tokens: int = 128, **sampling) -> list[list[int]]:
         """The token ids that each row's plan is written out as, up to its end of text, which is
-        left out."""
-        spine, cache = Spine(self.backbone), DynamicCache()
-        stops = torch.tensor(self.stops, device=self.device)
-        x_BnD, query = self.prefix(plan_BP.to(self.device))
-        key = query
-        unfinished_B = torch.ones(len(plan_BP), dtype=torch.bool, device=self.device)
-        columns: list[Tensor] = []
-        with adapter(self.backbone, EXECUTOR):
-            while len(columns) < max_new_tokens and bool(unfinished_B.any()):
-                logits_BV = spine.logits(self.run(x_BnD, query, key, cache)[:, -1])
-                if do_sample:
-                    token_B = draw(logits_BV, temperature, generator)
-                else:
-                    token_B = logits_BV.argmax(-1)
-                unfinished_B = unfinished_B & ~torch.isin(token_B, stops)
-                columns.append(torch.where(unfinished_B, token_B, NULL))
-                x_BnD = spine.embed(token_B[:, None])
-                query = Slots.text(key.position[:, -1:] + 1, first=key.length)
-                key = key.then(query)
-        if not columns:
-            return [[] for _ in plan_BP]
-        return [row_T[row_T != NULL].tolist() for row_T in torch.stack(columns, 1)]
+        left out. `sampling`: do_sample, temperature and generator; greedy without."""
+        return write(self, plan_BP, max_new_tokens, **sampling)
 
     @property
     def stops(self) -> list[int]:
@@ -501,20 +388,3 @@ class PlannerForCausalLM(AdaptedModel):
         new_BY = torch.tensor(rows, dtype=torch.long, device=self.device).view(len(rows), width)
         ids = torch.cat([input_ids.to(self.device), new_BY], 1)
         return (ids, plan_ids) if return_plan else ids
-
-
-def nll(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """(B, T) nats, 0 where the target is -100."""
-    logits_nV = logits_BTV.flatten(0, 1).float()
-    return F.cross_entropy(logits_nV, target_BT.flatten(), reduction="none").view(target_BT.shape)
-
-
-def mean_nll(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """Nats for each target that counts."""
-    return nll(logits_BTV, target_BT).sum() / (target_BT != IGNORED).sum().clamp(min=1)
-
-
-def in_chunks(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
-    """`function` of a few rows of all tensors at a time, put together."""
-    chunks = zip(*(x.split(max(1, rows)) for x in tensors), strict=True)
-    return torch.cat([function(*chunk) for chunk in chunks])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sememe.concepts.plan import NULL, PlanShape
 from sememe.models.planner.beam import PlanSearch
-from sememe.models.planner.model import PlannerForCausalLM, in_chunks
+from sememe.models.planner.losses import in_chunks
+from sememe.models.planner.model import PlannerForCausalLM
 from sememe.models.planner.slots import Context
 from sememe.pairs import PairTensors
 

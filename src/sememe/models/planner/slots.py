@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sememe.concepts.plan import PlanShape
+
 EVERYONE = -1
 
 
@@ -54,19 +56,51 @@ class Slots(NamedTuple):
         return seen.unsqueeze(1)
 
 
+def plan_slots(
+    shape: PlanShape, plan_BP: Tensor, start_B1: Tensor, first: int, parallel: bool = False
+) -> Slots:
+    """The C slots of plans whose first separator is at position `start` in RoPE, and number `first`
+    in the sequence. Types in `parallel` are seen by themselves alone."""
+    kind_C, position_C, _ = shape.layout(plan_BP.device)
+    slots = Slots.text(start_B1 + position_C, shape.valid(plan_BP), first)
+    return slots._replace(kind=kind_C.expand_as(slots.order)) if parallel else slots
+
+
+def query_slots(
+    shape: PlanShape, asked_BI: Tensor, start_B1: Tensor, first: int, count: int
+) -> Slots:
+    """Slots of `count` queries of each type, which see what precedes its concept number `asked`,
+    and ask for those after it. The plan's slots are as in `plan_slots`."""
+    kind_n = torch.arange(shape.types, device=asked_BI.device).repeat_interleave(count)
+    further_n = torch.arange(1, count + 1, device=asked_BI.device).repeat(shape.types)
+    asked_Bn = asked_BI[:, kind_n]
+    slots = Slots.text(start_B1 + asked_Bn + further_n)
+    return slots._replace(
+        order=first + shape.separators(asked_BI.device)[kind_n] + asked_Bn,
+        kind=kind_n.expand_as(asked_Bn),
+        query=slots.valid,
+    )
+
+
 @dataclass
 class Context:
-    """A pass's KV cache and what stands in it."""
+    """Sources as plans see them: as inputs, or in the planner's KV cache, and then without."""
 
-    cache: DynamicCache
     slots: Slots
+    inputs_BnD: Tensor
+    cache: DynamicCache | None = None
 
     def pick(self, rows: Tensor) -> Context:
         """These rows, in a cache of their own."""
-        cache = DynamicCache()
-        for i, layer in enumerate(self.cache.layers):
+        cache = None if self.cache is None else DynamicCache()
+        for i, layer in enumerate(self.cache.layers if self.cache else ()):
             cache.update(layer.keys[rows], layer.values[rows], i)
-        return Context(cache, self.slots.pick(rows))
+        return Context(self.slots.pick(rows), self.inputs_BnD[rows], cache)
+
+    def repeated(self, count: int) -> Context:
+        """Each row `count` times."""
+        rows = torch.arange(len(self.inputs_BnD), device=self.inputs_BnD.device)
+        return self.pick(rows.repeat_interleave(count))
 
     def bytes(self) -> int:
         """Of the cache."""

@@ -1,0 +1,84 @@
+"""The executor: (B, P) plans → (B, Y) texts, by the base with its adapter of that name.
+
+Suffixes as in `model.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sememe.backbone.adapters import adapter
+from sememe.backbone.split import Spine
+from sememe.concepts.plan import NULL
+from sememe.models.planner.beam import draw
+from sememe.models.planner.slots import Slots, plan_slots
+
+if TYPE_CHECKING:
+    from sememe.models.planner.model import PlannerForCausalLM
+
+EXECUTOR = "executor"
+
+
+def prefix(
+    model: PlannerForCausalLM, plan_BP: Tensor, e_BPD: Tensor | None = None
+) -> tuple[Tensor, Slots]:
+    """(B, 1 + C + 1, D) what precedes a text: BOS, plan, last separator. `e`: read in the place of
+    the concepts' own states."""
+    shape, own_BPD = model.plans.shape, model.plan_embeddings(plan_BP)
+    zero_B1 = torch.zeros_like(plan_BP[:, :1])
+    bos_B1D = Spine(model.backbone).embed(zero_B1 + model.bos)
+    x_BCD = model.plans.inputs(own_BPD if e_BPD is None else e_BPD)
+    last_B1D = model.plans.last_separator().expand_as(bos_B1D)
+    x_BnD = torch.cat([bos_B1D, x_BCD, last_B1D], 1).to(bos_B1D.dtype)
+    plan = plan_slots(shape, plan_BP, zero_B1, 1)
+    last = Slots.text(zero_B1 + max(shape.lengths), first=x_BnD.shape[1] - 1)
+    return x_BnD, Slots.text(zero_B1).then(plan, last)
+
+
+def target_states(
+    model: PlannerForCausalLM, plan_BP: Tensor, target_BY: Tensor, e_BPD: Tensor | None = None
+) -> Tensor:
+    """(B, Y, D) last states that predict each target token, teacher forced."""
+    x_BnD, slots = prefix(model, plan_BP, e_BPD)
+    before_BT = target_BY[:, :-1]
+    # Ignored tokens stand at the end, where nobody sees them: any id will do.
+    text_BTD = Spine(model.backbone).embed(before_BT.masked_fill(before_BT < 0, model.bos))
+    further_T = torch.arange(1, before_BT.shape[1] + 1, device=plan_BP.device)
+    slots = slots.then(Slots.text(slots.position[:, -1:] + further_T, first=slots.length))
+    with adapter(model.backbone, EXECUTOR):
+        h_BnD = model.run(torch.cat([x_BnD, text_BTD], 1), slots, slots)
+    return h_BnD[:, x_BnD.shape[1] - 1 :][:, : target_BY.shape[1]]
+
+
+@torch.no_grad()
+def write(
+    model: PlannerForCausalLM,
+    plan_BP: Tensor,
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """The token ids that each row's plan is written out as, up to its end of text, which is left
+    out."""
+    spine, cache = Spine(model.backbone), DynamicCache()
+    stops = torch.tensor(model.stops, device=model.device)
+    x_BnD, query = prefix(model, plan_BP.to(model.device))
+    key = query
+    unfinished_B = torch.ones(len(plan_BP), dtype=torch.bool, device=model.device)
+    columns: list[Tensor] = []
+    with adapter(model.backbone, EXECUTOR):
+        while len(columns) < max_new_tokens and bool(unfinished_B.any()):
+            logits_BV = spine.logits(model.run(x_BnD, query, key, cache)[:, -1])
+            token_B = draw(logits_BV, temperature, generator) if do_sample else logits_BV.argmax(-1)
+            unfinished_B = unfinished_B & ~torch.isin(token_B, stops)
+            columns.append(torch.where(unfinished_B, token_B, NULL))
+            x_BnD = spine.embed(token_B[:, None])
+            query = Slots.text(key.position[:, -1:] + 1, first=key.length)
+            key = key.then(query)
+    if not columns:
+        return [[] for _ in plan_BP]
+    return [row_T[row_T != NULL].tolist() for row_T in torch.stack(columns, 1)]

@@ -1,0 +1,48 @@
+"""Cross entropies of planner and executor, with as little kept in memory as they need."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sememe.concepts.plan import IGNORED
+
+
+def nll(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+    """(B, T) nats, 0 where the target is IGNORED."""
+    logits_nV = logits_BTV.flatten(0, 1).float()
+    return F.cross_entropy(logits_nV, target_BT.flatten(), reduction="none").view(target_BT.shape)
+
+
+def mean_nll(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+    """Nats for each target that counts."""
+    return nll(logits_BTV, target_BT).sum() / (target_BT != IGNORED).sum().clamp(min=1)
+
+
+def in_chunks(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
+    """`function` of a few rows of all tensors at a time, put together."""
+    chunks = zip(*(x.split(max(1, rows)) for x in tensors), strict=True)
+    return torch.cat([function(*chunk) for chunk in chunks])
+
+
+class _KnownGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, gradients: list[Tensor], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        return None, None, *(g * slope.to(g.dtype) for g in ctx.gradients)
+
+
+def differentiated(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The scalar `loss` with the same gradients, by `parameters` alone: they are taken now, and its
+    activations need not wait for the other losses of a step. Nothing else may go back through its
+    graph."""
+    trained = [p for p in parameters if p.requires_grad]
+    with torch.autocast(loss.device.type, enabled=False):
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    used = [(p, g) for p, g in zip(trained, gradients, strict=True) if g is not None]
+    return _KnownGradients.apply(loss.detach(), [g for _, g in used], *(p for p, _ in used))
