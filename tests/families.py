@@ -97,7 +97,7 @@ def compressor_over(folder, ids_NT: torch.Tensor, **changes) -> CompressorForCau
     move(model, generator)
     model.start_frame(ids_NT)
     model.start_codes(ids_NT)
-    place = model.decompressor.reader.place.weight
+    place = model.decompressor.place.weight
     place.data.copy_(0.1 * torch.randn(place.shape, generator=generator))
     return model.eval()
 

@@ -64,7 +64,7 @@ def test_slot_by_slot_is_all_at_once(family, attention, changes):
     with torch.no_grad():
         stepped = model.encode(*ragged())
     at_once = model.encode(*ragged())
-    slots, again = stepped.segments.slots, at_once.segments.slots
+    slots, again = stepped.slots, at_once.slots
     real = slots.rest_BC > 0
     assert torch.equal(slots.length_BC, again.length_BC)
     assert torch.equal(stepped.ids_BC, at_once.ids_BC)
@@ -73,14 +73,14 @@ def test_slot_by_slot_is_all_at_once(family, attention, changes):
     # 1e-4: seen 1e-5 (log-probabilities near -20); a slot that sees one entry too many or too few
     # is off by 1e-1
     torch.testing.assert_close(log_p, log_p_again, atol=1e-4, rtol=1e-4)
-    x, x_again = (part.segments.x_BCD[part.coded_BC] for part in (stepped, at_once))
+    x, x_again = (model.writer.inputs(part.decision)[0] for part in (stepped, at_once))
     torch.testing.assert_close(x, x_again, atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_is_what_it_is_alone_and_covered_once():
     model = segmented(codes_per_concept=2)
     ids, mask = ragged((1, 7, 13, 20, 0))
-    together, slots = model.compress(ids, mask), model.encode(ids, mask).segments.slots
+    together, slots = model.compress(ids, mask), model.encode(ids, mask).slots
     assert together[-1] == [] and model.decompress([[], together[1]])[0] == []
     for row, (codes, length) in enumerate(zip(together, mask.sum(1).tolist(), strict=True)):
         if length:
@@ -96,12 +96,12 @@ def test_codes_depend_on_what_is_to_come_and_slots_on_earlier_ones_only():
     changed = ids.clone()
     changed[:, -1] = (ids[:, -1] + 1) % 97
     with torch.no_grad():
-        a, b = (model.encode(x).segments.slots.state_BCD[:, 0] for x in (ids, changed))
+        a, b = (model.encode(x).slots.state_BCD[:, 0] for x in (ids, changed))
     assert not torch.equal(a, b), "the first slot has read the last token"
     assert any(x != y for x, y in zip(model.compress(ids), model.compress(changed), strict=True))
     with torch.no_grad():
         encoded = model.encode(ids)
-        slots, read = encoded.segments.slots, functools.partial(encode.read_entries, model)
+        slots, read = encoded.slots, functools.partial(encode.read_entries, model)
         middle = slots.cursor_BC.shape[1] // 2
         before = model.segmenter.at_once(read, encoded.text, slots)
         slots.code_BCD[:, middle] += 1.0
@@ -126,7 +126,7 @@ def test_untrained_it_writes_news_at_the_rate():
     torch.manual_seed(0)
     encoded = model.encode(text(16, 64))
     assert abs(int(encoded.coded_BC.sum()) / (16 * 64) / 0.25 - 1) < 0.1, "the last one is cut"
-    slots = encoded.segments.slots
+    slots = encoded.slots
     assert len(set(slots.length_BC[slots.rest_BC > 0].tolist())) > 4
 
 
@@ -154,9 +154,9 @@ def test_what_a_segment_cost_reaches_its_own_length():
     encoded, seen = model.encode(ids, mask), []
     model.segmenter.lengths.learn = lambda *args: seen.append(args) or torch.zeros(())
     nll = torch.rand(3, 20) * mask
-    model.segmenter.length_loss(encoded.segments.slots, encoded.rank_BT, nll, 0.5)
+    model.segmenter.length_loss(encoded.slots, encoded.rank_BT, nll, 0.5)
     want = []
-    rows = zip(encoded.segments.written_BS[:, 1:], mask.sum(1).tolist(), strict=True)
+    rows = zip(encoded.decision.written_BT[:, 1:], mask.sum(1).tolist(), strict=True)
     for row, (written, length) in enumerate(rows):
         total = 0.0
         for t in range(length):

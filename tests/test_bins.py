@@ -21,7 +21,7 @@ from test_compressor import tiny_compressor
 def tiny(boundary: str = "fixed", **changes):
     values = {"content": "bins", "max_tail": 4, "num_concepts": 256, "beams": 16, **changes}
     model = tiny_compressor(boundary=boundary, **values)
-    model.decompressor.reader.place.weight.data.zero_()
+    model.decompressor.place.weight.data.zero_()
     if model.segmenter is not None:
         model.segmenter.more.data.zero_()
     return model
@@ -81,15 +81,18 @@ def test_a_code_spells_its_segment(boundary, changes):
     model, ids = tiny(boundary, **changes), text(4, 21, seed=9)
     with torch.no_grad():
         encoded = model.encode(ids)
-    coded, bins, reader = encoded.coded_BC, model.decompressor.bins, model.decompressor.reader
+    coded, segments, decompressor = encoded.coded_BC, model.writer.readout, model.decompressor
+    bins = segments.bins
     code_nD = model.writer.codes.normalise(model.writer.codes(encoded.ids_BC[coded]))
-    torch.testing.assert_close(code_nD, encoded.segments.x_BCD[coded], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        code_nD, model.writer.inputs(encoded.decision)[0], atol=1e-4, rtol=1e-4
+    )
     x_BSD, offset_BS = model.covering(encoded)
     x_BTD, offset_BT = x_BSD[:, :-1], offset_BS[:, :-1]
-    length_BT = reader.length(x_BTD)
+    length_BT = segments.length(x_BTD)
     assert len(length_BT.unique()) > 1
     size_BT = bins.size_NP[length_BT - 1, offset_BT]
-    vote_BTD = reader.votes(x_BTD, offset_BT) / reader.gain
+    vote_BTD = decompressor.votes(x_BTD, offset_BT) / decompressor.gain
     vote_BTV = bins.votes(vote_BTD, offset_BT, length_BT)
     apart = []
     flat = (size_BT.flatten(), ids.flatten(), vote_BTV.flatten(0, 1))
@@ -106,14 +109,14 @@ def test_a_code_spells_its_segment(boundary, changes):
 def test_with_a_bin_for_each_word_nothing_is_lost():
     """97 words in 97 bins at both positions of a pair: untrained, the text comes back whole."""
     model, ids = tiny(num_concepts=97 * 97 + 97, max_tail=1), text(4, 20, seed=5)
-    bins = model.decompressor.bins
+    bins = model.writer.readout.bins
     bins.counts, bins.layout = [97, 97 * 97], [[(97, 0)], [(97, 0), (97, 0)]]
     bins.sizes, bins.size_NP = [97], torch.zeros_like(bins.size_NP)
     bins.bin_LV = torch.arange(97, dtype=torch.int32)[None]
     basis = torch.randn(97, 64, generator=torch.Generator().manual_seed(0))
     bins.basis_BD = basis / basis.norm(dim=1, keepdim=True) * 8
     model.start_codes(ids)
-    model.decompressor.reader.gain.fill_(64.0)
+    model.decompressor.gain.fill_(64.0)
     assert model.decompress(model.compress(ids)) == ids.tolist()
 
 

@@ -40,7 +40,7 @@ def tiny_compressor(
     model.start_frame(blocks)
     model.start_codes(blocks)
     generator = torch.Generator().manual_seed(3)
-    sizes = {model.decompressor.reader.place.weight: 0.1}
+    sizes = {model.decompressor.place.weight: 0.1}
     if segmenter := model.segmenter:
         sizes |= {segmenter.before: 0.5, segmenter.more: 0.5, segmenter.lengths.weight: 4.0}
     for p, size in sizes.items():
@@ -74,7 +74,7 @@ def uncached(model: CompressorForCausalLM, ids: list[int]) -> list[int]:
         h = decompressor.states(spine, padded, x_CD[[*ranks, rank]][None], offset_1S)[:, -2]
         logits = decompressor.logits(spine, h, x_CD[[rank]], torch.tensor([offset]))
         words.append(int(logits.argmax()))
-        ends = offset + 1 >= int(decompressor.reader.length(x_CD[rank]))
+        ends = offset + 1 >= int(decompressor.segments.length(x_CD[rank]))
         rank, offset = rank + ends, 0 if ends else offset + 1
     return words[1:]
 
@@ -89,7 +89,7 @@ def test_decompressing_with_a_cache_is_decompressing_without(family, boundary):
     x = model.writer.codes.normalise(
         model.writer.codes(torch.tensor([i for row in ids for i in row]))
     )
-    assert len(model.decompressor.reader.length(x).unique()) > 1 or boundary == "fixed"
+    assert len(model.decompressor.segments.length(x).unique()) > 1 or boundary == "fixed"
     assert model.decompress(ids) == [uncached(model, row) for row in ids]
 
 
@@ -116,7 +116,7 @@ def test_a_row_is_what_it_is_alone(boundary):
 def test_every_token_is_in_a_segment_and_the_last_one_ends_one(boundary):
     model = tiny_compressor(boundary=boundary, rate=0.3)
     encoded = model.encode(text(4, 23))
-    written_BS = encoded.segments.written_BS
+    written_BS = encoded.decision.written_BT
     assert written_BS[:, -1].all()
     for written, rank, offset in zip(written_BS, encoded.rank_BT, encoded.offset_BT, strict=True):
         want, concept, at = [], 1, 0
@@ -242,8 +242,8 @@ def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention, chang
         again.merged()
     slower = AutoModelForCausalLM.from_pretrained(tmp_path / "m", rate=0.25)
     assert len(slower.compress(ids)[0]) < len(concepts[0])
-    if (bins := slower.decompressor.bins) is not None:
-        assert torch.equal(bins.bin_LV, model.decompressor.bins.bin_LV), "a rate moves no bins"
+    if (bins := slower.writer.readout.bins) is not None:
+        assert torch.equal(bins.bin_LV, model.writer.readout.bins.bin_LV), "a rate moves no bins"
 
 
 def compressor_recipe(values: dict, **changes) -> dict:

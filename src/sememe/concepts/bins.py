@@ -18,10 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sememe.concepts.news import rotate
-
 RIVALS = 64  # likeliest words that a word is compared with where it stands
 SWEEPS = 2
+# Its multiples fill the circle evenly, so that positions have little in common.
+GOLDEN = 0.6180339887498949
+
+
+def rotate(x: Tensor, position: Tensor) -> Tensor:
+    """(…, D) states and (…,) positions → the same, rotated in D / 2 planes by the position times
+    the angle of each. Minus the position rotates back."""
+    half = x.shape[-1] // 2
+    angle_P = torch.pi * ((torch.arange(half, device=x.device) + 1) * GOLDEN % 1)
+    angle = position.unsqueeze(-1).to(x.dtype) * angle_P.to(x.dtype)
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat(
+        [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos(), rest], -1
+    )
 
 
 class Confusion:
@@ -108,7 +120,7 @@ def bins_by_position(codes: int, positions: int, even: bool) -> list[int]:
 
 class WordBins(nn.Module):
     """A segment of n words is a sum of n vectors, each one of few at its position and rotated by
-    it (`news.rotate`)."""
+    it."""
 
     def __init__(
         self, width: int, vocab: int, codes: int, stages: int, lengths: int, rate: float, even: bool

@@ -11,24 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sememe.concepts.bins import WordBins, rotate
 from sememe.concepts.fit import explained, linear_fit
+from sememe.concepts.readout import NoAnchor
+from sememe.concepts.segments import Chunk, Packing
 
-# Its multiples fill the circle evenly, so that positions have little in common.
-GOLDEN = 0.6180339887498949
 # Of a coordinate's deviation: further apart than contents, so that a code stands for one length.
 MARK = 3.0
-
-
-def rotate(x: Tensor, position: Tensor) -> Tensor:
-    """(…, D) states and (…,) positions → the same, rotated in D / 2 planes by the position times
-    the angle of each. Minus the position rotates back."""
-    half = x.shape[-1] // 2
-    angle_P = torch.pi * ((torch.arange(half, device=x.device) + 1) * GOLDEN % 1)
-    angle = position.unsqueeze(-1).to(x.dtype) * angle_P.to(x.dtype)
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    return torch.cat(
-        [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos(), rest], -1
-    )
 
 
 class NextEmbedding(nn.Module):
@@ -44,9 +33,9 @@ class NextEmbedding(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.scale.float() * F.linear(
-            h.float(), self.map.weight.float(), self.map.bias.float()
-        )
+        with torch.autocast(h.device.type, enabled=False):
+            weight_DD, bias_D = self.map.weight.float(), self.map.bias.float()
+            return self.scale.float() * F.linear(h.float(), weight_DD, bias_D)
 
     def news(self, embed_BSD: Tensor, h_BSD: Tensor) -> Tensor:
         """(B, S, D) of tokens, from their embeddings and the states at them."""
@@ -64,54 +53,82 @@ class NextEmbedding(nn.Module):
         return explained(residual_ND, embed_ND)
 
 
-class SegmentReader(nn.Module):
-    """Segments' states (…, D), normalised, and (…,) positions in them → what a decompressor reads
-    of each token: in two ways, by what is added to the embedding of the token before, for the
-    layers to use, and by votes that are added to what lm_head reads, so that codes learn from the
-    words in one step.
+class SegmentSum(nn.Module):
+    """Readout of a compressor (`readout.py`): what the tokens of a segment add up to, their news or
+    the vectors of their bins, each rotated by its offset in the segment.
 
     How long its segment is each state says itself, by one of `lengths` orthogonal marks: were ends
-    predicted, everything after a wrong one would be shifted."""
+    predicted, everything after a wrong one would be shifted.
 
-    def __init__(self, width: int, lengths: int):
+    Args:
+        bins: of words, where codes name bins; None where they hold news.
+        weighted: news count by the scores that made the segment end."""
+
+    summed = 0  # nothing is left open: a text's last token ends a segment
+
+    def __init__(self, width: int, lengths: int, bins: WordBins | None, weighted: bool):
         super().__init__()
-        self.state = nn.Linear(width, width)
-        self.place = nn.Embedding(lengths, width)
-        self.vote = nn.Linear(width, width, bias=False)
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("gain", torch.zeros(()))
+        self.anchor = NoAnchor()
+        self.bins = bins
+        self.weighted = weighted and bins is None
         random_DN = torch.randn(width, lengths, generator=torch.Generator().manual_seed(0))
         self.register_buffer("marks", torch.linalg.qr(random_DN)[0].T.contiguous())
-        for p in (self.state.bias, self.place.weight, self.vote.weight):
-            nn.init.zeros_(p)
 
-    @torch.no_grad()
-    def start(self, scale: float) -> None:
-        """States become a random rotation of themselves, which says nothing that the embeddings (of
-        this `scale`) say already, and a tenth as large, since votes are all that is understood at
-        first (docs/log.md)."""
-        self.scale.fill_(scale)
-        nn.init.orthogonal_(self.state.weight, gain=0.1)
+    def forward(self, news_BTD, chunk, pack, written_BT, score_BT, open_segment, codes):
+        """(B, C, D) states for the codes, twice, and nothing that is left open."""
+        weight_BT = chunk.valid_BT * score_BT if self.weighted else chunk.valid_BT
+        h_BCD = self.states(news_BTD, chunk, pack, written_BT, weight_BT, codes)
+        return h_BCD, h_BCD, None
+
+    def states(
+        self, news_BTD, chunk: Chunk, pack: Packing, written_BT, weight_BT, codes, more_BCD=0.0
+    ) -> Tensor:
+        """(B, C, D) states of segments: weighted, n times the mean of their tokens; with what is
+        added to them in normalised coordinates."""
+        with torch.autocast(news_BTD.device.type, enabled=False):
+            length_BC = lengths(pack)
+            length_BT = length_BC.gather(1, ranks(written_BT).clamp(max=length_BC.shape[1] - 1))
+            part_BTD = self.parts(news_BTD, chunk.ids_BT, offsets(written_BT), length_BT, codes)
+            mean_BCD, _ = pack.pool(part_BTD, weight_BT, written_BT)
+            return self.finish(mean_BCD * length_BC.unsqueeze(-1), length_BC, codes, more_BCD)
+
+    def parts(self, news: Tensor, ids: Tensor, offset: Tensor, length: Tensor, codes) -> Tensor:
+        """(…, D) what tokens add to the states of their segments."""
+        if self.bins is None:
+            return rotate(news, offset)
+        return codes.scale.float() * self.bins(ids, offset, length)
+
+    def finish(self, total: Tensor, length: Tensor, codes, more: Tensor | float = 0.0) -> Tensor:
+        """(…, D) states from sums over segments."""
+        return codes.to_states(self.mark(codes.normalise(total) + more, length))
 
     def mark(self, x: Tensor, length: Tensor) -> Tensor:
-        """(…, D) contents and (…,) lengths → the same with the marks of their lengths."""
+        """(…, D) normalised states and (…,) lengths → the same with the marks of their lengths."""
         mark = self.marks.float()[length.clamp(1, len(self.marks)) - 1]
         return self.content(x) + MARK * x.shape[-1] ** 0.5 * mark
 
     def content(self, x: Tensor) -> Tensor:
-        """(…, D) states without any mark."""
+        """(…, D) normalised states without any mark."""
         marks_ND = self.marks.to(x.dtype)
         return x - (x @ marks_ND.T) @ marks_ND
 
     def length(self, x: Tensor) -> Tensor:
-        """(…,) lengths of the segments that (…, D) states stand for."""
+        """(…,) lengths of the segments that (…, D) normalised states stand for."""
         return (x.float() @ self.marks.float().T).argmax(-1) + 1
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """(…, D) to be added to the embedding of the token before."""
-        return self.scale.to(x.dtype) * (self.state(x) + self.place(position))
 
-    def votes(self, x: Tensor, position: Tensor) -> Tensor:
-        """(…, D) to be added to what lm_head reads: the token's news as the segment has it, for the
-        words that are like it."""
-        return self.gain.to(x.dtype) * self.vote(rotate(self.content(x), -position))
+def lengths(pack: Packing) -> Tensor:
+    """(B, C) tokens of each segment, the one that ends it among them."""
+    return pack.index_BC.diff(dim=1, prepend=torch.full_like(pack.index_BC[:, :1], -1))
+
+
+def ranks(written_BT: Tensor) -> Tensor:
+    """(B, T) which segment each token is in."""
+    return written_BT.cumsum(1) - written_BT.long()
+
+
+def offsets(written_BT: Tensor) -> Tensor:
+    """(B, T) positions of tokens in their segments, from 0."""
+    at_T = torch.arange(written_BT.shape[1], device=written_BT.device)
+    last_BT = torch.where(written_BT, at_T, 0).cummax(1).values
+    return F.pad((at_T - last_BT)[:, :-1], (1, 0))

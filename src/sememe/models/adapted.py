@@ -24,6 +24,11 @@ OLD_NAMES = {  # of weights, in models that older releases saved
     r"^(head|codes|gate)\.": r"writer.\1.",
     r"^anchor\.": "writer.readout.anchor.",
     r"^pool\.weight$": "writer.readout.pool",
+    r"^foretold\.": "next_embedding.",
+    r"^(reader\.marks|bins\.)": r"writer.readout.\1",
+    r"^reader\.": "decompressor.",
+    r"\.reader\.marks$": ".marks",
+    r"\.lengths\.price$": ".lengths.penalty",
 }
 # Options of transformers that are used, or that say nothing about a local folder of adapters; and
 # those that ask for nothing with the value that transformers gives them.

@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from sememe.backbone.adapters import adapter
 from sememe.backbone.split import Spine
-from sememe.concepts.bins import WordBins
-from sememe.concepts.news import SegmentReader
+from sememe.concepts.bins import rotate
+from sememe.concepts.news import SegmentSum
 from sememe.models.compressor.beams import Beams
 from sememe.models.compressor.entries import run_entries
 
@@ -18,40 +18,61 @@ ADAPTER = "decompressor"
 
 
 class Decompressor(nn.Module):
-    """The base with an adapter, told of each token by the concept that covers it.
+    """The base with an adapter, told of each token by the concept that covers it: by what is added
+    to the embedding of the token before, for the layers to use, and by votes that are added to what
+    lm_head reads, so that codes learn from the words in one step.
 
     Args:
-        bins: of words, where concepts name bins; None where they hold news."""
+        segments: the compressor's readout, which knows what its states are made of."""
 
-    def __init__(self, width: int, lengths: int, bins: WordBins | None):
+    def __init__(self, width: int, lengths: int, segments: SegmentSum):
         super().__init__()
-        self.reader = SegmentReader(width, lengths)
-        self.bins = bins
+        # Not as a submodule: its weights are the writer's.
+        object.__setattr__(self, "segments", segments)
+        self.state = nn.Linear(width, width)
+        self.place = nn.Embedding(lengths, width)
+        self.vote = nn.Linear(width, width, bias=False)
+        # Of the embeddings: one learning rate fits every base.
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("gain", torch.zeros(()))
+        for p in (self.state.bias, self.place.weight, self.vote.weight):
+            nn.init.zeros_(p)
 
-    def _inputs(self, embed: Tensor, x: Tensor, offset: Tensor) -> Tensor:
+    @torch.no_grad()
+    def start(self, scale: float) -> None:
+        """States become a random rotation of themselves, which says nothing that the embeddings (of
+        this `scale`) say already, and a tenth as large, since votes are all that is understood at
+        first (docs/log.md)."""
+        self.scale.fill_(scale)
+        nn.init.orthogonal_(self.state.weight, gain=0.1)
+
+    def inputs(self, embed: Tensor, x: Tensor, offset: Tensor) -> Tensor:
         """(…, D) embeddings of the tokens before, with what concepts say of the tokens at those
         offsets in their segments."""
-        return embed + self.reader(x.to(self.reader.state.weight.dtype), offset).to(embed.dtype)
+        added = self.state(x.to(self.state.weight.dtype)) + self.place(offset)
+        return embed + (self.scale.to(added.dtype) * added).to(embed.dtype)
+
+    def votes(self, x: Tensor, offset: Tensor) -> Tensor:
+        """(…, D) the token's news as the segment has it, for the words that are like it; with bins
+        their vectors."""
+        x = x.to(self.vote.weight.dtype)
+        return self.gain.to(x.dtype) * self.vote(rotate(self.segments.content(x), -offset))
 
     def scores(
         self, spine: Spine, h: Tensor, x: Tensor, offset: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """(…, V) logits from last states (…, D) in two parts: the language model's, and the votes
         of bins. Votes of news are part of what lm_head reads."""
-        x = x.to(self.reader.vote.weight.dtype)
-        vote = self.reader.votes(x, offset)
-        h = spine.decoder.norm(h)
-        if self.bins is None:
+        vote, h, bins = self.votes(x, offset), spine.decoder.norm(h), self.segments.bins
+        if bins is None:
             return spine.base.lm_head(h + vote.to(h.dtype)), None
-        return spine.base.lm_head(h), self.bins.votes(vote, offset, self.reader.length(x)).to(
-            h.dtype
-        )
+        return spine.base.lm_head(h), bins.votes(vote, offset, self.segments.length(x)).to(h.dtype)
 
     def states(self, spine: Spine, ids_BS: Tensor, x_BSD: Tensor, offset_BS: Tensor) -> Tensor:
         """(B, S, D) last states over a text, given the concepts that cover each next token."""
         embed_BSD = spine.embed(ids_BS)
         # No concept covers what follows the text.
-        inputs_BTD = self._inputs(embed_BSD[:, :-1], x_BSD[:, :-1], offset_BS[:, :-1])
+        inputs_BTD = self.inputs(embed_BSD[:, :-1], x_BSD[:, :-1], offset_BS[:, :-1])
         inputs_BSD = torch.cat([inputs_BTD, embed_BSD[:, -1:]], 1)
         position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
         with adapter(spine.base, ADAPTER):
@@ -81,7 +102,7 @@ class Decompressor(nn.Module):
         concepts_B1 = coded_BC.sum(1, keepdim=True)
         position_BC = position_C.expand(coded_BC.shape)
         end_B1 = position_BC.gather(1, (concepts_B1 - 1).clamp(min=0))
-        c_BCD = self._inputs(embed_BTD.new_zeros(()), x_BCD, torch.zeros_like(position_BC))
+        c_BCD = self.inputs(embed_BTD.new_zeros(()), x_BCD, torch.zeros_like(position_BC))
         # The BOS stays first, an attention sink; the concepts follow it, and the new words them.
         inputs_BKD = torch.cat([embed_BTD[:, :1], c_BCD, embed_BTD[:, 1:]], 1)
         position_BK = torch.cat([position_BT[:, :1], position_BC, position_BT[:, 1:] + end_B1], 1)
@@ -110,7 +131,7 @@ class Decompressor(nn.Module):
                 x_BD = x_BCD[row_B, rank_B.clamp(max=x_BCD.shape[1] - 1)]
                 x_nD = x_BD[beams.row_n]
                 offset_n = offset_B[beams.row_n]
-                inputs_nD = self._inputs(spine.embed(beams.token_n), x_nD, offset_n)
+                inputs_nD = self.inputs(spine.embed(beams.token_n), x_nD, offset_n)
                 steps += 1
                 position_nK = torch.arange(steps, device=device).expand(len(x_nD), -1)
                 h_nD = run_entries(
@@ -125,7 +146,7 @@ class Decompressor(nn.Module):
                 parent_n = beams.extend(score_nV, rank_B < count_B, width)
                 if width > 1:
                     cache.batch_select_indices(parent_n)
-                ends_B = offset_B + 1 >= self.reader.length(x_BD)
+                ends_B = offset_B + 1 >= self.segments.length(x_BD)
                 rank_B = rank_B + ends_B
                 offset_B = torch.where(ends_B, 0, offset_B + 1)
         return beams.best()

@@ -22,16 +22,17 @@ from transformers.utils.generic import can_return_tuple
 from sememe.backbone.adapters import add_lora
 from sememe.backbone.split import Spine
 from sememe.concepts.bins import WordBins
+from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.dial import Dial
-from sememe.concepts.news import NextEmbedding
-from sememe.concepts.readout import Readout
-from sememe.concepts.writer import NULL, ConceptWriter
+from sememe.concepts.news import NextEmbedding, SegmentSum, offsets, ranks
+from sememe.concepts.segments import Chunk
+from sememe.concepts.writer import NULL, ConceptWriter, WriteDecision
 from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.compressor import decode, encode, start
 from sememe.models.compressor.decode import Decompressor
-from sememe.models.compressor.encode import Segments, embed_text, segment
-from sememe.models.compressor.slots import Segmenter, Text
+from sememe.models.compressor.encode import decide, embed_text
+from sememe.models.compressor.slots import Segmenter, Slots
 from sememe.models.configuration import CompressorConfig
 
 # Beams of all rows that are written together, each with a cache of its own.
@@ -49,27 +50,30 @@ class CompressorOutput(CausalLMOutputWithPast):
 
 @dataclass
 class Encoded:
-    """What the compressor makes of (B, T) texts."""
+    """What the compressor makes of (B, T) texts, each with its BOS. Its concepts are (B, C); the
+    BOS is the first of each row and not coded."""
 
-    text: Text
-    segments: Segments
+    text: Chunk
+    decision: WriteDecision
+    slots: Slots | None
     e_BCD: Tensor
     ids_BC: Tensor
 
     @property
     def coded_BC(self) -> Tensor:
         """Which concepts are real."""
-        return self.segments.coded_BC
+        return self.decision.coded_BC
 
     @property
     def rank_BT(self) -> Tensor:
         """Which concept covers each token; some concept on padding."""
-        return self.segments.rank_BS[:, 1:]
+        return ranks(self.decision.written_BT)[:, 1:].clamp(max=self.e_BCD.shape[1] - 1)
 
     @property
     def offset_BT(self) -> Tensor:
         """Positions of the tokens in their segments, from 0; 0 on padding."""
-        return self.segments.offset_BS[:, 1:].masked_fill(~self.text.valid_BS[:, 1:], 0)
+        offset_BS = offsets(self.decision.written_BT)
+        return offset_BS[:, 1:].masked_fill(~self.text.valid_BT[:, 1:], 0)
 
 
 def token_nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -92,17 +96,17 @@ class CompressorForCausalLM(AdaptedModel):
         width, lengths = config.text_config.hidden_size, config.max_tail + 1
         stages = config.codes_per_concept
         self.dial = Dial(config.rate, config.quantise)
-        # What a segment's code is read from the compressor makes itself, so the readout is unused.
-        self.writer = ConceptWriter(config, width, self.dial, Readout(width, anchor=False))
-        self.next_embedding = NextEmbedding(width)
-        boundary = self.writer.gate.boundary
-        self.segmenter = Segmenter(width, lengths, config.rate) if boundary.offline else None
+        boundary = BOUNDARIES[config.boundary]
         bins = None
         if config.content == "bins":
             vocab, even = len(self.get_output_embeddings().weight), not boundary.scored
             rate = config.bins_rate
             bins = WordBins(width, vocab, config.num_concepts, stages, lengths, rate, even)
-        self.decompressor = Decompressor(width, lengths, bins)
+        segments = SegmentSum(width, lengths, bins, weighted=boundary.accumulates)
+        self.writer = ConceptWriter(config, width, self.dial, segments, closes_last=True)
+        self.next_embedding = NextEmbedding(width)
+        self.segmenter = Segmenter(width, lengths, config.rate) if boundary.offline else None
+        self.decompressor = Decompressor(width, lengths, segments)
         # Codes that spell bins of segments with fixed ends do not depend on the base's states.
         self.reads_states = bins is None or boundary.scored or boundary.offline
         self.finish()
@@ -130,13 +134,12 @@ class CompressorForCausalLM(AdaptedModel):
     ) -> Encoded:
         """The concepts of (B, T) texts."""
         text = embed_text(self, ids_BT, attention_mask)
-        segments = segment(self, text)
-        decision = segments.decision(self.writer.codes)
+        decision, slots = decide(self, text)
         e_BCD, ids_BC = self.writer.write(decision, ablation)
         if self.training and self.writer.gate.boundary.learned:
             # The gate learns what the code is worth beside none.
             e_BCD = self.writer.confidence(e_BCD, self.writer.codes.mean, decision)
-        return Encoded(text, segments, e_BCD, ids_BC)
+        return Encoded(text, decision, slots, e_BCD, ids_BC)
 
     # ---- both halves ----
 
@@ -171,10 +174,10 @@ class CompressorForCausalLM(AdaptedModel):
         spine = Spine(self.backbone)
         encoded = self.encode(input_ids, attention_mask, ablation)
         x_BSD, offset_BS = self.covering(encoded)
-        h_BSD = self.decompressor.states(spine, encoded.text.ids_BS, x_BSD, offset_BS)
+        h_BSD = self.decompressor.states(spine, encoded.text.ids_BT, x_BSD, offset_BS)
         logits_BSV = self.decompressor.logits(spine, h_BSD, x_BSD, offset_BS)
-        ids_BS = torch.full_like(encoded.text.ids_BS, NULL).scatter(
-            1, encoded.segments.pack.index_BC, encoded.ids_BC.where(encoded.coded_BC, NULL)
+        ids_BS = torch.full_like(encoded.text.ids_BT, NULL).scatter(
+            1, encoded.decision.pack.index_BC, encoded.ids_BC.where(encoded.coded_BC, NULL)
         )
         loss = term = None
         if labels is not None:
@@ -207,9 +210,9 @@ class CompressorForCausalLM(AdaptedModel):
         term = torch.zeros_like(loss)
         if self.training:
             if self.segmenter is not None:
-                slots = encoded.segments.slots
-                rank_BT, rate = encoded.rank_BT, self.dial.rate
-                term = self.segmenter.length_loss(slots, rank_BT, nll_BT, rate)
+                term = self.segmenter.length_loss(
+                    encoded.slots, encoded.rank_BT, nll_BT, self.dial.rate
+                )
             # Keeps every rank's gradients in step, whatever its batch used.
             trained = [p for p in self.parameters() if p.requires_grad]
             term = term + sum(p.float().sum() for p in trained) * 0.0

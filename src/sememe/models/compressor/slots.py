@@ -18,33 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from sememe.backbone.split import Rope
 from sememe.concepts.lengths import Lengths
-
-
-@dataclass
-class Text:
-    """A batch of texts with their BOS, as the base reads them."""
-
-    ids_BS: Tensor
-    embed_BSD: Tensor
-    position_BS: Tensor
-    valid_BS: Tensor
-    rope: Rope
-
-    def inside(self, at: Tensor) -> Tensor:
-        """Indices of tokens, those after the text taken back to its end."""
-        return at.clamp(max=self.ids_BS.shape[1] - 1)
-
-    def rope_at(self, at_BC: Tensor) -> Rope:
-        """That of the text at these positions: some kinds of rope choose their base by the largest
-        position that they see."""
-
-        def pick(x: Tensor) -> Tensor:
-            index_BCd = at_BC.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-            return x.expand(len(at_BC), -1, -1).gather(1, index_BCd)
-
-        return {kind: tuple(pick(x) for x in pair) for kind, pair in self.rope.items()}
+from sememe.concepts.segments import Chunk, Packing, Rope
 
 
 @dataclass
@@ -76,12 +51,14 @@ class Segmenter(nn.Module):
         self.generator: torch.Generator | None = None
         """Where there is one, lengths are drawn with it even when the model is not trained."""
 
-    def inputs(self, text: Text, at_BC: Tensor, code_BCD: Tensor) -> Tensor:
-        """(B, C, D) of slots: the first token that is not covered, and the code before."""
-        index_BCD = at_BC.unsqueeze(-1).expand(-1, -1, code_BCD.shape[-1])
-        token_BCD = text.embed_BSD.gather(1, index_BCD)
+    def inputs(self, text: Chunk, at_BC: Tensor, code_BCD: Tensor) -> tuple[Tensor, Tensor, Rope]:
+        """(B, C, D) of slots, the first token that is not covered and the code before; with their
+        positions and rope."""
+        pack = Packing(at_BC.clamp(max=text.ids_BT.shape[1] - 1), None)
+        token_BCD = pack.pack(text.embed_BTD)
         code_BCD = code_BCD.float() / code_BCD.shape[-1] ** 0.5
-        return token_BCD + F.linear(code_BCD, self.before.float()).to(token_BCD.dtype)
+        x_BCD = token_BCD + F.linear(code_BCD, self.before.float()).to(token_BCD.dtype)
+        return x_BCD, *text.packed(pack)
 
     def addition(self, state: Tensor) -> Tensor:
         """(…, D) slots' states → (…, D) normalised, added to the states of their segments."""
@@ -92,7 +69,7 @@ class Segmenter(nn.Module):
         self,
         read: Callable[..., Tensor],
         code_of: Callable[[Tensor, Tensor, Tensor], Tensor],
-        text: Text,
+        text: Chunk,
         cache: DynamicCache,
         rate: float,
         draw: bool,
@@ -103,18 +80,19 @@ class Segmenter(nn.Module):
             read: new entries with a cache → their states.
             code_of: (B,) first tokens, (B,) lengths and (B, D) states → the code of a segment.
             cache: the text, read already."""
-        total_B = text.valid_BS.sum(1) - 1
+        total_B = text.valid_BT.sum(1) - 1
         cursor_B = torch.ones_like(total_B)
-        code_BD = torch.zeros_like(text.embed_BSD[:, 0], dtype=torch.float32)
-        position_BK, valid_BK = text.position_BS, text.valid_BS
+        code_BD = torch.zeros_like(text.embed_BTD[:, 0], dtype=torch.float32)
+        position_BK, valid_BK = text.position_BT, text.valid_BT
         tilt = 0.0 if draw else self.lengths.tilt(rate)
         steps: list[tuple[Tensor, ...]] = []
         while bool((cursor_B <= total_B).any()) or not steps:
-            at_B1 = text.inside(cursor_B).unsqueeze(1)
-            position_BK = torch.cat([position_BK, at_B1], 1)
+            x_B1D, position_B1, rope = self.inputs(
+                text, cursor_B.unsqueeze(1), code_BD.unsqueeze(1)
+            )
+            position_BK = torch.cat([position_BK, position_B1], 1)
             valid_BK = F.pad(valid_BK, (0, 1), value=True)
-            x_B1D = self.inputs(text, at_B1, code_BD.unsqueeze(1))
-            h_B1D = read(x_B1D, position_BK, valid_BK, text.rope_at(at_B1), cache)
+            h_B1D = read(x_B1D, position_BK, valid_BK, rope, cache)
             state_BD = F.normalize(h_B1D[:, 0], dim=-1)
             with torch.autocast(state_BD.device.type, enabled=False):
                 log_p_BN = self.lengths(state_BD)
@@ -135,16 +113,23 @@ class Segmenter(nn.Module):
         return Slots(*(torch.stack(x, 1) for x in zip(*steps, strict=True)))
 
     def at_once(
-        self, read: Callable[..., Tensor], text: Text, slots: Slots
+        self, read: Callable[..., Tensor], text: Chunk, slots: Slots
     ) -> tuple[Tensor, Tensor]:
         """(B, S, D) states of the text and (B, C, D) of its slots, given their codes: one forward,
         with gradient."""
-        at_BC = text.inside(slots.cursor_BC)
-        x_BKD = torch.cat([text.embed_BSD, self.inputs(text, at_BC, slots.code_BCD)], 1)
-        position_BK = torch.cat([text.position_BS, at_BC], 1)
-        valid_BK = torch.cat([text.valid_BS, slots.rest_BC > 0], 1)
-        h_BKD = read(x_BKD, position_BK, valid_BK, text.rope_at(position_BK))
-        h_BSD, slot_BCD = h_BKD.split([text.ids_BS.shape[1], at_BC.shape[1]], 1)
+        x_BCD, position_BC, rope = self.inputs(text, slots.cursor_BC, slots.code_BCD)
+        x_BKD = torch.cat([text.embed_BTD, x_BCD], 1)
+        position_BK = torch.cat([text.position_BT, position_BC], 1)
+        valid_BK = torch.cat([text.valid_BT, slots.rest_BC > 0], 1)
+        rope = {
+            kind: tuple(
+                torch.cat([whole.expand(len(x_BKD), -1, -1), part], 1)
+                for whole, part in zip(text.rope[kind], pair, strict=True)
+            )
+            for kind, pair in rope.items()
+        }
+        h_BKD = read(x_BKD, position_BK, valid_BK, rope)
+        h_BSD, slot_BCD = h_BKD.split([text.ids_BT.shape[1], x_BCD.shape[1]], 1)
         return h_BSD, F.normalize(slot_BCD, dim=-1)
 
     def length_loss(self, slots: Slots, rank_BT: Tensor, nll_BT: Tensor, rate: float) -> Tensor:

@@ -14,16 +14,16 @@ from sememe.concepts.bins import Confusion
 from sememe.concepts.codebook import SHARPNESS, start_from_states
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.lengths import REMEMBERED
+from sememe.concepts.segments import Chunk
 from sememe.models.adapted import boundary_targets
-from sememe.models.compressor.encode import embed_text, news, read_text, segment
-from sememe.models.compressor.slots import Text
+from sememe.models.compressor.encode import decide, embed_text, news, read_text
 
 # Logits that votes may give the mean word's own news at first: the best is found by trial.
 VOTES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TOKENS_AT_ONCE = 1024
 
 
-def texts(model, ids_NT: Tensor, show: bool = False) -> Iterator[Text]:
+def texts(model, ids_NT: Tensor, show: bool = False) -> Iterator[Chunk]:
     """Blocks in batches, as in evaluation."""
     was_training = model.training
     model.eval()
@@ -50,21 +50,21 @@ def drawing(model, seed: int) -> Iterator[None]:
 def start_frame(model, ids_NT: Tensor) -> dict[str, float]:
     """Word bins, the prediction of the next embedding, the frame of the codes, and the boundary.
     Returns shares of variance explained."""
-    bins, reader = model.decompressor.bins, model.decompressor.reader
+    bins = model.writer.readout.bins
     embed, states = [], []
     confusion = None if bins is None else Confusion(bins.bin_LV.shape[1])
     for text in texts(model, ids_NT, show=True):
-        embed.append(text.embed_BSD.float())
+        embed.append(text.embed_BTD.float())
         if model.reads_states:
             states.append(read_text(model, text))
         if confusion is not None:
-            log_p_BSV = base_log_p(model, text.ids_BS)
-            confusion.add(log_p_BSV[:, :-1].flatten(0, 1), text.ids_BS[:, 1:].flatten())
+            log_p_BSV = base_log_p(model, text.ids_BT)
+            confusion.add(log_p_BSV[:, :-1].flatten(0, 1), text.ids_BT[:, 1:].flatten())
     if confusion is not None:
         bins.start(confusion)
     news_NSD = torch.cat(embed)
     inner_nD = news_NSD[:, 1:].flatten(0, 1)
-    reader.start(float(inner_nD.square().mean().sqrt()))
+    model.decompressor.start(float(inner_nD.square().mean().sqrt()))
     shares = {}
     if model.reads_states:
         h_NSD = torch.cat(states)
@@ -88,7 +88,7 @@ def calibrate_gate(model, ids_NT: Tensor) -> None:
         blocks = 1 + int(REMEMBERED / model.dial.rate) // ids_NT.shape[1]
         log_p = []
         for text in texts(model, ids_NT[:blocks]):
-            slots = segment(model, text).slots
+            _, slots = decide(model, text)
             log_p.append(model.segmenter.lengths(slots.state_BCD[slots.rest_BC > 0]))
         model.segmenter.lengths.remember(torch.cat(log_p))
 
@@ -97,7 +97,7 @@ def calibrate_gate(model, ids_NT: Tensor) -> None:
 def start_codes(model, ids_NT: Tensor, seed: int) -> dict[str, float]:
     """Codes and head, gate, and what votes weigh."""
     with drawing(model, seed):
-        if model.decompressor.bins is None:
+        if model.writer.readout.bins is None:
             x_nD = segment_states(model, ids_NT)
             figures = start_from_states(model.writer.codes, model.writer.head, x_nD, seed=seed)
         else:
@@ -109,23 +109,25 @@ def start_codes(model, ids_NT: Tensor, seed: int) -> dict[str, float]:
 
 def segment_states(model, ids_NT: Tensor) -> Tensor:
     """(n, D) normalised states of all segments of a text, for the codes."""
-    segments = [segment(model, text) for text in texts(model, ids_NT)]
-    return torch.cat([part.x_BCD[part.coded_BC] for part in segments])
+    decisions = [decide(model, text)[0] for text in texts(model, ids_NT)]
+    return torch.cat([model.writer.inputs(decision)[0] for decision in decisions])
 
 
 def spell_bins(model) -> dict[str, float]:
     """Codes that spell bins, instead of those of k-means; those that are left over belong to no
     segment at all."""
-    bins, codes, reader = model.decompressor.bins, model.writer.codes, model.decompressor.reader
+    codes, segments = model.writer.codes, model.writer.readout
+    bins = segments.bins
     for g in range(codes.codes_per_concept):
         parts_KD = []
         for length in range(1, len(bins.counts) + 1):
             x_nD = bins.codes(g, length)
             if g == 0:
                 length_n = torch.full((len(x_nD),), length, device=x_nD.device)
-                x_nD = reader.mark(codes.normalise(codes.scale.float() * x_nD), length_n)
+                h_nD = segments.finish(codes.scale.float() * x_nD, length_n, codes)
+                x_nD = codes.normalise(h_nD)
             else:
-                x_nD = reader.content(x_nD)
+                x_nD = segments.content(x_nD)
             parts_KD.append(F.pad(x_nD, (0, 0, 0, bins.counts[length - 1] - len(x_nD))))
         table_KD = torch.cat(parts_KD)
         table_KD = F.pad(table_KD, (0, 0, 0, codes.num_concepts - len(table_KD)))
@@ -141,7 +143,7 @@ def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
     embed_VD, out_VD = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     map_DD = torch.eye(embed_VD.shape[1], device=model.device)
     unit = 1.0
-    if decompressor.bins is None:
+    if decompressor.segments.bins is None:
         unit = 1 / float(out_VD.float().square().mean().sqrt() * len(map_DD))
         if out_VD is not embed_VD:
             map_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T.to(map_DD)
@@ -149,16 +151,16 @@ def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
     model.eval()
     encoded = model.encode(ids_BT)
     x_BSD, offset_BS = model.covering(encoded)
-    h_BSD = decompressor.states(spine, encoded.text.ids_BS, x_BSD, offset_BS)
-    decompressor.reader.vote.weight.copy_(map_DD)
+    h_BSD = decompressor.states(spine, encoded.text.ids_BT, x_BSD, offset_BS)
+    decompressor.vote.weight.copy_(map_DD)
     nll = {}
     for weight in VOTES:
-        decompressor.reader.gain.fill_(weight * unit)
+        decompressor.gain.fill_(weight * unit)
         logits_BSV = decompressor.logits(spine, h_BSD, x_BSD, offset_BS)
         nll[weight] = float(
             F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), ids_BT.flatten())
         )
     best = min(nll, key=nll.get)
-    decompressor.reader.gain.fill_(best * unit)
+    decompressor.gain.fill_(best * unit)
     model.train(was_training)
     return {"vote": best, "vote_nll": nll[best]}
