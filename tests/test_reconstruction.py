@@ -14,6 +14,7 @@ import yaml
 from conftest import byte_tokenizer, sememe
 from families import move, online_over
 from sememe.backbone.adapters import without_lora
+from sememe.concepts.dial import Dial
 from sememe.data import text_blocks, token_blocks
 from sememe.errors import DataError
 from sememe.evaluation import baselines, reconstruction
@@ -77,7 +78,9 @@ class Perfect:
     device = torch.device("cpu")
 
     def __init__(self, lose: int = 0):
-        self.config, self.lose = CompressorConfig(num_concepts=512, rate=1.0), lose
+        self.config = CompressorConfig(num_concepts=512, rate=1.0)
+        self.dial = Dial(rate=1.0)
+        self.lose = lose
 
     def compress(self, ids_BT):
         return ids_BT.tolist()

@@ -30,6 +30,7 @@ from sememe.models.loading import (
 )
 from sememe.paths import usable
 
+BATCH = 16  # windows
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
 
 
@@ -167,7 +168,11 @@ class Codec:
         return min(values.get("sequence_length", WINDOW), longest_text(self.model.config))
 
     def compress(
-        self, texts: list[str], window: int | None, batch: int, progress: bool = False
+        self,
+        texts: list[str],
+        window: int | None = None,
+        batch: int = BATCH,
+        progress: bool = False,
     ) -> Codes:
         """Only windows of one length are a batch: nothing is padded, and what a window becomes does
         not depend on its neighbours."""
@@ -180,10 +185,9 @@ class Codec:
             for text, encoding in zip(texts, encodings, strict=True)
         ]
         rows = [ids for windows in cuts for ids, _ in windows]
-        results = self._batches(
+        concepts = self._batches(
             lambda ids: self.model.compress(torch.tensor(ids)), rows, batch, True, progress
         )
-        concepts = iter(results)
         documents = [
             Document(
                 characters=len(text),
@@ -205,31 +209,41 @@ class Codec:
         )
 
     def decompress(
-        self, codes: Codes, beams: int | None, batch: int, progress: bool = False
+        self, codes: Codes, beams: int | None = None, batch: int = BATCH, progress: bool = False
     ) -> list[list[int]]:
         """The token ids of each document. Raises CodesError where another model wrote the codes."""
-        wrote, reads = codes.model, self.writer
-        if (wrote.weights_sha256, wrote.base_sha256) != (reads.weights_sha256, reads.base_sha256):
+        theirs, ours = (x.model_dump(exclude={"name", "base"}) for x in (codes.model, self.writer))
+        if theirs != ours:
             raise CodesError(
-                f"these codes are of {wrote.name} (weights sha256 {wrote.weights_sha256[:12]}…), "
-                f"but {reads.name} has {reads.weights_sha256[:12]}…: need the model that wrote "
-                f"them. try: {wrote.name} as it was then"
+                f"these codes are of {codes.model.name} (sha256 "
+                f"{theirs['weights_sha256'][:12]}…), but {self.writer.name} has "
+                f"{ours['weights_sha256'][:12]}…: need the model that wrote them. try: "
+                f"{codes.model.name} as it was then"
             )
         rows = [window.concepts for window in codes.windows]
-        results = self._batches(
+        tokens = self._batches(
             lambda ids: self.model.decompress(ids, beams), rows, batch, False, progress
         )
-        tokens = iter(results)
         return [[i for _ in document.windows for i in next(tokens)] for document in codes.documents]
 
-    def text(self, ids: list[int]) -> str:
-        """A document's windows are decoded together: a character, or a space, may take tokens of
-        two of them."""
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+    def texts(self, documents: list[list[int]]) -> list[str]:
+        """The windows of a document are decoded together: a character, or a space, may take tokens
+        of two of them."""
+        return [
+            self.tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            for ids in documents
+        ]
 
-    def _batches(self, work: Callable, rows: list, batch: int, equal: bool, progress: bool) -> list:
+    def speed(self, tokens: int) -> dict[str, float | None]:
+        """Of the model alone, without loading it."""
+        per_s = tokens / self.seconds if self.seconds else None
+        return {"seconds": self.seconds, "tokens_per_s": per_s}
+
+    def _batches(
+        self, work: Callable, rows: list, batch: int, equal: bool, progress: bool
+    ) -> Iterator[list[int]]:
         """What `work` makes of each row, batch by batch, largest rows first. `equal`: a batch has
         rows of one length alone."""
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]), reverse=True)
@@ -240,23 +254,17 @@ class Codec:
         for numbers in bars.bar(iterable=batches, unit="batch", disable=not progress):
             results |= zip(numbers, work([rows[n] for n in numbers]), strict=True)
         self.seconds += time.perf_counter() - start
-        return [results[n] for n in range(len(rows))]
+        return (results[n] for n in range(len(rows)))
 
 
 @contextlib.contextmanager
-def ready(
-    model: str | Path | CompressorForCausalLM,
-    base: str | None = None,
-    rate: float | None = None,
-    tokenizer=None,
-) -> Iterator[Codec]:
+def ready(model, rate: float | None = None, tokenizer=None) -> Iterator[Codec]:
     """A compressor in eval mode, from a folder or from memory; one in memory is left as it was.
 
     Raises CheckpointError for anything else."""
     name = str(model)
     if isinstance(model, (str, Path)):
-        model, found = load_model(model, base=base)
-        tokenizer = tokenizer or found
+        model, tokenizer = load_model(model)
     else:
         name = model.config.name_or_path or type(model).__name__
     if not isinstance(model, CompressorForCausalLM):
@@ -265,14 +273,10 @@ def ready(
             "try: sememe train RECIPE system=compressor --out runs/compressor"
         )
     config, training = model.config, model.training
-    if tokenizer is None:
-        if not config.base:
-            raise CheckpointError(
-                f"{name} names no base: need a tokenizer for it. try: tokenizer=…"
-            )
-        tokenizer = load_tokenizer(tokenizer_folder(Path(config.name_or_path), config, base))
     rate = model.dial.rate if rate is None else rate
     check_rate(config, rate, name)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(tokenizer_folder(Path(config.name_or_path), config))
     try:
         with model.dial.at(rate=rate):
             yield Codec(model.eval(), tokenizer, name)
@@ -285,9 +289,8 @@ def compress(
     texts: str | Iterable[str],
     *,
     window: int | None = None,
-    batch: int = 16,
+    batch: int = BATCH,
     rate: float | None = None,
-    base: str | None = None,
     tokenizer=None,
 ) -> Codes:
     """The concept ids of texts.
@@ -298,7 +301,6 @@ def compress(
         window: tokens that are compressed together; default: the run's `sequence_length`.
         batch: windows at a time.
         rate: concepts per token; default: as trained.
-        base: take the base from here instead.
         tokenizer: of a model in memory; default: that of the folder it was loaded from, or of its
             base.
 
@@ -306,7 +308,7 @@ def compress(
         CheckpointError: `model` is no compressor.
         DataError: a text or a window that cannot be compressed.
         RecipeError: a rate that the model cannot hold."""
-    with ready(model, base, rate, tokenizer) as codec:
+    with ready(model, rate, tokenizer) as codec:
         return codec.compress([texts] if isinstance(texts, str) else list(texts), window, batch)
 
 
@@ -314,9 +316,8 @@ def decompress(
     model: str | Path | CompressorForCausalLM,
     codes: Codes | str | Path,
     *,
-    batch: int = 16,
+    batch: int = BATCH,
     beams: int | None = None,
-    base: str | None = None,
     tokenizer=None,
 ) -> list[str]:
     """The texts of `codes`, or of a file of them. Arguments as in `compress`; `beams`: hypotheses
@@ -326,61 +327,47 @@ def decompress(
         CodesError: a file that is not whole, or codes of another model.
         CheckpointError: `model` is no compressor, or has no code for an id."""
     codes = codes if isinstance(codes, Codes) else Codes.load(codes)
-    with ready(model, base, None, tokenizer) as codec:
-        return [codec.text(ids) for ids in codec.decompress(codes, beams, batch)]
+    with ready(model, tokenizer=tokenizer) as codec:
+        return codec.texts(codec.decompress(codes, beams, batch))
 
 
 # ---- files ----
 
 
-def compress_file(
-    model: str,
-    source: str,
-    out: Path,
-    window: int | None = None,
-    batch: int = 16,
-    rate: float | None = None,
-    base: str | None = None,
-) -> dict[str, Any]:
+def compress_file(model: str, source: str, out: Path, rate: float | None = None) -> dict[str, Any]:
     """Compresses a text file into a new file of codes; returns its figures."""
-    with writing(out), ready(model, base, rate) as codec:
-        codes = codec.compress(read_texts(source), window, batch, progress=True)
+    with writing(out), ready(model, rate) as codec:
+        codes = codec.compress(read_texts(source), progress=True)
         codes.save(out)
-    sizes = figures(codes)
     paths = {"model": str(model), "data": str(source), "out": str(out)}
-    return paths | {"bytes": out.stat().st_size} | sizes | speed(sizes["tokens"], codec.seconds)
+    sizes = figures(codes)
+    return paths | {"bytes": out.stat().st_size} | sizes | codec.speed(sizes["tokens"])
 
 
 def decompress_file(
-    model: str,
-    source: Path,
-    out: Path | None = None,
-    batch: int = 16,
-    base: str | None = None,
-    beams: int | None = None,
+    model: str, source: Path, out: Path | None = None, beams: int | None = None
 ) -> tuple[dict[str, Any], str]:
     """Decompresses a file of codes into a new .jsonl, or a .txt of a single document; returns its
     figures, and what the file holds. Without `out` nothing is written."""
     codes = Codes.load(source)
-    lines = len(codes.documents) != 1 if out is None else out.suffix == ".jsonl"
-    if not lines and len(codes.documents) != 1:
+    single = len(codes.documents) == 1
+    as_text = single if out is None else out.suffix != ".jsonl"
+    if as_text and not single:
         raise CodesError(
             f"--out {out} for {len(codes.documents)} documents: need a .jsonl. try: --out "
             f"{out.stem}.jsonl"
         )
-    with writing(out), ready(model, base) as codec:
-        documents = codec.decompress(codes, beams, batch, progress=True)
-        texts = [codec.text(ids) for ids in documents]
-        content = "".join(
-            json.dumps({"text": text}, ensure_ascii=False) + "\n" if lines else text
-            for text in texts
-        )
+    with writing(out), ready(model) as codec:
+        documents = codec.decompress(codes, beams, progress=True)
+        texts = codec.texts(documents)
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+        content = texts[0] if as_text else "".join(lines)
         if out is not None:
             storage.write(out, content.encode())
-    tokens = sum(map(len, documents))
     paths = {"model": str(model), "codes": str(source), "out": None if out is None else str(out)}
+    tokens = sum(map(len, documents))
     written = {"tokens_written": tokens, "characters_written": sum(map(len, texts))}
-    return paths | figures(codes) | written | speed(tokens, codec.seconds), content
+    return paths | figures(codes) | written | codec.speed(tokens), content
 
 
 @contextlib.contextmanager
@@ -418,8 +405,3 @@ def figures(codes: Codes) -> dict[str, Any]:
         "compression_ratio": tokens / ids if ids else None,
         "bits_per_token": ids * math.log2(codes.num_concepts) / tokens if tokens else None,
     }
-
-
-def speed(tokens: int, seconds: float) -> dict[str, float | None]:
-    """Of the model alone, without loading it."""
-    return {"seconds": seconds, "tokens_per_s": tokens / seconds if seconds else None}
