@@ -63,14 +63,9 @@ class SlotLayer(CacheLayerMixin):
         return seen
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
-        slot = self.lane.slot
-        rows = (
-            torch.arange(self.keys.shape[0], device=slot.device)
-            if self.lane.rows is None
-            else self.lane.rows
-        )
-        self.keys[rows[:, None], :, slot] = key_states.transpose(1, 2).to(self.keys.dtype)
-        self.values[rows[:, None], :, slot] = value_states.transpose(1, 2).to(self.values.dtype)
+        row_b1, slot = self.lane.row_b1, self.lane.slot
+        self.keys[row_b1, :, slot] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[row_b1, :, slot] = value_states.transpose(1, 2).to(self.values.dtype)
 
     def get_seq_length(self) -> int:
         return self.lane.used
@@ -110,7 +105,7 @@ class SliceCache:
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.valid = torch.zeros(batch, 1, dtype=torch.bool, device=device)
         self.layers = [SlotLayer(self) for _ in range(layers)]
-        self.slot = self.rows = self.before = None
+        self.slot = self.rows = self.row_b1 = self.before = None
 
     def plan(
         self,
@@ -138,8 +133,12 @@ class SliceCache:
         self.slot = torch.from_numpy(np.where(slot < 0, self.capacity, slot)).to(device)
         self.rows = None if rows is None else torch.from_numpy(rows).to(device)
         self.used = used
-        row_B = torch.arange(len(self.position), device=device) if rows is None else self.rows
-        self.position[row_B[:, None], self.slot] = position
+        if rows is None:
+            row_b = torch.arange(len(self.position), device=device)
+        else:
+            row_b = self.rows
+        self.row_b1 = row_b[:, None]
+        self.position[self.row_b1, self.slot] = position
         length_B1 = torch.from_numpy(length).to(device)[:, None]
         self.valid = torch.arange(self.capacity + 1, device=device) < length_B1
         if keep_before:

@@ -27,8 +27,9 @@ class Lane(NamedTuple):
 
     @classmethod
     def causal(cls, position: Tensor, valid: Tensor) -> "Lane":
-        """One on which the rule is plain causal attention."""
-        return cls(position, torch.zeros_like(position), torch.ones_like(valid), valid)
+        """One on which the rule is plain causal attention: every entry is a concept. What it says
+        of invalid ones nobody asks, nor of `written`."""
+        return cls(position, position, valid, valid)
 
     def then(self, other: "Lane") -> "Lane":
         """These entries and the other's behind them."""
