@@ -41,7 +41,6 @@ from sememe.models import (
     ControlForCausalLM,
     OnlineConfig,
     OnlineForCausalLM,
-    writing,
 )
 
 CLOSE = {
@@ -455,8 +454,8 @@ def test_flex_agrees_and_can_be_switched(family, window, monkeypatch):
         model(ids, attention_mask=mask).logits,
         model.generate(ids, attention_mask=mask, **GREEDY),
     )
-    alone, calls, make = model(ids[:1, 1:]).logits, [], writing.segment_blocks
-    monkeypatch.setattr(writing, "segment_blocks", lambda *lanes: calls.append(1) or make(*lanes))
+    alone, calls, make = model(ids[:1, 1:]).logits, [], masks.segment_blocks
+    monkeypatch.setattr(masks, "segment_blocks", lambda *lanes: calls.append(1) or make(*lanes))
     model.set_attn_implementation("flex_attention")
     seen = mask.bool()
     torch.testing.assert_close(model(ids, attention_mask=mask).logits[seen], want[seen], **CLOSE)
