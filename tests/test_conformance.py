@@ -389,7 +389,7 @@ def test_arguments_of_from_pretrained(folders, kind, tmp_path):
     model.save_pretrained(
         tmp_path / "given", state_dict=state
     )  # as a Trainer does that has gathered shards
-    assert not OnlineForCausalLM.from_pretrained(tmp_path / "given").codes.weight.any()
+    assert not OnlineForCausalLM.from_pretrained(tmp_path / "given").writer.codes.weight.any()
 
 
 def test_device_maps_over_several_devices_are_refused(folders):

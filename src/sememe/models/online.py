@@ -133,12 +133,13 @@ class OnlineForCausalLM(AdaptedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        states = hidden[0]  # those in the graph, where there is one chunk
+        if len(hidden) > 1:
+            states = tuple(torch.cat(parts, 1) for parts in zip(*hidden, strict=True))
         return OnlineOutput(
             loss=loss,
             logits=logits,
-            hidden_states=tuple(torch.cat(states, 1) for states in zip(*hidden, strict=True))
-            if output_hidden_states
-            else None,
+            hidden_states=states if output_hidden_states else None,
             concept_ids=torch.cat(ids_BT, 1),
             **{CACHE: cache},
         )
