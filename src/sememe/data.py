@@ -25,6 +25,8 @@ from sememe.paths import locate, shown, unreadable
 PIECE_CHARS = 200_000
 BATCH = 16  # pieces, which the tokenizer works on in parallel
 HUB_TIMEOUT_S = 5
+Encoder = Callable[[list[str]], list[Any]]
+Rows = Iterator[tuple[str, Any]]  # each with the number that a message names
 
 
 # Files and datasets → texts
@@ -67,7 +69,7 @@ def read_rows(name: str, fields: tuple[str, ...]) -> Iterator[tuple[str, list[st
         raise unreadable(name, fault) from fault
 
 
-def _txt_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _txt_rows(path: Path) -> Rows:
     raw = path.read_bytes()
     try:
         yield "", raw.decode("utf-8-sig")
@@ -79,7 +81,7 @@ def _txt_rows(path: Path) -> Iterator[tuple[str, Any]]:
         ) from fault
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _jsonl_rows(path: Path) -> Rows:
     for number, line in jsonl_lines(path):
         try:
             row = json.loads(line)
@@ -101,7 +103,7 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -119,7 +121,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 READERS = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
-def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(name: str) -> Rows:
     path = Path(name)
     if path.suffix in READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
@@ -182,7 +184,7 @@ def check_text(text: str, place: str) -> str:
 # Texts → token blocks
 
 
-def encoder(tokenizer) -> Callable[[list[str]], list[Any]]:
+def encoder(tokenizer) -> Encoder:
     """Texts → for each its `ids`, no special ones, and their `offsets`, the characters [from, to)
     that each stands for. Raises DataError for a tokenizer that does not know these."""
     if not getattr(tokenizer, "is_fast", False):
@@ -307,7 +309,7 @@ def _pieces(texts: list[str]) -> Iterator[tuple[bool, str]]:
         yield start == 0, text[start:]
 
 
-def _adds_space(encode: Callable[[list[str]], list[Any]]) -> bool:
+def _adds_space(encode: Encoder) -> bool:
     """Whether the tokenizer puts a space before a text, as that of Llama 2 does."""
     whole, first, second, spaced = (x.ids for x in encode(["one two", "one", "two", " two"]))
     return first + second == whole != first + spaced

@@ -74,12 +74,12 @@ class PairTensors:
 
     def cut(self) -> str:
         """One sentence on what was cut; empty if nothing was."""
-        said = (
+        sentence = (
             f"of {len(self)} pairs, {self.cut_sources} sources keep their last "
             f"{self.source_NU.shape[1]} tokens and {self.cut_targets} targets their first "
             f"{self.target_NY.shape[1]}"
         )
-        return said if self.cut_sources or self.cut_targets else ""
+        return sentence if self.cut_sources or self.cut_targets else ""
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,10 @@ def _word_ends(text: str) -> list[int]:
     return [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
 
 
-def _nearest(places: list[int], at: int) -> int | None:
-    """Of sorted places the one nearest to `at`, the first of two."""
-    index = bisect.bisect_right(places, at)
-    return min(
-        places[max(index - 1, 0) : index + 1], key=lambda place: abs(place - at), default=None
-    )
+def _nearest(ends: list[int], at: int) -> int | None:
+    """Of sorted ends the one nearest to `at`, the first of two."""
+    index = bisect.bisect_right(ends, at)
+    return min(ends[max(index - 1, 0) : index + 1], key=lambda end: abs(end - at), default=None)
 
 
 def pair_tensors(

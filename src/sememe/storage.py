@@ -92,15 +92,15 @@ def check_manifest(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         # The second form is that of bases which an earlier release pulled.
         wanted = manifest.get(WEIGHTS) or manifest["files"][WEIGHTS]["sha256"]
-        found_sha256 = sha256(folder / WEIGHTS)
+        actual = sha256(folder / WEIGHTS)
     except (OSError, ValueError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"{folder} holds no finished model ({reason(error)}): need {WEIGHTS} and the "
             f"{MANIFEST} that was saved with it. try: RUN/model of a finished run"
         ) from error
-    if wanted != found_sha256:
+    if wanted != actual:
         raise CheckpointError(
-            f"{folder / WEIGHTS} is corrupt (sha256 {found_sha256[:12]}…, the manifest says "
+            f"{folder / WEIGHTS} is corrupt (sha256 {actual[:12]}…, the manifest says "
             f"{wanted[:12]}…): need the file as it was saved. try: copy, pull or train it again in "
             "a new folder"
         )

@@ -190,20 +190,19 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             CheckpointError: `config` names the hash of another base."""
         cls.check_kernel(attention)
         folder = folder or resolve(config.base)
-        found = fingerprint(folder)
-        if config.base_sha256 not in (None, found):
+        sha256 = fingerprint(folder)
+        if config.base_sha256 not in (None, sha256):
             raise CheckpointError(
                 f"this model was trained on base {config.base!r} with sha256 "
-                f"{config.base_sha256[:12]}…, but the base "
-                f"found at {folder} has {found[:12]}…: need the same weights. try: "
-                "SEMEME_BASE=FOLDER with those"
+                f"{config.base_sha256[:12]}…, but that in {folder} has {sha256[:12]}…: need the "
+                "same weights. try: SEMEME_BASE=FOLDER with those"
             )
         checked = "sdpa" if attention == FLEX else attention  # flex has no CPU to check the base on
         backbone = load_base(folder, dtype=dtype, attn_implementation=checked)
         self_check(backbone)
         backbone.set_attn_implementation(attention)
         config.adopt(backbone.config)
-        config.base_sha256 = found
+        config.base_sha256 = sha256
         config._attn_implementation = attention
         return cls(config, backbone)
 
