@@ -144,7 +144,7 @@ def test_a_collapsed_codebook_is_found(clinic, monkeypatch, tmp_path):
     def collapse(self, *rest, **named):
         found = real(self, *rest, **named)
         with torch.no_grad():
-            self.head.logits[0].bias[3] += 1e4
+            self.writer.head.logits[0].bias[3] += 1e4
         return found
 
     monkeypatch.setattr(OnlineForCausalLM, "start_codes", collapse)
