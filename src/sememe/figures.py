@@ -71,31 +71,31 @@ def figure(key: str) -> Figure:
     return FIGURES.get(key) or Figure(key, key)
 
 
-def rows(result: dict, keys: Iterable[str] | None = None) -> Iterator[tuple[str, str, str]]:
+def rows(result: dict) -> Iterator[tuple[str, str, str]]:
     """(key, formatted value, meaning) of a JSON object's figures, in the order of the table, then
-    those that this version does not know. `keys`: of these alone, in this order. Objects and lists
-    of objects are left out: `table` shows them."""
-    if keys is None:
-        known = [key for key in FIGURES if key in result]
-        keys = [*known, *(key for key in result if key not in FIGURES)]
-    for key in keys:
-        value = result.get(key)
-        nested = isinstance(value, list) and any(isinstance(x, dict | list) for x in value)
-        if not nested and not isinstance(value, dict):
-            yield key, figure(key).show(value), figure(key).meaning
+    those that this version does not know. Objects and lists of them are left out: see `table`."""
+    known = [key for key in FIGURES if key in result]
+    for key in dict.fromkeys([*known, *result]):
+        if not _is_nested(result[key]):
+            yield key, figure(key).show(result[key]), figure(key).meaning
 
 
-def table(records: Any, keys: Iterable[str] | None = None) -> tuple[list[str], list[list[str]]]:
-    """Column titles and formatted cells of a list of JSON objects. `keys`: the columns; by default
-    every key with a plain value in some record, in the order of the first."""
-    records = objects(records)
+def table(
+    records: list[dict], keys: Iterable[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Column titles and formatted cells of JSON objects. `keys`: the columns; by default every key
+    with a plain value, in the order of the first object that has it."""
     if keys is None:
-        keys = dict.fromkeys(
-            key for one in records for key, x in one.items() if not isinstance(x, dict | list)
-        )
-    listed = [figure(key) for key in keys]
-    cells = [[column.show(one.get(column.key)) for column in listed] for one in records]
-    return [column.title for column in listed], cells
+        keys = dict.fromkeys(key for one in records for key in one if not _is_nested(one[key]))
+    columns = [figure(key) for key in keys]
+    return [column.title for column in columns], [
+        [column.show(one.get(column.key)) for column in columns] for one in records
+    ]
+
+
+def _is_nested(value: Any) -> bool:
+    members = value if isinstance(value, list) else [value]
+    return any(isinstance(x, dict | list) for x in members)
 
 
 def objects(value: Any) -> list[dict]:
@@ -122,7 +122,7 @@ def show(value: Any, unit: str = "") -> str:
         return "yes" if value else "no"
     if isinstance(value, str):
         return shorten(value)
-    if isinstance(value, list) and not any(isinstance(x, dict | list) for x in value):
+    if isinstance(value, list) and not _is_nested(value):
         return " · ".join(show(x, unit) for x in value[:MAX_ENTRIES]) + (
             " …" if len(value) > MAX_ENTRIES else ""
         )

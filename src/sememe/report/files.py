@@ -39,25 +39,6 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Point:
-    """A trained model, or the mean over its seeds. `mean` and `spread` have the keys of
-    evaluate.json."""
-
-    name: str
-    kind: str
-    mean: dict
-    spread: dict = field(default_factory=dict)
-
-    @property
-    def layers(self) -> float | None:
-        return 1.0 if self.kind == "control" else number(self.mean.get("layer_share"))
-
-    @property
-    def delta(self) -> float | None:
-        return 0.0 if self.kind == "control" else number(self.mean.get("delta_nll_control"))
-
-
-@dataclass(frozen=True)
 class Run:
     path: Path
     metrics: Metrics
@@ -69,64 +50,47 @@ class Run:
     control: Metrics = Metrics()
 
     @property
-    def name(self) -> str:
-        return self.path.resolve().name
-
-    @property
     def system(self) -> str:
         """By the recipe, which a run has from its first step on."""
         found = self.recipe.get("system") or self.json["evaluate"].get("system")
         return found if isinstance(found, str) else "online"
-
-    @property
-    def points(self) -> list[Point]:
-        figures = self.json["evaluate"]
-        trained = {"trained_tokens": self.metrics.last().get("tokens")}
-        return [Point(self.name, _kind(self.system, figures.get("boundary")), figures | trained)]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """sweep.json of `sememe sweep`."""
-
-    path: Path
-    content: dict
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
-
-    @property
-    def points(self) -> list[Point]:
-        return [
-            Point(
-                str(one.get("name")),
-                _kind(one.get("system"), one.get("boundary")),
-                plain(one.get("mean")) | {"trained_tokens": one.get("trained_tokens")},
-                plain(one.get("spread")),
-            )
-            for one in objects(self.content.get("points"))
-        ]
-
-
-def _kind(system: Any, boundary: Any) -> str:
-    if system in BASELINES:
-        return system
-    return "fixed stride" if boundary == "fixed" else "concepts"
 
 
 def is_sweep(folder: Path) -> bool:
     return (folder / "sweep.json").is_file() and not (folder / "metrics.jsonl").is_file()
 
 
-def read_sweep(folder: Path) -> Sweep:
+def read_sweep(folder: Path) -> dict:
+    """The sweep.json of `sememe sweep`."""
     content = read_json(folder / "sweep.json")
     if not isinstance(content.get("points"), list):
         raise CheckpointError(
             f"got {folder / 'sweep.json'}, which is no sweep; need what `sememe sweep` wrote. try: "
             "the same `sememe sweep` again"
         )
-    return Sweep(folder, content)
+    return content
+
+
+def read_points(folder: Path, prefix: str = "") -> list[dict]:
+    """The trained models of a run or sweep folder: figures of evaluate.json, the mean over its
+    seeds where there are several, with `point`, `kind` and the `spread` of Δ to the control."""
+    if is_sweep(folder):
+        found = objects(read_sweep(folder)["points"])
+    else:
+        figures = read_json(folder / "evaluate.json")
+        found = [figures | {"name": folder.resolve().name, "mean": figures}]
+    points = []
+    for one in found:
+        system, trained = one.get("system"), {"trained_tokens": one.get("trained_tokens")}
+        kind = "fixed stride" if one.get("boundary") == "fixed" else "concepts"
+        point = plain(one.get("mean")) | trained
+        point["point"] = prefix + str(one.get("name"))
+        point["kind"] = system if system in BASELINES else kind
+        point["spread"] = plain(one.get("spread")).get("delta_nll_control")
+        if system == "control":  # which the others are measured against
+            point |= {"layer_share": 1.0, "delta_nll_control": 0.0}
+        points.append(point)
+    return points
 
 
 def read_run(run: Path, control: Path | None = None) -> Run:

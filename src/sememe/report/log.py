@@ -1,6 +1,7 @@
 """A run folder as the doctor's rules read it: its recipe, its log, and figures by name."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -63,18 +64,23 @@ class Log:
 
     def override(self, text: str) -> str | None:
         """`KEY=VALUE` as it stands, `KEY*FACTOR` by what the run had; None where that changes
-        nothing. Whole numbers stay whole, and the rate at most 1."""
-        key, _, factor = text.partition("*")
-        old = dig(self.recipe, key)
-        if not factor:
-            key, _, value = text.partition("=")
-            return None if dig(self.recipe, key) == yaml.safe_load(value) else text
+        nothing. Whole numbers stay whole and at least 2, and the rate at most 1."""
+        key, operator, amount = re.match(r"([\w.]+)(.)(.*)", text).groups()
+        old, new = dig(self.recipe, key), yaml.safe_load(amount)
+        if operator == "=":
+            return None if new == old else text
         if isinstance(old, list):
-            return f"{key}={[max(2, round(x * float(factor))) for x in old]}"
+            return f"{key}={[_scaled(x, new) for x in old]}"
         if not number(old):
             return None
-        new = min(old * float(factor), 1.0 if key == "rate" else math.inf)
-        return f"{key}={max(1, round(new)) if isinstance(old, int) else f'{new:.2g}'}"
+        new = min(_scaled(old, new), 1.0 if key == "rate" else math.inf)
+        text = str(new) if isinstance(new, int) else f"{new:g}"
+        return None if new == old else f"{key}={text}"
+
+
+def _scaled(value: float, factor: float) -> float:
+    whole = isinstance(value, int)
+    return max(2, round(value * factor)) if whole else float(f"{value * factor:.2g}")
 
 
 def read_log(run: Path) -> Log:
@@ -85,7 +91,7 @@ def read_log(run: Path) -> Log:
             f"{run / 'recipe.yaml'} holds no readable recipe: need the file that `sememe train` "
             "wrote. try: copy it again"
         )
-    lines = [line | _by_entry(line) | _of_search(line, recipe) for line in lines]
+    lines = [line | _by_entry(line) for line in lines]
     stage = lines
     if recipe["system"] == "planner":
         stage = [line for line in lines if line["step"] > warmup(recipe)] or lines
@@ -108,25 +114,13 @@ def warmup(recipe: dict[str, Any]) -> float:
 
 
 def _by_entry(line: dict) -> dict:
-    """`KEY.i` for the lists in a line, and held-out NLL before and after position 64."""
-    lists = {key: listed for key, listed in line.items() if isinstance(listed, list)}
-    found = {f"{key}.{i}": x for key, listed in lists.items() for i, x in enumerate(listed)}
-    opening, *others = line.get("heldout_nll_by_position") or [None]
-    return found | ({"opening": opening, "others": fmean(others)} if others else {})
-
-
-def _of_search(line: dict, recipe: dict[str, Any]) -> dict:
-    """Of a line with an E-step: what its figures are to the largest that they could be."""
-    if number(line.get("em_flips")) is None or not recipe.get("plan"):
-        return {}
-    types = zip(recipe["plan"]["sizes"], recipe["plan"]["lengths"], strict=True)
-    # the entropy of a slot is at most that of the type's ids and <EOS>
-    largest = [math.log(size + 1) for size, slots in types for _ in range(slots)]
-    slots = zip(line.get("plan_entropy_by_slot") or (), largest, strict=False)
-    shares = [x / top for x, top in slots if x is not None]
-    proposed = 1 + sum(recipe["em"]["proposers"].values())
-    return {
-        "entropy_share": fmean(shares) if shares else None,
-        "candidates_share": line.get("em_candidates", 0) / proposed,
-        "worth": line.get("em_nll_shuffle", math.nan) - line.get("em_nll", math.nan),
-    }
+    """Of the lists in a line `KEY.0`, `KEY.1`, …, `KEY.end` where there are several entries, and
+    `KEY.mean`."""
+    found: dict[str, Any] = {}
+    for key, listed in line.items():
+        if isinstance(listed, list) and listed:
+            found |= {f"{key}.{i}": x for i, x in enumerate(listed)}
+            found[f"{key}.end"] = listed[-1] if len(listed) > 1 else None
+            values = [x for x in listed if number(x) is not None]
+            found[f"{key}.mean"] = fmean(values) if values else None
+    return found

@@ -10,17 +10,16 @@ import jinja2
 from markupsafe import Markup
 
 from sememe.errors import CheckpointError, SememeError
-from sememe.figures import Figure, figure, number, objects, rows, show, table
+from sememe.figures import figure, objects, rows, show, table
 from sememe.paths import usable
 from sememe.report import plots
 from sememe.report.doctor import examine
 from sememe.report.files import (
-    Point,
     Run,
-    Sweep,
     dig,
     is_sweep,
     plain,
+    read_points,
     read_run,
     read_sweep,
     read_text,
@@ -56,6 +55,9 @@ LEADS = {
     "pair, z*, is searched for while both learn. Does the text depend on its plan, and does the "
     "planner come near z*?",
     "control": "A baseline: the same base with the same adapters, without concepts.",
+    "sweep": "One recipe, trained at every point of a grid. A model with concepts runs its middle "
+    "layers on fewer positions than its base; ΔNLL to the control, the same base and adapters on "
+    "the same batches without concepts, is what that costs.",
 }
 WANTED = {
     "online": "evaluate ablate benchmark",
@@ -89,16 +91,12 @@ TABLES = (
     ),
 )
 """Title, where the records are (a list, or an object that names them), its columns ("": all)."""
-POINT_COLUMNS = [
-    "layer_share",
-    "compression_ratio",
-    "nll",
-    "delta_nll_control",
-    "delta_nll_zero",
-    "delta_nll_shuffle",
-    "code_perplexity",
-    "trained_tokens",
-]
+POINT_COLUMNS = (
+    " point kind layer_share compression_ratio nll delta_nll_control spread delta_nll_zero "
+    "delta_nll_shuffle code_perplexity trained_tokens front"
+)
+"""Of the table of models; the first has the number of the row."""
+FACTS = {"step": " steps", "tokens": " tokens", "seconds": ""}
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,8 @@ class Table:
     title: str
     columns: list[str]
     rows: list[list[str]]
+    words: int = 1
+    """How many of the first columns are text; figures stand at the right."""
 
 
 def write_report(run: Path, control: Path | None = None, beside: Iterable[Path] = ()) -> Path:
@@ -114,19 +114,14 @@ def write_report(run: Path, control: Path | None = None, beside: Iterable[Path] 
 
     `control`: the run whose curves are drawn beside; None takes the sibling folder `<run>-control`
     where there is one. `beside`: further runs and sweeps to compare with."""
-    run = usable(run)
-    others = [_read(usable(path)) for path in beside]
+    run, others = usable(run), [usable(path) for path in beside]
     if not is_sweep(run):
         return _put(run / "report.html", run_page(read_run(run, control), others))
     if control is not None:
         raise CheckpointError(
             f"got {run}, a sweep, and --control; need a run for that. try: it without --control"
         )
-    return _put(run / "sweep.html", sweep_page(read_sweep(run), others))
-
-
-def _read(path: Path) -> Run | Sweep:
-    return read_sweep(path) if is_sweep(path) else read_run(path)
+    return _put(run / "sweep.html", sweep_page(run, others))
 
 
 def _put(path: Path, page: dict[str, Any]) -> Path:
@@ -145,98 +140,77 @@ def _put(path: Path, page: dict[str, Any]) -> Path:
     return path
 
 
-def run_page(run: Run, beside: list[Run | Sweep]) -> dict[str, Any]:
+def run_page(run: Run, beside: list[Path]) -> dict[str, Any]:
     last, texts = run.metrics.last(), samples(run)
     system = run.system if run.system in HEADLINES else "control"
-    facts = [run.system, f"{show(last['step'])} steps"]
-    facts += [figure(key).show(last[key]) for key in ("seconds",) if key in last]
-    facts += [f"{show(last['tokens'])} tokens"] if "tokens" in last else []
+    facts = [f"{figure(key).show(last[key])}{unit}" for key, unit in FACTS.items() if key in last]
     facts += [f"control: {run.control_path.resolve().name if run.control_path else 'none beside'}"]
     if run.metrics.unreadable:
         facts.append(f"{run.metrics.unreadable} unreadable lines of metrics.jsonl skipped")
     drawn = [
-        plots.loss_plot(run, [one for one in beside if isinstance(one, Run)]),
+        plots.loss_plot(run, [read_run(path) for path in beside if not is_sweep(path)]),
         *plots.curve_plots(run),
-        plots.given_plot(run),
-        plots.code_plot(run),
         plots.distortion_plot(run),
     ]
-    compared = _comparison([run, *beside]) if beside else {}
+    files = {f"{command}.json": found for command, found in run.json.items() if found}
+    files["metrics.jsonl, last values"] = last
+    compared = _comparison([run.path, *beside]) if beside else {}
     return compared | {
-        "name": run.name,
+        "name": run.path.resolve().name,
         "kind": "run report",
-        "facts": facts,
+        "facts": [run.system, *facts],
         "lead": LEADS[system],
         "tiles": [_tile(key, run, last) for key in HEADLINES[system].split()],
         "plots": [one for one in drawn if one is not None],
         "missing": list(_missing(run, system)),
         "doctor": _diagnosis(run),
         "texts": texts,
-        "frequent": frequent(texts),
+        "frequent": Table(
+            "Concepts written most often in these texts",
+            ["concept", "times", "tokens that wrote it"],
+            frequent(texts),
+        ),
         "tables": list(_tables(run)),
-        "figures": {
-            f"{command}.json": list(rows(found)) for command, found in run.json.items() if found
-        }
-        | {"metrics.jsonl, last values": list(rows(last))},
+        "figures": {name: list(rows(found)) for name, found in files.items()},
         "details": {
             name: read_text(run.path / name)[:MAX_DETAIL] for name in ("recipe.yaml", "env.json")
         },
     }
 
 
-def sweep_page(sweep: Sweep, beside: list[Run | Sweep]) -> dict[str, Any]:
-    runs = objects(sweep.content.get("runs"))
-    faults = [[show(one.get("name")), show(one["fault"])] for one in runs if one.get("fault")]
-    grid = [[key, show(values)] for key, values in plain(sweep.content.get("grid")).items()]
-    return _comparison([sweep, *beside]) | {
-        "name": sweep.name,
+def sweep_page(folder: Path, beside: list[Path]) -> dict[str, Any]:
+    sweep = read_sweep(folder)
+    grid = [[key, show(values)] for key, values in plain(sweep.get("grid")).items()]
+    failed = [
+        [show(one.get("name")), show(one["fault"])]
+        for one in objects(sweep.get("runs"))
+        if one.get("fault")
+    ]
+    return _comparison([folder, *beside]) | {
+        "name": folder.resolve().name,
         "kind": "sweep",
-        "facts": [show(sweep.content.get("recipe")), f"{len(sweep.points)} points"],
-        "lead": "One recipe, trained at every point of a grid. A model with concepts runs its "
-        "middle layers on fewer positions than its base; ΔNLL to the control, the same base and "
-        "adapters on the same batches without concepts, is what that costs.",
+        "facts": [show(sweep.get("recipe")), f"{len(sweep['points'])} points"],
+        "lead": LEADS["sweep"],
         "tables": [
-            Table(title, columns, cells)
-            for title, columns, cells in (
-                ("Failed", ["run", "why"], faults),
-                ("The grid", ["recipe key", "values"], grid),
-            )
-            if cells
+            Table("Failed", ["run", "why"], failed, words=2),
+            Table("The grid", ["recipe key", "values"], grid, words=2),
         ],
     }
 
 
-def _comparison(sources: list[Run | Sweep]) -> dict[str, Any]:
-    """The points of all sources; those of a second sweep carry its name."""
-    points: list[Point] = []
-    for place, source in enumerate(sources):
-        prefix = f"{source.name}/" if place and isinstance(source, Sweep) else ""
-        points += [
-            Point(prefix + one.name, one.kind, one.mean, one.spread) for one in source.points
-        ]
-    best, drawn = plots.pareto_front(points), plots.pareto_plot(points)
-    cells = [
-        [
-            str(row),
-            one.name,
-            one.kind,
-            *(_with_spread(one, figure(key)) for key in POINT_COLUMNS),
-            "front" if one in best else "",
-        ]
+def _comparison(folders: list[Path]) -> dict[str, Any]:
+    """Plot and table of the points of all folders; those of a second sweep carry its name."""
+    points: list[dict] = []
+    for folder in folders:
+        is_other_sweep = is_sweep(folder) and folder != folders[0]
+        points += read_points(folder, f"{folder.resolve().name}/" if is_other_sweep else "")
+    best = plots.pareto_front(points)
+    records = [
+        one | {"": row, "front": "front" if one in best else ""}
         for row, one in enumerate(points, 1)
     ]
-    columns = ["", "point", "kind", *(figure(key).title for key in POINT_COLUMNS), ""]
-    return {
-        "pareto": drawn,
-        "comparison": Table("", columns, cells),
-    }
-
-
-def _with_spread(point: Point, column: Figure) -> str:
-    """Mean ± standard deviation where there are several seeds."""
-    spread = number(point.spread.get(column.key))
-    after = "" if spread is None else f" ± {column.show(spread).lstrip('+')}"
-    return column.show(point.mean.get(column.key)) + after
+    comparison = Table("", *table(records, POINT_COLUMNS.split(" ")))
+    return {"pareto": plots.pareto_plot(points), "comparison": comparison}
 
 
 def _tile(key: str, run: Run, last: dict) -> dict[str, str]:

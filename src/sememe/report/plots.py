@@ -2,7 +2,6 @@
 
 import base64
 import io
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,20 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from sememe.figures import figure, number, objects, show
-from sememe.report.files import Metrics, Point, Run, plain
+from sememe.report.files import Metrics, Run, plain
 
 MAX_POINTS = 400
 """Of a curve: a plot of 374 units width shows no more."""
 INK, MUTED, GRID = "#1c1f24", "#5c6370", "#dfe2e7"
 BLUE, ORANGE, GREEN, PURPLE = "#2563c9", "#d07a12", "#14866d", "#8a4fc7"
-KINDS = {
-    "concepts": (BLUE, "o"),
-    "fixed stride": (GREEN, "s"),
-    "skip": (ORANGE, "D"),
-    "window": (MUTED, "v"),
-    "control": (INK, "*"),
-}
-"""What a point of a sweep is → its look. All but the first need no learned boundary: they are there
+PARETO = ("layer_share", "delta_nll_control")
+KINDS = {"concepts": "o", "fixed stride": "s", "skip": "D", "window": "v", "control": "*"}
+"""What a point of a sweep is → its mark. All but the first need no learned boundary: they are there
 to be beaten."""
 CURVES = (
     (
@@ -45,6 +39,14 @@ CURVES = (
         ("delta_nll_zero", "delta_nll_shuffle", "delta_nll_random"),
     ),
     (
+        "",
+        "Code use",
+        "Perplexity is how many codes would be as varied, used equally often. Far below the codes "
+        "that occur, few do all the work. Both are counted between two lines of the log.",
+        "codes",
+        ("code_perplexity", "codes_used"),
+    ),
+    (
         "planner",
         "Ablation",
         "What held-out NLL rises by without the true plans. Near 0 when shuffled: the text is "
@@ -59,6 +61,14 @@ CURVES = (
         "another pair's z*. The planner should stay near z* and far below the last.",
         "nats per target token",
         ("em_nll", "em_nll_planner", "em_nll_shuffle"),
+    ),
+    (
+        "planner",
+        "Search",
+        "Flips fall as the search settles, and the planner's first choice comes to be that of z*. "
+        "No flips from the first search on: it may be stuck.",
+        "share",
+        ("em_flips", "plan_match"),
     ),
 )
 """System, title, caption, y axis, figures over training. A new plot is one entry here."""
@@ -126,7 +136,7 @@ def loss_plot(run: Run, beside: list[Run]) -> Plot | None:
         ("control, held out", run.control, "heldout_nll", dict(color=ORANGE) | marks),
     ]
     curves += [
-        (f"{one.name}, held out", one.metrics, "heldout_nll", dict(color=colour, marker="."))
+        (f"{one.path.name}, held out", one.metrics, "heldout_nll", dict(color=colour, marker="."))
         for one, colour in zip(beside, (GREEN, PURPLE, INK, MUTED), strict=False)
     ]
     caption = (
@@ -139,8 +149,8 @@ def loss_plot(run: Run, beside: list[Run]) -> Plot | None:
             "planner's own plan, and the control sees the source: a line far below the marks means "
             "that the planner does not come near z*, or that targets were memorised. "
         )
-    caption += "A steep opening may lie above the frame."
-    return _over_training("Loss", caption, "nats per token", curves, hide_opening=True)
+    caption += "The first 5 % of the run are left out."
+    return _over_training("Loss", caption, "nats per token", curves)
 
 
 def curve_plots(run: Run) -> list[Plot | None]:
@@ -156,13 +166,11 @@ def _curve(run: Run, key: str) -> Curve:
     return figure(key).title, run.metrics, key, dict(marker="o" if "heldout" in key else "")
 
 
-def _over_training(
-    title: str, caption: str, y: str, curves: list[Curve], hide_opening: bool = False
-) -> Plot | None:
+def _over_training(title: str, caption: str, y: str, curves: list[Curve]) -> Plot | None:
     """Curves over the tokens trained on, which a control shares; over steps where a log counts
-    none. `hide_opening`: the first 5 % do not set the height of the frame."""
+    none."""
     x = "tokens" if any(log.points("tokens", key) for _, log, key, _ in curves) else "step"
-    drawn = [(label, thinned(log.points(x, key)), look) for label, log, key, look in curves]
+    drawn = [(label, _thinned(log.points(x, key)), look) for label, log, key, look in curves]
     drawn = [one for one in drawn if one[1]]
     if not drawn:
         return None
@@ -174,76 +182,13 @@ def _over_training(
             axes.plot(*zip(*points, strict=True), label=label, **look | lone)
         axes.set(xlabel=x, ylabel=y)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        end = max(points[-1][0] for _, points, _ in drawn)
-        late = [b for _, points, _ in drawn for a, b in points if a >= 0.05 * end]
-        if hide_opening and max(late) > min(late):
-            margin = 0.05 * (max(late) - min(late))
-            axes.set_ylim(top=min(axes.get_ylim()[1], max(late) + margin))
 
     return plot(title, caption, draw)
 
 
-def thinned(points: Points) -> Points:
-    """At most MAX_POINTS means of neighbouring points."""
-    width = math.ceil(len(points) / MAX_POINTS) or 1
-    groups = [points[i : i + width] for i in range(0, len(points), width)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-
-
-# ---- of a finished model ----
-
-
-def code_plot(run: Run) -> Plot | None:
-    """Rank and frequency of the codes."""
-    evaluate = run.json["evaluate"]
-    listed = evaluate.get("code_counts")
-    counts = [number(x) or 0 for x in listed] if isinstance(listed, list) else []
-    counts = sorted((x for x in counts if x > 0), reverse=True)
-    if not counts:
-        return None
-    codes = number(evaluate.get("num_concepts")) or len(counts)
-    # evenly on a logarithmic axis; every rank kept is a true point
-    ranks = sorted({round(len(counts) ** (i / MAX_POINTS)) for i in range(MAX_POINTS + 1)})
-
-    def draw(axes: Axes) -> None:
-        axes.plot(ranks, [counts[rank - 1] for rank in ranks], marker=".", label="codes")
-        axes.plot([1, codes], [sum(counts) / codes] * 2, color=MUTED, ls=":", label="uniform use")
-        axes.set(xscale="log", yscale="log", xlabel="rank of the code", ylabel="times written")
-
-    caption = (
-        f"{len(counts):,} of {show(codes)} codes occur among {show(sum(counts))} concepts; "
-        f"perplexity {show(number(evaluate.get('code_perplexity')))}. A curve that drops early "
-        "means that few codes do all the work."
-    )
-    return plot("Code use", caption, draw)
-
-
-def given_plot(run: Run) -> Plot | None:
-    """NLL of the same targets by what they are read from."""
-    bars = [
-        (figure("given").show(one.get("given")), nll)
-        for one in objects(run.json["evaluate"].get("given"))
-        if (nll := number(one.get("nll"))) is not None
-    ]
-    if len(bars) < 2:
-        return None
-
-    def draw(axes: Axes) -> None:
-        names, values = zip(*bars, strict=True)
-        shown = axes.barh(range(len(bars)), values, height=0.65, color=BLUE)
-        axes.bar_label(shown, fmt=" %.3f", fontsize=8)
-        axes.set_yticks(range(len(bars)), names)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("nats per target token")
-
-    caption = (
-        "NLL of the same held-out targets. z* was found with the target in view: between it and no "
-        "plan lies all that planning can bring. Shuffled and random plans tell whether the text "
-        "follows its plan."
-    )
-    return plot("What the target is read from", caption, draw, 1.4 + 0.3 * len(bars))
+def _thinned(points: Points) -> Points:
+    """At most MAX_POINTS of a curve, without its steep opening: the first 5 %."""
+    return points[len(points) // 20 :: len(points) // MAX_POINTS + 1]
 
 
 def distortion_plot(run: Run) -> Plot | None:
@@ -284,50 +229,42 @@ def distortion_plot(run: Run) -> Plot | None:
 # ---- of several models ----
 
 
-def pareto_front(points: list[Point]) -> list[Point]:
+def pareto_front(points: list[dict]) -> list[dict]:
     """Those that no other beats in both layers and ΔNLL, by rising layers; what is not measured is
     left out."""
-    best: list[Point] = []
-    measured = [one for one in points if one.layers is not None and one.delta is not None]
-    for point in sorted(measured, key=lambda one: (one.layers, one.delta)):
-        if not best or point.delta < best[-1].delta:
+    best: list[dict] = []
+    for point in sorted(filter(_is_measured, points), key=lambda one: [one[key] for key in PARETO]):
+        if not best or point["delta_nll_control"] < best[-1]["delta_nll_control"]:
             best.append(point)
     return best
 
 
-def pareto_plot(points: list[Point]) -> Plot | None:
+def _is_measured(point: dict) -> bool:
+    return all(number(point.get(key)) is not None for key in PARETO)
+
+
+def pareto_plot(points: list[dict]) -> Plot | None:
     """Quality against compute; numbers are the rows of the table beside it, from 1. None where
     fewer than two models besides the control are measured against it."""
-    numbered = [
-        (str(row), one)
-        for row, one in enumerate(points, 1)
-        if one.layers is not None and one.delta is not None
-    ]
-    if sum(one.kind != "control" for _, one in numbered) < 2:
+    measured = [one for one in points if _is_measured(one)]
+    if sum(one["kind"] != "control" for one in measured) < 2:
         return None
-    if not any(one.kind == "control" for _, one in numbered):
-        numbered.append(("", Point("control", "control", {})))  # what each ΔNLL is to
 
     def draw(axes: Axes) -> None:
-        best = [(one.layers, one.delta) for one in pareto_front([one for _, one in numbered])]
+        best = [[one[key] for key in PARETO] for one in pareto_front(measured)]
         axes.step(*zip(*best, strict=True), where="post", color=MUTED, ls="--", label="front")
-        for kind, (colour, marker) in KINDS.items():
+        for kind, marker in KINDS.items():
             marks = [
-                (one.layers, one.delta, number(one.spread.get("delta_nll_control")) or 0.0)
-                for _, one in numbered
-                if one.kind == kind
+                (*(one[key] for key in PARETO), number(one.get("spread")) or 0.0)
+                for one in measured
+                if one["kind"] == kind
             ]
             if marks:
-                axes.errorbar(*zip(*marks, strict=True), fmt=marker, color=colour, label=kind)
-        for row, one in numbered:
-            axes.annotate(
-                row,
-                (one.layers, one.delta),
-                xytext=(5, 5),
-                textcoords="offset points",
-                fontsize=8,
-                color=MUTED,
-            )
+                axes.errorbar(*zip(*marks, strict=True), fmt=marker, label=kind)
+        for row, one in enumerate(points, 1):
+            if _is_measured(one):
+                at = [one[key] for key in PARETO]
+                axes.annotate(str(row), at, (5, 5), textcoords="offset points", color=MUTED)
         axes.set(xlabel="layers run per token", ylabel="NLL minus control (nats)")
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.margins(0.1)

@@ -123,13 +123,13 @@ def _off_target(rate: float, heldout: float, target: float, length: float) -> bo
 
 
 only_opening = when(
-    lambda first, last, others_first, others_last: (
-        first - last >= 0.05 and others_first - others_last < 0.1 * (first - last)
+    lambda first, last, end_first, end_last: (
+        first - last >= 0.05 and end_first - end_last < 0.1 * (first - last)
     ),
-    "opening.early",
-    "opening.late",
-    "others.early",
-    "others.late",
+    "heldout_nll_by_position.0.early",
+    "heldout_nll_by_position.0.late",
+    "heldout_nll_by_position.end.early",
+    "heldout_nll_by_position.end.late",
 )
 RULES = (
     Rule(
@@ -268,14 +268,14 @@ RULES = (
     ),
     Rule(
         "only the opening improves",
-        "the first 64 positions improve by 0.05 nats or more, the others by less than 0.1 of that",
+        "the first 64 positions improve by 0.05 nats or more, the last by less than 0.1 of that",
         "concepts serve the opening alone: shorter texts first, or more concepts in a text",
         only_opening,
         ("sequence_length*0.5", "rate*1.5"),
     ),
     Rule(
         "only the opening improves",
-        "the first 64 positions improve by 0.05 nats or more, the others by less than 0.1 of that",
+        "the first 64 positions improve by 0.05 nats or more, the last by less than 0.1 of that",
         "plans serve the opening alone: a longer stage of short texts, or longer plans",
         only_opening,
         ("curriculum=[16,0.8]", "plan.lengths*2"),
@@ -303,18 +303,19 @@ RULES = (
     ),
     Rule(
         "search stuck early",
-        "in early E-steps em_flips is at most 0.02 and the planner's entropy at most 0.2 of the "
-        "maximum, while less than half of the candidates differ or z* is worth less than 0.1 nats",
+        "early on em_flips is at most 0.02 and the planner's entropy at most 0.35 nats, while a "
+        "pair has fewer than 3 candidates or z* is worth less than 0.1 nats",
         "the planner is sure before any search and proposes what it has: candidates that differ, "
         "a weaker or shorter start",
         when(
-            lambda flips, entropy, differ, worth: (
-                flips <= 0.02 and entropy <= 0.2 and (differ < 0.5 or worth < WORTH)
+            lambda flips, entropy, candidates, best, shuffled: (
+                flips <= 0.02 and entropy <= 0.35 and (candidates < 3 or shuffled - best < WORTH)
             ),
             "run.em_flips.early",
-            "run.entropy_share.early",
-            "run.candidates_share.early",
-            "run.worth.early",
+            "run.plan_entropy_by_slot.mean.early",
+            "run.em_candidates.early",
+            "run.em_nll.early",
+            "run.em_nll_shuffle.early",
         ),
         ("em.proposers.diverse=4", "em.proposers.edit=4", "plan.weight*0.3", "em.stages=[0.1,0.15]"),
         PLANNER,

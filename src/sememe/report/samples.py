@@ -31,20 +31,17 @@ Sample = dict[str, list[Span]]
 def samples(run: Run) -> list[Sample]:
     """Of evaluate.json: texts cut into segments, or sources, plans and what is written from them.
     Of reconstruct.json: windows, their concepts, and what came back."""
+    evaluate, reconstruct = run.json["evaluate"], run.json["reconstruct"]
     found: list[Sample] = []
-    for one in objects(run.json["evaluate"].get("samples")):
+    for one in objects(evaluate.get("samples")):
         if "pieces" in one:
-            found.append({"": segments(objects(one["pieces"]), run.json["evaluate"])})
-        elif "plan" in one:
-            source, written, target = (
-                [Span(show(one.get(key)))] for key in ("source", "written", "target")
-            )
-            plan = {"source": source, "plan": _plan(one["plan"]), "written from it": written}
-            found.append(plan | {"target": target})
-    for one in objects(run.json["reconstruct"].get("samples")):
-        text, rebuilt = ([Span(show(one.get(key)))] for key in ("text", "rebuilt"))
-        chips = [Span(_name(x, run.json["reconstruct"]), _hue(x)) for x in _ids(one, "concept_ids")]
-        found.append({"text": text, "its concepts": chips, "written again from them": rebuilt})
+            found.append({"": segments(objects(one["pieces"]), evaluate)})
+        elif isinstance(one.get("plan"), list):
+            plan = {f"plan, type {i}": _chips(ids, {}, i) for i, ids in enumerate(one["plan"])}
+            found.append(_texts(one, "source") | plan | _texts(one, "written", "target"))
+    for one in objects(reconstruct.get("samples")):
+        ids = {"its concepts": _chips(one.get("concept_ids"), reconstruct)}
+        found.append(_texts(one, "text") | ids | _texts(one, "rebuilt"))
     return found
 
 
@@ -69,16 +66,15 @@ def segments(pieces: list[dict], vocabulary: dict) -> list[Span]:
     return [*spans, Span("".join(before), title="no concept yet")] if before else spans
 
 
-def frequent(texts: list[Sample]) -> list[tuple[Span, int, list[str]]]:
-    """The concepts written most often in segmented texts: how often, and by which tokens."""
-    writers: dict[Span, Counter[str]] = defaultdict(Counter)
+def frequent(texts: list[Sample]) -> list[list[str]]:
+    """The concepts written most often in segmented texts, how often, and by which tokens."""
+    writers: dict[str, Counter[str]] = defaultdict(Counter)
     for span in (span for text in texts for span in text.get("", ()) if span.hue is not None):
-        writers[Span(span.name, span.hue)][span.writer.strip()] += 1
+        writers[span.name][span.writer.strip()] += 1
     ranked = sorted(writers.items(), key=lambda item: -item[1].total())
     return [
-        (concept, words.total(), [word for word, _ in words.most_common(8)])
-        for concept, words in ranked[:12]
-        if words.total() > 1
+        [name, str(words.total()), " ".join(word for word, _ in words.most_common(8))]
+        for name, words in ranked[:12]
     ]
 
 
@@ -91,17 +87,11 @@ def _name(concept: int, vocabulary: dict) -> str:
     return concept_name(concept, int(codes), int(count or 1)) if codes else str(concept)
 
 
-def _ids(holder: Any, key: Any) -> list[int]:
-    try:
-        return [x for x in holder[key] if isinstance(x, int)][:MAX_SPANS]
-    except (KeyError, TypeError):
-        return []
+def _texts(one: dict, *keys: str) -> Sample:
+    return {key: [Span(show(one.get(key)))] for key in keys}
 
 
-def _plan(plan: Any) -> list[Span]:
-    """The ids of each type; the same id of two types is two concepts."""
-    return [
-        Span(str(x), _hue(x + 1009 * kind), f"type {kind}")
-        for kind in range(len(plan) if isinstance(plan, list) else 0)
-        for x in _ids(plan, kind)
-    ]
+def _chips(ids: Any, vocabulary: dict, kind: int = 0) -> list[Span]:
+    """Concept ids as coloured names. The same id of two types of a plan is two concepts."""
+    listed = ids[:MAX_SPANS] if isinstance(ids, list) else []
+    return [Span(_name(x, vocabulary), _hue(x + 1009 * kind)) for x in listed if isinstance(x, int)]
