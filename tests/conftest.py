@@ -116,7 +116,7 @@ def ctrl_c(step: int) -> Iterator[None]:
 
     def stop(self, args, state, control, **kwargs):
         seen.append(state.global_step)
-        self.asked = len(seen) == step
+        self.requested = len(seen) == step
         real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

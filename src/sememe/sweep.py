@@ -160,7 +160,7 @@ def plan(
             point = Point(_name("online", changes), None, changes)
             refused[point.name] = _entry(point, None) | {"fault": str(error)}
             continue
-        if recipe.on_pairs or not SYSTEMS[recipe.system].measured_on_text:
+        if SYSTEMS[recipe.system].on_pairs(recipe):
             raise RecipeError(
                 f"{path} trains on pairs of a source and a target, and a sweep measures running "
                 "text: need system = online. try: sememe train and sememe evaluate, point by point"

@@ -27,9 +27,9 @@ from sememe.options import (
     check_rate,
     split_layers,
 )
-from sememe.pairs import PairForm
+from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule, calibrating
-from sememe.training.instruments import ConceptMeter, heldout_figures
+from sememe.training.meters import ConceptMeter, concept_figures, heldout_figures
 from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, saved_plans
 from sememe.training.trainer import Blocks
 
@@ -74,6 +74,10 @@ class Run:
     show: bool
     """Whether progress bars are shown."""
 
+    @property
+    def system(self) -> "System":
+        return SYSTEMS[self.recipe.system]
+
 
 class System:
     """A system that learns the next token of running text, by LoRA on a base; what a subclass does
@@ -94,17 +98,13 @@ class System:
     """Layers that are computed again in the backward pass would meet the other adapter."""
     reads_pairs = False
     """Whether it can be trained on pairs of a source and a target."""
-    measured_on_text = True
-    """Whether its quality is that on running text, as a sweep measures it."""
+    adds_to_base = False
+    """Whether it has something to train beside LoRA."""
     baselines: tuple[str, ...] = ()
     """Systems without concepts that a sweep trains beside it."""
     unread: frozenset[str] = frozenset()
     """Recipe keys that it does not read, and that a sweep may vary. One that is missing here costs
     a sweep a baseline for each of its values; one too many would make the comparison unequal."""
-
-    @property
-    def model_class(self) -> type[AdaptedModel]:
-        return MODELS[self.name]
 
     def check(self, recipe: Recipe, processes: int) -> None:
         """Raises RecipeError where the recipe cannot be trained in so many processes."""
@@ -113,6 +113,7 @@ class System:
             f"distil = {recipe.distil}": recipe.distil > 0 and not self.distils,
             "gradient_checkpointing = true": recipe.gradient_checkpointing and self.two_adapters,
             "pairs of data.fields or data.source_share": recipe.on_pairs and not self.reads_pairs,
+            "lora.rank = 0, nothing to train,": recipe.lora.rank == 0 and not self.adds_to_base,
         }
         for key in (key for key, wrong in refused.items() if wrong):
             raise RecipeError(
@@ -125,12 +126,9 @@ class System:
                 f"{recipe.gradient_accumulation} parts: need a multiple. try: batch_size={parts}"
             )
 
-    def check_lengths(self, recipe: Recipe, folder: Path) -> None:
-        """Raises DataError where sequences are longer than the base has positions for."""
-        if not recipe.on_pairs:
-            base_config = AutoConfig.from_pretrained(folder)
-            longest = longest_text(base_config, bos=self.opens_with_bos)
-            check_length(longest, recipe.sequence_length, "sequence_length=")
+    def on_pairs(self, recipe: Recipe) -> bool:
+        """Whether it is trained on pairs of a source and a target."""
+        return recipe.on_pairs
 
     def config(self, recipe: Recipe, layers: int) -> AdaptedConfig:
         """The configuration of the recipe's model over a base of so many layers."""
@@ -141,32 +139,42 @@ class System:
         layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
         config = self.config(recipe, layers)
         torch.manual_seed(recipe.seed)
-        return self.model_class.from_base(config, folder=folder)
+        return MODELS[self.name].from_base(config, folder=folder)
 
-    def batches(
-        self, recipe: Recipe, tokenizer, folder: Path, say: Callable[[str], None]
-    ) -> Batches:
+    def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
         """(steps · batch_size, T) training blocks in their order, (N, T) held-out blocks, and the
-        first training blocks for calibration. Raises DataError: missing, empty or too short text."""
+        first training blocks for calibration; or pairs. Raises DataError: missing, empty or too
+        short text, or sequences that are longer than the base has positions for."""
+        base_config = AutoConfig.from_pretrained(folder).get_text_config()
+        if self.on_pairs(recipe):
+            return self.pair_batches(recipe, tokenizer, base_config, say)
         length, count = recipe.sequence_length, recipe.steps * recipe.batch_size
-        train_NT = token_blocks(
-            read_texts(recipe.data.train), tokenizer, length, limit=count * length
-        )
-        heldout_NT = token_blocks(
-            read_texts(recipe.data.heldout),
-            tokenizer,
-            length,
-            limit=max(recipe.heldout_tokens, length),
-        )
-        order_n = block_order(len(train_NT), recipe.steps, recipe.batch_size, recipe.seed)
-        ids_NT = train_NT[order_n]
+        check_length(longest_text(base_config, self.opens_with_bos), length, "sequence_length=")
+
+        def blocks(text: str, tokens: int) -> Tensor:
+            return token_blocks(read_texts(text), tokenizer, length, limit=tokens)
+
+        train_NT = blocks(recipe.data.train, count * length)
+        heldout_NT = blocks(recipe.data.heldout, max(recipe.heldout_tokens, length))
+        ids_NT = train_NT[block_order(len(train_NT), recipe.steps, recipe.batch_size, recipe.seed)]
         calibration_NT = ids_NT[: max(1, recipe.calibration_tokens // length)]
         return Batches(Blocks(ids_NT, recipe.batch_size), heldout_NT, calibration_NT)
+
+    def pair_batches(self, recipe: Recipe, tokenizer, base_config, say) -> Batches:
+        """As many training pairs as the run can see, and held-out pairs of at least
+        `heldout_tokens` target tokens."""
+        form = PairForm.of(recipe.model_dump())
+        train = form.load(recipe.data.train, tokenizer, max_pairs=recipe.steps * recipe.batch_size)
+        heldout = form.load(recipe.data.heldout, tokenizer, min_tokens=recipe.heldout_tokens)
+        if cut := train.cut():
+            say(f"{recipe.data.train}: {cut}")
+        self.check_pair_lengths(recipe, train, longest_text(base_config, bos=True))
+        return Batches(self.pair_examples(recipe, train, tokenizer, base_config), heldout)
 
     def start(self, run: Run) -> None:
         """What is set before the first step of a fresh run."""
 
-    def meter(self, recipe: Recipe, model: AdaptedModel):
+    def meter(self, run: Run):
         """What counts over a training interval: `see` a forward pass, `read` the figures; None for
         a system of which the loss says all."""
         return None
@@ -175,9 +183,9 @@ class System:
         """Callbacks of its own; they come before all others."""
         return []
 
-    def heldout(self, model: AdaptedModel, heldout) -> dict[str, float | list]:
-        """Figures of the held-out set while training. `model` is in eval mode."""
-        return heldout_figures(model, heldout)
+    def heldout(self, run: Run) -> dict[str, float | list]:
+        """Figures of the held-out set while training. The model is in eval mode."""
+        return heldout_figures(run.model, run.batches.heldout)
 
     def state(self, model: AdaptedModel) -> dict[str, float]:
         """What the schedule has set the model to, for the line of the log."""
@@ -193,6 +201,7 @@ class Writing(System):
     """A system whose model writes concepts into running text."""
 
     ramps = True
+    adds_to_base = True
 
     def check(self, recipe: Recipe, processes: int) -> None:
         super().check(recipe, processes)
@@ -200,25 +209,27 @@ class Writing(System):
 
     def start(self, run: Run) -> None:
         """Sets the frame of the codes, the gate and the bridge from states of the base."""
-        calibration_NT, rate = run.batches.calibration_NT, run.recipe.rate
         with calibrating():
-            _say_explained(run.say, run.model.start_frame(calibration_NT, rate))
+            shares = run.model.start_frame(run.batches.calibration_NT, run.recipe.rate)
+        _say_explained(run.say, shares)
 
-    def meter(self, recipe: Recipe, model: AdaptedModel) -> ConceptMeter:
-        return ConceptMeter(recipe.num_concepts, recipe.codes_per_concept)
+    def meter(self, run: Run) -> ConceptMeter:
+        return ConceptMeter(run.recipe.num_concepts, run.recipe.codes_per_concept)
 
     def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
-        return [Schedule(run.recipe, run.batches.calibration_NT, run.say, run.show)]
+        return [Schedule(run)]
+
+    def heldout(self, run: Run) -> dict[str, float | list]:
+        return concept_figures(run.model, run.batches.heldout)
 
     def state(self, model: AdaptedModel) -> dict[str, float]:
         return {"target_rate": model.dial.rate, "quantise": model.dial.quantise}
 
     def finish(self, run: Run) -> None:
         """Also calibrates the gate once more, on training text and the weights as they are saved."""
-        model = run.model
-        model.dial.quantise = 1.0
+        run.model.dial.quantise = 1.0
         super().finish(run)
-        model.calibrate_gate(run.batches.calibration_NT)
+        run.model.calibrate_gate(run.batches.calibration_NT)
 
 
 class Online(Writing):
@@ -260,12 +271,10 @@ class Planner(System):
     shifts_labels = False
     two_adapters = True
     reads_pairs = True
-    measured_on_text = False
     lengthens = False  # its plans are of the pairs that its steps see
 
     def check(self, recipe: Recipe, processes: int) -> None:
         super().check(recipe, processes)
-        _check_trains_something(recipe)
         if processes > 1:
             raise RecipeError(
                 f"system = planner in {processes} processes: need one, E-steps are not shared out. "
@@ -281,21 +290,21 @@ class Planner(System):
             **_adapter_keys(recipe),
         )
 
-    def check_lengths(self, recipe: Recipe, folder: Path) -> None:
-        """Those of pairs are checked when they are read."""
+    def on_pairs(self, recipe: Recipe) -> bool:
+        return True
 
-    def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
-        """Pairs. Source and target each stand beside a plan, never beside each other."""
-        train, heldout, base_config = _pairs(recipe, tokenizer, folder, say)
-        longest = longest_text(base_config, bos=True)
+    def check_pair_lengths(self, recipe: Recipe, pairs: PairTensors, longest: int) -> None:
+        """Source and target each stand beside a plan, never beside each other."""
         beside = 1 + sum(recipe.plan.lengths) + len(recipe.plan.lengths)
-        check_length(longest, train.source_NU.shape[1], "source_length=", beside)
-        check_length(longest, train.target_NY.shape[1], "target_length=", beside)
-        examples = PairExamples(recipe, train)
+        check_length(longest, pairs.source_NU.shape[1], "source_length=", beside)
+        check_length(longest, pairs.target_NY.shape[1], "target_length=", beside)
+
+    def pair_examples(self, recipe: Recipe, pairs: PairTensors, tokenizer, base_config):
+        examples = PairExamples(recipe, pairs)
         if recipe.plan.signals:
-            texts = train.target_texts(tokenizer)
+            texts = pairs.target_texts(tokenizer)
             examples.signals = SignalReader.fit(texts)(texts)
-        return Batches(examples, heldout)
+        return examples
 
     def start(self, run: Run) -> None:
         """Plans of the training pairs that the search begins with."""
@@ -304,8 +313,8 @@ class Planner(System):
             run.recipe, run.model, examples.pairs, run.tokenizer, run.say
         )
 
-    def meter(self, recipe: Recipe, model: AdaptedModel) -> PlanMeter:
-        return PlanMeter(model.config.plan_shape)
+    def meter(self, run: Run) -> PlanMeter:
+        return PlanMeter(run.model.config.plan_shape)
 
     def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
         examples = run.batches.examples
@@ -313,8 +322,8 @@ class Planner(System):
             examples.plan_NP = saved_plans(run.checkpoint)
         return [HardEM(run.recipe, examples, meter, run.show)]
 
-    def heldout(self, model: AdaptedModel, heldout) -> dict[str, float | list]:
-        return pair_figures(model, heldout)
+    def heldout(self, run: Run) -> dict[str, float | list]:
+        return pair_figures(run.model, run.batches.heldout)
 
 
 class Control(System):
@@ -324,26 +333,20 @@ class Control(System):
     reads_pairs = True
     unread = OF_CONCEPTS
 
-    def check(self, recipe: Recipe, processes: int) -> None:
-        super().check(recipe, processes)
-        _check_trains_something(recipe)
-
     def config(self, recipe: Recipe, layers: int) -> ControlConfig:
         return ControlConfig(**_adapter_keys(recipe))
 
-    def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
-        """A planner's control reads source and target of the same pairs as one text."""
-        if not recipe.on_pairs:
-            return super().batches(recipe, tokenizer, folder, say)
-        train, heldout, base_config = _pairs(recipe, tokenizer, folder, say)
-        longest = longest_text(base_config, bos=True)
-        target = train.target_NY.shape[1]
-        check_length(longest, train.source_NU.shape[1], "source_length=", target)
-        return Batches(PairExamples(recipe, train, sink_id(base_config)), heldout)
+    def check_pair_lengths(self, recipe: Recipe, pairs: PairTensors, longest: int) -> None:
+        """Source and target are one text."""
+        target = pairs.target_NY.shape[1]
+        check_length(longest, pairs.source_NU.shape[1], "source_length=", target)
 
-    def heldout(self, model: AdaptedModel, heldout) -> dict[str, float | list]:
-        on_pairs = not isinstance(heldout, Tensor)
-        return pair_figures(model, heldout) if on_pairs else heldout_figures(model, heldout)
+    def pair_examples(self, recipe: Recipe, pairs: PairTensors, tokenizer, base_config):
+        return PairExamples(recipe, pairs, sink_id(base_config))
+
+    def heldout(self, run: Run) -> dict[str, float | list]:
+        of_pairs = pair_figures if self.on_pairs(run.recipe) else heldout_figures
+        return of_pairs(run.model, run.batches.heldout)
 
 
 class Skip(Control):
@@ -404,25 +407,6 @@ def _adapter_keys(recipe: Recipe) -> dict[str, Any]:
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
     }
-
-
-def _check_trains_something(recipe: Recipe) -> None:
-    if recipe.lora.rank == 0:
-        raise RecipeError(
-            f"system = {recipe.system} with lora.rank = 0: need something to train. try: "
-            "lora.rank=8"
-        )
-
-
-def _pairs(recipe: Recipe, tokenizer, folder: Path, say):
-    """As many training pairs as the run can see, held-out pairs of at least `heldout_tokens` target
-    tokens, and the base's configuration. Raises DataError: missing or empty text or fields."""
-    form = PairForm.of(recipe.model_dump())
-    train = form.load(recipe.data.train, tokenizer, max_pairs=recipe.steps * recipe.batch_size)
-    heldout = form.load(recipe.data.heldout, tokenizer, min_tokens=recipe.heldout_tokens)
-    if cut := train.cut():
-        say(f"{recipe.data.train}: {cut}")
-    return train, heldout, AutoConfig.from_pretrained(folder).get_text_config()
 
 
 def _say_explained(say: Callable[[str], None], shares: dict[str, float]) -> None:

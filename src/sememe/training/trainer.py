@@ -1,5 +1,4 @@
-"""The Hugging Face Trainer with a fixed batch order, two learning rates, a schedule, and no
-non-finite step."""
+"""The Hugging Face Trainer with a fixed batch order, two learning rates, and no non-finite step."""
 
 import math
 from functools import partial
@@ -8,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from sememe.backbone.adapters import without_lora
 from sememe.errors import CheckpointError, TrainingError
 from sememe.options import Recipe
-from sememe.training.instruments import ConceptMeter
-from sememe.training.plans import PlanMeter
 
 
 def cosine(step: int, steps: int) -> float:
@@ -31,10 +28,14 @@ class Blocks(Dataset):
     """(N, T) token blocks as language-model examples, in a fixed order."""
 
     def __init__(self, ids_NT: Tensor, batch: int):
-        self.ids_NT, self.batch = ids_NT, batch
+        self.ids_NT = ids_NT
+        self.batch = batch
 
     def __len__(self) -> int:
         return len(self.ids_NT)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids_NT[i], "labels": self.ids_NT[i]}
 
     def tokens(self, step: int) -> int:
         """Tokens that the first `step` steps train on."""
@@ -44,26 +45,15 @@ class Blocks(Dataset):
         """A batch as the model takes it."""
         return inputs
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids_NT[i], "labels": self.ids_NT[i]}
-
 
 class ConceptTrainer(Trainer):
     """Same blocks in the same order for every system: the order is in the data set, not in a
     sampler's random state."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model,
-        arguments: TrainingArguments,
-        examples: Dataset,
-        meter: ConceptMeter | PlanMeter | None,
-        callbacks: list,
-        shifts_labels: bool = True,
-    ):
-        self.recipe, self.meter = recipe, meter
-        super().__init__(model=model, args=arguments, train_dataset=examples, callbacks=callbacks)
+    def __init__(self, recipe: Recipe, meter=None, shifts_labels: bool = True, **trainer):
+        self.recipe = recipe
+        self.meter = meter
+        super().__init__(**trainer)
         self._loss_shifts_labels = shifts_labels
 
     def _save_checkpoint(self, *args, **kwargs):
@@ -74,8 +64,7 @@ class ConceptTrainer(Trainer):
 
     def _prepare_inputs(self, inputs):
         """On the device; a batch of pairs as its step wants it."""
-        inputs = super()._prepare_inputs(inputs)
-        return self.train_dataset.prepare(inputs)
+        return self.train_dataset.prepare(super()._prepare_inputs(inputs))
 
     def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -84,45 +73,39 @@ class ConceptTrainer(Trainer):
         """LoRA and new modules apart; no weight decay, since zero is no better a code than
         another."""
         if self.optimizer is None:
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            lora, own = [], []
+            for name, p in self.model.named_parameters():
+                if p.requires_grad:
+                    (lora if "lora_" in name else own).append(p)
             groups = [
-                {
-                    "params": [p for n, p in named if "lora_" in n],
-                    "lr": self.recipe.learning_rate,
-                },
-                {
-                    "params": [p for n, p in named if "lora_" not in n],
-                    "lr": self.recipe.concept_learning_rate,
-                },
+                {"params": lora, "lr": self.recipe.learning_rate},
+                {"params": own, "lr": self.recipe.concept_learning_rate},
             ]
-            self.optimizer = torch.optim.AdamW(
-                [g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0
-            )
+            groups = [group for group in groups if group["params"]]
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, partial(cosine, steps=num_training_steps)
-            )
+            factor = partial(cosine, steps=num_training_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy, or a mix with distillation; one that is not finite never reaches the
         gradients, on any rank."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.recipe.distil > 0 and model.training:
-            share = self.recipe.distil
-            divergence = self._divergence(inputs, outputs.logits, loss)
-            loss = (1 - share) * loss + share * divergence
+        share = self.recipe.distil
+        if share > 0 and model.training:
+            loss = (1 - share) * loss + share * self._divergence(inputs, outputs.logits, loss)
         finite = torch.isfinite(loss.detach()).float()
         if self.args.world_size > 1:
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         if not bool(finite):
             raise TrainingError(
                 f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}: need a "
-                "finite one; nothing was "
-                "changed and the last checkpoint stands. try: learning_rate=1e-4, or precision=fp32"
+                "finite one; nothing was changed and the last checkpoint stands. try: "
+                "learning_rate=1e-4, or precision=fp32"
             )
         if self.meter is not None:
             self.meter.see(outputs, inputs["labels"])
@@ -130,13 +113,11 @@ class ConceptTrainer(Trainer):
 
     def _divergence(self, inputs, logits_BTV: Tensor, loss: Tensor) -> Tensor:
         """KL of the model's next-token distribution from the frozen base's, nats per token, on the
-        scale of `loss`."""
+        scale of `loss`, which the Trainer divides by what it accumulates over."""
         backbone = self.accelerator.unwrap_model(self.model).backbone
         with torch.no_grad(), without_lora(backbone):
-            teacher_BTV = backbone(input_ids=inputs["input_ids"], use_cache=False).logits
-        told, said = (F.log_softmax(x[:, :-1].float(), -1) for x in (teacher_BTV, logits_BTV))
-        divergence = F.kl_div(said, told, log_target=True, reduction="none").sum(-1).mean()
-        own = F.nll_loss(said.flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
-        return divergence * (
-            loss.detach() / own.detach()
-        )  # the Trainer scales `loss` by what it accumulates over
+            base_BTV = backbone(input_ids=inputs["input_ids"], use_cache=False).logits
+        base, own = (F.log_softmax(x[:, :-1].float(), -1) for x in (base_BTV, logits_BTV))
+        divergence = F.kl_div(own, base, log_target=True, reduction="none").sum(-1).mean()
+        nll = F.nll_loss(own.flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+        return divergence * (loss.detach() / nll.detach())

@@ -1,8 +1,5 @@
 """What a run is watched by: concept ids, gradients and held-out blocks → the figures of
-metrics.jsonl.
-
-Cheap and always on. What each figure is like in a healthy run: docs/figures.md.
-"""
+metrics.jsonl. Cheap and always on; what each figure means: docs/figures.md."""
 
 import torch
 import torch.nn.functional as F
@@ -10,68 +7,55 @@ from torch import Tensor
 
 from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
+from sememe.concepts.writer import NULL
 from sememe.evaluation.quality import by_position, code_use, longest_tail, token_nll
-from sememe.models.online import NULL, OnlineForCausalLM
 from sememe.models.planner.model import EXECUTOR, PLANNER
 
 SMALL_BATCH = 512  # held-out tokens that codes are ablated on; one forward each
-USE = (
-    "code_perplexity",
-    "codes_used",
-    "largest_code_share",
-    "bits_per_concept",
-)  # what is logged of `code_use`
+USE = ("code_perplexity", "codes_used", "largest_code_share", "bits_per_concept")
+"""What is logged of `code_use`."""
 
 
 class ConceptMeter:
     """One training interval from what the forward pass returns anyway: realised rate, tails and
-    code use.
-
-    Counted first and divided once, over all ranks."""
+    code use. Counted first and divided once, over all ranks."""
 
     def __init__(self, num_concepts: int, codes_per_concept: int = 1):
-        self.num_concepts, self.codes_per_concept = num_concepts, codes_per_concept
+        self.shape = (codes_per_concept, num_concepts)
         self.clear()
 
     def clear(self) -> None:
-        self.written = self.tokens = self.longest = self.segments = self.tail_tokens = 0
-        self.counts_GK = torch.zeros(self.codes_per_concept, self.num_concepts, dtype=torch.float64)
+        self.counts_GK = torch.zeros(self.shape, dtype=torch.float64)
+        # Concepts written, tokens, closed segments, tokens in the tails of those.
+        self.sums_4 = torch.zeros(4, dtype=torch.float64)
+        self.longest = torch.zeros(())
 
     def see(self, outputs, labels_BT: Tensor) -> None:
         """What a forward pass returned."""
-        self.add(outputs.concept_ids)
-
-    def add(self, concept_ids_BT: Tensor) -> None:
-        ids_BT = concept_ids_BT.detach().cpu()
+        ids_BT = outputs.concept_ids.detach().cpu()
         written_BT = ids_BT != NULL
         tails_n = closed_tails(written_BT)
-        self.written += int(written_BT.sum())
-        self.tokens += ids_BT.numel()
-        self.longest = max(self.longest, longest_tail(written_BT))
-        self.segments += len(tails_n)
-        self.tail_tokens += int(tails_n.sum())
-        self.counts_GK += count_digits(
-            ids_BT[ids_BT >= 0], self.num_concepts, self.codes_per_concept
-        )
+        counts = (written_BT.sum(), ids_BT.numel(), len(tails_n), tails_n.sum())
+        self.sums_4 += torch.tensor(counts, dtype=torch.float64)
+        self.longest = self.longest.clamp(min=longest_tail(written_BT))
+        codes, size = self.shape
+        self.counts_GK += count_digits(ids_BT[ids_BT >= 0], size, codes)
 
     def read(self) -> dict[str, float]:
         """Figures since the last read; sums over ranks where there are several."""
-        sums = torch.tensor(
-            [self.written, self.tokens, self.segments, self.tail_tokens], dtype=torch.float64
-        )
-        totals, longest = torch.cat([sums, self.counts_GK.flatten()]), self.longest
+        totals = torch.cat([self.sums_4, self.counts_GK.flatten()])
+        longest = self.longest
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            totals, most = totals.to(device), torch.tensor(float(longest), device=device)
+            totals, longest = totals.to(device), longest.to(device)
             torch.distributed.all_reduce(totals)
-            torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-            totals, longest = totals.cpu(), int(most)
+            torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
         written, tokens, segments, tail_tokens = totals[:4].tolist()
-        figures = {"rate": written / max(tokens, 1), "longest_tail": longest}
+        figures = {"rate": written / max(tokens, 1), "longest_tail": int(longest)}
         if segments:
             figures["tail_mean"] = tail_tokens / segments
         self.clear()
-        use = code_use(totals[4:].view(self.codes_per_concept, -1))
+        use = code_use(totals[4:].cpu().view(self.shape))
         return figures | ({key: use[key] for key in USE} if use["codes_used"] else {})
 
 
@@ -96,20 +80,17 @@ def gradient_norms(model) -> dict[str, float]:
 
 
 def heldout_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
-    """All figures of (N, T) held-out blocks, the gate running free. `model` is in eval mode.
+    """NLL of (N, T) held-out blocks. `model` is in eval mode."""
+    return _nll_figures(token_nll(model, ids_NT)[0])
 
-    What ablating the codes costs, and what the head is like, is measured on the first few blocks,
-    once codes are in use."""
+
+def concept_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
+    """The same, the gate running free, and its concepts. What ablating the codes costs, and what
+    the head is like, is measured on the first few blocks, once codes are in use."""
     nll_NT, concepts_NT = token_nll(model, ids_NT)
-    figures = {
-        "heldout_nll": float(nll_NT.mean()),
-        "heldout_nll_by_position": [b["nll"] for b in by_position(nll_NT, None)],
-    }
-    if concepts_NT is None:
-        return figures
     written_NT = concepts_NT != NULL
-    figures["heldout_rate"] = float(written_NT.float().mean())
     tails_n = closed_tails(written_NT)
+    figures = _nll_figures(nll_NT) | {"heldout_rate": float(written_NT.float().mean())}
     if len(tails_n):
         figures["heldout_tail_mean"] = float(tails_n.float().mean())
         figures["heldout_tail_histogram"] = torch.bincount(tails_n).tolist()
@@ -124,21 +105,27 @@ def heldout_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
     return figures | head_figures(model, small_BT)
 
 
+def _nll_figures(nll_NT: Tensor) -> dict[str, float | list]:
+    return {
+        "heldout_nll": float(nll_NT.mean()),
+        "heldout_nll_by_position": [bucket["nll"] for bucket in by_position(nll_NT, None)],
+    }
+
+
 @torch.no_grad()
-def head_figures(model: OnlineForCausalLM, ids_BT: Tensor) -> dict[str, float]:
+def head_figures(model, ids_BT: Tensor) -> dict[str, float]:
     """How sure the head is of its codes, and how far the soft mixture that gives them their
     gradient is from the code that the forward pass takes: means over the coded concepts of (B, T)
     text. Nothing where there are none."""
     x_nD = model.written_inputs(ids_BT)
     if len(x_nD) == 0:
         return {}
-    found = model.writer.quantise(x_nD, soft=True)
-    distance_n = (found.soft_nD - found.hard_nD).norm(dim=-1) / found.hard_nD.norm(dim=-1).clamp(
-        min=1e-6
-    )
+    codes = model.writer.quantise(x_nD, soft=True)
+    apart_n = (codes.soft_nD - codes.hard_nD).norm(dim=-1)
+    length_n = codes.hard_nD.norm(dim=-1).clamp(min=1e-6)
     return {
-        "code_entropy": float(found.entropy),
-        "code_max_prob": float(found.max_prob),
-        "soft_hard_cosine": float(F.cosine_similarity(found.soft_nD, found.hard_nD, dim=-1).mean()),
-        "soft_hard_distance": float(distance_n.mean()),
+        "code_entropy": float(codes.entropy),
+        "code_max_prob": float(codes.max_prob),
+        "soft_hard_cosine": float(F.cosine_similarity(codes.soft_nD, codes.hard_nD, dim=-1).mean()),
+        "soft_hard_distance": float((apart_n / length_n).mean()),
     }
