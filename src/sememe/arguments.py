@@ -82,7 +82,7 @@ OutSweep = Annotated[
 OutCodes = Annotated[Path, Option(metavar="CODES", help="A new file, as codes.json.")]
 OutText = Annotated[
     Path | None,
-    Option(metavar="TEXT", help="A new .jsonl, or .txt for one document. Default: the terminal."),
+    Option(metavar="TEXT", help="A new .jsonl, or text alone in any other. Default: the terminal."),
 ]
 OutModel = Annotated[Path, Option(metavar="DIR", help="A new folder.")]
 WithBaselines = Annotated[

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from sememe import progress as bars
 from sememe import storage
-from sememe.data import check_text, encoder, read_texts
+from sememe.data import check_text, encoder, read_texts, token_windows
 from sememe.errors import CheckpointError, CodesError, Interrupted
 from sememe.models import CompressorForCausalLM
 from sememe.models.loading import (
@@ -125,24 +125,6 @@ class Codes(Part):
 # ---- texts → codes → texts ----
 
 
-def cut(encoding, characters: int, window: int) -> Iterator[tuple[list[int], tuple[int, int]]]:
-    """The windows of a text, as token ids and the characters [from, to) that they stand for: put
-    together, they are all of it."""
-    ids, offsets = encoding.ids, encoding.offsets
-    start = end_character = 0
-    while start < len(ids):
-        limit = end = min(start + window, len(ids))
-        # A byte-level tokenizer spells an emoji with several tokens, which should stay together. A
-        # window that is too short for them cuts the character all the same.
-        while start < end < len(ids) and offsets[end][0] < offsets[end - 1][1]:
-            end -= 1
-        end = limit if end == start else end
-        start_character = end_character
-        end_character = characters if end == len(ids) else max(end_character, offsets[end - 1][1])
-        yield ids[start:end], (start_character, end_character)
-        start = end
-
-
 class Codec:
     """A compressor and its tokenizer. `seconds` counts the time spent in the model."""
 
@@ -181,7 +163,7 @@ class Codec:
         check_length(longest_text(config), window, "window=")
         encodings = encoder(self.tokenizer)([check_text(text, "a text") for text in texts])
         cuts = [
-            list(cut(encoding, len(text), window))
+            list(token_windows(encoding, len(text), window))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
         rows = [ids for windows in cuts for ids, _ in windows]
@@ -293,21 +275,17 @@ def compress(
     rate: float | None = None,
     tokenizer=None,
 ) -> Codes:
-    """The concept ids of texts.
+    """The concept ids of texts, documents of any length.
 
     Args:
         model: a run of `system: compressor`, its saved model, or such a model in memory.
-        texts: documents of any length, or one.
         window: tokens that are compressed together; default: the run's `sequence_length`.
         batch: windows at a time.
         rate: concepts per token; default: as trained.
-        tokenizer: of a model in memory; default: that of the folder it was loaded from, or of its
-            base.
+        tokenizer: of a model in memory; default: that of its folder, or of its base.
 
-    Raises:
-        CheckpointError: `model` is no compressor.
-        DataError: a text or a window that cannot be compressed.
-        RecipeError: a rate that the model cannot hold."""
+    Raises CheckpointError, DataError or RecipeError for a model that is no compressor, a text or
+    window that does not fit, a rate that the model cannot hold."""
     with ready(model, rate, tokenizer) as codec:
         return codec.compress([texts] if isinstance(texts, str) else list(texts), window, batch)
 
@@ -321,11 +299,8 @@ def decompress(
     tokenizer=None,
 ) -> list[str]:
     """The texts of `codes`, or of a file of them. Arguments as in `compress`; `beams`: hypotheses
-    of the beam search that writes a text; default: as the model has it.
-
-    Raises:
-        CodesError: a file that is not whole, or codes of another model.
-        CheckpointError: `model` is no compressor, or has no code for an id."""
+    of the beam search that writes a text; default: as the model has it. Raises CodesError for a
+    file that is not whole, or codes of another model."""
     codes = codes if isinstance(codes, Codes) else Codes.load(codes)
     with ready(model, tokenizer=tokenizer) as codec:
         return codec.texts(codec.decompress(codes, beams, batch))
@@ -339,35 +314,43 @@ def compress_file(model: str, source: str, out: Path, rate: float | None = None)
     with writing(out), ready(model, rate) as codec:
         codes = codec.compress(read_texts(source), progress=True)
         codes.save(out)
-    paths = {"model": str(model), "data": str(source), "out": str(out)}
     sizes = figures(codes)
-    return paths | {"bytes": out.stat().st_size} | sizes | codec.speed(sizes["tokens"])
+    return {
+        "model": str(model),
+        "data": str(source),
+        "out": str(out),
+        "bytes": out.stat().st_size,
+        **sizes,
+        **codec.speed(sizes["tokens"]),
+    }
 
 
 def decompress_file(
     model: str, source: Path, out: Path | None = None, beams: int | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Decompresses a file of codes into a new .jsonl, or a .txt of a single document; returns its
-    figures, and what the file holds. Without `out` nothing is written."""
+    """Decompresses a file of codes into a new .jsonl, or any other file of text alone, a line end
+    between documents; returns its figures, and what the file holds. Without `out` nothing is
+    written."""
     codes = Codes.load(source)
-    single = len(codes.documents) == 1
-    as_text = single if out is None else out.suffix != ".jsonl"
-    if as_text and not single:
-        raise CodesError(
-            f"--out {out} for {len(codes.documents)} documents: need a .jsonl. try: --out "
-            f"{out.stem}.jsonl"
-        )
     with writing(out), ready(model) as codec:
         documents = codec.decompress(codes, beams, progress=True)
         texts = codec.texts(documents)
-        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
-        content = texts[0] if as_text else "".join(lines)
+        content = "\n".join(texts)
+        if out is not None and out.suffix == ".jsonl":
+            lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+            content = "".join(line + "\n" for line in lines)
         if out is not None:
             storage.write(out, content.encode())
-    paths = {"model": str(model), "codes": str(source), "out": None if out is None else str(out)}
     tokens = sum(map(len, documents))
-    written = {"tokens_written": tokens, "characters_written": sum(map(len, texts))}
-    return paths | figures(codes) | written | codec.speed(tokens), content
+    return {
+        "model": str(model),
+        "codes": str(source),
+        "out": None if out is None else str(out),
+        **figures(codes),
+        "tokens_written": tokens,
+        "characters_written": sum(map(len, texts)),
+        **codec.speed(tokens),
+    }, content
 
 
 @contextlib.contextmanager

@@ -199,6 +199,26 @@ def encoder(tokenizer) -> Encoder:
     return functools.partial(plain.encode_batch, add_special_tokens=False)
 
 
+def token_windows(
+    encoding, characters: int, window: int
+) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """The windows of a text, as token ids and the characters [from, to) that they stand for: put
+    together, they are all of it."""
+    ids, offsets = encoding.ids, encoding.offsets
+    start = end_character = 0
+    while start < len(ids):
+        limit = end = min(start + window, len(ids))
+        # A byte-level tokenizer spells an emoji with several tokens, which should stay together. A
+        # window that is too short for them cuts the character all the same.
+        while start < end < len(ids) and offsets[end][0] < offsets[end - 1][1]:
+            end -= 1
+        end = limit if end == start else end
+        start_character = end_character
+        end_character = characters if end == len(ids) else max(end_character, offsets[end - 1][1])
+        yield ids[start:end], (start_character, end_character)
+        start = end
+
+
 def byte_counts(text: str, offsets: list[tuple[int, int]], skipped: int = 0) -> Tensor:
     """(n,) long: UTF-8 bytes of the text that each of its tokens stands for; their sum is all of
     it. `skipped`: characters at its beginning that `offsets` do not count.

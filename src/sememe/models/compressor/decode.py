@@ -4,6 +4,7 @@ It sees the concepts and its own words alone. Suffixes as in `concepts`; S = 1 +
 While a text is written n counts beams. x are normalised concept states."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -84,34 +85,27 @@ class Decompressor(nn.Module):
         return logits if votes is None else logits + votes
 
     def continuation_logits(
-        self,
-        spine: Spine,
-        ids_BS: Tensor,
-        x_BCD: Tensor | None = None,
-        coded_BC: Tensor | None = None,
-        position_C: Tensor | None = None,
+        self, spine: Spine, ids_BS: Tensor, x_BCD: Tensor, coded_BC: Tensor, position_C: Tensor
     ) -> Tensor:
         """(B, T, V) logits of each token of (B, 1 + T) texts with their BOS, given those before it
-        and the concepts of what came before them, if anything did, each at its position."""
+        and the concepts of what came before them, each at its position."""
         embed_BTD = spine.embed(ids_BS[:, :-1])
-        count = embed_BTD.shape[1]
-        position_BT = torch.arange(count, device=ids_BS.device).expand(len(ids_BS), -1)
-        if x_BCD is None:
-            with adapter(spine.base, ADAPTER):
-                return spine.logits(run_entries(spine, len(spine), embed_BTD, position_BT))
-        concepts_B1 = coded_BC.sum(1, keepdim=True)
         position_BC = position_C.expand(coded_BC.shape)
-        end_B1 = position_BC.gather(1, (concepts_B1 - 1).clamp(min=0))
         c_BCD = self.inputs(embed_BTD.new_zeros(()), x_BCD, torch.zeros_like(position_BC))
         # The BOS stays first, an attention sink; the concepts follow it, and the new words them.
         inputs_BKD = torch.cat([embed_BTD[:, :1], c_BCD, embed_BTD[:, 1:]], 1)
+        position_BT = torch.arange(embed_BTD.shape[1], device=ids_BS.device).expand_as(
+            ids_BS[:, 1:]
+        )
+        count_B1 = coded_BC.sum(1, keepdim=True)
+        end_B1 = F.pad(position_BC, (1, 0)).gather(1, count_B1)
         position_BK = torch.cat([position_BT[:, :1], position_BC, position_BT[:, 1:] + end_B1], 1)
         real_BT = torch.ones_like(position_BT, dtype=torch.bool)
         valid_BK = torch.cat([real_BT[:, :1], coded_BC, real_BT[:, 1:]], 1)
         with adapter(spine.base, ADAPTER):
             h_BKD = run_entries(spine, len(spine), inputs_BKD, position_BK, valid_BK)
         # The first new token is predicted where the concepts end.
-        first_B1D = h_BKD.gather(1, concepts_B1.unsqueeze(-1).expand(-1, -1, h_BKD.shape[-1]))
+        first_B1D = h_BKD.gather(1, count_B1.unsqueeze(-1).expand(-1, -1, h_BKD.shape[-1]))
         return spine.logits(torch.cat([first_B1D, h_BKD[:, 1 + x_BCD.shape[1] :]], 1))
 
     def write(
@@ -119,21 +113,18 @@ class Decompressor(nn.Module):
     ) -> list[list[int]]:
         """The token ids of the likeliest text of each row that a beam search of that width finds;
         cached. `count_B` concepts of each row are real."""
-        rows, device = len(x_BCD), x_BCD.device
-        row_B = torch.arange(rows, device=device)
-        rank_B = torch.zeros_like(count_B)
-        offset_B = torch.zeros_like(count_B)
-        beams = Beams(rows, bos, device)
+        rank_B, offset_B = torch.zeros_like(count_B), torch.zeros_like(count_B)
+        beams = Beams(len(x_BCD), bos, x_BCD.device)
         cache = DynamicCache()
-        steps = 0
         with adapter(spine.base, ADAPTER):
             while bool((rank_B < count_B).any()):
-                x_BD = x_BCD[row_B, rank_B.clamp(max=x_BCD.shape[1] - 1)]
+                rank_B11 = rank_B.clamp(max=x_BCD.shape[1] - 1)[:, None, None]
+                x_BD = x_BCD.take_along_dim(rank_B11, 1).squeeze(1)
                 x_nD = x_BD[beams.row_n]
                 offset_n = offset_B[beams.row_n]
                 inputs_nD = self.inputs(spine.embed(beams.token_n), x_nD, offset_n)
-                steps += 1
-                position_nK = torch.arange(steps, device=device).expand(len(x_nD), -1)
+                position_K = torch.arange(beams.text_nS.shape[1] + 1, device=x_nD.device)
+                position_nK = position_K.expand(len(x_nD), -1)
                 h_nD = run_entries(
                     spine, len(spine), inputs_nD.unsqueeze(1), position_nK, cache=cache
                 )[:, 0]

@@ -260,31 +260,23 @@ class CompressorForCausalLM(AdaptedModel):
     def continuation_logits(self, encoded: Encoded | None, ids_BT: Tensor) -> Tensor:
         """(B, T, V) logits of each of the (B, T) tokens, given those before it and the concepts of
         what came before them (None: nothing did)."""
-        spine = Spine(self.backbone)
-        ids_BS = F.pad(ids_BT, (1, 0), value=self.bos)
         if encoded is None:
-            return self.decompressor.continuation_logits(spine, ids_BS)
-        # Without the BOS, concept 0.
-        x_BCD = self.writer.codes.normalise(encoded.e_BCD[:, 1:])
-        position_C = self.concept_positions(x_BCD.shape[1])
+            e_BCD = torch.zeros(len(ids_BT), 0, self.config.text_config.hidden_size)
+            coded_BC = torch.zeros(len(ids_BT), 0, dtype=torch.bool)
+        else:
+            # Without the BOS, concept 0.
+            e_BCD, coded_BC = encoded.e_BCD[:, 1:], encoded.coded_BC[:, 1:]
         return self.decompressor.continuation_logits(
-            spine, ids_BS, x_BCD, encoded.coded_BC[:, 1:], position_C
+            Spine(self.backbone),
+            F.pad(ids_BT, (1, 0), value=self.bos),
+            self.writer.codes.normalise(e_BCD.to(self.device)),
+            coded_BC.to(self.device),
+            self.concept_positions(coded_BC.shape[1]),
         )
 
-    # ---- before training ----
+    # ---- before training: see start.py ----
 
-    def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
-        """Sets what the codes are made in, from (N, T) blocks of text; see `start.py`."""
-        return start.start_frame(self, ids_NT)
-
-    def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
-        """Sets codes, head and gate. To be called when quantisation begins."""
-        return start.start_codes(self, ids_NT, seed)
-
-    def calibrate_gate(self, ids_NT: Tensor) -> None:
-        """Sets what the gate knows of its scores."""
-        start.calibrate_gate(self, ids_NT)
-
-    def written_inputs(self, ids_NT: Tensor) -> Tensor:
-        """(n, D) what the codes are to say of the concepts of a text."""
-        return start.segment_states(self, ids_NT)
+    start_frame = start.start_frame
+    start_codes = start.start_codes
+    calibrate_gate = start.calibrate_gate
+    written_inputs = start.segment_states

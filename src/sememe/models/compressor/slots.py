@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from sememe.concepts.lengths import Lengths
-from sememe.concepts.segments import Chunk, Packing, Rope
+from sememe.concepts.segments import Chunk, Packing
 
 
 @dataclass
@@ -51,14 +51,11 @@ class Segmenter(nn.Module):
         self.generator: torch.Generator | None = None
         """Where there is one, lengths are drawn with it even when the model is not trained."""
 
-    def inputs(self, text: Chunk, at_BC: Tensor, code_BCD: Tensor) -> tuple[Tensor, Tensor, Rope]:
-        """(B, C, D) of slots, the first token that is not covered and the code before; with their
-        positions and rope."""
-        pack = Packing(at_BC.clamp(max=text.ids_BT.shape[1] - 1), None)
+    def inputs(self, text: Chunk, pack: Packing, code_BCD: Tensor) -> Tensor:
+        """(B, C, D) of slots: the first token that is not covered, and the code before."""
         token_BCD = pack.pack(text.embed_BTD)
         code_BCD = code_BCD.float() / code_BCD.shape[-1] ** 0.5
-        x_BCD = token_BCD + F.linear(code_BCD, self.before.float()).to(token_BCD.dtype)
-        return x_BCD, *text.packed(pack)
+        return token_BCD + F.linear(code_BCD, self.before.float()).to(token_BCD.dtype)
 
     def addition(self, state: Tensor) -> Tensor:
         """(…, D) slots' states → (…, D) normalised, added to the states of their segments."""
@@ -87,11 +84,11 @@ class Segmenter(nn.Module):
         tilt = 0.0 if draw else self.lengths.tilt(rate)
         steps: list[tuple[Tensor, ...]] = []
         while bool((cursor_B <= total_B).any()) or not steps:
-            x_B1D, position_B1, rope = self.inputs(
-                text, cursor_B.unsqueeze(1), code_BD.unsqueeze(1)
-            )
+            pack = at(text, cursor_B.unsqueeze(1))
+            position_B1, rope = text.packed(pack)
             position_BK = torch.cat([position_BK, position_B1], 1)
             valid_BK = F.pad(valid_BK, (0, 1), value=True)
+            x_B1D = self.inputs(text, pack, code_BD.unsqueeze(1))
             h_B1D = read(x_B1D, position_BK, valid_BK, rope, cache)
             state_BD = F.normalize(h_B1D[:, 0], dim=-1)
             with torch.autocast(state_BD.device.type, enabled=False):
@@ -117,19 +114,15 @@ class Segmenter(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(B, S, D) states of the text and (B, C, D) of its slots, given their codes: one forward,
         with gradient."""
-        x_BCD, position_BC, rope = self.inputs(text, slots.cursor_BC, slots.code_BCD)
-        x_BKD = torch.cat([text.embed_BTD, x_BCD], 1)
-        position_BK = torch.cat([text.position_BT, position_BC], 1)
+        pack = at(text, slots.cursor_BC)
+        order_BS = torch.arange(text.ids_BT.shape[1], device=pack.index_BC.device).expand_as(
+            text.ids_BT
+        )
+        x_BKD = torch.cat([text.embed_BTD, self.inputs(text, pack, slots.code_BCD)], 1)
+        position_BK, rope = text.packed(at(text, torch.cat([order_BS, pack.index_BC], 1)))
         valid_BK = torch.cat([text.valid_BT, slots.rest_BC > 0], 1)
-        rope = {
-            kind: tuple(
-                torch.cat([whole.expand(len(x_BKD), -1, -1), part], 1)
-                for whole, part in zip(text.rope[kind], pair, strict=True)
-            )
-            for kind, pair in rope.items()
-        }
         h_BKD = read(x_BKD, position_BK, valid_BK, rope)
-        h_BSD, slot_BCD = h_BKD.split([text.ids_BT.shape[1], x_BCD.shape[1]], 1)
+        h_BSD, slot_BCD = h_BKD.split([order_BS.shape[1], pack.index_BC.shape[1]], 1)
         return h_BSD, F.normalize(slot_BCD, dim=-1)
 
     def length_loss(self, slots: Slots, rank_BT: Tensor, nll_BT: Tensor, rate: float) -> Tensor:
@@ -143,3 +136,8 @@ class Segmenter(nn.Module):
         log_p_sN = self.lengths(slots.state_BCD[real_BC])
         parts = (x[real_BC] for x in (slots.rest_BC, slots.length_BC, nats_BC))
         return self.lengths.learn(log_p_sN, *parts, rate)
+
+
+def at(text: Chunk, index_BC: Tensor) -> Packing:
+    """Tokens of a text by their indices; those after it are taken back to its end."""
+    return Packing(index_BC.clamp(max=text.ids_BT.shape[1] - 1), None)

@@ -47,7 +47,7 @@ def drawing(model, seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def start_frame(model, ids_NT: Tensor) -> dict[str, float]:
+def start_frame(model, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
     """Word bins, the prediction of the next embedding, the frame of the codes, and the boundary.
     Returns shares of variance explained."""
     bins = model.writer.readout.bins
@@ -94,8 +94,8 @@ def calibrate_gate(model, ids_NT: Tensor) -> None:
 
 
 @torch.no_grad()
-def start_codes(model, ids_NT: Tensor, seed: int) -> dict[str, float]:
-    """Codes and head, gate, and what votes weigh."""
+def start_codes(model, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
+    """Codes and head, gate, and what votes weigh. To be called when quantisation begins."""
     with drawing(model, seed):
         if model.writer.readout.bins is None:
             x_nD = segment_states(model, ids_NT)
@@ -117,24 +117,22 @@ def spell_bins(model) -> dict[str, float]:
     """Codes that spell bins, instead of those of k-means; those that are left over belong to no
     segment at all."""
     codes, segments = model.writer.codes, model.writer.readout
-    bins = segments.bins
-    for g in range(codes.codes_per_concept):
-        parts_KD = []
-        for length in range(1, len(bins.counts) + 1):
-            x_nD = bins.codes(g, length)
+    for g, table_KD in enumerate(codes.weight):
+        table_KD.zero_()
+        first = 0
+        for length, count in enumerate(segments.bins.counts, 1):
+            x_nD = segments.bins.codes(g, length)
             if g == 0:
-                length_n = torch.full((len(x_nD),), length, device=x_nD.device)
+                length_n = torch.full_like(x_nD[:, 0], length, dtype=torch.long)
                 h_nD = segments.finish(codes.scale.float() * x_nD, length_n, codes)
                 x_nD = codes.normalise(h_nD)
             else:
                 x_nD = segments.content(x_nD)
-            parts_KD.append(F.pad(x_nD, (0, 0, 0, bins.counts[length - 1] - len(x_nD))))
-        table_KD = torch.cat(parts_KD)
-        table_KD = F.pad(table_KD, (0, 0, 0, codes.num_concepts - len(table_KD)))
-        codes.weight[g] = table_KD
+            table_KD[first : first + len(x_nD)] = x_nD
+            first += count
         sharpness = torch.tensor(SHARPNESS / table_KD.shape[1], device=table_KD.device)
-        model.writer.head.start(g, table_KD, sharpness)
-    return {"codes": float(sum(bins.counts))}
+        model.writer.head.start(g, table_KD.float(), sharpness)
+    return {"codes": float(sum(segments.bins.counts))}
 
 
 def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
