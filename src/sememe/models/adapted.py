@@ -231,11 +231,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs
     ) -> None:
-        """Writes config, weights and manifest. An adapted model saves its own few MB; a merged one
-        everything.
+        """Writes config, weights and, last, their manifest. An adapted model saves its own few MB;
+        a merged one everything.
 
         Raises:
-            ValueError: an option that would be ignored."""
+            ValueError: an option that would be ignored.
+            CheckpointError: the folder cannot be written."""
         refuse_unknown(_requested(kwargs), SAVING, f"{type(self).__name__}.save_pretrained")
         if not is_main_process:
             return
@@ -251,7 +252,16 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             state = self.own_state(state)
         elif self.get_output_embeddings().weight is self.get_input_embeddings().weight:
             state = {key: value for key, value in state.items() if key != "backbone.lm_head.weight"}
-        write_weights(state, folder)
+        state = {name: value.detach().contiguous() for name, value in state.items()}
+        try:
+            with replacing(folder / WEIGHTS) as temporary:
+                save_file(state, temporary, metadata={"format": "pt"})
+            write_manifest(folder)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"could not write {folder / WEIGHTS} ({reason(error)}): need free space and write "
+                "permission. try: another --out"
+            ) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -291,8 +301,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             )
         model = cls.from_base(config, dtype, attention, folder=resolve(base) if base else None)
         model.load_own_state(folder)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_pretrained(folder)
         for name, p in model.named_parameters():
             if "lora_" in name or name.startswith("bridge."):  # they multiply states
                 p.data = p.data.to(dtype)  # codes, head and rotary buffers keep fp32
@@ -368,18 +377,3 @@ def _requested(named: dict) -> dict:
 def default_device() -> str:
     """Where a model runs when nothing is said."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def write_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Safetensors and then the manifest with their hash, each whole or not at all. Raises
-    CheckpointError where they cannot be written."""
-    state = {name: value.detach().contiguous() for name, value in state.items()}
-    try:
-        with replacing(folder / WEIGHTS) as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})
-        write_manifest(folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"could not write {folder / WEIGHTS} ({reason(error)}): need free space and write "
-            "permission. try: another --out"
-        ) from error

@@ -48,14 +48,14 @@ class ControlForCausalLM(AdaptedModel):
                 f"system = window over a base of type {text_config.model_type}, which has a "
                 "sliding window of its own: need one that sees everything. try: system=control"
             )
-        with_bridge = bool(config.skipped) and config.bridge
-        self.bridge = TailBridge(text_config.hidden_size) if with_bridge else None
-        self._whole = (self.backbone.get_decoder().layers,)  # in a tuple: not saved
-        if config.skipped:
-            first, last = config.skipped
-            skips = [SkippedLayer(None) for _ in range(first + 1, last)]
-            layers = [*self._whole[0][:first], SkippedLayer(self.bridge), *skips]
-            self.backbone.get_decoder().layers = nn.ModuleList([*layers, *self._whole[0][last:]])
+        skipped = range(*config.skipped) if config.skipped else range(0)
+        self.bridge = TailBridge(text_config.hidden_size) if skipped and config.bridge else None
+        decoder = self.backbone.get_decoder()
+        self._whole = (decoder.layers,)  # in a tuple: not saved
+        layers = list(decoder.layers)
+        for index in skipped:
+            layers[index] = SkippedLayer(self.bridge if index == skipped[0] else None)
+        decoder.layers = nn.ModuleList(layers)
         self.finish()
 
     @torch.no_grad()
@@ -64,18 +64,18 @@ class ControlForCausalLM(AdaptedModel):
         layers made of them."""
         decoder = self.backbone.get_decoder()
         first, last = self.config.skipped
+        ids_NT = ids_NT[: max(1, tokens // ids_NT.shape[1])].to(self.device)
+
+        def before_and_after(ids_BT: Tensor) -> Tensor:  # (2, n, D), without the sinks
+            out = decoder(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
+            states = torch.stack([out.hidden_states[first], out.hidden_states[last]])
+            return states[:, :, 1:].flatten(1, 2).float()
+
         skipping = decoder.layers
         decoder.layers = self._whole[0].to(self.device)
-        states = []
-        targets = []
-        for ids_BT in ids_NT[: max(1, tokens // ids_NT.shape[1])].to(self.device).split(batch):
-            out = decoder(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
-            states.append(out.hidden_states[first][:, 1:].flatten(0, 1).float())
-            targets.append(out.hidden_states[last][:, 1:].flatten(0, 1).float())
+        h_ND, target_ND = torch.cat([before_and_after(ids) for ids in ids_NT.split(batch)], 1)
         decoder.layers = skipping
-        h_ND = torch.cat(states)
-        share = self.bridge.start(h_ND, torch.zeros_like(h_ND), torch.cat(targets))
-        return {"bridge_explains": share}
+        return {"bridge_explains": self.bridge.start(h_ND, torch.zeros_like(h_ND), target_ND)}
 
     def forward(
         self,
