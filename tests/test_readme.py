@@ -1,7 +1,5 @@
-"""The README runs: its commands exist as written, and a short variant of `make demo` goes the whole
-way."""
+"""The README and the scripts of runs/: every command runs, on a tiny base."""
 
-import json
 import os
 import re
 import shlex
@@ -15,73 +13,85 @@ from conftest import sememe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-LINES = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-]
-SCRIPTS = "".join(path.read_text() for path in sorted((ROOT / "runs").glob("*.sh")))
+SCRIPTS = {path.stem: path.read_text() for path in sorted((ROOT / "runs").glob("*.sh"))}
+PULL = "sememe pull smollm2-135m"
 
 
 def commands(script: str) -> list[str]:
     """The `sememe` commands of a shell script, whatever condition they stand behind."""
     lines = script.replace("\\\n", " ").replace("||\n", "|| ").splitlines()
-    return [
-        line[line.index("sememe ") :] for line in lines if re.match(r"(fresh .*)?sememe ", line)
-    ]
+    found = (re.match(r"(?:fresh .*)?(sememe [^#]*)", line) for line in lines)
+    return [match.group(1).strip() for match in found if match]
 
 
-def test_the_two_commands_are_in_the_readme_and_in_the_makefile():
-    assert "make demo" in LINES and "make test" in LINES
+SHELL = commands("".join(re.findall(r"```sh\n(.*?)```", README, re.S)))
+
+
+def test_readme_is_short_and_its_first_command_comes_early():
+    lines = README.splitlines()
+    assert len(lines) <= 150 and lines.index("make demo") < 30
+    assert max(map(len, lines)) < 330  # a row of a table with its links
     for target, does in (("demo", "sh runs/demo.sh"), ("test", "-m pytest")):
         planned = subprocess.run(
             ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-        assert does in planned
+        )
+        assert f"make {target}" in lines and does in planned.stdout
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+    for name in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("line", [*commands("\n".join(LINES)), *commands(SCRIPTS)])
-def test_commands_are_as_the_program_takes_them(line):
-    words = shlex.split(line.replace(".venv/bin/", ""))
+@pytest.mark.parametrize("line", [line for text in SCRIPTS.values() for line in commands(text)])
+def test_commands_of_the_scripts_are_as_the_program_takes_them(line):
+    words = shlex.split(line)
     shown = re.sub(r"\s+", " ", sememe(words[1], "--help"))
     for word in words[2:]:
-        if word.startswith("--"):
-            assert word.split("=")[0] in shown, f"{word} is not an option of sememe {words[1]}"
-        if word.startswith(("recipes/", "data/")):
-            assert (ROOT / word).is_file(), f"{word} is not in the tree"
+        assert not word.startswith("--") or word in shown, f"{word} is no option of {words[1]}"
+        assert not word.startswith(("recipes/", "data/")) or (ROOT / word).is_file(), word
 
 
 @pytest.fixture
 def workplace(long_base_folder, texts, tmp_path, monkeypatch):
     """A folder with the recipes and texts of the repository, made tiny."""
     monkeypatch.chdir(tmp_path)
-    tiny = {
-        "base": str(long_base_folder),
-        "steps": 4,
-        "num_concepts": 32,
-        "calibration_tokens": 256,
-    }
-    tiny |= {"sequence_length": 32, "split": [1, 2, 1]}
-    (tmp_path / "data").mkdir()
-    for name, path in zip(("train", "heldout"), texts, strict=True):
-        (tmp_path / "data" / f"{name}.txt").write_text(path.read_text())
-    (tmp_path / "recipes").mkdir()
+    tiny = {"base": str(long_base_folder), "sequence_length": 32, "steps": 4}
+    tiny |= {"num_concepts": 32, "calibration_tokens": 256}
+    for name, text in zip(("train", "heldout"), texts, strict=True):
+        Path("data").mkdir(exist_ok=True)
+        Path(f"data/{name}.txt").write_text(text.read_text())
+    Path("recipes").mkdir()
     for path in (ROOT / "recipes").glob("*.yaml"):
         values = yaml.safe_load(path.read_text()) | tiny
-        (tmp_path / "recipes" / path.name).write_text(yaml.safe_dump(values))
-    return tmp_path
+        if values["system"] == "online":
+            values["split"] = {"shallow": 1, "middle": 2, "deep": 1}
+        Path("recipes", path.name).write_text(yaml.safe_dump(values))
 
 
-def test_demo(workplace):
-    """Every command of runs/demo.sh on a tiny base; the base is not pulled."""
-    pull, *rest = commands((ROOT / "runs" / "demo.sh").read_text())
-    assert pull == "sememe pull smollm2-135m" and len(rest) == 6
-    printed = [sememe(*shlex.split(line)[1:]) for line in rest]
+def play(line: str) -> str:
+    """Runs a command with few steps; what was printed."""
+    return sememe(
+        *shlex.split(line.replace("steps=40", "steps=4").replace("steps=60", "steps=4"))[1:]
+    )
+
+
+def test_demo_and_the_python_example(workplace, capsys):
+    pull, *rest = commands(SCRIPTS["demo"])
+    assert pull == PULL and len(rest) == 6
+    printed = [play(line) for line in rest]
     assert printed[-1].strip().splitlines()[-1] == "report: runs/demo/report.html"
-    figures = json.loads(Path("runs/demo/evaluate.json").read_text())
-    speed = json.loads(Path("runs/demo/benchmark.json").read_text())
-    assert figures["delta_nll_control"] is not None and speed["decode_speedup"] > 0
+    exec(re.search(r"```python\n(.*?)```", README, re.S).group(1), {})
+    assert "The old detective" in capsys.readouterr().out
+
+
+def test_every_command_of_the_readme(workplace):
+    Path("short.txt").write_text(Path("data/heldout.txt").read_text()[:400])
+    assert PULL in SHELL and len(SHELL) > 12
+    for line in SHELL:
+        if line != PULL and not line.startswith("sememe doctor"):
+            play(line)
+    assert Path("back.txt").read_text()
+    # Exit code 1: four steps are no healthy run.
+    assert "findings at step 4" in sememe("doctor", "runs/r2", code=1)
 
 
 def test_demo_repeats_nothing_that_is_finished(tmp_path):
@@ -93,21 +103,16 @@ def test_demo_repeats_nothing_that_is_finished(tmp_path):
     env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
 
     def called() -> list[str]:
-        done = subprocess.run(
-            ["sh", ROOT / "runs" / "demo.sh"], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
+        script = ["sh", ROOT / "runs" / "demo.sh"]
+        done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return [line for line in done.stdout.splitlines() if line and not line.startswith("==")]
 
     stages = ["pull", "train", "train", "evaluate", "benchmark", "generate", "report"]
     assert called() == stages
-    weights = tmp_path / "runs" / "demo" / "model" / "model.safetensors"
-    weights.parent.mkdir(parents=True)
-    for path in (
-        weights,
-        tmp_path / "runs/demo/evaluate.json",
-        tmp_path / "runs/demo/benchmark.json",
-    ):
-        path.touch()
-        os.utime(path, (weights.stat().st_mtime, weights.stat().st_mtime + (path != weights)))
+    run = tmp_path / "runs" / "demo"
+    (run / "model").mkdir(parents=True)
+    for age, name in enumerate(("benchmark.json", "evaluate.json", "model/model.safetensors")):
+        (run / name).touch()
+        os.utime(run / name, (1000 - age, 1000 - age))
     assert called() == [stage for stage in stages if stage not in ("evaluate", "benchmark")]

@@ -107,7 +107,7 @@ class ConceptConfig(AdaptedConfig):
 
 
 class OnlineConfig(ConceptConfig):
-    """Online concept compression (docs/concepts.md).
+    """Online concept compression (docs/online.md).
 
     Args:
         prefill_chunk: tokens that a cached forward takes at a time, so that no mask grows with
@@ -139,7 +139,7 @@ class OnlineConfig(ConceptConfig):
 
 
 class CompressorConfig(ConceptConfig):
-    """Text → concepts → text (docs/concepts.md).
+    """Text → concepts → text (docs/compressor.md).
 
     Args:
         beams: texts that are kept beside each other while one is written from its concepts.

@@ -1,5 +1,5 @@
 """Online concepts: (B, T) ids → (B, T, V) logits, with part of the layers on the concepts alone
-(docs/concepts.md).
+(docs/online.md).
 
     ids ─ embed ─ shallow (all tokens) ─ h ─┬─ writer ─ z or NULL ─ e ─ middle (concepts only) ─ c
                                             └─ deep over [concepts ≤ t ; tail(t)] ─ norm ─ lm_head ─ p(x_{t+1})

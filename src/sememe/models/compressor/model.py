@@ -1,5 +1,5 @@
 """Compressor and decompressor: (B, T) ids → concept ids → the text again, (B, T, V) logits
-(docs/concepts.md).
+(docs/compressor.md).
 
     BOS x ─ base + adapter "compressor" ─ h ─ gate and head ─ z ─ code ─ e ┐
     BOS x ─ embed ─ (+) ── e of the segment that the next token lies in ───┘
