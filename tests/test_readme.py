@@ -63,7 +63,7 @@ def workplace(long_base_folder, texts, tmp_path, monkeypatch):
     for path in (ROOT / "recipes").glob("*.yaml"):
         values = yaml.safe_load(path.read_text()) | tiny
         if values["system"] == "online":
-            values["split"] = {"shallow": 1, "middle": 2, "deep": 1}
+            values["split"] = [1, 2, 1]
         Path("recipes", path.name).write_text(yaml.safe_dump(values))
 
 
