@@ -67,11 +67,20 @@ def workplace(long_base_folder, texts, tmp_path, monkeypatch):
         Path("recipes", path.name).write_text(yaml.safe_dump(values))
 
 
+FEW = {
+    "sweep": "--tokens 128",
+    "evaluate": "--tokens 512",
+    "ablate": "--tokens 128",
+    "reconstruct": "--tokens 128",
+    "benchmark": "--new-tokens 4 --repeats 1",
+}
+
+
 def play(line: str) -> str:
-    """Runs a command with few steps; what was printed."""
-    return sememe(
-        *shlex.split(line.replace("steps=40", "steps=4").replace("steps=60", "steps=4"))[1:]
-    )
+    """Runs a command with few steps, tokens, rounds and points; what was printed."""
+    line = re.sub(r"--(tokens|new-tokens|repeats) \d+|(?<=0.5),0.25 |--control (?=--o)", " ", line)
+    words = shlex.split(re.sub(r"steps=\d+", "steps=4", line))[1:]
+    return sememe(*words, *FEW.get(words[0], "").split())
 
 
 def test_demo_and_the_python_example(workplace, capsys):
