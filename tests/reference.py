@@ -7,7 +7,34 @@ to this."""
 import torch
 from torch import Tensor
 
-from sememe.backbone.split import causal_mask
+
+def naive_segment_rule(written_T: list[bool]) -> list[list[bool]]:
+    """The specification: the rule as a double loop over one text without padding."""
+    allowed = []
+    for i in range(len(written_T)):
+        row = []
+        for j in range(len(written_T)):
+            no_concept_between = not any(written_T[j + 1 : i + 1])
+            row.append(j <= i and (written_T[j] or no_concept_between))
+        allowed.append(row)
+    return allowed
+
+
+def causal_mask(
+    position_ids: Tensor, window: int | None, attn_implementation: str
+) -> Tensor | None:
+    """Plain causal attention for texts without padding: None where the kernel's own causal path
+    does it."""
+    if attn_implementation == "sdpa" and (window is None or int(position_ids.max()) < window):
+        return None
+    i, j = position_ids[:, :, None], position_ids[:, None, :]
+    allowed = j <= i if window is None else (j <= i) & (i - j < window)
+    if attn_implementation == "sdpa":
+        return allowed.unsqueeze(1)
+    floor = torch.finfo(torch.float32).min
+    return (
+        torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, floor).unsqueeze(1)
+    )
 
 
 def naive_decisions(

@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import naive_decisions
+from reference import naive_decisions, naive_segment_rule
 from sememe.concepts.gate import GateState, RateGate, decide
-from sememe.concepts.head import HEADS, log_probs
+from sememe.concepts.head import HEADS
 from sememe.concepts.kmeans import assign, kmeans
-from sememe.concepts.masks import Lane, allow, naive_segment_rule, segment_mask
+from sememe.concepts.masks import Lane, allow, segment_mask
 from sememe.concepts.quantise import gumbel_like
 from sememe.concepts.segments import packing, tail_lengths
 
@@ -118,17 +119,15 @@ def test_gate_goes_on_from_its_state():
 
 @pytest.mark.parametrize("name", HEADS)
 def test_head_gives_one_distribution_over_ids_and_null(name):
+    """Whether times which; of the joint softmax that product is that softmax."""
     head = HEADS[name](8, 5)
     x, previous, table = torch.randn(3, 8), torch.randn(3, 8), torch.randn(5, 8)
-    total = log_probs(head, x, previous, table).exp()
-    assert total.shape == (3, 6)
-    assert torch.allclose(total.sum(-1), torch.ones(3), atol=1e-6)
-    if name == "joint":  # the factored form of a joint softmax is that softmax
-        assert torch.allclose(
-            log_probs(head, x, previous, table), head.logits[0](x).log_softmax(-1), atol=1e-6
-        )
-    write_more = log_probs(head, x, previous, table, threshold=-2.0).exp()
-    assert (write_more[:, -1] < total[:, -1]).all(), "a lower threshold makes NULL less likely"
+    score = head.score(x, previous)[:, None]
+    which = head.code_logits(x, table).log_softmax(-1)
+    log_p = torch.cat([which + F.logsigmoid(score), F.logsigmoid(-score)], -1)
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(3))
+    if name == "joint":
+        torch.testing.assert_close(log_p, head.logits[0](x).log_softmax(-1))
 
 
 def test_gumbel_argmax_samples_the_softmax():

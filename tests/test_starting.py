@@ -7,26 +7,27 @@ import torch.nn.functional as F
 
 from families import text, tiny_online
 from sememe.concepts.boundary import Entropy
+from sememe.concepts.codebook import vocabulary_blocks
 from sememe.concepts.readout import TokenAnchor
 from sememe.concepts.segments import Chunk
 
 
 def test_the_codebook_sees_every_token_of_the_vocabulary():
-    model, ids = tiny_online(), text(4, 60)
-    blocks = model._vocabulary(ids, seed=0)
+    ids = text(4, 60)
+    blocks = vocabulary_blocks(ids, 97, seed=0)
     assert blocks.shape[1] == 60 and torch.equal(blocks[:, 0], ids[: len(blocks), 0]), (
         "each opens as a text does"
     )
     seen = blocks[:, 1:].flatten().tolist()
     assert len(set(seen)) == len(seen) == len(blocks) * 59, "no token twice"
-    assert len(set(model._vocabulary(text(4, 20), seed=0)[:, 1:].flatten().tolist())) == 95, (
+    assert len(set(vocabulary_blocks(text(4, 20), 97, seed=0)[:, 1:].flatten().tolist())) == 95, (
         "whole blocks, of 97 tokens"
     )
-    assert not torch.equal(blocks, model._vocabulary(ids, seed=1))
+    assert not torch.equal(blocks, vocabulary_blocks(ids, 97, seed=1))
 
 
 def test_a_text_longer_than_the_vocabulary_repeats_it():
-    assert tiny_online()._vocabulary(text(2, 300), seed=0).shape == (1, 300)
+    assert vocabulary_blocks(text(2, 300), 97, seed=0).shape == (1, 300)
 
 
 def test_lora_may_spare_the_shallow_slice():

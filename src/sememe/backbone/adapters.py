@@ -14,21 +14,14 @@ from sememe.errors import RecipeError
 def linear_names(decoder: nn.Module) -> list[str]:
     """Leaf names of the linears inside the decoder's layers (q_proj, …, down_proj; fused ones where
     a family has them). `all-linear` of peft would take the concept head as well."""
-    adapted = [
-        name
-        for name, module in decoder.layers.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
-    plain = [
-        name for name, module in decoder.layers.named_modules() if isinstance(module, nn.Linear)
-    ]
-    inside = tuple(f"{name}." for name in adapted)
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name in (*adapted, *(p for p in plain if not p.startswith(inside)))
-        }
-    )
+    names, adapted = set(), ()
+    for name, module in decoder.layers.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            adapted = (*adapted, f"{name}.")
+        elif not isinstance(module, nn.Linear) or name.startswith(adapted):
+            continue
+        names.add(name.rsplit(".", 1)[-1])
+    return sorted(names)
 
 
 def add_lora(
@@ -86,18 +79,9 @@ def adapter(base: nn.Module, name: str):
             layer._active_adapter = was
 
 
-@contextlib.contextmanager
 def without_lora(base: nn.Module):
-    """`base` as it was before LoRA. peft's own switch would also turn the adapters' gradients
-    off."""
-    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield base
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
+    """`base` as it was before LoRA, inside a `with`."""
+    return adapter(base, "")  # no layer has that one
 
 
 @torch.no_grad()

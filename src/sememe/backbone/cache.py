@@ -157,6 +157,7 @@ class NoCache:
 
     tokens = None
     memory = None
+    layers = ()
 
     def shallow(self, chunk: Chunk, window: int | None) -> Lanes:
         """All tokens, causal; with a `window` each sees that many, itself among them, and the first

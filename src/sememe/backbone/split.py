@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from sememe.backbone.calling import cache_argument
+from sememe.concepts.masks import Lane, Lanes
+from sememe.concepts.segments import Rope
 from sememe.errors import BaseError
 
+OTHERS = "try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
 FULL, SLIDING = "full_attention", "sliding_attention"
-Rope = dict[str, tuple[Tensor, Tensor]]
 
 
 class Spine:
@@ -28,8 +30,7 @@ class Spine:
             if not hasattr(self.decoder, name):
                 raise BaseError(
                     f"{type(base).__name__} has no decoder.{name}: need a decoder-only model whose "
-                    "layers sit in one "
-                    "list. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
+                    f"layers sit in one list. {OTHERS}"
                 )
         config = self.decoder.config
         self.kinds = self._layer_kinds(config)
@@ -51,9 +52,7 @@ class Spine:
         if unknown:
             raise BaseError(
                 f"this base ({config.model_type}) has layers of kind {', '.join(unknown)}: need "
-                "full or sliding "
-                "attention in every layer. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM "
-                "base"
+                f"full or sliding attention in every layer. {OTHERS}"
             )
         return kinds
 
@@ -126,23 +125,6 @@ class Spine:
         return self.base.lm_head(self.decoder.norm(h))
 
 
-def causal_mask(
-    position_ids: Tensor, window: int | None, attn_implementation: str
-) -> Tensor | None:
-    """Plain causal attention for texts without padding: None where the kernel's own causal path
-    does it."""
-    if attn_implementation == "sdpa" and (window is None or int(position_ids.max()) < window):
-        return None
-    i, j = position_ids[:, :, None], position_ids[:, None, :]
-    allowed = j <= i if window is None else (j <= i) & (i - j < window)
-    if attn_implementation == "sdpa":
-        return allowed.unsqueeze(1)
-    floor = torch.finfo(torch.float32).min
-    return (
-        torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, floor).unsqueeze(1)
-    )
-
-
 @torch.no_grad()
 def self_check(base: nn.Module, tokens: int = 12) -> float:
     """Base against the loop over its layers, on a few tokens, the last of them read from a cache.
@@ -159,23 +141,20 @@ def self_check(base: nn.Module, tokens: int = 12) -> float:
     ids = torch.arange(1, tokens + 1, device=device)[None] % spine.decoder.config.vocab_size
     cache = DynamicCache()
     try:
-        want = base(input_ids=ids, use_cache=False).logits
+        expected = base(input_ids=ids, use_cache=False).logits
         parts = (0, tokens - 1), (tokens - 1, tokens)
-        got = torch.cat([_through_layers(spine, ids, start, end, cache) for start, end in parts], 1)
+        logits = torch.cat([_through_layers(spine, ids, *part, cache) for part in parts], 1)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise BaseError(
             f"the layers of this base ({spine.decoder.config.model_type}) cannot be called one by "
-            f"one ({error}): "
-            "need a plain decoder. try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
+            f"one ({error}): need a plain decoder. {OTHERS}"
         ) from error
     base.train(was_training)
-    difference = float((want - got).abs().max() / want.abs().max().clamp(min=1e-6))
+    difference = float((expected - logits).abs().max() / expected.abs().max().clamp(min=1e-6))
     if not difference < 1e-3:
         raise BaseError(
             f"this base ({spine.decoder.config.model_type}) differs from the loop over its own "
-            "layers by "
-            f"{difference:.1e} of its logits: need 0. try: a Llama, Qwen2/3, Mistral, OLMo2, "
-            "Gemma3 or SmolLM base"
+            f"layers by {difference:.1e} of its logits: need 0. {OTHERS}"
         )
     return difference
 
@@ -183,14 +162,11 @@ def self_check(base: nn.Module, tokens: int = 12) -> float:
 def _through_layers(spine: Spine, ids: Tensor, start: int, end: int, cache: DynamicCache) -> Tensor:
     """(B, end - start, V) logits of these places of (B, T) ids, one layer after another; those
     before are in the cache."""
-    attention = spine.decoder.config._attn_implementation
-    key_ids = torch.arange(end, device=ids.device)[None]
-
-    def mask(window: int | None) -> Tensor | None:
-        allowed = causal_mask(key_ids, window, attention)
-        return None if allowed is None else allowed[:, :, start:]
-
-    position_ids, h = key_ids[:, start:], spine.embed(ids[:, start:end])
-    return spine.logits(
-        spine.run(0, len(spine), h, position_ids, spine.rope(h, position_ids), mask, cache)
-    )
+    h = spine.embed(ids[:, start:end])
+    position = torch.arange(end, device=ids.device)[None]
+    key = Lane.causal(position, torch.ones_like(position, dtype=torch.bool))
+    query = Lane(*(field[:, start:] for field in key))
+    lanes = Lanes(query, key, plain=start in (0, end - 1))
+    masks = lanes.masks(spine.decoder.config._attn_implementation, h.dtype)
+    rope = spine.rope(h, query.position)
+    return spine.logits(spine.run(0, len(spine), h, query.position, rope, masks, cache))

@@ -106,3 +106,15 @@ def start_from_states(
         "variance_left": left_by_stage[-1],
         "variance_left_by_stage": left_by_stage,
     }
+
+
+def vocabulary_blocks(ids_NT: Tensor, vocab: int, seed: int) -> Tensor:
+    """(n, T) blocks that open as the (N, T) texts do and go on with every token of the vocabulary
+    once, in random order; of a vocabulary that is larger than 1.5 times the text, a part."""
+    length = ids_NT.shape[1] - 1
+    token_V = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))
+    token_V = token_V[: max(length, ids_NT.numel() * 3 // 2)]
+    count = max(1, len(token_V) // length)
+    token_nT = token_V.repeat(-(-length // len(token_V)))[: count * length].view(-1, length)
+    first_n = ids_NT[torch.arange(count) % len(ids_NT), 0].cpu()
+    return torch.cat([first_n[:, None], token_nT], 1)

@@ -1,9 +1,8 @@
 """ConceptHead: (…, D) hidden states → whether to write a concept, and which of K ids, or of K
 digits a stage.
 
-Both heads give K + 1 log-probabilities in the first stage, the last one NULL (`log_probs`). `joint`
-is one softmax over K + 1; `nearest` puts *whether* (a boundary score) apart from *which*, a code's
-logit being its distance. Inputs are normalised states, and from the second stage on what the stages
+`joint` is one softmax over K + 1, the last one NULL; `nearest` puts *whether* (a boundary score)
+apart from *which*, a code's logit being its distance. Inputs are normalised states, and from the second stage on what the stages
 before left; all math is fp32."""
 
 import torch
@@ -77,15 +76,3 @@ class NearestHead(nn.Module):
 
 
 HEADS = {"joint": JointHead, "nearest": NearestHead}
-
-
-def log_probs(
-    head: nn.Module, x: Tensor, previous: Tensor, table_KD: Tensor, threshold: float = 0.0
-) -> Tensor:
-    """(…, K + 1) log-probabilities of the first stage, NULL last, with the rate gate's threshold as
-    a shift of the NULL logit."""
-    score = head.score(x, previous) - threshold
-    which = head.code_logits(x, table_KD).log_softmax(-1)
-    return torch.cat(
-        [which + F.logsigmoid(score).unsqueeze(-1), F.logsigmoid(-score).unsqueeze(-1)], -1
-    )

@@ -119,18 +119,6 @@ def _seen(query: Lane, key: Lane, window: int | None, recent: int | None) -> Ten
     return allowed | ~query.valid
 
 
-def naive_segment_rule(written_T: list[bool]) -> list[list[bool]]:
-    """The specification: the rule as a double loop over one text without padding."""
-    allowed = []
-    for i in range(len(written_T)):
-        row = []
-        for j in range(len(written_T)):
-            no_concept_between = not any(written_T[j + 1 : i + 1])
-            row.append(j <= i and (written_T[j] or no_concept_between))
-        allowed.append(row)
-    return allowed
-
-
 def allow(mask: Tensor | None, dtype: torch.dtype, attn_implementation: str) -> Tensor | None:
     """The mask in the form that the attention kernel takes: bool for sdpa, additive for eager."""
     if mask is None or attn_implementation == "sdpa":

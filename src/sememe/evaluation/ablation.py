@@ -111,8 +111,7 @@ def ablate_files(
     for share in shares:
         if not 0 <= share <= 1:
             raise SememeError(
-                f"share = {share:g}: need shares of the concepts from 0 to 1. try: "
-                "0,0.25,0.5,0.75"
+                f"share = {share:g}: need shares of the concepts from 0 to 1. try: 0,0.25,0.5,0.75"
             )
     if pair_form(model) is not None:
         return ablate_pair_files(

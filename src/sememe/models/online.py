@@ -22,6 +22,7 @@ from sememe.backbone.cache import ConceptCache, NoCache
 from sememe.backbone.calling import CACHE, check_places, name_cache, take_cache
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.bridge import NoBridge, TailBridge
+from sememe.concepts.codebook import vocabulary_blocks
 from sememe.concepts.dial import Dial
 from sememe.concepts.masks import FLEX, Lanes
 from sememe.concepts.segments import Chunk
@@ -217,8 +218,9 @@ class OnlineForCausalLM(AdaptedModel):
             x_BnD, position_Bn = x_BnD[rows], position_Bn[rows]
             rope = {kind: tuple(x[rows] for x in pair) for kind, pair in rope.items()}
         masks = lanes.masks(self.backbone.config._attn_implementation, self.dtype)
-        kept = cache if isinstance(cache, ConceptCache) else None
-        x_BnD = spine.run(first, last, x_BnD, position_Bn, rope, masks, kept)
+        x_BnD = spine.run(
+            first, last, x_BnD, position_Bn, rope, masks, cache if cache.layers else None
+        )
         return x_BnD if rows is None else every.index_copy(0, rows, x_BnD)
 
     def _teach_gate(self, c_BCD: Tensor, h_BTD: Tensor, decision: WriteDecision) -> Tensor:
@@ -300,7 +302,7 @@ class OnlineForCausalLM(AdaptedModel):
         """Codebook and head by k-means of the shallow states of the text and of the whole
         vocabulary in random order: rare words need codes too, and a little text has few of them
         (docs/log.md)."""
-        texts = ids_NT, self._vocabulary(ids_NT, seed)
+        texts = ids_NT, vocabulary_blocks(ids_NT, self.config.text_config.vocab_size, seed)
         states = [self._code_states(text_NT) for text_NT in texts]
         h_ND, token_NF = (torch.cat(x) for x in zip(*states, strict=True))
         with tqdm(desc="calibrate: codes", disable=None, leave=False) as bar:
@@ -352,23 +354,12 @@ class OnlineForCausalLM(AdaptedModel):
             target_BTD = self._run(spine, 1, h_BTD, chunk.position_BT, chunk.rope, lanes, NoCache())
             # Behind the sink alone there is no concept to read.
             tail_BT = ~decision.written_BT & (decision.written_BT.cumsum(1) > 1)
-            for kept, x in ((states, h_BTD), (lasts, last_BTD), (targets, target_BTD)):
-                kept.append(x[tail_BT].float())
+            for parts, x in ((states, h_BTD), (lasts, last_BTD), (targets, target_BTD)):
+                parts.append(x[tail_BT].float())
         if sum(map(len, states)) == 0:
             return {}
         share = self.bridge.start(torch.cat(states), torch.cat(lasts), torch.cat(targets))
         return {"bridge_explains": share}
-
-    def _vocabulary(self, ids_NT: Tensor, seed: int) -> Tensor:
-        """(n, T) blocks that open as the texts do and go on with every token of the vocabulary
-        once, in random order; of a vocabulary that is larger than 1.5 times the text, a part."""
-        vocab, length = self.config.text_config.vocab_size, ids_NT.shape[1] - 1
-        generator = torch.Generator().manual_seed(seed)
-        token_V = torch.randperm(vocab, generator=generator)[: max(length, ids_NT.numel() * 3 // 2)]
-        count = max(1, len(token_V) // length)
-        token_nT = token_V.repeat(-(-length // len(token_V)))[: count * length].view(-1, length)
-        first_n = ids_NT[torch.arange(count) % len(ids_NT), 0].cpu()
-        return torch.cat([first_n[:, None], token_nT], 1)
 
     def shallow_states(self, ids_NT: Tensor, name: str | None = None) -> Tensor:
         """(N, T, D) fp32 outputs of the shallow slice."""

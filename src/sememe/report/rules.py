@@ -317,7 +317,12 @@ RULES = (
             "run.em_nll.early",
             "run.em_nll_shuffle.early",
         ),
-        ("em.proposers.diverse=4", "em.proposers.edit=4", "plan.weight*0.3", "em.stages=[0.1,0.15]"),
+        (
+            "em.proposers.diverse=4",
+            "em.proposers.edit=4",
+            "plan.weight*0.3",
+            "em.stages=[0.1,0.15]",
+        ),
         PLANNER,
     ),
     Rule(
