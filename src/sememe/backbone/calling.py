@@ -142,6 +142,31 @@ def check_places(
         )
 
 
+def check_forward(
+    shape: tuple[int, ...],
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    seen: int,
+    output_attentions: bool | None,
+) -> None:
+    """Raises ValueError for what most models take and one of several slices cannot. `shape`: (B, T,
+    …) of the new tokens; `seen`: columns that are in the cache."""
+    batch, length = shape[:2]
+    if output_attentions:
+        raise ValueError(
+            "output_attentions: the slices attend over different lists of keys, and there is no "
+            "(T, T) table of weights to return. try: output_hidden_states, or concept_ids"
+        )
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or attention_mask.shape[1] < length
+    ):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, past + "
+            f"{length}), 0 on padding. try: the mask that the tokenizer returns"
+        )
+    check_places(length, attention_mask, position_ids, seen)
+
+
 def set_checkpointing(model: nn.Module, enable: bool = True, *settings: Any) -> None:
     """Whether activations of the layers are computed again in the backward pass. Renamed in 5.24;
     the old name goes in 6.0."""

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.cache import ConceptCache, NoCache
-from sememe.backbone.calling import CACHE, check_places, name_cache, take_cache
+from sememe.backbone.calling import CACHE, check_forward, name_cache, take_cache
 from sememe.backbone.split import Rope, Spine
 from sememe.concepts.bridge import NoBridge, TailBridge
 from sememe.concepts.codebook import vocabulary_blocks
@@ -110,8 +110,11 @@ class OnlineForCausalLM(AdaptedModel):
         drops = self.training and getattr(spine.decoder.layers[0], "gradient_checkpointing", False)
         if cache is None and use_cache and not drops:  # checkpointed layers would leave it empty
             cache = self.new_cache(x_BTD.shape[0])
+        if cache is not None:
+            self._check_cache(cache, x_BTD.shape[0])
+        seen = 0 if cache is None else cache.get_seq_length()
         attentions = kwargs.get("output_attentions") or self.config.output_attentions
-        _check(x_BTD, attention_mask, position_ids, cache, attentions)
+        check_forward(x_BTD.shape, attention_mask, position_ids, seen, attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
@@ -263,6 +266,19 @@ class OnlineForCausalLM(AdaptedModel):
         memory = self.writer.memory(batch)
         return ConceptCache(tuple(self.config.split), memory, self.bridge.first(memory.last_BD))
 
+    def _check_cache(self, cache, batch: int) -> None:
+        """Raises ValueError for a cache that is not this model's, or has other rows."""
+        if not isinstance(cache, ConceptCache):
+            raise ValueError(
+                f"the cache is a {type(cache).__name__}: need this model's own. try: "
+                f"new_cache({batch})"
+            )
+        if len(cache.tail) != batch:
+            raise ValueError(
+                f"the cache has {len(cache.tail)} rows, the batch has {batch}: need one for each, "
+                f"beams and num_return_sequences counted. try: new_cache({batch})"
+            )
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, *args
     ):
@@ -379,38 +395,3 @@ class OnlineForCausalLM(AdaptedModel):
             chunk.rope = spine.rope(chunk.embed_BTD, chunk.position_BT)
             yield chunk, self._shallow(spine, chunk, NoCache())
         self.train(was_training)
-
-
-def _check(
-    x_BTD: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cache,
-    output_attentions: bool | None,
-) -> None:
-    """Raises ValueError for what some models take and this one cannot."""
-    batch, length = x_BTD.shape[:2]
-    if output_attentions:
-        raise ValueError(
-            "output_attentions: the slices attend over different lists of keys, and there is no "
-            "(T, T) table of weights to return. try: output_hidden_states, or concept_ids"
-        )
-    if attention_mask is not None and (
-        attention_mask.dim() != 2 or attention_mask.shape[1] < length
-    ):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, past + "
-            f"{length}), 0 on padding. try: the mask that the tokenizer returns"
-        )
-    if cache is not None and not isinstance(cache, ConceptCache):
-        raise ValueError(
-            f"the cache is a {type(cache).__name__}: need this model's own. try: new_cache({batch})"
-        )
-    if cache is not None and len(cache.tail) != batch:
-        raise ValueError(
-            f"the cache has {len(cache.tail)} rows, the batch has {batch}: need one for each, "
-            f"beams and num_return_sequences counted. try: new_cache({batch})"
-        )
-    check_places(
-        length, attention_mask, position_ids, 0 if cache is None else cache.get_seq_length()
-    )
