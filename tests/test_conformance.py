@@ -26,8 +26,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 from transformers.integrations import flex_attention as flex
 
@@ -122,18 +120,6 @@ def test_hidden_states_are_one_for_each_layer_and_position(split):
         )
 
 
-def test_hidden_states_by_configuration_and_in_generate():
-    model, ids = copy.deepcopy(made()), text(2)
-    new = model.generate(
-        ids, output_hidden_states=True, return_dict_in_generate=True, **GREEDY
-    ).hidden_states
-    assert [len(step) for step in new] == [5] * 6
-    assert [step[-1].shape[1] for step in new] == [20, 1, 1, 1, 1, 1]
-    model.config.output_hidden_states = True
-    assert len(model(ids).hidden_states) == 5
-    assert model(ids, output_hidden_states=False).hidden_states is None
-
-
 def test_hidden_states_have_gradients():
     model, ids = made(), text(2)
     out = model(ids, output_hidden_states=True)
@@ -145,28 +131,6 @@ def test_hidden_states_have_gradients():
         assert h.grad is not None and h.grad[0].abs().sum() > 0 and not h.grad[1].any(), (
             "rows do not mix"
         )
-
-
-def test_tuples_are_the_same_outputs():
-    model, ids = copy.deepcopy(made()), text(2)
-    named = model(ids, labels=ids, use_cache=True, output_hidden_states=True)
-    found = model(ids, labels=ids, use_cache=True, output_hidden_states=True, return_dict=False)
-    assert isinstance(found, tuple) and len(found) == len(named.to_tuple())
-    assert torch.equal(found[0], named.loss) and torch.equal(found[1], named.logits)
-    model.config.return_dict = False
-    assert torch.equal(model(ids)[0], named.logits)
-
-
-@pytest.mark.parametrize("family", SOME)
-def test_embeddings_are_as_good_as_ids(family):
-    model, (ids, mask) = made(family), batch()
-    embeds = model.get_input_embeddings()(ids)
-    assert torch.equal(
-        model(inputs_embeds=embeds, attention_mask=mask).logits,
-        model(ids, attention_mask=mask).logits,
-    )
-    got = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY)
-    assert torch.equal(got, model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :])
 
 
 def test_logits_to_keep():
@@ -390,13 +354,6 @@ def test_arguments_of_from_pretrained(folders, kind, tmp_path):
         tmp_path / "given", state_dict=state
     )  # as a Trainer does that has gathered shards
     assert not OnlineForCausalLM.from_pretrained(tmp_path / "given").writer.codes.weight.any()
-
-
-def test_device_maps_over_several_devices_are_refused(folders):
-    with pytest.raises(CheckpointError, match="need one device"):
-        OnlineForCausalLM.from_pretrained(
-            folders / "adapted", device_map={"backbone": "cpu", "head": "meta"}
-        )
 
 
 def test_configurations_round_trip_and_build(folders):
@@ -645,58 +602,6 @@ def test_left_padded_decoding_is_the_same_without_a_cache(family, settings):
         )
     assert torch.equal(*drawn)
     assert len(drawn[0]) == 3 * settings.get("num_return_sequences", 1)
-
-
-def test_scores_are_the_logits_of_a_forward():
-    model, ids = made(), text(2)
-    out = model.generate(
-        ids, output_logits=True, output_scores=True, return_dict_in_generate=True, **GREEDY
-    )
-    want = model(out.sequences).logits[:, 19:-1]
-    torch.testing.assert_close(torch.stack(out.logits, 1), want, **CLOSE)
-    found = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
-    said = want.index_fill(
-        -1, torch.tensor(model.generation_config.eos_token_id), -torch.inf
-    ).log_softmax(-1)
-    torch.testing.assert_close(found, said.gather(-1, out.sequences[:, 20:, None])[..., 0], **CLOSE)
-
-
-def test_stopping_criteria_end_rows_one_by_one():
-    class At(StoppingCriteria):
-        def __call__(self, ids, scores, **kwargs):
-            return torch.tensor([ids.shape[1] >= 22, ids.shape[1] >= 24])
-
-    model, ids = made(), text(2)
-    free = model.generate(ids, **GREEDY)
-    got = model.generate(ids, stopping_criteria=StoppingCriteriaList([At()]), **GREEDY)
-    assert got.shape == (2, 24)
-    assert (
-        torch.equal(got[0, :22], free[0, :22])
-        and not got[0, 22:].any()
-        and torch.equal(got[1], free[1, :24])
-    )
-
-
-@pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("chunk", [1, 4, 30])
-def test_prefill_in_chunks_changes_nothing(family, chunk):
-    model, (ids, mask) = made(family), batch()
-    want = model.generate(ids, attention_mask=mask, **GREEDY)
-    assert torch.equal(
-        model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **GREEDY), want
-    )
-
-
-@pytest.mark.parametrize("family", SOME)
-def test_a_second_turn_goes_on_from_the_first_ones_cache(family):
-    """A conversation: the cache of a left-padded batch, then new tokens of a user behind what was
-    generated."""
-    model, (ids, mask) = made(family), batch()
-    first = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
-    whole = torch.cat([first.sequences, text(3, 5, seed=8)], 1)
-    seen = F.pad(mask, (0, 11), value=1)
-    again = model.generate(whole, attention_mask=seen, cache=first[CACHE], **GREEDY)
-    assert torch.equal(again, model.generate(whole, attention_mask=seen, **GREEDY))
 
 
 @pytest.mark.parametrize(

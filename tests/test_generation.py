@@ -7,7 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import sememe.backbone.cache as cache_module
 from families import left_padded, text, tiny_online, uncached_greedy
-from sememe.backbone.calling import CACHE, set_checkpointing
+from sememe.backbone.calling import CACHE
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
@@ -25,17 +25,6 @@ def test_greedy_is_the_uncached_greedy(family, length):
     assert torch.equal(model.generate(ids, **GREEDY, use_cache=False), uncached_greedy(model, ids))
 
 
-def test_left_padded_batch_is_its_singles(model):
-    rows = [text(1, n, seed=n) for n in (5, 9, 14)]
-    padded = torch.cat([torch.nn.functional.pad(row, (14 - row.shape[1], 0)) for row in rows])
-    mask = torch.cat(
-        [torch.nn.functional.pad(torch.ones_like(row), (14 - row.shape[1], 0)) for row in rows]
-    )
-    together = model.generate(padded, attention_mask=mask, **GREEDY)[:, 14:]
-    for row, got in zip(rows, together, strict=True):
-        assert torch.equal(model.generate(row, **GREEDY)[0, row.shape[1] :], got)
-
-
 @pytest.mark.parametrize("window", [None, 24])
 def test_long_and_short_prompts_decode_together(window):
     """Prompts of 10 to 200 tokens, read 48 at a time: most chunks are padding in some rows, and
@@ -46,33 +35,6 @@ def test_long_and_short_prompts_decode_together(window):
     together = model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :]
     for row, got in zip(rows, together, strict=True):
         assert torch.equal(model.generate(row, **GREEDY)[0, row.shape[1] :], got)
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_beams_are_equal_with_and_without_cache(model, batch):
-    settings = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
-    ids = text(batch, 8)
-    assert torch.equal(
-        model.generate(ids, **settings), model.generate(ids, **settings, use_cache=False)
-    )
-
-
-def test_sampling_is_equal_with_and_without_cache(model):
-    ids, drawn = text(2, 8), []
-    for use_cache in (True, False):
-        torch.manual_seed(3)
-        drawn.append(
-            model.generate(
-                ids,
-                max_new_tokens=12,
-                do_sample=True,
-                top_k=20,
-                use_cache=use_cache,
-                num_return_sequences=2,
-                pad_token_id=0,
-            )
-        )
-    assert torch.equal(*drawn)
 
 
 def test_going_on_from_a_returned_cache(model):
@@ -146,25 +108,3 @@ def test_chunks_of_a_prompt_find_their_room_made(window, monkeypatch):
     assert cache.slices[1].capacity == cache.slices[2].capacity == 40 + cache_module.GROWTH
     model(text(1, 100), cache=cache)
     assert cache.concepts[0] > 60 and cache.get_seq_length() == 200
-
-
-@pytest.mark.parametrize(
-    "settings", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}]
-)
-def test_what_cannot_work_is_refused(model, settings):
-    with pytest.raises(ValueError, match=r"try:|not support"):
-        model.generate(text(1, 8), **GREEDY, **settings)
-
-
-def test_gradient_checkpointing_changes_nothing(model):
-    ids = text(2)
-    grads = []
-    for checkpointing in (False, True):
-        one = tiny_online().train()
-        if checkpointing:
-            set_checkpointing(one)
-        one(ids, labels=ids).loss.backward()
-        grads.append({n: p.grad for n, p in one.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], atol=1e-6, rtol=1e-4)
