@@ -86,10 +86,12 @@ def table(
     """Column titles and formatted cells of JSON objects. `keys`: the columns; by default every key
     with a plain value, in the order of the first object that has it."""
     if keys is None:
-        keys = dict.fromkeys(key for one in records for key in one if not _is_nested(one[key]))
-    columns = [figure(key) for key in keys]
-    return [column.title for column in columns], [
-        [column.show(one.get(column.key)) for column in columns] for one in records
+        keys = dict.fromkeys(
+            key for record in records for key in record if not _is_nested(record[key])
+        )
+    shown = [figure(key) for key in keys]
+    return [column.title for column in shown], [
+        [column.show(record.get(column.key)) for column in shown] for record in records
     ]
 
 
@@ -204,9 +206,9 @@ def document() -> str:
             "| key | unit | meaning | healthy |",
             "|---|---|---|---|",
         ]
-        for one in section:
-            meaning = one.meaning.replace("|", "\\|")
-            lines.append(f"| `{one.key}` | {one.unit} | {meaning} | {one.healthy} |")
+        for row in section:
+            meaning = row.meaning.replace("|", "\\|")
+            lines.append(f"| `{row.key}` | {row.unit} | {meaning} | {row.healthy} |")
     return "\n".join(lines) + "\n"
 
 

@@ -52,8 +52,8 @@ class Run:
     @property
     def system(self) -> str:
         """By the recipe, which a run has from its first step on."""
-        found = self.recipe.get("system") or self.json["evaluate"].get("system")
-        return found if isinstance(found, str) else "online"
+        system = self.recipe.get("system") or self.json["evaluate"].get("system")
+        return system if isinstance(system, str) else "online"
 
 
 def is_sweep(folder: Path) -> bool:
@@ -75,18 +75,18 @@ def read_points(folder: Path, prefix: str = "") -> list[dict]:
     """The trained models of a run or sweep folder: figures of evaluate.json, the mean over its
     seeds where there are several, with `point`, `kind` and the `spread` of Δ to the control."""
     if is_sweep(folder):
-        found = objects(read_sweep(folder)["points"])
+        entries = objects(read_sweep(folder)["points"])
     else:
         figures = read_json(folder / "evaluate.json")
-        found = [figures | {"name": folder.resolve().name, "mean": figures}]
+        entries = [figures | {"name": folder.resolve().name, "mean": figures}]
     points = []
-    for one in found:
-        system, trained = one.get("system"), {"trained_tokens": one.get("trained_tokens")}
-        kind = "fixed stride" if one.get("boundary") == "fixed" else "concepts"
-        point = plain(one.get("mean")) | trained
-        point["point"] = prefix + str(one.get("name"))
+    for entry in entries:
+        system, trained = entry.get("system"), {"trained_tokens": entry.get("trained_tokens")}
+        kind = "fixed stride" if entry.get("boundary") == "fixed" else "concepts"
+        point = plain(entry.get("mean")) | trained
+        point["point"] = prefix + str(entry.get("name"))
         point["kind"] = system if system in BASELINES else kind
-        point["spread"] = plain(one.get("spread")).get("delta_nll_control")
+        point["spread"] = plain(entry.get("spread")).get("delta_nll_control")
         if system == "control":  # which the others are measured against
             point |= {"layer_share": 1.0, "delta_nll_control": 0.0}
         points.append(point)
@@ -162,9 +162,9 @@ def plain(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def dig(found: Any, path: str) -> Any:
+def dig(value: Any, path: str) -> Any:
     """What stands at a dotted path; None where there is nothing."""
-    return reduce(lambda inner, key: plain(inner).get(key), path.split("."), found)
+    return reduce(lambda inner, key: plain(inner).get(key), path.split("."), value)
 
 
 def _parsed(text: str) -> Any:

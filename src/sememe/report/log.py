@@ -116,11 +116,11 @@ def warmup(recipe: dict[str, Any]) -> float:
 def _by_entry(line: dict) -> dict:
     """Of the lists in a line `KEY.0`, `KEY.1`, …, `KEY.end` where there are several entries, and
     `KEY.mean`."""
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, listed in line.items():
         if isinstance(listed, list) and listed:
-            found |= {f"{key}.{i}": x for i, x in enumerate(listed)}
-            found[f"{key}.end"] = listed[-1] if len(listed) > 1 else None
+            entries |= {f"{key}.{i}": x for i, x in enumerate(listed)}
+            entries[f"{key}.end"] = listed[-1] if len(listed) > 1 else None
             values = [x for x in listed if number(x) is not None]
-            found[f"{key}.mean"] = fmean(values) if values else None
-    return found
+            entries[f"{key}.mean"] = fmean(values) if values else None
+    return entries

@@ -102,7 +102,7 @@ FACTS = {"step": " steps", "tokens": " tokens", "seconds": ""}
 @dataclass(frozen=True)
 class Table:
     title: str
-    columns: list[str]
+    headings: list[str]
     rows: list[list[str]]
     words: int = 1
     """How many of the first columns are text; figures stand at the right."""
@@ -152,7 +152,7 @@ def run_page(run: Run, beside: list[Path]) -> dict[str, Any]:
         *plots.curve_plots(run),
         plots.distortion_plot(run),
     ]
-    files = {f"{command}.json": found for command, found in run.json.items() if found}
+    files = {f"{command}.json": value for command, value in run.json.items() if value}
     files["metrics.jsonl, last values"] = last
     compared = _comparison([run.path, *beside]) if beside else {}
     return compared | {
@@ -161,7 +161,7 @@ def run_page(run: Run, beside: list[Path]) -> dict[str, Any]:
         "facts": [run.system, *facts],
         "lead": LEADS[system],
         "tiles": [_tile(key, run, last) for key in HEADLINES[system].split()],
-        "plots": [one for one in drawn if one is not None],
+        "plots": [plot for plot in drawn if plot is not None],
         "missing": list(_missing(run, system)),
         "doctor": _diagnosis(run),
         "texts": texts,
@@ -171,7 +171,7 @@ def run_page(run: Run, beside: list[Path]) -> dict[str, Any]:
             frequent(texts),
         ),
         "tables": list(_tables(run)),
-        "figures": {name: list(rows(found)) for name, found in files.items()},
+        "figures": {name: list(rows(value)) for name, value in files.items()},
         "details": {
             name: read_text(run.path / name)[:MAX_DETAIL] for name in ("recipe.yaml", "env.json")
         },
@@ -182,9 +182,9 @@ def sweep_page(folder: Path, beside: list[Path]) -> dict[str, Any]:
     sweep = read_sweep(folder)
     grid = [[key, show(values)] for key, values in plain(sweep.get("grid")).items()]
     failed = [
-        [show(one.get("name")), show(one["fault"])]
-        for one in objects(sweep.get("runs"))
-        if one.get("fault")
+        [show(record.get("name")), show(record["fault"])]
+        for record in objects(sweep.get("runs"))
+        if record.get("fault")
     ]
     return _comparison([folder, *beside]) | {
         "name": folder.resolve().name,
@@ -206,8 +206,8 @@ def _comparison(folders: list[Path]) -> dict[str, Any]:
         points += read_points(folder, f"{folder.resolve().name}/" if is_other_sweep else "")
     best = plots.pareto_front(points)
     records = [
-        one | {"": row, "front": "front" if one in best else ""}
-        for row, one in enumerate(points, 1)
+        record | {"": row, "front": "front" if record in best else ""}
+        for row, record in enumerate(points, 1)
     ]
     comparison = Table("", *table(records, POINT_COLUMNS.split(" ")))
     return {"pareto": plots.pareto_plot(points), "comparison": comparison}
@@ -216,10 +216,15 @@ def _comparison(folders: list[Path]) -> dict[str, Any]:
 def _tile(key: str, run: Run, last: dict) -> dict[str, str]:
     """A headline figure, from the first file that has it."""
     sources = (run.json["reconstruct"], run.json["evaluate"], run.json["benchmark"], last)
-    value = next((x for one in sources if (x := one.get(key)) is not None), None)
-    one = figure(key)
-    tone = {True: "good", False: "poor", None: ""}[one.is_healthy(value)]
-    return {"title": one.title, "value": one.show(value), "meaning": one.meaning, "tone": tone}
+    value = next((x for record in sources if (x := record.get(key)) is not None), None)
+    tile = figure(key)
+    tone = {True: "good", False: "poor", None: ""}[tile.is_healthy(value)]
+    return {
+        "title": tile.title,
+        "value": tile.show(value),
+        "meaning": tile.meaning,
+        "tone": tone,
+    }
 
 
 def _missing(run: Run, system: str) -> Iterator[tuple[str, str]]:
@@ -231,13 +236,15 @@ def _missing(run: Run, system: str) -> Iterator[tuple[str, str]]:
 
 
 def _tables(run: Run) -> Iterator[Table]:
-    for title, where, columns in TABLES:
-        found = dig(run.json, where)
-        named = [{"": name} | one for name, one in plain(found).items() if isinstance(one, dict)]
-        records, keys = objects(found) or named, columns.split()
+    for title, where, key_names in TABLES:
+        value = dig(run.json, where)
+        named = [
+            {"": name} | record for name, record in plain(value).items() if isinstance(record, dict)
+        ]
+        records, keys = objects(value) or named, key_names.split()
         if keys:
-            records = [one for one in records if any(key in one for key in keys)]
-            keys = [key for key in keys if any(key in one for one in records)]
+            records = [record for record in records if any(key in record for key in keys)]
+            keys = [key for key in keys if any(key in record for record in records)]
             keys = ["", *keys] if named else keys
         if records:
             yield Table(title, *table(records, keys or None))

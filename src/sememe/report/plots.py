@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from sememe.figures import figure, number, objects, show
-from sememe.report.files import Metrics, Run, plain
+from sememe.report.files import Metrics, Run
 
 MAX_POINTS = 400
 """Of a curve: a plot of 374 units width shows no more."""
@@ -136,8 +136,13 @@ def loss_plot(run: Run, beside: list[Run]) -> Plot | None:
         ("control, held out", run.control, "heldout_nll", dict(color=ORANGE) | marks),
     ]
     curves += [
-        (f"{one.path.name}, held out", one.metrics, "heldout_nll", dict(color=colour, marker="."))
-        for one, colour in zip(beside, (GREEN, PURPLE, INK, MUTED), strict=False)
+        (
+            f"{other.path.name}, held out",
+            other.metrics,
+            "heldout_nll",
+            dict(color=colour, marker="."),
+        )
+        for other, colour in zip(beside, (GREEN, PURPLE, INK, MUTED), strict=False)
     ]
     caption = (
         "Lower is better. The gap to the control is what the concepts cost, and held-out text is "
@@ -171,7 +176,7 @@ def _over_training(title: str, caption: str, y: str, curves: list[Curve]) -> Plo
     none."""
     x = "tokens" if any(log.points("tokens", key) for _, log, key, _ in curves) else "step"
     drawn = [(label, _thinned(log.points(x, key)), look) for label, log, key, look in curves]
-    drawn = [one for one in drawn if one[1]]
+    drawn = [curve for curve in drawn if curve[1]]
     if not drawn:
         return None
 
@@ -194,25 +199,21 @@ def _thinned(points: Points) -> Points:
 def distortion_plot(run: Run) -> Plot | None:
     """Tokens that come back over the bits of the ids, beside what lossless coders take."""
     result = run.json["reconstruct"]
-    curve = sorted(
-        pair
-        for one in objects(result.get("curve")) or [result]
-        if None
-        not in (pair := (number(one.get("bits_per_token")), number(one.get("token_accuracy"))))
-    )
-    coders = [
-        (f"{show(one.get('name'))}, {show(one.get('of'))}", bits)
-        for one in objects(result.get("lossless"))
-        if (bits := number(one.get("bits_per_token"))) is not None
+    rates = [
+        [number(record.get(key)) for key in ("bits_per_token", "token_accuracy")]
+        for record in objects(result.get("curve")) or [result]
     ]
-    shuffled = number(plain(result.get("shuffled")).get("token_accuracy"))
-    if not curve:
+    rates = sorted(pair for pair in rates if None not in pair)
+    coders = [
+        (f"{show(record.get('name'))}, {show(record.get('of'))}", bits)
+        for record in objects(result.get("lossless"))
+        if (bits := number(record.get("bits_per_token"))) is not None
+    ]
+    if not rates:
         return None
 
     def draw(axes: Axes) -> None:
-        axes.plot(*zip(*curve, strict=True), marker="o", label="concept ids")
-        if shuffled is not None:
-            axes.axhline(shuffled, color=MUTED, ls=":", label="ids shuffled")
+        axes.plot(*zip(*rates, strict=True), marker="o", label="concept ids")
         for name, bits in coders:
             axes.plot([bits], [1], marker="D", ls="", label=name)
         axes.set(xlabel="bits per token", ylabel="tokens back", xlim=(0, None), ylim=(-0.04, 1.08))
@@ -233,7 +234,9 @@ def pareto_front(points: list[dict]) -> list[dict]:
     """Those that no other beats in both layers and ΔNLL, by rising layers; what is not measured is
     left out."""
     best: list[dict] = []
-    for point in sorted(filter(_is_measured, points), key=lambda one: [one[key] for key in PARETO]):
+    for point in sorted(
+        filter(_is_measured, points), key=lambda point: [point[key] for key in PARETO]
+    ):
         if not best or point["delta_nll_control"] < best[-1]["delta_nll_control"]:
             best.append(point)
     return best
@@ -246,24 +249,24 @@ def _is_measured(point: dict) -> bool:
 def pareto_plot(points: list[dict]) -> Plot | None:
     """Quality against compute; numbers are the rows of the table beside it, from 1. None where
     fewer than two models besides the control are measured against it."""
-    measured = [one for one in points if _is_measured(one)]
-    if sum(one["kind"] != "control" for one in measured) < 2:
+    measured = [point for point in points if _is_measured(point)]
+    if sum(point["kind"] != "control" for point in measured) < 2:
         return None
 
     def draw(axes: Axes) -> None:
-        best = [[one[key] for key in PARETO] for one in pareto_front(measured)]
+        best = [[point[key] for key in PARETO] for point in pareto_front(measured)]
         axes.step(*zip(*best, strict=True), where="post", color=MUTED, ls="--", label="front")
         for kind, marker in KINDS.items():
             marks = [
-                (*(one[key] for key in PARETO), number(one.get("spread")) or 0.0)
-                for one in measured
-                if one["kind"] == kind
+                (*(point[key] for key in PARETO), number(point.get("spread")) or 0.0)
+                for point in measured
+                if point["kind"] == kind
             ]
             if marks:
                 axes.errorbar(*zip(*marks, strict=True), fmt=marker, label=kind)
-        for row, one in enumerate(points, 1):
-            if _is_measured(one):
-                at = [one[key] for key in PARETO]
+        for row, point in enumerate(points, 1):
+            if _is_measured(point):
+                at = [point[key] for key in PARETO]
                 axes.annotate(str(row), at, (5, 5), textcoords="offset points", color=MUTED)
         axes.set(xlabel="layers run per token", ylabel="NLL minus control (nats)")
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

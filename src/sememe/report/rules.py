@@ -122,7 +122,7 @@ def _off_target(rate: float, heldout: float, target: float, length: float) -> bo
     return max(abs(rate - target), abs(heldout - target)) > max(0.03 * target, 1 / length)
 
 
-only_opening = when(
+only_first_positions = when(
     lambda first, last, end_first, end_last: (
         first - last >= 0.05 and end_first - end_last < 0.1 * (first - last)
     ),
@@ -270,14 +270,14 @@ RULES = (
         "only the opening improves",
         "the first 64 positions improve by 0.05 nats or more, the last by less than 0.1 of that",
         "concepts serve the opening alone: shorter texts first, or more concepts in a text",
-        only_opening,
+        only_first_positions,
         ("sequence_length*0.5", "rate*1.5"),
     ),
     Rule(
         "only the opening improves",
         "the first 64 positions improve by 0.05 nats or more, the last by less than 0.1 of that",
         "plans serve the opening alone: a longer stage of short texts, or longer plans",
-        only_opening,
+        only_first_positions,
         ("curriculum=[16,0.8]", "plan.lengths*2"),
         PLANNER,
     ),

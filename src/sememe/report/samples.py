@@ -32,17 +32,17 @@ def samples(run: Run) -> list[Sample]:
     """Of evaluate.json: texts cut into segments, or sources, plans and what is written from them.
     Of reconstruct.json: windows, their concepts, and what came back."""
     evaluate, reconstruct = run.json["evaluate"], run.json["reconstruct"]
-    found: list[Sample] = []
-    for one in objects(evaluate.get("samples")):
-        if "pieces" in one:
-            found.append({"": segments(objects(one["pieces"]), evaluate)})
-        elif isinstance(one.get("plan"), list):
-            plan = {f"plan, type {i}": _chips(ids, {}, i) for i, ids in enumerate(one["plan"])}
-            found.append(_texts(one, "source") | plan | _texts(one, "written", "target"))
-    for one in objects(reconstruct.get("samples")):
-        ids = {"its concepts": _chips(one.get("concept_ids"), reconstruct)}
-        found.append(_texts(one, "text") | ids | _texts(one, "rebuilt"))
-    return found
+    texts: list[Sample] = []
+    for sample in objects(evaluate.get("samples")):
+        if "pieces" in sample:
+            texts.append({"": segments(objects(sample["pieces"]), evaluate)})
+        elif isinstance(sample.get("plan"), list):
+            plan = {f"plan, type {i}": _chips(ids, {}, i) for i, ids in enumerate(sample["plan"])}
+            texts.append(_texts(sample, "source") | plan | _texts(sample, "written", "target"))
+    for sample in objects(reconstruct.get("samples")):
+        ids = {"its concepts": _chips(sample.get("concept_ids"), reconstruct)}
+        texts.append(_texts(sample, "text") | ids | _texts(sample, "rebuilt"))
+    return texts
 
 
 def segments(pieces: list[dict], vocabulary: dict) -> list[Span]:
@@ -87,8 +87,8 @@ def _name(concept: int, vocabulary: dict) -> str:
     return concept_name(concept, int(codes), int(count or 1)) if codes else str(concept)
 
 
-def _texts(one: dict, *keys: str) -> Sample:
-    return {key: [Span(show(one.get(key)))] for key in keys}
+def _texts(sample: dict, *keys: str) -> Sample:
+    return {key: [Span(show(sample.get(key)))] for key in keys}
 
 
 def _chips(ids: Any, vocabulary: dict, kind: int = 0) -> list[Span]:
