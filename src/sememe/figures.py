@@ -30,6 +30,14 @@ READ_FROM = {
 """What a planner's target was read from → how it is shown."""
 
 
+INTRODUCTION = """# Figures
+
+Every key of a run's files. Generated from `src/sememe/figures.toml` by
+`python -m sememe.figures > docs/figures.md`. A key is absent or null where it was not measured or
+says nothing about the system. NLL is in nats.
+"""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One row of figures.toml."""
@@ -188,28 +196,19 @@ def concept_name(concept: int, num_concepts: int, codes_per_concept: int) -> str
     return "·".join(map(str, digits))
 
 
+def markdown(titles: list[str], cells: Iterable[Iterable[str]]) -> str:
+    """A table of texts."""
+    lines = [titles, ["---"] * len(titles), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def document() -> str:
     """docs/figures.md."""
-    lines = [
-        "# Figures",
-        "",
-        "Every key of a run's files. Generated from `src/sememe/figures.toml` by "
-        "`python -m sememe.figures > docs/figures.md`.",
-        "A key is absent or null where it was not measured or says nothing about the system. NLL "
-        "is in nats.",
-    ]
+    text = INTRODUCTION
     for heading, section in SECTIONS.items():
-        lines += [
-            "",
-            f"## {heading}",
-            "",
-            "| key | unit | meaning | healthy |",
-            "|---|---|---|---|",
-        ]
-        for row in section:
-            meaning = row.meaning.replace("|", "\\|")
-            lines.append(f"| `{row.key}` | {row.unit} | {meaning} | {row.healthy} |")
-    return "\n".join(lines) + "\n"
+        cells = [(f"`{row.key}`", row.unit, row.meaning, row.healthy) for row in section]
+        text += f"\n## {heading}\n\n" + markdown(["key", "unit", "meaning", "healthy"], cells)
+    return text
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ docs/doctor.md is made of the same table: `python -m sememe.report.doctor > docs
 from pathlib import Path
 from typing import Any
 
+from sememe.figures import markdown
 from sememe.report.log import Unmeasured, read_log
-from sememe.report.rules import RULES
+from sememe.report.rules import EVERY, RULES
 
 INTRODUCTION = """# How to read a run
 
@@ -26,8 +27,6 @@ and of a 15M one: expect to move them. A finding is a place to look, not a proof
 be predicted gives flat losses and idle codes whatever the settings are, and one fault brings others
 with it (a gate that is shut starves the codes). Change one thing at a time.
 
-| rule | of | sign | what it means, what to do | to try |
-|---|---|---|---|---|
 """
 
 
@@ -72,12 +71,17 @@ def examine(run: Path) -> dict[str, Any]:
 
 def document() -> str:
     """docs/doctor.md."""
-    lines = []
-    for rule in RULES:
-        tries = ", ".join(f"`{text}`" for text in rule.tries)
-        of = "every system" if len(rule.systems) == 6 else ", ".join(rule.systems)
-        lines.append(f"| {rule.name} | {of} | {rule.sign} | {rule.advice} | {tries} |")
-    return INTRODUCTION + "\n".join(lines) + "\n"
+    cells = [
+        (
+            rule.name,
+            "every system" if rule.systems == EVERY else ", ".join(rule.systems),
+            rule.sign,
+            rule.advice,
+            ", ".join(f"`{text}`" for text in rule.tries),
+        )
+        for rule in RULES
+    ]
+    return INTRODUCTION + markdown(["rule", "of", "sign", "meaning", "to try"], cells)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from sememe.report.files import (
     read_text,
 )
 from sememe.report.samples import frequent, samples
-from sememe.storage import write
+from sememe.storage import unwritable, write
 
 HERE = Path(__file__).parent
 MAX_DETAIL = 100_000
@@ -133,10 +133,7 @@ def _put(path: Path, page: dict[str, Any]) -> Path:
     try:
         write(path, html.encode("utf-8", "replace"))
     except OSError as error:
-        raise CheckpointError(
-            f"got {error.strerror} when writing {path}; need a folder with room that can be "
-            "written to. try: free some space, or copy the run folder to where you may write"
-        ) from error
+        raise unwritable(path, error) from error
     return path
 
 
@@ -165,11 +162,7 @@ def run_page(run: Run, beside: list[Path]) -> dict[str, Any]:
         "missing": list(_missing(run, system)),
         "doctor": _diagnosis(run),
         "texts": texts,
-        "frequent": Table(
-            "Concepts written most often in these texts",
-            ["concept", "times", "tokens that wrote it"],
-            frequent(texts),
-        ),
+        "frequent": Table("Concepts written most often in these texts", *table(frequent(texts))),
         "tables": list(_tables(run)),
         "figures": {name: list(rows(value)) for name, value in files.items()},
         "details": {
@@ -180,20 +173,16 @@ def run_page(run: Run, beside: list[Path]) -> dict[str, Any]:
 
 def sweep_page(folder: Path, beside: list[Path]) -> dict[str, Any]:
     sweep = read_sweep(folder)
-    grid = [[key, show(values)] for key, values in plain(sweep.get("grid")).items()]
-    failed = [
-        [show(record.get("name")), show(record["fault"])]
-        for record in objects(sweep.get("runs"))
-        if record.get("fault")
-    ]
+    failed = [run for run in objects(sweep.get("runs")) if run.get("fault")]
+    grid = [{"key": key, "values": x} for key, x in plain(sweep.get("grid")).items()]
     return _comparison([folder, *beside]) | {
         "name": folder.resolve().name,
         "kind": "sweep",
         "facts": [show(sweep.get("recipe")), f"{len(sweep['points'])} points"],
         "lead": LEADS["sweep"],
         "tables": [
-            Table("Failed", ["run", "why"], failed, words=2),
-            Table("The grid", ["recipe key", "values"], grid, words=2),
+            Table("Failed", *table(failed, ["name", "fault"]), words=2),
+            Table("The grid", *table(grid), words=2),
         ],
     }
 

@@ -1,6 +1,6 @@
 """Sample texts as coloured stretches: a concept has one colour and one name wherever it stands."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,15 +66,13 @@ def segments(pieces: list[dict], vocabulary: dict) -> list[Span]:
     return [*spans, Span("".join(before), title="no concept yet")] if before else spans
 
 
-def frequent(texts: list[Sample]) -> list[list[str]]:
+def frequent(texts: list[Sample]) -> list[dict]:
     """The concepts written most often in segmented texts, how often, and by which tokens."""
-    writers: dict[str, Counter[str]] = defaultdict(Counter)
-    for span in (span for text in texts for span in text.get("", ()) if span.hue is not None):
-        writers[span.name][span.writer.strip()] += 1
-    ranked = sorted(writers.items(), key=lambda item: -item[1].total())
+    spans = [span for text in texts for span in text.get("", ()) if span.hue is not None]
+    counts = Counter(span.name for span in spans)
     return [
-        [name, str(words.total()), " ".join(word for word, _ in words.most_common(8))]
-        for name, words in ranked[:12]
+        {"concept": name, "times": times, "by": sorted({x.writer for x in spans if x.name == name})}
+        for name, times in counts.most_common(12)
     ]
 
 
