@@ -408,7 +408,7 @@ def report(
     runs: arguments.Runs,
 ):
     """Draw a run as one self-contained HTML page: curves, what is wrong with it, coloured samples,
-    all figures; or a sweep: quality against compute and training tokens.
+    all figures; or a sweep: quality against compute.
 
     Example: `sememe report runs/demo`
 
