@@ -1,7 +1,6 @@
 """Training planners: a task that a plan solves, resume = uninterrupted with the plans on disk,
 stages, the control's pairs."""
 
-import functools
 import json
 import math
 import os
@@ -43,46 +42,29 @@ def pairs_of(values: dict):
     "changes",
     [
         {},
-        {
-            "plan": {
-                "sizes": [4, 6],
-                "lengths": [1, 2],
-                "straight_through": True,
-                "multi_token": 2,
-                "signals": 0.5,
-            }
-        },
-        {"plan": {"sizes": [2, 6], "lengths": [1, 2], "begins": "words", "dropout": 0.3}},
+        {"straight_through": True, "multi_token": 2, "signals": 0.5},
+        {"sizes": [2, 6], "begins": "words", "dropout": 0.3},
     ],
+    ids=str,
 )
 def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path, changes):
     """With dropout, sampling and an E-step on either side of the stop."""
-    values = values | changes
+    values["plan"] |= changes
     if values["plan"].get("begins") == "words":
         file = Path(values["data"]["train"])
-        said = {
-            "the cat sat on a mat": "a cat sat",
-            "dogs dig up old bones": "the dog sat",
-            "we sail at": "a dog ran",
-        }
-        file.write_text(
-            functools.reduce(
-                lambda text, change: text.replace(*change), said.items(), file.read_text()
-            )
-        )
+        content = file.read_text().replace("the cat sat on a mat", "a cat sat")
+        content = content.replace("dogs dig up old bones", "the dog sat")
+        file.write_text(content.replace("we sail at", "a dog ran"))
     whole = run(values, tmp_path / "whole")
     with ctrl_c(5), pytest.raises(Interrupted, match="stopped at step 5 of 8"):
         run(values, tmp_path / "parts")
     parts = run(values, tmp_path / "parts")
     for key in ("loss", "target_nll", "plan_nll", "em_score", "em_flips", "heldout_nll", "tokens"):
         assert [x.get(key) for x in parts] == [x.get(key) for x in whole], key
-    assert all(
-        ("signal_nll" in x) == ("signals" in values["plan"]) for x in whole if "target_nll" in x
-    )
+    trained = [x for x in whole if "target_nll" in x]
+    assert all(("signal_nll" in x) == ("signals" in values["plan"]) for x in trained)
     assert sum("em_score" in x for x in whole) == 2, "at steps 4 and 6"
-    a, b = (
-        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
-    )
+    a, b = (load_file(tmp_path / x / "model" / "model.safetensors") for x in ("whole", "parts"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     last = [tmp_path / name / "checkpoints" / "checkpoint-8" for name in ("whole", "parts")]
     z = [load_file(folder / PLANS)["plans"] for folder in last]
@@ -124,10 +106,8 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     values["em"]["examples"] = 3
     run(values, tmp_path / "r")
     order = pairs_of(values).order_n.tolist()
-    assert [x[0] for x in seen] == [
-        list(dict.fromkeys(order[start : start + 8]))[:3] for start in (16, 24)
-    ]
-    assert seen[0][1] != seen[1][1]
+    next_pairs = [list(dict.fromkeys(order[start : start + 8]))[:3] for start in (16, 24)]
+    assert [x[0] for x in seen] == next_pairs and seen[0][1] != seen[1][1]
     assert seen[0][2] == plans.EStep({"beam": 2, "sample": 1, "edit": 2}, 16, 1.0)
     assert [x for x, _ in weights] == [0.0, 0.0, *[1.0] * 6]
     before, warm, later = (weights[step][1] for step in (0, 2, 4))
@@ -141,45 +121,34 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
 def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_source(
     values, tmp_path, monkeypatch
 ):
-    seen: dict[str, list] = {}
+    seen: dict[str, list] = {"planner": [], "control": []}
     real = ConceptTrainer.compute_loss
 
     def spy(self, model, inputs, *args, **kwargs):
         rows = []
-        for ids, mask, labels in zip(
-            inputs["input_ids"], inputs["attention_mask"].bool(), inputs["labels"], strict=True
-        ):
-            y = labels[labels != IGNORED].tolist()
-            u = ids[mask].tolist()
+        masks = inputs["attention_mask"].bool()
+        for ids, mask, labels in zip(inputs["input_ids"], masks, inputs["labels"], strict=True):
+            y, u = labels[labels != IGNORED].tolist(), ids[mask].tolist()
             if self.recipe.system == "control":
                 assert u[0] == 1 and u[len(u) - len(y) :] == y, "BOS, u, y; the loss on y alone"
                 u = u[1 : len(u) - len(y)]
             rows.append((u, y))
-        seen.setdefault(self.recipe.system, []).append(rows)
+        seen[self.recipe.system].append(rows)
         return real(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(ConceptTrainer, "compute_loss", spy)
     values = values | {"curriculum": [4, 0.5]}
-    lines = {
-        system: run({**values, "system": system}, tmp_path / system)
-        for system in ("planner", "control")
-    }
+    planner, control = (run({**values, "system": x}, tmp_path / x) for x in seen)
     assert seen["planner"] == seen["control"] and len(seen["control"]) == 8
-    assert [max(len(y) for _, y in rows) for rows in seen["planner"]][:3] == [4, 9, 14], (
-        "short texts first"
-    )
-    assert [x["tokens"] for x in lines["planner"]] == [x["tokens"] for x in lines["control"]]
-    assert lines["control"][0]["tokens"] == sum(len(u) + len(y) for u, y in seen["control"][0])
-    assert "heldout_nll" in lines["control"][-1] and "plan_nll" not in lines["control"][-1]
-    model, pairs = load_model(tmp_path / "control")[0], pairs_of(values).pairs.rows(slice(0, 4))
-    changed = type(pairs)(
-        pairs.source_NU.roll(1, 0), pairs.source_mask_NU.roll(1, 0), pairs.target_NY
-    )
-    assert not torch.allclose(joined_nll(model, pairs), joined_nll(model, changed), atol=1e-3)
+    longest = [max(len(y) for _, y in rows) for rows in seen["planner"]]
+    assert longest[:3] == [4, 9, 14], "short texts first"
+    assert [x["tokens"] for x in planner] == [x["tokens"] for x in control]
+    assert control[0]["tokens"] == sum(len(u) + len(y) for u, y in seen["control"][0])
+    assert "heldout_nll" in control[-1] and "plan_nll" not in control[-1]
 
 
 def test_the_controls_nll_is_the_loss_of_the_target_alone(values, tmp_path):
-    """Rows of a batch, padded, against each row by hand."""
+    """Rows of a batch, padded, against each row by hand, with its source before it."""
     run({**values, "system": "control", "steps": 2}, tmp_path / "c")
     model, pairs = load_model(tmp_path / "c")[0], pairs_of(values).pairs.rows(slice(0, 3))
     nll_NY = joined_nll(model, pairs)
@@ -189,20 +158,14 @@ def test_the_controls_nll_is_the_loss_of_the_target_alone(values, tmp_path):
         with torch.no_grad():
             log_p = model(input_ids=torch.tensor([[1, *u, *y]])).logits[0].log_softmax(-1)
         want = [-float(log_p[len(u) + j, token]) for j, token in enumerate(y)]
-        assert (
-            nll_NY[n, : len(y)].tolist() == pytest.approx(want, abs=1e-4)
-            and not nll_NY[n, len(y) :].any()
-        )
+        assert nll_NY[n, : len(y)].tolist() == pytest.approx(want, abs=1e-4)
+        assert not nll_NY[n, len(y) :].any()
 
 
 def test_gradient_accumulation_is_one_batch(values, tmp_path):
     """Equal up to the order of sums: every target token counts once, the first of each too. Plans
     weigh by part: few differ."""
-    values = values | {
-        "steps": 2,
-        "lora": {"rank": 4},
-        "em": {"stages": [1.0, 1], "every": 0},
-    }
+    values |= {"steps": 2, "lora": {"rank": 4}, "em": {"stages": [1.0, 1], "every": 0}}
     whole, parts = (run({**values, "gradient_accumulation": n}, tmp_path / str(n)) for n in (1, 2))
     assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-5)
     assert whole[0]["loss"] == pytest.approx(whole[0]["target_nll"], abs=1e-5)
@@ -212,20 +175,16 @@ def test_plain_text_is_cut_and_bf16_trains(base_folder, texts, tmp_path):
     values = planner_recipe(base_folder, texts) | {"precision": "bf16", "steps": 4}
     values["data"] = {"train": str(texts[0]), "heldout": str(texts[1]), "source_share": 0.25}
     lines = run(values, tmp_path / "r")
-    assert (
-        any("em_score" in x for x in lines) and metrics(tmp_path / "r")[-1]["heldout_nll_empty"] > 0
-    )
+    assert any("em_score" in x for x in lines)
+    assert metrics(tmp_path / "r")[-1]["heldout_nll_empty"] > 0
     pairs = pairs_of(values).pairs
-    assert len(pairs) == 16 and float((pairs.target_NY != IGNORED).sum(1).float().mean()) > 18
-    text = byte_tokenizer().decode(
-        torch.cat(
-            [
-                pairs.source_NU[0][pairs.source_mask_NU[0].bool()],
-                pairs.target_NY[0][pairs.target_NY[0] != IGNORED],
-            ]
-        ),
-        skip_special_tokens=True,
+    there_NY = pairs.target_NY != IGNORED
+    assert len(pairs) == 16 and float(there_NY.sum(1).float().mean()) > 18
+    source, target = (
+        pairs.source_NU[0, pairs.source_mask_NU[0] > 0],
+        pairs.target_NY[0, there_NY[0]],
     )
+    text = byte_tokenizer().decode(torch.cat([source, target]), skip_special_tokens=True)
     assert texts[0].read_text().startswith(text)
 
 
@@ -244,106 +203,67 @@ def test_options_that_a_system_cannot_have_are_one_sentence(values, tmp_path, ch
 
 
 def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="line 1 has no field 'prompt'"):
-        run(
-            {**values, "data": {**values["data"], "fields": ["prompt", "response"]}}, tmp_path / "r"
-        )
-    with pytest.raises(DataError, match="holds the same bytes"):
-        copy = tmp_path / "copy.jsonl"
-        copy.write_bytes((tmp_path / "train.jsonl").read_bytes())
-        run({**values, "data": {**values["data"], "heldout": str(copy)}}, tmp_path / "r")
-    same = tmp_path / "same.jsonl"
-    same.write_text(
-        "".join(
-            json.dumps({"instruction": f"say {n}", "response": "the same"}) + "\n" for n in range(8)
-        )
-    )
-    for begins, said in (("pieces", "all get the same plan"), ("words", "need more words")):
-        with pytest.raises(DataError, match=said):
-            run(
-                {
-                    **values,
-                    "data": {**values["data"], "train": str(same)},
-                    "plan": {**values["plan"], "begins": begins},
-                },
-                tmp_path / "r",
-            )
-    same.write_text(json.dumps({"instruction": "x" * 200, "response": "y" * 100}) + "\n")
-    long = {
-        **values,
-        "data": {**values["data"], "train": str(same)},
-        "source_length": 200,
-        "target_length": 100,
-    }
-    with pytest.raises(
-        DataError,
-        match=r"got 200 tokens of text and 100 after them, .* positions for 255.*source_length=155",
-    ):
-        run({**long, "system": "control"}, tmp_path / "r")
-    same.write_text(json.dumps({"instruction": "x", "response": "y" * 255}) + "\n")
-    with pytest.raises(DataError, match=r"255 tokens of text .*try: target_length="):
-        run({**long, "target_length": 255}, tmp_path / "r")
+    def refused(error, match: str, data: dict | None = None, **changes) -> None:
+        changed = values | {"data": values["data"] | (data or {})} | changes
+        with pytest.raises(error, match=match):
+            run(changed, tmp_path / "r")
+
+    def rows(*pairs: tuple[str, str]) -> dict:
+        file = tmp_path / "other.jsonl"
+        lines = (json.dumps({"instruction": u, "response": y}) + "\n" for u, y in pairs)
+        file.write_text("".join(lines))
+        return {"train": str(file)}
+
+    fields = {"fields": ["prompt", "response"]}
+    refused(DataError, "line 1 has no field 'prompt'", fields)
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    refused(DataError, "holds the same bytes", {"heldout": str(tmp_path / "copy.jsonl")})
+    same = rows(*((f"say {n}", "the same") for n in range(8)))
+    refused(DataError, "all get the same plan", same)
+    refused(DataError, "need more words", same, plan=values["plan"] | {"begins": "words"})
+    limits = {"source_length": 200, "target_length": 100, "system": "control"}
+    match = r"got 200 tokens of text and 100 after them, .* positions for 255.*source_length=155"
+    refused(DataError, match, rows(("x" * 200, "y" * 100)), **limits)
+    match = r"255 tokens of text .*try: target_length="
+    refused(DataError, match, rows(("x", "y" * 255)), target_length=255)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match=r"in 2 processes: need one"):
-        run(values, tmp_path / "r")
+    refused(RecipeError, r"in 2 processes: need one")
     monkeypatch.delenv("WORLD_SIZE")
     assert not (tmp_path / "r").exists(), "nothing is written for a run that cannot start"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(check_recipe(values, "test").yaml())
-    assert "a sweep measures running text" in sememe(
-        "sweep", recipe, "steps=2,4", "--out", tmp_path / "s", code=1
-    )
+    out = sememe("sweep", recipe, "steps=2,4", "--out", tmp_path / "s", code=1)
+    assert "a sweep measures running text" in out
 
 
 def test_the_meter_is_the_naive_count():
-    """Two batches in one interval; a type that ends early asks for its `<EOS>`, and nothing behind
+    """Two batches in one interval; a type that ends early asks for its `<EOS>`, and nothing after
     it."""
     shape, generator = PlanShape((3, 5), (1, 2)), torch.Generator().manual_seed(0)
-    batches = [shape.pack([[[0], [4]], [[2], [1, 3]]]), shape.pack([[[0], []]])]
-    meter, rows, ids = plans.PlanMeter(shape), [], [[], []]
-    for plan_BP in batches:
-        logits = tuple(
-            torch.randn(len(plan_BP), most + 1, size + 1, generator=generator)
-            for size, most in ((3, 1), (5, 2))
-        )
-        meter.see(
-            PlannerOutput(
-                target_nll=torch.tensor(1.0),
-                plan_nll=torch.tensor(2.0),
-                plan_logits=logits,
-                plan_ids=plan_BP,
-            ),
-            torch.zeros(len(plan_BP), 4, dtype=torch.long),
-        )
-        for row, written in enumerate(shape.unpack(plan_BP)):
-            for i, (concepts, size, most) in enumerate(
-                zip(written, shape.sizes, shape.lengths, strict=True)
-            ):
-                ids[i] += concepts
-                for place, want in enumerate([*concepts, size][:most]):
-                    p = logits[i][row, place].softmax(-1)
-                    rows.append(
-                        (
-                            shape.offset(i) + place,
-                            -float((p * p.log()).sum()),
-                            float(p.max()),
-                            int(p.argmax()) == want,
-                        )
-                    )
+    meter, slots = plans.PlanMeter(shape), {0: [], 1: [], 2: []}
+    for plan_BP in (shape.pack([[[0], [4]], [[2], [1, 3]]]), shape.pack([[[0], []]])):
+        logits = torch.randn(len(plan_BP), 5, 6, generator=generator)
+        logits[:, :2, 3:5] = -torch.inf  # type 0 has three ids
+        losses = {"target_nll": torch.tensor(1.0), "plan_nll": torch.tensor(2.0)}
+        out = PlannerOutput(plan_logits=logits, plan_ids=plan_BP, **losses)
+        meter.see(out, torch.zeros(len(plan_BP), 4, dtype=torch.long))
+        for row, plan in enumerate(shape.unpack(plan_BP)):
+            for i, (ids, length) in enumerate(zip(plan, shape.lengths, strict=True)):
+                for j, want in enumerate([*ids, 5][:length]):
+                    p = logits[row, 2 * i + j].softmax(-1)
+                    entropy = -float(sum(x * x.log() for x in p if x > 0))
+                    figures = entropy, float(p.max()), int(p.argmax()) == want
+                    slots[shape.offset(i) + j].append(figures)
     found = meter.read()
-    for slot in range(3):
-        mine = [row for row in rows if row[0] == slot]
-        assert found["plan_entropy_by_slot"][slot] == pytest.approx(
-            sum(x[1] for x in mine) / len(mine), rel=1e-5
-        )
-        assert found["plan_max_prob_by_slot"][slot] == pytest.approx(
-            sum(x[2] for x in mine) / len(mine), rel=1e-5
-        )
-    assert found["plan_match"] == pytest.approx(sum(x[3] for x in rows) / len(rows))
-    assert found["plan_ids_used"] == [2, 3] and found["plan_largest_share"] == pytest.approx(
-        [2 / 3, 1 / 3]
-    )
-    assert found["plan_perplexity"] == pytest.approx(
-        [math.exp(math.log(3) - 2 / 3 * math.log(2)), 3.0]
-    )
+    means = [torch.tensor(rows, dtype=torch.double).mean(0) for rows in slots.values()]
+    entropy, largest, _ = torch.stack(means).T.tolist()
+    assert found["plan_entropy_by_slot"] == pytest.approx(entropy, rel=1e-5)
+    assert found["plan_max_prob_by_slot"] == pytest.approx(largest, rel=1e-5)
+    right = [right for rows in slots.values() for *_, right in rows]
+    assert found["plan_match"] == pytest.approx(sum(right) / len(right))
+    assert found["target_nll"] == 1 and found["plan_nll"] == 2
+    assert found["plan_ids_used"] == [2, 3]
+    assert found["plan_largest_share"] == pytest.approx([2 / 3, 1 / 3])
+    two_of_three = math.exp(math.log(3) - 2 / 3 * math.log(2))
+    assert found["plan_perplexity"] == pytest.approx([two_of_three, 3.0])
     assert meter.read() == {}, "an interval is read once"

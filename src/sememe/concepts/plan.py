@@ -36,7 +36,7 @@ class PlanShape:
 
     @property
     def eos(self) -> int:
-        """The place of `<EOS>` among the logits of any type: past the largest vocabulary."""
+        """Where `<EOS>` stands among the logits of any type: past the largest vocabulary."""
         return max(self.sizes)
 
     def offset(self, i: int) -> int:
@@ -46,11 +46,6 @@ class PlanShape:
     def of_type(self, plan: Tensor, i: int) -> Tensor:
         """(…, L_i) slots of type i."""
         return plan[..., self.offset(i) : self.offset(i) + self.lengths[i]]
-
-    def type_of_slot(self, device=None) -> Tensor:
-        """(P,) the type that owns each slot."""
-        lengths_I = torch.tensor(self.lengths, device=device)
-        return torch.arange(self.types, device=device).repeat_interleave(lengths_I)
 
     def interleave(self, first_BI: Tensor, slots_BP: Tensor) -> Tensor:
         """(B, C, …) each type's own, and its slots after it."""
@@ -100,18 +95,16 @@ class PlanShape:
                 f"(rows, {self.slots}), one slot for each of {self.lengths} concepts. "
                 "try: PlanShape.pack"
             )
-        kind_P = self.type_of_slot(plan.device)
-        wrong = (plan < NULL) | (plan >= torch.tensor(self.sizes, device=plan.device)[kind_P])
-        after_end = (plan[:, 1:] != NULL) & (plan[:, :-1] == NULL) & (kind_P[1:] == kind_P[:-1])
-        wrong[:, 1:] |= after_end
-        if bool(wrong.any()):
-            row, slot = wrong.nonzero()[0].tolist()
-            i = int(kind_P[slot])
-            raise CheckpointError(
-                f"plan id {int(plan[row, slot])} in slot {slot - self.offset(i)} of type {i}: need "
-                f"ids from 0 to {self.sizes[i] - 1}, and {NULL} in all slots after the last one. "
-                "try: plans of the model that reads them"
-            )
+        for i, ids_BL in enumerate(plan.split(self.lengths, 1)):
+            wrong_BL = (ids_BL < NULL) | (ids_BL >= self.sizes[i])
+            wrong_BL[:, 1:] |= (ids_BL[:, 1:] != NULL) & (ids_BL[:, :-1] == NULL)
+            if bool(wrong_BL.any()):
+                row, slot = wrong_BL.nonzero()[0].tolist()
+                raise CheckpointError(
+                    f"plan id {int(ids_BL[row, slot])} in slot {slot} of type {i}: need ids from 0 "
+                    f"to {self.sizes[i] - 1}, and {NULL} in all slots after the last one. "
+                    "try: plans of the model that reads them"
+                )
         return plan
 
     def pack(self, rows: list[list[list[int]]]) -> Tensor:
@@ -182,7 +175,7 @@ class PlanCodes(nn.Module):
         self.mean.copy_(embed_ND.float().mean(0))
         self.scale.copy_(embed_ND.float().std(0).clamp(min=1e-6))
         generator = torch.Generator().manual_seed(seed)
-        vocabularies = [p for one in self.types for p in (one.weight, one.eos)]
+        vocabularies = [p for table in self.types for p in (table.weight, table.eos)]
         for p in (self.separator, self.kind, *vocabularies):
             p.copy_(torch.randn(p.shape, generator=generator))
 

@@ -22,7 +22,7 @@ from sememe.concepts.plan import PlanShape
 from sememe.data import block_order
 from sememe.errors import CheckpointError
 from sememe.evaluation.plans import other_plans, plan_use, target_nll
-from sememe.models.planner.em import EStep, greedy_plans
+from sememe.models.planner.em import EStep, evaluating, greedy_plans
 from sememe.models.planner.first_plans import key_word_plans, piece_plans
 from sememe.models.planner.model import PlannerForCausalLM
 from sememe.options import Recipe
@@ -44,7 +44,7 @@ class PairExamples(Dataset):
     signals: dict[str, Tensor] | None = None  # labels of all pairs
 
     def __init__(self, recipe: Recipe, pairs: PairTensors, bos: int | None = None):
-        """With `bos`, source and target are one text behind it."""
+        """With `bos`, source and target are one text after it."""
         self.recipe = recipe
         self.pairs = pairs
         self.order_n = block_order(len(pairs), recipe.steps, recipe.batch_size, recipe.seed)
@@ -197,21 +197,18 @@ def own_plans_figures(
     """Whether the planner's own plans do for training pairs what their z* do: nats per target token
     with z* (`em_nll`), with the planner's greedy plan, and with z* shuffled over the pairs. `model`
     is put into `eval` meanwhile."""
-    training = model.training
-    model.eval()
     plan_NP = plan_NP.long()
-    plans = {
-        "em_nll": plan_NP,
-        "em_nll_planner": greedy_plans(model, pairs),
-        "em_nll_shuffle": other_plans(plan_NP, model.plans.shape, "shuffle", seed),
-    }
     tokens = int((pairs.target_NY != IGNORED).sum())
-    figures = {
-        key: float(target_nll(model, pairs, x_NP).double().sum()) / max(tokens, 1)
-        for key, x_NP in plans.items()
-    }
-    model.train(training)
-    return figures
+    with evaluating(model):
+        plans = {
+            "em_nll": plan_NP,
+            "em_nll_planner": greedy_plans(model, pairs),
+            "em_nll_shuffle": other_plans(plan_NP, model.plans.shape, "shuffle", seed),
+        }
+        return {
+            key: float(target_nll(model, pairs, x_NP).double().sum()) / max(tokens, 1)
+            for key, x_NP in plans.items()
+        }
 
 
 class PlanMeter:
@@ -251,8 +248,8 @@ class PlanMeter:
         entropy_BP = torch.special.entr(p_BPM).sum(-1)
         written_BP = target_BP != IGNORED
         right_BP = first_BP == target_BP
-        columns_4BP = torch.stack([written_BP.float(), entropy_BP, max_BP, right_BP])
-        return (columns_4BP * written_BP).sum(1)
+        figures_4BP = torch.stack([written_BP.float(), entropy_BP, max_BP, right_BP])
+        return (figures_4BP * written_BP).sum(1)
 
     def note(self, figures: dict[str, float]) -> None:
         """Figures of an E-step, for the next line of the log."""

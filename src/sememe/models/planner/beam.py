@@ -254,7 +254,7 @@ def _pick(plan_BnP: Tensor, index_Bm: Tensor) -> Tensor:
 
 
 def _best_first(plan_BnP: Tensor, score_Bn: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted; the best one in the place of those that there are not."""
+    """Sorted; the best one fills up where there are fewer."""
     score_Bn, order_Bn = score_Bn.sort(dim=1, descending=True, stable=True)
     plan_BnP = _pick(plan_BnP, order_Bn)
     none_Bn = score_Bn == -torch.inf

@@ -101,7 +101,7 @@ class EStep:
             TrainingError: a score is not finite."""
         base = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
         figures: list[dict[str, Tensor]] = []
-        with _evaluating(model):
+        with evaluating(model):
             for index_B in index_n.split(self.batch):
                 # A batch draws for itself: what the others drew makes no difference.
                 own = torch.Generator().manual_seed(base + 2**31 * int(index_B[0]))
@@ -109,8 +109,8 @@ class EStep:
                 plan_NP[index_B] = best_BP.to(plan_NP)
                 figures.append(figures_B)
                 tick(len(index_B))
-        columns = {key: torch.cat([x[key] for x in figures]).double() for key in figures[0]}
-        means = {key: float(x_n.nanmean()) for key, x_n in columns.items() if not x_n.isnan().all()}
+        all_n = {key: torch.cat([x[key] for x in figures]).double() for key in figures[0]}
+        means = {key: float(x_n.nanmean()) for key, x_n in all_n.items() if not x_n.isnan().all()}
         return means | {"em_examples": float(len(index_n))}
 
     @torch.no_grad()
@@ -217,7 +217,8 @@ def best_plans(
 
 
 @contextlib.contextmanager
-def _evaluating(model: PlannerForCausalLM):
+def evaluating(model: PlannerForCausalLM):
+    """`model` in eval mode inside, and as it was again afterwards."""
     training = model.training
     model.eval()
     try:

@@ -25,8 +25,8 @@ EXECUTOR = "executor"
 def prefix(
     model: PlannerForCausalLM, plan_BP: Tensor, e_BPD: Tensor | None = None
 ) -> tuple[Tensor, Slots]:
-    """(B, 1 + C + 1, D) what precedes a text: BOS, plan, last separator. `e`: read in the place of
-    the concepts' own states."""
+    """(B, 1 + C + 1, D) what precedes a text: BOS, plan, last separator. `e`: read instead of the
+    concepts' own states."""
     shape, own_BPD = model.plans.shape, model.plan_embeddings(plan_BP)
     zero_B1 = torch.zeros_like(plan_BP[:, :1])
     bos_B1D = Spine(model.backbone).embed(zero_B1 + model.bos)
@@ -69,16 +69,16 @@ def write(
     x_BnD, query = prefix(model, plan_BP.to(model.device))
     key = query
     unfinished_B = torch.ones(len(plan_BP), dtype=torch.bool, device=model.device)
-    columns: list[Tensor] = []
+    tokens: list[Tensor] = []
     with adapter(model.backbone, EXECUTOR):
-        while len(columns) < max_new_tokens and bool(unfinished_B.any()):
+        while len(tokens) < max_new_tokens and bool(unfinished_B.any()):
             logits_BV = spine.logits(model.run(x_BnD, query, key, cache)[:, -1])
             token_B = draw(logits_BV, temperature, generator) if do_sample else logits_BV.argmax(-1)
             unfinished_B = unfinished_B & ~torch.isin(token_B, stops)
-            columns.append(torch.where(unfinished_B, token_B, NULL))
+            tokens.append(torch.where(unfinished_B, token_B, NULL))
             x_BnD = spine.embed(token_B[:, None])
             query = Slots.text(key.position[:, -1:] + 1, first=key.length)
             key = key.then(query)
-    if not columns:
+    if not tokens:
         return [[] for _ in plan_BP]
-    return [row_T[row_T != NULL].tolist() for row_T in torch.stack(columns, 1)]
+    return [row_T[row_T != NULL].tolist() for row_T in torch.stack(tokens, 1)]

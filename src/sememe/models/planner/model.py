@@ -149,21 +149,21 @@ class PlannerForCausalLM(AdaptedModel):
         return Context(source.slots, source.inputs_BnD[:, :0], cache)
 
     def plan_states(
-        self, plan_BP: Tensor, context: Context, asked_BI: Tensor | None = None
+        self, plan_BP: Tensor, context: Context, anchor_BI: Tensor | None = None
     ) -> Tensor:
-        """(B, C, D) last states at the plan's inputs, teacher forced; with `asked` (B, I) those of
+        """(B, C, D) last states at the plan's inputs, teacher forced; with `anchor` (B, I) those of
         the queries after them, all of type 0 first. Plans of source 0 first, as many for each."""
         shape, source = self.plans.shape, context.repeated(len(plan_BP) // len(context.inputs_BnD))
         x_BnD = self.plans.inputs(self.plan_embeddings(plan_BP)).to(self.backbone.dtype)
         start_B1 = source.slots.position[:, -1:] + 1
         first = source.slots.length
         slots = plan_slots(shape, plan_BP, start_B1, first, self.config.parallel)
-        if asked_BI is not None:
+        if anchor_BI is not None:
             query_InD = self.query_inputs(torch.arange(shape.types, device=self.device))
             count = query_InD.shape[1]
             query_BnD = query_InD.flatten(0, 1).expand(len(plan_BP), -1, -1)
             x_BnD = torch.cat([x_BnD, query_BnD], 1)
-            slots = slots.then(query_slots(shape, asked_BI, start_B1, first, count))
+            slots = slots.then(query_slots(shape, anchor_BI, start_B1, first, count))
         key = source.slots.then(slots)
         query = key if source.cache is None else slots
         x_BnD = torch.cat([source.inputs_BnD, x_BnD], 1)
@@ -202,7 +202,7 @@ class PlannerForCausalLM(AdaptedModel):
         self, plan_BP: Tensor, target_BY: Tensor, plan_embeddings: Tensor | None = None
     ) -> Tensor:
         """(B, Y, V) logits of each target token, given the plan and the tokens before it.
-        `plan_embeddings` (B, P, D): read in the place of the concepts' own states; slots that are
+        `plan_embeddings` (B, P, D): read instead of the concepts' own states; slots that are
         NULL in the plan stay unseen."""
         h_BYD = target_states(self, plan_BP, target_BY, plan_embeddings)
         return Spine(self.backbone).logits(h_BYD)
@@ -284,22 +284,22 @@ class PlannerForCausalLM(AdaptedModel):
         """Logits and cross entropy of the plan; `loss`: with that of the queries. `alone`: no text
         is written from it."""
         dial, shape = self.dial, self.plans.shape
-        asked_BI = None
-        if self.probes is not None and self.training:  # they learn at random places
+        anchor_BI = None
+        if self.probes is not None and self.training:  # they learn at random positions
             counts_BI = shape.counts(plan_BP)
             random_BI = torch.rand(counts_BI.shape, device=counts_BI.device)
-            asked_BI = (random_BI * (counts_BI + 1)).long()
+            anchor_BI = (random_BI * (counts_BI + 1)).long()
         wanted = dial.plan_weight > 0 or dial.straight_through
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
-            h_BnD = self.plan_states(plan_BP, source, asked_BI)
+            h_BnD = self.plan_states(plan_BP, source, anchor_BI)
             h_BCD = h_BnD[:, : shape.slots + shape.types]
             logits_BCM = self.plans.logits(self.normed(h_BCD))
             target_BC = shape.targets(plan_BP)
             plan_nll = mean_nll(logits_BCM, target_BC)
             loss = plan_nll
-            if asked_BI is not None:
+            if anchor_BI is not None:
                 h_BInD = h_BnD[:, h_BCD.shape[1] :].unflatten(1, (shape.types, -1))
-                loss = plan_nll + self._query_loss(h_BInD, asked_BI, target_BC)
+                loss = plan_nll + self._query_loss(h_BInD, anchor_BI, target_BC)
         if self.training and not alone and not dial.straight_through and loss.requires_grad:
             # The text does not depend on the planner's activations: its gradients are taken now, so
             # that they need not wait for the executor's.
@@ -308,13 +308,13 @@ class PlannerForCausalLM(AdaptedModel):
             logits_BCM = logits_BCM.detach()
         return PlannerOutput(loss=loss, plan_nll=plan_nll, plan_logits=logits_BCM, plan_ids=plan_BP)
 
-    def _query_loss(self, h_BInD: Tensor, asked_BI: Tensor, target_BC: Tensor) -> Tensor:
+    def _query_loss(self, h_BInD: Tensor, anchor_BI: Tensor, target_BC: Tensor) -> Tensor:
         """Nats per concept of those that the queries ask for."""
         shape = self.plans.shape
         h_BInD = self.normed(h_BInD)
         logits = [self.plans.logits_of(h_BInD[:, i], i) for i in range(shape.types)]
         further_n = torch.arange(1, h_BInD.shape[2] + 1, device=h_BInD.device)
-        position_BIn = asked_BI.unsqueeze(-1) + further_n
+        position_BIn = anchor_BI.unsqueeze(-1) + further_n
         input_BIn = shape.separators(h_BInD.device)[:, None] + position_BIn
         wanted_Bn = target_BC.gather(1, input_BIn.flatten(1).clamp(max=target_BC.shape[1] - 1))
         length_I1 = torch.tensor(shape.lengths, device=h_BInD.device)[:, None]

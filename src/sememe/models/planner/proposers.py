@@ -26,7 +26,7 @@ MAX_EDITS = 2
 
 
 class PairBatch(NamedTuple):
-    """(B, Y) targets with -100 behind their end, and the planner's KV cache of the sources."""
+    """(B, Y) targets with -100 after their end, and the planner's KV cache of the sources."""
 
     target_BY: Tensor
     context: Context

@@ -46,16 +46,16 @@ def kind_of(text: str) -> str:
     else prose."""
     lines = [line for line in text.splitlines() if line.strip()]
 
-    def most(rule: re.Pattern, min_lines: int) -> bool:
+    def majority(rule: re.Pattern, min_lines: int) -> bool:
         count = sum(bool(rule.search(line)) for line in lines)
         return count >= max(min_lines, 0.5 * len(lines))
 
-    if "```" in text or most(CODE, 1):
+    if "```" in text or majority(CODE, 1):
         return "code"
-    if most(ITEM, 2):
+    if majority(ITEM, 2):
         return "list"
     quoted = sum(map(len, QUOTED.findall(text)))
-    if (len(lines) > 1 and most(SPEECH, 1)) or quoted >= max(1, 0.4 * len(text.strip())):
+    if (len(lines) > 1 and majority(SPEECH, 1)) or quoted >= max(1, 0.4 * len(text.strip())):
         return "dialogue"
     return "question" if QUESTION.search(text) else "prose"
 
@@ -66,7 +66,7 @@ def words_of(text: str) -> list[str]:
 
 
 def hashed(words: list[str]) -> Tensor:
-    """(HASHES,) 0 or 1: a bag whose places are hashes of the words, the same on every machine."""
+    """(HASHES,) 0 or 1: a bag whose entries are hashes of the words, the same on every machine."""
     bag = torch.zeros(HASHES)
     bag[[zlib.crc32(word.encode()) % HASHES for word in words]] = 1
     return bag

@@ -67,17 +67,17 @@ def plan_slots(
 
 
 def query_slots(
-    shape: PlanShape, asked_BI: Tensor, start_B1: Tensor, first: int, count: int
+    shape: PlanShape, anchor_BI: Tensor, start_B1: Tensor, first: int, count: int
 ) -> Slots:
-    """Slots of `count` queries of each type, which see what precedes its concept number `asked`,
+    """Slots of `count` queries of each type, which see what precedes its concept number `anchor`,
     and ask for those after it. The plan's slots are as in `plan_slots`."""
-    kind_n = torch.arange(shape.types, device=asked_BI.device).repeat_interleave(count)
-    further_n = torch.arange(1, count + 1, device=asked_BI.device).repeat(shape.types)
-    asked_Bn = asked_BI[:, kind_n]
-    slots = Slots.text(start_B1 + asked_Bn + further_n)
+    kind_n = torch.arange(shape.types, device=anchor_BI.device).repeat_interleave(count)
+    further_n = torch.arange(1, count + 1, device=anchor_BI.device).repeat(shape.types)
+    anchor_Bn = anchor_BI[:, kind_n]
+    slots = Slots.text(start_B1 + anchor_Bn + further_n)
     return slots._replace(
-        order=first + shape.separators(asked_BI.device)[kind_n] + asked_Bn,
-        kind=kind_n.expand_as(asked_Bn),
+        order=first + shape.separators(anchor_BI.device)[kind_n] + anchor_Bn,
+        kind=kind_n.expand_as(anchor_Bn),
         query=slots.valid,
     )
 
