@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from sememe.errors import SememeError
-from sememe.evaluation.files import prompts
-from sememe.evaluation.speed import alternate, benchmark_use, throughput
+from sememe.evaluation.speed import alternate, benchmark_online, throughput
+from sememe.evaluation.subject import Options, Subject
 from sememe.models.configuration import OnlineConfig
 from sememe.models.loading import (
     load_base,
@@ -88,14 +88,15 @@ class Grid:
         return load_model(options.model, dtype=self.dtype, base=options.base, rate=rate)[0]
 
     def prompts(self, length: int, batch: int) -> torch.Tensor:
-        return prompts(self.options.data, self.tokenizer, length, batch).to(self.base.device)
+        subject = Subject("", self.base, self.tokenizer, {}, Options())
+        return subject.prompts(self.options.data, length, batch)
 
     def point(self, split: str | None, rate: float, length: int, batch: int) -> dict[str, Any]:
         """Figures of one point, or the fault that it ran into."""
         try:
             ids_BT = self.prompts(length, batch)
             model, options = self.model(split, rate), self.options
-            return benchmark_use(model, self.base, ids_BT, options.new_tokens, options.repeats)
+            return benchmark_online(model, self.base, ids_BT, options.new_tokens, options.repeats)
         except (SememeError, torch.OutOfMemoryError) as error:
             return {"fault": str(error).splitlines()[0]}
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from sememe.errors import SememeError
-from sememe.evaluation.files import CONTRACT, evaluate_files
+from sememe.evaluation.results import CONTRACT
+from sememe.measure import evaluate
 from sememe.options import Data, Recipe
 from sememe.training.run import train
 
@@ -24,7 +25,7 @@ def main(base: str = "Qwen/Qwen3-0.6B", run: str = "runs/qwen-online") -> None:
         split=None,  # 2/15 of the layers shallow, 2/15 deep, the rest in the middle
     )
     train(recipe, Path(run))  # the same call resumes; a finished run is left as it is
-    figures = evaluate_files(run, recipe.data.heldout, tokens=8192)
+    figures = evaluate(run, recipe.data.heldout)
     for key in CONTRACT:
         print(f"{key:22} {figures[key]}")
 

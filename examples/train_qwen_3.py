@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from sememe.errors import SememeError
-from sememe.evaluation.files import evaluate_files
-from sememe.models.planner.em import best_plans
+from sememe.measure import Options, evaluate
 from sememe.options import Data, Em, Plan, Recipe
 from sememe.training.run import train
 
@@ -28,7 +27,8 @@ def main(base: str = "Qwen/Qwen3-0.6B", run: str = "runs/qwen-planner") -> None:
         em=Em(every=40, stages=(0.2, 0.4)),
     )
     train(recipe, Path(run))  # the same call resumes; a finished run is left as it is
-    for line in evaluate_files(run, recipe.data.heldout, tokens=2048, search=best_plans)["given"]:
+    options = Options(tokens=2048, search=3)
+    for line in evaluate(run, recipe.data.heldout, options=options)["given"]:
         print(f"{line['given']:12} {line['nll']:.4f}")
 
 

@@ -24,7 +24,7 @@ LAYERS = [
     backbone data pairs
     models codes
     evaluation
-    systems training sweep
+    systems training sweep measure
     terminal generate
     __init__ __main__ arguments cli
     """.strip().splitlines()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sememe.errors import DataError
-from sememe.evaluation.answers import ending
+from sememe.evaluation.answers import final_sentence
 from sememe.pairs import read_pairs
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "make_prosqa.py"
@@ -123,7 +123,8 @@ def test_the_script_writes_pairs_and_converts(tmp_path, questions, monkeypatch, 
     pairs = read_pairs(str(out / "real.jsonl"), fields)
     assert [pair.target for pair in pairs] == [q.response("steps") for q in questions[:3]]
     assert all(
-        ending(pair.target) == ending(q.answer) for pair, q in zip(pairs, questions, strict=False)
+        final_sentence(pair.target) == final_sentence(q.answer)
+        for pair, q in zip(pairs, questions, strict=False)
     )
     for content in (None, "{", "[{}]"):
         if content is not None:

@@ -213,47 +213,14 @@ def evaluate(
     Over several rates: `sememe evaluate runs/demo --data data/heldout.txt --rate 0.25,0.33,0.5,1`
 
     Exact matches of a planner: `sememe evaluate runs/prosqa --answers --search 0`"""
-    from sememe.evaluation.files import evaluate_files
-    from sememe.models.planner.em import best_plans
+    from sememe import measure
 
-    result = evaluate_files(
-        model,
-        data or [_heldout(model)],
-        tokens,
-        control,
-        search=functools.partial(best_plans, rounds=search) if search else None,
-        answers=answers,
-        signals=signals,
-        **_at_rate(model, rate),
+    options = measure.Options(
+        tokens=tokens, batch=4, rate=rate, search=search, answers=answers, signals=signals
     )
+    result = measure.evaluate(model, data or measure.heldout_of(model), control, options)
     yield result
     show_figures(result, model)
-
-
-def _at_rate(model: str, rates: list[float]) -> dict[str, Any]:
-    """Keywords of `evaluate_files`: one rate to measure at, several for a table, or a planner's
-    concepts of each type."""
-    from sememe.evaluation.quality import system_of
-    from sememe.generate import plan_budget
-    from sememe.models.loading import model_folder, read_config
-
-    folder = model_folder(model)
-    if folder is not None and system_of(read_config(folder)) == "planner":
-        return {"budget": plan_budget(rates)}
-    return {"rate": rates[0]} if len(rates) == 1 else {"rates": rates}
-
-
-def _heldout(model: str) -> str:
-    """The held-out text of a run. Raises SememeError for anything else than a run."""
-    from sememe.evaluation.figures import run_recipe
-
-    recipe = run_recipe(model)
-    if not recipe:
-        raise SememeError(
-            f"got no --data, and {model} is no run with held-out text of its own: need a text. "
-            "try: --data data/heldout.txt"
-        )
-    return recipe["data"]["heldout"]
 
 
 @command
@@ -268,9 +235,10 @@ def ablate(
     brings. Reads the text about 36 times.
 
     Example: `sememe ablate runs/demo --data data/heldout.txt`"""
-    from sememe.evaluation.ablation import ablate_files
+    from sememe import measure
 
-    result = ablate_files(model, data or _heldout(model), tokens, rate=rate[0] if rate else None)
+    options = measure.Options(tokens=tokens, batch=4, rate=rate)
+    result = measure.ablate(model, data or measure.heldout_of(model), options)
     yield result
     show_figures(result, model)
 
@@ -356,17 +324,12 @@ def reconstruct(
 
     Beside an online model: `sememe reconstruct runs/compressor --data data/heldout.txt --online
     runs/r2`"""
-    from sememe.evaluation.reconstruction import reconstruct_files
+    from sememe import measure
 
-    result = reconstruct_files(
-        model,
-        data or _heldout(model),
-        tokens,
-        rates=rate,
-        questions=questions,
-        online=online,
-        beams=beams,
+    options = measure.Options(
+        tokens=tokens, rate=rate, questions=questions, online=online, beams=beams
     )
+    result = measure.reconstruct(model, data or measure.heldout_of(model), options)
     yield result
     show_figures(result, model)
 
@@ -387,18 +350,12 @@ def benchmark(
     decompressing beside the base's own writing.
 
     Example: `sememe benchmark runs/demo --prompt-tokens 512 --new-tokens 128`"""
-    from sememe.evaluation.files import benchmark_files
-    from sememe.evaluation.speed_compressor import BATCH, benchmark_compressor_files, is_compressor
+    from sememe import measure
 
-    at = rate[0] if rate else None
-    if is_compressor(model):
-        result = benchmark_compressor_files(
-            model, prompt_tokens, batch or BATCH, repeats, data, dtype, rate=at
-        )
-    else:
-        result = benchmark_files(
-            model, prompt_tokens or 512, new_tokens, batch or 1, repeats, True, data, dtype, rate=at
-        )
+    options = measure.Options(
+        batch=batch, dtype=dtype, rate=rate, new_tokens=new_tokens, repeats=repeats
+    )
+    result = measure.benchmark(model, prompt_tokens, data, options)
     yield result
     show_figures(result, model)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from sememe.data import check_text
 from sememe.detokenize import decode
 from sememe.errors import CheckpointError, DataError, SememeError
-from sememe.evaluation.quality import system_of
+from sememe.evaluation.subject import plan_budget
 from sememe.figures import concept_name
 from sememe.models.loading import check_rate, load_model
+from sememe.systems import system_of
 from sememe.terminal import ConceptStreamer, show_plan, write
 
 
@@ -58,7 +59,7 @@ def generate_text(
             'the prompt is empty: need some text to go on from. try: --prompt "Once upon a time"'
         )
     model, tokenizer = load_model(name)
-    system = system_of(model.config)
+    system = system_of(model.config).name
     if system == "compressor":
         raise CheckpointError(
             f"{name} is a compressor, which writes a text again and none of its own: need a "
@@ -89,7 +90,7 @@ def _continue(
     """Streams a continuation; with concepts each segment in its colour."""
     ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     _check_length(model, ids_1T.shape[1] + sampling.max_new_tokens, 0)
-    cache = model.new_cache(1) if system_of(model.config) == "online" else None
+    cache = model.new_cache(1) if system_of(model.config).name == "online" else None
     if show_concepts:
         config = model.config
         name = partial(
@@ -160,16 +161,6 @@ def _plan_and_write(
         results.append({"plan": plan, "text": text, "new_tokens": len(ids_Y)})
     edited = {"edits": list(edits), "edited": results[1]} if edits else {}
     return {"prompt": prompt, **results[0], **edited}
-
-
-def plan_budget(rates: Sequence[float]) -> list[int]:
-    """`--rate` of a planner: concepts of each type at most. Raises SememeError for fractions."""
-    if not all(float(count).is_integer() for count in rates):
-        raise SememeError(
-            f"--rate {','.join(f'{count:g}' for count in rates)}: of a planner it is concepts of "
-            "each type at most, need whole numbers. try: --rate 2,4"
-        )
-    return [int(count) for count in rates]
 
 
 def _check_length(model, tokens: int, plan_slots: int) -> None:

@@ -46,14 +46,3 @@ def leave_out(seconds: float) -> None:
         if not shown.disable:
             shown.start_t += seconds
             shown.last_print_t += seconds
-
-
-def advance(shown: std.tqdm, amount: float, reused: bool) -> None:
-    """Moves a bar. What an earlier run of the same command has done tells nothing of the time that
-    is left."""
-    if not reused:
-        shown.update(amount)
-    elif not shown.disable:
-        shown.n += amount
-        shown.initial += amount
-        shown.last_print_n += amount

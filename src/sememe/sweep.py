@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from sememe import storage
 from sememe.data import read_texts
 from sememe.errors import Interrupted, RecipeError, SememeError
-from sememe.evaluation.figures import CONTRACT, kept, put
-from sememe.evaluation.files import evaluate_files
+from sememe.evaluation.results import CONTRACT, put, reusable
 from sememe.figures import figure
+from sememe.measure import Options, evaluate
 from sememe.options import Recipe, check_recipe, flat, load_recipe, nested, read_recipe
 from sememe.paths import usable
 from sememe.systems import SYSTEMS
@@ -230,8 +230,8 @@ def _run(
     same |= {"control": str(control)} if control else {}
     try:
         train(recipe, folder, say, show)
-        figures = kept(folder, "evaluate.json", **same) or evaluate_files(
-            str(folder), entry["data"], tokens, same.get("control")
+        figures = reusable(folder, "evaluate.json", **same) or evaluate(
+            str(folder), entry["data"], same.get("control"), Options(tokens=tokens)
         )
         entry["figures"] = {key: figures.get(key) for key in (*CONTRACT, "control_nll")}
     except Interrupted:

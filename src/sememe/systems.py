@@ -13,7 +13,8 @@ from transformers import AutoConfig, TrainerCallback
 
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
-from sememe.evaluation.plans import pair_figures
+from sememe.evaluation import measures
+from sememe.evaluation.plans import joined_figures, joined_nll, pair_figures
 from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
@@ -83,7 +84,8 @@ class System:
     """A system that learns the next token of running text, by LoRA on a base; what a subclass does
     otherwise it overrides."""
 
-    name: str
+    name = "base"
+    measures = measures.TEXT
     opens_with_bos = False
     """Whether the model reads a BOS ahead of each text, which takes one position."""
     shifts_labels = True
@@ -238,6 +240,7 @@ class Online(Writing):
     name = "online"
     distils = True
     baselines = ("control", "skip", "window")
+    measures = measures.ONLINE
 
     def config(self, recipe: Recipe, layers: int) -> OnlineConfig:
         split = split_layers(recipe.split, layers)
@@ -251,6 +254,7 @@ class Compressor(Writing):
 
     name = "compressor"
     two_adapters = True
+    measures = measures.COMPRESSOR
     opens_with_bos = True
 
     def config(self, recipe: Recipe, layers: int) -> CompressorConfig:
@@ -268,6 +272,7 @@ class Planner(System):
     """Source → plan of concepts → text, by hard EM over pairs."""
 
     name = "planner"
+    measures = measures.PLANNER
     shifts_labels = False
     two_adapters = True
     reads_pairs = True
@@ -332,6 +337,7 @@ class Control(System):
     name = "control"
     reads_pairs = True
     unread = OF_CONCEPTS
+    measures = measures.CONTROL
 
     def config(self, recipe: Recipe, layers: int) -> ControlConfig:
         return ControlConfig(**_adapter_keys(recipe))
@@ -345,8 +351,10 @@ class Control(System):
         return PairExamples(recipe, pairs, sink_id(base_config))
 
     def heldout(self, run: Run) -> dict[str, float | list]:
-        of_pairs = pair_figures if self.on_pairs(run.recipe) else heldout_figures
-        return of_pairs(run.model, run.batches.heldout)
+        if not self.on_pairs(run.recipe):
+            return super().heldout(run)
+        pairs = run.batches.heldout
+        return joined_figures(joined_nll(run.model, pairs), pairs)
 
 
 class Skip(Control):
@@ -388,9 +396,9 @@ SYSTEMS: dict[str, System] = {
 }
 
 
-def system_of(config) -> System | None:
-    """The system of a model's configuration; None for a plain base."""
-    return SYSTEMS.get(getattr(config, "system", None))
+def system_of(config) -> System:
+    """The system of a model's configuration, `base` for a plain base."""
+    return SYSTEMS.get(getattr(config, "system", None)) or System()
 
 
 def _keys(recipe: Recipe, options: type[Options]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from sememe import figures
 from sememe.detokenize import Detokenizer
-from sememe.evaluation.figures import put
+from sememe.evaluation.results import put
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 TEXTS = ("samples", "lossless_samples")

@@ -1,13 +1,15 @@
 """What a run was trained on, by content: its base and its texts may be elsewhere by now
-(RUN/inputs.json)."""
+(RUN/inputs.json). No text that it was trained on is measured on."""
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sememe.paths import locate, source_sha256
+import yaml
+
+from sememe.errors import DataError, SememeError
+from sememe.paths import existing, locate, source_sha256, usable
 
 INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
@@ -26,10 +28,9 @@ def record(run: Path, base_sha256: str, texts: dict[str, str]) -> dict[str, Any]
 def recorded(run: Path) -> dict[str, Any]:
     """RUN/inputs.json; empty where there is none, as in runs of earlier versions."""
     try:
-        found = json.loads((run / INPUTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((run / INPUTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def content(source: str) -> dict[str, Any]:
@@ -39,32 +40,50 @@ def content(source: str) -> dict[str, Any]:
     return {"bytes": None if path is None else path.stat().st_size, "sha256": source_sha256(source)}
 
 
-def located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's `data`, each text as it was typed where that leads to it from the current folder.
-    Otherwise it is looked for where it was when the run was trained, and where it would be had it
-    moved together with the run; as typed where it is nowhere."""
-    found = recorded(run)
-    if not found:
-        return data
+def run_recipe(model: str | Path) -> dict[str, Any]:
+    """The recipe of a run folder as plain values, its texts where they are now; empty for anything
+    else. Raises SememeError where it cannot be read."""
+    folder = existing(model)
+    if folder is None or not (folder / "recipe.yaml").is_file():
+        return {}
+    path = folder / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return recipe | {"data": _located(folder, recipe["data"])}
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise SememeError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): need the recipe of a run. "
+            "try: another run folder"
+        ) from error
+
+
+def _located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's `data` with each text where it is now: as it was typed, else where it was when the
+    run was trained, else where it would be had it moved together with the run. A file of another
+    size is another project's text of the same name. As typed where it is nowhere."""
+    inputs = recorded(run)
     moved = {}
-    for name in TEXTS:
-        there = os.path.join(found["folder"], os.path.expanduser(data[name]))
-        together = os.path.normpath(
-            os.path.join(os.path.abspath(run), os.path.relpath(there, found["run"]))
-        )
-        moved[name] = _first([data[name], there, together], found.get(name)) or data[name]
+    for name in TEXTS if inputs else ():
+        before = os.path.join(inputs["folder"], os.path.expanduser(data[name]))
+        together = os.path.join(os.path.abspath(run), os.path.relpath(before, inputs["run"]))
+        for source in (data[name], before, os.path.normpath(together)):
+            path = locate(source)[0]
+            if path and path.is_file() and path.stat().st_size == inputs[name]["bytes"]:
+                moved[name] = source
+                break
     return data | moved
 
 
-def _first(sources: Iterable[str], wanted: dict[str, Any] | None) -> str | None:
-    """The first that is a file, of the recorded size: another project may have a text of the same
-    name."""
-    for source in sources:
-        path = locate(source)[0]
-        if (
-            path is not None
-            and path.is_file()
-            and (wanted is None or path.stat().st_size == wanted["bytes"])
-        ):
-            return source
-    return None
+def refuse_trained(model: str | Path, data: str) -> None:
+    """Raises DataError where a text is the one that the run was trained on, whatever its name. The
+    run keeps what its text was; one of an earlier version is compared with what is at its path
+    now."""
+    recipe = run_recipe(model)
+    if not recipe:
+        return
+    trained = recorded(usable(model)).get("train") or content(recipe["data"]["train"])
+    if source_sha256(data) == trained["sha256"]:
+        raise DataError(
+            f"{data} is what {model} was trained on: need held-out text. try: "
+            f"{recipe['data']['heldout']}"
+        )

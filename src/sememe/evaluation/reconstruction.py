@@ -1,213 +1,208 @@
-"""Text → concept ids → text, free-running: how much comes back, and for how many bits
-(RUN/reconstruct.json)."""
+"""Text → concept ids → text, free-running: how much comes back, for how many bits, and what lossless
+coders need for the same text (RUN/reconstruct.json)."""
 
+import itertools
+import lzma
 import math
+import re
 from collections.abc import Sequence
-from typing import Any
 
+import torch
+import torch.nn.functional as F
+from rapidfuzz.distance import Indel
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from sememe.data import token_blocks
-from sememe.errors import CheckpointError, DataError
-from sememe.evaluation import continuation as going_on
-from sememe.evaluation import questions as asking
-from sememe.evaluation.baselines import lossless
-from sememe.evaluation.coding import Lists, Tick, compress, decompress, price, shuffled
-from sememe.evaluation.dial import check_rates, rate_error
-from sememe.evaluation.figures import keep, run_recipe
-from sememe.evaluation.files import base_beside
-from sememe.evaluation.heldout import heldout_blocks, heldout_texts
-from sememe.evaluation.online_cost import load_online, online_cost
-from sememe.evaluation.quality import token_nll
-from sememe.evaluation.scores import scores
-from sememe.models.compressor import CompressorForCausalLM
-from sememe.models.loading import load_base, load_model, longest_text, resolve
+from sememe.concepts.codebook import count_digits
+from sememe.data import TextBlocks
+from sememe.evaluation.quality import batched, code_use, cross_entropy, rate_error, token_nll
+from sememe.evaluation.results import Figures
+from sememe.progress import bar
 
-CONTEXT, NEXT = 512, 128  # tokens that a continuation has ahead of it, and at most predicts
+Lists = list[list[int]]
+SAMPLES = 3
 
 
-def reconstruct(
-    model: CompressorForCausalLM,
-    tokenizer,
-    ids_NT: Tensor,
-    batch: int = 16,
-    tick: Tick = lambda n: None,
-) -> tuple[dict[str, Any], Lists, Lists]:
+def decompress(model, concepts: Lists, batch: int = 16) -> Lists:
+    """The token ids that each list of concept ids is read as."""
+    starts = range(0, len(concepts), batch)
+    rebuilt = []
+    for start in bar(iterable=starts, desc="decompress", unit="batch", leave=False):
+        rebuilt += model.decompress(concepts[start : start + batch])
+    return rebuilt
+
+
+def compress(model, ids_NT: Tensor, batch: int = 16) -> Lists:
+    """The concept ids of each row of (N, T) windows."""
+    return [ids for ids_BT in ids_NT.split(batch) for ids in model.compress(ids_BT)]
+
+
+def written_again(model, ids_NT: Tensor, window: int | None = None, batch: int = 16) -> Lists:
+    """The (N, T) texts as the model writes them from their concepts, `window` tokens at a time
+    (None: all at once)."""
+    windows = ids_NT.split(window or ids_NT.shape[1], 1)
+    parts = [decompress(model, compress(model, ids_Nw, batch), batch) for ids_Nw in windows]
+    return [list(itertools.chain.from_iterable(row)) for row in zip(*parts, strict=True)]
+
+
+def shuffled(concepts: Lists, seed: int = 0) -> Lists:
+    """All ids permuted over all lists; each list stays as long as it was."""
+    flat = torch.tensor([i for ids in concepts for i in ids])
+    order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
+    return [part.tolist() for part in flat[order].split([len(ids) for ids in concepts])]
+
+
+def coding_cost(concepts: Lists, tokens: int, num_concepts: int, codes_per_concept: int) -> Figures:
+    """What lists of concepts cost for `tokens` tokens. A concept is `codes_per_concept` ids, and
+    every one counts."""
+    flat = torch.tensor([i for ids in concepts for i in ids], dtype=torch.long)
+    use = code_use(count_digits(flat, num_concepts, codes_per_concept))
+    ids = len(flat) * codes_per_concept
+    return {
+        "concept_rate": len(flat) / tokens,
+        "ids_per_token": ids / tokens,
+        "compression_ratio": tokens / max(1, ids),
+        "bits_per_token": ids * math.log2(num_concepts) / tokens,
+        "bits_per_token_used": len(flat) * (use["bits_per_concept"] or 0.0) / tokens,
+        "bits_per_concept": use["bits_per_concept"],
+        "code_perplexity_by_stage": use["code_perplexity_by_stage"],
+    }
+
+
+def token_accuracy(texts: Lists, rebuilt: Lists) -> float:
+    """Share of positions with the right token. A window has as many as the longer of the two: what
+    is missing or too much at its end is wrong, and so is all after a token that was left out."""
+    pairs = list(zip(texts, rebuilt, strict=True))
+    right = sum(a == b for pair in pairs for a, b in zip(*pair, strict=False))
+    return right / max(1, sum(max(map(len, pair)) for pair in pairs))
+
+
+def rouge_l(text: str, rebuilt: str) -> float:
+    """F1 of the longest common subsequence of words: runs of letters and digits in lower case. As
+    the package rouge-score without stemming, but in any script."""
+    words, back = (re.findall(r"[^\W_]+", part.lower()) for part in (text, rebuilt))
+    # What Indel neither deletes nor inserts is the longest common subsequence.
+    return Indel.normalized_similarity(words, back)
+
+
+def scores(texts: Lists, rebuilt: Lists, tokenizer) -> Figures:
+    """Shares from 0 to 1, but for BLEU-4 (13a tokens) and chrF, of the whole, from 0 to 100 as
+    sacrebleu has them."""
+    import sacrebleu
+
+    words, back = (_decoded(tokenizer, lists) for lists in (texts, rebuilt))
+    count = max(1, len(texts))
+    return {
+        "token_accuracy": token_accuracy(texts, rebuilt),
+        "exact_match": sum(map(list.__eq__, texts, rebuilt)) / count,
+        "bleu": sacrebleu.corpus_bleu(back, [words], force=True).score,
+        "chrf": sacrebleu.corpus_chrf(back, [words]).score,
+        "rouge_l": sum(map(rouge_l, words, back)) / count,
+        "length_ratio": sum(map(len, rebuilt)) / max(1, sum(map(len, texts))),
+    }
+
+
+def _decoded(tokenizer, lists: Lists) -> list[str]:
+    return [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in lists]
+
+
+def reconstruct(model, tokenizer, ids_NT: Tensor, batch: int = 16) -> tuple[Figures, Lists, Lists]:
     """Figures of (N, T) windows at the model's rate, its concept ids, and the token ids that they
     were read as."""
-    concepts, config = compress(model, ids_NT, batch), model.config
-    rebuilt = decompress(model, concepts, batch, tick, ids_NT.shape[1])
-    nll = float(token_nll(model, ids_NT, batch=4, tick=tick)[0].mean())
-    cost = price(concepts, ids_NT.numel(), config.num_concepts, config.codes_per_concept)
-    return (
-        {
-            "target_rate": model.dial.rate,
-            "rate_error_percent": rate_error(cost["concept_rate"], model.dial.rate),
-            **scores(ids_NT.tolist(), rebuilt, tokenizer),
-            "nll": nll,
-            **cost,
-            "bits_per_token_lossless": cost["bits_per_token"] + nll / math.log(2),
-        },
-        concepts,
-        rebuilt,
-    )
+    concepts = compress(model, ids_NT, batch)
+    rebuilt = decompress(model, concepts, batch)
+    nll = float(token_nll(model, ids_NT)[0].mean())
+    config = model.config
+    cost = coding_cost(concepts, ids_NT.numel(), config.num_concepts, config.codes_per_concept)
+    figures = {
+        "target_rate": model.dial.rate,
+        "rate_error_percent": rate_error(cost["concept_rate"], model.dial.rate),
+        **scores(ids_NT.tolist(), rebuilt, tokenizer),
+        "nll": nll,
+        **cost,
+        "bits_per_token_lossless": cost["bits_per_token"] + nll / math.log(2),
+    }
+    return figures, concepts, rebuilt
 
 
-def curve(
-    model: CompressorForCausalLM,
-    tokenizer,
-    ids_NT: Tensor,
-    own: dict[str, Any],
-    rates: Sequence[float],
-    batch: int = 16,
-    tick: Tick = lambda n: None,
-) -> list[dict[str, Any]]:
-    """Figures at each of the rates, in rising order. `own`: those at the model's own rate, which is
-    put back afterwards."""
-    rows = []
+def reconstruction_figures(
+    model, tokenizer, ids_NT: Tensor, rates: Sequence[float] = (), batch: int = 16
+) -> Figures:
+    """`reconstruct`, the same with the ids shuffled over the windows, and the curve of rate and
+    distortion over `rates`."""
+    figures, concepts, rebuilt = reconstruct(model, tokenizer, ids_NT, batch)
+    mixed = decompress(model, shuffled(concepts), batch)
+    texts, back = (_decoded(tokenizer, x[:SAMPLES]) for x in (ids_NT.tolist(), rebuilt))
+    curve = []
     for rate in sorted(set(rates)):
-        if rate == model.dial.rate:
-            rows.append(own)
-            continue
         with model.dial.at(rate=rate):
-            rows.append(reconstruct(model, tokenizer, ids_NT, batch, tick)[0])
-    return rows
+            is_own = rate == figures["target_rate"]
+            curve.append(figures if is_own else reconstruct(model, tokenizer, ids_NT, batch)[0])
+    return {
+        "tokens": ids_NT.numel(),
+        "windows": len(ids_NT),
+        "window": ids_NT.shape[1],
+        "num_concepts": model.config.num_concepts,
+        "codes_per_concept": model.config.codes_per_concept,
+        "beams": model.config.beams,
+        **figures,
+        "shuffled": scores(ids_NT.tolist(), mixed, tokenizer)
+        | {"nll": float(token_nll(model, ids_NT, ablation="shuffle")[0].mean())},
+        "curve": curve,
+        "samples": [
+            {"text": text, "rebuilt": again, "concept_ids": ids}
+            for text, again, ids in zip(texts, back, concepts, strict=False)
+        ],
+    }
 
 
-def continuation_blocks(
-    texts: list[str], tokenizer, tokens: int, context: int | None, longest: int
-) -> tuple[Tensor, int] | None:
-    """Blocks of a context and what follows it, and how long the context is: `context`, or the
-    longest up to 512 tokens that text and places allow; None for 0, or where the text has no room.
-    Raises DataError where a named one does not fit."""
-    if context == 0:
-        return None
-    wanted = context or CONTEXT
-    while wanted >= 2:
-        length = wanted + min(NEXT, wanted)
-        try:
-            if length <= longest:
-                return token_blocks(texts, tokenizer, length, limit=max(tokens, length)), wanted
-            fault = f"this base has places for {longest}"
-        except DataError as error:
-            fault = str(error).partition(":")[0]
-        if context is not None:
-            raise DataError(
-                f"context = {context} and the {length - wanted} tokens behind it do not fit "
-                f"({fault}): need "
-                f"{length} tokens. try: context={wanted // 2}, or 0 for none"
-            )
-        wanted //= 2
-    return None
+def xz(data: bytes) -> int:
+    """Bytes of raw LZMA2 at its best for text. The file format around it would add 60 bytes and
+    more to every window."""
+    text = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}
+    return len(lzma.compress(data, lzma.FORMAT_RAW, filters=[text]))
 
 
-def reconstruct_files(
-    model: str,
-    data: str,
-    tokens: int = 4096,
-    window: int | None = None,
-    rates: Sequence[float] = (),
-    context: int | None = None,
-    batch: int = 16,
-    base: str | None = None,
-    questions: str | None = None,
-    online: str | None = None,
-    beams: int | None = None,
-) -> dict[str, Any]:
-    """All figures of a saved compressor on a text; kept as RUN/reconstruct.json. `online`: a model
-    to go on from the same contexts at the same rate. `beams`: of decompressing; default: as the
-    model has it.
+def zstd(data: bytes) -> int:
+    """Bytes at level 22 without magic number, size and checksum. Raises ImportError without the
+    package zstandard."""
+    import zstandard
 
-    Raises:
-        DataError: the text is missing, too short for two windows, or one that a model was trained
-            on; or bad `questions`.
-        CheckpointError: `model` cannot be loaded, or is no compressor that writes codes; or
-            `online` does not go with it.
-        RecipeError: a rate that the model cannot hold."""
-    texts = heldout_texts(model, data)
-    asked = asking.read_questions(questions) if questions is not None else []
-    loaded, tokenizer = load_model(model, base=base)
-    if not isinstance(loaded, CompressorForCausalLM) or loaded.config.quantise < 1:
-        raise CheckpointError(
-            f"{model} cannot write a text again from codes: need a finished run of system: "
-            "compressor. "
-            "try: sememe evaluate, which takes any model"
-        )
-    check_rates(loaded, rates, model)
-    loaded.config.beams = beams or loaded.config.beams
-    blocks = heldout_blocks(model, loaded, tokenizer, texts, tokens, window, "window=")
-    ids_NT = blocks.ids_NT
-    if len(ids_NT) < 2:
-        length = ids_NT.shape[1]
-        raise DataError(
-            f"{data} and --tokens {tokens} make one window of {length} tokens: need at least two, "
-            "to shuffle ids "
-            f"between them. try: --tokens {2 * length}"
-        )
-    other = None
-    if online is not None:
-        heldout_texts(online, data)
-        other = load_online(online, model, loaded, tokenizer, base)
-    found = continuation_blocks(texts, tokenizer, tokens, context, longest_text(loaded.config))
-    if other is not None and found is None:
-        raise DataError(
-            "--online compares how a text goes on, and there is no context to go on from in "
-            f"{data}: need context = "
-            "other than 0, and a text with room for it. try: more text, or without --online"
-        )
-    plain = load_base(resolve(base_beside(model, loaded.config, base))).to(loaded.device).eval()
-    points = 1 + len(set(rates) - {loaded.dial.rate})
-    passes = going_on.PASSES + (other is not None)
-    total = (2 * points + 3) * ids_NT.numel() + (0 if found is None else passes * found[0].numel())
-    with tqdm(total=total, desc="reconstruct", unit="token", mininterval=1) as bar:
-        own, concepts, rebuilt = reconstruct(loaded, tokenizer, ids_NT, batch, bar.update)
-        mixed = decompress(loaded, shuffled(concepts), batch, bar.update, ids_NT.shape[1])
-        result = {
-            "model": str(model),
-            "data": str(data),
-            "tokens": ids_NT.numel(),
-            "tokens_asked": tokens,
-            "windows": len(ids_NT),
-            "window": ids_NT.shape[1],
-            "num_concepts": loaded.config.num_concepts,
-            "codes_per_concept": loaded.config.codes_per_concept,
-            "beams": loaded.config.beams,
-            **own,
-            "shuffled": scores(ids_NT.tolist(), mixed, tokenizer)
-            | {"nll": float(token_nll(loaded, ids_NT, 4, "shuffle", bar.update)[0].mean())},
-            "curve": curve(loaded, tokenizer, ids_NT, own, rates, batch, bar.update),
-            "lossless": lossless(plain, loaded.bos, blocks, tick=bar.update),
-            "continuation": None,
-            "online": None,
-            "questions": None,
-            "samples": [
-                sample(*three, tokenizer)
-                for three in zip(ids_NT[:3].tolist(), rebuilt, concepts, strict=False)
-            ],
-        }
-        if found is not None:
-            result["continuation"] = going_on.continuation(
-                loaded, plain, *found, tick=bar.update, window=ids_NT.shape[1]
-            )
-        if other is not None:
-            cost = online_cost(other, loaded.bos, found[0], result["continuation"], tick=bar.update)
-            result["online"] = {"model": str(online)} | cost
-    if asked:
-        with tqdm(total=len(asked), desc="questions", unit="question", mininterval=1) as bar:
-            answers = asking.answer(loaded, plain, tokenizer, asked, bar.update, ids_NT.shape[1])
-            result["questions"] = {"data": str(questions)} | answers
-    length = run_recipe(model).get("sequence_length")
-    if result["continuation"] is not None:
-        trained = length is not None and loaded.config.continuation_share > 0
-        result["continuation"]["trained_context"] = length // 2 if trained else None
-    keep(model, "reconstruct.json", result)
-    return result
-
-
-def sample(ids: list[int], rebuilt: list[int], concepts: list[int], tokenizer) -> dict[str, Any]:
-    """A window, what it was read as, and the ids between them."""
-    text, back = (
-        tokenizer.decode(one, clean_up_tokenization_spaces=False) for one in (ids, rebuilt)
+    settings = zstandard.ZstdCompressionParameters.from_level(
+        22,
+        source_size=len(data),
+        format=zstandard.FORMAT_ZSTD1_MAGICLESS,
+        write_content_size=False,
+        write_checksum=False,
+        write_dict_id=False,
     )
-    return {"text": text, "rebuilt": back, "concept_ids": concepts}
+    return len(zstandard.ZstdCompressor(compression_params=settings).compress(data))
+
+
+def base_nll(base, bos: int, ids_NT: Tensor, last: int | None = None, batch: int = 4) -> Tensor:
+    """(N, n) NLL in nats, on the host, of the last n of (N, T) tokens, all of them by default, with
+    `bos` before them."""
+    last = last or ids_NT.shape[1]
+
+    def nll(ids_BT: Tensor) -> tuple[Tensor]:
+        ids_BS = F.pad(ids_BT.to(base.device), (1, 0), value=bos)
+        out = base(input_ids=ids_BS, use_cache=False, logits_to_keep=last + 1)
+        # Some models return all logits whatever they are told to keep.
+        return (cross_entropy(out.logits[:, -last - 1 : -1], ids_BS[:, -last:]),)
+
+    return batched(nll, ids_NT, batch)[0]
+
+
+def lossless(base, bos: int, blocks: TextBlocks) -> list[Figures]:
+    """Lossless coding cost of (N, T) windows in bits per token, as {name, of, bits_per_token,
+    fault}: the base with an arithmetic coder, which reads each window alone, zstd and xz."""
+    bits = float(base_nll(base, bos, blocks.ids_NT).mean()) / math.log(2)
+    lines = [{"name": "base", "of": "each window", "bits_per_token": bits, "fault": None}]
+    parts = {"whole text": [blocks.text], "each window": blocks.windows()}
+    for coder, of in itertools.product((zstd, xz), parts):
+        bits = fault = None
+        try:
+            bits = 8 * sum(map(coder, parts[of])) / blocks.ids_NT.numel()
+        except ImportError:
+            fault = "zstandard is not installed. try: pip install 'sememe[zstd]'"
+        lines.append({"name": coder.__name__, "of": of, "bits_per_token": bits, "fault": fault})
+    return lines

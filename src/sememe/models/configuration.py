@@ -121,6 +121,12 @@ class OnlineConfig(ConceptConfig):
         self.prefill_chunk = prefill_chunk
         super().__init__(text_config=text_config, **options)
 
+    def layer_share(self, rate: float | None = None) -> float:
+        """Layer applications per token over the base's, at a realised rate."""
+        rate = self.rate if rate is None else rate
+        shallow, middle, deep = self.split
+        return (shallow + middle * rate + deep) / sum(self.split)
+
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
         self.split = list(split_layers(self.split, self.text_config.num_hidden_layers))
@@ -156,6 +162,14 @@ class CompressorConfig(ConceptConfig):
         self.beams = beams
         super().__init__(text_config=text_config, **options)
         self.bins_rate = self.rate if bins_rate is None else bins_rate
+
+    def layer_share(self, rate: float | None = None) -> float:
+        """Layer applications per token over the base's: the text is read once by one adapter and
+        written once by the other, and an offline boundary adds a slot for each concept."""
+        rate = self.rate if rate is None else rate
+        slots = rate if BOUNDARIES[self.boundary].offline else 0.0
+        layers = self.text_config.num_hidden_layers
+        return 1 + (1 + slots) * (self.depth or layers) / layers
 
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
@@ -255,6 +269,11 @@ class ControlConfig(AdaptedConfig):
     def system(self) -> str:
         """Which of the baselines it is."""
         return "skip" if self.skipped else "control" if self.window is None else "window"
+
+    def layer_share(self, rate: float | None = None) -> float:
+        """Layer applications per token over the base's."""
+        first, last = self.skipped or (0, 0)
+        return 1 - (last - first) / self.text_config.num_hidden_layers
 
 
 def sink_id(text_config) -> int:
