@@ -1,12 +1,10 @@
-"""The bridge: its least squares, and what it does in the online model and in the skip baseline."""
+"""The bridge: its least squares, and what it does in the online model."""
 
-import pytest
 import torch
 
-from families import positions, text, tiny_base, tiny_online, uncached_greedy
+from families import text, tiny_online
 from sememe.backbone.cache import NoCache
 from sememe.concepts.bridge import TailBridge
-from sememe.models import ControlConfig, ControlForCausalLM
 
 
 def test_least_squares_finds_a_linear_map():
@@ -44,24 +42,3 @@ def test_online_bridge_comes_closer_to_the_base_on_other_text():
     bridged, _ = model.bridge.tails(h, c, decision, model.bridge.first(h))
     tail = ~written & (written.cumsum(1) > 1)
     assert (bridged - full)[tail].square().mean() < 0.97 * (h - full)[tail].square().mean()
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_skip_with_a_bridge(attention):
-    base = tiny_base(attention=attention)
-    config = ControlConfig(
-        text_config=base.config, base="tiny", skipped=(1, 3), bridge=True, lora_rank=0
-    )
-    config._attn_implementation = attention
-    model, ids = ControlForCausalLM(config, base).eval(), text(2)
-    unbridged = model(ids).logits
-    assert model.start_bridge(text(64, 24, seed=3))["bridge_explains"] > 0.05
-    logits = model(ids).logits
-    assert not torch.allclose(logits, unbridged, atol=1e-2)
-    torch.testing.assert_close(logits[:, 0], unbridged[:, 0])  # the first token keeps its state
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
-    mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 20)], 1).long()
-    got = model(padded, attention_mask=mask, position_ids=positions(mask)).logits[:, 3:]
-    torch.testing.assert_close(got, logits, atol=2e-4, rtol=0)
-    made = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert torch.equal(made, uncached_greedy(model, ids, 4))

@@ -103,9 +103,7 @@ def test_baselines_are_trained_once_for_each_setting_that_they_read(recipe):
         "window_shallow_window-4",
         "window_shallow_window-8",
     ]
-    by_split = names(
-        recipe, ["split=[1,2,1],[1,1,2]"], True
-    )
+    by_split = names(recipe, ["split=[1,2,1],[1,1,2]"], True)
     assert [name.split("_")[0] for name in by_split[:3]] == ["control", "skip", "skip"] and len(
         by_split
     ) == 7

@@ -49,7 +49,7 @@ def run_recipe(model: str | Path) -> dict[str, Any]:
     path = folder / "recipe.yaml"
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return recipe | {"data": _located(folder, recipe["data"])}
+        return recipe | {"data": located(folder, recipe["data"])}
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise SememeError(
             f"{path} cannot be read ({str(error).splitlines()[0]}): need the recipe of a run. "
@@ -57,7 +57,7 @@ def run_recipe(model: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def _located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
+def located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
     """A recipe's `data` with each text where it is now: as it was typed, else where it was when the
     run was trained, else where it would be had it moved together with the run. A file of another
     size is another project's text of the same name. As typed where it is nowhere."""

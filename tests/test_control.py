@@ -1,0 +1,115 @@
+"""The baselines without concepts: who sees whom in a window, skipped layers, and their bridge."""
+
+import pytest
+import torch
+
+from conftest import tiny_recipe
+from families import text, tiny_base
+from sememe.backbone.calling import CACHE
+from sememe.errors import RecipeError
+from sememe.models import ControlConfig, ControlForCausalLM
+from sememe.options import check_recipe
+from sememe.systems import SYSTEMS
+
+LAYERS = 4
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+def control(attention="sdpa", family="llama", **settings):
+    base = tiny_base(family)
+    config = ControlConfig(text_config=base.config, base="tiny", lora_rank=0, **settings)
+    config._attn_implementation = attention
+    return ControlForCausalLM(config, base).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_token_reaches_as_far_as_the_windows_of_all_layers(attention, window):
+    model, ids = control(attention, window=window), text(1, 20)
+    want = model(ids).logits[0]
+    for position in (0, 1, 4):
+        other = ids.clone()
+        other[0, position] = (ids[0, position] + 1) % 32
+        changed = (model(other).logits[0] != want).any(-1).nonzero()[:, 0].tolist()
+        last = 19 if position == 0 else min(19, position + LAYERS * (window - 1))
+        assert changed == list(range(position, last + 1)), "all of them for the first, the sink"
+
+
+@torch.no_grad()
+def test_a_window_as_long_as_the_text_is_the_base():
+    model, ids, longer = control(window=12), text(2, 12), text(2, 16)
+    torch.testing.assert_close(model(ids).logits, model.backbone(ids).logits, atol=1e-6, rtol=1e-6)
+    assert (model(longer).logits - model.backbone(longer).logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings", [{"window": 3}, {"skipped": (1, 3)}, {"skipped": (1, 3), "bridge": True}], ids=str
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_cached_is_parallel_and_padding_is_not_seen(family, settings):
+    model, ids = control(family=family, **settings), text(1, 14)
+    if model.bridge is not None:
+        model.bridge.shallow.weight.normal_(std=0.1)
+    want = model(ids).logits
+    out = model(ids[:, :5], use_cache=True)
+    parts = [out.logits]
+    for start, end in ((5, 6), (6, 9), (9, 14)):
+        mask = torch.ones(1, end, dtype=torch.long)
+        cached = {"attention_mask": mask, "cache": out[CACHE], "use_cache": True}
+        parts.append(model(ids[:, start:end], **cached).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], 1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(padded, attention_mask=mask, position_ids=position).logits[:, 4:]
+    torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+    alone = model.generate(ids, **GREEDY)[:, 14:]
+    assert torch.equal(model.generate(padded, attention_mask=mask, **GREEDY)[:, 18:], alone)
+    assert torch.equal(model.generate(ids, use_cache=False, **GREEDY)[:, 14:], alone)
+
+
+@torch.no_grad()
+def test_skipping_is_the_base_without_those_layers():
+    model, ids = control(skipped=(1, 3)), text(2, 12)
+    base = tiny_base()
+    layers = base.model.layers
+    base.model.layers = torch.nn.ModuleList([layers[0], layers[3]])
+    base.config.num_hidden_layers = 2
+    assert torch.equal(model(ids).logits, base(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_bridge_stands_for_what_is_skipped(attention):
+    model, ids = control(attention, skipped=(1, 3), bridge=True), text(2, 12)
+    with torch.no_grad():
+        unbridged = model(ids).logits
+        assert model.start_bridge(text(64, 24, seed=3))["bridge_explains"] > 0.05
+        logits = model(ids).logits
+    assert not torch.allclose(logits, unbridged, atol=1e-2)
+    torch.testing.assert_close(logits[:, 0], unbridged[:, 0])  # the first token keeps its state
+    model(ids, labels=ids).loss.backward()
+    assert model.bridge.shallow.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_a_base_with_its_own_window_is_refused(family):
+    with pytest.raises(RecipeError, match=r"sliding window of its own.*try: system=control"):
+        control(family=family, window=3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "want"),
+    [
+        (30, {"split": [4, 22, 4]}, round(256 * (4 + 26 * 0.25) / 30) - 1),
+        (30, {"split": [4, 22, 4], "shallow_window": 7}, 7),
+        (64, {"split": [1, 62, 1], "sequence_length": 8, "rate": 0.01}, 1),
+    ],
+)
+def test_the_window_of_a_recipe_is_the_cache_of_its_concepts(
+    base_folder, texts, layers, changes, want
+):
+    values = tiny_recipe(base_folder, texts)
+    values |= {"system": "window", "rate": 0.25, "sequence_length": 256, **changes}
+    assert SYSTEMS["window"].config(check_recipe(values, "test"), layers).window == want
