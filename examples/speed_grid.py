@@ -25,6 +25,7 @@ import torch
 from sememe.errors import SememeError
 from sememe.evaluation.speed import alternate, benchmark_online, throughput
 from sememe.evaluation.subject import Options, Subject
+from sememe.keys import split_layers
 from sememe.models.configuration import OnlineConfig
 from sememe.models.loading import (
     load_base,
@@ -35,7 +36,6 @@ from sememe.models.loading import (
     resolve,
 )
 from sememe.models.online import OnlineForCausalLM
-from sememe.options import split_layers
 
 COLUMNS = ("prefill_speedup", "decode_speedup", "ceiling_decode_speedup", "cache_reduction")
 

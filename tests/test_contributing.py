@@ -33,7 +33,7 @@ def test_examples_work(kind, example, monkeypatch):
     names: dict = {}
     exec(example, names)
     if kind == "boundary":
-        # Under a name that options.py has: a new one is a line there.
+        # Under a name that keys.py has: a new one is a line there.
         monkeypatch.setitem(boundary.BOUNDARIES, "null", boundary.BOUNDARIES["norm"])
         assert (forward(boundary="null") >= 0).any()
     elif kind == "code":

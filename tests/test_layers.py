@@ -18,7 +18,7 @@ LAYERS = [
     line.split()
     for line in """
     errors detokenize progress figures
-    paths storage options
+    paths storage keys options
     report
     concepts
     backbone data pairs
@@ -31,7 +31,7 @@ LAYERS = [
 ]
 LEVEL = {part: level for level, line in enumerate(LAYERS) for part in line}
 HEAVY = {"torch", "transformers", "peft", "datasets"}
-LIGHT = {"errors", "figures", "paths", "storage", "options", "report", "terminal", "arguments"}
+LIGHT = {"errors", "figures", "paths", "storage", "keys", "options", "report", "terminal", "arguments"}
 """What starts without torch, so that `sememe --help` and `sememe report` are instant."""
 
 # The size of src/sememe in nodes of its syntax tree, which line breaks do not change. Whoever adds a

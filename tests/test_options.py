@@ -6,12 +6,13 @@ from typing import get_args
 import pytest
 import yaml
 
-from sememe import options
+from sememe import keys, options
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.head import HEADS
 from sememe.errors import RecipeError
+from sememe.keys import Concepts, split_layers
 from sememe.models.planner.proposers import PROPOSERS
-from sememe.options import Concepts, check_recipe, known_keys, load_recipe, split_layers
+from sememe.options import check_recipe, known_keys, load_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,6 +134,6 @@ def test_short_targets_come_first(recipe_values):
 
 
 def test_names_are_those_that_there_are():
-    assert tuple(PROPOSERS) == options.PROPOSERS
+    assert tuple(PROPOSERS) == keys.PROPOSERS
     for key, known in (("head", HEADS), ("boundary", BOUNDARIES)):
         assert set(get_args(Concepts.model_fields[key].annotation)) == set(known), key

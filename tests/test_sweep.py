@@ -9,7 +9,7 @@ import yaml
 
 from conftest import ctrl_c, metrics, sememe, tiny_recipe
 from sememe import sweep as sweeps
-from sememe.errors import DataError, Interrupted, RecipeError, TrainingError
+from sememe.errors import Interrupted, RecipeError, TrainingError
 from sememe.evaluation.quality import layer_share
 from sememe.models import OnlineConfig
 from sememe.options import check_recipe, known_keys
@@ -292,16 +292,9 @@ def test_a_failing_point_is_reported_and_the_rest_goes_on(recipe, tmp_path, monk
     assert [point["name"] for point in found["points"]] == ["rate-0.5"]
 
 
-@pytest.mark.parametrize(
-    "words, more, error, said",
-    [
-        (["rat=0.5,0.25"], {}, RecipeError, "unknown key 'rat'"),
-        (["rate=0.5"], {"data": "missing.txt"}, DataError, "missing.txt does not exist"),
-    ],
-)
-def test_bad_input_stops_before_anything_is_written(recipe, tmp_path, words, more, error, said):
-    with pytest.raises(error, match=said):
-        go(recipe, words, tmp_path / "runs", **more)
+def test_a_wrong_key_stops_before_anything_is_written(recipe, tmp_path):
+    with pytest.raises(RecipeError, match="unknown key 'rat'"):
+        go(recipe, ["rat=0.5,0.25"], tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,363 +1,30 @@
-"""Every key of a recipe, once: its type, default, range and meaning.
-
-Recipes are checked here, model configurations hold the same groups of keys, the sweep asks which
-keys a system reads, and docs/options.md is printed from here: python -m sememe.options."""
+"""Recipes: read from files and overrides, checked, brought up to date, and printed as
+docs/options.md (python -m sememe.options > docs/options.md). The keys themselves: keys.py."""
 
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ValidationError
 
 from sememe.errors import RecipeError
+from sememe.keys import (
+    CompressorOptions,
+    Concepts,
+    Data,
+    Em,
+    Lora,
+    OnlineOptions,
+    Options,
+    Plan,
+    Recipe,
+    Task,
+)
 from sememe.paths import usable
-
-PROPOSERS = ("beam", "diverse", "sample", "edit", "gradient")
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-def _ramp(shares: tuple[float, float]) -> tuple[float, float]:
-    if shares[0] > shares[1]:
-        raise ValueError("need start ≤ end, shares of the run")
-    return shares
-
-
-Ramp = Annotated[tuple[Share, Share], AfterValidator(_ramp)]
-
-
-class Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
-
-
-class Data(Options):
-    """Texts"""
-
-    train: str
-    """Text to train on: .txt, .jsonl, .parquet (a field may be named: `file.jsonl#body`), or a
-    datasets id."""
-    heldout: str
-    """Text that is never trained on; measured during the run and by `sememe evaluate`."""
-    fields: tuple[str, str] | None = None
-    """Fields of a row that are the source and the target of a pair, as `[instruction, response]`; a
-    `planner` and its `control` train on pairs."""
-    source_share: float | None = Field(None, gt=0, lt=1)
-    """Share of each document that is the source, where no fields are named; a `planner` has
-    0.25."""
-
-    @model_validator(mode="after")
-    def _differ(self) -> "Data":
-        if self.train == self.heldout:
-            raise ValueError(
-                "train and heldout are the same text; held-out text is never trained on"
-            )
-        if self.fields and (self.fields[0] == self.fields[1] or self.source_share is not None):
-            raise ValueError(
-                f"fields = {list(self.fields)}, source_share = {self.source_share}: need two "
-                "fields of a row, or else source_share alone to cut each text"
-            )
-        return self
-
-
-class Task(Options):
-    """What is trained on what"""
-
-    system: Literal["online", "compressor", "planner", "control", "skip", "window"]
-    """`online`; `compressor` (text → concepts → text); `planner` (source → plan → text); or a
-    baseline on the same batches: `control` (same LoRA, no concepts), `skip` (no middle slice),
-    `window` (the last tokens and the first one are all it sees)."""
-    base: str
-    """Known base (`sememe pull` lists them), local folder, or Hub id."""
-    data: Data
-    steps: Count
-    """Optimizer steps."""
-    sequence_length: int = Field(256, ge=8)
-    """Tokens of a sequence of running text."""
-    source_length: Count = 128
-    """Tokens of a pair's source at most: its last ones."""
-    target_length: Count = 128
-    """Tokens of a pair's target at most: its first ones."""
-    batch_size: Count = 2
-    """Sequences per optimizer step, over all processes."""
-    gradient_accumulation: Count = 1
-    """Parts that `batch_size` is computed in."""
-    seed: int = Field(0, ge=0)
-    """Of the order of the data, of new weights and of all that is drawn."""
-
-
-class Concepts(Options):
-    """Where concepts are written and what codes they have (`online` and `compressor`)"""
-
-    rate: float = Field(0.25, gt=0, le=1)
-    """Concepts per normal token; the compression ratio R is 1 / rate."""
-    max_tail: int = Field(16, ge=0)
-    """Longest run of normal tokens; then a concept is forced."""
-    head: Literal["nearest", "joint"] = "nearest"
-    """Which code a concept is: `nearest`, by distance, whether one is written apart; `joint`, one
-    softmax over all codes and "none"."""
-    boundary: Annotated[
-        Literal["null", "threshold", "fixed", "entropy", "surprise", "autoregressive"],
-        BeforeValidator(lambda name: name or "null"),  # `boundary: null` is None in YAML
-    ] = "null"
-    """How segments close. `null`: the head's score; `threshold`: integrate and fire; `fixed`: every
-    1 / rate tokens; `entropy`: where the base is unsure of the next token; `surprise`: at tokens
-    that it did not predict; `autoregressive`, of a `compressor`: each concept says how many tokens
-    it covers."""
-    num_concepts: int = Field(4096, ge=2)
-    """Size of the codebook."""
-    codes_per_concept: int = Field(2, ge=1, le=4)
-    """Residual stages: a concept is that many digits of `num_concepts`, each coding what those
-    before it left."""
-    concept_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the concepts that carry nothing, in training."""
-    code_temperature: float = Field(1.0, gt=0)
-    """Of the softmax over the codes that the straight-through gradient is of."""
-    gumbel: float = Field(0.0, ge=0)
-    """Scale of Gumbel noise on the code logits in training; 0: none."""
-
-    @model_validator(mode="after")
-    def _codes_fit(self):
-        if self.num_concepts**self.codes_per_concept > 2**48:
-            raise ValueError(
-                f"codes_per_concept = {self.codes_per_concept} of num_concepts = "
-                f"{self.num_concepts}: need at most 48 bits per concept"
-            )
-        return self
-
-
-def check_rate(rate: float, max_tail: int) -> None:
-    """Raises RecipeError where forced concepts alone are more than `rate`."""
-    if rate * (max_tail + 1) < 1 - 1e-9:
-        raise RecipeError(
-            f"max_tail = {max_tail} forces a concept more often than rate = {rate}: need max_tail "
-            f"≥ {round(1 / rate) - 1}. try: max_tail={4 * round(1 / rate)}"
-        )
-
-
-class OnlineOptions(Concepts):
-    """Only for `online` (`split` and `bridge` for `skip` too)"""
-
-    split: tuple[int | None, int | None, int | None] | None = None
-    """Layers in the shallow, middle and deep slice, as `[4, 22, 4]`; one of them may be left open,
-    as `[4, null, 4]`. None: 2/15 shallow, 2/15 deep, a thick middle."""
-    shallow_window: int | None = Field(None, ge=1)
-    """Tokens that a token sees in the shallow slice, with the first one beside them; none: all. Its
-    cache stops growing. Of `window`: in every layer; none: as many as the caches of `rate` and
-    `split` have room for at the end of a sequence."""
-    bridge: bool = True
-    """Tail states get a linear guess of what the middle slice would have added, started by least
-    squares; `skip` too."""
-    anchor: bool = False
-    """A concept starts from a linear map of the embedding of the token that writes it; the codes
-    say the rest."""
-    pool: bool = False
-    """Codes are read from the mean of the segment's tail too, by a map that is trained; not with
-    boundary: threshold, which reads the whole segment already."""
-
-    @model_validator(mode="after")
-    def _online_fits(self):
-        if self.split and self.split.count(None) > 1:
-            raise ValueError(
-                f"split = {list(self.split)}: need at most one count open, which the others fix"
-            )
-        return self
-
-
-def split_layers(split: Sequence[int | None] | None, layers: int) -> tuple[int, int, int]:
-    """The option `split` over a base of so many layers: what is open is filled. Raises RecipeError
-    unless the three slices fill the base."""
-    if split is None:
-        edge = max(1, round(layers * 2 / 15))  # a thick middle, which is where the gain is
-        split = (edge, layers - 2 * edge, edge)
-    known = sum(count for count in split if count is not None)
-    shallow, middle, deep = (layers - known if count is None else count for count in split)
-    if min(shallow, middle + 1, deep) < 1:
-        raise RecipeError(
-            f"split {shallow}/{middle}/{deep}: need at least 1 shallow and 1 deep layer. try: "
-            f"split=[1,{layers - 2},1]"
-        )
-    if shallow + middle + deep != layers:
-        raise RecipeError(
-            f"shallow + middle + deep = {shallow + middle + deep}, but this base has {layers} "
-            f"layers: need {layers}. try: split=[{shallow},null,{deep}]"
-        )
-    return shallow, middle, deep
-
-
-class CompressorOptions(Concepts):
-    """Only for `compressor`"""
-
-    content: Literal["bins", "news"] = "bins"
-    """What codes stand for. `bins`: which of the words that the base takes for one another it is,
-    to write a text again; `news`: what words add to what was predicted, words that mean alike
-    together."""
-    depth: int | None = Field(None, ge=1)
-    """Layers that read a text; none: all."""
-    continuation_share: Share = 0.0
-    """Share of the loss that is going on from the concepts of a block's first half, instead of
-    writing the block again."""
-
-
-class Plan(Options):
-    """What a `planner` writes before a text"""
-
-    sizes: list[int] = Field([64, 512], min_length=1)
-    """Ids of each type of concept; types may be levels, coarse ones first."""
-    lengths: list[Count] = [2, 8]
-    """Concepts of each type at most."""
-    begins: Literal["pieces", "words"] = "pieces"
-    """What ids stand for at first: `words`, key words of the target; `pieces`, clusters of the
-    words in its pieces."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the targets that the executor learns to write without a plan."""
-    parallel: bool = False
-    """Types are written at the same time, each from the source alone; else each also from those
-    before it."""
-    multi_token: Count = 1
-    """Concepts that one step of the planner writes."""
-    weight: float = Field(1.0, ge=0)
-    """Of the plan's own cross entropy in the loss: nats per concept, beside nats per target
-    token."""
-    straight_through: bool = False
-    """What the executor reads passes its gradient on to the planner."""
-    signals: float = Field(0.0, ge=0)
-    """Weight of the loss of linear probes of the plan on the target's length, kind, names, numbers
-    and key words: nats per label."""
-
-    @model_validator(mode="after")
-    def _types_fit(self) -> "Plan":
-        if len(self.sizes) != len(self.lengths) or min(self.sizes) < 2:
-            raise ValueError(
-                f"sizes = {self.sizes} and lengths = {self.lengths}: need one of each for every "
-                "type, at least 2 ids"
-            )
-        if self.multi_token > max(self.lengths):
-            raise ValueError(
-                f"multi_token = {self.multi_token}: need at most {max(self.lengths)}, the longest "
-                "type's concepts"
-            )
-        return self
-
-
-class Em(Options):
-    """Hard EM of a `planner`: which plans are searched for, and when"""
-
-    every: int = Field(50, ge=0)
-    """Steps between E-steps; 0: never."""
-    stages: Ramp = (0.1, 0.2)
-    """Shares of the run. Up to the first the executor learns alone, on the plans that are read off
-    the targets; up to the second the planner learns those plans too; then better ones are searched
-    for."""
-    proposers: dict[str, Annotated[int, Field(ge=0)]] = {"beam": 4, "sample": 4, "edit": 8}
-    """Candidates that each way of proposing (`beam`, `diverse`, `sample`, `edit`, `gradient`) adds
-    to the present plan."""
-    examples: int = Field(0, ge=0)
-    """Pairs of one E-step at most, those first that are trained on next; 0: all that the steps up
-    to the next one see."""
-    batch: Count = 8
-    """Pairs whose candidates are scored at once."""
-    planner_weight: float = Field(1.0, ge=0)
-    """Of log p(z | u) in a plan's score log p(y | z) + planner_weight · log p(z | u)."""
-
-    @model_validator(mode="after")
-    def _proposers_fit(self) -> "Em":
-        if unknown := set(self.proposers) - set(PROPOSERS):
-            raise ValueError(
-                f"{unknown.pop()!r} is no way to propose plans, need some of {', '.join(PROPOSERS)}"
-            )
-        if self.every and not any(self.proposers.values()):
-            raise ValueError(
-                f"every = {self.every} without proposers, need candidates to choose from"
-            )
-        return self
-
-
-class Lora(Options):
-    """LoRA on all linears of the decoder layers"""
-
-    rank: int = Field(8, ge=0)
-    """0: none."""
-    alpha: float = Field(16.0, gt=0)
-    """Its scale is alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Of its inputs, in training."""
-    shallow: bool = True
-    """Whether an `online` model's shallow slice has LoRA; without it the states that the codes
-    stand for stay put."""
-
-
-class Recipe(OnlineOptions, CompressorOptions, Task):
-    """How it is trained"""
-
-    plan: Plan = Plan()
-    em: Em = Em()
-    curriculum: tuple[Count, Annotated[float, Field(gt=0, le=1)]] | None = None
-    """Short targets first: target tokens at the first step, and the share of the run at which
-    targets are whole, as `[32, 0.3]`. None: whole from the start."""
-    quantise: Ramp = (0.3, 0.6)
-    """The code's share in a concept's state rises from 0 to 1 between these shares of the run."""
-    lora: Lora = Lora()
-    learning_rate: float = Field(1e-3, gt=0)
-    """Of LoRA; warmed up over the first 5 % of the steps, then cosine to 10 %."""
-    concept_learning_rate: float = Field(1e-3, gt=0)
-    """Of all new modules."""
-    distil: Share = 0.0
-    """Share of the loss that is KL to the frozen base's next-token distribution instead of cross
-    entropy; `online`."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 where the hardware has it, GPU or CPU."""
-    gradient_checkpointing: bool = False
-    """Layers are computed again in the backward pass, which takes less memory and more time; not
-    with two adapters, so not for `compressor` and `planner`."""
-    heldout_every: Count = 50
-    """Steps between figures of the held-out text."""
-    heldout_tokens: int = Field(2048, ge=8)
-    """How much of it."""
-    save_every: Count = 50
-    """Steps between checkpoints; the last two are kept."""
-    calibration_tokens: int = Field(32768, ge=64)
-    """Training tokens whose states start the codebook, the gate, the bridge and the entropy
-    estimate."""
-
-    @model_validator(mode="after")
-    def _curriculum_fits(self) -> "Recipe":
-        if self.curriculum and self.curriculum[0] > self.target_length:
-            raise ValueError(
-                f"curriculum = {list(self.curriculum)} starts with more than target_length = "
-                f"{self.target_length} tokens"
-            )
-        return self
-
-    def target_tokens(self, step: int) -> int:
-        """Tokens of a target that step number `step` trains on at most: those of the curriculum."""
-        start, until = self.curriculum or (self.target_length, 1.0)
-        if step >= until * self.steps:
-            return self.target_length
-        return start + int((self.target_length - start) * step / (until * self.steps))
-
-    @property
-    def on_pairs(self) -> bool:
-        """Whether the data say how a source and a target are had."""
-        return self.data.fields is not None or self.data.source_share is not None
-
-    def yaml(self, whole: bool = True) -> str:
-        """As a file; not `whole`: only what differs from the defaults."""
-        values = self.model_dump(mode="json", exclude_defaults=not whole)
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
 
 GROUPS: tuple[tuple[str, type[Options]], ...] = (
     ("", Task),
@@ -522,10 +189,10 @@ def upgraded(values: dict[str, Any], where: str) -> dict[str, Any]:
     for new, old in JOINED.items():
         if any(key in dotted for key in old):
             dotted[new] = [dotted.pop(key, default) for key, default in old.items()]
-            if not any(dotted[new]) or (new == "curriculum" and not dotted[new][0]):
-                dotted[new] = None
-            elif new == "em.stages":
+            if new == "em.stages":
                 dotted[new][1] += dotted[new][0]
+            elif not any(dotted[new]) or (new == "curriculum" and not dotted[new][0]):
+                dotted[new] = None
     for key in ("schedule", "split", "curriculum"):  # as an empty group
         if dotted.get(key) == {}:
             del dotted[key]

@@ -3,7 +3,6 @@ sweep.json."""
 
 import itertools
 import json
-import os
 import re
 import statistics
 import traceback
@@ -13,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from sememe import storage
-from sememe.data import read_texts
 from sememe.errors import Interrupted, RecipeError, SememeError
 from sememe.evaluation.results import CONTRACT, put, reusable
 from sememe.figures import figure
@@ -24,6 +20,7 @@ from sememe.measure import Options, evaluate
 from sememe.options import Recipe, check_recipe, flat, load_recipe, nested, read_recipe
 from sememe.paths import usable
 from sememe.systems import SYSTEMS
+from sememe.training.resume import is_finished
 from sememe.training.run import train
 
 SHOWN = (
@@ -62,7 +59,6 @@ def sweep(
     out: Path,
     control: bool = False,
     tokens: int = 8192,
-    data: str | None = None,
     say: Callable[[str], None] = print,
     show: bool = True,
 ) -> dict[str, Any]:
@@ -74,50 +70,33 @@ def sweep(
         words: `key=a,b,c`; a value with commas in brackets stays whole. Points that differ in
             `seed` alone become one: mean and spread.
         control: also trains the baselines, once for each setting of what they read.
-        data, tokens: text to measure on (default: the recipe's held-out text), and how much of it.
+        tokens: held-out tokens to measure on.
 
     Raises:
         RecipeError: no point of the grid is a valid recipe, or `out` is no place for a sweep.
-        DataError: `data` cannot be read.
         Interrupted: Ctrl-C; the same call goes on."""
     out = usable(out)
-    _check_place(out)
     grid = parse_grid(words)
-    if data is not None:
-        read_texts(data)  # a wrong name must not show after hours of training
     points, refused = plan(recipe, grid, control)
     _make(out)
+    result = {
+        "recipe": str(recipe),
+        "grid": grid,
+        "varied": [key for key, values in grid.items() if len(values) > 1],
+        "tokens": tokens,
+    }
     runs: list[dict[str, Any]] = []
-
-    def tell(line: str) -> None:
-        with tqdm.external_write_mode():  # bars give way and come back
-            say(line)
-
-    shape = "{desc} |{bar}| [{elapsed}, about {remaining} left]"
-    with tqdm(total=len(points), disable=not show, bar_format=shape) as bar:
-        for number, point in enumerate(points, 1):
-            place = f"point {number} of {len(points)}"
-            bar.set_description_str(f"{place}: {point.folder_name}")
-            entry = _entry(point, data or point.recipe.data.heldout)
-            try:
-                _run(point, out, entry, tokens, tell, show)
-            except (Interrupted, KeyboardInterrupt) as stop:
-                raise Interrupted(
-                    f"stopped at {place} ({point.folder_name}); the same command goes on from there"
-                ) from stop
-            runs.append(entry)
-            bar.update()
-            if entry["fault"]:
-                tell(f"failed: {point.folder_name}: {entry['fault']}")
-            result = {
-                "recipe": str(recipe),
-                "grid": grid,
-                "varied": [key for key, values in grid.items() if len(values) > 1],
-                "tokens": tokens,
-                "runs": runs + refused,
-                "points": summarise(runs),
-            }
-            put(out / "sweep.json", result)
+    for number, point in enumerate(points, 1):
+        place = f"point {number} of {len(points)} ({point.folder_name})"
+        say(place)
+        try:
+            runs.append(_run(point, out, tokens, say, show))
+        except (Interrupted, KeyboardInterrupt) as stop:
+            raise Interrupted(f"stopped at {place}; the same command goes on from there") from stop
+        if runs[-1]["fault"]:
+            say(f"failed: {point.folder_name}: {runs[-1]['fault']}")
+        result |= {"runs": runs + refused, "points": summarise(runs)}
+        put(out / "sweep.json", result)
     return result
 
 
@@ -158,7 +137,7 @@ def plan(
         except SememeError as error:
             faults.append(error)
             point = Point(_name("online", changes), None, changes)
-            refused[point.name] = _entry(point, None) | {"fault": str(error)}
+            refused[point.name] = _entry(point) | {"fault": str(error)}
             continue
         if SYSTEMS[recipe.system].on_pairs(recipe):
             raise RecipeError(
@@ -197,41 +176,44 @@ def _name(system: str, changes: dict[str, str]) -> str:
     return "_".join([system, *parts] if system != "online" or not parts else parts)[:200]
 
 
-def _entry(point: Point, data: str | None) -> dict[str, Any]:
+def _entry(point: Point) -> dict[str, Any]:
     """What sweep.json says of a point before it is trained."""
     recipe = point.recipe
-    entry = dict.fromkeys(
-        ("name", "point", "changes", "system", "boundary", "seed", "trained_tokens", "control")
-    )
-    entry |= {"name": point.folder_name, "point": point.name, "changes": point.changes}
-    if recipe is not None:
-        entry |= {
-            "system": recipe.system,
-            "boundary": None if "boundary" in SYSTEMS[recipe.system].unread else recipe.boundary,
-            "seed": recipe.seed,
-            "trained_tokens": recipe.steps * recipe.batch_size * recipe.sequence_length,
-        }
-    return entry | {"data": data, "figures": None, "fault": None}
+    entry = {
+        "name": point.folder_name,
+        "point": point.name,
+        "changes": point.changes,
+        "control": None,
+        "figures": None,
+        "fault": None,
+    }
+    if recipe is None:
+        return entry | dict.fromkeys(("system", "boundary", "seed", "trained_tokens", "data"))
+    return entry | {
+        "system": recipe.system,
+        "boundary": None if "boundary" in SYSTEMS[recipe.system].unread else recipe.boundary,
+        "seed": recipe.seed,
+        "trained_tokens": recipe.steps * recipe.batch_size * recipe.sequence_length,
+        "data": recipe.data.heldout,
+    }
 
 
 def _run(
-    point: Point, out: Path, entry: dict, tokens: int, say: Callable[[str], None], show: bool
-) -> None:
-    """Trains and measures one point, and puts its figures, or the fault, into its entry."""
-    recipe = point.recipe
+    point: Point, out: Path, tokens: int, say: Callable[[str], None], show: bool
+) -> dict[str, Any]:
+    """Trains and measures one point. Its entry in sweep.json, with the fault where there is one."""
+    recipe, data = point.recipe, point.recipe.data.heldout
     folder = _held(recipe, out) or _free(out, point.folder_name)
-    unlike = SYSTEMS[recipe.system].name != "control"
-    control = _held(baseline(recipe, "control"), out) if unlike else None
-    if control is not None and not (control / "model" / "manifest.json").is_file():
-        control = None  # begun, and not finished
-    entry |= {"name": folder.name, "control": control and control.name}
-    same = {"data": entry["data"], "tokens_asked": tokens}
-    same |= {"sequence_length": recipe.sequence_length}
+    control = _held(baseline(recipe, "control"), out)
+    if control is not None and (control == folder or not is_finished(control)):
+        control = None
+    entry = _entry(point) | {"name": folder.name, "control": control and control.name}
+    same = {"data": data, "tokens_asked": tokens, "sequence_length": recipe.sequence_length}
     same |= {"control": str(control)} if control else {}
     try:
         train(recipe, folder, say, show)
         figures = reusable(folder, "evaluate.json", **same) or evaluate(
-            str(folder), entry["data"], same.get("control"), Options(tokens=tokens)
+            str(folder), data, same.get("control"), Options(tokens=tokens)
         )
         entry["figures"] = {key: figures.get(key) for key in (*CONTRACT, "control_nll")}
     except Interrupted:
@@ -242,6 +224,7 @@ def _run(
     except Exception as error:
         traceback.print_exc()
         entry["fault"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return entry
 
 
 def _held(recipe: Recipe, out: Path) -> Path | None:
@@ -269,15 +252,22 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             groups.setdefault(key, []).append(run)
     points = []
     for members in groups.values():
-        first, mean, spread = members[0], {}, {}
-        for key in first["figures"]:
-            values = [run["figures"][key] for run in members if run["figures"][key] is not None]
-            mean[key] = statistics.fmean(values) if values else None
-            spread[key] = statistics.stdev(values) if len(values) > 1 else None
-        shared = {key: first[key] for key in ("system", "boundary", "changes", "trained_tokens")}
-        names = [run["name"] for run in members]
+        first = members[0]
+        columns = {
+            key: [run["figures"][key] for run in members if run["figures"][key] is not None]
+            for key in first["figures"]
+        }
+        shared = ("system", "boundary", "changes", "trained_tokens")
         points.append(
-            {"name": first["point"], **shared, "runs": names, "mean": mean, "spread": spread}
+            {
+                "name": first["point"],
+                **{key: first[key] for key in shared},
+                "runs": [run["name"] for run in members],
+                "mean": {key: statistics.fmean(x) if x else None for key, x in columns.items()},
+                "spread": {
+                    key: statistics.stdev(x) if len(x) > 1 else None for key, x in columns.items()
+                },
+            }
         )
     return points
 
@@ -305,13 +295,8 @@ def check_faults(result: dict[str, Any]) -> None:
         raise SememeError(f"{count}, the first is {failed[0]['name']}: {failed[0]['fault']}")
 
 
-def _check_place(out: Path) -> None:
-    """Raises RecipeError where `out` holds something else, or cannot be made."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            "a sweep in several processes: need one, it trains run after run. try: sememe sweep "
-            "without torchrun"
-        )
+def _make(out: Path) -> None:
+    """Raises RecipeError where `out` holds something else, SememeError where it cannot be made."""
     if (out / "recipe.yaml").is_file():
         raise RecipeError(f"{out} is a run: need a folder for several. try: --out {out}-sweep")
     with suppress(OSError, ValueError):  # not there, or cut off: it is written anew
@@ -320,14 +305,8 @@ def _check_place(out: Path) -> None:
                 f"{out}/sweep.json is not of `sememe sweep`: need a folder without it. try: --out "
                 f"{out}-runs"
             )
-
-
-def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         storage.check(out / "sweep.json")
     except OSError as error:
-        raise RecipeError(
-            f"{out} cannot be made ({error.strerror}): need a folder that can be written to. try: "
-            "another --out"
-        ) from error
+        raise storage.unwritable(out / "sweep.json", error) from error

@@ -15,12 +15,7 @@ from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
 from sememe.evaluation.plans import joined_figures, joined_nll, pair_figures
-from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
-from sememe.models.adapted import AdaptedModel
-from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
-from sememe.models.loading import check_length, longest_text
-from sememe.models.planner.signals import SignalReader
-from sememe.options import (
+from sememe.keys import (
     CompressorOptions,
     OnlineOptions,
     Options,
@@ -28,6 +23,11 @@ from sememe.options import (
     check_rate,
     split_layers,
 )
+from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
+from sememe.models.adapted import AdaptedModel
+from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
+from sememe.models.loading import check_length, longest_text
+from sememe.models.planner.signals import SignalReader
 from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule, calibrating
 from sememe.training.meters import ConceptMeter, concept_figures, heldout_figures

@@ -6,15 +6,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.plan import PlanShape
 from sememe.errors import CheckpointError, RecipeError
-from sememe.options import (
+from sememe.keys import (
     CompressorOptions,
     Concepts,
     OnlineOptions,
     Plan,
     check_rate,
-    checked,
     split_layers,
 )
+from sememe.options import checked
 
 # Options of earlier releases, and the value at which a saved model is what it was.
 REMOVED = {
