@@ -56,7 +56,7 @@ class Confusion:
         self.count_V += ids_n.cpu().bincount(minlength=len(self.count_V))
 
     def matrix(self) -> Tensor:
-        """(V, V) symmetric, sparse by rows: the sum over all positions."""
+        """(V, V) symmetric and sparse, row by row: the sum over all positions."""
         pair_2m = torch.cat(self.pairs, 1)
         weight_m = torch.cat(self.weights)
         different_m = pair_2m[0] != pair_2m[1]
@@ -64,17 +64,17 @@ class Confusion:
         both_2m = torch.cat([pair_2m, pair_2m.flip(0)], 1)
         weight_m = weight_m[different_m].repeat(2)
         size = (len(self.count_V), len(self.count_V))
-        return torch.sparse_coo_tensor(both_2m, weight_m, size).coalesce().to_sparse_csr()
+        matrix_VV = torch.sparse_coo_tensor(both_2m, weight_m, size, check_invariants=False)
+        return matrix_VV.coalesce()
 
 
 def sort_words(confused_VV: Tensor, count_V: Tensor, bins: int) -> np.ndarray:
     """(V,) a bin for each word: the commonest first, each where its rivals weigh least, and a
     second time when all rivals have theirs. Words without rivals fill the bins that are used
     least."""
-    start, other, weight = (
-        x.numpy()
-        for x in (confused_VV.crow_indices(), confused_VV.col_indices(), confused_VV.values())
-    )
+    row_m, other = confused_VV.indices().numpy()
+    weight = confused_VV.values().numpy()
+    start = np.searchsorted(row_m, np.arange(len(count_V) + 1))
     frequency_V = count_V.numpy().astype(float) + 0.01
     # Use decides only between bins without rivals.
     small = 1e-6 / max(1.0, frequency_V.sum())

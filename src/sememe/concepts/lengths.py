@@ -36,9 +36,9 @@ def covering(score: Tensor, rest: Tensor) -> Tensor:
     """(…, N) log-weights of lengths where (…,) tokens are left: all lengths that reach the end are
     one, the one that covers what is left; longer ones are -inf."""
     n_N = torch.arange(1, score.shape[-1] + 1, device=score.device)
-    at_least = score.flip(-1).logcumsumexp(-1).flip(-1)
+    from_here_on = score.flip(-1).logcumsumexp(-1).flip(-1)
     rest = rest.unsqueeze(-1)
-    return torch.where(n_N < rest, score, at_least).masked_fill(n_N > rest, -torch.inf)
+    return torch.where(n_N < rest, score, from_here_on).masked_fill(n_N > rest, -torch.inf)
 
 
 class Lengths(nn.Module):

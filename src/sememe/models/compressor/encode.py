@@ -72,8 +72,8 @@ def decide(model, text: Chunk) -> tuple[WriteDecision, Slots | None]:
         if learns:
             # Or weights cast above, without gradient, would serve this pass too (pytorch 112583).
             torch.clear_autocast_cache()
-            read = functools.partial(read_entries, model)
-            h_BSD, slots.state_BCD = model.segmenter.at_once(read, text, slots)
+            states_of = functools.partial(read_entries, model)
+            h_BSD, slots.state_BCD = model.segmenter.at_once(states_of, text, slots)
             news_BSD = model.next_embedding.news(text.embed_BTD, h_BSD)
     last_BC = torch.where(slots.rest_BC > 0, slots.cursor_BC + slots.length_BC - 1, 0)
     # The BOS, segment 0, has no slot.
@@ -114,7 +114,7 @@ def step_by_step(model, text: Chunk, learns: bool) -> tuple[Tensor, Slots]:
         x_BD, share = writer.codes.normalise(h_BD), model.dial.quantise
         return x_BD if share == 0 else x_BD.lerp(writer.quantise(x_BD, soft=False).hard_nD, share)
 
-    read = functools.partial(read_entries, model)
-    slots = segmenter.step_by_step(read, code_of, text, cache, model.dial.rate, draw)
+    states_of = functools.partial(read_entries, model)
+    slots = segmenter.step_by_step(states_of, code_of, text, cache, model.dial.rate, draw)
     model.train(was_training)
     return news_BSD, slots

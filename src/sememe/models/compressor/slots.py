@@ -64,7 +64,7 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def step_by_step(
         self,
-        read: Callable[..., Tensor],
+        states_of: Callable[..., Tensor],
         code_of: Callable[[Tensor, Tensor, Tensor], Tensor],
         text: Chunk,
         cache: DynamicCache,
@@ -74,7 +74,7 @@ class Segmenter(nn.Module):
         """Slot after slot until every row's text is covered.
 
         Args:
-            read: new entries with a cache → their states.
+            states_of: new entries with a cache → their states.
             code_of: (B,) first tokens, (B,) lengths and (B, D) states → the code of a segment.
             cache: the text, read already."""
         total_B = text.valid_BT.sum(1) - 1
@@ -89,7 +89,7 @@ class Segmenter(nn.Module):
             position_BK = torch.cat([position_BK, position_B1], 1)
             valid_BK = F.pad(valid_BK, (0, 1), value=True)
             x_B1D = self.inputs(text, pack, code_BD.unsqueeze(1))
-            h_B1D = read(x_B1D, position_BK, valid_BK, rope, cache)
+            h_B1D = states_of(x_B1D, position_BK, valid_BK, rope, cache)
             state_BD = F.normalize(h_B1D[:, 0], dim=-1)
             with torch.autocast(state_BD.device.type, enabled=False):
                 log_p_BN = self.lengths(state_BD)
@@ -110,7 +110,7 @@ class Segmenter(nn.Module):
         return Slots(*(torch.stack(x, 1) for x in zip(*steps, strict=True)))
 
     def at_once(
-        self, read: Callable[..., Tensor], text: Chunk, slots: Slots
+        self, states_of: Callable[..., Tensor], text: Chunk, slots: Slots
     ) -> tuple[Tensor, Tensor]:
         """(B, S, D) states of the text and (B, C, D) of its slots, given their codes: one forward,
         with gradient."""
@@ -121,7 +121,7 @@ class Segmenter(nn.Module):
         x_BKD = torch.cat([text.embed_BTD, self.inputs(text, pack, slots.code_BCD)], 1)
         position_BK, rope = text.packed(at(text, torch.cat([order_BS, pack.index_BC], 1)))
         valid_BK = torch.cat([text.valid_BT, slots.rest_BC > 0], 1)
-        h_BKD = read(x_BKD, position_BK, valid_BK, rope)
+        h_BKD = states_of(x_BKD, position_BK, valid_BK, rope)
         h_BSD, slot_BCD = h_BKD.split([order_BS.shape[1], pack.index_BC.shape[1]], 1)
         return h_BSD, F.normalize(slot_BCD, dim=-1)
 
