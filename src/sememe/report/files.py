@@ -32,10 +32,7 @@ class Metrics:
 
     def last(self) -> dict:
         """The last value of every key: held-out figures are not in every line."""
-        merged: dict = {}
-        for line in self.lines:
-            merged |= {key: value for key, value in line.items() if value is not None}
-        return merged
+        return {key: x for line in self.lines for key, x in line.items() if x is not None}
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,8 @@ def read_run(run: Path, control: Path | None = None) -> Run:
     metrics = read_metrics(run)
     if control is None:
         whole = run.resolve()  # so that "." has a name
-        sibling = whole.with_name(whole.name + "-control") if whole.name else whole
-        control = sibling if sibling != whole and (sibling / "metrics.jsonl").is_file() else None
+        sibling = whole.with_name(f"{whole.name}-control")
+        control = sibling if (sibling / "metrics.jsonl").is_file() else None
     return Run(
         path=run,
         metrics=metrics,

@@ -28,8 +28,6 @@ from sememe.report.samples import frequent, samples
 from sememe.storage import unwritable, write
 
 HERE = Path(__file__).parent
-MAX_DETAIL = 100_000
-"""Characters of a recipe that are shown."""
 HEADLINES = {
     "online": (
         "delta_nll_control compression_ratio delta_nll_zero delta_nll_shuffle decode_speedup "
@@ -165,9 +163,7 @@ def run_page(run: Run, beside: list[Path]) -> dict[str, Any]:
         "frequent": Table("Concepts written most often in these texts", *table(frequent(texts))),
         "tables": list(_tables(run)),
         "figures": {name: list(rows(value)) for name, value in files.items()},
-        "details": {
-            name: read_text(run.path / name)[:MAX_DETAIL] for name in ("recipe.yaml", "env.json")
-        },
+        "details": {name: read_text(run.path / name) for name in ("recipe.yaml", "env.json")},
     }
 
 

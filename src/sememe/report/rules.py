@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sememe.figures import number
-from sememe.report.log import Log, Unmeasured, logged, warmup
+from sememe.report.log import Log, Unmeasured, warmup
 
 WORTH = 0.1
 """Nats per token that z* must be worth before we ask whether the planner comes near it."""
@@ -29,12 +29,11 @@ def when(is_sick: Callable[..., bool], *names: str) -> Callable[[Log], Evidence 
 
 
 def not_finite(log: Log) -> Evidence | None:
-    measured = {
-        f"lines where {key} is not finite": sum(line.get(key) is not None for line in log.lines)
-        - len(logged(log.lines, key))
+    broken = {
+        f"lines where {key} is not finite": count
         for key in ("loss", "grad_norm", "heldout_nll")
+        if (count := sum(x.get(key) is not None and number(x[key]) is None for x in log.lines))
     }
-    broken = {name: count for name, count in measured.items() if count}
     return broken if broken or log.lines[-1].get("stopped") else None
 
 
