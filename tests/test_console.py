@@ -13,7 +13,7 @@ import torch
 from conftest import byte_tokenizer
 from sememe import cli, terminal
 from sememe.errors import SememeError
-from sememe.generate import Sampling, _plan_and_write
+from sememe.generate import Request, _plan_and_write
 from test_layers import FILES, SOURCE
 
 ODD = "a:b:c :key: [bold]b[/bold] [/x] \x1b[31m\t|\a\x0b end"
@@ -126,7 +126,9 @@ def planner(text: str) -> SimpleNamespace:
 
 
 def test_text_of_a_planner_is_printed_as_it_is(capsys):
-    result = _plan_and_write(planner(ODD), byte_tokenizer(), "why?", Sampling(8), True, ())
+    result = _plan_and_write(
+        "p", planner(ODD), byte_tokenizer(), Request("why?", 8, show_concepts=True)
+    )
     assert capsys.readouterr().out == f"type 0 ⟨3⟩\n{ODD}\n" and result["text"] == ODD
 
 

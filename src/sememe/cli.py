@@ -124,14 +124,14 @@ def pull(
         for reference, folder in shipped().items()
     }
     if name is None:
-        columns = ("name", "layers", "licence", "description")
+        keys = ("name", "layers", "licence", "description")
         rows = [(key, str(b.layers), b.licence, b.description) for key, b in bases.KNOWN.items()]
         for reference, config in configs.items():
             about = f"{config['base']} with concepts, R = {1 / config['rate']:g}"
             layers = str(config["text_config"]["num_hidden_layers"])
             rows.append((reference, layers, "Apache-2.0", about))
-        yield [dict(zip(columns, row, strict=True)) for row in rows]
-        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", columns)
+        yield [dict(zip(keys, row, strict=True)) for row in rows]
+        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", keys)
         return
     name = configs[name]["base"] if name in configs else name
     folder = bases.pull(name, say=say)
@@ -260,10 +260,10 @@ def generate(
 
     A planner's text with another concept: `sememe generate runs/planner --prompt "The old
     detective" --edit 0:0=5`"""
-    from sememe.generate import Sampling, generate_text
+    from sememe.generate import Request, generate_text
 
-    sampling = Sampling(max_new_tokens, temperature, seed)
-    yield generate_text(model, prompt, sampling, show_concepts, edit or (), rate)
+    request = Request(prompt, max_new_tokens, temperature, seed, show_concepts, edit or (), rate)
+    yield generate_text(model, request)
 
 
 @command
@@ -320,10 +320,7 @@ def reconstruct(
 ):
     """How much of a text comes back from its concept ids alone, and for how many bits.
 
-    Example: `sememe reconstruct runs/compressor --data data/heldout.txt --rate 0.25,0.33,0.5`
-
-    Beside an online model: `sememe reconstruct runs/compressor --data data/heldout.txt --online
-    runs/r2`"""
+    Example: `sememe reconstruct runs/compressor --data data/heldout.txt --rate 0.25,0.33,0.5`"""
     from sememe import measure
 
     options = measure.Options(
@@ -361,9 +358,7 @@ def benchmark(
 
 
 @command
-def report(
-    runs: arguments.Runs,
-):
+def report(runs: arguments.Runs):
     """Draw a run as one self-contained HTML page: curves, what is wrong with it, coloured samples,
     all figures; or a sweep: quality against compute.
 
@@ -393,10 +388,7 @@ def doctor(run: arguments.Run):
 
 
 @command
-def export(
-    model: arguments.Model,
-    out: arguments.OutModel,
-):
+def export(model: arguments.Model, out: arguments.OutModel):
     """Write a merged, self-contained model: LoRA folded into the weights, no base needed.
 
     Example: `sememe export runs/demo --out exported`"""

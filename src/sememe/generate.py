@@ -20,16 +20,22 @@ from sememe.terminal import ConceptStreamer, show_plan, write
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen."""
+class Request:
+    """What to write, and how tokens are chosen."""
 
+    prompt: str
     max_new_tokens: int = 64
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
+    show_concepts: bool = False
+    edits: Sequence[str] = ()
+    """Of a plan: `TYPE:SLOT=ID`."""
+    rates: Sequence[float] = ()
+    """One concept rate, or a planner's concepts of each type at most; empty: as trained."""
 
     @property
-    def options(self) -> dict[str, Any]:
+    def sampling(self) -> dict[str, Any]:
         """For `generate`, and for a planner's `plan` and `write`."""
         # Logits over a temperature that is smaller still overflow.
         if self.temperature < 1e-6:
@@ -37,80 +43,64 @@ class Sampling:
         return {"do_sample": True, "temperature": self.temperature}
 
 
-def generate_text(
-    name: str,
-    prompt: str,
-    sampling: Sampling,
-    show_concepts: bool = False,
-    edits: Sequence[str] = (),
-    rates: Sequence[float] = (),
-) -> dict[str, Any]:
-    """Prints a continuation of `prompt` as it is written, or the text that a planner writes.
+def generate_text(name: str, request: Request) -> dict[str, Any]:
+    """Prints a continuation of the prompt as it is written, or the text that a planner writes.
 
     Returns prompt, text and new_tokens; of an online model also concept_ids, of every token that
-    it read, and concept_rate; of a planner its plan, and with `edits` the text of the edited plan.
+    it read, and concept_rate; of a planner its plan, and with edits the text of the edited plan.
 
     Raises:
         DataError: an empty prompt, one that is not UTF-8, or one longer than the model's context.
         CheckpointError: the model has no concepts to show, no plan to edit, or writes no text.
         SememeError: an edit that cannot be made."""
-    if not check_text(prompt, "the prompt").strip():
+    if not check_text(request.prompt, "the prompt").strip():
         raise DataError(
             'the prompt is empty: need some text to go on from. try: --prompt "Once upon a time"'
         )
     model, tokenizer = load_model(name)
-    system = system_of(model.config).name
-    if system == "compressor":
-        raise CheckpointError(
-            f"{name} is a compressor, which writes a text again and none of its own: need a "
-            "language model. try: sememe compress and sememe decompress"
-        )
-    if system == "planner":
-        if rates:
-            model.limit(plan_budget(rates))
-        return _plan_and_write(model, tokenizer, prompt, sampling, show_concepts, edits)
-    if rates:
-        check_rate(model.config, rates[0], name)
-        model.dial.rate = rates[0]
-    if edits:
+    write_text = WRITERS.get(system_of(model.config).name, _continue)
+    return write_text(name, model, tokenizer, request)
+
+
+def _refuse(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
+    raise CheckpointError(
+        f"{name} is a compressor, which writes a text again and none of its own: need a language "
+        "model. try: sememe compress and sememe decompress"
+    )
+
+
+def _continue(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
+    """Streams a continuation; with concepts each segment in its colour."""
+    if request.rates:
+        check_rate(model.config, request.rates[0], name)
+        model.dial.rate = request.rates[0]
+    if request.edits:
         raise CheckpointError(
             f"{name} makes no plans: need a run of system: planner. try: without --edit"
         )
-    if show_concepts and system != "online":
+    cache = model.new_cache(1) if hasattr(model, "new_cache") else None
+    if request.show_concepts and cache is None:
         raise CheckpointError(
             f"{name} has no concepts to show: need a run of system: online. try: without "
             "--show-concepts"
         )
-    return _continue(model, tokenizer, prompt, sampling, show_concepts)
-
-
-def _continue(
-    model, tokenizer, prompt: str, sampling: Sampling, show_concepts: bool
-) -> dict[str, Any]:
-    """Streams a continuation; with concepts each segment in its colour."""
+    prompt = request.prompt
     ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    _check_length(model, ids_1T.shape[1] + sampling.max_new_tokens, 0)
-    cache = model.new_cache(1) if system_of(model.config).name == "online" else None
-    if show_concepts:
-        config = model.config
-        name = partial(
-            concept_name,
-            num_concepts=config.num_concepts,
-            codes_per_concept=config.codes_per_concept,
-        )
-        streamer = ConceptStreamer(tokenizer, prompt, cache, name)
-    else:
-        streamer = ConceptStreamer(tokenizer, prompt)
+    _check_length(model, ids_1T.shape[1] + request.max_new_tokens, 0)
+    streamer = ConceptStreamer(tokenizer, prompt)
+    if request.show_concepts:
+        codes = {key: getattr(model.config, key) for key in ("num_concepts", "codes_per_concept")}
+        streamer = ConceptStreamer(tokenizer, prompt, cache, partial(concept_name, **codes))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    torch.manual_seed(sampling.seed)
+    torch.manual_seed(request.seed)
     new_1T = model.generate(
         ids_1T,
         attention_mask=torch.ones_like(ids_1T),
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=request.max_new_tokens,
         streamer=streamer,
         pad_token_id=pad,
         **({} if cache is None else {"cache": cache}),
-        **({"do_sample": False} | sampling.options),
+        **({"do_sample": False} | request.sampling),
     )
     # Decoded after the prompt: alone, the first new token may lose its space.
     known = decode(tokenizer, ids_1T[0], skip_special_tokens=True)
@@ -122,10 +112,12 @@ def _continue(
     return result
 
 
-def _plan_and_write(
-    model, tokenizer, prompt: str, sampling: Sampling, show: bool, edits: Sequence[str]
-) -> dict[str, Any]:
-    """Plans and writes; with `edits` once more from the edited plan, with the same random draws."""
+def _plan_and_write(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
+    """Plans and writes; with edits once more from the edited plan, with the same random draws."""
+    if request.rates:
+        model.limit(plan_budget(request.rates))
+    prompt = request.prompt
+    edits = request.edits
     shape = model.config.plan_shape
     ids_1U = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if not ids_1U.shape[1]:
@@ -133,15 +125,15 @@ def _plan_and_write(
             "the prompt has no token: need text that the tokenizer knows. try: --prompt "
             '"What is a plan?"'
         )
-    longer = max(1 + ids_1U.shape[1], sampling.max_new_tokens)
+    longer = max(1 + ids_1U.shape[1], request.max_new_tokens)
     _check_length(model, longer, shape.slots + shape.types + 1)
 
     def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(sampling.seed)
+        return torch.Generator().manual_seed(request.seed)
 
     ids_1U = ids_1U.to(model.device)
     plans_1RP: Tensor = model.plan(
-        ids_1U, torch.ones_like(ids_1U), generator=generator(), **sampling.options
+        ids_1U, torch.ones_like(ids_1U), generator=generator(), **request.sampling
     )[0]
     plans = [shape.unpack(plans_1RP[:, 0].cpu())[0]]
     if edits:
@@ -150,17 +142,21 @@ def _plan_and_write(
     for plan in plans:
         ids_Y = model.write(
             shape.pack([plan]),
-            sampling.max_new_tokens,
+            request.max_new_tokens,
             generator=generator(),
-            **sampling.options,
+            **request.sampling,
         )[0]
         text = decode(tokenizer, ids_Y, skip_special_tokens=True)
-        if show or edits:
+        if request.show_concepts or edits:
             show_plan(plan, plans[0])
         write(f"{text}\n")
         results.append({"plan": plan, "text": text, "new_tokens": len(ids_Y)})
     edited = {"edits": list(edits), "edited": results[1]} if edits else {}
     return {"prompt": prompt, **results[0], **edited}
+
+
+WRITERS = {"planner": _plan_and_write, "compressor": _refuse}
+"""By system; all others continue the prompt."""
 
 
 def _check_length(model, tokens: int, plan_slots: int) -> None:

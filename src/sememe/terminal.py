@@ -60,10 +60,10 @@ def write_json(to: Path | TextIO, value: Any) -> None:
         to.write(json.dumps(value, indent=1) + "\n")
 
 
-def table(rows: Iterable, title: str, columns: Iterable[str], lines: bool = False) -> None:
+def table(rows: Iterable, title: str, header: Iterable[str], lines: bool = False) -> None:
     """Prints a table of texts. `lines`: one between rows, whose cells have several themselves."""
     grid = Table(title=title, title_justify="left", show_lines=lines)
-    for index, name in enumerate(columns):
+    for index, name in enumerate(header):
         right = index > 0 and not lines
         grid.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
@@ -84,14 +84,14 @@ def show_figures(result: dict[str, Any], title: str = "") -> None:
         elif isinstance(value, dict):
             beside.setdefault(tuple(value), {})[name] = value
     for keys, objects in beside.items():
-        rows = [(key, *(_cell(key, one[key]) for one in objects.values())) for key in keys]
+        rows = [(key, *(_cell(key, value[key]) for value in objects.values())) for key in keys]
         table(rows, "", ("measure", *objects))
     for name, value in result.items():
         if figures.objects(value) and name not in TEXTS:
-            columns, rows = figures.table(value)
-            if len(columns) > MAX_COLUMNS:  # on its side: a column for each object
-                columns, *rows = zip(columns, *rows, strict=True)
-            table(rows, name, columns)
+            header, rows = figures.table(value)
+            if len(header) > MAX_COLUMNS:  # on its side: a column for each object
+                header, *rows = zip(header, *rows, strict=True)
+            table(rows, name, header)
 
 
 def _is_nested(value: Any) -> bool:
