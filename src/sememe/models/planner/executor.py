@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from sememe.backbone.adapters import adapter
 from sememe.backbone.split import Spine
 from sememe.concepts.plan import NULL
-from sememe.models.planner.beam import draw
+from sememe.models.planner.beam import PlanSearch, draw
 from sememe.models.planner.slots import Slots, plan_slots
 
 if TYPE_CHECKING:
@@ -55,15 +55,10 @@ def target_states(
 
 @torch.no_grad()
 def write(
-    model: PlannerForCausalLM,
-    plan_BP: Tensor,
-    max_new_tokens: int = 128,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
+    model: PlannerForCausalLM, plan_BP: Tensor, max_new_tokens: int, search: PlanSearch
 ) -> list[list[int]]:
     """The token ids that each row's plan is written out as, up to its end of text, which is left
-    out."""
+    out; greedy, or sampled as `search` samples plans."""
     spine, cache = Spine(model.backbone), DynamicCache()
     stops = torch.tensor(model.stops, device=model.device)
     x_BnD, query = prefix(model, plan_BP.to(model.device))
@@ -73,7 +68,9 @@ def write(
     with adapter(model.backbone, EXECUTOR):
         while len(tokens) < max_new_tokens and bool(unfinished_B.any()):
             logits_BV = spine.logits(model.run(x_BnD, query, key, cache)[:, -1])
-            token_B = draw(logits_BV, temperature, generator) if do_sample else logits_BV.argmax(-1)
+            token_B = logits_BV.argmax(-1)
+            if search.do_sample:
+                token_B = draw(logits_BV, search.temperature, search.generator)
             unfinished_B = unfinished_B & ~torch.isin(token_B, stops)
             tokens.append(torch.where(unfinished_B, token_B, NULL))
             x_BnD = spine.embed(token_B[:, None])

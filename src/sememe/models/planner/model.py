@@ -348,7 +348,7 @@ class PlannerForCausalLM(AdaptedModel):
     def write(self, plan_BP: Tensor, max_new_tokens: int = 128, **sampling) -> list[list[int]]:
         """The token ids that each row's plan is written out as, up to its end of text, which is
         left out. `sampling`: do_sample, temperature and generator; greedy without."""
-        return write(self, plan_BP, max_new_tokens, **sampling)
+        return write(self, plan_BP, max_new_tokens, PlanSearch(**sampling))
 
     @property
     def stops(self) -> list[int]:
@@ -375,13 +375,7 @@ class PlannerForCausalLM(AdaptedModel):
         if plan_ids is None:
             plan_ids = options(self, self.encode_source(input_ids, attention_mask))[0][:, 0]
         length = max_new_tokens or self.generation_config.max_new_tokens or 128
-        texts = self.write(
-            plan_ids,
-            length,
-            do_sample=options.do_sample,
-            temperature=options.temperature,
-            generator=options.generator,
-        )
+        texts = write(self, plan_ids, length, options)
         fill = (self.stops or [0])[0]
         width = min(length, max(map(len, texts), default=0) + bool(self.stops))
         rows = [row + [fill] * (width - len(row)) for row in texts]
