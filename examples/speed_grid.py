@@ -28,6 +28,7 @@ from sememe.evaluation.subject import Options, Subject
 from sememe.keys import split_layers
 from sememe.models.configuration import OnlineConfig
 from sememe.models.loading import (
+    base_of,
     load_base,
     load_model,
     load_tokenizer,
@@ -76,7 +77,7 @@ class Grid:
         folder = model_folder(options.model)
         named = getattr(read_config(folder), "base", None) if folder is not None else None
         self.trained = named is not None and not options.splits
-        source = resolve(options.base or named or options.model)
+        source = base_of(named) if named else resolve(options.model)
         self.tokenizer = load_tokenizer(source)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.base = load_base(source, dtype=self.dtype).to(device).eval()
@@ -84,8 +85,7 @@ class Grid:
     def model(self, split: str | None, rate: float) -> OnlineForCausalLM:
         if not self.trained:
             return untrained(self.base, split, rate)
-        options = self.options
-        return load_model(options.model, dtype=self.dtype, base=options.base, rate=rate)[0]
+        return load_model(self.options.model, dtype=self.dtype, rate=rate)[0]
 
     def prompts(self, length: int, batch: int) -> torch.Tensor:
         subject = Subject("", self.base, self.tokenizer, {}, Options())
@@ -162,7 +162,6 @@ parser.add_argument("--new-tokens", type=int, default=64)
 parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts")
 parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 parser.add_argument("--data", help="text for the prompts; default: random tokens")
-parser.add_argument("--base", help="take the base from here instead")
 parser.add_argument("--gguf", type=Path, help="time llama.cpp on this file too")
 parser.add_argument("--out", type=Path, default=Path("speed-grid.json"))
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def saved(base_folder, tmp_path_factory):
     [
         ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "leave it out|try: "),
         ({"ratee": 0.25}, "rate=…"),
-        ({"base_form": "elsewhere"}, "base_from=…"),
+        ({"bse": "elsewhere"}, "base=…"),
         ({"tp_plan": "auto"}, "try: "),
         ({"variant": "fp16"}, "try: "),
         ({"revision": "nonexistent"}, "try: "),

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from conftest import ctrl_c, metrics, run, sememe
 from sememe import cli, storage
 from sememe.errors import Interrupted, RecipeError, SememeError
-from sememe.evaluation.inputs import located
+from sememe.evaluation.inputs import run_recipe
 from sememe.options import check_recipe
 from sememe.paths import existing, shown, usable
 from sememe.training.checkpoints import last_checkpoint
@@ -193,10 +193,10 @@ def test_a_moved_run_goes_on_and_finds_its_texts(project, tmp_path, monkeypatch)
     folder, values = project
     monkeypatch.chdir(tmp_path)
     (tmp_path / "heldout.txt").write_text("of another project")
-    there = located(folder / "run", values["data"])
+    there = run_recipe(folder / "run")["data"]
     assert there["heldout"] == str(folder / "heldout.txt")
     folder.rename(tmp_path / "new")
-    there = located(tmp_path / "new" / "run", values["data"])
+    there = run_recipe(tmp_path / "new" / "run")["data"]
     assert there["train"] == str(tmp_path / "new" / "train.txt")
     said = []
     lines = run(moved_values(values, "new"), tmp_path / "new" / "run", said.append)

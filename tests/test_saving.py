@@ -88,12 +88,13 @@ def test_baselines_round_trip(base_folder, tmp_path, settings):
     assert torch.equal(model(IDS).logits, base(IDS).logits) == (not settings), "LoRA starts at zero"
 
 
-def test_wrong_base_is_refused(base_folder, folder, tmp_path):
+def test_wrong_base_is_refused(base_folder, folder, tmp_path, monkeypatch):
     other = tmp_path / "other"
     saved(tiny_base(seed=9, vocab_size=259), base_folder, other)
     said = rf"trained on base .{re.escape(str(base_folder))}.*need the same weights"
+    monkeypatch.setenv("SEMEME_BASE", str(other))
     with pytest.raises(CheckpointError, match=said):
-        load_model(folder, base=str(other))
+        load_model(folder)
 
 
 def flip_a_bit(folder):

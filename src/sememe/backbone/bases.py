@@ -102,6 +102,11 @@ def resolve(base: str, say: Say = _to_stderr) -> Path:
     return path
 
 
+def base_of(name: str) -> Path:
+    """The folder of the base that a saved model names: that of $SEMEME_BASE, where it is set."""
+    return resolve(os.environ.get("SEMEME_BASE") or name)
+
+
 def _from_hub(repo: str, say: Say) -> Path:
     import huggingface_hub as hub
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sememe.backbone.adapters import add_lora, merge_lora
-from sememe.backbone.bases import fingerprint, load_base, resolve
+from sememe.backbone.bases import base_of, fingerprint, load_base
 from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
 from sememe.backbone.split import self_check
 from sememe.concepts.masks import FLEX
@@ -189,7 +189,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             BaseError: the base cannot be had, or its layers cannot be called one by one.
             CheckpointError: `config` names the hash of another base."""
         cls.check_kernel(attention)
-        folder = folder or resolve(config.base)
+        folder = folder or base_of(config.base)
         sha256 = fingerprint(folder)
         if config.base_sha256 not in (None, sha256):
             raise CheckpointError(
@@ -265,18 +265,16 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """Loads a saved folder: the adapters over their base, which is resolved by name and checked
-        by hash.
+        """Loads a saved folder: the adapters over their base, which is found by its name, or at
+        $SEMEME_BASE, and checked by its hash.
 
         Args:
-            base_from: another place to take the same base from (keyword).
             dtype, attn_implementation, device_map: as in transformers; device_map takes one device.
                 Keys of the configuration override it, as in transformers.
 
         Raises:
             ValueError: an option that would be ignored."""
         folder = Path(pretrained_model_name_or_path)
-        base = kwargs.pop("base_from", None)
         if config is None:
             config = cls.config_class.from_pretrained(folder)
             for key in (set(config.to_dict()) & set(kwargs)) - {"dtype"}:
@@ -286,7 +284,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             return super().from_pretrained(
                 folder, *args, config=config, key_mapping=OLD_NAMES, **kwargs
             )
-        known = {*LOADING, *config.to_dict(), "base_from"}
+        known = {*LOADING, *config.to_dict()}
         refuse_unknown(_requested(kwargs), known, f"{cls.__name__}.from_pretrained")
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         # A dtype or its name; "auto" and None are no attributes of torch.
@@ -299,7 +297,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 f"device_map = {device_map}: need one device for all of the model. try: "
                 "device_map='cpu'"
             )
-        model = cls.from_base(config, dtype, attention, folder=resolve(base) if base else None)
+        model = cls.from_base(config, dtype, attention)
         model.load_own_state(folder)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         for name, p in model.named_parameters():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sememe.backbone.bases import load_base, load_tokenizer, resolve
+from sememe.backbone.bases import base_of, load_base, load_tokenizer, resolve
 from sememe.errors import CheckpointError, DataError, RecipeError, reason
 from sememe.models.adapted import default_device
 from sememe.models.configuration import AdaptedConfig, CompressorConfig, ConceptConfig
@@ -59,19 +59,17 @@ def load_model(
     merge: bool = True,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
-    base: str | None = None,
     rate: float | None = None,
 ) -> tuple[PreTrainedModel, object]:
     """(model in eval mode, tokenizer). `merge` folds LoRA into the weights: the same function with
     fewer matmuls. `rate` is the dial: concepts per token to run at, instead of the rate that was
-    trained for. `base` is another place to take the same base from; default: $SEMEME_BASE.
+    trained for.
 
     Raises:
         CheckpointError: not a model, corrupt, over another base, or without concepts where `rate`
             is given.
         RecipeError: a rate that this model cannot hold.
         BaseError: `model` is neither a folder nor a base that can be had."""
-    base = base or os.environ.get("SEMEME_BASE")
     folder = model_folder(model) or resolve(str(model))
     config = read_config(folder)
     if rate is not None:
@@ -80,21 +78,21 @@ def load_model(
         loaded = load_base(folder, dtype=dtype, attn_implementation=attention)
         return loaded.to(default_device()).eval(), load_tokenizer(folder)
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, **({"base_from": base} if base else {})
+        folder, dtype=dtype, attn_implementation=attention
     )
     if merge and loaded.foldable and config.base is not None:
         loaded.merged()
     if rate is not None:
         loaded.dial.rate = rate
-    tokenizer = load_tokenizer(tokenizer_folder(folder, config, base))
+    tokenizer = load_tokenizer(tokenizer_folder(folder, config))
     return loaded.to(default_device()).eval(), tokenizer
 
 
-def tokenizer_folder(folder: Path, config, base: str | None = None) -> Path:
+def tokenizer_folder(folder: Path, config) -> Path:
     """Where a saved model's tokenizer is: beside it, or for one that was saved without at its
     base."""
     beside = (folder / "tokenizer.json").is_file() or not config.base
-    return folder if beside else resolve(base or config.base)
+    return folder if beside else base_of(config.base)
 
 
 def longest_text(config, bos: bool | None = None) -> int:
@@ -138,12 +136,12 @@ def check_rate(config, rate: float, model: str | Path) -> None:
         )
 
 
-def export_model(model: str | Path, to: Path, base: str | None = None) -> tuple[Path, int]:
+def export_model(model: str | Path, to: Path) -> tuple[Path, int]:
     """Writes the merged model and its tokenizer to a new folder; returns it and its bytes."""
     to = usable(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"{to} is not empty: need a new or empty folder. try: --out {to}-2")
-    loaded, tokenizer = load_model(model, base=base)
+    loaded, tokenizer = load_model(model)
     if not isinstance(loaded.config, AdaptedConfig):
         raise CheckpointError(
             f"{model} is a plain base: need a trained model to merge. try: runs/demo"
