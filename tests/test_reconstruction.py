@@ -1,5 +1,5 @@
-"""Reconstruct: scores against hand-made pairs, every id counted, shuffling destroys, the same tokens
-after each context, an online model at the same rate, errors are one sentence."""
+"""Reconstruct: scores against hand-made pairs, every id counted, shuffling destroys, the same
+tokens after each context, an online model at the same rate, errors are one sentence."""
 
 import json
 import math

@@ -1,5 +1,5 @@
-"""Answers: of questions on a compressed context, as in SQuAD, and in the final sentence of a target,
-as in ProsQA or GSM8K."""
+"""Answers: of questions on a compressed context, as in SQuAD, and in the final sentence of a
+target, as in ProsQA or GSM8K."""
 
 import re
 import string

@@ -1,5 +1,5 @@
-"""What a compressed context is worth: perplexity of the tokens after it, beside the whole context, as
-many tokens of it as there are ids, and none; and online vs offline."""
+"""What a compressed context is worth: perplexity of the tokens after it, beside the whole context,
+as many tokens of it as there are ids, and none; and online vs offline."""
 
 import math
 from collections.abc import Sequence

@@ -25,25 +25,29 @@ def refused(message: str) -> Callable[..., NoReturn]:
     return refuse
 
 
+no_ablation = refused(
+    "has no concepts to ablate: need a run of system: online, compressor or planner. try: runs/demo"
+)
+no_benchmark = refused(
+    "has no concepts to decode with: need a run of system: online or compressor. try: runs/demo"
+)
+no_reconstruction = refused(
+    "cannot write a text again from codes: need a finished run of system: compressor. try: sememe "
+    "evaluate, which takes any model"
+)
+
+
 @dataclass(frozen=True)
 class Measures:
     """The measurements of one system."""
 
     evaluate: Callable[..., Figures] = evaluate
     """(subject, held-out set, control or None) → figures."""
-    ablate: Callable[..., Figures] = refused(
-        "has no concepts to ablate: need a run of system: online, compressor or planner. try: "
-        "runs/demo"
-    )
+    ablate: Callable[..., Figures] = no_ablation
     """(subject, data) → what its concepts are worth."""
-    benchmark: Callable[..., Figures] = refused(
-        "has no concepts to decode with: need a run of system: online or compressor. try: runs/demo"
-    )
+    benchmark: Callable[..., Figures] = no_benchmark
     """(subject, tokens of a prompt or None, data or None) → speed beside the base."""
-    reconstruct: Callable[..., Figures] = refused(
-        "cannot write a text again from codes: need a finished run of system: compressor. try: "
-        "sememe evaluate, which takes any model"
-    )
+    reconstruct: Callable[..., Figures] = no_reconstruction
     """(subject, data) → how much of a text comes back from its concept ids."""
     is_control: bool = True
     """Whether it reads source and target as one text, as the control of a planner does."""

@@ -1,5 +1,5 @@
-"""Text → concept ids → text, free-running: how much comes back, for how many bits, and what lossless
-coders need for the same text (RUN/reconstruct.json)."""
+"""Text → concept ids → text, free-running: how much comes back, for how many bits, and what
+lossless coders need for the same text (RUN/reconstruct.json)."""
 
 import itertools
 import lzma

@@ -54,11 +54,19 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def cache_bytes(cache) -> int:
-    """Bytes of all keys and values, summed from the tensors."""
+    """Bytes of all keys and values, summed from the tensors. Raises CheckpointError for an empty
+    cache."""
     if hasattr(cache, "bytes"):
-        return cache.bytes()
-    layers = [layer for layer in cache.layers if layer.keys is not None]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        size = cache.bytes()
+    else:
+        layers = [layer for layer in cache.layers if layer.keys is not None]
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    if not size:
+        raise CheckpointError(
+            "the cache is empty after generating: need one that holds what was read. try: the "
+            "newest release of transformers that pyproject.toml allows"
+        )
+    return size
 
 
 def peaks(pair: dict[str, nn.Module], job: Callable[[Any], Any]) -> dict[str, int | None]:
@@ -163,32 +171,25 @@ def benchmark_online(
     whole = parts.part("generate", lambda: alternate(whole_jobs, repeats, ids_BT.device))
     for name in pair.keys() - caches.keys():  # timed before a stop
         decode(name)
-    sizes = {name: cache_bytes(cache) for name, cache in caches.items()}
-    tokens = int(caches["concept"].tokens.sum())
-    if not all(sizes.values()) or not tokens:
-        raise CheckpointError(
-            f"the cache is empty after {length + new_tokens} tokens: need one that holds what was "
-            "read. try: the newest release of transformers that pyproject.toml allows"
-        )
     memory = peaks(pair, lambda side: prefill(side, ids_BT))
-    rate = int(caches["concept"].concepts.sum()) / tokens
+    rate = int(caches["concept"].concepts.sum()) / max(1, int(caches["concept"].tokens.sum()))
     sides = {
         name: throughput(fill[name], whole[name], batch, length, new_tokens)
         | {
-            "cache_bytes": sizes[name],
+            "cache_bytes": cache_bytes(caches[name]),
             "weight_bytes": weight_bytes(side),
             "prefill_peak_bytes": memory[name],
         }
         for name, side in pair.items()
     }
-
-    def speedup(phase: str) -> float:
-        return ratio({name: side[f"{phase}_tokens_per_s"] for name, side in sides.items()})
-
+    ratios = {
+        key: ratio({name: side[key] for name, side in sides.items()})
+        for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes")
+    }
     return sides | {
-        "prefill_speedup": speedup("prefill"),
-        "decode_speedup": speedup("decode"),
-        "cache_reduction": sizes["base"] / sizes["concept"],
+        "prefill_speedup": ratios["prefill_tokens_per_s"],
+        "decode_speedup": ratios["decode_tokens_per_s"],
+        "cache_reduction": 1 / ratios["cache_bytes"],
         "prefill_memory_ratio": ratio(memory),
         "ceiling_decode_speedup": ceiling_decode(base, model.config, rate),
         "realised_rate": rate,
@@ -268,34 +269,23 @@ def benchmark_compressor(
     def forward(logits: int) -> None:
         base(input_ids=ids_BT, use_cache=False, logits_to_keep=logits)
 
-    reading_jobs = {
+    reading = {
         "compress": partial(model.compress, ids_BT),
         "forward": partial(forward, 0),
         "states": partial(forward, 1),
     }
-    writing_jobs = {
+    writing = {
         "decompress": partial(model.decompress, concepts),
         "greedy": partial(greedy, base, model.bos, rows, steps),
     }
     parts = parts or Parts()
-    seconds = parts.part("read", lambda: alternate(reading_jobs, repeats, ids_BT.device))
-    seconds |= parts.part("write", lambda: alternate(writing_jobs, repeats, ids_BT.device))
-    timed = {job: summary(rounds) | {"rounds": rounds} for job, rounds in seconds.items()}
-
-    def side(model: nn.Module, reading: str, writing: str, tokens: int) -> Figures:
-        return {
-            "read_tokens_per_s": ids_BT.numel() / timed[reading]["median"],
-            "write_tokens_per_s": tokens / timed[writing]["median"],
-            "tokens_written": tokens,
-            "weight_bytes": weight_bytes(model),
-            "read_seconds": timed[reading],
-            "write_seconds": timed[writing],
-        }
-
+    seconds = parts.part("read", lambda: alternate(reading, repeats, ids_BT.device))
+    seconds |= parts.part("write", lambda: alternate(writing, repeats, ids_BT.device))
     forwards, forwards_range = ratio_of(seconds, "compress", "forward")
     speedup, speedup_range = ratio_of(seconds, "greedy", "decompress")
     share = written / (rows * steps)  # of the base's tokens
     cost = coding_cost(concepts, ids_BT.numel(), config.num_concepts, config.codes_per_concept)
+    tokens, states = ids_BT.numel(), {"states_seconds": _timed(seconds["states"])}
     return {
         "compress_base_forwards": forwards,
         "compress_base_forwards_range": forwards_range,
@@ -304,10 +294,27 @@ def benchmark_compressor(
         "decompress_speedup_range": [share * end for end in speedup_range],
         "beams": config.beams,
         "realised_rate": cost["concept_rate"],
-        "ids_per_token": cost["ids_per_token"],
-        "compression_ratio": cost["compression_ratio"],
-        "concept": side(model, "compress", "decompress", written),
-        "base": side(base, "forward", "greedy", rows * steps) | {"states_seconds": timed["states"]},
+        **{key: cost[key] for key in ("ids_per_token", "compression_ratio")},
+        "concept": _side(model, seconds["compress"], seconds["decompress"], tokens, written),
+        "base": _side(base, seconds["forward"], seconds["greedy"], tokens, rows * steps) | states,
+    }
+
+
+def _timed(seconds: list[float]) -> Figures:
+    return summary(seconds) | {"rounds": seconds}
+
+
+def _side(
+    model: nn.Module, read: list[float], write: list[float], tokens: int, written: int
+) -> Figures:
+    """The compressor, or the base that stands beside it."""
+    return {
+        "read_tokens_per_s": tokens / statistics.median(read),
+        "write_tokens_per_s": written / statistics.median(write),
+        "tokens_written": written,
+        "weight_bytes": weight_bytes(model),
+        "read_seconds": _timed(read),
+        "write_seconds": _timed(write),
     }
 
 
