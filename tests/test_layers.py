@@ -31,15 +31,31 @@ LAYERS = [
 ]
 LEVEL = {part: level for level, line in enumerate(LAYERS) for part in line}
 HEAVY = {"torch", "transformers", "peft", "datasets"}
-LIGHT = {"errors", "figures", "paths", "storage", "keys", "options", "report", "terminal", "arguments"}
+LIGHT = {
+    "errors",
+    "figures",
+    "paths",
+    "storage",
+    "keys",
+    "options",
+    "report",
+    "terminal",
+    "arguments",
+}
 """What starts without torch, so that `sememe --help` and `sememe report` are instant."""
 
-# The size of src/sememe in nodes of its syntax tree, which line breaks do not change. Whoever adds a
-# capability raises it in the same commit and says why.
-NODES = 175_000
-FILE_LINES = 560
-FUNCTION_LINES, LONGER_FUNCTIONS = 50, 60
-PARAMETERS, FUNCTIONS_WITH_MORE = 8, 30
+# The size of src/sememe in nodes of its syntax tree, which line breaks do not change. Whoever adds
+# a capability raises it in the same commit and says why.
+NODES = 119_000
+FILE_LINES = 425
+FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
+PARAMETERS, FUNCTIONS_WITH_MORE = 8, 1
+"""The one is `forward` of the online model, whose parameters are those of transformers."""
+
+WORDS = """told said unsaid heard marked opened settled found made got asked given kept most least
+reach allot turn price places columns ahead behind settling opening posterior meanings tiles case"""
+"""What no name consists of: a noun from the field says what a thing is."""
+NAMES_WITH_THEM = 22
 
 
 def each_file(test):
@@ -123,6 +139,22 @@ def test_functions_stay_small():
 def test_the_whole_stays_within_its_budget():
     nodes = Counter({part(path): sum(1 for _ in ast.walk(tree)) for path, tree in TREES.items()})
     assert nodes.total() <= NODES, nodes
+
+
+def test_names_are_words_of_the_field():
+    names = set()
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add((path.name, node.name))
+            elif isinstance(node, ast.arg):
+                names.add((path.name, node.arg))
+            elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add((path.name, getattr(node, "id", None) or node.attr))
+        names.add((path.name, path.stem))
+    bad = set(WORDS.split())
+    wrong = sorted(name for name in names if bad & {*name[1].lower().split("_")})
+    assert len(wrong) <= NAMES_WITH_THEM, wrong
 
 
 @each_file
