@@ -331,12 +331,7 @@ def test_a_run_logs_what_it_measures_and_norms_are_those_before_clipping(
         return real(self, model)
 
     monkeypatch.setattr(ConceptTrainer, "_clip_grad_norm", enlarge)
-    values = {
-        **recipe_values,
-        "steps": 9,
-        "bridge": True,
-        "quantise": [0, 0.5],
-    }
+    values = {**recipe_values, "steps": 9, "bridge": True, "quantise": [0, 0.5]}
     lines = run(values, tmp_path / "r")
     assert [line["step"] for line in lines] == list(range(1, 10))
     for line in lines[1:]:  # the first step has no codes yet

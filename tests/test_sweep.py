@@ -10,16 +10,8 @@ import yaml
 from conftest import ctrl_c, metrics, sememe, tiny_recipe
 from sememe import sweep as sweeps
 from sememe.errors import Interrupted, RecipeError, TrainingError
-from sememe.evaluation.quality import layer_share
-from sememe.models import OnlineConfig
 from sememe.options import check_recipe, known_keys
-from sememe.sweep import (
-    baseline,
-    parse_grid,
-    plan,
-    summarise,
-    sweep,
-)
+from sememe.sweep import baseline, parse_grid, plan, summarise, sweep
 from sememe.systems import SYSTEMS
 
 SHORT = {"steps": 4, "save_every": 2, "quantise": [0.3, 0.6]}
@@ -162,10 +154,7 @@ def test_no_key_that_the_control_reads_is_taken_from_it():
 
 
 def test_a_baseline_keeps_what_it_reads(recipe_values):
-    point = check_recipe(
-        recipe_values | {"seed": 3, "rate": 0.5, "split": [1, 1, 2]},
-        "test",
-    )
+    point = check_recipe(recipe_values | {"seed": 3, "rate": 0.5, "split": [1, 1, 2]}, "test")
     control, skip = baseline(point, "control"), baseline(point, "skip")
     for key in (
         "base",
@@ -219,10 +208,6 @@ def test_sweep_trains_measures_and_compares(done):
     )
     assert [run["control"] for run in found["runs"]] == [None, *["control"] * 5]
     assert all(run["fault"] is None for run in found["runs"])
-
-
-def test_layer_share_of_a_split():
-    assert layer_share(OnlineConfig(split=(4, 22, 4)), 0.25) == pytest.approx((8 + 22 * 0.25) / 30)
 
 
 def test_what_is_finished_is_read(done):

@@ -104,9 +104,9 @@ def _sentence(error: ValidationError) -> str:
         return f"unknown key {key!r}: need one of a recipe's keys. try: {hint}{more}"
     if fault["type"] == "missing":
         return f"key {key!r} is missing: need a value. try: {key}=…{more}"
-    got, message = fault.get("input"), fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ")
     if key:
-        value = "" if isinstance(got, dict) else f" = {got!r}"
+        value = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
         return f"{key}{value}: {message}. try: another value for {key}{more}"
     return f"{message}. try: another value{more}"
 

@@ -15,14 +15,7 @@ from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
 from sememe.evaluation.plans import joined_figures, joined_nll, pair_figures
-from sememe.keys import (
-    CompressorOptions,
-    OnlineOptions,
-    Options,
-    Recipe,
-    check_rate,
-    split_layers,
-)
+from sememe.keys import CompressorOptions, OnlineOptions, Options, Recipe, check_rate, split_layers
 from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
@@ -35,16 +28,8 @@ from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, 
 from sememe.training.trainer import Blocks
 
 OF_CONCEPTS = frozenset(
-    {
-        *OnlineOptions.model_fields,
-        *CompressorOptions.model_fields,
-        "quantise",
-        "distil",
-        "lora.shallow",
-        "concept_learning_rate",
-        "calibration_tokens",
-    }
-)
+    "quantise distil lora.shallow concept_learning_rate calibration_tokens".split()
+).union(OnlineOptions.model_fields, CompressorOptions.model_fields)
 """Keys that are about concepts alone."""
 
 
@@ -90,8 +75,9 @@ class System:
     """Whether the model reads a BOS ahead of each text, which takes one position."""
     shifts_labels = True
     """Whether position t predicts label t + 1, as usual; a planner predicts label 0 as well."""
-    ramps = False
-    """Whether it follows the schedule; a run can be made longer once its ramp has ended."""
+    writes_concepts = False
+    """Whether it has codes, which come in by the schedule: a run can be made longer once its ramp
+    has ended; and something to train beside LoRA."""
     lengthens = True
     """Whether a run can be made longer at all."""
     distils = False
@@ -100,8 +86,6 @@ class System:
     """Layers that are computed again in the backward pass would meet the other adapter."""
     reads_pairs = False
     """Whether it can be trained on pairs of a source and a target."""
-    adds_to_base = False
-    """Whether it has something to train beside LoRA."""
     baselines: tuple[str, ...] = ()
     """Systems without concepts that a sweep trains beside it."""
     unread: frozenset[str] = frozenset()
@@ -115,7 +99,7 @@ class System:
             f"distil = {recipe.distil}": recipe.distil > 0 and not self.distils,
             "gradient_checkpointing = true": recipe.gradient_checkpointing and self.two_adapters,
             "pairs of data.fields or data.source_share": recipe.on_pairs and not self.reads_pairs,
-            "lora.rank = 0, nothing to train,": recipe.lora.rank == 0 and not self.adds_to_base,
+            "lora.rank = 0, nothing to train,": recipe.lora.rank == 0 and not self.writes_concepts,
         }
         for key in (key for key, wrong in refused.items() if wrong):
             raise RecipeError(
@@ -202,8 +186,7 @@ class System:
 class Writing(System):
     """A system whose model writes concepts into running text."""
 
-    ramps = True
-    adds_to_base = True
+    writes_concepts = True
 
     def check(self, recipe: Recipe, processes: int) -> None:
         super().check(recipe, processes)
@@ -408,13 +391,8 @@ def _keys(recipe: Recipe, options: type[Options]) -> dict[str, Any]:
 
 def _adapter_keys(recipe: Recipe) -> dict[str, Any]:
     """What every configuration says of the base and the LoRA on it."""
-    lora = recipe.lora
-    return {
-        "base": recipe.base,
-        "lora_rank": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-    }
+    lora = {f"lora_{key}": getattr(recipe.lora, key) for key in ("rank", "alpha", "dropout")}
+    return {"base": recipe.base, **lora}
 
 
 def _say_explained(say: Callable[[str], None], shares: dict[str, float]) -> None:

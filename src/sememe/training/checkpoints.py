@@ -16,7 +16,7 @@ OWN = re.compile(
 )
 """Names in a checkpoint, whole or cut off while it was saved. One that holds anything else is not
 deleted."""
-KEPT = 2
+LAST = 2
 
 
 def seal(folder: Path) -> None:
@@ -44,7 +44,7 @@ def rotate(folder: Path) -> None:
     """Removes all sealed checkpoints but the last two. (The Trainer would also take
     `checkpoint-1-mine` for one of its own.)"""
     sealed = [path for path in _newest_first(folder) if (path / SEAL).is_file()]
-    for path in sealed[KEPT:]:
+    for path in sealed[LAST:]:
         _remove(path)
 
 

@@ -96,11 +96,11 @@ def _lengthen(run: Path, old: int, new: int, step: int, say) -> None:
         f"{new} steps has it; trained from the start, such a run comes out differently"
     )
     if is_finished(run):
-        kept = run / f"model-{old}"
-        os.replace(run / "model", kept)
+        earlier = run / f"model-{old}"
+        os.replace(run / "model", earlier)
         for name in FIGURES:
             if (run / name).is_file():
-                os.replace(run / name, kept / name)
+                os.replace(run / name, earlier / name)
 
 
 def _same_content(run: Path, key: str, old: str, new: str) -> bool:
@@ -129,7 +129,7 @@ def _may_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:
             f"{run} is a planner, whose plans are of the pairs that its {held.steps} steps see: "
             f"need steps = {held.steps} to resume. try: {again}"
         )
-    end = recipe.quantise[1] if system.ramps else 0.0
+    end = recipe.quantise[1] if system.writes_concepts else 0.0
     if end * (recipe.steps - 1) > step:
         max_steps = int(step / end) + 1
         raise RecipeError(
