@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from families import FAMILIES, text, tiny_base
 from sememe.concepts.lengths import Lengths, covering
-from sememe.errors import RecipeError
-from sememe.models import CompressorConfig, CompressorForCausalLM, OnlineConfig, OnlineForCausalLM
+from sememe.models import CompressorConfig, CompressorForCausalLM
 from sememe.models.compressor import encode, start
 from test_compressor import tiny_compressor, uncached
 
@@ -232,19 +231,3 @@ def test_at_rate_1_every_token_is_a_concept():
     model.train()
     out = model(ids, labels=ids)
     assert (out.concept_ids >= 0).all() and torch.isfinite(out.loss)
-
-
-def test_ablations_are_those_of_every_compressor():
-    model, ids = segmented(codes_per_concept=2), text(4, 16)
-    with torch.no_grad():
-        plain, shuffled, zero = (model(ids, ablation=kind) for kind in (None, "shuffle", "zero"))
-    assert torch.equal(plain.concept_ids >= 0, shuffled.concept_ids >= 0), "codes alone change"
-    assert not torch.equal(plain.logits, shuffled.logits)
-    assert not torch.equal(plain.logits, zero.logits)
-
-
-def test_an_online_model_cannot_have_it():
-    base = tiny_base()
-    config = OnlineConfig(text_config=base.config, split=(1, 2, 1), boundary="autoregressive")
-    with pytest.raises(RecipeError, match="need system: compressor for it"):
-        OnlineForCausalLM(config, base)
