@@ -224,33 +224,32 @@ class ConceptCache(Cache):
         seen = Lane.causal(
             *self.slices[0].plan(slot, chunk.position_BT, length, keep_before=keep_before)
         )
-        fresh = not self.tokens.any()
-        plain = not chunk.padded and (fresh if several else _equal(length))
+        plain = not chunk.padded and (not self.tokens.any() if several else _equal(length))
         key = seen.then(query) if keep_before else seen
         # The ring holds what a single query may see.
         return Lanes(query, key, plain, window if several else None)
 
-    def middle(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
-        """As `NoCache` has it. In a step of one token only the rows that write take part."""
+    def middle(self, chunk: Chunk, decision: WriteDecision) -> Lanes | None:
+        """As `NoCache` has it. In a step of one token only the rows that write take part; None
+        where none does."""
         pack, before = decision.pack, self.concepts
-        position_BC = pack.pack(chunk.position_BT)
         count = decision.written.sum(1)
-        rank = np.arange(position_BC.shape[1])
-        slot = np.where(rank < count[:, None], before[:, None] + rank, -1)
-        query, rows = Lane.causal(position_BC, pack.valid_BC), None
+        if not count.any():
+            return None
         length = before + count
-        if not count.any() or (chunk.real.shape[1] == 1 and not count.all()):
+        rank = np.arange(pack.index_BC.shape[1])
+        slot = np.where(rank < count[:, None], before[:, None] + rank, -1)
+        query = Lane.causal(pack.pack(chunk.position_BT), pack.valid_BC)
+        rows, reach = None, length
+        if chunk.real.shape[1] == 1 and not count.all():
             rows = np.flatnonzero(count)
-            rows_n = torch.from_numpy(rows).to(position_BC.device)
-            query = Lane(*(field[rows_n] for field in query))
-            if len(rows) == 0:
-                return Lanes(query, query, True, rows=rows_n)
-            slot = slot[rows]
+            rows_n = torch.from_numpy(rows).to(chunk.position_BT.device)
+            query = Lane.causal(query.position[rows_n], query.valid[rows_n])
+            slot, reach = slot[rows], length[rows]
         key = Lane.causal(*self.slices[1].plan(slot, query.position, length, rows))
         # Nobody looks at a slot that is empty in its row: all of them reach as far as the longest.
-        full = (length if rows is None else length[rows]).min() == length.max()
-        plain = bool(full) and (slot.shape[1] == 1 or not before.any())
-        return Lanes(query, key, plain, rows=self.slices[1].rows)
+        plain = reach.min() == length.max() and (slot.shape[1] == 1 or not before.any())
+        return Lanes(query, key, bool(plain), rows=self.slices[1].rows)
 
     def deep(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
         """As `NoCache` has it, over the concepts and the tails of all chunks."""

@@ -198,6 +198,8 @@ class OnlineForCausalLM(AdaptedModel):
         cache: ConceptCache | NoCache,
     ) -> Tensor:
         lanes = cache.middle(chunk, decision)
+        if lanes is None:
+            return e_BCD
         position_BC, rope = chunk.packed(decision.pack)
         return self._run(spine, 1, e_BCD, position_BC, rope, lanes, cache)
 
@@ -216,8 +218,6 @@ class OnlineForCausalLM(AdaptedModel):
         last = first + self.config.split[number]
         every, rows = x_BnD, lanes.rows
         if rows is not None:
-            if len(rows) == 0:
-                return every
             x_BnD, position_Bn = x_BnD[rows], position_Bn[rows]
             rope = {kind: tuple(x[rows] for x in pair) for kind, pair in rope.items()}
         masks = lanes.masks(self.backbone.config._attn_implementation, self.dtype)
