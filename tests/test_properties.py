@@ -35,7 +35,6 @@ def tuned(weights: dict, dials: dict, feedback: float):
     for name, value in dials.items():
         setattr(model.dial if hasattr(model.dial, name) else model.config, name, value)
     model.writer.gate.feedback = feedback
-    model.config.check()
     return model
 
 
