@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from conftest import sememe, tiny_recipe
@@ -39,6 +41,16 @@ def test_help_teaches(command):
     assert "Example:" in sememe(command, "--help")
 
 
+def test_few_parameters_and_only_those_are_advised():
+    command = typer.main.get_command(cli.app)
+    parameters = [p for c in command.commands.values() for p in c.params] + command.params
+    assert len(parameters) <= 70
+    known = {option for parameter in parameters for option in parameter.opts} | {"--help"}
+    for path in Path(cli.__file__).parent.rglob("*.py"):
+        for option in re.findall(r"try: (--[a-z-]+)", path.read_text(encoding="utf-8")):
+            assert option in known, f"{path}: {option}"
+
+
 def test_help_and_report_start_without_torch():
     # argv[0] as on the command line: the package itself imports its models for any other program.
     program = (
@@ -58,86 +70,34 @@ def test_train_writes_its_figures_and_is_not_repeated(runs):
 
 
 def test_evaluate_gives_the_contract(runs, texts):
-    printed = sememe(
-        "evaluate",
-        runs / "r",
-        "--data",
-        texts[1],
-        "--tokens",
-        512,
-        "--control",
-        runs / "r-control",
-        "--json",
-        runs / "e.json",
-    )
+    words = ("--data", texts[1], "--tokens", 512, "--json", runs / "e.json")
+    printed = sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
     result = json.loads((runs / "e.json").read_text())
-    for key in (
-        "tokens",
-        "nll",
-        "bits_per_byte",
-        "concept_rate",
-        "compression_ratio",
-        "layer_share",
-        "nll_at_concepts",
-        "nll_in_tail",
-        "longest_tail",
-        "delta_nll_control",
-        "delta_nll_zero",
-        "delta_nll_shuffle",
-        "delta_nll_random",
-        "code_perplexity",
-        "codes_used",
-        "largest_code_share",
-    ):
-        assert isinstance(result[key], (int, float)), key
-        assert key in printed
+    keys = """tokens nll bits_per_byte concept_rate compression_ratio layer_share nll_in_tail
+        nll_at_concepts longest_tail delta_nll_control delta_nll_zero delta_nll_shuffle
+        delta_nll_random code_perplexity codes_used largest_code_share"""
+    for key in keys.split():
+        assert isinstance(result[key], int | float) and key in printed, key
     assert result["tokens"] == 16 * 31
     assert result["concept_rate"] == pytest.approx(1 / result["compression_ratio"])
     assert json.loads((runs / "r" / "evaluate.json").read_text()) == result
-    control = sememe(
-        "evaluate",
-        runs / "r-control",
-        "--data",
-        texts[1],
-        "--tokens",
-        512,
-        "--json",
-        runs / "c.json",
-    )
-    assert "nll" in control
-    alone = json.loads((runs / "c.json").read_text())
+    sememe("evaluate", runs / "r-control", *words)
+    alone = json.loads((runs / "e.json").read_text())
     assert alone["concept_rate"] is None and alone["layer_share"] == 1.0
     assert result["layer_share"] == pytest.approx((2 + 2 * result["concept_rate"]) / 4)
     assert result["delta_nll_control"] == pytest.approx(result["nll"] - alone["nll"], abs=1e-5)
 
 
 def test_generate_streams_and_marks_concepts(runs):
-    printed = sememe(
-        "generate",
-        runs / "r",
-        "--prompt",
-        "the cat sat",
-        "--max-new-tokens",
-        8,
-        "--show-concepts",
-        "--json",
-        runs / "g.json",
-    )
+    words = ("--prompt", "the cat sat", "--max-new-tokens", 8, "--json", runs / "g.json")
+    printed = sememe("generate", runs / "r", *words, "--show-concepts")
     result = json.loads((runs / "g.json").read_text())
     assert "⟨sink⟩" in printed and "the cat" not in result["text"]
     assert result["new_tokens"] <= 8 and len(result["concept_ids"]) >= 11
     for concept in result["concept_ids"]:
-        assert concept < 0 or f"⟨{concept // 32}·{concept % 32}⟩" in printed.replace("\n", "")
-    plain = sememe(
-        "generate",
-        runs / "r-control",
-        "--prompt",
-        "the cat",
-        "--max-new-tokens",
-        4,
-        "--temperature",
-        0.8,
-    )
+        name = f"⟨{concept // 32}·{concept % 32}⟩"
+        assert concept < 0 or name in printed.replace("\n", "")
+    plain = sememe("generate", runs / "r-control", *words, "--temperature", 0.8)
     assert plain.startswith("the cat") and "⟨" not in plain
 
 
@@ -158,51 +118,20 @@ def test_text_and_paths_are_printed_as_they_are(runs):
 
 
 def test_benchmark_gives_the_contract(runs):
-    sememe(
-        "benchmark",
-        runs / "r",
-        "--prompt-tokens",
-        32,
-        "--new-tokens",
-        8,
-        "--repeats",
-        1,
-        "--json",
-        runs / "b.json",
-    )
+    words = ("--prompt-tokens", 32, "--new-tokens", 8, "--repeats", 1, "--json", runs / "b.json")
+    sememe("benchmark", runs / "r", *words)
     result = json.loads((runs / "b.json").read_text())
-    for side in ("concept", "base"):
-        for key in (
-            "prefill_tokens_per_s",
-            "decode_tokens_per_s",
-            "cache_bytes",
-            "train_tokens_per_s",
-        ):
-            assert result[side][key] > 0, (side, key)
+    for side in (result["concept"], result["base"]):
+        for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "train_tokens_per_s"):
+            assert side[key] > 0 and side["cache_bytes"] > 0, key
         for key in ("prefill_peak_bytes", "train_peak_bytes"):  # None where nobody can tell
-            assert (result[side][key] or math.inf) >= result[side]["weight_bytes"] > 0, (side, key)
-    for key in (
-        "prefill_speedup",
-        "decode_speedup",
-        "cache_reduction",
-        "ceiling_decode_speedup",
-        "train_step_ratio",
-    ):
+            assert (side[key] or math.inf) >= side["weight_bytes"] > 0, key
+    keys = """prefill_speedup decode_speedup cache_reduction ceiling_decode_speedup
+        train_step_ratio"""
+    for key in keys.split():
         assert result[key] > 0, key
     assert {"prefill_memory_ratio", "train_memory_ratio"} < result.keys()
     assert 0.4 < result["realised_rate"] < 0.65
-
-
-def test_report_is_written(runs):
-    assert "report: " in sememe("report", runs / "r", "--json", runs / "p.json")
-    assert "<html" in (runs / "r" / "report.html").read_text()
-
-
-def test_export_needs_no_base(runs):
-    sememe("export", runs / "r", "--out", runs / "merged")
-    assert "sat" in sememe(
-        "generate", runs / "merged", "--prompt", "the cat sat", "--max-new-tokens", 2
-    )
 
 
 def test_bits_per_byte_are_of_the_text(runs, tmp_path):

@@ -70,7 +70,7 @@ def ablate(model: str, data: str, options: Options = DEFAULTS) -> Figures:
     for share in options.shares:
         if not 0 <= share <= 1:
             raise SememeError(
-                f"share = {share:g}: need shares of the concepts from 0 to 1. try: --shares "
+                f"share = {share:g}: need shares of the concepts from 0 to 1. try: "
                 "0,0.25,0.5,0.75"
             )
     subject = Subject.load(model, options)
