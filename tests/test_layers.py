@@ -46,7 +46,7 @@ LIGHT = {
 
 # The size of src/sememe in nodes of its syntax tree, which line breaks do not change. Whoever adds
 # a capability raises it in the same commit and says why.
-NODES = 119_000
+NODES = 118_000
 FILE_LINES = 425
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 1
@@ -55,7 +55,7 @@ PARAMETERS, FUNCTIONS_WITH_MORE = 8, 1
 WORDS = """told said unsaid heard marked opened settled found made got asked given kept most least
 reach allot turn price places columns ahead behind settling opening posterior meanings tiles case"""
 """What no name consists of: a noun from the field says what a thing is."""
-NAMES_WITH_THEM = 22
+NAMES_WITH_THEM = 20
 
 
 def each_file(test):
