@@ -378,9 +378,10 @@ def doctor(run: arguments.Run):
     something is.
 
     Example: `sememe doctor runs/demo`"""
+    from sememe.paths import usable
     from sememe.report.doctor import examine
 
-    diagnosis = examine(run)
+    diagnosis = examine(usable(run))
     yield diagnosis
     show_diagnosis(diagnosis)
     if not diagnosis["healthy"]:
