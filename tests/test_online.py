@@ -285,9 +285,9 @@ def test_the_first_real_token_is_an_unquantised_concept():
         ({"head": "x"}, "head = 'x'"),
         ({"boundary": "x"}, "boundary = 'x'"),
         ({"num_concepts": 1}, "num_concepts = 1"),
-        ({"codes_per_concept": 13}, "at most 48 bits"),
+        ({"num_concepts": 65536, "codes_per_concept": 4}, "at most 48 bits"),
         ({"codes_per_concept": 0}, "codes_per_concept = 0"),
-        ({"head": "factored"}, "need one of joint, nearest"),
+        ({"head": "factored"}, "head = 'factored'"),
     ],
 )
 def test_configurations_that_cannot_run_are_refused(changes, said):

@@ -9,6 +9,7 @@ import yaml
 
 from conftest import ctrl_c, metrics, sememe, tiny_recipe
 from sememe import sweep as sweeps
+from sememe import terminal
 from sememe.errors import Interrupted, RecipeError, TrainingError
 from sememe.options import check_recipe, known_keys
 from sememe.sweep import baseline, parse_grid, plan, summarise, sweep
@@ -336,7 +337,7 @@ def test_a_mean_is_over_the_seeds_that_have_the_figure():
 
 def test_the_command_prints_a_table_and_names_its_files(done, monkeypatch):
     recipe, out, _ = done
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(terminal.out, "width", 160)  # or titles of two words are broken
     printed = sememe("sweep", recipe, "rate=0.5,0.25", "--control", "--out", out, "--tokens", 256)
     for word in ("control", "skip", "rate-0.5", "rate-0.25", "Δ control", "layers", "sweep.json"):
         assert word in printed, word
