@@ -133,6 +133,16 @@ def test_hidden_states_have_gradients():
         )
 
 
+def test_embeddings_are_as_good_as_ids():
+    model, (ids, mask) = made(), batch()
+    embeds = model.get_input_embeddings()(ids)
+    whole = model(inputs_embeds=embeds, attention_mask=mask).logits
+    assert torch.equal(whole, model(ids, attention_mask=mask).logits)
+    written = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY)
+    same = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(written, same[:, ids.shape[1] :])
+
+
 def test_logits_to_keep():
     model, ids = made(), text(2)
     whole, some = model(ids).logits, torch.tensor([3, 7, 19])
@@ -354,6 +364,12 @@ def test_arguments_of_from_pretrained(folders, kind, tmp_path):
         tmp_path / "given", state_dict=state
     )  # as a Trainer does that has gathered shards
     assert not OnlineForCausalLM.from_pretrained(tmp_path / "given").writer.codes.weight.any()
+
+
+def test_device_maps_over_several_devices_are_refused(folders):
+    several = {"backbone": "cpu", "writer": "meta"}
+    with pytest.raises(CheckpointError, match="need one device"):
+        OnlineForCausalLM.from_pretrained(folders / "adapted", device_map=several)
 
 
 def test_configurations_round_trip_and_build(folders):
