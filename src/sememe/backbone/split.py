@@ -82,29 +82,10 @@ class Spine:
     ) -> Tensor:
         """Layers first … last-1 over (B, n, D). `mask(window)` gives each kind of layer its
         mask."""
-        return self.run_layers(
-            self.decoder.layers[first:last],
-            self.kinds[first:last],
-            h,
-            position_ids,
-            rope,
-            mask,
-            cache,
-        )
-
-    def run_layers(
-        self,
-        layers,
-        kinds: list[str],
-        h: Tensor,
-        position_ids: Tensor,
-        rope: Rope,
-        mask: Callable[[int | None], Tensor | None],
-        cache=None,
-    ) -> Tensor:
-        """`layers` of these kinds over (B, n, D)."""
         masks: dict[str, Tensor | None] = {}
-        for kind, layer in zip(kinds, layers, strict=True):
+        for kind, layer in zip(
+            self.kinds[first:last], self.decoder.layers[first:last], strict=True
+        ):
             if kind not in masks:
                 masks[kind] = mask(self.window if kind == SLIDING else None)
             out = layer(

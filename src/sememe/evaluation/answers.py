@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sememe.data import jsonl_lines
 from sememe.errors import DataError
-from sememe.evaluation.quality import cross_entropy
 from sememe.evaluation.reconstruction import base_nll, written_again
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
+from sememe.models.losses import cross_entropy
 from sememe.pairs import IGNORED, PairTensors
 from sememe.paths import usable
 from sememe.progress import bar

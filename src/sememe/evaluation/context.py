@@ -13,7 +13,7 @@ from sememe.data import read_texts, token_blocks
 from sememe.errors import CheckpointError, DataError
 from sememe.evaluation.answers import answer_questions, read_questions
 from sememe.evaluation.inputs import refuse_trained
-from sememe.evaluation.quality import batched, cross_entropy, rate_error
+from sememe.evaluation.quality import batched, rate_error
 from sememe.evaluation.reconstruction import (
     base_nll,
     lossless,
@@ -23,6 +23,7 @@ from sememe.evaluation.reconstruction import (
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.models.loading import check_length, longest_text
+from sememe.models.losses import cross_entropy
 
 CONTEXTS = tuple(2**power for power in range(9, 0, -1))  # tokens that a text goes on from
 NEXT = 128  # tokens after them, at most

@@ -16,10 +16,11 @@ from torch import Tensor
 from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.answers import Answers, texts_of
-from sememe.evaluation.quality import batched, by_position, cross_entropy, perplexity
+from sememe.evaluation.quality import batched, by_position, perplexity
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.models.configuration import sink_id
+from sememe.models.losses import cross_entropy
 from sememe.models.planner.em import best_plans
 from sememe.models.planner.em import greedy_plans as planned
 from sememe.models.planner.signals import SignalProbe, SignalReader

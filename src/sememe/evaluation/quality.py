@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.concepts.codebook import count_digits
@@ -17,6 +16,7 @@ from sememe.detokenize import pieces
 from sememe.errors import DataError
 from sememe.evaluation.results import Figures, Parts
 from sememe.evaluation.subject import Subject
+from sememe.models.losses import cross_entropy
 from sememe.progress import bar
 
 BUCKET = 64  # positions per bucket of `nll_by_position`
@@ -46,12 +46,6 @@ def token_nll(
 
     nll_NT, *concepts = batched(nll, ids_NT, batch)
     return nll_NT, concepts[0] if concepts else None
-
-
-def cross_entropy(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """(B, T) nats of each token, 0 where its id is -100."""
-    nll_n = F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT.flatten(), reduction="none")
-    return nll_n.view(ids_BT.shape)
 
 
 def rate_error(realised: float | None, target: float | None) -> float | None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sememe.concepts.codebook import count_digits
 from sememe.data import TextBlocks
-from sememe.evaluation.quality import batched, code_use, cross_entropy, rate_error, token_nll
+from sememe.evaluation.quality import batched, code_use, rate_error, token_nll
 from sememe.evaluation.results import Figures
+from sememe.models.losses import cross_entropy
 from sememe.progress import bar
 
 Lists = list[list[int]]

@@ -119,6 +119,10 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
     def add_adapters(self) -> None:
         """LoRA as the configuration has it."""
+        self.add_adapter()
+
+    def add_adapter(self, name: str = "default", last: int | None = None) -> None:
+        """One adapter, in the layers up to `last` - 1; None: to the end."""
         config = self.config
         add_lora(
             self.backbone,
@@ -126,6 +130,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             config.lora_alpha,
             config.lora_dropout,
             config.lora_first,
+            last,
+            name,
         )
 
     def _init_weights(self, module) -> None:

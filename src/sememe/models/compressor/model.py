@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from sememe.backbone.adapters import add_lora
 from sememe.backbone.split import Spine
 from sememe.concepts.bins import WordBins
 from sememe.concepts.boundary import BOUNDARIES
@@ -34,6 +33,7 @@ from sememe.models.compressor.decode import Decompressor
 from sememe.models.compressor.encode import decide, embed_text
 from sememe.models.compressor.slots import Segmenter, Slots
 from sememe.models.configuration import CompressorConfig
+from sememe.models.losses import cross_entropy
 
 # Beams of all rows that are written together, each with a cache of its own.
 BEAMS_AT_ONCE = 256
@@ -76,12 +76,6 @@ class Encoded:
         return offset_BS[:, 1:].masked_fill(~self.text.valid_BT[:, 1:], 0)
 
 
-def token_nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """(B, T) nats; 0 where the label is -100."""
-    nll_n = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), reduction="none")
-    return nll_n.view(labels_BT.shape)
-
-
 class CompressorForCausalLM(AdaptedModel):
     """The base with two adapters, and gate, head and codes between them."""
 
@@ -117,15 +111,7 @@ class CompressorForCausalLM(AdaptedModel):
         if self.reads_states:
             adapters.insert(0, (encode.ADAPTER, config.depth))
         for name, last in adapters:
-            add_lora(
-                self.backbone,
-                config.lora_rank,
-                config.lora_alpha,
-                config.lora_dropout,
-                config.lora_first,
-                last,
-                name,
-            )
+            self.add_adapter(name, last)
 
     # ---- the compressor ----
 
@@ -198,7 +184,7 @@ class CompressorForCausalLM(AdaptedModel):
     ) -> tuple[Tensor, Tensor]:
         """Nats per token of the text, and what lengths add to them in training."""
         share = self.config.continuation_share
-        nll_BT = token_nll(logits_BTV, labels_BT)
+        nll_BT = cross_entropy(logits_BTV, labels_BT)
         loss = (1 - share) * nll_BT.sum() / (labels_BT != -100).sum().clamp(min=1)
         if share > 0:
             half = ids_BT.shape[1] // 2
@@ -206,7 +192,7 @@ class CompressorForCausalLM(AdaptedModel):
             logits_BhV = self.continuation_logits(first, ids_BT[:, half:])
             labels_Bh = labels_BT[:, half:]
             count = (labels_Bh != -100).sum().clamp(min=1)
-            loss = loss + share * token_nll(logits_BhV, labels_Bh).sum() / count
+            loss = loss + share * cross_entropy(logits_BhV, labels_Bh).sum() / count
         term = torch.zeros_like(loss)
         if self.training:
             if self.segmenter is not None:

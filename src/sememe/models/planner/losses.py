@@ -3,21 +3,15 @@
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sememe.concepts.plan import IGNORED
-
-
-def nll(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """(B, T) nats, 0 where the target is IGNORED."""
-    logits_nV = logits_BTV.flatten(0, 1).float()
-    return F.cross_entropy(logits_nV, target_BT.flatten(), reduction="none").view(target_BT.shape)
+from sememe.models.losses import cross_entropy
 
 
 def mean_nll(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
     """Nats for each target that counts."""
-    return nll(logits_BTV, target_BT).sum() / (target_BT != IGNORED).sum().clamp(min=1)
+    return cross_entropy(logits_BTV, target_BT).sum() / (target_BT != IGNORED).sum().clamp(min=1)
 
 
 def in_chunks(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:

@@ -22,16 +22,17 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from sememe.backbone.adapters import adapter, add_lora
+from sememe.backbone.adapters import adapter
 from sememe.backbone.split import Spine
 from sememe.concepts.masks import allow
 from sememe.concepts.plan import IGNORED, NULL, PlanCodes, straight_through
 from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PlannerConfig
+from sememe.models.losses import cross_entropy
 from sememe.models.planner.beam import PLANNER, PlanSearch
 from sememe.models.planner.executor import EXECUTOR, target_states, write
-from sememe.models.planner.losses import differentiated, in_chunks, mean_nll, nll
+from sememe.models.planner.losses import differentiated, in_chunks, mean_nll
 from sememe.models.planner.signals import SignalProbe
 from sememe.models.planner.slots import Context, Slots, plan_slots, query_slots
 
@@ -92,10 +93,8 @@ class PlannerForCausalLM(AdaptedModel):
         self.finish()
 
     def add_adapters(self) -> None:
-        config = self.config
-        lora = config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_first
         for name in (PLANNER, EXECUTOR):
-            add_lora(self.backbone, *lora, name=name)
+            self.add_adapter(name)
 
     @torch.no_grad()
     def start_plans(self, seed: int = 0) -> None:
@@ -189,7 +188,7 @@ class PlannerForCausalLM(AdaptedModel):
     def plan_log_prob(self, plan_BP: Tensor, context: Context) -> Tensor:
         """(B,) log p(z | u) in nats, with the `<EOS>` of each type that is not full."""
         target_BC = self.plans.shape.targets(plan_BP)
-        return -nll(self.plan_logits(plan_BP, context), target_BC).sum(1)
+        return -cross_entropy(self.plan_logits(plan_BP, context), target_BC).sum(1)
 
     # ---- the executor ----
 
@@ -215,7 +214,7 @@ class PlannerForCausalLM(AdaptedModel):
         h_BYD = target_states(self, plan_BP, target_BY, plan_embeddings)
         logits = Spine(self.backbone).logits
         rows = self.rows_at_once(target_BY.shape[1])
-        return in_chunks(lambda h, target: nll(logits(h), target), rows, h_BYD, target_BY)
+        return in_chunks(lambda h, target: cross_entropy(logits(h), target), rows, h_BYD, target_BY)
 
     def target_log_prob(
         self, plan_BP: Tensor, target_BY: Tensor, plan_embeddings: Tensor | None = None
@@ -268,7 +267,7 @@ class PlannerForCausalLM(AdaptedModel):
             lost_B1 = torch.rand(len(plan_ids), 1, device=plan_ids.device) < config.plan_dropout
             plan_ids = plan_ids.masked_fill(lost_B1, NULL)
         out.logits = self.executor_logits(plan_ids, labels, e_BPD)
-        total = nll(out.logits, labels).sum()
+        total = cross_entropy(out.logits, labels).sum()
         tokens = (labels != IGNORED).sum().clamp(min=1)
         out.target_nll = total / tokens
         # Of a batch in several parts the Trainer says how many tokens all of them have.
