@@ -16,91 +16,76 @@ from sememe.evaluation.quality import rate_and_codes
 SETTINGS = [(head, stages) for head in HEADS for stages in (1, 3)]
 
 
-def started(head: str = "joint", stages: int = 1, k: int = 7, width: int = 8, count: int = 500):
-    """(codes, head, normalised states), started, and then moved a little so that nothing is at its
-    starting point."""
+def started(name: str = "joint", stages: int = 1, moved: float = 0.02):
+    """(codes, head, normalised states, figures), started, and then moved a little so that nothing
+    is at its starting point."""
     torch.manual_seed(0)
-    codes, made = ConceptEmbedding(k, width, stages), HEADS[head](width, k, stages)
-    states = 3 + 2 * torch.randn(count, width)
+    codes, head = ConceptEmbedding(7, 8, stages), HEADS[name](8, 7, stages)
+    states = 3 + 2 * torch.randn(500, 8)
     codes.start_frame(states)
-    start_from_states(codes, made, codes.normalise(states))
+    x = codes.normalise(states)
+    figures = start_from_states(codes, head, x)
     with torch.no_grad():
-        for p in (*codes.parameters(), *made.parameters()):
-            p += 0.02 * torch.randn_like(p)
-    return codes, made, codes.normalise(states)
+        for p in (*codes.parameters(), *head.parameters()):
+            p += moved * torch.randn_like(p)
+    return codes, head, x, figures
 
 
 @given(st.integers(2, 4096), st.integers(1, 4), st.integers(0, 2**48 - 1))
 def test_ids_and_digits_are_inverse(k, stages, number):
     codes, number = ConceptEmbedding(k, 1, stages), number % k**stages
-    found = codes.digits(torch.tensor([[number]]))
-    assert found.shape == (1, 1, stages) and int(found.min()) >= 0 and int(found.max()) < k
-    assert found.flatten().tolist() == [number // k**g % k for g in range(stages)]
-    assert codes.combine(found).tolist() == [[number]]
+    digits = codes.digits(torch.tensor([[number]]))
+    assert digits.shape == (1, 1, stages)
+    assert digits.flatten().tolist() == [number // k**g % k for g in range(stages)]
+    assert codes.combine(digits).tolist() == [[number]]
 
 
 def test_use_is_that_of_the_digits():
     """Ids 0 and 15 + 16·3 as often as each other: one bit in each of two stages, and a sink and
     NULLs that are no codes."""
     ids = torch.tensor([[-2, 0, -1, 63, -1, 0, -1, 63]])
-    found = rate_and_codes(ids, 16, 2)
-    assert (
-        found["concept_rate"] == 5 / 8
-        and found["codes_used"] == 2
-        and found["code_counts"] == [2, 2]
-    )
-    assert found["bits_per_concept"] == pytest.approx(2) and found[
-        "code_perplexity_by_stage"
-    ] == pytest.approx([2, 2])
+    figures = rate_and_codes(ids, 16, 2)
+    assert figures["concept_rate"] == 5 / 8
+    assert figures["codes_used"] == 2 and figures["code_counts"] == [2, 2]
+    assert figures["bits_per_concept"] == pytest.approx(2)
+    assert figures["code_perplexity_by_stage"] == pytest.approx([2, 2])
     assert rate_and_codes(ids[:, :1], 16, 2)["bits_per_concept"] is None
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_head_starts_as_nearest_centroid_of_what_is_left(name):
-    torch.manual_seed(0)
-    codes, head, states = (
-        ConceptEmbedding(7, 8, 3),
-        HEADS[name](8, 7, 3),
-        3 + 2 * torch.randn(500, 8),
-    )
-    codes.start_frame(states)
-    found = start_from_states(codes, head, codes.normalise(states))
-    left, by_stage = codes.normalise(states), []
+    codes, head, x, figures = started(name, 3, moved=0.0)
+    left, by_stage = x, []
     for g in range(3):
         nearest = assign(left, codes.table(g).detach())[0]
         assert torch.equal(head.code_logits(left, codes.table(g), g).argmax(-1), nearest)
         left = left - codes.table(g)[nearest].detach()
-        by_stage.append(float(left.square().sum() / codes.normalise(states).square().sum()))
-    assert found["variance_left_by_stage"] == pytest.approx(by_stage, rel=1e-4)
-    assert (
-        1
-        > by_stage[0]
-        > by_stage[1]
-        > by_stage[2]
-        == pytest.approx(found["variance_left"], rel=1e-4)
-    )
+        by_stage.append(float(left.square().sum() / x.square().sum()))
+    assert figures["variance_left_by_stage"] == pytest.approx(by_stage, rel=1e-4)
+    assert figures["variance_left"] == pytest.approx(by_stage[2], rel=1e-4)
+    assert 1 > by_stage[0] > by_stage[1] > by_stage[2]
 
 
 @pytest.mark.parametrize("name, stages", SETTINGS)
 def test_quantised_value_is_the_sum_of_the_codes(name, stages):
-    codes, head, x = started(name, stages)
+    codes, head, x, _ = started(name, stages)
     for settings in ({}, {"soft": False}, {"temperature": 0.7}):
-        found = quantise(codes, head, x, **settings)
-        assert torch.equal(found.state_nD, found.hard_nD), "exactly the chosen rows"
-        assert torch.equal(codes.to_states(found.state_nD), codes(found.ids_n))
-        assert (found.soft_nD is None) == (settings.get("soft") is False)
+        quantised = quantise(codes, head, x, **settings)
+        assert torch.equal(quantised.state_nD, quantised.hard_nD), "exactly the chosen rows"
+        assert torch.equal(codes.to_states(quantised.state_nD), codes(quantised.ids_n))
+        assert (quantised.soft_nD is None) == (settings.get("soft") is False)
 
 
 @pytest.mark.parametrize("name, stages", SETTINGS)
 def test_gradient_is_that_of_the_mixtures(name, stages):
     """Against a loop over states that spells the estimator out."""
-    codes, head, x = started(name, stages)
+    codes, head, x, _ = started(name, stages)
     slow_codes, slow_head = copy.deepcopy(codes), copy.deepcopy(head)
     fast_x, slow_x = x[:30].clone().requires_grad_(), x[:30].clone().requires_grad_()
     want = torch.randn(30, 8)
 
-    found = quantise(codes, head, fast_x, temperature=0.7)
-    (found.state_nD - want).square().sum().backward()
+    quantised = quantise(codes, head, fast_x, temperature=0.7)
+    (quantised.state_nD - want).square().sum().backward()
 
     total, entropies, sure = 0, [], []
     for x_D, want_D in zip(slow_x, want, strict=True):
@@ -116,22 +101,17 @@ def test_gradient_is_that_of_the_mixtures(name, stages):
         total = total + (2 * (hard - want_D) * soft).sum()
     total.backward()
 
-    torch.testing.assert_close(fast_x.grad, slow_x.grad, atol=1e-4, rtol=1e-3)
-    for fast, slow in zip(
-        [*codes.parameters(), *head.parameters()],
-        [*slow_codes.parameters(), *slow_head.parameters()],
-        strict=True,
-    ):
-        torch.testing.assert_close(
-            fast.grad, slow.grad, atol=1e-4, rtol=1e-3
-        )  # of order 10; rounding is 2e-5
-    assert float(found.entropy) == pytest.approx(float(sum(entropies)) / 30, abs=1e-4)
-    assert float(found.max_prob) == pytest.approx(sum(sure) / len(sure), abs=1e-5)
+    fast = (fast_x, *codes.parameters(), *head.parameters())
+    slow = (slow_x, *slow_codes.parameters(), *slow_head.parameters())
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)  # of order 10
+    assert float(quantised.entropy) == pytest.approx(float(sum(entropies)) / 30, abs=1e-4)
+    assert float(quantised.max_prob) == pytest.approx(sum(sure) / len(sure), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_probabilities_are_kept_once_a_stage(name):
-    codes, head, x = started(name, 2)
+    codes, head, x, _ = started(name, 2)
     kept = set()
 
     def pack(saved):
@@ -140,13 +120,13 @@ def test_probabilities_are_kept_once_a_stage(name):
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        found = quantise(codes, head, x[:30].clone().requires_grad_(), temperature=0.7)
-    assert found.state_nD.requires_grad and len(kept) == 2
+        quantised = quantise(codes, head, x[:30].clone().requires_grad_(), temperature=0.7)
+    assert quantised.state_nD.requires_grad and len(kept) == 2
 
 
 def test_no_states_give_no_codes_and_no_gradient():
-    codes, head, x = started(stages=2)
-    found = quantise(codes, head, x[:0].requires_grad_())
-    assert found.ids_n.shape == (0,) and found.state_nD.shape == (0, 8)
-    found.state_nD.sum().backward()
+    codes, head, x, _ = started(stages=2)
+    quantised = quantise(codes, head, x[:0].requires_grad_())
+    assert quantised.ids_n.shape == (0,) and quantised.state_nD.shape == (0, 8)
+    quantised.state_nD.sum().backward()
     assert all(not p.grad.any() for p in codes.parameters())

@@ -24,10 +24,7 @@ def _json_target(context: typer.Context, path: Path | None) -> Path | TextIO | N
             stdout = sys.stdout
             context.with_resource(contextlib.redirect_stdout(sys.stderr))
             return stdout
-    try:
-        storage.check(path)
-    except OSError as error:
-        raise storage.unwritable(path, error) from error
+    storage.check(path)
     return path
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,11 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from sememe import progress as bars
 from sememe import storage
 from sememe.data import check_text, encoder, read_texts, token_windows
-from sememe.errors import CheckpointError, CodesError, Interrupted
+from sememe.errors import CheckpointError, CodesError
 from sememe.models import CompressorForCausalLM
+from sememe.models.compressor.encode import evaluating
 from sememe.models.loading import (
     check_length,
     check_rate,
@@ -29,6 +30,7 @@ from sememe.models.loading import (
     tokenizer_folder,
 )
 from sememe.paths import usable
+from sememe.progress import bar
 
 BATCH = 16  # windows
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
@@ -125,61 +127,33 @@ class Codes(Part):
 # ---- texts → codes → texts ----
 
 
+@dataclass
 class Codec:
-    """A compressor and its tokenizer. `seconds` counts the time spent in the model."""
+    """A compressor in eval mode, its tokenizer, and how files name it."""
 
-    def __init__(self, model: CompressorForCausalLM, tokenizer, name: str):
-        config = model.config
-        digest = hashlib.sha256()
-        for key, value in sorted(model.own_state().items()):
-            digest.update(key.encode() + value.float().cpu().numpy().tobytes())
-        self.model = model
-        self.tokenizer = tokenizer
-        self.writer = Writer(
-            name=name,
-            weights_sha256=digest.hexdigest(),
-            base=config.base,
-            base_sha256=config.base_sha256,
-        )
-        self.seconds = 0.0
+    model: CompressorForCausalLM
+    tokenizer: Any
+    writer: Writer
 
-    def trained_window(self) -> int:
-        """The `sequence_length` of the run that the model is in, else 512 or what fits."""
-        recipe = Path(self.model.config.name_or_path).parent / "recipe.yaml"
-        values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-        return min(values.get("sequence_length", WINDOW), longest_text(self.model.config))
-
-    def compress(
-        self,
-        texts: list[str],
-        window: int | None = None,
-        batch: int = BATCH,
-        progress: bool = False,
-    ) -> Codes:
+    def compress(self, texts: list[str], window: int | None = None) -> Codes:
         """Only windows of one length are a batch: nothing is padded, and what a window becomes does
         not depend on its neighbours."""
         config = self.model.config
-        window = self.trained_window() if window is None else window
+        window = trained_window(config) if window is None else window
         check_length(longest_text(config), window, "window=")
         encodings = encoder(self.tokenizer)([check_text(text, "a text") for text in texts])
         cuts = [
             list(token_windows(encoding, len(text), window))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
-        rows = [ids for windows in cuts for ids, _ in windows]
-        concepts = self._batches(
-            lambda ids: self.model.compress(torch.tensor(ids)), rows, batch, True, progress
-        )
-        documents = [
-            Document(
-                characters=len(text),
-                windows=[
-                    Window(span=span, tokens=len(ids), concepts=next(concepts))
-                    for ids, span in windows
-                ],
-            )
-            for text, windows in zip(texts, cuts, strict=True)
-        ]
+        rows = [torch.tensor(ids) for windows in cuts for ids, _ in windows]
+        concepts = in_batches(lambda part: self.model.compress(torch.stack(part)), rows, True)
+        documents = []
+        for text, cut in zip(texts, cuts, strict=True):
+            windows = [
+                Window(span=span, tokens=len(ids), concepts=next(concepts)) for ids, span in cut
+            ]
+            documents.append(Document(characters=len(text), windows=windows))
         return Codes(
             model=self.writer,
             num_concepts=config.num_concepts,
@@ -190,63 +164,52 @@ class Codec:
             sha256=None,
         )
 
-    def decompress(
-        self, codes: Codes, beams: int | None = None, batch: int = BATCH, progress: bool = False
-    ) -> list[list[int]]:
+    def decompress(self, codes: Codes, beams: int | None) -> list[list[int]]:
         """The token ids of each document. Raises CodesError where another model wrote the codes."""
-        theirs, ours = (x.model_dump(exclude={"name", "base"}) for x in (codes.model, self.writer))
-        if theirs != ours:
+        theirs, ours = codes.model, self.writer
+        if (theirs.weights_sha256, theirs.base_sha256) != (ours.weights_sha256, ours.base_sha256):
             raise CodesError(
-                f"these codes are of {codes.model.name} (sha256 "
-                f"{theirs['weights_sha256'][:12]}…), but {self.writer.name} has "
-                f"{ours['weights_sha256'][:12]}…: need the model that wrote them. try: "
-                f"{codes.model.name} as it was then"
+                f"these codes are of {theirs.name} (sha256 {theirs.weights_sha256[:12]}…), but "
+                f"{ours.name} has {ours.weights_sha256[:12]}…: need the model that wrote them. "
+                f"try: {theirs.name} as it was then"
             )
         rows = [window.concepts for window in codes.windows]
-        tokens = self._batches(
-            lambda ids: self.model.decompress(ids, beams), rows, batch, False, progress
-        )
+        tokens = in_batches(lambda part: self.model.decompress(part, beams), rows, False)
         return [[i for _ in document.windows for i in next(tokens)] for document in codes.documents]
 
     def texts(self, documents: list[list[int]]) -> list[str]:
         """The windows of a document are decoded together: a character, or a space, may take tokens
         of two of them."""
-        return [
-            self.tokenizer.decode(
-                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            for ids in documents
-        ]
+        return self.tokenizer.batch_decode(documents, clean_up_tokenization_spaces=False)
 
-    def speed(self, tokens: int) -> dict[str, float | None]:
-        """Of the model alone, without loading it."""
-        per_s = tokens / self.seconds if self.seconds else None
-        return {"seconds": self.seconds, "tokens_per_s": per_s}
 
-    def _batches(
-        self, work: Callable, rows: list, batch: int, equal: bool, progress: bool
-    ) -> Iterator[list[int]]:
-        """What `work` makes of each row, batch by batch, largest rows first. `equal`: a batch has
-        rows of one length alone."""
-        order = sorted(range(len(rows)), key=lambda n: len(rows[n]), reverse=True)
-        groups = [list(group) for _, group in groupby(order, lambda n: equal and len(rows[n]))]
-        batches = [group[i : i + batch] for group in groups for i in range(0, len(group), batch)]
-        results = {}
-        start = time.perf_counter()
-        for numbers in bars.bar(iterable=batches, unit="batch", disable=not progress):
-            results |= zip(numbers, work([rows[n] for n in numbers]), strict=True)
-        self.seconds += time.perf_counter() - start
-        return (results[n] for n in range(len(rows)))
+def trained_window(config) -> int:
+    """The `sequence_length` of the run that the model is in, else 512 or what fits."""
+    recipe = Path(config.name_or_path).parent / "recipe.yaml"
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    return min(values.get("sequence_length", WINDOW), longest_text(config))
+
+
+def in_batches(work: Callable[[list], list], rows: list, equal: bool) -> Iterator[list[int]]:
+    """What `work` makes of each row, largest rows first. `equal`: a batch has rows of one length
+    alone."""
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n]), reverse=True)
+    groups = [list(group) for _, group in groupby(order, lambda n: equal and len(rows[n]))]
+    batches = [group[i : i + BATCH] for group in groups for i in range(0, len(group), BATCH)]
+    results = {}
+    for numbers in bar(iterable=batches, unit="batch", leave=False):
+        results |= zip(numbers, work([rows[n] for n in numbers]), strict=True)
+    return (results[n] for n in range(len(rows)))
 
 
 @contextlib.contextmanager
-def ready(model, rate: float | None = None, tokenizer=None) -> Iterator[Codec]:
+def ready(model, rate: float | None = None) -> Iterator[Codec]:
     """A compressor in eval mode, from a folder or from memory; one in memory is left as it was.
 
     Raises CheckpointError for anything else."""
     name = str(model)
     if isinstance(model, (str, Path)):
-        model, tokenizer = load_model(model)
+        model, _ = load_model(model)
     else:
         name = model.config.name_or_path or type(model).__name__
     if not isinstance(model, CompressorForCausalLM):
@@ -254,16 +217,21 @@ def ready(model, rate: float | None = None, tokenizer=None) -> Iterator[Codec]:
             f"{name} is no compressor: need a run of system: compressor, or its saved model. "
             "try: sememe train RECIPE system=compressor --out runs/compressor"
         )
-    config, training = model.config, model.training
+    config = model.config
     rate = model.dial.rate if rate is None else rate
     check_rate(config, rate, name)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(tokenizer_folder(Path(config.name_or_path), config))
-    try:
-        with model.dial.at(rate=rate):
-            yield Codec(model.eval(), tokenizer, name)
-    finally:
-        model.train(training)
+    tokenizer = load_tokenizer(tokenizer_folder(Path(config.name_or_path), config))
+    digest = hashlib.sha256()
+    for key, value in sorted(model.own_state().items()):
+        digest.update(key.encode() + value.float().cpu().numpy().tobytes())
+    writer = Writer(
+        name=name,
+        weights_sha256=digest.hexdigest(),
+        base=config.base,
+        base_sha256=config.base_sha256,
+    )
+    with model.dial.at(rate=rate), evaluating(model):
+        yield Codec(model, tokenizer, writer)
 
 
 def compress(
@@ -271,39 +239,33 @@ def compress(
     texts: str | Iterable[str],
     *,
     window: int | None = None,
-    batch: int = BATCH,
     rate: float | None = None,
-    tokenizer=None,
 ) -> Codes:
     """The concept ids of texts, documents of any length.
 
     Args:
         model: a run of `system: compressor`, its saved model, or such a model in memory.
         window: tokens that are compressed together; default: the run's `sequence_length`.
-        batch: windows at a time.
         rate: concepts per token; default: as trained.
-        tokenizer: of a model in memory; default: that of its folder, or of its base.
 
     Raises CheckpointError, DataError or RecipeError for a model that is no compressor, a text or
     window that does not fit, a rate that the model cannot hold."""
-    with ready(model, rate, tokenizer) as codec:
-        return codec.compress([texts] if isinstance(texts, str) else list(texts), window, batch)
+    with ready(model, rate) as codec:
+        return codec.compress([texts] if isinstance(texts, str) else list(texts), window)
 
 
 def decompress(
     model: str | Path | CompressorForCausalLM,
     codes: Codes | str | Path,
     *,
-    batch: int = BATCH,
     beams: int | None = None,
-    tokenizer=None,
 ) -> list[str]:
     """The texts of `codes`, or of a file of them. Arguments as in `compress`; `beams`: hypotheses
     of the beam search that writes a text; default: as the model has it. Raises CodesError for a
     file that is not whole, or codes of another model."""
     codes = codes if isinstance(codes, Codes) else Codes.load(codes)
-    with ready(model, tokenizer=tokenizer) as codec:
-        return codec.texts(codec.decompress(codes, beams, batch))
+    with ready(model) as codec:
+        return codec.texts(codec.decompress(codes, beams))
 
 
 # ---- files ----
@@ -311,18 +273,16 @@ def decompress(
 
 def compress_file(model: str, source: str, out: Path, rate: float | None = None) -> dict[str, Any]:
     """Compresses a text file into a new file of codes; returns its figures."""
-    with writing(out), ready(model, rate) as codec:
-        codes = codec.compress(read_texts(source), progress=True)
-        codes.save(out)
+    check_new(out)
+    with ready(model, rate) as codec:
+        texts = read_texts(source)
+        start = time.perf_counter()
+        codes = codec.compress(texts)
+        seconds = time.perf_counter() - start
+    codes.save(out)
+    paths = {"model": str(model), "data": str(source), "out": str(out)}
     sizes = figures(codes)
-    return {
-        "model": str(model),
-        "data": str(source),
-        "out": str(out),
-        "bytes": out.stat().st_size,
-        **sizes,
-        **codec.speed(sizes["tokens"]),
-    }
+    return paths | {"bytes": out.stat().st_size} | sizes | speed(sizes["tokens"], seconds)
 
 
 def decompress_file(
@@ -332,54 +292,48 @@ def decompress_file(
     between documents; returns its figures, and what the file holds. Without `out` nothing is
     written."""
     codes = Codes.load(source)
-    with writing(out), ready(model) as codec:
-        documents = codec.decompress(codes, beams, progress=True)
-        texts = codec.texts(documents)
-        content = "\n".join(texts)
-        if out is not None and out.suffix == ".jsonl":
-            lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-            content = "".join(line + "\n" for line in lines)
-        if out is not None:
-            storage.write(out, content.encode())
-    tokens = sum(map(len, documents))
-    return {
-        "model": str(model),
-        "codes": str(source),
-        "out": None if out is None else str(out),
-        **figures(codes),
-        "tokens_written": tokens,
-        "characters_written": sum(map(len, texts)),
-        **codec.speed(tokens),
-    }, content
-
-
-@contextlib.contextmanager
-def writing(out: Path | None) -> Iterator[None]:
-    """Work whose result is a new file. Raises SememeError where something is there, or nothing can
-    be written, before the work; and Interrupted at Ctrl-C."""
     if out is not None:
-        if usable(out).exists():
-            raise CodesError(
-                f"{out} is there: need a new file, nothing is written over. try: another --out"
-            )
-        try:
-            storage.check(out)
-        except OSError as error:
-            raise storage.unwritable(out, error) from error
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        raise Interrupted("stopped, and nothing was written. try: the same command again") from stop
+        check_new(out)
+    with ready(model) as codec:
+        start = time.perf_counter()
+        documents = codec.decompress(codes, beams)
+        seconds = time.perf_counter() - start
+        texts = codec.texts(documents)
+    content = "\n".join(texts)
+    if out is not None and out.suffix == ".jsonl":
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+        content = "".join(line + "\n" for line in lines)
+    if out is not None:
+        storage.write(out, content.encode())
+    paths = {"model": str(model), "codes": str(source), "out": None if out is None else str(out)}
+    tokens = sum(map(len, documents))
+    sizes = {"tokens_written": tokens, "characters_written": sum(map(len, texts))}
+    return paths | figures(codes) | sizes | speed(tokens, seconds), content
+
+
+def speed(tokens: int, seconds: float) -> dict[str, float]:
+    """Of the work alone, without loading the model."""
+    return {"seconds": seconds, "tokens_per_s": tokens / seconds}
+
+
+def check_new(out: Path) -> None:
+    """Raises SememeError where something is there, or nothing can be written, before the work."""
+    if usable(out).exists():
+        raise CodesError(
+            f"{out} is there: need a new file, nothing is written over. try: another --out"
+        )
+    storage.check(out)
 
 
 def figures(codes: Codes) -> dict[str, Any]:
     """Sizes of what was compressed. A concept counts as the `codes_per_concept` ids that it is."""
-    tokens = sum(window.tokens for window in codes.windows)
-    concepts = sum(len(window.concepts) for window in codes.windows)
+    windows = codes.windows
+    tokens = sum(window.tokens for window in windows)
+    concepts = sum(len(window.concepts) for window in windows)
     ids = concepts * codes.codes_per_concept
     return {
         "documents": len(codes.documents),
-        "windows": len(codes.windows),
+        "windows": len(windows),
         "window": codes.window,
         "characters": sum(document.characters for document in codes.documents),
         "tokens": tokens,

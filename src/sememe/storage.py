@@ -58,7 +58,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def check(path: Path) -> None:
-    """Raises OSError where `path` cannot be written, before the work whose result it is for."""
+    """Raises SememeError where `path` cannot be written, before the work whose result it is for."""
     folder = Path(os.path.realpath(path)).parent
     if path.is_dir():
         number = errno.EISDIR
@@ -68,11 +68,11 @@ def check(path: Path) -> None:
         return
     else:
         number = errno.EACCES
-    raise OSError(number, os.strerror(number), str(path))
+    raise unwritable(path, OSError(number, os.strerror(number)))
 
 
 def unwritable(path: Path, error: OSError) -> SememeError:
-    """The sentence for a path that `write` or `check` refuses."""
+    """The sentence for a path that cannot be written."""
     return SememeError(
         f"could not write {path} ({error.strerror or error}): need free space in a folder that can "
         "be written to. try: another folder"

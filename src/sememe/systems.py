@@ -78,25 +78,26 @@ class System:
     writes_concepts = False
     """Whether it has codes, which come in by the schedule: a run can be made longer once its ramp
     has ended; and something to train beside LoRA."""
-    lengthens = True
-    """Whether a run can be made longer at all."""
+    lengthens = True  # whether a run can be made longer at all
     distils = False
     """Whether its loss may be a distillation from the base; baselines learn from the text alone."""
     two_adapters = False
     """Layers that are computed again in the backward pass would meet the other adapter."""
+    whole_segments = False  # codes stand for all tokens of a segment anyway
     reads_pairs = False
     """Whether it can be trained on pairs of a source and a target."""
     baselines: tuple[str, ...] = ()
     """Systems without concepts that a sweep trains beside it."""
     unread: frozenset[str] = frozenset()
-    """Recipe keys that it does not read, and that a sweep may vary. One that is missing here costs
-    a sweep a baseline for each of its values; one too many would make the comparison unequal."""
+    """Recipe keys that it does not read. One that is missing here costs a sweep a baseline for each
+    of its values; one too many would make the comparison unequal."""
 
     def check(self, recipe: Recipe, processes: int) -> None:
         """Raises RecipeError where the recipe cannot be trained in so many processes."""
         parts = processes * recipe.gradient_accumulation
         refused = {
             f"distil = {recipe.distil}": recipe.distil > 0 and not self.distils,
+            "pool = true": recipe.pool and self.whole_segments,
             "gradient_checkpointing = true": recipe.gradient_checkpointing and self.two_adapters,
             "pairs of data.fields or data.source_share": recipe.on_pairs and not self.reads_pairs,
             "lora.rank = 0, nothing to train,": recipe.lora.rank == 0 and not self.writes_concepts,
@@ -123,9 +124,8 @@ class System:
     def build(self, recipe: Recipe, folder: Path) -> AdaptedModel:
         """The untrained model over the base in `folder`: it computes what the base computes."""
         layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
-        config = self.config(recipe, layers)
         torch.manual_seed(recipe.seed)
-        return MODELS[self.name].from_base(config, folder=folder)
+        return MODELS[self.name].from_base(self.config(recipe, layers), folder=folder)
 
     def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
         """(steps · batch_size, T) training blocks in their order, (N, T) held-out blocks, and the
@@ -237,12 +237,12 @@ class Compressor(Writing):
 
     name = "compressor"
     two_adapters = True
+    whole_segments = True
     measures = measures.COMPRESSOR
     opens_with_bos = True
 
     def config(self, recipe: Recipe, layers: int) -> CompressorConfig:
-        keys = _keys(recipe, CompressorOptions)
-        return CompressorConfig(**keys, **_adapter_keys(recipe))
+        return CompressorConfig(**_keys(recipe, CompressorOptions), **_adapter_keys(recipe))
 
     def state(self, model: AdaptedModel) -> dict[str, float]:
         figures = super().state(model)

@@ -41,30 +41,27 @@ class Confusion:
 
     def __init__(self, vocab: int):
         self.count_V = torch.zeros(vocab)
-        self.pairs: list[Tensor] = []
-        self.weights: list[Tensor] = []
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, log_p_nV: Tensor, ids_n: Tensor) -> None:
         """A base's predictions, and the (n,) words that stood there."""
         top_nM, other_nM = log_p_nV.topk(min(RIVALS, len(self.count_V)), -1)
-        own_n1 = log_p_nV.gather(-1, ids_n.unsqueeze(-1))
+        own_n1 = ids_n.unsqueeze(-1)
         # The probability of the other word if only these two were left.
-        weight_nM = torch.sigmoid(top_nM - own_n1).float()
-        pair_2nM = torch.stack([ids_n.unsqueeze(-1).expand_as(other_nM), other_nM])
-        self.pairs.append(pair_2nM.flatten(1).cpu())
-        self.weights.append(weight_nM.flatten().cpu())
+        weight_nM = torch.sigmoid(top_nM - log_p_nV.gather(-1, own_n1)).float()
+        rival_nM = other_nM != own_n1
+        part = (own_n1.expand_as(other_nM), other_nM, weight_nM)
+        self.parts.append(tuple(x[rival_nM].cpu() for x in part))
         self.count_V += ids_n.cpu().bincount(minlength=len(self.count_V))
 
     def matrix(self) -> Tensor:
         """(V, V) symmetric and sparse, row by row: the sum over all positions."""
-        pair_2m = torch.cat(self.pairs, 1)
-        weight_m = torch.cat(self.weights)
-        different_m = pair_2m[0] != pair_2m[1]
-        pair_2m = pair_2m[:, different_m]
-        both_2m = torch.cat([pair_2m, pair_2m.flip(0)], 1)
-        weight_m = weight_m[different_m].repeat(2)
+        own_m, other_m, weight_m = (torch.cat(x) for x in zip(*self.parts, strict=True))
+        both_2m = torch.stack([torch.cat([own_m, other_m]), torch.cat([other_m, own_m])])
         size = (len(self.count_V), len(self.count_V))
-        matrix_VV = torch.sparse_coo_tensor(both_2m, weight_m, size, check_invariants=False)
+        matrix_VV = torch.sparse_coo_tensor(
+            both_2m, weight_m.repeat(2), size, check_invariants=False
+        )
         return matrix_VV.coalesce()
 
 
@@ -75,7 +72,7 @@ def sort_words(confused_VV: Tensor, count_V: Tensor, bins: int) -> np.ndarray:
     row_m, other = confused_VV.indices().numpy()
     weight = confused_VV.values().numpy()
     start = np.searchsorted(row_m, np.arange(len(count_V) + 1))
-    frequency_V = count_V.numpy().astype(float) + 0.01
+    frequency_V = count_V.double().numpy() + 0.01
     # Use decides only between bins without rivals.
     small = 1e-6 / max(1.0, frequency_V.sum())
     bin_V = np.full(len(frequency_V), -1)
@@ -83,9 +80,9 @@ def sort_words(confused_VV: Tensor, count_V: Tensor, bins: int) -> np.ndarray:
     for sweep in range(SWEEPS):
         for word in np.argsort(-frequency_V, kind="stable"):
             rivals = slice(start[word], start[word + 1])
+            if sweep and rivals.start == rivals.stop:
+                continue
             if sweep:
-                if rivals.start == rivals.stop:
-                    continue
                 use[bin_V[word]] -= frequency_V[word]
             near = bin_V[other[rivals]]
             sorted_already = near >= 0
@@ -103,7 +100,7 @@ def codes_by_length(codes: int, lengths: int, rate: float, even: bool) -> list[i
     n = np.arange(1, lengths + 1)
     share = np.clip(1 - np.abs(n - 1 / rate), 0, 1) if even else n * rate * (1 - rate) ** (n - 1)
     share = share if share.sum() > 0 else np.ones(lengths)
-    floor = max(1, min(codes // 64, codes // (2 * lengths)))
+    floor = max(1, codes // max(64, 2 * lengths))
     return [floor + int((codes - lengths * floor) * x) for x in share / share.sum()]
 
 
@@ -122,11 +119,10 @@ class WordBins(nn.Module):
     """A segment of n words is a sum of n vectors, each one of few at its position and rotated by
     it."""
 
-    def __init__(
-        self, width: int, vocab: int, codes: int, stages: int, lengths: int, rate: float, even: bool
-    ):
+    def __init__(self, config, width: int, vocab: int, even: bool):
         super().__init__()
-        self.counts = codes_by_length(codes, lengths, rate, even)
+        stages, codes = config.codes_per_concept, config.num_concepts
+        self.counts = codes_by_length(codes, config.max_tail + 1, config.bins_rate, even)
         # For each length the (bins, stage) of its positions: a concept of several codes shares the
         # positions out among its stages.
         self.layout: list[list[tuple[int, int]]] = []
@@ -140,10 +136,9 @@ class WordBins(nn.Module):
             self.layout.append(list(zip(bins, stage_P, strict=True)))
         self.sizes = sorted({b for layout in self.layout for b, _ in layout if b > 1})
         # Which way of sorting words each position uses; -1 where one bin holds all of them.
-        size_NP = torch.full((lengths, lengths), -1)
-        for n, layout in enumerate(self.layout):
-            for p, (b, _) in enumerate(layout):
-                size_NP[n, p] = self.sizes.index(b) if b > 1 else -1
+        index = {b: i for i, b in enumerate(self.sizes)}
+        rows = [torch.tensor([index.get(b, -1) for b, _ in layout]) for layout in self.layout]
+        size_NP = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         self.register_buffer("size_NP", size_NP, persistent=False)
         bin_LV = torch.zeros(max(1, len(self.sizes)), vocab, dtype=torch.int32)
         self.register_buffer("bin_LV", bin_LV)
@@ -156,9 +151,8 @@ class WordBins(nn.Module):
     def start(self, confusion: Confusion) -> None:
         """Puts the words into bins."""
         confused_VV = confusion.matrix()
-        for i, bins in enumerate(self.sizes):
-            bin_V = sort_words(confused_VV, confusion.count_V, bins)
-            self.bin_LV[i] = torch.from_numpy(bin_V).to(self.bin_LV)
+        for bin_V, bins in zip(self.bin_LV, self.sizes, strict=False):
+            bin_V.copy_(torch.from_numpy(sort_words(confused_VV, confusion.count_V, bins)))
 
     def forward(self, ids: Tensor, position: Tensor, length: Tensor) -> Tensor:
         """(…, D) of words at positions of segments of these lengths."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sememe.concepts.quantise import gumbel_like
+
 REMEMBERED = 128  # distributions that the tilt of another rate is computed from
 POLICY, ENTROPY = 0.1, 0.02  # of the loss; of the advantage, whose spread is 1
 MOMENTUM = 0.1  # of a batch in the running means
@@ -101,13 +103,12 @@ class Lengths(nn.Module):
             rest_B, total_B: tokens not yet covered, of all of the row's.
             written: concepts so far."""
         longest = log_p_BN.shape[-1]
-        rest_B1 = rest_B[:, None]
-        total_B1 = total_B[:, None].clamp(min=1)
         n_N = torch.arange(1, longest + 1, device=log_p_BN.device)
-        fewest_B1 = (total_B1 / longest).ceil()
-        budget_B1 = torch.maximum((rate * total_B1).round(), fewest_B1).clamp(min=1)
+        total_B1 = total_B[:, None].clamp(min=1)
+        # At least as many as cover the text when all are as long as can be.
+        budget_B1 = (rate * total_B1).round().maximum((total_B1 / longest).ceil())
         concepts_left_B1 = budget_B1 - written - 1
-        tokens_left_BN = rest_B1 - n_N
+        tokens_left_BN = rest_B[:, None] - n_N
         debt_BN = written + 1 - budget_B1 / total_B1 * (total_B1 - tokens_left_BN)
         score_BN = log_p_BN + tilt * n_N - 0.5 * FIRMNESS * debt_BN.square()
         # The concepts that are left must be able to cover the tokens that are left, with at least
@@ -123,8 +124,7 @@ class Lengths(nn.Module):
         self, log_p_BN: Tensor, rest_B: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """(B,) samples."""
-        noise_BN = -torch.empty_like(log_p_BN).exponential_(generator=generator).log()
-        return (covering(log_p_BN, rest_B) + noise_BN).argmax(-1) + 1
+        return (covering(log_p_BN, rest_B) + gumbel_like(log_p_BN, generator)).argmax(-1) + 1
 
     def learn(
         self, log_p_sN: Tensor, rest_s: Tensor, n_s: Tensor, nats_s: Tensor, rate: float
@@ -136,7 +136,7 @@ class Lengths(nn.Module):
             rest_s: tokens that were left where each segment began.
             nats_s: what the segments' tokens cost.
         """
-        self._follow(nats_s, n_s)
+        self.follow(nats_s, n_s)
         self.remember(log_p_sN)
         with torch.no_grad():
             # Nats of an average concept for a rate that is off by its own size.
@@ -151,7 +151,8 @@ class Lengths(nn.Module):
         return -POLICY * (gain_s * log_p_s + ENTROPY * entropy_s).mean()
 
     @torch.no_grad()
-    def _follow(self, nats_s: Tensor, n_s: Tensor) -> None:
+    def follow(self, nats_s: Tensor, n_s: Tensor) -> None:
+        """Moves the running means, by the segments of all processes."""
         sums = torch.stack([nats_s.sum(), nats_s.new_tensor(len(n_s)), n_s.sum().to(nats_s)])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)

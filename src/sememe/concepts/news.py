@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sememe.concepts.bins import WordBins, rotate
 from sememe.concepts.fit import explained, linear_fit
 from sememe.concepts.readout import NoAnchor
-from sememe.concepts.segments import Chunk, Packing
+from sememe.concepts.segments import Chunk, Packing, tail_lengths
 
 # Of a coordinate's deviation: further apart than contents, so that a code stands for one length.
 MARK = 3.0
@@ -86,9 +86,13 @@ class SegmentSum(nn.Module):
         """(B, C, D) states of segments: weighted, n times the mean of their tokens; with what is
         added to them in normalised coordinates."""
         with torch.autocast(news_BTD.device.type, enabled=False):
-            length_BC = lengths(pack)
-            length_BT = length_BC.gather(1, ranks(written_BT).clamp(max=length_BC.shape[1] - 1))
-            part_BTD = self.parts(news_BTD, chunk.ids_BT, offsets(written_BT), length_BT, codes)
+            # Tokens of each segment, the one that ends it among them; for each token how many have
+            # ended before it.
+            length_BC = pack.index_BC.diff(dim=1, prepend=pack.index_BC[:, :1] * 0 - 1)
+            rank_BT = written_BT.cumsum(1) - written_BT.long()
+            length_BT = length_BC.gather(1, rank_BT.clamp(max=length_BC.shape[1] - 1))
+            offset_BT = F.pad(tail_lengths(written_BT, chunk.valid_BT)[:, :-1], (1, 0))
+            part_BTD = self.parts(news_BTD, chunk.ids_BT, offset_BT, length_BT, codes)
             mean_BCD, _ = pack.pool(part_BTD, weight_BT, written_BT)
             return self.finish(mean_BCD * length_BC.unsqueeze(-1), length_BC, codes, more_BCD)
 
@@ -115,20 +119,3 @@ class SegmentSum(nn.Module):
     def length(self, x: Tensor) -> Tensor:
         """(…,) lengths of the segments that (…, D) normalised states stand for."""
         return (x.float() @ self.marks.float().T).argmax(-1) + 1
-
-
-def lengths(pack: Packing) -> Tensor:
-    """(B, C) tokens of each segment, the one that ends it among them."""
-    return pack.index_BC.diff(dim=1, prepend=torch.full_like(pack.index_BC[:, :1], -1))
-
-
-def ranks(written_BT: Tensor) -> Tensor:
-    """(B, T) which segment each token is in."""
-    return written_BT.cumsum(1) - written_BT.long()
-
-
-def offsets(written_BT: Tensor) -> Tensor:
-    """(B, T) positions of tokens in their segments, from 0."""
-    at_T = torch.arange(written_BT.shape[1], device=written_BT.device)
-    last_BT = torch.where(written_BT, at_T, 0).cummax(1).values
-    return F.pad((at_T - last_BT)[:, :-1], (1, 0))

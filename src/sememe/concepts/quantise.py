@@ -81,7 +81,7 @@ def _entropy(p_nK: Tensor, logits_nK: Tensor, digit_n: Tensor) -> tuple[Tensor, 
     return top_n - surest_n.log() - dot_n, surest_n
 
 
-def gumbel_like(logits: Tensor) -> Tensor:
+def gumbel_like(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise of the same shape: argmax(logits + noise) is a sample of
     softmax(logits)."""
-    return -torch.empty_like(logits).exponential_().log()
+    return -torch.empty_like(logits).exponential_(generator=generator).log()

@@ -6,6 +6,7 @@ tokens written. A row has only as many beams as are worth their time: where one 
 than the others, they are dropped."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ENDED = -1  # in place of a token, after a row's end
@@ -57,6 +58,5 @@ class Beams:
 
     def best(self) -> list[list[int]]:
         """Each row's likeliest text."""
-        rows = torch.arange(int(self.row_n[-1]) + 1, device=self.row_n.device)
-        first_B = torch.searchsorted(self.row_n, rows)
-        return [text[text != ENDED].tolist() for text in self.text_nS[first_B]]
+        first_n = F.pad(self.row_n.diff(), (1, 0), value=1) > 0
+        return [text[text != ENDED].tolist() for text in self.text_nS[first_n]]

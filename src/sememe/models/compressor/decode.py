@@ -71,10 +71,7 @@ class Decompressor(nn.Module):
 
     def states(self, spine: Spine, ids_BS: Tensor, x_BSD: Tensor, offset_BS: Tensor) -> Tensor:
         """(B, S, D) last states over a text, given the concepts that cover each next token."""
-        embed_BSD = spine.embed(ids_BS)
-        # No concept covers what follows the text.
-        inputs_BTD = self.inputs(embed_BSD[:, :-1], x_BSD[:, :-1], offset_BS[:, :-1])
-        inputs_BSD = torch.cat([inputs_BTD, embed_BSD[:, -1:]], 1)
+        inputs_BSD = self.inputs(spine.embed(ids_BS), x_BSD, offset_BS)
         position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
         with adapter(spine.base, ADAPTER):
             return run_entries(spine, len(spine), inputs_BSD, position_BS)
@@ -90,23 +87,19 @@ class Decompressor(nn.Module):
         """(B, T, V) logits of each token of (B, 1 + T) texts with their BOS, given those before it
         and the concepts of what came before them, each at its position."""
         embed_BTD = spine.embed(ids_BS[:, :-1])
-        position_BC = position_C.expand(coded_BC.shape)
-        c_BCD = self.inputs(embed_BTD.new_zeros(()), x_BCD, torch.zeros_like(position_BC))
+        c_BCD = self.inputs(embed_BTD.new_zeros(()), x_BCD, torch.zeros_like(position_C))
         # The BOS stays first, an attention sink; the concepts follow it, and the new words them.
         inputs_BKD = torch.cat([embed_BTD[:, :1], c_BCD, embed_BTD[:, 1:]], 1)
-        position_BT = torch.arange(embed_BTD.shape[1], device=ids_BS.device).expand_as(
-            ids_BS[:, 1:]
-        )
+        before_BC = F.pad(position_C, (1, 0)).expand(len(ids_BS), -1)
         count_B1 = coded_BC.sum(1, keepdim=True)
-        end_B1 = F.pad(position_BC, (1, 0)).gather(1, count_B1)
-        position_BK = torch.cat([position_BT[:, :1], position_BC, position_BT[:, 1:] + end_B1], 1)
-        real_BT = torch.ones_like(position_BT, dtype=torch.bool)
-        valid_BK = torch.cat([real_BT[:, :1], coded_BC, real_BT[:, 1:]], 1)
+        word_T = torch.arange(1, embed_BTD.shape[1], device=ids_BS.device)
+        position_BK = torch.cat([before_BC, before_BC.gather(1, count_B1) + word_T], 1)
+        valid_BK = F.pad(coded_BC, (1, len(word_T)), value=True)
         with adapter(spine.base, ADAPTER):
             h_BKD = run_entries(spine, len(spine), inputs_BKD, position_BK, valid_BK)
         # The first new token is predicted where the concepts end.
-        first_B1D = h_BKD.gather(1, count_B1.unsqueeze(-1).expand(-1, -1, h_BKD.shape[-1]))
-        return spine.logits(torch.cat([first_B1D, h_BKD[:, 1 + x_BCD.shape[1] :]], 1))
+        first_B1D = h_BKD.take_along_dim(count_B1.unsqueeze(-1), 1)
+        return spine.logits(torch.cat([first_B1D, h_BKD[:, before_BC.shape[1] :]], 1))
 
     def write(
         self, spine: Spine, x_BCD: Tensor, count_B: Tensor, bos: int, width: int

@@ -4,7 +4,8 @@ read from.
 Suffixes as in `concepts`; S = 1 + T counts the BOS, which is segment 0 of each row: it carries
 nothing and is not counted."""
 
-import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sememe.backbone.adapters import adapter
-from sememe.backbone.split import Rope, Spine
 from sememe.concepts.segments import Chunk, packing
 from sememe.concepts.writer import WriteDecision
 from sememe.models.compressor.entries import run_entries
@@ -21,38 +21,37 @@ from sememe.models.compressor.slots import Slots
 ADAPTER = "compressor"
 
 
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Eval mode inside, the former mode again afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def embed_text(model, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Chunk:
     """(B, T) texts with the BOS before them. Padding, where the mask is 0, is on the right."""
-    spine = Spine(model.backbone)
     ids_BS = F.pad(ids_BT, (1, 0), value=model.bos)
     mask_BS = None if attention_mask is None else F.pad(attention_mask, (1, 0), value=1)
-    text = Chunk.of(spine.embed(ids_BS), mask_BS, ids_BT=ids_BS)
-    text.rope = spine.rope(text.embed_BTD, text.position_BT)
-    return text
+    return Chunk.of(model.spine.embed(ids_BS), mask_BS, ids_BT=ids_BS)
 
 
-def read_entries(
-    model,
-    x_BnD: Tensor,
-    position_BK: Tensor,
-    valid_BK: Tensor,
-    rope: Rope,
-    cache: DynamicCache | None = None,
-) -> Tensor:
+def read_entries(model, x_BnD, position_BK, valid_BK, cache: DynamicCache | None = None) -> Tensor:
     """(B, n, D) states of new entries after the layers that the compressor reads with, normed: the
     last layers' are of any size."""
-    spine = Spine(model.backbone)
+    spine = model.spine
     last = model.config.depth or len(spine)
-    h_BnD = run_entries(spine, last, x_BnD, position_BK, valid_BK, rope, cache)
+    h_BnD = run_entries(spine, last, x_BnD, position_BK, valid_BK, cache)
     return F.rms_norm(h_BnD.float(), h_BnD.shape[-1:])
 
 
 def read_text(model, text: Chunk, cache: DynamicCache | None = None) -> Tensor:
     """(B, S, D) states of a text as the compressor reads it, causal."""
     with adapter(model.backbone, ADAPTER):
-        return read_entries(
-            model, text.embed_BTD, text.position_BT, text.valid_BT, text.rope, cache
-        )
+        return read_entries(model, text.embed_BTD, text.position_BT, text.valid_BT, cache)
 
 
 def news(model, text: Chunk) -> Tensor:
@@ -67,13 +66,14 @@ def decide(model, text: Chunk) -> tuple[WriteDecision, Slots | None]:
     if model.segmenter is None:
         return model.writer.decide(news(model, text), text), None
     learns = torch.is_grad_enabled()
+    draws = (model.training and learns) or model.generator is not None
     with adapter(model.backbone, ADAPTER):
-        news_BSD, slots = step_by_step(model, text, learns)
+        with evaluating(model):
+            news_BSD, slots = step_by_step(model, text, draws)
         if learns:
             # Or weights cast above, without gradient, would serve this pass too (pytorch 112583).
             torch.clear_autocast_cache()
-            states_of = functools.partial(read_entries, model)
-            h_BSD, slots.state_BCD = model.segmenter.at_once(states_of, text, slots)
+            h_BSD, slots.state_BCD = at_once(model, text, slots)
             news_BSD = model.next_embedding.news(text.embed_BTD, h_BSD)
     last_BC = torch.where(slots.rest_BC > 0, slots.cursor_BC + slots.length_BC - 1, 0)
     # The BOS, segment 0, has no slot.
@@ -90,31 +90,66 @@ def decide(model, text: Chunk) -> tuple[WriteDecision, Slots | None]:
 
 
 @torch.no_grad()
-def step_by_step(model, text: Chunk, learns: bool) -> tuple[Tensor, Slots]:
-    """(B, S, D) news of a text, and its slots one after another, with a cache and no dropout."""
-    writer, segmenter = model.writer, model.segmenter
-    draw = (model.training and learns) or segmenter.generator is not None
-    was_training = model.training
-    model.eval()
+def step_by_step(model, text: Chunk, draws: bool) -> tuple[Tensor, Slots]:
+    """(B, S, D) news of a text, and slot after slot, with a cache, until all of it is covered.
+    Lengths are drawn, or the likeliest with which the dial's rate is held."""
+    lengths, rate = model.segmenter.lengths, model.dial.rate
     cache = DynamicCache()
     news_BSD = model.next_embedding.news(text.embed_BTD, read_text(model, text, cache))
-    row_B1 = torch.arange(len(news_BSD), device=news_BSD.device).unsqueeze(1)
-    offset_N = torch.arange(model.config.max_tail + 1, device=news_BSD.device)
-
-    def code_of(first_B: Tensor, length_B: Tensor, state_BD: Tensor) -> Tensor:
-        """(B, D) what the decompressor would read of one segment of each row, normalised."""
-        at_BN = (first_B.unsqueeze(1) + offset_N).clamp(max=news_BSD.shape[1] - 1)
-        length_B1 = length_B.unsqueeze(1)
-        part_BND = writer.readout.parts(
-            news_BSD[row_B1, at_BN], text.ids_BT[row_B1, at_BN], offset_N, length_B1, writer.codes
+    total_B = text.valid_BT.sum(1) - 1
+    cursor_B = torch.ones_like(total_B)
+    code_BD = torch.zeros_like(news_BSD[:, 0])
+    position_BK, valid_BK = text.position_BT, text.valid_BT
+    tilt = 0.0 if draws else lengths.tilt(rate)
+    steps: list[tuple[Tensor, ...]] = []
+    while bool((cursor_B <= total_B).any()) or not steps:
+        x_B1D, position_B1 = model.segmenter.inputs(
+            text, cursor_B.unsqueeze(1), code_BD.unsqueeze(1)
         )
-        total_BD = (part_BND * (offset_N < length_B1).unsqueeze(-1)).sum(1)
-        more_BD = segmenter.addition(state_BD)
-        h_BD = writer.readout.finish(total_BD, length_B, writer.codes, more_BD)
-        x_BD, share = writer.codes.normalise(h_BD), model.dial.quantise
-        return x_BD if share == 0 else x_BD.lerp(writer.quantise(x_BD, soft=False).hard_nD, share)
+        position_BK = torch.cat([position_BK, position_B1], 1)
+        valid_BK = F.pad(valid_BK, (0, 1), value=True)
+        h_B1D = read_entries(model, x_B1D, position_BK, valid_BK, cache)
+        state_BD = F.normalize(h_B1D[:, 0], dim=-1)
+        left_B = (total_B + 1 - cursor_B).clamp(min=0)
+        # A row that has ended covers one more token, which nobody reads.
+        rest_B = left_B.clamp(min=1)
+        with torch.autocast(state_BD.device.type, enabled=False):
+            log_p_BN = lengths(state_BD)
+            if draws:
+                length_B = lengths.draw(log_p_BN, rest_B, model.generator)
+            else:
+                length_B = lengths.choose(log_p_BN, rest_B, total_B, len(steps), rate, tilt)
+            steps.append((cursor_B, left_B, length_B, code_BD, state_BD))
+            code_BD = segment_code(model, text, news_BSD, cursor_B, length_B, state_BD)
+        cursor_B = torch.where(left_B > 0, cursor_B + length_B, cursor_B)
+    return news_BSD, Slots(*(torch.stack(x, 1) for x in zip(*steps, strict=True)))
 
-    states_of = functools.partial(read_entries, model)
-    slots = segmenter.step_by_step(states_of, code_of, text, cache, model.dial.rate, draw)
-    model.train(was_training)
-    return news_BSD, slots
+
+def segment_code(model, text: Chunk, news_BSD, first_B, length_B, state_BD) -> Tensor:
+    """(B, D) what the decompressor would read of one segment of each row, normalised."""
+    writer = model.writer
+    offset_N = torch.arange(model.config.max_tail + 1, device=news_BSD.device)
+    index_BN = (first_B.unsqueeze(1) + offset_N).clamp(max=news_BSD.shape[1] - 1)
+    news_BND = news_BSD.take_along_dim(index_BN.unsqueeze(-1), 1)
+    ids_BN = text.ids_BT.gather(1, index_BN)
+    length_B1 = length_B.unsqueeze(1)
+    part_BND = writer.readout.parts(news_BND, ids_BN, offset_N, length_B1, writer.codes)
+    total_BD = (part_BND * (offset_N < length_B1).unsqueeze(-1)).sum(1)
+    more_BD = model.segmenter.addition(state_BD)
+    h_BD = writer.readout.finish(total_BD, length_B, writer.codes, more_BD)
+    x_BD, share = writer.codes.normalise(h_BD), model.dial.quantise
+    return x_BD if share == 0 else x_BD.lerp(writer.quantise(x_BD, soft=False).hard_nD, share)
+
+
+def at_once(model, text: Chunk, slots: Slots) -> tuple[Tensor, Tensor]:
+    """(B, S, D) states of the text and (B, C, D) of its slots, given their codes: one forward, with
+    gradient."""
+    x_BCD, position_BC = model.segmenter.inputs(text, slots.cursor_BC, slots.code_BCD)
+    h_BKD = read_entries(
+        model,
+        torch.cat([text.embed_BTD, x_BCD], 1),
+        torch.cat([text.position_BT, position_BC], 1),
+        torch.cat([text.valid_BT, slots.rest_BC > 0], 1),
+    )
+    length = text.ids_BT.shape[1]
+    return h_BKD[:, :length], F.normalize(h_BKD[:, length:], dim=-1)

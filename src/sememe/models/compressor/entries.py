@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from sememe.backbone.split import Rope, Spine
+from sememe.backbone.split import Spine
 from sememe.concepts.masks import allow
 
 
@@ -17,18 +17,15 @@ def run_entries(
     x_BnD: Tensor,
     position_BK: Tensor,
     valid_BK: Tensor | None = None,
-    rope: Rope | None = None,
     cache: DynamicCache | None = None,
 ) -> Tensor:
     """(B, n, D) states after the first `last` layers, of the last n entries.
 
     Args:
         valid_BK: None where all of them are.
-        rope: that of the n entries; None: from their positions.
         cache: where the entries before are."""
     count = x_BnD.shape[1]
     position_Bn = position_BK[:, -count:]
-    rope = spine.rope(x_BnD, position_Bn) if rope is None else rope
     attention = spine.base.config._attn_implementation
     if valid_BK is not None and bool(valid_BK.all()):
         valid_BK = None
@@ -37,24 +34,16 @@ def run_entries(
         inside = window is None or int(position_BK.max()) < window
         if inside and valid_BK is None and attention == "sdpa":
             return None  # the kernel's own causal path: nothing else is hidden
-        allowed = entry_mask(position_BK, valid_BK, count, window)
+        order_K = torch.arange(position_BK.shape[1], device=x_BnD.device)
+        allowed = (order_K <= order_K[-count:, None]).expand(len(x_BnD), -1, -1)
+        if window is not None:
+            # By positions, to both sides: by the order of entries alone a slot, which comes after
+            # the text, would see the text's end wherever it stands.
+            distance = position_Bn[:, :, None] - position_BK[:, None, :]
+            allowed = allowed & (distance.abs() < window)
+        if valid_BK is not None:
+            # One that is not valid sees everything: a row without any key would give NaN.
+            allowed = (allowed & valid_BK[:, None, :]) | ~valid_BK[:, -count:, None]
         return allow(allowed.unsqueeze(1), x_BnD.dtype, attention)
 
-    return spine.run(0, last, x_BnD, position_Bn, rope, mask, cache)
-
-
-def entry_mask(
-    position_BK: Tensor, valid_BK: Tensor | None, count: int, window: int | None
-) -> Tensor:
-    """(B, n, K) which entries the last `count` may see. A sliding window goes by positions in the
-    text, to both sides: by the order of entries alone a slot, which comes after the text, would see
-    the text's end wherever it stands. An entry that is not valid sees everything, since a row
-    without any key would give NaN."""
-    order_K = torch.arange(position_BK.shape[1], device=position_BK.device)
-    allowed = (order_K <= order_K[-count:, None]).expand(len(position_BK), -1, -1)
-    if window is not None:
-        distance = position_BK[:, -count:, None] - position_BK[:, None, :]
-        allowed = allowed & (distance.abs() < window)
-    if valid_BK is not None:
-        allowed = (allowed & valid_BK[:, None, :]) | ~valid_BK[:, -count:, None]
-    return allowed
+    return spine.run(0, last, x_BnD, position_Bn, spine.rope(x_BnD, position_Bn), mask, cache)

@@ -23,8 +23,8 @@ from sememe.backbone.split import Spine
 from sememe.concepts.bins import WordBins
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.dial import Dial
-from sememe.concepts.news import NextEmbedding, SegmentSum, offsets, ranks
-from sememe.concepts.segments import Chunk
+from sememe.concepts.news import NextEmbedding, SegmentSum
+from sememe.concepts.segments import Chunk, tail_lengths
 from sememe.concepts.writer import NULL, ConceptWriter, WriteDecision
 from sememe.errors import CheckpointError
 from sememe.models.adapted import AdaptedModel
@@ -41,11 +41,9 @@ BEAMS_AT_ONCE = 256
 
 @dataclass
 class CompressorOutput(CausalLMOutputWithPast):
-    """`concept_ids` (B, T): the id that each token wrote; NULL -1. `term`: what lengths added to
-    `loss`."""
+    """`concept_ids` (B, T): the id that each token wrote; NULL -1."""
 
     concept_ids: Tensor | None = None
-    term: Tensor | None = None
 
 
 @dataclass
@@ -65,15 +63,14 @@ class Encoded:
         return self.decision.coded_BC
 
     @property
-    def rank_BT(self) -> Tensor:
-        """Which concept covers each token; some concept on padding."""
-        return ranks(self.decision.written_BT)[:, 1:].clamp(max=self.e_BCD.shape[1] - 1)
+    def rank_BS(self) -> Tensor:
+        """Which concept covers each next token; some concept where there is none."""
+        return self.decision.written_BT.cumsum(1).clamp(max=self.e_BCD.shape[1] - 1)
 
     @property
-    def offset_BT(self) -> Tensor:
-        """Positions of the tokens in their segments, from 0; 0 on padding."""
-        offset_BS = offsets(self.decision.written_BT)
-        return offset_BS[:, 1:].masked_fill(~self.text.valid_BT[:, 1:], 0)
+    def offset_BS(self) -> Tensor:
+        """Positions of the next tokens in their segments, from 0; 0 where there is none."""
+        return tail_lengths(self.decision.written_BT, self.text.valid_BT)
 
 
 class CompressorForCausalLM(AdaptedModel):
@@ -88,14 +85,14 @@ class CompressorForCausalLM(AdaptedModel):
         super().__init__(config, backbone)
         config.check()
         width, lengths = config.text_config.hidden_size, config.max_tail + 1
-        stages = config.codes_per_concept
         self.dial = Dial(config.rate, config.quantise)
+        self.generator: torch.Generator | None = None
+        """Where there is one, lengths are drawn with it even when the model is not trained."""
         boundary = BOUNDARIES[config.boundary]
         bins = None
         if config.content == "bins":
-            vocab, even = len(self.get_output_embeddings().weight), not boundary.scored
-            rate = config.bins_rate
-            bins = WordBins(width, vocab, config.num_concepts, stages, lengths, rate, even)
+            vocab = len(self.get_output_embeddings().weight)
+            bins = WordBins(config, width, vocab, even=not boundary.scored)
         segments = SegmentSum(width, lengths, bins, weighted=boundary.accumulates)
         self.writer = ConceptWriter(config, width, self.dial, segments, closes_last=True)
         self.next_embedding = NextEmbedding(width)
@@ -105,13 +102,15 @@ class CompressorForCausalLM(AdaptedModel):
         self.reads_states = bins is None or boundary.scored or boundary.offline
         self.finish()
 
+    @property
+    def spine(self) -> Spine:
+        return Spine(self.backbone)
+
     def add_adapters(self) -> None:
         config = self.config
-        adapters = [(decode.ADAPTER, None)]
         if self.reads_states:
-            adapters.insert(0, (encode.ADAPTER, config.depth))
-        for name, last in adapters:
-            self.add_adapter(name, last)
+            self.add_adapter(encode.ADAPTER, config.depth)
+        self.add_adapter(decode.ADAPTER, None)
 
     # ---- the compressor ----
 
@@ -132,10 +131,8 @@ class CompressorForCausalLM(AdaptedModel):
     def covering(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """(B, S, D) normalised states of the concepts that cover each next token, and (B, S) its
         offset in its segment; the last of each row is of no token."""
-        index_BTD = encoded.rank_BT.unsqueeze(-1).expand(-1, -1, encoded.e_BCD.shape[-1])
-        e_BTD = encoded.e_BCD.gather(1, index_BTD)
-        x_BSD = self.writer.codes.normalise(F.pad(e_BTD, (0, 0, 0, 1)))
-        return x_BSD, F.pad(encoded.offset_BT, (0, 1))
+        e_BSD = encoded.e_BCD.take_along_dim(encoded.rank_BS.unsqueeze(-1), 1)
+        return self.writer.codes.normalise(e_BSD), encoded.offset_BS
 
     @can_return_tuple
     def forward(
@@ -157,32 +154,27 @@ class CompressorForCausalLM(AdaptedModel):
 
         Returns logits (B, T, V) as a language model's: those at t are of token t + 1."""
         self.refuse_unknown(kwargs)
-        spine = Spine(self.backbone)
         encoded = self.encode(input_ids, attention_mask, ablation)
         x_BSD, offset_BS = self.covering(encoded)
-        h_BSD = self.decompressor.states(spine, encoded.text.ids_BT, x_BSD, offset_BS)
-        logits_BSV = self.decompressor.logits(spine, h_BSD, x_BSD, offset_BS)
+        h_BSD = self.decompressor.states(self.spine, encoded.text.ids_BT, x_BSD, offset_BS)
+        logits_BSV = self.decompressor.logits(self.spine, h_BSD, x_BSD, offset_BS)
         ids_BS = torch.full_like(encoded.text.ids_BT, NULL).scatter(
             1, encoded.decision.pack.index_BC, encoded.ids_BC.where(encoded.coded_BC, NULL)
         )
-        loss = term = None
+        loss = None
         if labels is not None:
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask == 0, -100)
-            loss, term = self._losses(encoded, input_ids, labels, logits_BSV[:, :-1])
-            # This batch's tokens are a share of the step's.
-            count = (labels != -100).sum()
-            total = kwargs.get("num_items_in_batch")
-            share = 1.0 if total is None else count / total
-            loss, term = (loss + term) * share, term * share
-        return CompressorOutput(
-            loss=loss, logits=logits_BSV[:, 1:], concept_ids=ids_BS[:, 1:], term=term
-        )
+            loss = self._loss(encoded, input_ids, labels, logits_BSV[:, :-1])
+            if (total := kwargs.get("num_items_in_batch")) is not None:
+                # This batch's tokens are a share of the step's.
+                loss = loss * (labels != -100).sum() / total
+        return CompressorOutput(loss=loss, logits=logits_BSV[:, 1:], concept_ids=ids_BS[:, 1:])
 
-    def _losses(
+    def _loss(
         self, encoded: Encoded, ids_BT: Tensor, labels_BT: Tensor, logits_BTV: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Nats per token of the text, and what lengths add to them in training."""
+    ) -> Tensor:
+        """Nats per token of the text, with what lengths add to them in training."""
         share = self.config.continuation_share
         nll_BT = cross_entropy(logits_BTV, labels_BT)
         loss = (1 - share) * nll_BT.sum() / (labels_BT != -100).sum().clamp(min=1)
@@ -193,16 +185,14 @@ class CompressorForCausalLM(AdaptedModel):
             labels_Bh = labels_BT[:, half:]
             count = (labels_Bh != -100).sum().clamp(min=1)
             loss = loss + share * cross_entropy(logits_BhV, labels_Bh).sum() / count
-        term = torch.zeros_like(loss)
-        if self.training:
-            if self.segmenter is not None:
-                term = self.segmenter.length_loss(
-                    encoded.slots, encoded.rank_BT, nll_BT, self.dial.rate
-                )
-            # Keeps every rank's gradients in step, whatever its batch used.
-            trained = [p for p in self.parameters() if p.requires_grad]
-            term = term + sum(p.float().sum() for p in trained) * 0.0
-        return loss, term
+        if not self.training:
+            return loss
+        if self.segmenter is not None:
+            rank_BT = encoded.rank_BS[:, :-1]
+            loss = loss + self.segmenter.length_loss(encoded.slots, rank_BT, nll_BT, self.dial.rate)
+        # Keeps every rank's gradients in step, whatever its batch used.
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return loss + sum(p.float().sum() for p in trained) * 0.0
 
     @torch.no_grad()
     def compress(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
@@ -226,7 +216,7 @@ class CompressorForCausalLM(AdaptedModel):
                 f"concept id {wrong[0]}: need ids from 0 to {count - 1}, as this model writes "
                 "them. try: the model that compressed the text"
             )
-        spine, beams = Spine(self.backbone), beams or self.config.beams
+        beams = beams or self.config.beams
         rows_at_once = max(1, BEAMS_AT_ONCE // beams)
         texts = []
         for first in range(0, len(concepts), rows_at_once):
@@ -234,30 +224,26 @@ class CompressorForCausalLM(AdaptedModel):
             ids_BC = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
             x_BCD = self.writer.codes.normalise(self.writer.codes(ids_BC.to(self.device)))
             count_B = torch.tensor([len(ids) for ids in rows], device=self.device)
-            texts += self.decompressor.write(spine, x_BCD, count_B, self.bos, beams)
+            texts += self.decompressor.write(self.spine, x_BCD, count_B, self.bos, beams)
         return texts
-
-    def concept_positions(self, count: int) -> Tensor:
-        """(C,) positions of concepts that a text goes on from: those that the rate gives them,
-        which ids alone tell."""
-        order_C = torch.arange(count, device=self.device)
-        return torch.round((order_C + 1) / self.dial.rate).long()
 
     def continuation_logits(self, encoded: Encoded | None, ids_BT: Tensor) -> Tensor:
         """(B, T, V) logits of each of the (B, T) tokens, given those before it and the concepts of
         what came before them (None: nothing did)."""
         if encoded is None:
-            e_BCD = torch.zeros(len(ids_BT), 0, self.config.text_config.hidden_size)
-            coded_BC = torch.zeros(len(ids_BT), 0, dtype=torch.bool)
+            e_BCD = self.writer.codes(ids_BT[:, :0])
+            coded_BC = ids_BT[:, :0].bool()
         else:
             # Without the BOS, concept 0.
             e_BCD, coded_BC = encoded.e_BCD[:, 1:], encoded.coded_BC[:, 1:]
+        # Where the rate gives a concept its place, which ids alone tell.
+        order_C = torch.arange(coded_BC.shape[1], device=self.device)
         return self.decompressor.continuation_logits(
-            Spine(self.backbone),
+            self.spine,
             F.pad(ids_BT, (1, 0), value=self.bos),
-            self.writer.codes.normalise(e_BCD.to(self.device)),
-            coded_BC.to(self.device),
-            self.concept_positions(coded_BC.shape[1]),
+            self.writer.codes.normalise(e_BCD),
+            coded_BC,
+            torch.round((order_C + 1) / self.dial.rate).long(),
         )
 
     # ---- before training: see start.py ----

@@ -9,41 +9,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sememe.backbone.split import Spine
 from sememe.concepts.bins import Confusion
 from sememe.concepts.codebook import SHARPNESS, start_from_states
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.lengths import REMEMBERED
 from sememe.concepts.segments import Chunk
 from sememe.models.adapted import boundary_targets
-from sememe.models.compressor.encode import decide, embed_text, news, read_text
+from sememe.models.compressor.encode import decide, embed_text, evaluating, news, read_text
 
 # Logits that votes may give the mean word's own news at first: the best is found by trial.
 VOTES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TOKENS_AT_ONCE = 1024
 
 
-def texts(model, ids_NT: Tensor, show: bool = False) -> Iterator[Chunk]:
+def texts(model, ids_NT: Tensor) -> Iterator[Chunk]:
     """Blocks in batches, as in evaluation."""
-    was_training = model.training
-    model.eval()
-    batch = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
-    parts = ids_NT.to(model.device).split(batch)
-    # None: no bar where stderr is a pipe.
-    for ids_BT in tqdm(parts, "base states", leave=False, disable=None if show else True):
-        yield embed_text(model, ids_BT)
-    model.train(was_training)
+    parts = ids_NT.to(model.device).split(max(1, TOKENS_AT_ONCE // ids_NT.shape[1]))
+    with evaluating(model):
+        # None: no bar where stderr is a pipe.
+        for ids_BT in tqdm(parts, "base states", leave=False, disable=None):
+            yield embed_text(model, ids_BT)
 
 
 @contextmanager
 def drawing(model, seed: int) -> Iterator[None]:
     """Lengths inside are drawn, as in training: what is started there is for segments that differ,
     and at first the likeliest lengths are all the same."""
-    if model.segmenter is not None:
-        model.segmenter.generator = torch.Generator(model.device).manual_seed(seed)
+    model.generator = torch.Generator(model.device).manual_seed(seed)
     yield
-    if model.segmenter is not None:
-        model.segmenter.generator = None
+    model.generator = None
 
 
 @torch.no_grad()
@@ -51,14 +45,16 @@ def start_frame(model, ids_NT: Tensor, rate: float | None = None) -> dict[str, f
     """Word bins, the prediction of the next embedding, the frame of the codes, and the boundary.
     Returns shares of variance explained."""
     bins = model.writer.readout.bins
-    embed, states = [], []
     confusion = None if bins is None else Confusion(bins.bin_LV.shape[1])
-    for text in texts(model, ids_NT, show=True):
+    embed, states = [], []
+    for text in texts(model, ids_NT):
         embed.append(text.embed_BTD.float())
         if model.reads_states:
             states.append(read_text(model, text))
         if confusion is not None:
-            log_p_BSV = base_log_p(model, text.ids_BT)
+            # Of the base: its adapters are still zero.
+            logits_BSV = model.backbone(input_ids=text.ids_BT, use_cache=False).logits.float()
+            log_p_BSV = logits_BSV.log_softmax(-1)
             confusion.add(log_p_BSV[:, :-1].flatten(0, 1), text.ids_BT[:, 1:].flatten())
     if confusion is not None:
         bins.start(confusion)
@@ -74,23 +70,16 @@ def start_frame(model, ids_NT: Tensor, rate: float | None = None) -> dict[str, f
     return shares | model.writer.start_frame(news_NSD, boundary_targets(model, ids_NS))
 
 
-def base_log_p(model, ids_BS: Tensor) -> Tensor:
-    """(B, S, V) log-probabilities of next tokens by the base, whose adapters are still zero."""
-    return model.backbone(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
-
-
 @torch.no_grad()
 def calibrate_gate(model, ids_NT: Tensor) -> None:
     """The gate's score distribution, or the lengths that are remembered, are those of a text."""
     if model.writer.gate.boundary.scored:
         model.writer.start_gate(torch.cat([news(model, text) for text in texts(model, ids_NT)]))
     if model.segmenter is not None:
+        lengths = model.segmenter.lengths
         blocks = 1 + int(REMEMBERED / model.dial.rate) // ids_NT.shape[1]
-        log_p = []
-        for text in texts(model, ids_NT[:blocks]):
-            _, slots = decide(model, text)
-            log_p.append(model.segmenter.lengths(slots.state_BCD[slots.rest_BC > 0]))
-        model.segmenter.lengths.remember(torch.cat(log_p))
+        slots = [decide(model, text)[1] for text in texts(model, ids_NT[:blocks])]
+        lengths.remember(torch.cat([lengths(x.state_BCD[x.rest_BC > 0]) for x in slots]))
 
 
 @torch.no_grad()
@@ -101,9 +90,9 @@ def start_codes(model, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
             x_nD = segment_states(model, ids_NT)
             figures = start_from_states(model.writer.codes, model.writer.head, x_nD, seed=seed)
         else:
-            figures = spell_bins(model)
+            figures = spell_bins(model.writer)
         calibrate_gate(model, ids_NT)
-    with drawing(model, seed):
+    with drawing(model, seed), evaluating(model):
         return figures | weigh_votes(model, ids_NT[:32].to(model.device))
 
 
@@ -113,52 +102,46 @@ def segment_states(model, ids_NT: Tensor) -> Tensor:
     return torch.cat([model.writer.inputs(decision)[0] for decision in decisions])
 
 
-def spell_bins(model) -> dict[str, float]:
+def spell_bins(writer) -> dict[str, float]:
     """Codes that spell bins, instead of those of k-means; those that are left over belong to no
     segment at all."""
-    codes, segments = model.writer.codes, model.writer.readout
+    codes, segments = writer.codes, writer.readout
+    counts = segments.bins.counts
     for g, table_KD in enumerate(codes.weight):
         table_KD.zero_()
-        first = 0
-        for length, count in enumerate(segments.bins.counts, 1):
+        for length, part_nD in enumerate(table_KD[: sum(counts)].split(counts), 1):
             x_nD = segments.bins.codes(g, length)
             if g == 0:
-                length_n = torch.full_like(x_nD[:, 0], length, dtype=torch.long)
-                h_nD = segments.finish(codes.scale.float() * x_nD, length_n, codes)
-                x_nD = codes.normalise(h_nD)
+                x_nD = codes.normalise(codes.scale.float() * x_nD)
+                x_nD = segments.mark(x_nD, torch.tensor(length))
             else:
                 x_nD = segments.content(x_nD)
-            table_KD[first : first + len(x_nD)] = x_nD
-            first += count
+            part_nD[: len(x_nD)] = x_nD
         sharpness = torch.tensor(SHARPNESS / table_KD.shape[1], device=table_KD.device)
-        model.writer.head.start(g, table_KD.float(), sharpness)
-    return {"codes": float(sum(segments.bins.counts))}
+        writer.head.start(g, table_KD.float(), sharpness)
+    return {"codes": float(sum(counts))}
 
 
 def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
     """The weight of votes with which the untrained model writes a little text best."""
-    decompressor, spine = model.decompressor, Spine(model.backbone)
+    decompressor = model.decompressor
     embed_VD, out_VD = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     map_DD = torch.eye(embed_VD.shape[1], device=model.device)
     unit = 1.0
     if decompressor.segments.bins is None:
         unit = 1 / float(out_VD.float().square().mean().sqrt() * len(map_DD))
         if out_VD is not embed_VD:
-            map_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T.to(map_DD)
-    was_training = model.training
-    model.eval()
+            map_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T
+    decompressor.vote.weight.copy_(map_DD)
     encoded = model.encode(ids_BT)
     x_BSD, offset_BS = model.covering(encoded)
-    h_BSD = decompressor.states(spine, encoded.text.ids_BT, x_BSD, offset_BS)
-    decompressor.vote.weight.copy_(map_DD)
+    h_BSD = decompressor.states(model.spine, encoded.text.ids_BT, x_BSD, offset_BS)
     nll = {}
     for weight in VOTES:
         decompressor.gain.fill_(weight * unit)
-        logits_BSV = decompressor.logits(spine, h_BSD, x_BSD, offset_BS)
-        nll[weight] = float(
-            F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), ids_BT.flatten())
-        )
+        logits_BSV = decompressor.logits(model.spine, h_BSD, x_BSD, offset_BS)
+        logits_nV = logits_BSV[:, :-1].flatten(0, 1).float()
+        nll[weight] = float(F.cross_entropy(logits_nV, ids_BT.flatten()))
     best = min(nll, key=nll.get)
     decompressor.gain.fill_(best * unit)
-    model.train(was_training)
     return {"vote": best, "vote_nll": nll[best]}
