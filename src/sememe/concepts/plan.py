@@ -227,16 +227,6 @@ class PlanCodes(nn.Module):
         kind_C, *_ = self.shape.layout(e_BPD.device)
         return self.of_type(self.shape.interleave(separator_BID, e_BPD.float()), kind_C)
 
-    def separator_inputs(self, kind_R: Tensor) -> Tensor:
-        """(R, D) what opens a type."""
-        return self.of_type(self.to_states(self.separator[kind_R]), kind_R)
-
-    def concept_inputs(self, id_R: Tensor, kind_R: Tensor) -> Tensor:
-        """(R, D) a concept of each row's type."""
-        weight_nD = torch.cat([vocabulary.weight for vocabulary in self.types])
-        first_I = F.pad(torch.tensor(self.shape.sizes, device=id_R.device).cumsum(0), (1, 0))
-        return self.of_type(self.to_states(weight_nD[first_I[kind_R] + id_R]), kind_R)
-
     def last_separator(self) -> Tensor:
         """(D,) the input that the text's first token is predicted from."""
         return self.to_states(self.separator[-1])
@@ -254,14 +244,6 @@ class PlanCodes(nn.Module):
         """(B, C, M) from states of scale 1 at the C inputs."""
         types = x_BCD.split([length + 1 for length in self.shape.lengths], 1)
         return torch.cat([self.logits_of(x, i) for i, x in enumerate(types)], 1)
-
-    def row_logits(self, x_RnD: Tensor, kind_R: Tensor, types: list[int]) -> Tensor:
-        """(R, n, M) of each row's type, one of `types`."""
-        logits_RnM = x_RnD.new_empty(*x_RnD.shape[:2], self.shape.eos + 1)
-        for i in types:
-            rows_R = kind_R == i
-            logits_RnM[rows_R] = self.logits_of(x_RnD[rows_R], i)
-        return logits_RnM
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

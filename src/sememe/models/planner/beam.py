@@ -17,7 +17,7 @@ from torch import Tensor
 from sememe.backbone.adapters import adapter
 from sememe.concepts.plan import NULL
 from sememe.errors import RecipeError
-from sememe.models.planner.slots import Context, Slots
+from sememe.models.planner.slots import Context
 
 if TYPE_CHECKING:
     from sememe.models.planner.model import PlannerForCausalLM
@@ -67,21 +67,17 @@ class PlanSearch:
     @torch.no_grad()
     def __call__(self, model: PlannerForCausalLM, context: Context) -> tuple[Tensor, Tensor]:
         """(B, num_return, P) plans of the sources in `context`, and their log-probabilities."""
-        types = model.plans.shape.types
-        together = types if model.config.parallel else 1
-        hypotheses = Hypotheses(model, context, self, together)
+        shape, count = model.plans.shape, self.count
+        each = [[i] for i in range(shape.types)]
+        groups = [list(range(shape.types))] if model.config.parallel else each
+        hypotheses = Hypotheses(model, context, self, len(groups[0]))
         with adapter(model.backbone, PLANNER):
-            if model.config.parallel:
-                hypotheses.write(list(range(types)))
-            else:
-                for i in range(types):
-                    hypotheses.write([i])
+            for types in groups:
+                hypotheses.write(types)
         sources = len(context.inputs_BnD)
-        plan_BInP = hypotheses.plan_RP.view(sources, together, self.count, -1)
-        score_BIn = hypotheses.score_Qn.view(sources, together, self.count)
-        plan_BnP, score_Bn = plan_BInP[:, 0], score_BIn[:, 0]
-        for i in range(1, together):
-            plan_BnP, score_Bn = self._combine(plan_BnP, score_Bn, plan_BInP[:, i], score_BIn[:, i])
+        plan_BInP = hypotheses.plan_RP.view(sources, -1, count, shape.slots)
+        score_BIn = hypotheses.score_Qn.view(sources, -1, count)
+        plan_BnP, score_Bn = self._combine(plan_BInP, score_BIn)
         if self.independent and model.config.multi_token > 1:
             # Concepts were chosen from what was known some concepts earlier: score them anew.
             score_Bn = model.plan_log_prob(plan_BnP.flatten(0, 1), context).view_as(score_Bn)
@@ -108,105 +104,99 @@ class PlanSearch:
             id_Qn = torch.cat(chosen, 1)
         return id_Qn + ids * torch.arange(count, device=id_Qn.device)
 
-    def _combine(
-        self, plan_BnP: Tensor, score_Bn: Tensor, other_BnP: Tensor, other_Bn: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Hypotheses of types that were written in parallel: the n best of all pairs, or each with
-        its own number."""
+    def _combine(self, plan_BInP: Tensor, score_BIn: Tensor) -> tuple[Tensor, Tensor]:
+        """Hypotheses of types that were written in parallel: the n best of all combinations, or
+        each with its own number."""
         if self.independent:
-            return torch.maximum(plan_BnP, other_BnP), score_Bn + other_Bn
-        pairs_Bm = (score_Bn.unsqueeze(2) + other_Bn.unsqueeze(1)).flatten(1)
-        score_Bn, best_Bn = pairs_Bm.topk(self.count, dim=1)
-        first, second = best_Bn // self.count, best_Bn % self.count
-        return torch.maximum(_pick(plan_BnP, first), _pick(other_BnP, second)), score_Bn
+            return plan_BInP.amax(1), score_BIn.sum(1)
+        plan_BnP, score_Bn = plan_BInP[:, 0], score_BIn[:, 0]
+        for i in range(1, plan_BInP.shape[1]):
+            pairs_Bm = (score_Bn.unsqueeze(2) + score_BIn[:, i].unsqueeze(1)).flatten(1)
+            score_Bn, best_Bn = pairs_Bm.topk(self.count, dim=1)
+            first_BnP = _pick(plan_BnP, best_Bn // self.count)
+            # A type's slots are NULL in the plans of the others.
+            plan_BnP = torch.maximum(first_BnP, _pick(plan_BInP[:, i], best_Bn % self.count))
+        return plan_BnP, score_Bn
 
 
 class Hypotheses:
     """Plans in the making, n for each of Q problems: R = Q · n rows over one KV cache.
 
     A problem is a source (its types are written one after another) or one type of a source (all
-    types are written at once)."""
+    types are written at once). A step runs some of the inputs that a teacher-forced pass over the
+    plans would have: those that the cache does not hold yet."""
 
     def __init__(
         self, model: PlannerForCausalLM, context: Context, search: PlanSearch, together: int
     ):
-        shape, device, count = model.plans.shape, model.device, search.count
+        count = search.count
         self.model = model
         self.search = search
         self.context = context.repeated(together * count)
-        self.start_R1 = self.context.slots.position[:, -1:] + 1  # where types begin, in RoPE
-        self.plan_RP = torch.full((len(self.start_R1), shape.slots), NULL, device=device)
-        self.score_Qn = torch.zeros(len(self.plan_RP) // count, count, device=device)
+        self.source = self.context.slots
+        rows = len(self.context.inputs_BnD)
+        self.plan_RP = torch.full((rows, model.plans.shape.slots), NULL, device=model.device)
+        self.score_Qn = torch.zeros(rows // count, count, device=model.device)
         if not search.independent:
             self.score_Qn[:, 1:] = -torch.inf  # all start alike; one is enough
-        self.pending: list[tuple[Tensor, Slots]] = []  # inputs that the cache does not hold yet
+        self.pending: list[Tensor] = []  # (R,) inputs that the cache does not hold yet
 
     def write(self, types: list[int]) -> None:
         """Writes types to their ends: the one of all problems, or those of each source's problems
         in turn."""
-        model, shape = self.model, self.model.plans.shape
+        shape = self.model.plans.shape
         problems, count = self.score_Qn.shape
-        kind_R = torch.tensor(types, device=model.device).repeat_interleave(count)
-        kind_R = kind_R.repeat(problems // len(types))
+        kind_T = torch.tensor(types, device=self.plan_RP.device)
+        self.kind_R = kind_T.repeat_interleave(count).repeat(problems // len(types))
         offsets = [shape.offset(i) for i in range(shape.types)]
         self.length_R, self.budget_R, self.offset_R = (
-            torch.tensor(x, device=kind_R.device)[kind_R]
-            for x in (shape.lengths, model.dial.budget, offsets)
+            torch.tensor(x, device=kind_T.device)[self.kind_R]
+            for x in (shape.lengths, self.model.dial.budget, offsets)
         )
         # A hypothesis is open while its type is neither ended by <EOS> nor full.
         self.open_R = torch.isfinite(self.score_Qn).flatten()
-        self.feed(
-            model.plans.separator_inputs(kind_R).unsqueeze(1), 0, torch.ones_like(self.open_R)
-        )
+        separator_R = self.offset_R + self.kind_R  # its number among the inputs
+        self.pending.append(separator_R)
         longest = max(shape.lengths[i] for i in types)
-        step = model.config.multi_token if self.search.independent else 1
+        step = self.model.config.multi_token if self.search.independent else 1
         for first in range(0, longest, step):
             at_once = min(step, longest - first)
-            h_RnD = self.next_states(kind_R, first, at_once)
-            logits_RnM = model.plans.row_logits(model.normed(h_RnD), kind_R, types)
+            logits_RnM = self.next_logits(types, first, at_once)
             for j in range(at_once):
-                self.append(kind_R, first + j, logits_RnM[:, j])
+                self.append(first + j, logits_RnM[:, j])
+                # What is in none of the rows need not go through the base.
+                if bool(self.open_R.any()):
+                    self.pending.append(separator_R + first + j + 1)
             if not bool(self.open_R.any()):
                 break
-        # What is in none of the rows need not go through the base.
-        self.pending = [x for x in self.pending if bool(x[1].valid.any())]
 
-    def feed(self, x_RnD: Tensor, position: int, valid_R: Tensor, query: bool = False) -> None:
-        """Inputs for the next pass, from `position` of their type on. Queries all stand after the
-        input before them, in parallel."""
-        first = self.context.slots.length + sum(slots.length for _, slots in self.pending)
-        further_n = torch.arange(position, position + x_RnD.shape[1], device=x_RnD.device)
-        valid_Rn = valid_R[:, None].expand(-1, len(further_n))
-        slots = Slots.text(self.start_R1 + further_n, valid_Rn, first)
-        if query:
-            slots = slots._replace(order=torch.full_like(slots.order, first - 1), query=valid_Rn)
-        self.pending.append((x_RnD.to(self.model.backbone.dtype), slots))
-
-    def next_states(self, kind_R: Tensor, first: int, count: int) -> Tensor:
-        """(R, count, D) last states that the next concepts are predicted from, number `first` and
-        those after it."""
-        queries = count - 1
-        if queries:
-            x_RnD = self.model.query_inputs(kind_R)[:, :queries]
-            self.feed(x_RnD, first + 1, torch.ones_like(self.open_R), query=True)
-        inputs, slots = zip(*self.pending, strict=True)
+    def next_logits(self, types: list[int], first: int, count: int) -> Tensor:
+        """(R, count, M) of concept number `first` of each row's type and of those after it."""
+        model, context, queries = self.model, self.context, count - 1
+        anchor_RI = torch.full_like(self.plan_RP[:, : model.plans.shape.types], first)
+        x_RnD, slots = model.plan_inputs(self.plan_RP, self.source, anchor_RI)
+        own = model.plans.shape.slots + model.plans.shape.types
+        ask_R = own + self.kind_R * (model.config.multi_token - 1)
+        inputs = [*self.pending, *(ask_R + n for n in range(queries))]
         self.pending = []
-        query = slots[0].then(*slots[1:])
-        key = self.context.slots.then(query)
-        h_RnD = self.model.run(torch.cat(inputs, 1), query, key, self.context.cache)
-        self.context.slots = key
+        # Of a type that is written out in parallel to a longer one there are no more inputs.
+        input_Rn = torch.stack(inputs, 1).clamp(max=x_RnD.shape[1] - 1)
+        index = torch.arange(len(input_Rn), device=input_Rn.device)[:, None], input_Rn
+        query = slots.pick(index)
+        key = context.slots.then(query)
+        h_RnD = model.run(x_RnD[index], query, key, context.cache)
+        context.slots = key
         if queries:  # they leave the cache again
-            self.context.slots = key.pick((slice(None), slice(-queries)))
-            for layer in self.context.cache.layers:
-                layer.keys = layer.keys[:, :, :-queries]
-                layer.values = layer.values[:, :, :-queries]
-        return h_RnD[:, -count:]
+            context.slots = key.pick((slice(None), slice(-queries)))
+            context.cache.crop(-queries)
+        x_bTnD = model.normed(h_RnD[:, -count:]).unflatten(0, (-1, len(types), self.search.count))
+        logits = [model.plans.logits_of(x_bTnD[:, k], i) for k, i in enumerate(types)]
+        return torch.stack(logits, 1).flatten(0, 2)
 
-    def append(self, kind_R: Tensor, j: int, logits_RM: Tensor) -> None:
-        """Concept number j, or `<EOS>`, of every open hypothesis: chosen, put into the plans and
-        fed."""
-        model, shape = self.model, self.model.plans.shape
-        problems, count = self.score_Qn.shape
+    def append(self, j: int, logits_RM: Tensor) -> None:
+        """Concept number j, or `<EOS>`, of every open hypothesis: chosen, and put into the
+        plans."""
+        eos = logits_RM.shape[1] - 1
         self.open_R &= j < self.length_R
         log_p_RM = logits_RM.log_softmax(-1)
         log_p_RM[:, :-1].masked_fill_((j >= self.budget_R)[:, None], -torch.inf)
@@ -214,20 +204,17 @@ class Hypotheses:
         closed_M = torch.full_like(log_p_RM[0], -torch.inf)
         closed_M[-1] = 0.0
         log_p_RM = torch.where(self.open_R[:, None], log_p_RM, closed_M)
-        log_p_QnM = log_p_RM.view(problems, count, -1)
+        log_p_QnM = log_p_RM.view(*self.score_Qn.shape, -1)
         total_QnM = self.score_Qn.unsqueeze(-1) + log_p_QnM
-        chosen_Qn = self.search.choose(total_QnM, log_p_QnM, self.open_R.view(problems, count))
+        chosen_Qn = self.search.choose(total_QnM, log_p_QnM, self.open_R.view_as(self.score_Qn))
         self.score_Qn = total_QnM.flatten(1).gather(1, chosen_Qn)
-        eos = log_p_RM.shape[1] - 1
-        id_R = (chosen_Qn % (eos + 1)).flatten()
         if not self.search.independent:
             self.follow(chosen_Qn // (eos + 1))
+        id_R = (chosen_Qn % (eos + 1)).flatten()
         self.open_R = self.open_R & (id_R < eos) & torch.isfinite(self.score_Qn).flatten()
-        id_R = id_R.masked_fill(~self.open_R, 0)
-        slot_R1 = (self.offset_R + j).clamp(max=shape.slots - 1)[:, None]
+        slot_R1 = (self.offset_R + j).clamp(max=self.plan_RP.shape[1] - 1)[:, None]
         written_RP = self.plan_RP.scatter(1, slot_R1, id_R[:, None])
         self.plan_RP = torch.where(self.open_R[:, None], written_RP, self.plan_RP)
-        self.feed(model.plans.concept_inputs(id_R, kind_R).unsqueeze(1), j + 1, self.open_R)
 
     def follow(self, parent_Qn: Tensor) -> None:
         """Each hypothesis goes on from its parent."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -129,13 +130,12 @@ class PlannerForCausalLM(AdaptedModel):
         the padding was on; a source that is too long keeps its end."""
         source_BU = source_BU.to(self.device)
         mask_BU = torch.ones_like(source_BU) if source_mask is None else source_mask.to(self.device)
-        order_BU = mask_BU.long().argsort(dim=1, stable=True)
-        if self.config.plan_max_source is not None:
-            order_BU = order_BU[:, -self.config.plan_max_source :]
-        mask_BU = mask_BU.gather(1, order_BU).bool()
-        first_B1 = (~mask_BU).sum(1, keepdim=True)
-        valid_BS = F.pad(mask_BU, (1, 0)).scatter(1, first_B1, True)
-        ids_BS = F.pad(source_BU.gather(1, order_BU), (1, 0)).scatter(1, first_B1, self.bos)
+        limit = self.config.plan_max_source or source_BU.shape[1]
+        mask_BU = mask_BU * (mask_BU.flip(1).cumsum(1).flip(1) <= limit)
+        mask_BS = F.pad(mask_BU, (1, 0), value=1)
+        order_BS = mask_BS.argsort(dim=1, stable=True)[:, -limit - 1 :]
+        ids_BS = F.pad(source_BU, (1, 0), value=self.bos).gather(1, order_BS)
+        valid_BS = mask_BS.gather(1, order_BS).bool()
         position_BS = (valid_BS.cumsum(1) - 1).clamp(min=0)
         return Context(Slots.text(position_BS, valid_BS), Spine(self.backbone).embed(ids_BS))
 
@@ -152,32 +152,34 @@ class PlannerForCausalLM(AdaptedModel):
     ) -> Tensor:
         """(B, C, D) last states at the plan's inputs, teacher forced; with `anchor` (B, I) those of
         the queries after them, all of type 0 first. Plans of source 0 first, as many for each."""
-        shape, source = self.plans.shape, context.repeated(len(plan_BP) // len(context.inputs_BnD))
-        x_BnD = self.plans.inputs(self.plan_embeddings(plan_BP)).to(self.backbone.dtype)
-        start_B1 = source.slots.position[:, -1:] + 1
-        first = source.slots.length
-        slots = plan_slots(shape, plan_BP, start_B1, first, self.config.parallel)
-        if anchor_BI is not None:
-            query_InD = self.query_inputs(torch.arange(shape.types, device=self.device))
-            count = query_InD.shape[1]
-            query_BnD = query_InD.flatten(0, 1).expand(len(plan_BP), -1, -1)
-            x_BnD = torch.cat([x_BnD, query_BnD], 1)
-            slots = slots.then(query_slots(shape, anchor_BI, start_B1, first, count))
+        source = context.repeated(len(plan_BP) // len(context.inputs_BnD))
+        plan_BP = self.plans.shape.check(plan_BP)
+        x_BnD, slots = self.plan_inputs(plan_BP, source.slots, anchor_BI)
         key = source.slots.then(slots)
         query = key if source.cache is None else slots
-        x_BnD = torch.cat([source.inputs_BnD, x_BnD], 1)
         with adapter(self.backbone, PLANNER):
-            h_BnD = self.run(x_BnD, query, key, source.cache)
-        return h_BnD[:, source.inputs_BnD.shape[1] :]
+            h_BnD = self.run(torch.cat([source.inputs_BnD, x_BnD], 1), query, key, source.cache)
+        return h_BnD[:, -x_BnD.shape[1] :]
+
+    def plan_inputs(
+        self, plan_BP: Tensor, source: Slots, anchor_BI: Tensor | None
+    ) -> tuple[Tensor, Slots]:
+        """(B, C, D) inputs of plans after their sources, and after them with `anchor` those that
+        ask for the concepts after that one: (B, C + I (m - 1), D)."""
+        shape, x_BnD = self.plans.shape, self.plans.inputs(self.plans(plan_BP))
+        start_B1 = source.position[:, -1:] + 1
+        slots = plan_slots(shape, plan_BP, start_B1, source.length, self.config.parallel)
+        if anchor_BI is not None and self.probes is not None:
+            kind_I1 = torch.arange(shape.types, device=self.device)[:, None]
+            query_InD = self.plans.of_type(self.plans.to_states(self.probes.weight), kind_I1)
+            x_BnD = torch.cat([x_BnD, query_InD.flatten(0, 1).expand(len(x_BnD), -1, -1)], 1)
+            count = len(self.probes.weight)
+            slots = slots.then(query_slots(shape, anchor_BI, start_B1, source.length, count))
+        return x_BnD.to(self.backbone.dtype), slots
 
     def normed(self, h: Tensor) -> Tensor:
         """(…, D) last states at scale 1, past the base's own last norm, fp32."""
         return F.rms_norm(Spine(self.backbone).decoder.norm(h).float(), h.shape[-1:])
-
-    def query_inputs(self, kind_R: Tensor) -> Tensor:
-        """(R, m - 1, D) inputs that ask for concepts further on."""
-        x_nD = self.plans.to_states(self.probes.weight)
-        return self.plans.of_type(x_nD, kind_R[:, None]).to(self.backbone.dtype)
 
     def plan_logits(self, plan_BP: Tensor, context: Context) -> Tensor:
         """(B, C, M) teacher forced: at each separator and concept, of what comes next in its type,
@@ -309,17 +311,15 @@ class PlannerForCausalLM(AdaptedModel):
 
     def _query_loss(self, h_BInD: Tensor, anchor_BI: Tensor, target_BC: Tensor) -> Tensor:
         """Nats per concept of those that the queries ask for."""
-        shape = self.plans.shape
-        h_BInD = self.normed(h_BInD)
-        logits = [self.plans.logits_of(h_BInD[:, i], i) for i in range(shape.types)]
         further_n = torch.arange(1, h_BInD.shape[2] + 1, device=h_BInD.device)
-        position_BIn = anchor_BI.unsqueeze(-1) + further_n
-        input_BIn = shape.separators(h_BInD.device)[:, None] + position_BIn
-        wanted_Bn = target_BC.gather(1, input_BIn.flatten(1).clamp(max=target_BC.shape[1] - 1))
-        length_I1 = torch.tensor(shape.lengths, device=h_BInD.device)[:, None]
-        past_BIn = position_BIn >= length_I1  # that is another type's, or nobody's
-        wanted_Bn = wanted_Bn.masked_fill(past_BIn.flatten(1), IGNORED)
-        return mean_nll(torch.cat(logits, 1), wanted_Bn)
+        logits, wanted = [], []
+        for i, target_BL in enumerate(
+            target_BC.split([n + 1 for n in self.plans.shape.lengths], 1)
+        ):
+            logits.append(self.plans.logits_of(self.normed(h_BInD[:, i]), i))
+            past_BL = F.pad(target_BL, (0, len(further_n)), value=IGNORED)
+            wanted.append(past_BL.gather(1, anchor_BI[:, i : i + 1] + further_n))
+        return mean_nll(torch.cat(logits, 1), torch.cat(wanted, 1))
 
     # ---- use ----
 
@@ -353,8 +353,7 @@ class PlannerForCausalLM(AdaptedModel):
     def stops(self) -> list[int]:
         """Ids that end a text."""
         ids = self.generation_config.eos_token_id
-        ids = self.config.text_config.eos_token_id if ids is None else ids
-        return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     @torch.no_grad()
     def generate(
@@ -375,9 +374,8 @@ class PlannerForCausalLM(AdaptedModel):
             plan_ids = options(self, self.encode_source(input_ids, attention_mask))[0][:, 0]
         length = max_new_tokens or self.generation_config.max_new_tokens or 128
         texts = write(self, plan_ids, length, options)
-        fill = (self.stops or [0])[0]
-        width = min(length, max(map(len, texts), default=0) + bool(self.stops))
-        rows = [row + [fill] * (width - len(row)) for row in texts]
-        new_BY = torch.tensor(rows, dtype=torch.long, device=self.device).view(len(rows), width)
-        ids = torch.cat([input_ids.to(self.device), new_BY], 1)
+        end = self.stops[:1]
+        rows = [torch.tensor([*row, *end][:length], dtype=torch.long) for row in texts]
+        new_BY = pad_sequence(rows, batch_first=True, padding_value=(end or [0])[0])
+        ids = torch.cat([input_ids.to(self.device), new_BY.to(self.device)], 1)
         return (ids, plan_ids) if return_plan else ids
