@@ -9,8 +9,9 @@ import torch
 from families import text
 from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import CheckpointError, DataError, TrainingError
+from sememe.keys import Em
 from sememe.models.planner import em, first_plans
-from sememe.models.planner.em import EStep, Scores, best_of, score
+from sememe.models.planner.em import Scores, best_of, e_step, score
 from sememe.models.planner.first_plans import key_word_plans, piece_plans
 from sememe.models.planner.proposers import PROPOSERS, PairBatch, edit_once, swap_gains
 from sememe.pairs import PairTensors
@@ -46,7 +47,6 @@ def pairs(count: int = 6, length: int = 8) -> PairTensors:
 def test_scores_together_are_scores_alone(parallel, at_once, monkeypatch):
     if at_once:
         monkeypatch.setattr(em, "TOKENS_AT_ONCE", at_once)
-        monkeypatch.setattr(em, "CACHE_AT_ONCE", at_once)
     model = tiny_planner(parallel=parallel)
     batch = PairBatch.of(model, pairs(3))
     cached = batch.context.cache.get_seq_length()
@@ -136,8 +136,8 @@ def test_the_search_finds_the_best_of_all_plans():
     s = score(model, PairBatch.of(model, some), everything.expand(3, -1, -1), 0.7)
     top, index = s.total.topk(2, dim=1)
     plan_NP = everything[:3].int()
-    step = EStep({"beam": len(everything)}, batch=2, planner_weight=0.7)
-    figures = step.run(model, some, plan_NP, torch.arange(3), 0)
+    options = Em(proposers={"beam": len(everything)}, batch=2, planner_weight=0.7)
+    figures = e_step(model, some, plan_NP, torch.arange(3), options, 0)
     assert torch.equal(plan_NP.long(), everything[index[:, 0]])
     assert figures["em_score"] == pytest.approx(float(top[:, 0].mean()), abs=1e-4)
     assert figures["em_margin"] == pytest.approx(float((top[:, 0] - top[:, 1]).mean()), abs=1e-4)
@@ -157,8 +157,9 @@ def test_steps_climb_to_the_best_plan_and_never_fall(proposers):
     best = score(model, batch, everything).total.amax(1)
     plan_NP, index = everything[:, 0].int().clone(), torch.arange(5)
     before = score(model, batch, plan_NP.long().unsqueeze(1)).total[:, 0]
+    options = Em(proposers=proposers, batch=2)
     for number in range(6):
-        figures = EStep(proposers, batch=2).run(model.train(), some, plan_NP, index, number)
+        figures = e_step(model.train(), some, plan_NP, index, options, number)
         assert model.training, "it is in eval mode meanwhile alone"
         now = score(model.eval(), batch, plan_NP.long().unsqueeze(1)).total[:, 0]
         assert (now >= before - 1e-4).all(), "5e-5 is what batching alone changes"
@@ -170,10 +171,11 @@ def test_steps_climb_to_the_best_plan_and_never_fall(proposers):
 
 def test_only_the_pairs_asked_for_are_searched_and_draws_depend_on_the_generator():
     model, some, index = tiny_planner(), pairs(7), torch.tensor([5, 0, 3, 6, 1])
-    step, ticks, runs = EStep({"sample": 3, "edit": 3, "beam": 2}, batch=2), [], []
+    options = Em(proposers={"sample": 3, "edit": 3, "beam": 2}, batch=2)
+    ticks, runs = [], []
     for seed in (3, 3, 4):
         plan_NP = plans(7).int()
-        figures = step.run(model, some, plan_NP, index, seed, ticks.append)
+        figures = e_step(model, some, plan_NP, index, options, seed, ticks.append)
         runs.append((figures, plan_NP))
     assert ticks == [2, 2, 1] * 3 and figures["em_examples"] == 5
     assert runs[0][0] == runs[1][0] != runs[2][0] and torch.equal(runs[0][1], runs[1][1])
@@ -226,7 +228,7 @@ def test_a_score_that_is_no_number_stops_the_step():
     with torch.no_grad():
         model.plans.separator.fill_(torch.nan)
     with pytest.raises(TrainingError, match="not finite"):
-        EStep({"edit": 1}).run(model, pairs(3), plan_NP, torch.arange(3), 0)
+        e_step(model, pairs(3), plan_NP, torch.arange(3), Em(proposers={"edit": 1}), 0)
     assert torch.equal(plan_NP, plans(3).int())
 
 

@@ -90,8 +90,8 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     come next."""
     seen, weights = [], []
 
-    def fake(self, model, pairs, plan_NP, index_n, seed, tick):
-        seen.append((index_n.tolist(), seed, self))
+    def fake(model, pairs, plan_NP, index_n, em, seed, tick):
+        seen.append((index_n.tolist(), seed, em))
         return {"em_flips": 0.0}
 
     real = plans.HardEM.on_step_begin
@@ -101,14 +101,14 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
         now = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         weights.append((model.dial.plan_weight, now))
 
-    monkeypatch.setattr(plans.EStep, "run", fake)
+    monkeypatch.setattr(plans, "e_step", fake)
     monkeypatch.setattr(plans.HardEM, "on_step_begin", spy)
     values["em"]["examples"] = 3
     run(values, tmp_path / "r")
     order = pairs_of(values).order_n.tolist()
     next_pairs = [list(dict.fromkeys(order[start : start + 8]))[:3] for start in (16, 24)]
     assert [x[0] for x in seen] == next_pairs and seen[0][1] != seen[1][1]
-    assert seen[0][2] == plans.EStep({"beam": 2, "sample": 1, "edit": 2}, 16, 1.0)
+    assert seen[0][2] == check_recipe(values, "test").em
     assert [x for x, _ in weights] == [0.0, 0.0, *[1.0] * 6]
     before, warm, later = (weights[step][1] for step in (0, 2, 4))
     planner = [n for n in before if ".planner." in n]

@@ -5,6 +5,7 @@ z*, the plans of the N training pairs, is one int32 tensor (N, P): `PairExamples
 read it when their step is taken, E-steps change it, and every checkpoint holds it as it was then,
 so that a resumed run is the run that was never stopped."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from sememe import storage
 from sememe.concepts.plan import PlanShape
 from sememe.data import block_order
 from sememe.errors import CheckpointError
-from sememe.evaluation.plans import other_plans, plan_use, target_nll
-from sememe.models.planner.em import EStep, evaluating, greedy_plans
+from sememe.evaluation.plans import mean_nll, other_plans, plan_use, target_nll
+from sememe.models.planner.em import e_step, evaluating, greedy_plans
 from sememe.models.planner.first_plans import key_word_plans, piece_plans
 from sememe.models.planner.model import PlannerForCausalLM
 from sememe.options import Recipe
@@ -45,69 +46,61 @@ class PairExamples(Dataset):
 
     def __init__(self, recipe: Recipe, pairs: PairTensors, bos: int | None = None):
         """With `bos`, source and target are one text after it."""
-        self.recipe = recipe
+        self.batch = recipe.batch_size
         self.pairs = pairs
-        self.order_n = block_order(len(pairs), recipe.steps, recipe.batch_size, recipe.seed)
-        self._joined = None if bos is None else pairs.joined(bos)
-        length_n = torch.tensor([self._length(i) for i in range(len(self.order_n))])
-        target_n = (pairs.target_NY != IGNORED).sum(1)[self.order_n].minimum(length_n)
-        self._tokens_n = (target_n + pairs.source_mask_NU.sum(1)[self.order_n]).cumsum(0)
+        self.order_n = block_order(len(pairs), recipe.steps, self.batch, recipe.seed)
+        self.joined = bos is not None
+        sides = pairs.source_NU, pairs.source_mask_NU, pairs.target_NY
+        self.columns = pairs.joined(bos) if self.joined else sides
+        # Target tokens that each example may have.
+        lengths = [recipe.target_tokens(i // self.batch) for i in range(len(self.order_n))]
+        self.length_n = torch.tensor(lengths)
+        target_n, source_n = (
+            mask.sum(1)[self.order_n] for mask in (pairs.target_NY != IGNORED, pairs.source_mask_NU)
+        )
+        self.tokens_n = (target_n.minimum(self.length_n) + source_n).cumsum(0).tolist()
 
     def __len__(self) -> int:
         return len(self.order_n)
 
-    def _length(self, i: int) -> int:
-        """Target tokens that example i may have."""
-        return self.recipe.target_tokens(i // self.recipe.batch_size)
-
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        n = int(self.order_n[i])
-        pairs = self.pairs
-        if self._joined is None:
-            labels_Y = pairs.target_NY[n].clone()
-            labels_Y[self._length(i) :] = IGNORED
-            return {
-                "input_ids": pairs.source_NU[n],
-                "attention_mask": pairs.source_mask_NU[n],
-                "labels": labels_Y,
-                "pair": torch.tensor(n),
-            }
-        ids_T, mask_T, labels_T = (x[n].clone() for x in self._joined)
-        end = 1 + int(pairs.source_mask_NU[n].sum()) + self._length(i)
-        labels_T[end:] = IGNORED
-        mask_T[end:] = 0
-        return {"input_ids": ids_T, "attention_mask": mask_T, "labels": labels_T}
+        n = self.order_n[i]
+        ids_T, mask_T, labels_Y = (x[n] for x in self.columns)
+        after_Y = (labels_Y != IGNORED).cumsum(0) > self.length_n[i]
+        return {
+            "input_ids": ids_T,
+            "attention_mask": mask_T * ~after_Y if self.joined else mask_T,
+            "labels": labels_Y.masked_fill(after_Y, IGNORED),
+            "pair": n,
+        }
 
     def tokens(self, step: int) -> int:
         """Source and target tokens that the first `step` steps train on."""
-        end = min(step * self.recipe.batch_size, len(self))
-        return int(self._tokens_n[end - 1]) if end else 0
+        return [0, *self.tokens_n][min(step * self.batch, len(self))]
 
     def upcoming(self, step: int, steps: int) -> Tensor:
         """(n,) the pairs of `steps` steps from number `step` on, in the order in which they are
         first met."""
-        batch = self.recipe.batch_size
-        pairs = self.order_n[step * batch : (step + steps) * batch].tolist()
+        pairs = self.order_n[step * self.batch : (step + steps) * self.batch].tolist()
         return torch.tensor(list(dict.fromkeys(pairs)), dtype=torch.long)
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch without columns that are padding in every row, and with its plans as they are
         now."""
-        mask_T = inputs["attention_mask"].bool().any(0)
-        if self._joined is not None:
-            return {key: value[:, : int(mask_T.sum())] for key, value in inputs.items()}
-        first = int((~mask_T).sum())
-        width = int((inputs["labels"] != IGNORED).any(0).sum())
-        device = inputs["pair"].device
-        pair_B = inputs["pair"].cpu()
+        ids_BT, mask_BT, labels_BY, pair_B = inputs.values()
+        some_T = mask_BT.bool().any(0)
+        some_Y = some_T if self.joined else (labels_BY != IGNORED).any(0)
         batch = {
-            "input_ids": inputs["input_ids"][:, first:],
-            "attention_mask": inputs["attention_mask"][:, first:],
-            "labels": inputs["labels"][:, :width],
-            "plan_ids": self.plan_NP[pair_B].long().to(device),
+            "input_ids": ids_BT[:, some_T],
+            "attention_mask": mask_BT[:, some_T],
+            "labels": labels_BY[:, some_Y],
         }
+        if self.joined:
+            return batch
+        chosen = pair_B.cpu()
+        batch["plan_ids"] = self.plan_NP[chosen].long().to(pair_B.device)
         if self.signals is not None:
-            batch["signals"] = {name: x_N[pair_B].to(device) for name, x_N in self.signals.items()}
+            batch["signals"] = {k: x_N[chosen].to(pair_B.device) for k, x_N in self.signals.items()}
         return batch
 
 
@@ -170,17 +163,14 @@ class HardEM(TrainerCallback):
     def e_step(self, model: PlannerForCausalLM, step: int) -> None:
         """Better plans for the pairs that are trained on next. All follows from the step, the
         weights and the plans."""
-        em = self.recipe.em
+        em, pairs, plan_NP = self.recipe.em, self.examples.pairs, self.examples.plan_NP
         index_n = self.examples.upcoming(step, em.every)
         index_n = index_n[: em.examples or len(index_n)]
-        search = EStep(em.proposers, em.batch, em.planner_weight)
         seed = self.recipe.seed * 1_000_003 + step
-        pairs = self.examples.pairs
-        plan_NP = self.examples.plan_NP
         started = time.monotonic()
         name = f"E-step at step {step}"
         with tqdm(total=len(index_n), desc=name, leave=False, disable=not self.show) as bar:
-            figures = search.run(model, pairs, plan_NP, index_n, seed, bar.update)
+            figures = e_step(model, pairs, plan_NP, index_n, em, seed, bar.update)
         figures["em_seconds"] = round(time.monotonic() - started, 2)
         few_n = index_n[:FEW]
         self.meter.note(figures | own_plans_figures(model, pairs.rows(few_n), plan_NP[few_n], step))
@@ -198,17 +188,13 @@ def own_plans_figures(
     with z* (`em_nll`), with the planner's greedy plan, and with z* shuffled over the pairs. `model`
     is put into `eval` meanwhile."""
     plan_NP = plan_NP.long()
-    tokens = int((pairs.target_NY != IGNORED).sum())
     with evaluating(model):
         plans = {
             "em_nll": plan_NP,
             "em_nll_planner": greedy_plans(model, pairs),
             "em_nll_shuffle": other_plans(plan_NP, model.plans.shape, "shuffle", seed),
         }
-        return {
-            key: float(target_nll(model, pairs, x_NP).double().sum()) / max(tokens, 1)
-            for key, x_NP in plans.items()
-        }
+        return {k: mean_nll(target_nll(model, pairs, x_NP), pairs) for k, x_NP in plans.items()}
 
 
 class PlanMeter:
@@ -221,6 +207,7 @@ class PlanMeter:
 
     def clear(self) -> None:
         self.sums: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.plans: list[Tensor] = []
         # Of each slot: how often it was written, entropy, largest probability, first choice is z*.
         self.slots_4P = torch.zeros(4, self.shape.slots)
@@ -229,14 +216,17 @@ class PlanMeter:
     def see(self, outputs, labels_BY: Tensor) -> None:
         """What a forward pass returned."""
         slots_4P = self._slots(outputs).cpu()
-        tokens = int((labels_BY != IGNORED).sum())
         self.slots_4P += slots_4P
         self.plans.append(outputs.plan_ids.cpu())
-        self.sums["tokens"] += tokens
-        self.sums["target"] += float(outputs.target_nll.detach()) * tokens
-        self.sums["plan"] += float(outputs.plan_nll.detach()) * float(slots_4P[0].sum())
-        if outputs.signal_nll is not None:
-            self.sums["signal"] += float(outputs.signal_nll.detach()) * len(outputs.plan_ids)
+        counts = {
+            "target_nll": int((labels_BY != IGNORED).sum()),
+            "plan_nll": float(slots_4P[0].sum()),
+            "signal_nll": len(labels_BY),
+        }
+        for key, count in counts.items():
+            if (nats := getattr(outputs, key)) is not None:
+                self.sums[key] += float(nats.detach()) * count
+                self.counts[key] += count
 
     @torch.no_grad()
     def _slots(self, outputs) -> Tensor:
@@ -258,29 +248,25 @@ class PlanMeter:
     def read(self) -> dict[str, float | list]:
         """Figures since the last read."""
         figures: dict[str, float | list] = dict(self.figures)
-        if self.sums["tokens"]:
+        if self.plans:
             figures |= self._training_figures()
         self.clear()
         return figures
 
     def _training_figures(self) -> dict[str, float | list]:
         plan_NP = torch.cat(self.plans)
-        written_P, *sums_3P = self.slots_4P
-        entropy, max_prob, _ = (
-            [float(x) if n else None for x, n in zip(sums_P / written_P, written_P, strict=True)]
-            for sums_P in sums_3P
-        )
-        signal = {"signal_nll": self.sums["signal"] / len(plan_NP)} if self.sums["signal"] else {}
+        written_P, entropy_P, max_P, right_P = self.slots_4P
+        largest = [x_K.max() / x_K.sum() for x_K in self.shape.id_counts(plan_NP)]
         return {
-            "target_nll": self.sums["target"] / self.sums["tokens"],
-            "plan_nll": self.sums["plan"] / max(float(written_P.sum()), 1),
-            **signal,
+            **{key: self.sums[key] / max(count, 1) for key, count in self.counts.items()},
             **plan_use(plan_NP, self.shape),
-            "plan_largest_share": [
-                float(count_K.max() / count_K.sum()) if bool(count_K.any()) else None
-                for count_K in self.shape.id_counts(plan_NP)
-            ],
-            "plan_match": float(sums_3P[2].sum() / written_P.sum().clamp(min=1)),
-            "plan_entropy_by_slot": entropy,
-            "plan_max_prob_by_slot": max_prob,
+            "plan_largest_share": _known(torch.stack(largest)),
+            "plan_match": float(right_P.sum() / written_P.sum().clamp(min=1)),
+            "plan_entropy_by_slot": _known(entropy_P / written_P),
+            "plan_max_prob_by_slot": _known(max_P / written_P),
         }
+
+
+def _known(shares: Tensor) -> list[float | None]:
+    """None where nothing was counted."""
+    return [None if math.isnan(x) else x for x in shares.tolist()]

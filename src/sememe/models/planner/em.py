@@ -10,7 +10,6 @@ slots of a plan."""
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor
 
 from sememe.concepts.plan import PlanShape
 from sememe.errors import TrainingError
+from sememe.keys import Em
 from sememe.models.planner.losses import in_chunks
 from sememe.models.planner.model import PlannerForCausalLM
 from sememe.models.planner.proposers import PROPOSERS, PairBatch
+from sememe.options import checked
 from sememe.pairs import PairTensors
 
-TOKENS_AT_ONCE = 2**14  # that the executor reads in one pass
-CACHE_AT_ONCE = 2**29  # bytes of copies of the sources' KV cache
+TOKENS_AT_ONCE = 2**14  # that planner and executor read in one pass
 ROUNDS = 3  # of search in `best_plans`, each from the plans of the one before
 Tick = Callable[[int], None]
 
@@ -52,91 +52,74 @@ def score(
     keyed_Rm, which_m = torch.cat([row_m[:, None], plan_BnP.flatten(0, 1)], 1).unique(
         dim=0, return_inverse=True
     )
-    row_R, plan_RP = keyed_Rm[:, 0], keyed_Rm[:, 1:]
-    target_R = in_chunks(
-        lambda plan_rP, row_r: model.target_log_prob(plan_rP, batch.target_BY[row_r]),
-        TOKENS_AT_ONCE // (slots + batch.target_BY.shape[1]),
-        plan_RP,
-        row_R,
-    )
-    # Twice: the rows' copy of the cache, and the one that the plan is appended to.
-    bytes_of_a_row = max(1, 2 * batch.context.bytes() // rows)
-    plan_R = in_chunks(
-        lambda plan_rP, row_r: model.plan_log_prob(plan_rP, batch.context.pick(row_r)),
-        CACHE_AT_ONCE // bytes_of_a_row,
-        plan_RP,
-        row_R,
-    )
+
+    def log_probs(keyed_rm: Tensor) -> Tensor:
+        row_r, plan_rP = keyed_rm[:, 0], keyed_rm[:, 1:]
+        target_r = model.target_log_prob(plan_rP, batch.target_BY[row_r])
+        plan_r = model.plan_log_prob(plan_rP, batch.context.pick(row_r))
+        return torch.stack([target_r, plan_r], 1)
+
+    tokens = batch.context.slots.length + slots + batch.target_BY.shape[1]
+    both_R2 = in_chunks(log_probs, TOKENS_AT_ONCE // tokens, keyed_Rm)
+    target_Bn, plan_Bn = both_R2[which_m].view(rows, count, 2).unbind(2)
     which_Bn = which_m.view(rows, count)
     same_Bnn = which_Bn.unsqueeze(2) == which_Bn.unsqueeze(1)
-    scores = (x_R[which_Bn] for x_R in (target_R + planner_weight * plan_R, target_R, plan_R))
-    return Scores(*scores, ~same_Bnn.tril(-1).any(2))
+    total_Bn = target_Bn + planner_weight * plan_Bn
+    return Scores(total_Bn, target_Bn, plan_Bn, ~same_Bnn.tril(-1).any(2))
 
 
-@dataclass
-class EStep:
-    """A search for better plans.
+def e_step(
+    model: PlannerForCausalLM,
+    pairs: PairTensors,
+    plan_NP: Tensor,
+    index_n: Tensor,
+    em: Em,
+    seed: int,
+    tick: Tick = lambda n: None,
+) -> dict[str, float]:
+    """Puts better plans of the pairs `index_n` into `plan_NP`, in place, a batch at a time, and
+    returns the mean of each figure of `best_of`. `tick` is given the size of each batch.
 
-    proposers: how many candidates each of `PROPOSERS` makes for a pair.
-    batch: pairs that are searched together.
-    planner_weight: of the plan's log-probability in S."""
+    Raises:
+        TrainingError: a score is not finite."""
+    base = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
+    figures: list[dict[str, Tensor]] = []
+    with evaluating(model):
+        for index_B in index_n.split(em.batch):
+            # A batch draws for itself: what the others drew makes no difference.
+            own = torch.Generator().manual_seed(base + 2**31 * int(index_B[0]))
+            best_BP, figures_B = _search(model, pairs.rows(index_B), plan_NP[index_B], em, own)
+            plan_NP[index_B] = best_BP.to(plan_NP)
+            figures.append(figures_B)
+            tick(len(index_B))
+    all_n = {key: torch.cat([x[key] for x in figures]).double() for key in figures[0]}
+    means = {key: float(x_n.nanmean()) for key, x_n in all_n.items() if not x_n.isnan().all()}
+    return means | {"em_examples": float(len(index_n))}
 
-    proposers: dict[str, int] = field(default_factory=lambda: {"beam": 4, "sample": 4, "edit": 8})
-    batch: int = 8
-    planner_weight: float = 1.0
 
-    def run(
-        self,
-        model: PlannerForCausalLM,
-        pairs: PairTensors,
-        plan_NP: Tensor,
-        index_n: Tensor,
-        seed: int,
-        tick: Tick = lambda n: None,
-    ) -> dict[str, float]:
-        """Puts better plans of the pairs `index_n` into `plan_NP`, in place, a batch at a time, and
-        returns the mean of each figure of `best_of`. `tick` is given the size of each batch.
-
-        Raises:
-            TrainingError: a score is not finite."""
-        base = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
-        figures: list[dict[str, Tensor]] = []
-        with evaluating(model):
-            for index_B in index_n.split(self.batch):
-                # A batch draws for itself: what the others drew makes no difference.
-                own = torch.Generator().manual_seed(base + 2**31 * int(index_B[0]))
-                best_BP, figures_B = self.search(model, pairs.rows(index_B), plan_NP[index_B], own)
-                plan_NP[index_B] = best_BP.to(plan_NP)
-                figures.append(figures_B)
-                tick(len(index_B))
-        all_n = {key: torch.cat([x[key] for x in figures]).double() for key in figures[0]}
-        means = {key: float(x_n.nanmean()) for key, x_n in all_n.items() if not x_n.isnan().all()}
-        return means | {"em_examples": float(len(index_n))}
-
-    @torch.no_grad()
-    def search(
-        self,
-        model: PlannerForCausalLM,
-        pairs: PairTensors,
-        present_BP: Tensor,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The best of all candidates for each of a few pairs: see `best_of`."""
-        batch = PairBatch.of(model, pairs)
-        present_BP = present_BP.to(model.device).long()
-        proposed = {
-            name: PROPOSERS[name](model, batch, present_BP, count, generator)
-            for name, count in self.proposers.items()
-            if count > 0
-        }
-        plan_BnP = torch.cat([present_BP.unsqueeze(1), *proposed.values()], 1)
-        scores = score(model, batch, plan_BnP, self.planner_weight)
-        if not bool(torch.isfinite(scores.total).all()):
-            raise TrainingError(
-                "a plan's score is not finite: need finite weights. try: a lower learning rate"
-            )
-        origin_n = [None, *(name for name, x in proposed.items() for _ in range(x.shape[1]))]
-        return best_of(model.plans.shape, plan_BnP, scores, origin_n)
+@torch.no_grad()
+def _search(
+    model: PlannerForCausalLM,
+    pairs: PairTensors,
+    present_BP: Tensor,
+    em: Em,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The best of all candidates for each of a few pairs: see `best_of`."""
+    batch = PairBatch.of(model, pairs)
+    present_BP = present_BP.to(model.device).long()
+    plans, origin_n = [present_BP.unsqueeze(1)], [None]
+    for name, count in em.proposers.items():
+        if count > 0:
+            plans.append(PROPOSERS[name](model, batch, present_BP, count, generator))
+            origin_n += [name] * plans[-1].shape[1]
+    plan_BnP = torch.cat(plans, 1)
+    scores = score(model, batch, plan_BnP, em.planner_weight)
+    if not bool(torch.isfinite(scores.total).all()):
+        raise TrainingError(
+            "a plan's score is not finite: need finite weights. try: a lower learning rate"
+        )
+    return best_of(model.plans.shape, plan_BnP, scores, origin_n)
 
 
 def best_of(
@@ -152,7 +135,8 @@ def best_of(
     total_Bn = scores.total.float().masked_fill(~scores.first, -torch.inf)
     best_B1 = total_Bn.argmax(1, keepdim=True)
     best_B1 = torch.where(total_Bn[:, :1] == total_Bn.gather(1, best_B1), 0, best_B1)
-    best_BP = plan_BnP.gather(1, best_B1.unsqueeze(-1).expand(-1, -1, plan_BnP.shape[2])).squeeze(1)
+    best_B = best_B1.squeeze(1)
+    best_BP = plan_BnP[torch.arange(len(best_B), device=best_B.device), best_B]
     top_B, target_B, plan_B = (
         x_Bn.gather(1, best_B1).squeeze(1) for x_Bn in (total_Bn, scores.target, scores.plan)
     )
@@ -170,9 +154,8 @@ def best_of(
         "em_entropy": torch.distributions.Categorical(logits=total_Bn).entropy(),
         "em_candidates": scores.first.sum(1),
     }
-    for name in dict.fromkeys(filter(None, origin_n)):
-        by_n = torch.tensor([origin == name for origin in origin_n], device=total_Bn.device)
-        by_B = by_n[best_B1.squeeze(1)].float()
+    for name in dict.fromkeys(origin_n[1:]):
+        by_B = torch.tensor([origin_n[n] == name for n in best_B.tolist()]).to(top_B)
         figures[f"em_by_{name}"] = torch.where(flipped_B, by_B, torch.nan)
     return best_BP, {key: x_B.float().cpu() for key, x_B in figures.items()}
 
@@ -184,34 +167,28 @@ def _edit_distance(shape: PlanShape, a_BP: Tensor, b_BP: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def greedy_plans(
-    model: PlannerForCausalLM, pairs: PairTensors, batch: int = 8, tick: Tick = lambda n: None
-) -> Tensor:
+def greedy_plans(model: PlannerForCausalLM, pairs: PairTensors, batch: int = 8) -> Tensor:
     """(N, P) the planner's own plans of the sources, on the CPU."""
-    plans = []
-    for index_B in torch.arange(len(pairs)).split(batch):
-        some = pairs.rows(index_B)
-        plans.append(model.plan(some.source_NU, some.source_mask_NU)[0][:, 0].cpu())
-        tick(len(index_B))
-    return torch.cat(plans)
+    parts = zip(pairs.source_NU.split(batch), pairs.source_mask_NU.split(batch), strict=True)
+    return torch.cat([model.plan(*source)[0][:, 0].cpu() for source in parts])
 
 
 def best_plans(
     model: PlannerForCausalLM,
     pairs: PairTensors,
-    em: dict[str, Any] | None = None,
+    em: dict[str, Any],
     tick: Tick = lambda n: None,
     rounds: int = ROUNDS,
     seed: int = 0,
 ) -> Tensor:
     """(N, P) z* of pairs that nobody trains on: the best plans that `rounds` of E-steps find with
     the targets in view, from the planner's own. `em`: the recipe's search, as plain values."""
-    known = ("proposers", "batch", "planner_weight")
-    step = EStep(**{key: value for key, value in (em or {}).items() if key in known})
-    plan_NP = greedy_plans(model, pairs, step.batch)
-    for index_B in torch.arange(len(pairs)).split(step.batch):
+    known = {key: em[key] for key in Em.model_fields if key in em}  # of any release
+    options = checked(Em, known)
+    plan_NP = greedy_plans(model, pairs, options.batch)
+    for index_B in torch.arange(len(pairs)).split(options.batch):
         for number in range(rounds):
-            step.run(model, pairs, plan_NP, index_B, seed * 1_000_003 + number)
+            e_step(model, pairs, plan_NP, index_B, options, seed * 1_000_003 + number)
         tick(len(index_B))
     return plan_NP
 

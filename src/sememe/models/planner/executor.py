@@ -64,18 +64,16 @@ def write(
     x_BnD, query = prefix(model, plan_BP.to(model.device))
     key = query
     unfinished_B = torch.ones(len(plan_BP), dtype=torch.bool, device=model.device)
-    tokens: list[Tensor] = []
+    text_BY = torch.empty(len(plan_BP), 0, dtype=torch.long, device=model.device)
     with adapter(model.backbone, EXECUTOR):
-        while len(tokens) < max_new_tokens and bool(unfinished_B.any()):
+        while text_BY.shape[1] < max_new_tokens and bool(unfinished_B.any()):
             logits_BV = spine.logits(model.run(x_BnD, query, key, cache)[:, -1])
             token_B = logits_BV.argmax(-1)
             if search.do_sample:
                 token_B = draw(logits_BV, search.temperature, search.generator)
             unfinished_B = unfinished_B & ~torch.isin(token_B, stops)
-            tokens.append(torch.where(unfinished_B, token_B, NULL))
+            text_BY = torch.cat([text_BY, torch.where(unfinished_B, token_B, NULL)[:, None]], 1)
             x_BnD = spine.embed(token_B[:, None])
             query = Slots.text(key.position[:, -1:] + 1, first=key.length)
             key = key.then(query)
-    if not tokens:
-        return [[] for _ in plan_BP]
-    return [row_T[row_T != NULL].tolist() for row_T in torch.stack(tokens, 1)]
+    return [row_Y[row_Y != NULL].tolist() for row_Y in text_BY]

@@ -9,7 +9,7 @@ a type · P slots · D width · K ids · V vocabulary of the base."""
 
 import math
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def key_word_plans(model: PlannerForCausalLM, pairs: PairTensors, pieces_V: list
 
     Raises DataError: all plans of some type would be empty."""
     shape: PlanShape = model.plans.shape
-    texts = [words_of(row, pieces_V) for row in pairs.target_NY.tolist()]
+    texts = [words_of(row[row != IGNORED].tolist(), pieces_V) for row in pairs.target_NY]
     spelling = {word: ids for text in reversed(texts) for word, ids in text.items()}
     different = set(map(tuple, texts))
     count = Counter(word for text in different for word in text)
@@ -78,16 +78,12 @@ def words_of(ids: list[int], pieces_V: list[str]) -> dict[str, list[int]]:
     words: list[list[int]] = []
     inside = False
     for token in ids:
-        if token == IGNORED:
-            break
         bare = pieces_V[token].lstrip(SPACE)
-        if not bare.isalnum():
-            inside = False
-        elif inside and bare == pieces_V[token]:
+        if inside and bare.isalnum() and bare == pieces_V[token]:
             words[-1].append(token)
-        else:
+        elif bare.isalnum():
             words.append([token])
-            inside = True
+        inside = bare.isalnum()
     first: dict[str, list[int]] = {}
     for spelling in words:
         first.setdefault("".join(pieces_V[token].lstrip(SPACE) for token in spelling), spelling)
@@ -102,21 +98,6 @@ def _word_embeddings(model: PlannerForCausalLM, spellings: list[list[int]]) -> T
 
 
 # ---- plans of pieces ----
-
-
-class Clusters(NamedTuple):
-    """k-means of a type's pieces: (L, D) means and (D,) scale that they are normed by, and (K', D)
-    centroids of what is left."""
-
-    mean_LD: Tensor
-    scale_D: Tensor
-    centroid_KD: Tensor
-
-    def nearest(self, piece_BLD: Tensor, there_BL: Tensor) -> Tensor:
-        """(B, L) ids, NULL where there is no piece."""
-        normed_BLD = (piece_BLD - self.mean_LD) / self.scale_D
-        id_n = assign(normed_BLD.flatten(0, 1), self.centroid_KD)[0]
-        return id_n.view(there_BL.shape).masked_fill(~there_BL, NULL)
 
 
 @torch.no_grad()
@@ -148,7 +129,7 @@ def piece_plans(model: PlannerForCausalLM, pairs: PairTensors, seed: int = 0) ->
         for i, parts in enumerate(sample)
     ]
     plans = [
-        torch.cat([c.nearest(*piece) for c, piece in zip(clusters, pieces, strict=True)], 1)
+        torch.cat([nearest(*piece) for nearest, piece in zip(clusters, pieces, strict=True)], 1)
         for pieces in pieces_of(torch.arange(len(target_MY)))
     ]
     plan_MP = torch.cat(plans).cpu()
@@ -167,7 +148,7 @@ def _rarity(target_MY: Tensor, vocab: int) -> Tensor:
     count_V = torch.bincount(target_MY[target_MY >= 0], minlength=vocab).double()
     weight_V = (count_V.sum() / count_V.clamp(min=1)).log().square()
     mean = (weight_V * count_V).sum() / count_V.sum().clamp(min=1)
-    return (weight_V / mean if mean > 0 else torch.ones_like(weight_V)).float()
+    return (weight_V / mean.clamp(min=1e-9)).float()
 
 
 def _weighted_words(
@@ -197,8 +178,9 @@ def _pieces(x_BYD: Tensor, length_B: Tensor, max_pieces: int) -> tuple[Tensor, T
 
 def _cluster(
     model: PlannerForCausalLM, i: int, piece_MLD: Tensor, there_ML: Tensor, seed: int
-) -> Clusters:
-    """The clusters of type i, which the first ids of its vocabulary begin as."""
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Clusters the pieces of type i, and begins its vocabulary as the clusters' means. Returns what
+    gives pieces their ids, (B, L), NULL where there is none."""
     # Each slot's own mean: ids would be spent on saying which slot it is, which is known (0.64 nats
     # of 3.6, with it 0.43; what chance makes of as few pieces is 0.12). Each dimension's own scale:
     # or a few huge ones are all that counts.
@@ -215,4 +197,10 @@ def _cluster(
     good = [loss <= min(losses) * 1.001 + 1e-6 for loss in losses]
     centroid_KD = starts[good.index(True)]
     model.plans.types[i].begin(centroid_KD * scale_D)
-    return Clusters(mean_LD, scale_D, centroid_KD)
+
+    def nearest(piece_BLD: Tensor, there_BL: Tensor) -> Tensor:
+        normed_BLD = (piece_BLD - mean_LD) / scale_D
+        id_n = assign(normed_BLD.flatten(0, 1), centroid_KD)[0]
+        return id_n.view(there_BL.shape).masked_fill(~there_BL, NULL)
+
+    return nearest

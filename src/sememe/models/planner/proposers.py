@@ -118,14 +118,15 @@ def gradient(model, batch: PairBatch, present_BP: Tensor, count: int, generator)
     """The present plan with one id replaced: those replacements that the gradient of log p(y | z)
     promises most of (HotFlip, arXiv 1712.06751)."""
     gain_BPM = swap_gains(model, present_BP, batch.target_BY)
-    gain_Bn, best_Bn = gain_BPM.flatten(1).topk(min(count, gain_BPM[0].numel()), dim=1)
-    slot_Bn = best_Bn // gain_BPM.shape[2]
-    id_Bn = best_Bn % gain_BPM.shape[2]
-    plan_BnP = present_BP.unsqueeze(1).repeat(1, count, 1)  # where there are too few replacements
-    some_BnP = plan_BnP[:, : best_Bn.shape[1]]
-    swapped_BnP = some_BnP.scatter(2, slot_Bn.unsqueeze(-1), id_Bn.unsqueeze(-1))
-    some_BnP.copy_(torch.where(torch.isfinite(gain_Bn).unsqueeze(-1), swapped_BnP, some_BnP))
-    return plan_BnP
+    gain_Bn1, best_Bn1 = (
+        x_Bn.unsqueeze(2)
+        for x_Bn in gain_BPM.flatten(1).topk(min(count, gain_BPM[0].numel()), dim=1)
+    )
+    plan_BnP = present_BP.unsqueeze(1).repeat(1, best_Bn1.shape[1], 1)
+    size = gain_BPM.shape[2]
+    swapped_BnP = plan_BnP.scatter(2, best_Bn1 // size, best_Bn1 % size)
+    # There may be too few replacements.
+    return torch.where(torch.isfinite(gain_Bn1), swapped_BnP, plan_BnP)
 
 
 @torch.enable_grad()

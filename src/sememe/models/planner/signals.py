@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sememe.errors import DataError
-
 LENGTHS = (8, 16, 32, 64, 128, 256)  # words; a text's bucket is how many of these it reaches
 KINDS = ("prose", "list", "code", "question", "dialogue")
 TERMS = 5  # key words of a text
@@ -95,12 +93,8 @@ class SignalReader:
         return sorted(scores, key=lambda word: (-scores[word], word))[:TERMS]
 
     def __call__(self, texts: list[str]) -> dict[str, Tensor]:
-        """`length`, `kind` (N,) long; `entity`, `number` (N, 1) and `terms` (N, HASHES) of 0 and 1.
-        Raises DataError where there is no text."""
-        if not texts:
-            raise DataError(
-                "there is no text to read signals off: need at least one. try: another file"
-            )
+        """`length`, `kind` (N,) long; `entity`, `number` (N, 1) and `terms` (N, HASHES) of 0 and
+        1."""
         words = torch.tensor([len(text.split()) for text in texts])
         return {
             "length": (words[:, None] >= torch.tensor(LENGTHS)).sum(1),

@@ -101,8 +101,3 @@ class Context:
         """Each row `count` times."""
         rows = torch.arange(len(self.inputs_BnD), device=self.inputs_BnD.device)
         return self.pick(rows.repeat_interleave(count))
-
-    def bytes(self) -> int:
-        """Of the cache."""
-        tensors = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
-        return sum(x.element_size() * x.numel() for x in tensors)
