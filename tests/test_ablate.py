@@ -16,12 +16,11 @@ from families import online_over, text, tiny_online
 from sememe.concepts.ablation import ABLATIONS, ablate, parse
 from sememe.data import TextBlocks, token_blocks
 from sememe.errors import CheckpointError
-from sememe.evaluation import quality, speed
+from sememe.evaluation import ablation, quality
 from sememe.evaluation.ablation import KINDS, ablate_text
 from sememe.evaluation.quality import evaluate
-from sememe.evaluation.results import Parts, keep, reusable
+from sememe.evaluation.results import go_on, keep, reusable
 from sememe.evaluation.subject import Options, Subject
-from sememe.measure import benchmark
 from sememe.measure import evaluate as measure
 
 SPECS = ("zero", "shuffle", "random", "swap", "drop:0.5", "drop:1", "shuffle@1")
@@ -117,21 +116,21 @@ def figures_of(model, ids, **options) -> dict:
 
 def test_the_curve(monkeypatch):
     model, ids = tiny_online(), text(5, 32)
-    shares = (0.0, 0.25, 0.5, 1.0)
-    subject = subject_of(model, shares=shares, seeds=2)
-    monkeypatch.setattr(Subject, "blocks", lambda self, data, min_rows: SimpleNamespace(ids_NT=ids))
-    curve = ablate_text(subject, "")
+    heldout = SimpleNamespace(ids_NT=ids)
+    monkeypatch.setattr(Subject, "heldout", lambda self, data, min_rows: heldout)
+    monkeypatch.setattr(ablation, "SHARES", (0.25, 0.5))
+    curve = ablate_text(subject_of(model), "")
     assert curve["batch"] == 5, "a last batch of one row would keep its own codes under swap"
-    whole = figures_of(model, ids, batch=5)
+    monkeypatch.setattr(quality, "BATCH", 5)
+    whole = figures_of(model, ids)
     assert curve["nll"] == whole["nll"]
     assert curve["concept_rate"] == pytest.approx(whole["concept_rate"])
     assert curve["zero"]["delta_nll"] == whole["delta_nll_zero"]
     for kind in ("shuffle", "random"):  # the first seed is the one of every evaluation
         low, high = curve[kind]["delta_nll_min"], curve[kind]["delta_nll_max"]
         assert low <= whole[f"delta_nll_{kind}"] <= high and low < high
-    assert [point["share"] for point in curve["drop"]] == list(shares)
+    assert [point["share"] for point in curve["drop"]] == [0, 0.25, 0.5]
     assert curve["drop"][0]["delta_nll"] == 0
-    assert curve["drop"][-1] == {"share": 1.0} | curve["zero"]
     for cost in (*curve["drop"], *(curve[kind] for kind in KINDS)):
         assert cost["delta_nll_min"] <= cost["delta_nll"] <= cost["delta_nll_max"]
         assert math.isfinite(cost["delta_nll"])
@@ -221,20 +220,19 @@ class Stops:
         return self.real(*args, **kwargs)
 
 
-def test_parts_outlive_a_crash_and_a_read_only_folder(tmp_path):
+def test_jobs_go_on_after_a_crash_and_in_a_read_only_folder(tmp_path):
     path = tmp_path / "x.partial.jsonl"
-    first = Parts(path)
-    assert [first.part(key, lambda key=key: [key, 0.1]) for key in "ab"] == [["a", 0.1], ["b", 0.1]]
+    assert go_on(path, [lambda: ["a", 0.1], lambda: 2]) == [["a", 0.1], 2]
     with path.open("a") as file:
         file.write('\n["c", "val')  # a crash in the middle of a line
-    again = Parts(path)
-    assert again.part("a", lambda: 1 / 0) == ["a", 0.1] and again.part("c", lambda: 3) == 3
-    assert Parts(path).values.keys() == {"a", "b", "c"}
-    assert Parts(tmp_path / "none" / "x").part("a", lambda: 1) == 1
+    for _ in range(2):
+        assert go_on(path, [lambda: 1 / 0, lambda: 1 / 0, lambda: 3]) == [["a", 0.1], 2, 3]
+        path.write_text(path.read_text().replace("\n3", ""))
+    assert go_on(tmp_path / "none" / "x", [lambda: 1]) == [1] == go_on(None, [lambda: 1])
 
 
 def test_evaluation_goes_on_where_it_was_stopped(run, texts, monkeypatch):
-    options = Options(tokens=1024, rate=(0.5, 1.0), batch=4)
+    options = Options(tokens=1024, rate=(0.5, 1.0))
     whole = measure(str(run), str(texts[1]), options=options)
     real = quality.token_nll
     monkeypatch.setattr(quality, "token_nll", Stops(real, 18))
@@ -244,24 +242,7 @@ def test_evaluation_goes_on_where_it_was_stopped(run, texts, monkeypatch):
     rest = Stops(real)
     monkeypatch.setattr(quality, "token_nll", rest)
     assert measure(str(run), str(texts[1]), options=options) == whole, "to the last digit"
-    assert rest.calls == 8 * 6 - 17 and not [*run.glob("*.partial.jsonl")]
-
-
-def test_a_benchmark_goes_on_and_takes_the_rate(run, monkeypatch):
-    options = Options(new_tokens=4, repeats=2, rate=[1.0])
-    real = speed.generate
-    monkeypatch.setattr(speed, "generate", Stops(real, 2))
-    with pytest.raises(KeyboardInterrupt):
-        benchmark(str(run), 24, None, options)
-    steps = Stops(speed.train_step)
-    monkeypatch.setattr(speed, "generate", real)
-    monkeypatch.setattr(speed, "train_step", steps)
-    figures = benchmark(str(run), 24, None, options)
-    assert steps.calls == 0, "what was timed is not timed again"
-    assert figures["settings"]["target_rate"] == figures["realised_rate"] == 1
-    assert figures["train_step_ratio"] > 0 and figures["cache_reduction"] > 0
-    with pytest.raises(CheckpointError, match=r"the cache is empty .* need .* try: "):
-        speed.cache_bytes(SimpleNamespace(bytes=lambda: 0))
+    assert rest.calls == (8 - 2) * 6 and not [*run.glob("*.partial.jsonl")]
 
 
 def test_kept_figures_are_of_this_model_and_measured_alike(tmp_path):
@@ -270,7 +251,7 @@ def test_kept_figures_are_of_this_model_and_measured_alike(tmp_path):
     weights.touch()
     (tmp_path / "recipe.yaml").write_text("rate: 0.5\ndata: {train: a.txt, heldout: b.txt}")
     figures = {"nll": 1.5, "tokens": 32}
-    keep(tmp_path, "benchmark.json", figures)
+    keep(tmp_path, "benchmark", figures)
     assert reusable(tmp_path, "benchmark.json", nll=1.5) == figures
     assert reusable(tmp_path, "evaluate.json") is None
     assert reusable(tmp_path, "benchmark.json", tokens=64) is None
@@ -285,7 +266,7 @@ def test_kept_figures_are_of_this_model_and_measured_alike(tmp_path):
         ("ablate RUN --data TRAIN", "is what .* was trained on"),
         ("ablate RUN --data EMPTY", "is empty"),
         ("ablate RUN --data SHORT", "has 14 tokens: need at least 32"),
-        ("ablate RUN --data ONE", "make one block of 32 tokens: need at least two"),
+        ("ablate RUN --data ONE", "make a single block or pair: need at least two"),
         ("evaluate RUN --data HELD --rate 0.5,half", "need numbers with commas"),
         ("ablate RUN --data HELD --rate 0", "rate = 0: need from 0.143 to 1"),
         ("evaluate RUN --data HELD --rate nan", "rate = nan"),

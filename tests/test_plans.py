@@ -1,7 +1,6 @@
 """What plans are worth, on a planner that has learned a task by them: evaluate, ablate, and what
 they refuse."""
 
-import itertools
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from conftest import run, sememe, tiny_recipe
 from plan_runs import SAID, planner_recipe, write_pairs
 from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import DataError, SememeError
-from sememe.evaluation.ablation import dropped
+from sememe.evaluation import ablation, plans
 from sememe.evaluation.answers import Answers, final_sentence
 from sememe.evaluation.plans import (
     IGNORED,
@@ -59,8 +58,8 @@ def runs(tmp_path_factory, base_folder):
 
 @pytest.fixture(scope="module")
 def loaded(runs):
-    subject = Subject.load(str(runs / "r"), Options(tokens=160, batch=3))
-    return subject, subject.pairs(str(runs / "heldout.jsonl"))
+    subject = Subject.load(str(runs / "r"), Options(tokens=160))
+    return subject, subject.heldout(str(runs / "heldout.jsonl"))
 
 
 def test_the_task_is_solved_through_the_plan(runs):
@@ -76,7 +75,7 @@ def test_the_task_is_solved_through_the_plan(runs):
         assert math.isfinite(last[key]), key
 
 
-def test_the_executor_sees_the_plan_and_not_the_source(loaded):
+def test_the_executor_sees_the_plan_and_not_the_source(loaded, monkeypatch):
     model, pairs = loaded[0].model, loaded[1]
     plan_NP = planned(model, pairs)
     source_NU, mask_NU = pairs.source_NU.roll(1, 0), pairs.source_mask_NU.roll(1, 0)
@@ -88,7 +87,8 @@ def test_the_executor_sees_the_plan_and_not_the_source(loaded):
     with torch.no_grad():
         want_N = -model.target_log_prob(plan_NP, pairs.target_NY)
     for batch in (1, 3):
-        nll_NY = target_nll(model, pairs, plan_NP, batch)
+        monkeypatch.setattr(plans, "PAIRS", batch)
+        nll_NY = target_nll(model, pairs, plan_NP)
         assert nll_NY.sum(1).tolist() == pytest.approx(want_N.tolist(), rel=1e-4)
 
 
@@ -105,10 +105,6 @@ def test_plans_that_lie():
     assert bool((empty == NULL).all())
     assert torch.equal(other_plans(plan, SHAPE, "swap"), plan[[1, 2, 3, 0]])
     assert not torch.equal(other_plans(plan, SHAPE, "random", 1), random)
-    shares = [dropped(plan, share, 3) for share in (0, 0.25, 0.5, 1.0)]
-    assert [int(x.sum()) for x in shares] == [0, 2, 4, 8]
-    assert not any((a & ~b).any() for a, b in itertools.pairwise(shares)), "the same ones and more"
-    assert torch.equal(shares[-1], plan != NULL)
 
 
 def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded):
@@ -171,7 +167,7 @@ def test_right_answers_are_counted(runs, loaded):
     subject, pairs = loaded
     model, tokenizer = subject.model, subject.tokenizer
     texts = [SAID[key] for key in ("aa", "bb", "cc", "dd")] * 2
-    answers = Answers(subject, pairs)
+    answers = Answers(tokenizer, pairs)
 
     class Writes:
         device, config = model.device, model.config
@@ -204,9 +200,9 @@ def test_right_answers_are_counted(runs, loaded):
     assert reader.sources == [[model.bos, *row[mask.bool()].tolist()] for row, mask in rows]
     width = int((pairs.target_NY != IGNORED).sum(1).min())
     cut = PairTensors(pairs.source_NU, pairs.source_mask_NU, pairs.target_NY[:, :width])
-    assert 0 < len(Answers(subject, cut).answers) < 8, "what was cut has lost its answer"
+    assert 0 < len(Answers(tokenizer, cut).answers) < 8, "what was cut has lost its answer"
     with pytest.raises(DataError, match="longer target_length"):
-        Answers(subject, PairTensors(cut.source_NU, cut.source_mask_NU, cut.target_NY[:, :3]))
+        Answers(tokenizer, PairTensors(cut.source_NU, cut.source_mask_NU, cut.target_NY[:, :3]))
     words = ("--tokens", 160, "--answers", "--search", 0, "--json", runs / "n.json")
     printed = sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
     result = json.loads((runs / "n.json").read_text())
@@ -267,12 +263,13 @@ def test_the_budget_bounds_plans(runs):
     assert result["nll"] == pytest.approx(empty)
 
 
-def test_ablate_drops_and_swaps(runs):
-    options = Options(tokens=160, seeds=2, shares=(0, 0.5, 1))
+def test_ablate_drops_and_swaps(runs, monkeypatch):
+    monkeypatch.setattr(ablation, "SHARES", (0.5,))
+    options = Options(tokens=160)
     result = ablate(str(runs / "r"), str(runs / "heldout.jsonl"), options)
     assert json.loads((runs / "r" / "ablate.json").read_text()) == result
     drop = {point["share"]: point["delta_nll"] for point in result["drop"]}
-    assert drop[0.0] == 0.0 < drop[0.5] < drop[1.0] == result["zero"]["delta_nll"]
+    assert drop[0.0] == 0.0 < drop[0.5] < result["zero"]["delta_nll"]
     for kind in ("empty", "shuffle", "random", "swap"):
         assert result[kind]["delta_nll"] > 0.2
     assert result["swap"]["delta_nll_min"] == result["swap"]["delta_nll_max"]
@@ -331,7 +328,7 @@ def test_what_says_nothing_about_a_planner_is_one_sentence(runs, base_folder, te
         (("evaluate", planner, "--control", plain), "was not trained on pairs as these are"),
         (("evaluate", base_folder), "got no --data"),
         (("ablate", control), "has no concepts to ablate"),
-        (("ablate", planner, "--data", tmp_path / "one.jsonl"), "make one pair"),
+        (("ablate", planner, "--data", tmp_path / "one.jsonl"), "make a single block or pair"),
         (("generate", planner, "--prompt", "say aa", "--edit", "5:0=1"), "types 0 to 1"),
         (
             ("generate", planner, "--prompt", "say aa", "--max-new-tokens", 400),

@@ -24,9 +24,9 @@ from sememe.evaluation.answers import (
     overlap,
     read_questions,
 )
+from sememe.evaluation.compressor import continuation_blocks
 from sememe.evaluation.context import (
     continuation,
-    continuation_blocks,
     model_nll,
     online_gap,
     online_nll,
@@ -151,7 +151,7 @@ def test_every_id_counts_and_shuffling_keeps_ids_and_lengths():
 
 def test_a_perfect_model_gives_everything_back_and_shuffling_destroys_it(blocks):
     ids = blocks[:6]
-    figures, concepts, rebuilt = reconstruct(Perfect(), TOKENIZER, ids, batch=4)
+    figures, concepts, rebuilt = reconstruct(Perfect(), TOKENIZER, ids)
     assert figures["token_accuracy"] == figures["exact_match"] == 1
     assert figures["nll"] == pytest.approx(0, abs=1e-6) and figures["bits_per_token"] == 9
     assert rebuilt == ids.tolist()
@@ -161,9 +161,10 @@ def test_a_perfect_model_gives_everything_back_and_shuffling_destroys_it(blocks)
     assert late["token_accuracy"] < 0.3 < 0.9 < late["rouge_l"] and late["length_ratio"] == 31 / 32
 
 
-def test_figures_are_those_of_the_models_own_calls(model, blocks):
+def test_figures_are_those_of_the_models_own_calls(model, blocks, monkeypatch):
+    monkeypatch.setattr(reconstruction, "WINDOWS", 2)
     ids = blocks[:3, :16]
-    figures, concepts, rebuilt = reconstruct(model, TOKENIZER, ids, batch=2)
+    figures, concepts, rebuilt = reconstruct(model, TOKENIZER, ids)
     assert concepts == model.compress(ids), "batches change nothing"
     assert rebuilt == model.decompress(concepts)
     nll = float(F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
@@ -178,7 +179,7 @@ def test_figures_are_those_of_the_models_own_calls(model, blocks):
 
 def test_lossless_costs(model, base_folder, blocks, monkeypatch):
     base, ids = load_base(base_folder).eval(), blocks[:5]
-    nll = base_nll(base, model.bos, ids, batch=2)
+    nll = base_nll(base, model.bos, ids)
     logits = base(F.pad(ids, (1, 0), value=model.bos)).logits[:, :-1]
     want = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(5, 32)
     torch.testing.assert_close(nll, want.detach(), atol=1e-5, rtol=1e-5)
@@ -209,7 +210,7 @@ def test_continuation_predicts_the_same_tokens_from_each_context(
         token_blocks([texts[1].read_text()], TOKENIZER, 24, limit=120),
     )
     monkeypatch.setattr(model.dial, "rate", 0.25)  # of the 16 tokens about half as many ids
-    figures = continuation(model, base, ids, 16, batch=2)
+    figures = continuation(model, base, ids, 16)
     given = {(line["reader"], line["given"]): line for line in figures["given"]}
     counts = [len(row) for row in model.compress(ids[:, :16])]
     again = model.decompress(model.compress(ids[:, :16]))
@@ -237,18 +238,13 @@ def test_continuation_predicts_the_same_tokens_from_each_context(
     assert given["model", "nothing"]["nll"] == pytest.approx(nothing, rel=1e-5)
 
 
-def test_the_longest_context_that_fits(saved, tmp_path):
-    def found(data, tokens: int = 64, context: int | None = None):
-        subject = Subject.load(str(saved["RUN"]), Options(tokens=tokens, context=context))
-        return continuation_blocks(subject, str(data))
-
-    (tmp_path / "short.txt").write_text("a" * 100)
-    assert found(saved["HELD"], 2000)[1] == 64, "128 + 128 are more than its positions"
-    assert found(tmp_path / "short.txt", 2000)[0].shape == (1, 64)
-    assert found(saved["HELD"], context=20)[0].shape == (1, 40)
-    assert found(saved["HELD"], context=0) is None
-    with pytest.raises(DataError, match="context = 300 and the 128 tokens after it do not fit"):
-        found(saved["HELD"], context=300)
+@pytest.mark.parametrize("letters, want", [(1000, (7, 128)), (100, (1, 64)), (1, None)])
+def test_the_longest_context_that_fits(saved, tmp_path, letters, want):
+    """128 + 128 tokens are more than its positions."""
+    (tmp_path / "a.txt").write_text("a" * letters)
+    subject = Subject.load(str(saved["RUN"]), Options(tokens=1000))
+    found = continuation_blocks(subject, str(tmp_path / "a.txt"))
+    assert (None if want is None else (want[0], 2 * found[1])) == (want and tuple(found[0].shape))
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +254,7 @@ def ids(texts):
 
 def test_the_context_is_read_online_and_the_same_tokens_are_predicted(online, ids):
     """Against the cache: the context first, then token by token what follows it."""
-    nll, wrote = online_nll(online, 1, ids[:3], CONTEXT, batch=2)
+    nll, wrote = online_nll(online, 1, ids[:3], CONTEXT)
     assert nll.shape == (3, 16) and wrote.shape == (3, CONTEXT)
     for row, row_nll, row_wrote in zip(ids[:3], nll, wrote, strict=True):
         cache = online.new_cache(1)
@@ -306,9 +302,8 @@ def test_reconstruct_prints_keeps_and_is_drawn(saved, tmp_path):
     for word in ("token_accuracy", "curve", "zstd", "its concepts"):
         assert word in printed, word
     assert "Online against offline" in write_report(run).read_text()
-    options = Options(tokens=32, sequence_length=8, context=0)
-    plain = measure(str(run / "model"), str(saved["HELD"]), options)
-    assert plain["windows"] == 4 and plain["curve"] == [] and plain["continuation"] is None
+    plain = measure(str(run / "model"), str(saved["HELD"]), Options(tokens=64))
+    assert plain["windows"] == 2 and plain["curve"] == []
     assert json.loads((run / "reconstruct.json").read_text()) == figures, "only a run keeps figures"
 
 
@@ -349,9 +344,9 @@ def test_questions_are_put_to_each_context(model, base_folder, saved, tmp_path, 
     assert alone == pytest.approx(float(want), rel=1e-5)
     with pytest.raises(DataError, match="no context of 1 questions fits the 256 places"):
         answer_questions(model, base, TOKENIZER, questions[1:2])
-    options = Options(tokens=64, context=0, questions=str(tmp_path / "q.jsonl"))
+    options = Options(tokens=64, questions=str(tmp_path / "q.jsonl"))
     result = measure(str(saved["RUN"] / "model"), str(saved["HELD"]), options)
-    assert result["questions"]["skipped"] == 1 and result["continuation"] is None
+    assert result["questions"]["skipped"] == 1
 
 
 def test_a_model_that_knows_the_answer_is_right(model, monkeypatch):
@@ -372,9 +367,9 @@ def test_what_is_no_question_is_one_sentence(tmp_path):
         with pytest.raises(DataError, match=r"line 2 is no question: need .* try: "):
             read_questions(tmp_path / "q.jsonl")
     (tmp_path / "q.jsonl").write_text("\n")
-    for path, message in ((tmp_path / "q.jsonl", "is empty"), (tmp_path / "x", "cannot be read")):
+    for name, message in (("q.jsonl", "line 1 is no"), ("x", "cannot be read")):
         with pytest.raises(DataError, match=message):
-            read_questions(path)
+            read_questions(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +379,7 @@ def test_what_is_no_question_is_one_sentence(tmp_path):
         ("ONLINE --data HELD", "need a finished run of system: compressor"),
         ("RUN --data TRAIN", "is what .* was trained on"),
         ("RUN --data MISSING", "does not exist"),
-        ("RUN --data ONE", "make one block of 32 tokens: need at least two"),
+        ("RUN --data ONE", "make a single block or pair: need at least two"),
         ("RUN --data HELD --rate 0.5,half", "need numbers with commas"),
         ("RUN --data HELD --rate 0.5,0.1", "max_tail = 6"),
         ("RUN --data HELD --online OTHER", "need the same base for both"),
@@ -392,7 +387,7 @@ def test_what_is_no_question_is_one_sentence(tmp_path):
         ("RUN --data HELD --online WORDS", "has another tokenizer than"),
         ("RUN --data HELD --online RUN", "is no online model that writes codes"),
         ("RUN --data HELD --online BASE", "is no online model that writes codes"),
-        ("SPARSE --data HELD --online DENSE", "writes 0.3 concepts per token, .* at least 0.5"),
+        ("SPARSE --data HELD --online DENSE", "rate = 0.3: need from 0.5 to 1"),
     ],
 )
 def test_bad_input_is_one_sentence(saved, tmp_path, words, message):

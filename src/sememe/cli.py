@@ -216,7 +216,7 @@ def evaluate(
     from sememe import measure
 
     options = measure.Options(
-        tokens=tokens, batch=4, rate=rate, search=search, answers=answers, signals=signals
+        tokens=tokens, rate=rate, search=search, answers=answers, signals=signals
     )
     result = measure.evaluate(model, data or measure.heldout_of(model), control, options)
     yield result
@@ -237,7 +237,7 @@ def ablate(
     Example: `sememe ablate runs/demo --data data/heldout.txt`"""
     from sememe import measure
 
-    options = measure.Options(tokens=tokens, batch=4, rate=rate)
+    options = measure.Options(tokens=tokens, rate=rate)
     result = measure.ablate(model, data or measure.heldout_of(model), options)
     yield result
     show_figures(result, model)

@@ -248,6 +248,9 @@ class TextBlocks:
     text: bytes
     """Of all blocks, one after the other."""
 
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
     def windows(self) -> list[bytes]:
         """The text of each block; one that is cut inside a character has a part of its bytes."""
         ends = [0, *self.bytes_NT.sum(1).cumsum(0).tolist()]

@@ -12,7 +12,6 @@ from torch import Tensor
 from sememe.data import check_text
 from sememe.detokenize import decode
 from sememe.errors import CheckpointError, DataError, SememeError
-from sememe.evaluation.subject import plan_budget
 from sememe.figures import concept_name
 from sememe.models.loading import check_rate, load_model
 from sememe.systems import system_of
@@ -115,7 +114,7 @@ def _continue(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
 def _plan_and_write(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
     """Plans and writes; with edits once more from the edited plan, with the same random draws."""
     if request.rates:
-        model.limit(plan_budget(request.rates))
+        model.limit(request.rates)
     prompt = request.prompt
     edits = request.edits
     shape = model.config.plan_shape

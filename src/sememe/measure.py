@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from sememe.errors import CheckpointError, SememeError
 from sememe.evaluation.inputs import run_recipe
-from sememe.evaluation.results import CONTRACT, Figures, finish, keep
-from sememe.evaluation.subject import SHARES, Options, Subject
+from sememe.evaluation.results import CONTRACT, Figures, keep
+from sememe.evaluation.subject import Options, Subject
 from sememe.systems import system_of
 
-__all__ = ["SHARES", "Options", "ablate", "benchmark", "evaluate", "heldout_of", "reconstruct"]
+__all__ = ["Options", "ablate", "benchmark", "evaluate", "heldout_of", "reconstruct"]
 
 
 DEFAULTS = Options()
@@ -42,40 +42,37 @@ def evaluate(
         SememeError: an option that says nothing about this system."""
     subject = Subject.load(model, options)
     other = None if control is None else subject.load_other(control)
-    if other and not system_of(other.model.config).measures.is_control:
+    if other and hasattr(other.model, "plans"):
         raise CheckpointError(
             f"{control} is a planner: need a control, which sees the source. try: its recipe with "
             "system=control"
         )
     system = system_of(subject.model.config)
     names = [data] if isinstance(data, str) else data
-    heldout = [subject.heldout(name) for name in names]
-    results = []
-    for name, texts in zip(names, heldout, strict=True):
-        figures = system.measures.evaluate(subject, texts, other)
-        about = {"system": system.name, "model": str(model), "data": str(name), "control": control}
-        results.append(dict.fromkeys(CONTRACT) | figures | about | {"tokens_asked": options.tokens})
+    heldout = {str(name): subject.heldout(name) for name in names}
+    about = {"system": system.name, "model": str(model), "control": control}
+    about["tokens_asked"] = options.tokens
+    results = [
+        dict.fromkeys(CONTRACT)
+        | system.measures.evaluate(subject, texts, other)
+        | about
+        | {"data": name}
+        for name, texts in heldout.items()
+    ]
     result = results[0]
     if len(results) > 1:
-        result["by_data"] = [
-            {key: value for key, value in figures.items() if key != "samples"}
-            for figures in results
-        ]
-    return _keep(subject, "evaluate", result)
+        shown = [key for key in result if key != "samples"]
+        result["by_data"] = [{key: row[key] for key in shown} for row in results]
+    keep(model, "evaluate", result)
+    return result
 
 
 def ablate(model: str, data: str, options: Options = DEFAULTS) -> Figures:
     """What the concepts of a saved model are worth; kept as RUN/ablate.json. Raises as
     `evaluate`."""
-    for share in options.shares:
-        if not 0 <= share <= 1:
-            raise SememeError(
-                f"share = {share:g}: need shares of the concepts from 0 to 1. try: "
-                "0,0.25,0.5,0.75"
-            )
     subject = Subject.load(model, options)
     figures = system_of(subject.model.config).measures.ablate(subject, data)
-    return _keep(subject, "ablate", {"model": str(model), "data": str(data)} | figures)
+    return _keep(subject, "ablate", {"data": str(data)} | figures)
 
 
 def benchmark(
@@ -88,7 +85,7 @@ def benchmark(
     `prompt_tokens`: of a compressor the tokens of a window. Raises as `evaluate`."""
     subject = Subject.load(model, options, merge=False)
     figures = system_of(subject.model.config).measures.benchmark(subject, prompt_tokens, data)
-    return _keep(subject, "benchmark", figures | {"model": str(model)})
+    return _keep(subject, "benchmark", figures)
 
 
 def reconstruct(model: str, data: str, options: Options = DEFAULTS) -> Figures:
@@ -96,11 +93,11 @@ def reconstruct(model: str, data: str, options: Options = DEFAULTS) -> Figures:
     a context; kept as RUN/reconstruct.json. Raises as `evaluate`."""
     subject = Subject.load(model, options)
     figures = system_of(subject.model.config).measures.reconstruct(subject, data)
-    about = {"model": str(model), "data": str(data), "tokens_asked": options.tokens}
+    about = {"data": str(data), "tokens_asked": options.tokens}
     return _keep(subject, "reconstruct", about | figures)
 
 
 def _keep(subject: Subject, command: str, figures: Figures) -> Figures:
-    keep(subject.name, f"{command}.json", figures)
-    finish(subject.name, command)
+    figures = {"model": str(subject.name)} | figures
+    keep(subject.name, command, figures)
     return figures

@@ -67,6 +67,12 @@ class PairTensors:
         order = mask.argsort(dim=1, stable=True)
         return ids.gather(1, order), mask.gather(1, order)
 
+    def source_texts(self, tokenizer) -> list[str]:
+        """The sources as they are written, without what was cut."""
+        rows = zip(self.source_NU, self.source_mask_NU, strict=True)
+        ids = [ids_U[mask_U.bool()] for ids_U, mask_U in rows]
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
     def target_texts(self, tokenizer) -> list[str]:
         """The targets as they are written, without what was cut."""
         rows = [row[row != IGNORED] for row in self.target_NY]

@@ -28,7 +28,7 @@ from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, 
 from sememe.training.trainer import Blocks
 
 OF_CONCEPTS = frozenset(
-    "quantise distil lora.shallow concept_learning_rate calibration_tokens".split()
+    ["quantise", "distil", "lora.shallow", "concept_learning_rate", "calibration_tokens"]
 ).union(OnlineOptions.model_fields, CompressorOptions.model_fields)
 """Keys that are about concepts alone."""
 

@@ -3,6 +3,7 @@ target, as in ProsQA or GSM8K."""
 
 import re
 import string
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +16,11 @@ from torch import Tensor
 
 from sememe.data import jsonl_lines
 from sememe.errors import DataError
-from sememe.evaluation.reconstruction import base_nll, written_again
+from sememe.evaluation.context import CODES, base_contexts, readings
+from sememe.evaluation.quality import BATCH
 from sememe.evaluation.results import Figures
-from sememe.evaluation.subject import Subject
-from sememe.models.losses import cross_entropy
-from sememe.pairs import IGNORED, PairTensors
-from sememe.paths import usable
+from sememe.pairs import PairTensors
+from sememe.paths import unreadable, usable
 from sememe.progress import bar
 
 MAX_ANSWER = 16  # tokens of an answer; it ends with its line
@@ -38,16 +38,13 @@ class Question(BaseModel):
 
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a .jsonl, one a line. Raises DataError."""
-    path = usable(path)
+    path, questions = usable(path), []
     try:
         lines = list(jsonl_lines(path))
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}): need questions in a .jsonl. try: lines as "
-            f"{LINE}"
-        ) from error
-    questions = []
-    for number, line in lines:
+        raise unreadable(path, error) from error
+    # A file without a line has a fault in its first one.
+    for number, line in lines or [(1, b"")]:
         try:
             questions.append(Question.model_validate_json(line, strict=True))
         except ValueError as error:
@@ -55,8 +52,6 @@ def read_questions(path: str | Path) -> list[Question]:
                 f"{path} line {number} is no question: need the texts context and question, and a "
                 f"list of answers. try: {LINE}"
             ) from error
-    if not questions:
-        raise DataError(f"{path} is empty: need questions, one a line. try: {LINE}")
     return questions
 
 
@@ -111,7 +106,7 @@ def answer_questions(
     decompressed `window` tokens at a time. The question is always read as it is; what does not fit
     the positions of the base is left out and counted."""
     positions = model.config.get_text_config().max_position_embeddings
-    lines: dict[tuple[str, str], list[Tensor]] = {}
+    rows: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     gold_tokens = skipped = 0
     for question in bar(iterable=questions, desc="questions", unit="question"):
         texts = (question.context, f"\nQuestion: {question.question}\nAnswer:")
@@ -123,19 +118,23 @@ def answer_questions(
             skipped += 1
             continue
         gold_tokens += len(gold)
-        by_given = _answers(model, base, tokenizer, (context, words, gold), window)
-        for key, (length, text, nll) in by_given.items():
-            row = torch.tensor([length, *overlap(text, question.answers), nll]).double()
-            lines.setdefault(key, []).append(row)
-    if not lines:
+        ids_1T = torch.tensor([[*context, *words, *gold]], device=model.device)
+        by_model = (CODES, "nothing")
+        lines = readings(model, base, ids_1T, len(context), window, by_model)
+        answers = _answers(model, base, tokenizer, (context, words), window)
+        for key, (length, nll_1n) in lines.items():
+            figures = (length, *overlap(answers[key], question.answers))
+            nll = float(nll_1n[:, -len(gold) :].sum())
+            rows[key].append(torch.tensor([*figures, nll]).double())
+    if not rows:
         raise DataError(
             f"no context of {len(questions)} questions fits the {positions} places of this base: "
             "need shorter ones. try: one paragraph each"
         )
     given = []
-    for (reader, name), rows in lines.items():
-        length, exact_match, f1, _ = torch.stack(rows).mean(0).tolist()
-        answer_nll = float(sum(row[3] for row in rows)) / gold_tokens
+    for (reader, name), rows_n4 in rows.items():
+        *means, nll = torch.stack(rows_n4).sum(0).tolist()
+        length, exact_match, f1 = (total / len(rows_n4) for total in means)
         given.append(
             {
                 "reader": reader,
@@ -143,7 +142,7 @@ def answer_questions(
                 "length": length,
                 "exact_match": exact_match,
                 "f1": f1,
-                "answer_nll": answer_nll,
+                "answer_nll": nll / gold_tokens,
             }
         )
     return {"questions": len(questions) - skipped, "skipped": skipped, "given": given}
@@ -151,41 +150,21 @@ def answer_questions(
 
 @torch.no_grad()
 def _answers(
-    model, base, tokenizer, ids: tuple[list[int], ...], window: int | None
-) -> dict[tuple[str, str], tuple[int, str, float]]:
-    """(reader, given) → tokens given, the answer, nats of the right one. `ids`: of the context, of
-    the question and of the right answer."""
-    context, words, gold = ids
+    model, base, tokenizer, ids: tuple[list[int], list[int]], window: int | None
+) -> dict[tuple[str, str], str]:
+    """(reader, given) → the answer. `ids`: of the context and of the question."""
+    context, words = ids
     context_1T = torch.tensor([context], device=model.device)
     encoded = model.encode(context_1T)
-    again = written_again(model, context_1T, window)[0]
-    count = model.config.codes_per_concept * int(encoded.coded_BC.sum())
-    given = {
-        "whole context": context,
-        "its last tokens": context[-count:],
-        "the decompressed text": again[-len(context) :],
-        "nothing": [],
-    }
+    count_1 = model.config.codes_per_concept * encoded.coded_BC.sum(1)
     answers = {}
-    for name, before in given.items():
-        ids_1T = torch.tensor([[*before, *words, *gold]], device=base.device)
-        nll = float(base_nll(base, model.bos, ids_1T, len(gold)).sum())
-        prompt_1T = F.pad(ids_1T[:, : -len(gold)], (1, 0), value=model.bos)
-        answers["base", name] = (len(before), base_answer(base, tokenizer, prompt_1T), nll)
-    for name, by_model, length in (("its codes", encoded, count), ("nothing", None, 0)):
-        ids_1T = torch.tensor([[*words, *gold]], device=model.device)
-        logits_1nV = model.continuation_logits(by_model, ids_1T)[:, -len(gold) :]
-        nll = float(cross_entropy(logits_1nV, ids_1T[:, -len(gold) :]).sum())
-        text = model_answer(model, tokenizer, by_model, words)
-        answers["model", name] = (length, text, nll)
+    for given, (text_T,) in base_contexts(model, context_1T, count_1, window).items():
+        prompt_1T = torch.cat([text_T, text_T.new_tensor(words)])[None]
+        prompt_1T = F.pad(prompt_1T, (1, 0), value=model.bos)
+        answers["base", given] = base_answer(base, tokenizer, prompt_1T)
+    for given, by_model in ((CODES, encoded), ("nothing", None)):
+        answers["model", given] = model_answer(model, tokenizer, by_model, words)
     return answers
-
-
-def texts_of(tokenizer, rows: Iterable, masks: Iterable | None = None) -> list[str]:
-    """Texts of token ids; of a tensor those that its mask keeps."""
-    if masks is not None:
-        rows = [ids_T[mask_T] for ids_T, mask_T in zip(rows, masks, strict=True)]
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
 
 
 def final_sentence(text: str) -> list[str]:
@@ -201,27 +180,25 @@ class Answers:
 
     Raises DataError where no target is whole."""
 
-    def __init__(self, subject: Subject, pairs: PairTensors):
-        self.subject = subject
-        target_NY, eos = pairs.target_NY, subject.tokenizer.eos_token_id
-        whole_NY = target_NY == (IGNORED - 1 if eos is None else eos)
-        self.index_n = whole_NY.any(1).nonzero()[:, 0]
+    def __init__(self, tokenizer, pairs: PairTensors):
+        self.tokenizer = tokenizer
+        eos = tokenizer.eos_token_id
+        whole_N = (pairs.target_NY == (-1 if eos is None else eos)).any(1)
+        self.index_n = whole_N.nonzero()[:, 0]
         if not len(self.index_n):
             raise DataError(
-                f"none of {len(target_NY)} targets ends within {target_NY.shape[1]} tokens, and "
+                f"none of {len(pairs)} targets ends within {pairs.target_NY.shape[1]} tokens, and "
                 "answers stand at the end: need whole targets. try: a run with a longer "
                 "target_length"
             )
-        target_nY = target_NY[self.index_n]
-        self.answers = self._endings(target_nY, target_nY != IGNORED)
-
-    def _endings(self, rows: Iterable, masks: Iterable | None = None) -> list[list[str]]:
-        return [final_sentence(text) for text in texts_of(self.subject.tokenizer, rows, masks)]
+        texts = pairs.rows(self.index_n).target_texts(tokenizer)
+        self.answers = [final_sentence(text) for text in texts]
 
     @torch.no_grad()
     def right(self, write: Callable[[Tensor], Iterable]) -> float:
         """Share of right answers, where `write` writes the texts of some pairs greedily."""
-        endings: list[list[str]] = []
-        for index_B in self.index_n.split(self.subject.options.batch or 8):
-            endings += self._endings(write(index_B))
+        texts: list[str] = []
+        for index_B in self.index_n.split(BATCH):
+            texts += self.tokenizer.batch_decode(write(index_B), skip_special_tokens=True)
+        endings = [final_sentence(text) for text in texts]
         return sum(map(list.__eq__, endings, self.answers)) / len(endings)

@@ -8,7 +8,7 @@ from typing import NoReturn
 from sememe.concepts.ablation import ABLATIONS
 from sememe.errors import CheckpointError
 from sememe.evaluation.ablation import ablate_plans, ablate_text
-from sememe.evaluation.context import evaluate_compressor
+from sememe.evaluation.compressor import evaluate_compressor
 from sememe.evaluation.plans import evaluate_plans, evaluate_sources
 from sememe.evaluation.quality import evaluate
 from sememe.evaluation.results import Figures
@@ -49,8 +49,6 @@ class Measures:
     """(subject, tokens of a prompt or None, data or None) → speed beside the base."""
     reconstruct: Callable[..., Figures] = no_reconstruction
     """(subject, data) → how much of a text comes back from its concept ids."""
-    is_control: bool = True
-    """Whether it reads source and target as one text, as the control of a planner does."""
 
 
 def _evaluate_control(subject: Subject, heldout, control: Subject | None) -> Figures:
@@ -72,4 +70,4 @@ COMPRESSOR = Measures(
     benchmark=benchmark_saved_compressor,
     reconstruct=evaluate_compressor,
 )
-PLANNER = Measures(evaluate=evaluate_plans, ablate=ablate_plans, is_control=False)
+PLANNER = Measures(evaluate=evaluate_plans, ablate=ablate_plans)

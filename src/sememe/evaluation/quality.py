@@ -4,8 +4,12 @@ the codes costs."""
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.concepts.codebook import count_digits
@@ -14,27 +18,31 @@ from sememe.concepts.writer import NULL
 from sememe.data import TextBlocks
 from sememe.detokenize import pieces
 from sememe.errors import DataError
-from sememe.evaluation.results import Figures, Parts
+from sememe.evaluation.results import Figures, go_on
 from sememe.evaluation.subject import Subject
 from sememe.models.losses import cross_entropy
-from sememe.progress import bar
 
+BATCH = 4  # rows of a forward pass
 BUCKET = 64  # positions per bucket of `nll_by_position`
 SAMPLES = 2  # texts that are shown with their concepts
 
 
 @torch.no_grad()
-def batched(job: Callable[[Tensor], tuple], rows_N: Tensor, batch: int) -> list[Tensor]:
+def batched(job: Callable[[Tensor], tuple], rows_N: Tensor, batch: int = BATCH) -> list[Tensor]:
     """The tensors that `job` returns for each batch of rows, put together on the host."""
     parts = [job(rows_B) for rows_B in rows_N.split(batch)]
     return [torch.cat([x.cpu() for x in column]) for column in zip(*parts, strict=True)]
 
 
 def token_nll(
-    model, ids_NT: Tensor, batch: int = 4, ablation: str | None = None
+    model,
+    ids_NT: Tensor,
+    batch: int = BATCH,
+    ablation: str | None = None,
+    rate: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Per-token NLL in nats (N, T-1), on the host, and the concept ids (N, T), None for a model
-    without concepts."""
+    without concepts. `rate`: another than its own."""
     options = {"ablation": ablation} if ablation else {}
 
     def nll(ids_BT: Tensor) -> tuple[Tensor, ...]:
@@ -44,20 +52,21 @@ def token_nll(
         concepts_BT = getattr(out, "concept_ids", None)
         return (nll_BT,) if concepts_BT is None else (nll_BT, concepts_BT)
 
-    nll_NT, *concepts = batched(nll, ids_NT, batch)
+    with contextlib.nullcontext() if rate is None else model.dial.at(rate=rate):
+        nll_NT, *concepts = batched(nll, ids_NT, batch)
     return nll_NT, concepts[0] if concepts else None
 
 
-def rate_error(realised: float | None, target: float | None) -> float | None:
+def soft_hard(soft_nD: Tensor, hard_nD: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) cosine of the soft mixture, which gives the gradient, with the code that is read, and
+    their distance over the length of the latter."""
+    distance_n = (soft_nD - hard_nD).norm(dim=-1) / hard_nD.norm(dim=-1).clamp(min=1e-6)
+    return F.cosine_similarity(soft_nD, hard_nD, dim=-1), distance_n
+
+
+def rate_error(realised: float, target: float) -> float:
     """How far the realised rate is from the one that it was to be, in % of the latter."""
-    return None if realised is None or target is None else 100 * (realised - target) / target
-
-
-def layer_share(config, rate: float | None = None) -> float:
-    """Layer applications per token over the base's, at the *realised* rate of a model with
-    concepts."""
-    share = getattr(config, "layer_share", None)
-    return 1.0 if share is None else share(rate)
+    return 100 * (realised - target) / target
 
 
 def rate_and_codes(ids_NT: Tensor, num_concepts: int, codes_per_concept: int = 1) -> Figures:
@@ -84,9 +93,9 @@ def code_use(counts_GK: Tensor) -> Figures:
     is_used = bool(counts_K.any())
     by_stage = [perplexity(counts_K) for counts_K in counts_GK] if is_used else None
     return {
-        "code_perplexity": by_stage[0] if is_used else None,
+        "code_perplexity": by_stage and by_stage[0],
         "code_perplexity_by_stage": by_stage,
-        "bits_per_concept": sum(map(math.log2, by_stage)) if is_used else None,
+        "bits_per_concept": by_stage and sum(map(math.log2, by_stage)),
         "codes_used": int((counts_K > 0).sum()),
         "largest_code_share": float(counts_K.max() / counts_K.sum()) if is_used else None,
     }
@@ -94,8 +103,9 @@ def code_use(counts_GK: Tensor) -> Figures:
 
 def perplexity(counts_K: Tensor) -> float | None:
     """exp of the entropy of the codes that were counted; None where none was."""
-    share = counts_K[counts_K > 0] / counts_K.sum()
-    return float(torch.exp(-(share * share.log()).sum())) if len(share) else None
+    if not counts_K.any():
+        return None
+    return float(torch.distributions.Categorical(counts_K.double()).perplexity())
 
 
 def longest_tail(written_NT: Tensor) -> int:
@@ -103,24 +113,28 @@ def longest_tail(written_NT: Tensor) -> int:
     return int(tail_lengths(written_NT, torch.ones_like(written_NT)).max())
 
 
-def by_position(
-    nll_NT: Tensor, control_NT: Tensor | None = None, here_NT: Tensor | None = None
-) -> list[dict[str, float | None]]:
-    """Mean NLL in buckets of the predicted token's position. `here`: which tokens count, all by
-    default."""
-    here_NT = torch.ones_like(nll_NT, dtype=torch.bool) if here_NT is None else here_NT
+def bucket_means(nll_NT: Tensor) -> list[float]:
+    """Mean NLL in buckets of the predicted token's position; nan is no token."""
+    return [float(nll_Nw.nanmean()) for nll_Nw in nll_NT.split(BUCKET, 1)]
 
-    def mean(side_NT: Tensor | None, part: slice) -> float | None:
-        return None if side_NT is None else float(side_NT[:, part][here_NT[:, part]].mean())
 
-    width = nll_NT.shape[1]
-    buckets = []
-    for start in range(0, width, BUCKET):
-        end = min(start + BUCKET, width)
-        part = slice(start, end)
-        nll, control_nll = mean(nll_NT, part), mean(control_NT, part)
-        buckets.append({"from": start, "to": end, "nll": nll, "control_nll": control_nll})
-    return buckets
+def by_position(nll_NT: Tensor, control_NT: Tensor | None = None) -> list[dict]:
+    """`bucket_means` with the positions of each bucket, and those of a control."""
+    means = bucket_means(nll_NT)
+    control = [None] * len(means) if control_NT is None else bucket_means(control_NT)
+    return [
+        {"from": start, "to": min(start + BUCKET, nll_NT.shape[1]), "nll": x, "control_nll": y}
+        for start, x, y in zip(range(0, nll_NT.shape[1], BUCKET), means, control, strict=True)
+    ]
+
+
+def finite(nll: float) -> float:
+    """`nll` itself. Raises DataError where it is no number."""
+    if not math.isfinite(nll):
+        raise DataError(
+            f"the NLL is {nll}: need finite logits. try: another checkpoint, or float32"
+        )
+    return nll
 
 
 def evaluate(
@@ -136,45 +150,35 @@ def evaluate(
     control's (positive = worse than the control). Raises DataError for a non-finite NLL."""
     subject.refuse("answers signals", "a model of pairs of a source and a target")
     model, ids_NT, rates = subject.model, blocks.ids_NT, subject.rates
-    others = [] if control is None else [control]
-    sides: dict[str, tuple] = {"own": (model, None, None)}
-    if control is not None:
-        sides["control"] = (control.model, None, None)
-    sides |= {kind: (model, kind, None) for kind in ablations}
-    sides |= {f"rate {rate}": (model, None, rate) for rate in rates}
-    parts = subject.parts("evaluate", ids_NT, *others)
-    nll, concepts = _sides_nll(sides, ids_NT, subject.options.batch or 4, parts)
-    means = {name: float(nll_NT.mean()) for name, nll_NT in nll.items()}
+    sides = _sides(subject, ids_NT, control, ablations)
+    means = {name: float(nll_NT.mean()) for name, (nll_NT, *_) in sides.items()}
+    (own_NT, *concepts), own = sides["own"], finite(means["own"])
     num_bytes = int(blocks.bytes_NT[:, 1:].sum())
-    bits = float(nll["own"].double().sum()) / math.log(2)
+    share = getattr(model.config, "layer_share", lambda rate=None: 1.0)
     figures = {
-        "tokens": nll["own"].numel(),
-        "nll": means["own"],
-        "bits_per_byte": bits / num_bytes if num_bytes else None,
+        "tokens": own_NT.numel(),
+        "nll": own,
+        "bits_per_byte": float(own_NT.double().sum()) / math.log(2) / max(1, num_bytes),
         "boundary": getattr(model.config, "boundary", None),
-        "nll_by_position": by_position(nll["own"], nll.get("control")),
+        "nll_by_position": by_position(own_NT, *sides.get("control", ())[:1]),
         "sequence_length": ids_NT.shape[1],
-        "layer_share": layer_share(model.config),
-        **{f"delta_nll_{kind}": means[kind] - means["own"] for kind in ablations},
+        "layer_share": share(),
+        **{f"delta_nll_{kind}": means[kind] - own for kind in ablations},
     }
     if control is not None:
         figures["control_nll"] = means["control"]
-        figures["delta_nll_control"] = means["own"] - means["control"]
-    if "own" in concepts:
-        figures |= _concept_figures(model, nll["own"], concepts["own"])
-        texts = zip(ids_NT[:SAMPLES], concepts["own"], strict=False)
+        figures["delta_nll_control"] = own - means["control"]
+    if concepts:
+        figures |= _concept_figures(model, own_NT, *concepts)
+        figures["layer_share"] = share(figures["concept_rate"])
+        texts = zip(ids_NT[:SAMPLES], *concepts, strict=False)
         figures["samples"] = [sample(*text, subject.tokenizer) for text in texts]
     if rates:
-        figures["dial"] = [
-            {"nll": means[name], "delta_nll_control": _minus(means[name], means.get("control"))}
-            | _realised(concepts[name], rate)
-            for rate, name in ((rate, f"rate {rate}") for rate in rates)
-        ]
+        figures["dial"] = [_realised(sides[rate][1], rate) | {"nll": means[rate]} for rate in rates]
+    if rates and control is not None:
+        for line in figures["dial"]:
+            line["delta_nll_control"] = line["nll"] - means["control"]
     return figures
-
-
-def _minus(nll: float, control_nll: float | None) -> float | None:
-    return None if control_nll is None else nll - control_nll
 
 
 def _realised(concepts_NT: Tensor, target: float) -> Figures:
@@ -183,35 +187,29 @@ def _realised(concepts_NT: Tensor, target: float) -> Figures:
     return {"target_rate": target, "concept_rate": rate, "rate_error_percent": error}
 
 
-def _sides_nll(
-    sides: dict[str, tuple], ids_NT: Tensor, batch: int, parts: Parts
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`token_nll` of several sides (model, ablation, rate) on (N, T) blocks, batch by batch: NLL of
-    each, and concept ids of those that have some."""
-    nll: dict[str, list[Tensor]] = {name: [] for name in sides}
-    concepts: dict[str, list[Tensor]] = {}
-    for start in bar(iterable=range(0, len(ids_NT), batch), desc="evaluate", unit="batch"):
-        ids_BT = ids_NT[start : start + batch]
-        for name, side in sides.items():
-            nll_lists, ids_lists = parts.part(
-                f"{name} {start}", lambda side=side, ids_BT=ids_BT: _side_nll(*side, ids_BT)
-            )
-            nll[name].append(torch.tensor(nll_lists))
-            if ids_lists is not None:
-                concepts.setdefault(name, []).append(torch.tensor(ids_lists))
-        if not nll["own"][-1].isfinite().all():
-            raise DataError(
-                f"the NLL is {float(nll['own'][-1].mean())}: need finite logits. try: another "
-                "checkpoint, or float32"
-            )
-    return tuple({name: torch.cat(x) for name, x in side.items()} for side in (nll, concepts))
+def _sides(
+    subject: Subject, ids_NT: Tensor, control: Subject | None, ablations: Sequence[str]
+) -> dict[Any, list[Tensor]]:
+    """NLL of (N, T) blocks, and concept ids where there are some: of the model itself, of
+    `control`, with each ablation and at each rate. A batch at a time: a stop costs no more."""
+    own = partial(token_nll, subject.model, batch=BATCH)
+    sides: dict[Any, Callable[..., tuple]] = {"own": own}
+    if control is not None:
+        sides["control"] = partial(token_nll, control.model, batch=BATCH)
+    sides |= {kind: partial(own, ablation=kind) for kind in ablations}
+    sides |= {rate: partial(own, rate=rate) for rate in subject.rates}
 
+    def measure(ids_BT: Tensor) -> list[list]:
+        """As JSON has them."""
+        outputs = [side(ids_NT=ids_BT) for side in sides.values()]
+        return [[x_BT.tolist() for x_BT in output if x_BT is not None] for output in outputs]
 
-def _side_nll(model, ablation: str | None, rate: float | None, ids_BT: Tensor) -> list:
-    """NLL and concept ids of one batch as JSON has them."""
-    with contextlib.nullcontext() if rate is None else model.dial.at(rate=rate):
-        nll_BT, concepts_BT = token_nll(model, ids_BT, len(ids_BT), ablation)
-    return [nll_BT.tolist(), None if concepts_BT is None else concepts_BT.tolist()]
+    jobs = [partial(measure, ids_BT) for ids_BT in ids_NT.split(BATCH)]
+    batches = go_on(subject.partial_file("evaluate", ids_NT, control), jobs)
+    return {
+        name: [torch.tensor([*chain.from_iterable(x)]) for x in zip(*outputs, strict=True)]
+        for name, outputs in zip(sides, zip(*batches, strict=True), strict=True)
+    }
 
 
 def _concept_figures(model, nll_NT: Tensor, concepts_NT: Tensor) -> Figures:
@@ -221,7 +219,6 @@ def _concept_figures(model, nll_NT: Tensor, concepts_NT: Tensor) -> Figures:
     figures = rate_and_codes(concepts_NT, config.num_concepts, config.codes_per_concept)
     return figures | {
         **_realised(concepts_NT, model.dial.rate),
-        "layer_share": layer_share(config, figures["concept_rate"]),
         "nll_at_concepts": float(nll_NT[wrote_NT].mean()),
         "nll_in_tail": float(nll_NT[~wrote_NT].mean()) if (~wrote_NT).any() else None,
     }

@@ -21,27 +21,28 @@ from sememe.progress import bar
 
 Lists = list[list[int]]
 SAMPLES = 3
+WINDOWS = 16  # that are compressed or decompressed together
 
 
-def decompress(model, concepts: Lists, batch: int = 16) -> Lists:
+def decompress(model, concepts: Lists) -> Lists:
     """The token ids that each list of concept ids is read as."""
-    starts = range(0, len(concepts), batch)
+    starts = range(0, len(concepts), WINDOWS)
     rebuilt = []
     for start in bar(iterable=starts, desc="decompress", unit="batch", leave=False):
-        rebuilt += model.decompress(concepts[start : start + batch])
+        rebuilt += model.decompress(concepts[start : start + WINDOWS])
     return rebuilt
 
 
-def compress(model, ids_NT: Tensor, batch: int = 16) -> Lists:
+def compress(model, ids_NT: Tensor) -> Lists:
     """The concept ids of each row of (N, T) windows."""
-    return [ids for ids_BT in ids_NT.split(batch) for ids in model.compress(ids_BT)]
+    return [ids for ids_BT in ids_NT.split(WINDOWS) for ids in model.compress(ids_BT)]
 
 
-def written_again(model, ids_NT: Tensor, window: int | None = None, batch: int = 16) -> Lists:
+def written_again(model, ids_NT: Tensor, window: int | None = None) -> Lists:
     """The (N, T) texts as the model writes them from their concepts, `window` tokens at a time
     (None: all at once)."""
     windows = ids_NT.split(window or ids_NT.shape[1], 1)
-    parts = [decompress(model, compress(model, ids_Nw, batch), batch) for ids_Nw in windows]
+    parts = [decompress(model, compress(model, ids_Nw)) for ids_Nw in windows]
     return [list(itertools.chain.from_iterable(row)) for row in zip(*parts, strict=True)]
 
 
@@ -90,7 +91,8 @@ def scores(texts: Lists, rebuilt: Lists, tokenizer) -> Figures:
     sacrebleu has them."""
     import sacrebleu
 
-    words, back = (_decoded(tokenizer, lists) for lists in (texts, rebuilt))
+    exact = {"clean_up_tokenization_spaces": False}
+    words, back = (tokenizer.batch_decode(lists, **exact) for lists in (texts, rebuilt))
     count = max(1, len(texts))
     return {
         "token_accuracy": token_accuracy(texts, rebuilt),
@@ -102,15 +104,11 @@ def scores(texts: Lists, rebuilt: Lists, tokenizer) -> Figures:
     }
 
 
-def _decoded(tokenizer, lists: Lists) -> list[str]:
-    return [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in lists]
-
-
-def reconstruct(model, tokenizer, ids_NT: Tensor, batch: int = 16) -> tuple[Figures, Lists, Lists]:
+def reconstruct(model, tokenizer, ids_NT: Tensor) -> tuple[Figures, Lists, Lists]:
     """Figures of (N, T) windows at the model's rate, its concept ids, and the token ids that they
     were read as."""
-    concepts = compress(model, ids_NT, batch)
-    rebuilt = decompress(model, concepts, batch)
+    concepts = compress(model, ids_NT)
+    rebuilt = decompress(model, concepts)
     nll = float(token_nll(model, ids_NT)[0].mean())
     config = model.config
     cost = coding_cost(concepts, ids_NT.numel(), config.num_concepts, config.codes_per_concept)
@@ -126,18 +124,19 @@ def reconstruct(model, tokenizer, ids_NT: Tensor, batch: int = 16) -> tuple[Figu
 
 
 def reconstruction_figures(
-    model, tokenizer, ids_NT: Tensor, rates: Sequence[float] = (), batch: int = 16
+    model, tokenizer, ids_NT: Tensor, rates: Sequence[float] = ()
 ) -> Figures:
     """`reconstruct`, the same with the ids shuffled over the windows, and the curve of rate and
     distortion over `rates`."""
-    figures, concepts, rebuilt = reconstruct(model, tokenizer, ids_NT, batch)
-    mixed = decompress(model, shuffled(concepts), batch)
-    texts, back = (_decoded(tokenizer, x[:SAMPLES]) for x in (ids_NT.tolist(), rebuilt))
+    figures, concepts, rebuilt = reconstruct(model, tokenizer, ids_NT)
+    mixed = decompress(model, shuffled(concepts))
+    exact = {"clean_up_tokenization_spaces": False}
+    texts, back = (tokenizer.batch_decode(x[:SAMPLES], **exact) for x in (ids_NT, rebuilt))
     curve = []
     for rate in sorted(set(rates)):
         with model.dial.at(rate=rate):
             is_own = rate == figures["target_rate"]
-            curve.append(figures if is_own else reconstruct(model, tokenizer, ids_NT, batch)[0])
+            curve.append(figures if is_own else reconstruct(model, tokenizer, ids_NT)[0])
     return {
         "tokens": ids_NT.numel(),
         "windows": len(ids_NT),
@@ -179,7 +178,7 @@ def zstd(data: bytes) -> int:
     return len(zstandard.ZstdCompressor(compression_params=settings).compress(data))
 
 
-def base_nll(base, bos: int, ids_NT: Tensor, last: int | None = None, batch: int = 4) -> Tensor:
+def base_nll(base, bos: int, ids_NT: Tensor, last: int | None = None) -> Tensor:
     """(N, n) NLL in nats, on the host, of the last n of (N, T) tokens, all of them by default, with
     `bos` before them."""
     last = last or ids_NT.shape[1]
@@ -190,7 +189,7 @@ def base_nll(base, bos: int, ids_NT: Tensor, last: int | None = None, batch: int
         # Some models return all logits whatever they are told to keep.
         return (cross_entropy(out.logits[:, -last - 1 : -1], ids_BS[:, -last:]),)
 
-    return batched(nll, ids_NT, batch)[0]
+    return batched(nll, ids_NT)[0]
 
 
 def lossless(base, bos: int, blocks: TextBlocks) -> list[Figures]:

@@ -5,7 +5,7 @@ Imports nothing large: tables on the terminal are written with it before torch i
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sememe import storage
 from sememe.errors import SememeError
 from sememe.evaluation.inputs import run_recipe
 from sememe.paths import usable
+from sememe.progress import bar
 
 Figures = dict[str, Any]
 """A JSON object of figures."""
@@ -48,14 +49,19 @@ def put(path: Path, value: Any) -> None:
         raise storage.unwritable(path, error) from error
 
 
-def keep(model: str | Path, name: str, figures: Figures) -> None:
-    """Puts figures beside the run, where `model` is one. That a run may only be read is a remark on
-    stderr: the figures are printed as well."""
-    if run_recipe(model):
-        try:
-            put(usable(model) / name, figures)
-        except SememeError as error:
-            print(f"not kept beside the run: {error}", file=sys.stderr)
+def keep(model: str | Path, command: str, figures: Figures) -> None:
+    """Puts figures beside the run, where `model` is one, as RUN/COMMAND.json; nothing is left of
+    the way there. That a run may only be read is a remark on stderr: the figures are printed as
+    well."""
+    if not run_recipe(model):
+        return
+    run = usable(model)
+    try:
+        put(run / f"{command}.json", figures)
+        for path in run.glob(f"{command}-*.partial.jsonl"):
+            path.unlink()
+    except (SememeError, OSError) as error:
+        print(f"not kept beside the run: {error}", file=sys.stderr)
 
 
 def reusable(run: str | Path, name: str, **same: Any) -> Figures | None:
@@ -69,32 +75,19 @@ def reusable(run: str | Path, name: str, **same: Any) -> Figures | None:
     return None
 
 
-class Parts:
-    """Parts of one measurement by key, each a JSON value: a line of a file as soon as it is known,
-    so that the same command goes on after a stop. Without a `path`, or in a folder that cannot be
-    written to, they are held in memory alone."""
-
-    def __init__(self, path: Path | None = None):
-        self.path = path
-        self.values: dict[str, Any] = {}
-        is_there = path is not None and path.is_file()
-        for line in path.read_text(encoding="utf-8").splitlines() if is_there else ():
-            with contextlib.suppress(ValueError):  # a line that a crash cut off
-                self.values.update([json.loads(line)])
-
-    def part(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The value of `key`: that of an earlier call, or what `measure` returns."""
-        if key not in self.values:
-            self.values[key] = measure()
-            if self.path is not None:
-                with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
-                    # The line before may have been cut off: the line end comes first.
-                    file.write("\n" + json.dumps([key, self.values[key]]))
-        return self.values[key]
-
-
-def finish(model: str | Path, command: str) -> None:
-    """Removes the parts of a measurement, once its figures are where they belong."""
-    for path in Path(model).expanduser().glob(f"{command}-*.partial.jsonl"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+def go_on(path: Path | None, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each job returns, a JSON value: a line of the file as soon as it is known, so that the
+    same jobs go on after a stop. Without a `path`, or where it cannot be written, nothing is
+    kept."""
+    values: list[Any] = []
+    is_there = path is not None and path.is_file()
+    for line in path.read_text(encoding="utf-8").splitlines() if is_there else ():
+        with contextlib.suppress(ValueError):  # a line that a crash cut off
+            values.append(json.loads(line))
+    for job in bar(iterable=jobs[len(values) :], desc="evaluate", unit="batch"):
+        values.append(job())
+        if path is not None:
+            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+                # The line before may have been cut off: the line end comes first.
+                file.write("\n" + json.dumps(values[-1]))
+    return values

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from sememe.backbone.adapters import linear_names
 from sememe.backbone.calling import CACHE, cache_argument
-from sememe.errors import CheckpointError
 from sememe.evaluation.reconstruction import coding_cost
-from sememe.evaluation.results import Figures, Parts
-from sememe.evaluation.subject import LENGTH, Subject
+from sememe.evaluation.results import Figures
+from sememe.evaluation.subject import Subject
 from sememe.models.configuration import ControlConfig
 from sememe.models.control import ControlForCausalLM
 from sememe.models.loading import check_length, longest_text, model_folder, resolve
@@ -53,37 +51,24 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
 
 
-def cache_bytes(cache) -> int:
-    """Bytes of all keys and values, summed from the tensors. Raises CheckpointError for an empty
-    cache."""
-    if hasattr(cache, "bytes"):
-        size = cache.bytes()
-    else:
-        layers = [layer for layer in cache.layers if layer.keys is not None]
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    if not size:
-        raise CheckpointError(
-            "the cache is empty after generating: need one that holds what was read. try: the "
-            "newest release of transformers that pyproject.toml allows"
-        )
-    return size
-
-
-def peaks(pair: dict[str, nn.Module], job: Callable[[Any], Any]) -> dict[str, int | None]:
-    """The peak of GPU memory of `job(side)` for each side, in bytes: its weights, and what is taken
-    beside them. None on a CPU, where nobody can tell."""
-    peak_bytes: dict[str, int | None] = dict.fromkeys(pair)
-    for name, model in pair.items() if torch.cuda.is_available() else ():
+def peaks(jobs: Jobs, pair: dict[str, nn.Module]) -> dict[str, int | None]:
+    """The peak of GPU memory of each side's job, in bytes: its weights, and what is taken beside
+    them. None on a CPU, where nobody can tell."""
+    if not torch.cuda.is_available():
+        return dict.fromkeys(pair)
+    peak_bytes = {}
+    for name, model in pair.items():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        job(model)
+        jobs[name]()
         peak_bytes[name] = weight_bytes(model) + torch.cuda.max_memory_allocated() - before
     return peak_bytes
 
 
-def ratio(sides: dict[str, float | None]) -> float | None:
-    """Concept / base; None where nobody can tell."""
-    return None if None in sides.values() else sides["concept"] / sides["base"]
+def ratio(sides: dict[str, Figures], key: str) -> float | None:
+    """Concept / base; None where it was not measured."""
+    concept, base = sides["concept"][key], sides["base"][key]
+    return None if concept is None else concept / base
 
 
 @torch.no_grad()
@@ -121,76 +106,55 @@ def throughput(
     }
 
 
-def layer_macs(base: nn.Module) -> tuple[int, int]:
-    """Multiply-accumulates per token of one decoder layer's linears (mean over layers), and of the
-    lm_head."""
-    decoder = base.get_decoder()
-    names = set(linear_names(decoder))
-    linears = [
-        module.weight.numel()
-        for name, module in decoder.layers.named_modules()
-        if name.rsplit(".", 1)[-1] in names and isinstance(module, nn.Linear)
-    ]
-    return sum(linears) // len(decoder.layers), base.lm_head.weight.numel()
-
-
 def ceiling_decode(base: nn.Module, config, rate: float) -> float:
-    """Decode speed-up that the layer arithmetic allows at a realised rate; attention and overheads
-    left out."""
-    layer, lm_head = layer_macs(base)
-    shallow, middle, deep = config.split
+    """Decode speed-up that the layer arithmetic allows at a realised rate, in multiply-accumulates
+    per token of the linears; attention and overheads left out."""
+    layers, lm_head = base.get_decoder().layers, base.lm_head.weight.numel()
+    linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    macs = sum(module.weight.numel() for module in linears)
     width = config.text_config.hidden_size
     # A joint head scores all codes at every token: its first stage is the gate too.
     lookups = config.codes_per_concept * rate + (1.0 - rate if config.head == "joint" else 0.0)
-    codes = config.num_concepts * width * lookups
-    bridge = 2 * width**2 if config.bridge else 0
-    layers = shallow + middle * rate + deep
-    whole = (shallow + middle + deep) * layer + lm_head
-    return whole / (layers * layer + lm_head + codes + bridge)
+    writing = config.num_concepts * width * lookups + 2 * width**2 * bool(config.bridge)
+    return (macs + lm_head) / (config.layer_share(rate) * macs + lm_head + writing)
 
 
-def benchmark_online(
-    model, base, ids_BT: Tensor, new_tokens: int, repeats: int, parts: Parts | None = None
-) -> Figures:
-    """Prefill, decode, cache and memory figures of a (merged) online model beside its base.
-    `parts`: what was timed before a stop. Raises CheckpointError where a cache stays empty."""
-    batch, length = ids_BT.shape
-    parts, pair = parts or Parts(), {"concept": model, "base": base}
+def benchmark_online(model, base, ids_BT: Tensor, new_tokens: int, repeats: int) -> Figures:
+    """Prefill, decode, cache and memory figures of a (merged) online model beside its base."""
+    pair = {"concept": model, "base": base}
     caches: dict[str, Any] = {}
 
     def decode(name: str) -> None:
         is_ours = name == "concept"
-        caches[name] = model.new_cache(batch) if is_ours else DynamicCache(config=base.config)
+        caches[name] = model.new_cache(len(ids_BT)) if is_ours else DynamicCache(config=base.config)
         generate(pair[name], ids_BT, new_tokens, caches[name])
 
-    for side in pair.values():
-        prefill(side, ids_BT[:, :2])  # reads weights that are in a file still
-    fill_jobs = {name: partial(prefill, side, ids_BT) for name, side in pair.items()}
-    whole_jobs = {name: partial(decode, name) for name in pair}
-    fill = parts.part("prefill", lambda: alternate(fill_jobs, repeats, ids_BT.device))
-    whole = parts.part("generate", lambda: alternate(whole_jobs, repeats, ids_BT.device))
-    for name in pair.keys() - caches.keys():  # timed before a stop
-        decode(name)
-    memory = peaks(pair, lambda side: prefill(side, ids_BT))
-    rate = int(caches["concept"].concepts.sum()) / max(1, int(caches["concept"].tokens.sum()))
+    fill_jobs = _jobs(prefill, pair, ids_BT)
+    fill = alternate(fill_jobs, repeats, ids_BT.device)
+    whole = alternate({name: partial(decode, name) for name in pair}, repeats, ids_BT.device)
+    memory = peaks(fill_jobs, pair)
+    cache = caches["concept"]
+    # Layers that share the keys of others have none.
+    layers = [layer for layer in caches["base"].layers if layer.keys is not None]
+    cache_bytes = {
+        "concept": cache.bytes(),
+        "base": sum(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+    }
+    rate = int(cache.concepts.sum()) / max(1, int(cache.tokens.sum()))
     sides = {
-        name: throughput(fill[name], whole[name], batch, length, new_tokens)
+        name: throughput(fill[name], whole[name], *ids_BT.shape, new_tokens)
         | {
-            "cache_bytes": cache_bytes(caches[name]),
+            "cache_bytes": cache_bytes[name],
             "weight_bytes": weight_bytes(side),
             "prefill_peak_bytes": memory[name],
         }
         for name, side in pair.items()
     }
-    ratios = {
-        key: ratio({name: side[key] for name, side in sides.items()})
-        for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "cache_bytes")
-    }
     return sides | {
-        "prefill_speedup": ratios["prefill_tokens_per_s"],
-        "decode_speedup": ratios["decode_tokens_per_s"],
-        "cache_reduction": 1 / ratios["cache_bytes"],
-        "prefill_memory_ratio": ratio(memory),
+        "prefill_speedup": ratio(sides, "prefill_tokens_per_s"),
+        "decode_speedup": ratio(sides, "decode_tokens_per_s"),
+        "cache_reduction": 1 / ratio(sides, "cache_bytes"),
+        "prefill_memory_ratio": ratio(sides, "prefill_peak_bytes"),
         "ceiling_decode_speedup": ceiling_decode(base, model.config, rate),
         "realised_rate": rate,
     }
@@ -213,26 +177,28 @@ def train_twice(model, ids_BT: Tensor) -> None:
         train_step(model, ids_BT, optimizer)
 
 
-def benchmark_training(
-    model, control, ids_BT: Tensor, repeats: int, parts: Parts | None = None
-) -> Figures:
+def benchmark_training(model, control, ids_BT: Tensor, repeats: int) -> Figures:
     """Training step of an online model against the same base with the same LoRA and no concepts:
     time and memory."""
     pair = {"concept": model.train(), "base": control.train()}
-    jobs = {name: partial(train_step, side, ids_BT) for name, side in pair.items()}
-    seconds = (parts or Parts()).part("train", lambda: alternate(jobs, repeats, ids_BT.device))
-    memory = peaks(pair, lambda side: train_twice(side, ids_BT))
-    summaries = {name: summary(rounds) for name, rounds in seconds.items()}
-    medians = {name: side["median"] for name, side in summaries.items()}
+    seconds = alternate(_jobs(train_step, pair, ids_BT), repeats, ids_BT.device)
+    memory = peaks(_jobs(train_twice, pair, ids_BT), pair)
     sides = {
         name: {
-            "train_tokens_per_s": ids_BT.numel() / medians[name],
+            "train_tokens_per_s": ids_BT.numel() / statistics.median(seconds[name]),
             "train_peak_bytes": memory[name],
-            "train_seconds": summaries[name],
+            "train_seconds": summary(seconds[name]),
         }
         for name in pair
     }
-    return sides | {"train_step_ratio": ratio(medians), "train_memory_ratio": ratio(memory)}
+    return sides | {
+        "train_step_ratio": 1 / ratio(sides, "train_tokens_per_s"),
+        "train_memory_ratio": ratio(sides, "train_peak_bytes"),
+    }
+
+
+def _jobs(step: Callable[..., Any], pair: dict[str, nn.Module], *args: Any) -> Jobs:
+    return {name: partial(step, side, *args) for name, side in pair.items()}
 
 
 @torch.no_grad()
@@ -254,38 +220,43 @@ def ratio_of(seconds: dict[str, list[float]], job: str, other: str) -> tuple[flo
     return a["median"] / b["median"], [a["min"] / b["max"], a["max"] / b["min"]]
 
 
-def benchmark_compressor(
-    model, base, ids_BT: Tensor, repeats: int, parts: Parts | None = None
-) -> Figures:
+def benchmark_compressor(model, base, ids_BT: Tensor, repeats: int) -> Figures:
     """Figures of (B, T) windows, compressed and decompressed all at once, beside the base that
     reads the same tokens (one plain forward with the logits of every token) and writes about as
     many."""
-    config, rows = model.config, len(ids_BT)
+    config, rows, tokens = model.config, len(ids_BT), ids_BT.numel()
     concepts = model.compress(ids_BT)
     written = sum(map(len, model.decompress(concepts)))
     steps = max(1, math.ceil(written / rows))
-
-    @torch.no_grad()
-    def forward(logits: int) -> None:
-        base(input_ids=ids_BT, use_cache=False, logits_to_keep=logits)
-
+    forward = torch.no_grad()(partial(base, input_ids=ids_BT, use_cache=False))
     reading = {
         "compress": partial(model.compress, ids_BT),
-        "forward": partial(forward, 0),
-        "states": partial(forward, 1),
+        "forward": forward,
+        "states": partial(forward, logits_to_keep=1),
     }
     writing = {
         "decompress": partial(model.decompress, concepts),
         "greedy": partial(greedy, base, model.bos, rows, steps),
     }
-    parts = parts or Parts()
-    seconds = parts.part("read", lambda: alternate(reading, repeats, ids_BT.device))
-    seconds |= parts.part("write", lambda: alternate(writing, repeats, ids_BT.device))
+    seconds = alternate(reading, repeats, ids_BT.device)
+    seconds |= alternate(writing, repeats, ids_BT.device)
+    timed = {job: summary(rounds) | {"rounds": rounds} for job, rounds in seconds.items()}
+
+    def side(model: nn.Module, read: str, write: str, written: int) -> Figures:
+        return {
+            "read_tokens_per_s": tokens / timed[read]["median"],
+            "write_tokens_per_s": written / timed[write]["median"],
+            "tokens_written": written,
+            "weight_bytes": weight_bytes(model),
+            "read_seconds": timed[read],
+            "write_seconds": timed[write],
+        }
+
     forwards, forwards_range = ratio_of(seconds, "compress", "forward")
     speedup, speedup_range = ratio_of(seconds, "greedy", "decompress")
     share = written / (rows * steps)  # of the base's tokens
-    cost = coding_cost(concepts, ids_BT.numel(), config.num_concepts, config.codes_per_concept)
-    tokens, states = ids_BT.numel(), {"states_seconds": _timed(seconds["states"])}
+    cost = coding_cost(concepts, tokens, config.num_concepts, config.codes_per_concept)
+    plain = side(base, "forward", "greedy", rows * steps)
     return {
         "compress_base_forwards": forwards,
         "compress_base_forwards_range": forwards_range,
@@ -295,26 +266,8 @@ def benchmark_compressor(
         "beams": config.beams,
         "realised_rate": cost["concept_rate"],
         **{key: cost[key] for key in ("ids_per_token", "compression_ratio")},
-        "concept": _side(model, seconds["compress"], seconds["decompress"], tokens, written),
-        "base": _side(base, seconds["forward"], seconds["greedy"], tokens, rows * steps) | states,
-    }
-
-
-def _timed(seconds: list[float]) -> Figures:
-    return summary(seconds) | {"rounds": seconds}
-
-
-def _side(
-    model: nn.Module, read: list[float], write: list[float], tokens: int, written: int
-) -> Figures:
-    """The compressor, or the base that stands beside it."""
-    return {
-        "read_tokens_per_s": tokens / statistics.median(read),
-        "write_tokens_per_s": written / statistics.median(write),
-        "tokens_written": written,
-        "weight_bytes": weight_bytes(model),
-        "read_seconds": _timed(read),
-        "write_seconds": _timed(write),
+        "concept": side(model, "compress", "decompress", written),
+        "base": plain | {"states_seconds": timed["states"]},
     }
 
 
@@ -344,45 +297,31 @@ def benchmark_saved_online(
     check_length(longest_text(model.config), length, "--prompt-tokens ", new_tokens)
     ids_BT = subject.prompts(data, length, options.batch or 1)
     about = _about(subject, ids_BT, data, prompt_tokens=length, new_tokens=new_tokens)
-    parts, base = subject.parts("benchmark", ids_BT), subject.load_base()
-    empty = {"train_tokens_per_s": None, "train_peak_bytes": None}
-    figures = {
-        "concept": empty,
-        "base": empty,
-        "train_step_ratio": None,
-        "train_memory_ratio": None,
-    }
+    base = subject.load_base()
+    figures: Figures = {"concept": {}, "base": {}}
     if model.config.base is not None:
         # The gate follows what it sees in training: it is put back afterwards.
         gate = copy.deepcopy(model.writer.gate.state_dict())
-        control = _control_of(subject)
-        figures = benchmark_training(model, control, ids_BT, options.repeats, parts)
+        figures = benchmark_training(model, _control_of(subject), ids_BT, options.repeats)
         model.writer.gate.load_state_dict(gate)
         model.merged()
-    use = benchmark_online(model.eval(), base, ids_BT, new_tokens, options.repeats, parts)
+    use = benchmark_online(model.eval(), base, ids_BT, new_tokens, options.repeats)
     sides = {name: use[name] | figures[name] for name in ("concept", "base")}
     return figures | use | sides | about
 
 
 def _control_of(subject: Subject) -> ControlForCausalLM:
     """An untrained control over the same base with the same LoRA."""
-    config = subject.model.config
+    model = subject.model
     keys = ("base", "lora_rank", "lora_alpha", "lora_dropout")
-    control = ControlForCausalLM.from_base(
-        ControlConfig(**{key: getattr(config, key) for key in keys}),
-        subject.model.dtype,
-        folder=resolve(subject.base_name),
-    )
-    return control.to(subject.model.device)
+    config = ControlConfig(**{key: getattr(model.config, key) for key in keys})
+    folder = resolve(subject.base_name)
+    return ControlForCausalLM.from_base(config, model.dtype, folder=folder).to(model.device)
 
 
 def benchmark_saved_compressor(subject: Subject, window: int | None, data: str | None) -> Figures:
     """`benchmark_compressor` of a saved compressor beside its base."""
-    longest = longest_text(subject.model.config)
-    length = window or min(subject.recipe.get("sequence_length", LENGTH), longest)
-    check_length(longest, length, "--prompt-tokens ")
-    ids_BT = subject.prompts(data, length, subject.options.batch or 16)
-    about = _about(subject, ids_BT, data, window=length)
-    parts, base = subject.parts("benchmark", ids_BT), subject.load_base()
-    repeats = subject.options.repeats
-    return benchmark_compressor(subject.model, base, ids_BT, repeats, parts) | about
+    length, options = subject.block_length(window), subject.options
+    ids_BT = subject.prompts(data, length, options.batch or 16)
+    figures = benchmark_compressor(subject.model, subject.load_base(), ids_BT, options.repeats)
+    return figures | _about(subject, ids_BT, data, window=length)

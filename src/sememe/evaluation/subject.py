@@ -4,7 +4,7 @@ form that it was trained on."""
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from sememe.data import TextBlocks, read_texts, text_blocks, token_blocks
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.inputs import refuse_trained, run_recipe
-from sememe.evaluation.results import Parts
 from sememe.models.loading import (
     check_length,
     check_rate,
@@ -29,7 +28,6 @@ from sememe.paths import usable
 from sememe.storage import MANIFEST
 
 LENGTH = 512  # tokens of a block, where no run says what its model was trained on
-SHARES = tuple(tenth / 10 for tenth in range(10))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -41,8 +39,6 @@ class Options:
     tokens: int = 8192
     """Tokens to measure on."""
     batch: int | None = None
-    sequence_length: int | None = None
-    """Tokens of a block or window; default: that of the run, or 512."""
     dtype: str = "float32"
     rate: Sequence[float] = ()
     """Concepts per token to run at instead of the rate that was trained for; several: a table over
@@ -53,14 +49,8 @@ class Options:
     """Of a planner: rounds of search for the best plans z*."""
     signals: int = 0
     """Of a planner: training pairs that probes of its plans are fitted on."""
-    shares: Sequence[float] = SHARES
-    """Of the concepts to drop."""
-    seeds: int = 3
-    """Draws of whatever is random."""
     new_tokens: int = 64
     repeats: int = 5
-    context: int | None = None
-    """Tokens that a text goes on from; default: 512 or what fits, 0 for none."""
     questions: str | None = None
     """File of questions on compressed contexts."""
     online: str | None = None
@@ -92,7 +82,7 @@ class Subject:
         model, tokenizer = load_model(name, merge=merge, dtype=DTYPES[options.dtype])
         subject = cls(name, model, tokenizer, run_recipe(name) or run_recipe(parent), options)
         if options.rate and hasattr(model, "plans"):
-            model.limit(plan_budget(options.rate))
+            model.limit(options.rate)
             return subject
         for rate in options.rate:
             check_rate(model.config, rate, name)
@@ -115,14 +105,11 @@ class Subject:
     def refuse(self, names: str, needs: str) -> None:
         """Raises SememeError for options that say nothing about this model; `needs`: what they are
         for."""
-        defaults = {field.name: field.default for field in fields(Options)}
         for name in names.split():
-            value = getattr(self.options, name)
-            if value != defaults[name] and value != []:
-                option = f"--{name.replace('_', '-')}"
+            if getattr(self.options, name):
                 raise SememeError(
-                    f"got {option}, which says nothing about {self.name}: need {needs}. try: "
-                    f"without {option}"
+                    f"got --{name}, which says nothing about {self.name}: need {needs}. try: "
+                    f"without --{name}"
                 )
 
     def load_other(self, name: str, merge: bool = True) -> "Subject":
@@ -137,13 +124,13 @@ class Subject:
         return other
 
     def load_base(self):
-        """The unmodified base. Raises CheckpointError where a merged model does not name it."""
-        named = self.base_name
-        base = load_base(resolve(named), dtype=DTYPES[self.options.dtype])
+        """The unmodified base."""
+        base = load_base(resolve(self.base_name), dtype=DTYPES[self.options.dtype])
         return base.to(self.model.device).eval()
 
     @property
     def base_name(self) -> str:
+        """Raises CheckpointError where a merged model does not name its base."""
         named = os.environ.get("SEMEME_BASE") or self.model.config.base
         if named is None:
             raise CheckpointError(
@@ -152,42 +139,28 @@ class Subject:
             )
         return named
 
-    def block_length(self) -> int:
+    def block_length(self, requested: int | None = None) -> int:
         """Tokens of a block. Raises DataError where the base has no positions for so many."""
         longest = longest_text(self.model.config)
-        default = min(self.recipe.get("sequence_length", LENGTH), longest)
-        length = self.options.sequence_length or default
-        check_length(longest, length, "sequence_length=")
+        length = requested or min(self.recipe.get("sequence_length", LENGTH), longest)
+        check_length(longest, length, "--prompt-tokens ")
         return length
 
-    def heldout(self, data: str) -> TextBlocks | PairTensors:
-        """A held-out text in the form that the model was trained on."""
-        return self.pairs(data) if self.pairs_form else self.blocks(data)
-
-    def blocks(self, data: str, min_rows: int = 1) -> TextBlocks:
-        """(N, T) held-out blocks of a text. Raises DataError where the text was trained on, or has
-        too few tokens."""
+    def heldout(self, data: str, min_rows: int = 1) -> TextBlocks | PairTensors:
+        """A held-out text in the form that the model was trained on: blocks, or pairs. Raises
+        DataError where the text was trained on, or has too few tokens."""
         refuse_trained(self.name, data)
-        texts, length = read_texts(data), self.block_length()
-        blocks = text_blocks(texts, self.tokenizer, length, limit=max(self.options.tokens, length))
-        if len(blocks.ids_NT) < min_rows:
+        tokens, length = self.options.tokens, self.block_length()
+        if self.pairs_form:
+            rows = self.pairs_form.load(data, self.tokenizer, min_tokens=tokens)
+        else:
+            rows = text_blocks(read_texts(data), self.tokenizer, length, max(tokens, length))
+        if len(rows) < min_rows:
             raise DataError(
-                f"{data} and --tokens {self.options.tokens} make one block of {length} tokens: "
-                f"need at least two, to exchange codes between them. try: --tokens {2 * length}"
+                f"{data} and --tokens {tokens} make a single block or pair: need at least two, to "
+                "exchange concepts between them. try: more of both"
             )
-        return blocks
-
-    def pairs(self, data: str, min_rows: int = 1) -> PairTensors:
-        """Held-out pairs of a text, as the model was trained on. Raises DataError."""
-        refuse_trained(self.name, data)
-        tokens = self.options.tokens
-        pairs = self.pairs_form.load(data, self.tokenizer, min_tokens=tokens)
-        if len(pairs) < min_rows:
-            raise DataError(
-                f"{data} and --tokens {tokens} make one pair: need at least two, to swap plans "
-                f"between them. try: --tokens {4 * tokens}"
-            )
-        return pairs
+        return rows
 
     def prompts(self, data: str | None, length: int, batch: int) -> Tensor:
         """(B, T) prompts: different blocks of a text, by default of the run's held-out text, or
@@ -201,26 +174,16 @@ class Subject:
             ids_BT = ids_NT[torch.arange(batch) % len(ids_NT)]
         return ids_BT.to(self.model.device)
 
-    def parts(self, command: str, ids_NT: Tensor, *others: "Subject") -> Parts:
-        """The parts of RUN/COMMAND.json that are known from before a stop: of these token ids, of
-        the weights as they are, and of the same options."""
+    def partial_file(
+        self, command: str, ids_NT: Tensor, other: "Subject | None" = None
+    ) -> Path | None:
+        """Where a run keeps what is measured of these token ids, of the weights as they are, and by
+        the same options, until all of it is; None for no run."""
         if not run_recipe(self.name):
-            return Parts()
-        digest = hashlib.sha256(ids_NT.cpu().numpy().tobytes())
-        for subject in (self, *others):
-            folder = model_folder(subject.name)
-            manifest = None if folder is None else folder / MANIFEST
-            is_there = manifest is not None and manifest.is_file()
-            digest.update(manifest.read_bytes() if is_there else subject.name.encode())
+            return None
+        digest = hashlib.sha256(ids_NT.numpy().tobytes())
         digest.update(repr((self.options, torch.get_num_threads(), self.model.device)).encode())
-        return Parts(usable(self.name) / f"{command}-{digest.hexdigest()[:12]}.partial.jsonl")
-
-
-def plan_budget(rates: Sequence[float]) -> list[int]:
-    """`--rate` of a planner: concepts of each type at most. Raises SememeError for fractions."""
-    if not all(float(count).is_integer() for count in rates):
-        raise SememeError(
-            f"--rate {','.join(f'{count:g}' for count in rates)}: of a planner it is concepts of "
-            "each type at most, need whole numbers. try: --rate 2,4"
-        )
-    return [int(count) for count in rates]
+        for name in (self.name, other.name if other else self.name):
+            manifest = Path(model_folder(name) or name, MANIFEST)
+            digest.update(manifest.read_bytes() if manifest.is_file() else name.encode())
+        return usable(self.name) / f"{command}-{digest.hexdigest()[:12]}.partial.jsonl"

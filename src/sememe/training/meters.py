@@ -2,13 +2,12 @@
 metrics.jsonl. Cheap and always on; what each figure means: docs/figures.md."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.writer import NULL
-from sememe.evaluation.quality import by_position, code_use, longest_tail, token_nll
+from sememe.evaluation.quality import bucket_means, code_use, longest_tail, soft_hard, token_nll
 from sememe.models.planner.model import EXECUTOR, PLANNER
 
 SMALL_BATCH = 512  # held-out tokens that codes are ablated on; one forward each
@@ -108,7 +107,7 @@ def concept_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
 def _nll_figures(nll_NT: Tensor) -> dict[str, float | list]:
     return {
         "heldout_nll": float(nll_NT.mean()),
-        "heldout_nll_by_position": [bucket["nll"] for bucket in by_position(nll_NT, None)],
+        "heldout_nll_by_position": bucket_means(nll_NT),
     }
 
 
@@ -121,11 +120,10 @@ def head_figures(model, ids_BT: Tensor) -> dict[str, float]:
     if len(x_nD) == 0:
         return {}
     codes = model.writer.quantise(x_nD, soft=True)
-    apart_n = (codes.soft_nD - codes.hard_nD).norm(dim=-1)
-    length_n = codes.hard_nD.norm(dim=-1).clamp(min=1e-6)
+    cosine_n, distance_n = soft_hard(codes.soft_nD, codes.hard_nD)
     return {
         "code_entropy": float(codes.entropy),
         "code_max_prob": float(codes.max_prob),
-        "soft_hard_cosine": float(F.cosine_similarity(codes.soft_nD, codes.hard_nD, dim=-1).mean()),
-        "soft_hard_distance": float((apart_n / length_n).mean()),
+        "soft_hard_cosine": float(cosine_n.mean()),
+        "soft_hard_distance": float(distance_n.mean()),
     }

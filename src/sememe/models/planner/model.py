@@ -323,18 +323,18 @@ class PlannerForCausalLM(AdaptedModel):
 
     # ---- use ----
 
-    def limit(self, budget: Sequence[int]) -> None:
+    def limit(self, budget: Sequence[float]) -> None:
         """Concepts of each type at most from now on: a number for each, or one for all. Raises
         RecipeError for others."""
         lengths = self.plans.shape.lengths
         wanted = list(budget) * (len(lengths) if len(budget) == 1 else 1)
-        if len(wanted) != len(lengths) or min(wanted) < 0:
+        if len(wanted) != len(lengths) or any(count < 0 or count % 1 for count in wanted):
             raise RecipeError(
-                f"a budget of {', '.join(map(str, budget))} concepts: need one number, or one for "
-                f"each of {len(lengths)} types, of at least 0. "
+                f"a budget of {', '.join(map(str, budget))} concepts: need whole numbers, one for "
+                f"all or one for each of {len(lengths)} types. "
                 f"try: --rate {','.join(map(str, lengths))}"
             )
-        self.dial.budget = tuple(wanted)
+        self.dial.budget = tuple(map(int, wanted))
 
     def plan(
         self, source_BU: Tensor, source_mask: Tensor | None = None, **search
