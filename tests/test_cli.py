@@ -182,7 +182,7 @@ def test_bits_per_byte_are_of_the_text(runs, tmp_path):
         (("evaluate", "RUNS/nowhere/at/all", "--data", "HELD"), "neither a known base"),
         (("evaluate", "RUNS/r", "--data", "HELD", "--control", "RUNS"), "holds no model"),
         (("generate", "RUNS/r", "--prompt", "  "), "the prompt is empty"),
-        (("generate", "RUNS/r", "--prompt", "cat", "--max-new-tokens", "9999"), "need at most 256"),
+        (("generate", "RUNS/r", "--prompt", "cat", "--max-new-tokens", "9999"), "positions for 256"),
         (("generate", "RUNS/r-control", "--prompt", "cat", "--show-concepts"), "has no concepts"),
         (("benchmark", "RUNS/r-control"), "has no concepts"),
         (("benchmark", "RUNS/r", "--dtype", "float8"), "need one of float32"),

@@ -214,7 +214,7 @@ def test_nothing_is_written_over(saved, source, tmp_path):
     compress_file(str(saved), source, codes)
     for words, message in (
         (("compress", saved, text, "--out", text), "nothing is written over"),
-        (("compress", saved, source, "--out", tmp_path / "no" / "x.json"), "No such file"),
+        (("compress", saved, source, "--out", tmp_path / "no" / "x.json"), "there is none"),
         (("compress", saved, source, "--out", tmp_path), "is there"),
         (("decompress", saved, codes, "--out", codes), "is there"),
         (("decompress", saved, codes, "--out", tmp_path / "texts.jsonl"), "is there"),

@@ -323,7 +323,7 @@ def test_what_says_nothing_about_a_planner_is_one_sentence(runs, base_folder, te
         (("evaluate", control, "--rate", "1"), "no concepts to set a rate for"),
         (("evaluate", planner, "--rate", "1,2,3"), "one for each of 2 types.*try: --rate 1,2"),
         (("evaluate", planner, "--data", runs / "train.jsonl"), "is what .* was trained on"),
-        (("evaluate", planner, "--data", texts[1]), "has no rows with the fields"),
+        (("evaluate", planner, "--data", texts[1]), "has no field 'instruction'"),
         (("evaluate", planner, "--control", planner), "is a planner: need a control"),
         (("evaluate", planner, "--control", plain), "was not trained on pairs as these are"),
         (("evaluate", base_folder), "got no --data"),
@@ -332,7 +332,7 @@ def test_what_says_nothing_about_a_planner_is_one_sentence(runs, base_folder, te
         (("generate", planner, "--prompt", "say aa", "--edit", "5:0=1"), "types 0 to 1"),
         (
             ("generate", planner, "--prompt", "say aa", "--max-new-tokens", 400),
-            "need at most 256 together",
+            "positions for 256",
         ),
         (("export", planner, "--out", tmp_path / "x"), "cannot be folded"),
         (("benchmark", planner), "has no concepts to decode with"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import copy
-import difflib
 import functools
 import itertools
 import json
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor
 
 from sememe.errors import DataError, reason
-from sememe.paths import locate, shown, unreadable
+from sememe.paths import locate, shown
 
 PIECE_CHARS = 200_000
 BATCH = 16  # pieces, which the tokenizer works on in parallel
 HUB_TIMEOUT_S = 5
 Encoder = Callable[[list[str]], list[Any]]
-Rows = Iterator[tuple[str, Any]]  # each with the number that a message names
+Rows = Iterator[tuple[int, Any]]  # each with the number that a message names
 
 
 # Files and datasets → texts
@@ -51,46 +50,30 @@ def read_texts(source: str, field: str = "text") -> list[str]:
 def read_rows(name: str, fields: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """Each row of a file or dataset: how a message names it, and the text of each field."""
     path = locate(name)[0]
-    if path is None:
-        rows = _hub_rows(name)
-    elif path.is_file() and path.suffix in READERS:
-        rows = READERS[path.suffix](path)
-    else:
-        kind = "a folder" if path.is_dir() else f"a file {path.suffix or 'without a suffix'}"
+    suffix = path and path.suffix
+    if path is not None and not (path.is_file() and suffix in READERS):
+        kind = "a folder" if path.is_dir() else f"a file {suffix or 'without a suffix'}"
         raise DataError(
             f"{name} is {kind}: need one of {', '.join(READERS)}, or a datasets id. "
             "try: one JSON object per line in a .jsonl, or plain text in a .txt"
         )
+    place = name
     try:
-        for number, row in rows:
-            place = f"{name} {number}"
+        for number, row in READERS[suffix](path) if path else _hub_rows(name):
+            place = f"{name} {'line' if suffix == '.jsonl' else 'row'} {number}"
+            if suffix == ".jsonl":
+                row = json.loads(row)
             yield place, [_text(row, field, place) for field in fields]
-    except OSError as fault:
-        raise unreadable(name, fault) from fault
-
-
-def _txt_rows(path: Path) -> Rows:
-    raw = path.read_bytes()
-    try:
-        yield "", raw.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        line = raw.count(b"\n", 0, fault.start) + 1
+    except (OSError, ValueError, NotImplementedError) as fault:  # pyarrow's are among these
         raise DataError(
-            f"{path} is not UTF-8, line {line} has the byte 0x{raw[fault.start]:02x}: need UTF-8 "
-            "text. try: iconv -f latin1 -t utf-8"
+            f"{place} cannot be read ({reason(fault)}): need a file that may be read, of UTF-8 "
+            "text, of a JSON object per line, or an intact .parquet. try: mend or drop that line, "
+            "check its permissions, or iconv -f latin1 -t utf-8"
         ) from fault
 
 
-def _jsonl_rows(path: Path) -> Rows:
-    for number, line in jsonl_lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are both
-            raise DataError(
-                f"{path} line {number} is not JSON ({fault}): need one JSON object per line. "
-                "try: mend or drop that line"
-            ) from fault
-        yield f"line {number}", row if isinstance(row, dict) else {}
+def _txt_rows(path: Path) -> Rows:
+    yield 0, {"text": path.read_bytes().decode("utf-8-sig")}
 
 
 def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -104,31 +87,20 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parquet_rows(path: Path) -> Rows:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    numbers = itertools.count()
-    try:
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from ((f"row {next(numbers)}", row) for row in batch.to_pylist())
-    except pa.ArrowException as fault:
-        raise DataError(
-            f"{path} is not a readable parquet file ({reason(fault)}): need an intact one. "
-            "try: write it again"
-        ) from fault
+    batches = pq.ParquetFile(path).iter_batches()
+    yield from enumerate(row for batch in batches for row in batch.to_pylist())
 
 
-READERS = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+READERS = {".txt": _txt_rows, ".jsonl": jsonl_lines, ".parquet": _parquet_rows}
 
 
 def _hub_rows(name: str) -> Rows:
-    path = Path(name)
-    if path.suffix in READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+    if Path(name).suffix in READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise DataError(
             f"{shown(name)} does not exist: need a file of {', '.join(READERS)}, or a datasets id. "
-            f"{f'Did you mean {path.with_name(near[0])}? ' if near else ''}try: a path from the "
-            "current folder; a text itself goes into a .txt file"
+            "try: a path from the current folder; a text itself goes into a .txt file"
         )
     import datasets
     from huggingface_hub import HfApi
@@ -139,30 +111,24 @@ def _hub_rows(name: str) -> Rows:
         # where the user wants the cached copy.
         with contextlib.suppress(OfflineModeIsEnabled):
             HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
-        dataset = datasets.load_dataset(name, split="train")
+        yield from enumerate(datasets.load_dataset(name, split="train"))
     except Exception as fault:
         raise DataError(
             f"{name} is no file here and could not be loaded with datasets ({reason(fault)}): need "
             "a file, or a dataset id and a network connection. "
             "try: HF_HUB_OFFLINE=1 for one that was loaded before"
         ) from fault
-    yield from ((f"row {number}", row) for number, row in enumerate(dataset))
 
 
-def _text(row: dict[str, Any] | str, field: str, place: str) -> str:
-    """The field of a row; a row that is a text itself has no fields."""
-    text = row if isinstance(row, str) else row.get(field)
-    if text is None:
-        near = difflib.get_close_matches(field, row, n=1, cutoff=0.5) or [*row, "FIELD"]
-        raise DataError(
-            f"{place} has {'null in' if field in row else 'no field'} {field!r}, it has "
-            f"{', '.join(map(repr, row)) or 'none'}: need a JSON object with that text in every "
-            f"row. try: drop that row, or FILE#{near[0]}"
-        )
+def _text(row: Any, field: str, place: str) -> str:
+    """The field of a row."""
+    row = row if isinstance(row, dict) else {}
+    text = row.get(field)
     if not isinstance(text, str):
         raise DataError(
-            f"{place} has a {type(text).__name__} in {field!r}: need text. "
-            "try: another field, or turn it into a string"
+            f"{place} has {f'{type(text).__name__} in' if field in row else 'no field'} {field!r}, "
+            f"it has {', '.join(map(repr, row)) or 'none'}: need text in every row. try: drop "
+            "that row, or FILE#FIELD for another field"
         )
     return check_text(text, f"{place}, field {field!r},")
 

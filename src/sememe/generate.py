@@ -13,7 +13,7 @@ from sememe.data import check_text
 from sememe.detokenize import decode
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.figures import concept_name
-from sememe.models.loading import check_rate, load_model
+from sememe.models.loading import check_length, check_rate, load_model, longest_text
 from sememe.systems import system_of
 from sememe.terminal import ConceptStreamer, show_plan, write
 
@@ -70,25 +70,22 @@ def _refuse(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
 
 def _continue(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
     """Streams a continuation; with concepts each segment in its colour."""
+    config = model.config
     if request.rates:
-        check_rate(model.config, request.rates[0], name)
+        check_rate(config, request.rates[0], name)
         model.dial.rate = request.rates[0]
-    if request.edits:
-        raise CheckpointError(
-            f"{name} makes no plans: need a run of system: planner. try: without --edit"
-        )
     cache = model.new_cache(1) if hasattr(model, "new_cache") else None
-    if request.show_concepts and cache is None:
+    if request.edits or (request.show_concepts and cache is None):
         raise CheckpointError(
-            f"{name} has no concepts to show: need a run of system: online. try: without "
-            "--show-concepts"
+            f"{name} has no {'plan' if request.edits else 'concepts'} to show or edit: need a run "
+            "of another system. try: without --edit and --show-concepts"
         )
     prompt = request.prompt
     ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    _check_length(model, ids_1T.shape[1] + request.max_new_tokens, 0)
+    _check_length(config, request.max_new_tokens, ids_1T.shape[1])
     streamer = ConceptStreamer(tokenizer, prompt)
     if request.show_concepts:
-        codes = {key: getattr(model.config, key) for key in ("num_concepts", "codes_per_concept")}
+        codes = {key: getattr(config, key) for key in ("num_concepts", "codes_per_concept")}
         streamer = ConceptStreamer(tokenizer, prompt, cache, partial(concept_name, **codes))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     torch.manual_seed(request.seed)
@@ -115,58 +112,38 @@ def _plan_and_write(name: str, model, tokenizer, request: Request) -> dict[str, 
     """Plans and writes; with edits once more from the edited plan, with the same random draws."""
     if request.rates:
         model.limit(request.rates)
-    prompt = request.prompt
-    edits = request.edits
     shape = model.config.plan_shape
-    ids_1U = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    if not ids_1U.shape[1]:
-        raise DataError(
-            "the prompt has no token: need text that the tokenizer knows. try: --prompt "
-            '"What is a plan?"'
-        )
+    ids_1U = tokenizer(request.prompt, return_tensors="pt", add_special_tokens=False).input_ids
     longer = max(1 + ids_1U.shape[1], request.max_new_tokens)
-    _check_length(model, longer, shape.slots + shape.types + 1)
+    _check_length(model.config, longer, shape.slots + shape.types + 1)
 
-    def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(request.seed)
+    def options() -> dict[str, Any]:
+        return {"generator": torch.Generator().manual_seed(request.seed), **request.sampling}
 
     ids_1U = ids_1U.to(model.device)
-    plans_1RP: Tensor = model.plan(
-        ids_1U, torch.ones_like(ids_1U), generator=generator(), **request.sampling
-    )[0]
-    plans = [shape.unpack(plans_1RP[:, 0].cpu())[0]]
-    if edits:
-        plans.append(edit_plan(plans[0], edits, shape))
-    results = []
-    for plan in plans:
-        ids_Y = model.write(
-            shape.pack([plan]),
-            request.max_new_tokens,
-            generator=generator(),
-            **request.sampling,
-        )[0]
+    plans_1RP: Tensor = model.plan(ids_1U, torch.ones_like(ids_1U), **options())[0]
+    plan = shape.unpack(plans_1RP[:, 0].cpu())[0]
+
+    def written(changed: list[list[int]]) -> dict[str, Any]:
+        ids_Y = model.write(shape.pack([changed]), request.max_new_tokens, **options())[0]
         text = decode(tokenizer, ids_Y, skip_special_tokens=True)
-        if request.show_concepts or edits:
-            show_plan(plan, plans[0])
+        if request.show_concepts or request.edits:
+            show_plan(changed, plan)
         write(f"{text}\n")
-        results.append({"plan": plan, "text": text, "new_tokens": len(ids_Y)})
-    edited = {"edits": list(edits), "edited": results[1]} if edits else {}
-    return {"prompt": prompt, **results[0], **edited}
+        return {"plan": changed, "text": text, "new_tokens": len(ids_Y)}
+
+    edits = list(request.edits)
+    edited = edit_plan(plan, edits, shape)
+    result = {"prompt": request.prompt, **written(plan)}
+    return result | ({"edits": edits, "edited": written(edited)} if edits else {})
 
 
 WRITERS = {"planner": _plan_and_write, "compressor": _refuse}
 """By system; all others continue the prompt."""
 
 
-def _check_length(model, tokens: int, plan_slots: int) -> None:
-    """Raises DataError where prompt and text, beside a plan, are longer than the base allows."""
-    longest = model.config.get_text_config().max_position_embeddings
-    if tokens + plan_slots > longest:
-        beside = f" beside a plan of {plan_slots} positions" if plan_slots else ""
-        raise DataError(
-            f"prompt and new text would have {tokens} tokens{beside}: need at most {longest} "
-            "together. try: a shorter prompt or a smaller --max-new-tokens"
-        )
+def _check_length(config, tokens: int, beside: int) -> None:
+    check_length(longest_text(config, bos=False), tokens, "--max-new-tokens ", beside)
 
 
 def edit_plan(plan: list[list[int]], edits: Sequence[str], shape) -> list[list[int]]:
@@ -179,19 +156,16 @@ def edit_plan(plan: list[list[int]], edits: Sequence[str], shape) -> list[list[i
             raise SememeError(
                 f"--edit {edit!r}: need TYPE:SLOT=ID, in whole numbers. try: --edit 0:0=1"
             )
-        kind, slot, concept = map(int, match.groups())
-        if kind >= shape.types:
-            raise SememeError(
-                f"--edit {edit}: this planner has types 0 to {shape.types - 1}, need one of them. "
-                "try: --edit 0:0=1"
-            )
-        last_id = shape.sizes[kind] - 1
+        wanted = tuple(map(int, match.groups()))
+        kind = min(wanted[0], shape.types - 1)
         last_slot = min(len(edited[kind]), shape.lengths[kind] - 1)
-        if concept > last_id or slot > last_slot:
+        last_id = shape.sizes[kind] - 1
+        kind, slot, concept = nearest = (kind, min(wanted[1], last_slot), min(wanted[2], last_id))
+        if nearest != wanted:
             raise SememeError(
-                f"--edit {edit}: type {kind} has ids 0 to {last_id}, and here room for a concept "
-                f"in slots 0 to {last_slot}. try: --edit "
-                f"{kind}:{min(slot, last_slot)}={min(concept, last_id)}"
+                f"--edit {edit}: this planner has types 0 to {shape.types - 1}, and type {kind} "
+                f"has ids 0 to {last_id} and here slots 0 to {last_slot}. try: --edit "
+                f"{kind}:{slot}={concept}"
             )
         edited[kind][slot : slot + 1] = [concept]
     return edited

@@ -6,16 +6,16 @@ import bisect
 import itertools
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sememe.data import byte_counts, encoder, read_rows, read_texts
 from sememe.errors import DataError
 from sememe.options import upgraded
-from sememe.paths import locate
 
 SOURCE_SHARE = 0.25
 IGNORED = -100
@@ -51,21 +51,22 @@ class PairTensors:
     def joined(self, bos: int) -> tuple[Tensor, Tensor, Tensor]:
         """(N, 1 + U + Y) ids of BOS, source and target without a gap, their mask, and labels: -100
         but for the target."""
-        first_N1 = torch.ones_like(self.source_NU[:, :1])
-        beside_NU = torch.full_like(torch.cat([first_N1, self.source_NU], 1), IGNORED)
-        labels = torch.cat([beside_NU, self.target_NY], 1)
-        ids = torch.cat([first_N1 * bos, self.source_NU, self.target_NY.clamp(min=0)], 1)
-        mask = torch.cat([first_N1, self.source_mask_NU, self.target_NY != IGNORED], 1)
+        ids = torch.cat([self._after(bos), self.target_NY.clamp(min=0)], 1)
+        mask = torch.cat(
+            [F.pad(self.source_mask_NU, (1, 0), value=1), self.target_NY != IGNORED], 1
+        )
+        labels = F.pad(self.target_NY, (ids.shape[1] - self.target_NY.shape[1], 0), value=IGNORED)
         order = mask.argsort(dim=1, descending=True, stable=True)
         return ids.gather(1, order), mask.gather(1, order), labels.gather(1, order)
 
     def prompts(self, bos: int) -> tuple[Tensor, Tensor]:
         """(N, 1 + U) ids of BOS and source, padded on the left, and their mask."""
-        first_N1 = torch.ones_like(self.source_NU[:, :1])
-        ids = torch.cat([first_N1 * bos, self.source_NU], 1)
-        mask = torch.cat([first_N1, self.source_mask_NU], 1)
+        mask = F.pad(self.source_mask_NU, (1, 0), value=1)
         order = mask.argsort(dim=1, stable=True)
-        return ids.gather(1, order), mask.gather(1, order)
+        return self._after(bos).gather(1, order), mask.gather(1, order)
+
+    def _after(self, bos: int) -> Tensor:
+        return F.pad(self.source_NU, (1, 0), value=bos)
 
     def source_texts(self, tokenizer) -> list[str]:
         """The sources as they are written, without what was cut."""
@@ -80,12 +81,13 @@ class PairTensors:
 
     def cut(self) -> str:
         """One sentence on what was cut; empty if nothing was."""
-        sentence = (
+        if not self.cut_sources + self.cut_targets:
+            return ""
+        return (
             f"of {len(self)} pairs, {self.cut_sources} sources keep their last "
             f"{self.source_NU.shape[1]} tokens and {self.cut_targets} targets their first "
             f"{self.target_NY.shape[1]}"
         )
-        return sentence if self.cut_sources or self.cut_targets else ""
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,10 @@ class PairForm:
         """That of a recipe's plain values; None where it trains on running text."""
         recipe = upgraded(recipe, "recipe")
         fields, share = (recipe["data"].get(key) for key in ("fields", "source_share"))
-        if fields is None and share is None and recipe.get("system") != "planner":
+        if not fields and share is None and recipe.get("system") != "planner":
             return None
-        lengths = recipe["source_length"], recipe["target_length"]
-        return cls(fields and tuple(fields), SOURCE_SHARE if share is None else share, *lengths)
+        share = SOURCE_SHARE if share is None else share
+        return cls(fields, share, recipe["source_length"], recipe["target_length"])
 
     def load(
         self,
@@ -138,18 +140,11 @@ class PairForm:
 def read_pairs(source: str, fields: tuple[str, str]) -> list[Pair]:
     """Two fields of each row of a .jsonl, .parquet or dataset. Raises DataError where one is
     empty."""
-    name = locate(source)[1]
-    if name != source or Path(name).suffix == ".txt":
-        raise DataError(
-            f"{source} has no rows with the fields {fields[0]!r} and {fields[1]!r}: need a .jsonl, "
-            f".parquet or dataset, named without a field. try: {name}, or source_share to cut texts"
-        )
     pairs = []
     for place, texts in read_rows(source, fields):
         if not all(map(str.strip, texts)):
             raise DataError(
-                f"{place} has an empty field: need some text in both {fields[0]!r} and "
-                f"{fields[1]!r}. try: drop that row"
+                f"{place} has an empty field: need some text in each. try: drop that row"
             )
         pairs.append(Pair(*texts))
     return pairs
@@ -160,10 +155,11 @@ def cut_pairs(texts: list[str], source_share: float, piece_chars: int) -> list[P
     is the document. One of more than `piece_chars` characters gives several pairs, one for each
     piece of about equal length; one of a single word gives none."""
     pairs = []
-    for piece in itertools.chain.from_iterable(_pieces(text, piece_chars) for text in texts):
-        at = _nearest(_word_ends(piece.rstrip()), round(len(piece) * source_share))
-        if at is not None:
-            pairs.append(Pair(piece[:at], piece[at:]))
+    for text in texts:
+        for piece in _pieces(text, piece_chars):
+            at = _nearest(_word_ends(piece.rstrip()), round(len(piece) * source_share))
+            if at is not None:
+                pairs.append(Pair(piece[:at], piece[at:]))
     return pairs
 
 
@@ -203,24 +199,24 @@ def pair_tensors(
     if not pairs:
         raise DataError("no text has two words to cut between: need a pair. try: another file")
     encode = encoder(tokenizer)
-    sources = [encoding.ids for encoding in encode([pair.source for pair in pairs])]
-    encodings = encode([pair.target for pair in pairs])
-    targets = [encoding.ids for encoding in encodings]
-    for number, sides in enumerate(zip(sources, targets, strict=True)):
-        if not all(sides):
+    source_encodings, target_encodings = map(encode, zip(*pairs, strict=True))
+    for number, sides in enumerate(zip(source_encodings, target_encodings, strict=True)):
+        if not all(side.ids for side in sides):
             raise DataError(
-                f"pair {number} has a {'target' if sides[0] else 'source'} without a token: need "
-                "text that the tokenizer knows. try: leave that pair out"
+                f"pair {number} has a side without a token: need text that the tokenizer knows. "
+                "try: leave that pair out"
             )
+    sources = [encoding.ids for encoding in source_encodings]
+    targets = [encoding.ids for encoding in target_encodings]
     bytes_N = [
         int(byte_counts(pair.target, encoding.offsets)[:target_length].sum())
-        for pair, encoding in zip(pairs, encodings, strict=True)
+        for pair, encoding in zip(pairs, target_encodings, strict=True)
     ]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pad = [*eos, 0][0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return PairTensors(
         _padded([ids[-source_length:] for ids in sources], pad, "left"),
-        _padded([[1] * min(len(ids), source_length) for ids in sources], 0, "left"),
+        _padded([[1] * len(ids[-source_length:]) for ids in sources], 0, "left"),
         _padded([(ids + eos)[:target_length] for ids in targets], IGNORED, "right"),
         cut_sources=sum(len(ids) > source_length for ids in sources),
         cut_targets=sum(len(ids) > target_length for ids in targets),
@@ -229,5 +225,4 @@ def pair_tensors(
 
 
 def _padded(rows: list[list[int]], fill: int, side: str) -> Tensor:
-    tensors = [torch.tensor(ids) for ids in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, True, fill, padding_side=side)
+    return pad_sequence([torch.tensor(ids) for ids in rows], True, fill, padding_side=side)

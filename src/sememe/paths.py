@@ -1,6 +1,7 @@
 """Names of files as users type them: whether one can be a path, what is there, which content."""
 
 import hashlib
+import io
 from pathlib import Path
 
 from sememe.errors import DataError, SememeError
@@ -51,12 +52,10 @@ def locate(source: str, field: str = "text") -> tuple[Path | None, str, str]:
     `file.jsonl#response` names one, but a file may have a # in its own name."""
     path = existing(source)
     name, _, named = source.rpartition("#")
-    if path is not None or not name or not named:
+    # With a / in it the # is in a folder's name, and nothing is there.
+    if path is not None or not name or not named or (not existing(name) and "/" in named):
         return path, source, field
-    path = existing(name)
-    if path is None and "/" in named:  # the # is in a folder's name, and nothing is there
-        return None, source, field
-    return path, name, named
+    return existing(name), name, named
 
 
 def source_sha256(source: str) -> str:
@@ -64,21 +63,14 @@ def source_sha256(source: str) -> str:
     that is read; of a datasets id, that of its name. Raises DataError where a file cannot be
     read."""
     path, name, field = locate(source)
-    tail = f"#{field}".encode("utf-8", "surrogatepass")
-    if path is None or path.is_dir():
-        return hashlib.sha256(name.encode("utf-8", "surrogatepass") + tail).hexdigest()
+    is_file = path is not None and not path.is_dir()
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
+        with path.open("rb") if is_file else io.BytesIO(name.encode("utf-8", "replace")) as content:
+            digest = hashlib.file_digest(content, "sha256")
     except OSError as fault:
-        raise unreadable(source, fault) from fault
-    if path.suffix != ".txt":
-        digest.update(tail)
+        raise DataError(
+            f"{source} cannot be read ({fault}): need a readable file. try: check its permissions"
+        ) from fault
+    if not is_file or path.suffix != ".txt":
+        digest.update(f"#{field}".encode("utf-8", "replace"))
     return digest.hexdigest()
-
-
-def unreadable(source: str, fault: OSError) -> DataError:
-    """The sentence for a file that is there and cannot be read."""
-    return DataError(
-        f"{source} cannot be read ({fault}): need a readable file. try: check its permissions"
-    )

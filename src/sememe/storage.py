@@ -60,15 +60,13 @@ def write(path: Path, content: bytes) -> None:
 def check(path: Path) -> None:
     """Raises SememeError where `path` cannot be written, before the work whose result it is for."""
     folder = Path(os.path.realpath(path)).parent
-    if path.is_dir():
-        number = errno.EISDIR
-    elif not folder.is_dir():
-        number = errno.ENOENT
-    elif os.access(path, os.W_OK) or (not path.exists() and os.access(folder, os.W_OK)):
-        return
-    else:
-        number = errno.EACCES
-    raise unwritable(path, OSError(number, os.strerror(number)))
+    try:
+        if os.access(path if path.exists() else folder, os.W_OK) and not path.is_dir():
+            return
+        error = OSError(errno.EACCES, "it is a folder, or there is none that may be written to")
+    except OSError as fault:  # a name that is too long
+        error = fault
+    raise unwritable(path, error)
 
 
 def unwritable(path: Path, error: OSError) -> SememeError:

@@ -307,6 +307,6 @@ def _make(out: Path) -> None:
             )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        storage.check(out / "sweep.json")
     except OSError as error:
-        raise storage.unwritable(out / "sweep.json", error) from error
+        raise storage.unwritable(out, error) from error
+    storage.check(out / "sweep.json")
