@@ -134,11 +134,11 @@ PACKED = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
         ),
         (
             {"input_ids": IDS[:, -1:], "position_ids": torch.full((2, 1), 5)},
-            "begin at 5 and there is no cache",
+            r"begin at .* there is no cache .*\(here at 5\)",
         ),
         (
             {"input_ids": IDS[:, 3:], "position_ids": torch.arange(3, 6)[None]},
-            "begin at 3 and there is no cache",
+            r"begin at .* there is no cache .*\(here at 3\)",
         ),
         (
             {"input_ids": IDS, "position_ids": PACKED},

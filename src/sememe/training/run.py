@@ -91,7 +91,7 @@ def _build(
             f"{recipe.data.heldout} holds the same bytes as {recipe.data.train}: need held-out "
             "text that is never trained on. try: another file for data.heldout"
         )
-    base = resolve(recipe.base, say=say)
+    base = resolve(recipe.base)
     tokenizer = load_tokenizer(base)
     batches = system.batches(recipe, tokenizer, base, say)
     model = system.build(recipe, base)
