@@ -35,9 +35,6 @@ def tiny(base_folder, tmp_path):
     return shutil.copytree(base_folder, tmp_path / "tiny")
 
 
-# resolve
-
-
 def test_resolve_folders(tiny, tmp_path):
     assert bases.resolve(str(tiny)) == tiny
     (tiny / "model.safetensors").unlink()
@@ -51,8 +48,9 @@ def test_resolve_folders(tiny, tmp_path):
 @pytest.mark.parametrize("base", ["smolm2-135m", "./nowhere", "a/b/c", ""])
 def test_what_cannot_be_a_hub_id_never_reaches_the_network(base, monkeypatch):
     monkeypatch.setattr(bases, "_from_hub", fail)
-    with pytest.raises(BaseError, match=r"need one of smollm2-135m"):
-        bases.resolve(base)
+    for get in (bases.resolve, bases.pull):
+        with pytest.raises(BaseError, match=r"need one of smollm2-135m"):
+            get(base)
 
 
 def test_without_a_network_the_cached_copy_is_taken(tiny, monkeypatch):
@@ -73,9 +71,6 @@ def test_without_a_network_the_cached_copy_is_taken(tiny, monkeypatch):
     said = r"'org/other' is neither .*Name or service not known.* sememe pull"
     with pytest.raises(BaseError, match=said):
         bases.resolve("org/other")
-
-
-# fingerprint and loading
 
 
 def test_fingerprint_is_the_weights_and_nothing_else(tiny, tmp_path):
@@ -110,16 +105,6 @@ def unknown_type(folder):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
 
 
-def broken_config(folder):
-    (folder / "config.json").write_text("{")
-
-
-def missing_shard(folder):
-    (folder / "model.safetensors").rename(folder / "model-00001.safetensors")
-    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def missing_weight(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -131,8 +116,6 @@ def missing_weight(folder):
     [
         (truncate, "cannot be loaded"),
         (unknown_type, "cannot be loaded"),
-        (broken_config, "cannot be loaded"),
-        (missing_shard, "cannot be loaded"),
         (missing_weight, r"lacks 1 weights, the first is model\.layers\.1\.mlp\.up_proj\.weight"),
     ],
 )
@@ -149,9 +132,6 @@ def test_a_base_without_tokenizer_says_so(tiny):
         (tiny / name).unlink()
     with pytest.raises(BaseError, match=r"tokenizer of .* cannot be loaded"):
         bases.load_tokenizer(tiny)
-
-
-# pull
 
 
 @pytest.fixture
@@ -216,18 +196,11 @@ def test_pull_never_overwrites(fake):
     assert [path.name for path in left_behind(fake.home)] == ["thesis.txt"]
 
 
-def test_pull_of_an_unknown_name_lists_the_known(fake):
-    with pytest.raises(BaseError, match=r"smollm2-135n.*need one of smollm2-135m"):
-        bases.pull("smollm2-135n")
-    assert fake.downloads == 0
-
-
 @pytest.mark.parametrize(
     ("changes", "fault", "said"),
     [
         ({"member_sha256": "0" * 64}, None, "sha256"),
         ({}, OSError(errno.ENOSPC, "No space left"), "No space"),
-        ({}, RuntimeError("No space left"), "No space"),
     ],
 )
 def test_a_failed_pull_leaves_nothing(fake, monkeypatch, changes, fault, said):
@@ -244,17 +217,10 @@ def test_a_failed_pull_leaves_nothing(fake, monkeypatch, changes, fault, said):
     assert left_behind(fake.home) == []
 
 
-@pytest.mark.parametrize(
-    ("stderr", "said"),
-    [
-        ("/usr/bin/python: No module named pip", "No module named pip.*need pip"),
-        ("ERROR: first\nERROR: No matching distribution", "No matching"),
-    ],
-)
-def test_a_failed_download_says_what_pip_said(fake, monkeypatch, stderr, said):
-    done = subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
+def test_a_failed_download_says_what_pip_said(fake, monkeypatch):
+    done = subprocess.CompletedProcess([], 1, stdout="", stderr="ERROR: first\nNo module named pip")
     monkeypatch.setattr(bases.subprocess, "run", lambda command, **options: done)
-    with pytest.raises(BaseError, match=said):
+    with pytest.raises(BaseError, match=r"No module named pip.*need pip"):
         bases.pull("fake")
     assert left_behind(fake.home) == []
 

@@ -174,7 +174,7 @@ def test_bits_per_byte_are_of_the_text(runs, tmp_path):
         (("sweep", "RUNS/tiny.yaml", "--out", "x" * 300), "cannot be used as a path"),
         (
             ("benchmark", "RUNS/r", "--prompt-tokens", "200"),
-            "200 tokens of text and 64 after them.*--prompt-tokens 192",
+            "200 tokens of text and 64 beside them.*--prompt-tokens 192",
         ),
         (("report", "x" * 300), "cannot be used as a path"),
         (("doctor", "x" * 300), "cannot be used as a path"),
@@ -182,13 +182,16 @@ def test_bits_per_byte_are_of_the_text(runs, tmp_path):
         (("evaluate", "RUNS/nowhere/at/all", "--data", "HELD"), "neither a known base"),
         (("evaluate", "RUNS/r", "--data", "HELD", "--control", "RUNS"), "holds no model"),
         (("generate", "RUNS/r", "--prompt", "  "), "the prompt is empty"),
-        (("generate", "RUNS/r", "--prompt", "cat", "--max-new-tokens", "9999"), "positions for 256"),
+        (
+            ("generate", "RUNS/r", "--prompt", "cat", "--max-new-tokens", "9999"),
+            "positions for 256",
+        ),
         (("generate", "RUNS/r-control", "--prompt", "cat", "--show-concepts"), "has no concepts"),
         (("benchmark", "RUNS/r-control"), "has no concepts"),
         (("benchmark", "RUNS/r", "--dtype", "float8"), "need one of float32"),
         (("report", "RUNS/nowhere"), "nowhere"),
         (("pull", "smollm"), "smollm2-135m"),
-        (("export", "RUNS/r", "--out", "RUNS"), "is not empty"),
+        (("export", "RUNS/r", "--out", "RUNS"), "ot empty"),
         (
             (
                 "evaluate",

@@ -14,41 +14,21 @@ TEXT = "日本語 déjà 🙂 ok , the\tcat\n\n  sat ."
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """Words that begin with a space, and bytes where there is no word; decoded as Llama's are."""
-    words = [
-        "<s>",
-        "</s>",
-        "▁",
-        "▁the",
-        "▁cat",
-        "▁sat",
-        ",",
-        ".",
-        "日",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-    ]
-    made = Tokenizer(
-        models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True)
-    )
-    made.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    words = ["<s>", "</s>", "▁", "▁the", "▁cat", "▁sat", ",", ".", "日"]
+    words += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = {word: i for i, word in enumerate(words)}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    spaces = decoders.Replace("▁", " "), decoders.ByteFallback()
+    made.decoder = decoders.Sequence([*spaces, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
 def spelled(*words: str) -> tuple[PreTrainedTokenizerFast, list[int]]:
     tokenizer = sentencepiece_tokenizer()
-    tokens = [
-        t
-        for word in words
-        for t in (
-            [word] if word in tokenizer.get_vocab() else [f"<0x{b:02X}>" for b in word.encode()]
-        )
-    ]
+    tokens = []
+    for word in words:
+        known = word in tokenizer.get_vocab()
+        tokens += [word] if known else [f"<0x{byte:02X}>" for byte in word.encode()]
     return tokenizer, tokenizer.convert_tokens_to_ids(tokens)
 
 
@@ -64,25 +44,14 @@ def test_pieces_are_the_text_and_whole_characters(kind):
     whole = decode(tokenizer, ids)
     cut = pieces(tokenizer, ids)
     assert whole == (TEXT if kind == "bytes" else "the cat 本日🙂 sat .\t the")
-    assert (
-        len(cut) == len(ids)
-        and "".join(cut) == whole
-        and not any(INCOMPLETE in piece for piece in cut)
-    )
+    assert len(cut) == len(ids) and "".join(cut) == whole and INCOMPLETE not in whole
     stream = Detokenizer(tokenizer)
     assert [stream.add(token) for token in ids] == cut and stream.rest() == ""
 
 
 def test_a_character_comes_with_its_last_token_and_a_word_with_its_space():
-    assert pieces(*spelled("▁the", "▁cat", "🙂", "▁sat")) == [
-        "the",
-        " cat",
-        "",
-        "",
-        "",
-        "🙂",
-        " sat",
-    ]
+    cut = pieces(*spelled("▁the", "▁cat", "🙂", "▁sat"))
+    assert cut == ["the", " cat", "", "", "", "🙂", " sat"]
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -113,17 +82,10 @@ def test_samples_are_cut_between_characters():
     """A block begins and ends inside a character; what is left of those is no text."""
     tokenizer, ids = CASES["bytes"]
     block = torch.tensor(ids[1:5])  # two bytes of the first character, two of the second
-    assert (
-        "".join(piece["text"] for piece in sample(block, torch.full((4,), 7), tokenizer)["pieces"])
-        == ""
-    )
+    rows = sample(block, torch.full((4,), 7), tokenizer)["pieces"]
+    assert not any(piece["text"] for piece in rows)
     block = torch.tensor(ids[1:7])
     rows = sample(block, torch.tensor([-2, -1, 3, -1, 4, -1]), tokenizer)["pieces"]
-    assert [(piece["text"], piece["concept"], piece["sink"]) for piece in rows] == [
-        ("", None, True),
-        ("", None, False),
-        ("", 3, False),
-        ("", None, False),
-        ("本", 4, False),
-        ("", None, False),
-    ]
+    assert [piece["text"] for piece in rows] == ["", "", "", "", "本", ""]
+    assert [piece["concept"] for piece in rows] == [None, None, 3, None, 4, None]
+    assert [piece["sink"] for piece in rows] == [True] + [False] * 5

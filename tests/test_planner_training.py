@@ -222,7 +222,7 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
     refused(DataError, "all get the same plan", same)
     refused(DataError, "need more words", same, plan=values["plan"] | {"begins": "words"})
     limits = {"source_length": 200, "target_length": 100, "system": "control"}
-    match = r"got 200 tokens of text and 100 after them, .* positions for 255.*source_length=155"
+    match = r"got 200 tokens of text and 100 beside them, .* positions for 255.*source_length=155"
     refused(DataError, match, rows(("x" * 200, "y" * 100)), **limits)
     match = r"255 tokens of text .*try: target_length="
     refused(DataError, match, rows(("x", "y" * 255)), target_length=255)

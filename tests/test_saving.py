@@ -69,7 +69,7 @@ def test_merged_model_needs_no_base(model, folder, tmp_path):
     # Folding LoRA reorders sums: 5e-6 seen.
     torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-4, rtol=0)
     assert size > 4 * sum(p.numel() for p in model.backbone.parameters()) * 0.9
-    with pytest.raises(CheckpointError, match="not empty"):
+    with pytest.raises(CheckpointError, match="Directory not empty"):
         export_model(folder, merged)
 
 

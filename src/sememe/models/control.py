@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from sememe.backbone.calling import cache_argument, check_places, parameters, take_cache
 from sememe.backbone.split import SLIDING, Spine
 from sememe.concepts.bridge import TailBridge
-from sememe.concepts.masks import allow
+from sememe.concepts.masks import Lane, allow, segment_mask
 from sememe.errors import RecipeError
-from sememe.models.adapted import AdaptedModel
+from sememe.models.adapted import FITTED_TOKENS, AdaptedModel
 from sememe.models.configuration import ControlConfig
 
 
@@ -48,7 +48,7 @@ class ControlForCausalLM(AdaptedModel):
                 f"system = window over a base of type {text_config.model_type}, which has a "
                 "sliding window of its own: need one that sees everything. try: system=control"
             )
-        skipped = range(*config.skipped) if config.skipped else range(0)
+        skipped = range(*(config.skipped or (0,)))
         self.bridge = TailBridge(text_config.hidden_size) if skipped and config.bridge else None
         decoder = self.backbone.get_decoder()
         self._whole = (decoder.layers,)  # in a tuple: not saved
@@ -59,12 +59,12 @@ class ControlForCausalLM(AdaptedModel):
         self.finish()
 
     @torch.no_grad()
-    def start_bridge(self, ids_NT: Tensor, tokens: int = 16384, batch: int = 4) -> dict[str, float]:
+    def start_bridge(self, ids_NT: Tensor) -> dict[str, float]:
         """Least squares from the shallow states of (N, T) blocks of text to those that the skipped
         layers made of them."""
         decoder = self.backbone.get_decoder()
         first, last = self.config.skipped
-        ids_NT = ids_NT[: max(1, tokens // ids_NT.shape[1])].to(self.device)
+        ids_NT = ids_NT[: max(1, FITTED_TOKENS // ids_NT.shape[1])].to(self.device)
 
         def before_and_after(ids_BT: Tensor) -> Tensor:  # (2, n, D), without the sinks
             out = decoder(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
@@ -73,7 +73,7 @@ class ControlForCausalLM(AdaptedModel):
 
         skipping = decoder.layers
         decoder.layers = self._whole[0].to(self.device)
-        h_ND, target_ND = torch.cat([before_and_after(ids) for ids in ids_NT.split(batch)], 1)
+        h_ND, target_ND = torch.cat([before_and_after(ids) for ids in ids_NT.split(4)], 1)
         decoder.layers = skipping
         return {"bridge_explains": self.bridge.start(h_ND, torch.zeros_like(h_ND), target_ND)}
 
@@ -118,10 +118,7 @@ class ControlForCausalLM(AdaptedModel):
         if mask_BS is None:
             mask_BS = torch.ones(batch, before + length, device=tokens_BT.device)
         valid_BS = mask_BS.bool()
-        key_BS = valid_BS.cumsum(1) - 1
-        age_BTS = key_BS[:, -length:, None] - key_BS[:, None]
-        seen_BTS = (age_BTS < self.config.window) | (key_BS[:, None] == 0)
-        seen_BTS &= (age_BTS >= 0) & valid_BS[:, None]
-        # A row without any key would give NaN: padding sees everything, and is never used.
-        seen_BTS |= ~valid_BS[:, -length:, None]
-        return allow(seen_BTS.unsqueeze(1), self.dtype, self.config._attn_implementation)
+        key = Lane.causal(valid_BS.cumsum(1) - 1, valid_BS)
+        query = Lane(*(field[:, -length:] for field in key))
+        mask = segment_mask(query, key, recent=self.config.window)
+        return allow(mask, self.dtype, self.config._attn_implementation)

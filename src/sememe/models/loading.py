@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sememe.backbone.bases import base_of, load_base, load_tokenizer, resolve
 from sememe.errors import CheckpointError, DataError, RecipeError, reason
 from sememe.models.adapted import default_device
-from sememe.models.configuration import AdaptedConfig, CompressorConfig, ConceptConfig
 from sememe.paths import existing, usable
 
 SHIPPED = Path(__file__).parents[1] / "reference"
@@ -74,7 +73,7 @@ def load_model(
     config = read_config(folder)
     if rate is not None:
         check_rate(config, rate, model)  # refused before anything large is read
-    if not isinstance(config, AdaptedConfig):
+    if not hasattr(config, "system"):
         loaded = load_base(folder, dtype=dtype, attn_implementation=attention)
         return loaded.to(default_device()).eval(), load_tokenizer(folder)
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -98,20 +97,19 @@ def tokenizer_folder(folder: Path, config) -> Path:
 def longest_text(config, bos: bool | None = None) -> int:
     """Tokens of a text that a model, or base, has positions for. `bos`: one of them is taken by the
     BOS; default: as for this model."""
-    bos = isinstance(config, CompressorConfig) if bos is None else bos
+    bos = getattr(config, "opens_with_bos", False) if bos is None else bos
     return config.get_text_config().max_position_embeddings - bos
 
 
 def check_length(longest: int, tokens: int, option: str, more: int = 0) -> None:
-    """Raises DataError where a text of `tokens` (at least 1), and `more` after it, goes beyond the
+    """Raises DataError where a text of `tokens` (at least 1), and `more` beside it, goes beyond the
     `longest` that the base has positions for: what a model says there means nothing. `option`: what
     a user sets `tokens` with."""
-    limit = max(1, longest - more)
     if not 1 <= tokens <= longest - more:
-        after = f" and {more} after them" if more else ""
+        limit = max(1, longest - more)
         raise DataError(
-            f"got {tokens} tokens of text{after}, and this base has positions for {longest}: need "
-            f"1 to {limit}. try: {option}{limit}"
+            f"got {tokens} tokens of text and {more} beside them, and this base has positions for "
+            f"{longest}: need 1 to {limit}. try: {option}{limit}"
         )
 
 
@@ -122,7 +120,7 @@ def check_rate(config, rate: float, model: str | Path) -> None:
     Raises:
         CheckpointError: `config` is that of a model without concepts.
         RecipeError: a rate outside (0, 1], or below what the forced concepts alone make."""
-    if not isinstance(config, ConceptConfig):
+    if not getattr(config, "writes_concepts", False):
         raise CheckpointError(
             f"{model} has no concepts to set a rate for: need a run of system: online. try: "
             "without --rate"
@@ -139,15 +137,13 @@ def check_rate(config, rate: float, model: str | Path) -> None:
 def export_model(model: str | Path, to: Path) -> tuple[Path, int]:
     """Writes the merged model and its tokenizer to a new folder; returns it and its bytes."""
     to = usable(to)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise CheckpointError(f"{to} is not empty: need a new or empty folder. try: --out {to}-2")
-    loaded, tokenizer = load_model(model)
-    if not isinstance(loaded.config, AdaptedConfig):
+    loaded, tokenizer = load_model(model, merge=False)
+    if not hasattr(loaded, "merged"):
         raise CheckpointError(
             f"{model} is a plain base: need a trained model to merge. try: runs/demo"
         )
-    if not loaded.foldable:
-        loaded.merged()  # says why not
+    if loaded.config.base is not None:
+        loaded.merged()
     target = to.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +154,7 @@ def export_model(model: str | Path, to: Path) -> tuple[Path, int]:
             os.replace(folder, target)  # onto an empty folder, too
     except OSError as error:
         raise CheckpointError(
-            f"could not write {to} ({error.strerror}): need free space. try: another --out"
+            f"could not write {to} ({error.strerror}): need free space, and a new or empty folder. "
+            f"try: --out {to}-2"
         ) from error
     return to, sum(path.stat().st_size for path in to.iterdir())

@@ -107,10 +107,9 @@ class CompressorForCausalLM(AdaptedModel):
         return Spine(self.backbone)
 
     def add_adapters(self) -> None:
-        config = self.config
         if self.reads_states:
-            self.add_adapter(encode.ADAPTER, config.depth)
-        self.add_adapter(decode.ADAPTER, None)
+            add_lora(self.backbone, self.config, encode.ADAPTER, self.config.depth)
+        add_lora(self.backbone, self.config, decode.ADAPTER)
 
     # ---- the compressor ----
 

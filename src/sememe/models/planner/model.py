@@ -95,7 +95,7 @@ class PlannerForCausalLM(AdaptedModel):
 
     def add_adapters(self) -> None:
         for name in (PLANNER, EXECUTOR):
-            self.add_adapter(name)
+            add_lora(self.backbone, self.config, name)
 
     @torch.no_grad()
     def start_plans(self, seed: int = 0) -> None:
