@@ -279,7 +279,7 @@ def test_the_first_real_token_is_an_unquantised_concept():
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"split": (1, 1, 1)}, "= 3, but this base has 4 layers"),
+        ({"split": (1, 1, 1)}, "and 4 in all, as this base has"),
         ({"rate": 0.0}, "rate = 0"),
         ({"rate": 0.1, "max_tail": 3}, "need max_tail ≥ 9"),
         ({"head": "x"}, "head = 'x'"),

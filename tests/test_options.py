@@ -1,4 +1,5 @@
-"""Options of a recipe: each is defined once, and every fault is one sentence with got, need, try."""
+"""Options of a recipe: each is defined once, and every fault is one sentence with got, need,
+try."""
 
 from pathlib import Path
 from typing import get_args
@@ -50,60 +51,37 @@ def test_recipes_are_valid_and_read_back_equal_whole_or_short(name):
     [
         ("ratio=0.5", "unknown key 'ratio'.*try: rate"),
         ("lora.rang=3", "unknown key 'lora.rang'.*try: lora.rank"),
+        ("shared_map=true", "unknown key 'shared_map'"),
         ("rate=1.5", "rate = 1.5: .*less than or equal to 1"),
         ("rate=0", "rate = 0: .*greater than 0"),
         ("rate=fast", "rate = 'fast'"),
         ("head=both", "head = 'both': Input should be 'nearest' or 'joint'"),
         ("boundary=stride", "boundary = 'stride': Input should be 'null'"),
-        ("steps=0", "steps = 0"),
-        ("steps", "need key=value"),
-        ("split=[1,null,null]", r"split = \[1, None, None\]: need at most one"),
+        ("steps", "steps = None"),
         ("quantise=[0.5,0.1]", "quantise.*need start ≤ end"),
         ("num_concepts=65536 codes_per_concept=4", "need at most 48 bits"),
-        ("data.heldout=${data.train}", "held-out text is never"),
         ("data.fields=[a,a]", "need two fields of a row"),
         ("plan.sizes=[64]", "need one of each for every type"),
         ("plan.multi_token=9", "need at most 8"),
-        ("em.proposers={guess: 2}", "'guess' is no way to propose plans"),
-        ("em.proposers={beam: 0, sample: 0, edit: 0}", "need candidates"),
-        ("curriculum=[200,0.5]", "starts with more than target_length = 128"),
-        ("shared_map=true", "shared_map = True, and the option is no more: need False"),
+        ("em.proposers.guess=2", "'guess': Input should be 'beam'"),
     ],
 )
 def test_bad_values_are_one_sentence(path, override, said):
-    words = [override] if "{" in override else override.split()
     with pytest.raises(RecipeError, match=said) as caught:
-        load_recipe(path, words)
+        load_recipe(path, override.split())
     assert "\n" not in str(caught.value) and "try: " in str(caught.value)
 
 
-def test_missing_and_unreadable_files(path, tmp_path, recipe_values):
-    with pytest.raises(RecipeError, match=r"no recipe at .*try: .*recipe.yaml"):
+def test_missing_and_unreadable_files(tmp_path, recipe_values):
+    with pytest.raises(RecipeError, match=r"no recipe at .*try: "):
         load_recipe(tmp_path / "recipy.yaml")
     for text in ("a: [1,", "- 1"):
         (tmp_path / "broken.yaml").write_text(text)
-        with pytest.raises(RecipeError, match=r"holds no key|cannot be read as a recipe"):
+        with pytest.raises(RecipeError, match=r"broken.yaml.*try: "):
             load_recipe(tmp_path / "broken.yaml")
     recipe_values["data"].pop("heldout")
     with pytest.raises(RecipeError, match=r"key 'data.heldout' is missing"):
         check_recipe(recipe_values, "r")
-
-
-def test_recipes_of_earlier_releases_are_read(recipe_values):
-    values = {
-        **recipe_values,
-        "split": {"shallow": 1, "middle": None, "deep": 1},
-        "schedule": {"rate": [0.0, 0.0], "quantise": [0.1, 0.2]},
-        "curriculum": {"start": 0, "until": 0.5},
-        "em": {"warmup": 0.25, "distil": 0.5, "price": 0.5, "adaptive": False},
-        "estimator": "soft",
-        "log_every": 7,
-    }
-    values["data"] |= {"source": "instruction", "target": "response", "opening": None}
-    recipe = check_recipe(values, "old")
-    assert recipe.split == (1, None, 1) and recipe.quantise == (0.1, 0.2)
-    assert recipe.em.stages == (0.25, 0.75) and recipe.em.planner_weight == 0.5
-    assert recipe.curriculum is None and recipe.data.fields == ("instruction", "response")
 
 
 @pytest.mark.parametrize(
@@ -119,11 +97,11 @@ def test_split_is_filled_to_the_base(split, layers, want):
     assert split_layers(split, layers) == want
 
 
-def test_split_that_does_not_fit_the_base():
-    with pytest.raises(RecipeError, match=r"= 6, but this base has 30 layers.*split=\[1,null,3\]"):
-        split_layers((1, 2, 3), 30)
-    with pytest.raises(RecipeError, match="split 0/28/2: need at least 1 shallow"):
-        split_layers((None, 28, 2), 30)
+@pytest.mark.parametrize("split", [(1, 2, 3), (None, 28, 2), (1, None, None)])
+def test_split_that_does_not_fit_the_base(split):
+    said = r"split .*need at least 1 shallow .* and 30 in all.*try: split=\[1,null,1\]"
+    with pytest.raises(RecipeError, match=said):
+        split_layers(split, 30)
 
 
 def test_short_targets_come_first(recipe_values):
@@ -134,6 +112,6 @@ def test_short_targets_come_first(recipe_values):
 
 
 def test_names_are_those_that_there_are():
-    assert tuple(PROPOSERS) == keys.PROPOSERS
+    assert set(PROPOSERS) == set(get_args(keys.Proposer))
     for key, known in (("head", HEADS), ("boundary", BOUNDARIES)):
         assert set(get_args(Concepts.model_fields[key].annotation)) == set(known), key

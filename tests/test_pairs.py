@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import byte_tokenizer
 from sememe import pairs
-from sememe.errors import DataError
+from sememe.errors import DataError, RecipeError
 from sememe.pairs import IGNORED, Pair, PairForm, cut_pairs, pair_tensors, read_pairs
 
 FIELDS = ("instruction", "response")
@@ -94,10 +94,11 @@ def test_a_form_of_a_recipe():
     lengths = {"source_length": 8, "target_length": 9}
     assert PairForm.of({"data": {}, "system": "online", **lengths}) is None
     assert PairForm.of({"data": {}, "system": "planner", **lengths}) == PairForm(None, 0.25, 8, 9)
-    for key in ("source_share", "opening"):  # its name in older runs
-        assert PairForm.of({"data": {key: 0.5}, **lengths}) == PairForm(None, 0.5, 8, 9)
-    fields = {"source": "a", "target": "b"}
-    assert PairForm.of({"data": fields, **lengths}) == PairForm(["a", "b"], 0.25, 8, 9)
+    assert PairForm.of({"data": {"source_share": 0.5}, **lengths}) == PairForm(None, 0.5, 8, 9)
+    fields = {"fields": ["a", "b"], "source_share": None}
+    assert PairForm.of({"data": fields, **lengths}) == PairForm(("a", "b"), 0.25, 8, 9)
+    with pytest.raises(RecipeError, match=r"data.opening in a recipe of an earlier release.*try: "):
+        PairForm.of({"data": {"opening": 0.5}, **lengths})
 
 
 def test_sources_end_and_targets_begin_at_the_same_column(tokenizer):

@@ -153,7 +153,7 @@ def train(
     runs/r2-control`
     """
     from sememe.options import load_recipe
-    from sememe.training.callbacks import read_metrics
+    from sememe.report.files import read_metrics
     from sememe.training.resume import same_run
     from sememe.training.run import train as run_training
 
@@ -162,9 +162,7 @@ def train(
     if first and not same_run(loaded, out):
         say(loaded.yaml(whole=False), "dim")
     model = run_training(loaded, out, say=say if first else lambda line: None)
-    last = {}
-    for line in read_metrics(out / "metrics.jsonl") if first else []:
-        last |= line
+    last = read_metrics(out).last() if first else {}
     yield {"run": str(out), "model": str(model), **last}
     if first:
         show_figures(last, str(out))

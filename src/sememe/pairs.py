@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sememe.data import byte_counts, encoder, read_rows, read_texts
-from sememe.errors import DataError
-from sememe.options import upgraded
+from sememe.errors import DataError, RecipeError
+from sememe.keys import Data
 
 SOURCE_SHARE = 0.25
 IGNORED = -100
@@ -103,7 +103,12 @@ class PairForm:
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> PairForm | None:
         """That of a recipe's plain values; None where it trains on running text."""
-        recipe = upgraded(recipe, "recipe")
+        named = {key for key, value in recipe["data"].items() if value is not None}
+        if old := named - Data.model_fields.keys():
+            raise RecipeError(
+                f"data.{old.pop()} in a recipe of an earlier release: need data.fields or "
+                "data.source_share. try: docs/options.md"
+            )
         fields, share = (recipe["data"].get(key) for key in ("fields", "source_share"))
         if not fields and share is None and recipe.get("system") != "planner":
             return None

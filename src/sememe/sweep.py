@@ -2,22 +2,19 @@
 sweep.json."""
 
 import itertools
-import json
 import re
 import statistics
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sememe import storage
-from sememe.errors import Interrupted, RecipeError, SememeError
+from sememe.errors import Interrupted, RecipeError, SememeError, reason
 from sememe.evaluation.results import CONTRACT, put, reusable
 from sememe.figures import figure
 from sememe.measure import Options, evaluate
-from sememe.options import Recipe, check_recipe, flat, load_recipe, nested, read_recipe
+from sememe.options import Recipe, check_recipe, load_recipe
 from sememe.paths import usable
 from sememe.systems import SYSTEMS
 from sememe.training.resume import is_finished
@@ -36,21 +33,8 @@ SHOWN = (
 COMMA = re.compile(r",(?![^\[{(]*[\]})])")
 """One that stands in no brackets."""
 
-
-@dataclass(frozen=True)
-class Point:
-    """One run of a sweep. `changes`: the varied keys that it reads, as they were written, `seed`
-    apart."""
-
-    name: str
-    recipe: Recipe
-    changes: dict[str, str]
-    seeded: bool = False
-    """Whether the sweep varies the seed."""
-
-    @property
-    def folder_name(self) -> str:
-        return f"{self.name}_seed-{self.recipe.seed}" if self.seeded else self.name
+Entry = dict[str, Any]
+"""What sweep.json holds of a run."""
 
 
 def sweep(
@@ -76,26 +60,29 @@ def sweep(
         RecipeError: no point of the grid is a valid recipe, or `out` is no place for a sweep.
         Interrupted: Ctrl-C; the same call goes on."""
     out = usable(out)
+    if (out / "recipe.yaml").is_file():
+        raise RecipeError(f"{out} is a run: need a folder for several. try: --out {out}-sweep")
     grid = parse_grid(words)
-    points, refused = plan(recipe, grid, control)
-    _make(out)
-    result = {
-        "recipe": str(recipe),
-        "grid": grid,
-        "varied": [key for key, values in grid.items() if len(values) > 1],
-        "tokens": tokens,
-    }
-    runs: list[dict[str, Any]] = []
-    for number, point in enumerate(points, 1):
-        place = f"point {number} of {len(points)} ({point.folder_name})"
+    points = plan(recipe, grid, control)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        storage.check(out / "sweep.json")
+    except OSError as error:
+        raise storage.unwritable(out / "sweep.json", error) from error
+    varied = [key for key, values in grid.items() if len(values) > 1]
+    result = {"recipe": str(recipe), "grid": grid, "varied": varied, "tokens": tokens}
+    runs = [entry for entry, _ in points]
+    for number, (entry, point) in enumerate(points, 1):
+        place = f"point {number} of {len(points)} ({entry['name']})"
         say(place)
         try:
-            runs.append(_run(point, out, tokens, say, show))
+            if point is not None:
+                _run(entry, point, out, tokens, say, show)
         except (Interrupted, KeyboardInterrupt) as stop:
             raise Interrupted(f"stopped at {place}; the same command goes on from there") from stop
-        if runs[-1]["fault"]:
-            say(f"failed: {point.folder_name}: {runs[-1]['fault']}")
-        result |= {"runs": runs + refused, "points": summarise(runs)}
+        if entry["fault"]:
+            say(f"failed: {entry['name']}: {entry['fault']}")
+        result |= {"runs": runs[:number], "points": summarise(runs[:number])}
         put(out / "sweep.json", result)
     return result
 
@@ -106,12 +93,9 @@ def parse_grid(words: list[str]) -> dict[str, list[str]]:
     for word in words:
         key, _, text = word.partition("=")
         values = [value.strip() for value in COMMA.split(text)]
-        if not key or not all(values):
-            raise RecipeError(f"{word!r}: need key=value or key=a,b,c. try: rate=0.5,0.25")
-        if key in grid:
-            both = ",".join([*grid[key], text])
+        if not key or not all(values) or key in grid:
             raise RecipeError(
-                f"{key!r} is given twice: need all its values in one place. try: {key}={both}"
+                f"{word!r}: need key=value or key=a,b,c, and each key once. try: rate=0.5,0.25"
             )
         grid[key] = list(dict.fromkeys(values))
     return grid
@@ -119,101 +103,93 @@ def parse_grid(words: list[str]) -> dict[str, list[str]]:
 
 def plan(
     path: Path, grid: dict[str, list[str]], control: bool
-) -> tuple[list[Point], list[dict[str, Any]]]:
-    """The runs of a grid, baselines first, no recipe twice; and an entry for each point that is no
-    valid recipe.
+) -> list[tuple[Entry, Recipe | None]]:
+    """The runs of a grid, baselines first, no recipe twice; without a recipe, last, those that have
+    no valid one.
 
     Raises RecipeError where none is valid."""
-    points: list[Point] = []
-    refused: dict[str, dict[str, Any]] = {}
-    faults: list[SememeError] = []
-    varied = [key for key, values in grid.items() if len(values) > 1]
+    varied = {key for key, values in grid.items() if len(values) > 1}
+    points: dict[str, tuple[Entry, Recipe | None]] = {}
     for values in itertools.product(*grid.values()):
         words = dict(zip(grid, values, strict=True))
-        changes = {key: words[key] for key in varied if key not in ("seed", "system")}
+        changes = {key: words[key] for key in words if key in varied - {"seed", "system"}}
         try:
             recipe = load_recipe(path, [f"{key}={value}" for key, value in words.items()])
-            SYSTEMS[recipe.system].check(recipe, processes=1)
+            system = SYSTEMS[recipe.system]
+            system.check(recipe, processes=1)
+            if system.on_pairs(recipe):
+                raise RecipeError(
+                    f"{path} trains on pairs of a source and a target, and a sweep measures "
+                    "running text: need system = online. try: sememe train and sememe evaluate, "
+                    "point by point"
+                )
         except SememeError as error:
-            faults.append(error)
-            point = Point(_name("online", changes), None, changes)
-            refused[point.name] = _entry(point) | {"fault": str(error)}
+            entry = _entry("online", changes) | {"fault": str(error)}
+            points.setdefault(entry["name"], (entry, None))
             continue
-        if SYSTEMS[recipe.system].on_pairs(recipe):
-            raise RecipeError(
-                f"{path} trains on pairs of a source and a target, and a sweep measures running "
-                "text: need system = online. try: sememe train and sememe evaluate, point by point"
-            )
-        baselines = SYSTEMS[recipe.system].baselines if control else ()
-        for system in (*baselines, recipe.system):
-            own = {k: v for k, v in changes.items() if k not in SYSTEMS[system].unread}
-            of_system = baseline(recipe, system) if SYSTEMS[system].unread else recipe
-            points.append(Point(_name(system, own), of_system, own, "seed" in varied))
-    if not points:
-        raise faults[0]
-    points.sort(key=lambda point: list(SYSTEMS).index(point.recipe.system))  # baselines come first
-    unique: dict[str, Point] = {}
-    for point in points:
-        unique.setdefault(point.recipe.model_dump_json(), point)
-    return list(unique.values()), list(refused.values())
+        for name in (*(system.baselines if control else ()), recipe.system):
+            run = baseline(recipe, name)
+            own = {key: x for key, x in changes.items() if key not in SYSTEMS[name].unread}
+            entry = _entry(name, own, run, "seed" in varied)
+            points.setdefault(run.model_dump_json(), (entry, run))
+    runs = sorted(points.values(), key=lambda run: [*SYSTEMS, None].index(run[0]["system"]))
+    if runs[0][1] is None:
+        raise RecipeError(runs[0][0]["fault"])
+    return runs
 
 
 def baseline(recipe: Recipe, system: str) -> Recipe:
-    """The run without concepts beside `recipe`: the same base, batches and LoRA. Keys that it does
+    """The run of another system beside `recipe`: the same base, batches and LoRA. Keys that it does
     not read go back to their defaults, so that points of a grid share it."""
-    unread = SYSTEMS[system].unread
-    values = {key: x for key, x in flat(recipe.model_dump()).items() if key not in unread}
-    return check_recipe(nested(values | {"system": system}), f"the {system} of this point")
+    values = recipe.model_dump() | {"system": system}
+    for key in SYSTEMS[system].unread:
+        group, _, name = key.rpartition(".")
+        del (values[group] if group else values)[name]
+    return check_recipe(values, f"the {system} of this point")
 
 
-def _name(system: str, changes: dict[str, str]) -> str:
-    """A readable folder name: `rate-0.5_boundary-fixed`; a path is named by its last part."""
-    plain = {
-        key: re.sub(r"[^A-Za-z0-9.+-]+", "-", value.rsplit("/", 1)[-1]).strip("-")
-        for key, value in changes.items()
-    }
-    parts = [f"{key}-{value[:40]}" for key, value in plain.items()]
-    return "_".join([system, *parts] if system != "online" or not parts else parts)[:200]
-
-
-def _entry(point: Point) -> dict[str, Any]:
-    """What sweep.json says of a point before it is trained."""
-    recipe = point.recipe
-    entry = {
-        "name": point.folder_name,
-        "point": point.name,
-        "changes": point.changes,
-        "control": None,
-        "figures": None,
-        "fault": None,
-    }
-    if recipe is None:
-        return entry | dict.fromkeys(("system", "boundary", "seed", "trained_tokens", "data"))
-    return entry | {
-        "system": recipe.system,
-        "boundary": None if "boundary" in SYSTEMS[recipe.system].unread else recipe.boundary,
-        "seed": recipe.seed,
-        "trained_tokens": recipe.steps * recipe.batch_size * recipe.sequence_length,
-        "data": recipe.data.heldout,
-    }
+def _entry(
+    system: str, changes: dict[str, str], recipe: Recipe | None = None, seeded: bool = False
+) -> Entry:
+    """What sweep.json says of a run before it is trained. `changes`: the varied keys that it reads,
+    as they were written, `seed` apart; they name its folder: `rate-0.5_boundary-fixed`."""
+    plain = {key: re.sub(r"[^A-Za-z0-9.+-]+", "-", text) for key, text in changes.items()}
+    parts = [f"{key}-{text.strip('-')[-40:]}" for key, text in plain.items()]
+    point = "_".join(parts if system == "online" and parts else [system, *parts])[:200]
+    entry = {"name": point, "point": point, "changes": changes}
+    about = ("system", "boundary", "seed", "trained_tokens", "control", "data", "figures", "fault")
+    entry |= dict.fromkeys(about)
+    if recipe is not None:
+        entry |= {
+            "name": f"{point}_seed-{recipe.seed}" if seeded else point,
+            "system": system,
+            "boundary": None if "boundary" in SYSTEMS[system].unread else recipe.boundary,
+            "seed": recipe.seed,
+            "trained_tokens": recipe.steps * recipe.batch_size * recipe.sequence_length,
+            "data": recipe.data.heldout,
+        }
+    return entry
 
 
 def _run(
-    point: Point, out: Path, tokens: int, say: Callable[[str], None], show: bool
-) -> dict[str, Any]:
-    """Trains and measures one point. Its entry in sweep.json, with the fault where there is one."""
-    recipe, data = point.recipe, point.recipe.data.heldout
-    folder = _held(recipe, out) or _free(out, point.folder_name)
-    control = _held(baseline(recipe, "control"), out)
+    entry: Entry, recipe: Recipe, out: Path, tokens: int, say: Callable[[str], None], show: bool
+) -> None:
+    """Trains and measures one point: its figures, or its fault, go into `entry`."""
+    folder = _run_of(recipe, out) or out / entry["name"]
+    control = _run_of(baseline(recipe, "control"), out)
     if control is not None and (control == folder or not is_finished(control)):
         control = None
-    entry = _entry(point) | {"name": folder.name, "control": control and control.name}
-    same = {"data": data, "tokens_asked": tokens, "sequence_length": recipe.sequence_length}
-    same |= {"control": str(control)} if control else {}
+    entry |= {"name": folder.name, "control": control and control.name}
+    same = {
+        "data": recipe.data.heldout,
+        "tokens_asked": tokens,
+        "sequence_length": recipe.sequence_length,
+        "control": control and str(control),
+    }
     try:
         train(recipe, folder, say, show)
         figures = reusable(folder, "evaluate.json", **same) or evaluate(
-            str(folder), data, same.get("control"), Options(tokens=tokens)
+            str(folder), same["data"], same["control"], Options(tokens=tokens)
         )
         entry["figures"] = {key: figures.get(key) for key in (*CONTRACT, "control_nll")}
     except Interrupted:
@@ -223,33 +199,23 @@ def _run(
     # a fault of the program or the machine: seen whole, and the other points still count
     except Exception as error:
         traceback.print_exc()
-        entry["fault"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return entry
+        entry["fault"] = f"{type(error).__name__}: {reason(error)}"
 
 
-def _held(recipe: Recipe, out: Path) -> Path | None:
+def _run_of(recipe: Recipe, out: Path) -> Path | None:
     """The run of exactly this recipe under `out`, finished or not, whatever its name."""
-    for path in sorted(out.glob("*/recipe.yaml")):
-        with suppress(SememeError):
-            if read_recipe(path) == recipe:
-                return path.parent
-    return None
+    wanted = recipe.yaml()
+    paths = sorted(out.glob("*/recipe.yaml"))
+    return next((p.parent for p in paths if p.read_text(encoding="utf-8") == wanted), None)
 
 
-def _free(out: Path, name: str) -> Path:
-    """A folder that is new or empty, named so where that is free."""
-    folders = (out / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
-    return next(p for p in folders if not p.exists() or (p.is_dir() and not any(p.iterdir())))
-
-
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(runs: list[Entry]) -> list[dict[str, Any]]:
     """Runs that differ in their seed alone become one point: mean, and spread = sample standard
     deviation."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Entry]] = {}
     for run in runs:
         if run["figures"] is not None:
-            key = (run["system"], run["point"], *run["changes"].items())
-            groups.setdefault(key, []).append(run)
+            groups.setdefault(f"{run['system']} {run['changes']}", []).append(run)
     points = []
     for members in groups.values():
         first = members[0]
@@ -259,9 +225,9 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         shared = ("system", "boundary", "changes", "trained_tokens")
         points.append(
-            {
+            {key: first[key] for key in shared}
+            | {
                 "name": first["point"],
-                **{key: first[key] for key in shared},
                 "runs": [run["name"] for run in members],
                 "mean": {key: statistics.fmean(x) if x else None for key, x in columns.items()},
                 "spread": {
@@ -274,16 +240,15 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def as_table(result: dict[str, Any]) -> tuple[list[tuple[str, ...]], str, tuple[str, ...]]:
     """(rows, title, columns): means, with their spread where there are several seeds."""
-
-    def cell(point: dict[str, Any], key: str) -> str:
-        spread = point["spread"][key]
-        beside = "" if spread is None else f" ± {spread:.3f}"
-        return figure(key).show(point["mean"][key]) + beside
-
-    rows = [(point["name"], *(cell(point, key) for key in SHOWN)) for point in result["points"]]
-    several = any(len(point["runs"]) > 1 for point in result["points"])
-    title = f"held-out text, {result['tokens']:,} tokens"
-    title += "; mean ± standard deviation over seeds" if several else ""
+    rows = []
+    for point in result["points"]:
+        row = [point["name"]]
+        for key in SHOWN:
+            spread = point["spread"][key]
+            beside = "" if spread is None else f" ± {spread:.3f}"
+            row.append(figure(key).show(point["mean"][key]) + beside)
+        rows.append(tuple(row))
+    title = f"held-out text, {result['tokens']:,} tokens; mean ± standard deviation over seeds"
     return rows, title, ("point", *(figure(key).title for key in SHOWN))
 
 
@@ -293,20 +258,3 @@ def check_faults(result: dict[str, Any]) -> None:
     if failed:
         count = f"{len(failed)} of {len(result['runs'])} runs failed"
         raise SememeError(f"{count}, the first is {failed[0]['name']}: {failed[0]['fault']}")
-
-
-def _make(out: Path) -> None:
-    """Raises RecipeError where `out` holds something else, SememeError where it cannot be made."""
-    if (out / "recipe.yaml").is_file():
-        raise RecipeError(f"{out} is a run: need a folder for several. try: --out {out}-sweep")
-    with suppress(OSError, ValueError):  # not there, or cut off: it is written anew
-        if "runs" not in json.loads((out / "sweep.json").read_text(encoding="utf-8")):
-            raise RecipeError(
-                f"{out}/sweep.json is not of `sememe sweep`: need a folder without it. try: --out "
-                f"{out}-runs"
-            )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage.unwritable(out, error) from error
-    storage.check(out / "sweep.json")

@@ -42,19 +42,17 @@ class ConceptMeter:
 
     def read(self) -> dict[str, float]:
         """Figures since the last read; sums over ranks where there are several."""
-        totals = torch.cat([self.sums_4, self.counts_GK.flatten()])
-        longest = self.longest
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            totals, longest = totals.to(device), longest.to(device)
-            torch.distributed.all_reduce(totals)
-            torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
-        written, tokens, segments, tail_tokens = totals[:4].tolist()
-        figures = {"rate": written / max(tokens, 1), "longest_tail": int(longest)}
+        ranks = [(self.sums_4, self.counts_GK, self.longest)]
+        if torch.distributed.is_initialized():
+            ranks *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(ranks, ranks[0])
+        sums_R4, counts_RGK, longest_R = (torch.stack(x) for x in zip(*ranks, strict=True))
+        written, tokens, segments, tail_tokens = sums_R4.sum(0).tolist()
+        figures = {"rate": written / max(tokens, 1), "longest_tail": int(longest_R.max())}
         if segments:
             figures["tail_mean"] = tail_tokens / segments
         self.clear()
-        use = code_use(totals[4:].cpu().view(self.shape))
+        use = code_use(counts_RGK.sum(0))
         return figures | ({key: use[key] for key in USE} if use["codes_used"] else {})
 
 

@@ -8,16 +8,20 @@ from typing import Any
 
 from sememe import storage
 from sememe.backbone.bases import fingerprint, resolve
-from sememe.errors import BaseError, RecipeError
+from sememe.errors import RecipeError
 from sememe.evaluation.inputs import INPUTS, record, recorded
-from sememe.options import Recipe, flat, read_recipe
-from sememe.paths import source_sha256, usable
+from sememe.options import Recipe, flat, load_recipe
+from sememe.paths import usable
 from sememe.systems import SYSTEMS
 from sememe.training.checkpoints import last_checkpoint, step_of
 from sememe.training.trainer import cosine
 
-CONTENTS = ("base", "data.train", "data.heldout")
-"""Keys that are compared by what they name."""
+CONTENTS = {
+    "base": "base_sha256",
+    "data.train": "train.sha256",
+    "data.heldout": "heldout.sha256",
+}
+"""Keys that are compared by what they name → where inputs.json has its hash."""
 FIGURES = ("evaluate.json", "ablate.json", "benchmark.json", "reconstruct.json")
 
 
@@ -37,82 +41,52 @@ def same_run(recipe: Recipe, run: Path) -> bool:
                 f"{run} is there and is no run folder: need an empty or new one. try: another --out"
             )
         return False
-    held = read_recipe(run / "recipe.yaml")
+    held = load_recipe(run / "recipe.yaml")
     if held == recipe and is_finished(run):
         return True
-    begun = is_finished(run) or last_checkpoint(run / "checkpoints", clean=False) is not None
     old, new = flat(held.model_dump()), flat(recipe.model_dump())
+    before = flat(recorded(run))
+    now = flat(record(run, fingerprint(resolve(recipe.base)), recipe.data.model_dump()))
     for key in old | new:
-        a, b = old.get(key), new.get(key)
-        # A text may have changed under its name; a base is checked when it is loaded.
-        if a == b and not (begun and key.startswith("data.") and key in CONTENTS):
-            continue
         if key in CONTENTS:
-            same, needed = _same_content(run, key, a, b), "content at any place"
+            same = before.get(CONTENTS[key]) == now[CONTENTS[key]]
         else:
-            same, needed = key == "steps" and _may_grow(held, recipe, run), "recipe"
+            same = old.get(key) == new.get(key) or (key == "steps" and _may_grow(held, recipe, run))
         if not same:
-            other = "which was changed since" if a == b else f"not {b}"
+            wanted = "what it holds now" if old.get(key) == new.get(key) else new.get(key)
             raise RecipeError(
-                f"{run} holds a run with {key} = {a}, {other}: need the same {needed} to resume. "
-                "try: another --out"
+                f"{run} holds a run with {key} = {old.get(key)}, not {wanted}: need the same "
+                "recipe, and base and texts of the same content, to resume. try: another --out"
             )
     return is_finished(run) and held.steps == recipe.steps
 
 
 def open_run(recipe: Recipe, run: Path, environment: dict[str, Any], base_sha256: str, say) -> None:
-    """Writes what a run folder holds from the start, and says what is not as it was when the run
-    was begun. Raises RecipeError where the weights of the base have changed."""
+    """Writes what a run folder holds from the start. A finished model that is trained on moves to
+    RUN/model-STEPS, its figures into it."""
     run.mkdir(parents=True, exist_ok=True)
-    before = recorded(run)
     inputs = record(run, base_sha256, recipe.data.model_dump())
-    inputs["lengthened"] = before.get("lengthened", [])
+    inputs["lengthened"] = recorded(run).get("lengthened", [])
     checkpoint = last_checkpoint(run / "checkpoints", clean=False)
-    if checkpoint is not None:
-        if before.get("base_sha256", base_sha256) != base_sha256:
-            raise RecipeError(
-                f"{run} was begun on a base with sha256 {before['base_sha256'][:12]}…, and "
-                f"{recipe.base} has {base_sha256[:12]}… now: need the same weights to resume. "
-                "try: another --out"
-            )
-        held = read_recipe(run / "recipe.yaml")
-        old, new = flat(held.model_dump()), flat(recipe.model_dump())
-        for key in CONTENTS:
-            if old[key] != new[key]:
-                say(f"{key} is {new[key]} now, and was {old[key]}: it holds the same")
-        if held.steps != recipe.steps:
-            inputs["lengthened"].append({"step": step_of(checkpoint), "steps": held.steps})
-            _lengthen(run, held.steps, recipe.steps, step_of(checkpoint), say)
+    old = load_recipe(run / "recipe.yaml").steps if checkpoint else recipe.steps
+    if old != recipe.steps:
+        step = step_of(checkpoint)
+        inputs["lengthened"].append({"step": step, "steps": old})
+        say(
+            f"{run} is made longer, from {old} to {recipe.steps} steps: at step {step} the "
+            f"learning rate goes from {cosine(step, old):.0%} of its peak to "
+            f"{cosine(step, recipe.steps):.0%}; trained from the start, such a run comes out "
+            "differently"
+        )
+        if is_finished(run):
+            earlier = run / f"model-{old}"
+            os.replace(run / "model", earlier)
+            for path in (run / name for name in FIGURES):
+                if path.is_file():
+                    os.replace(path, earlier / path.name)
     storage.write(run / "env.json", json.dumps(environment, indent=2).encode())
-    storage.write(run / "recipe.yaml", recipe.yaml().encode())
     storage.write(run / INPUTS, json.dumps(inputs, indent=2).encode())
-
-
-def _lengthen(run: Path, old: int, new: int, step: int, say) -> None:
-    """A finished model that is trained on moves to RUN/model-STEPS, its figures into it."""
-    say(
-        f"{run} is made longer, from {old} to {new} steps: at step {step} the learning rate goes "
-        f"from {cosine(step, old):.0%} of its peak to {cosine(step, new):.0%}, where a run of "
-        f"{new} steps has it; trained from the start, such a run comes out differently"
-    )
-    if is_finished(run):
-        earlier = run / f"model-{old}"
-        os.replace(run / "model", earlier)
-        for name in FIGURES:
-            if (run / name).is_file():
-                os.replace(run / name, earlier / name)
-
-
-def _same_content(run: Path, key: str, old: str, new: str) -> bool:
-    inputs = recorded(run)
-    try:
-        if key == "base":
-            before = inputs.get("base_sha256") or fingerprint(resolve(old))
-            return before == fingerprint(resolve(new))
-        text = inputs.get(key.removeprefix("data."), {})
-        return (text.get("sha256") or source_sha256(old)) == source_sha256(new)
-    except BaseError:
-        return False
+    storage.write(run / "recipe.yaml", recipe.yaml().encode())
 
 
 def _may_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:
@@ -123,11 +97,10 @@ def _may_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:
         return False
     step = step_of(checkpoint)
     system = SYSTEMS[recipe.system]
-    again = f"another --out with steps={recipe.steps}, from the start"
     if not system.lengthens:
         raise RecipeError(
             f"{run} is a planner, whose plans are of the pairs that its {held.steps} steps see: "
-            f"need steps = {held.steps} to resume. try: {again}"
+            f"need steps = {held.steps} to resume. try: another --out"
         )
     end = recipe.quantise[1] if system.writes_concepts else 0.0
     if end * (recipe.steps - 1) > step:
@@ -135,6 +108,6 @@ def _may_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:
         raise RecipeError(
             f"{run} has {step} steps, and of steps = {recipe.steps} those are ahead of the end of "
             f"quantise, which would go back: need at most {max_steps} steps. try: "
-            f"steps={max_steps}, or {again}"
+            f"steps={max_steps}, or another --out"
         )
     return True

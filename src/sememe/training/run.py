@@ -6,7 +6,6 @@ tensorboard/}"""
 import importlib.metadata
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from sememe.errors import CheckpointError, DataError, Interrupted, TrainingError
 from sememe.options import Recipe
 from sememe.paths import source_sha256, usable
 from sememe.systems import SYSTEMS, Run
-from sememe.training.callbacks import Finite, Recorder, Seal, Stop, log_every
+from sememe.training.callbacks import Finite, Recorder, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint, step_of
 from sememe.training.resume import is_finished, open_run, same_run
 from sememe.training.trainer import ConceptTrainer
@@ -156,7 +155,7 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         gradient_accumulation_steps=recipe.gradient_accumulation,
         max_grad_norm=1.0,
         bf16=precision(recipe) == "bf16",
-        logging_steps=log_every(recipe.steps),
+        logging_steps=max(1, recipe.steps // 200),
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=recipe.save_every,
@@ -172,16 +171,7 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
 
 
 def _finish(run: Run) -> None:
-    """RUN/model, whole or not at all."""
-    model, temporary = run.folder / "model", run.folder / "model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    """RUN/model; its manifest, without which it does not count, comes last."""
     run.system.finish(run)
-    try:
-        run.model.save_pretrained(temporary)
-        run.tokenizer.save_pretrained(temporary)
-        # One without its manifest was cut off, or taken apart.
-        shutil.rmtree(model, ignore_errors=True)
-        os.replace(temporary, model)
-    except (OSError, CheckpointError):
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    run.tokenizer.save_pretrained(run.folder / "model")
+    run.model.save_pretrained(run.folder / "model")

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from sememe.backbone.adapters import add_lora
 from sememe.backbone.split import Spine
 from sememe.concepts.bins import WordBins
 from sememe.concepts.boundary import BOUNDARIES

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from sememe.backbone.adapters import adapter
+from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Spine
 from sememe.concepts.masks import allow
 from sememe.concepts.plan import IGNORED, NULL, PlanCodes, straight_through
