@@ -129,11 +129,11 @@ def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_sou
         masks = inputs["attention_mask"].bool()
         for ids, mask, labels in zip(inputs["input_ids"], masks, inputs["labels"], strict=True):
             y, u = labels[labels != IGNORED].tolist(), ids[mask].tolist()
-            if self.recipe.system == "control":
+            if self.run.recipe.system == "control":
                 assert u[0] == 1 and u[len(u) - len(y) :] == y, "BOS, u, y; the loss on y alone"
                 u = u[1 : len(u) - len(y)]
             rows.append((u, y))
-        seen[self.recipe.system].append(rows)
+        seen[self.run.recipe.system].append(rows)
         return real(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(ConceptTrainer, "compute_loss", spy)

@@ -1,4 +1,4 @@
-"""Runs: resume = uninterrupted, golden losses, the control's batches, two processes, and what must
+"""Runs: resume = uninterrupted, the control's batches, two processes, and what must
 stop a run."""
 
 import signal
@@ -12,36 +12,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ctrl_c, launch, metrics, run
 from sememe.errors import DataError, Interrupted, RecipeError, TrainingError
-from sememe.training import callbacks
 from sememe.training.checkpoints import last_checkpoint
 from sememe.training.trainer import ConceptTrainer
 
-GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
-
 
 def test_finished_run_holds_what_is_promised(recipe_values, tmp_path):
-    lines = run(recipe_values, tmp_path / "r")
+    folder = tmp_path / "r"
+    lines = run(recipe_values, folder)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[0]["quantise"] == 0.0 and lines[0]["target_rate"] == 0.5
-    assert lines[-1]["target_rate"] == 0.5 and lines[-1]["quantise"] == 1.0, (
-        "ends as the recipe says"
-    )
+    assert lines[-1]["quantise"] == 1.0 and lines[-1]["target_rate"] == 0.5
     assert "heldout_nll" in lines[3] and "code_perplexity" in lines[-1]
-    assert {p.name for p in (tmp_path / "r").iterdir()} >= {
-        "recipe.yaml",
-        "env.json",
-        "metrics.jsonl",
-        "checkpoints",
-        "model",
-    }
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
+    files = {"recipe.yaml", "env.json", "inputs.json", "metrics.jsonl", "checkpoints", "model"}
+    assert {path.name for path in folder.iterdir()} >= files
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert (model.dial.rate, model.dial.quantise) == (0.5, 1.0)
-    assert AutoTokenizer.from_pretrained(tmp_path / "r" / "model")("cat").input_ids
-    before = (tmp_path / "r" / "metrics.jsonl").read_text()
-    run(recipe_values, tmp_path / "r")
-    assert (tmp_path / "r" / "metrics.jsonl").read_text() == before, (
-        "a finished run is left as it is"
-    )
+    assert AutoTokenizer.from_pretrained(folder / "model")("cat").input_ids
+    before = (folder / "metrics.jsonl").read_text()
+    run(recipe_values, folder)
+    assert (folder / "metrics.jsonl").read_text() == before, "a finished run is left as it is"
 
 
 @pytest.mark.parametrize("system", ["online", "control"])
@@ -76,7 +65,7 @@ def test_control_sees_the_same_batches_in_the_same_order(recipe_values, tmp_path
     real = ConceptTrainer.compute_loss
 
     def spy(self, model, inputs, *args, **kwargs):
-        seen.setdefault(self.recipe.system, []).append(inputs["input_ids"].tolist())
+        seen.setdefault(self.run.recipe.system, []).append(inputs["input_ids"].tolist())
         return real(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(ConceptTrainer, "compute_loss", spy)
@@ -90,24 +79,15 @@ def test_gradient_accumulation_is_one_batch(recipe_values, tmp_path):
     """Equal up to the order of sums (5e-7 seen). The control: the gate tracks its scores batch by
     batch."""
     values = {**recipe_values, "system": "control", "lora": {"rank": 4}, "batch_size": 4}
-    whole = run(values, tmp_path / "whole")
-    parts = run({**values, "gradient_accumulation": 2}, tmp_path / "parts")
+    whole, parts = (run(values | {"gradient_accumulation": n}, tmp_path / str(n)) for n in (1, 2))
     assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-5)
 
 
 def test_rate_is_realised_in_training_and_on_heldout_text(recipe_values, tmp_path):
     """Within 5 % relative, counted over the last steps and over held-out text with the gate running
     free."""
-    values = {
-        **recipe_values,
-        "steps": 24,
-        "batch_size": 8,
-        "sequence_length": 64,
-        "rate": 0.25,
-        "max_tail": 16,
-        "heldout_tokens": 2048,
-        "quantise": [0.3, 0.6],
-    }
+    size = {"steps": 24, "batch_size": 8, "sequence_length": 64, "heldout_tokens": 2048}
+    values = recipe_values | size | {"rate": 0.25, "max_tail": 16, "quantise": [0.3, 0.6]}
     lines = run(values, tmp_path / "r")
     trained = sum(line["rate"] for line in lines[-8:]) / 8
     assert trained == pytest.approx(0.25, rel=0.05)
@@ -124,64 +104,44 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_values, tmp_path):
         run(recipe_values, tmp_path / "other")
 
 
-def test_non_finite_loss_never_reaches_the_optimizer(recipe_values, tmp_path, monkeypatch):
-    real = ConceptTrainer._prepare_inputs
-    calls = []
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_never_reaches_the_optimizer(recipe_values, tmp_path, monkeypatch, what):
+    before = {"loss": "_prepare_inputs", "gradient": "_clip_grad_norm"}[what]
+    real = getattr(ConceptTrainer, before)
 
-    def poison(self, inputs):
-        calls.append(1)
-        if len(calls) == 6:
-            with torch.no_grad():
-                self.model.writer.codes.weight.fill_(float("nan"))
-                self.model.dial.quantise = 1.0
-        return real(self, inputs)
+    def poison(self, argument):
+        if self.state.global_step == 5:
+            weight = self.model.writer.codes.weight
+            (weight.data if what == "loss" else weight.grad).fill_(float("nan"))
+        return real(self, argument)
 
-    monkeypatch.setattr(ConceptTrainer, "_prepare_inputs", poison)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 6.*try: "):
-        run(recipe_values, tmp_path / "r")
+    monkeypatch.setattr(ConceptTrainer, before, poison)
+    said = {"loss": "the loss is nan", "gradient": "the gradient of codes is not finite"}[what]
+    with pytest.raises(TrainingError, match=rf"{said} at step 6.*try: "):
+        run(recipe_values | {"quantise": [0.1, 0.5]}, tmp_path / "r")
     assert last_checkpoint(tmp_path / "r" / "checkpoints").name == "checkpoint-4"
     assert not (tmp_path / "r" / "model").exists()
 
 
-def test_non_finite_gradient_never_reaches_the_optimizer(recipe_values, tmp_path, monkeypatch):
-    real = callbacks.Finite.on_pre_optimizer_step
-
-    def poison(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 2:
-            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
-        real(self, args, state, control, model=model, **kwargs)
-
-    monkeypatch.setattr(callbacks.Finite, "on_pre_optimizer_step", poison)
-    with pytest.raises(TrainingError, match="is not finite at step 3"):
-        run(recipe_values, tmp_path / "r")
-
-
-def test_texts_that_cannot_be_trained_on(recipe_values, tmp_path):
+def test_a_run_that_cannot_start_writes_nothing(recipe_values, tmp_path):
     same = tmp_path / "copy.txt"
     same.write_text(Path(recipe_values["data"]["train"]).read_text())
-    with pytest.raises(DataError, match="holds the same bytes"):
-        run(
-            {**recipe_values, "data": {**recipe_values["data"], "heldout": str(same)}},
-            tmp_path / "r",
-        )
-    with pytest.raises(RecipeError, match="does not divide"):
-        run({**recipe_values, "gradient_accumulation": 3}, tmp_path / "r")
-    assert not (tmp_path / "r").exists(), "nothing is written for a run that cannot start"
+    data = recipe_values["data"] | {"heldout": str(same)}
+    for error, said, changes in (
+        (DataError, "holds the same bytes", {"data": data}),
+        (RecipeError, "does not divide", {"gradient_accumulation": 3}),
+    ):
+        with pytest.raises(error, match=said):
+            run(recipe_values | changes, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_two_processes_train_as_one(recipe_values, tmp_path):
     """torchrun with 2 ranks: the same losses as one process (1e-6 seen), although one rank's text
     writes no coded concept (max_tail and a rate so low that a row of 32 tokens holds the sink
     alone)."""
-    values = {
-        **recipe_values,
-        "lora": {"rank": 4},
-        "rate": 0.03,
-        "max_tail": 40,
-        "boundary": "fixed",
-        "batch_size": 4,
-        "quantise": [0, 0],
-    }
+    few = {"rate": 0.03, "max_tail": 40, "boundary": "fixed", "quantise": [0, 0]}
+    values = recipe_values | few | {"lora": {"rank": 4}, "batch_size": 4}
     one = run(values, tmp_path / "one")
     process = launch(values, tmp_path / "two", processes=2)
     said = process.communicate(timeout=240)[0]

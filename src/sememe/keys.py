@@ -308,8 +308,9 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
 
     @property
     def on_pairs(self) -> bool:
-        """Whether the data say how a source and a target are had."""
-        return self.data.fields is not None or self.data.source_share is not None
+        """Whether it is trained on pairs of a source and a target."""
+        named = self.data.fields or self.data.source_share
+        return self.system == "planner" or named is not None
 
     def yaml(self, whole: bool = True) -> str:
         """As a file; not `whole`: only what differs from the defaults."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sememe import storage
 from sememe.errors import Interrupted, RecipeError, SememeError, reason
 from sememe.evaluation.results import CONTRACT, put, reusable
 from sememe.figures import figure
@@ -64,25 +63,17 @@ def sweep(
         raise RecipeError(f"{out} is a run: need a folder for several. try: --out {out}-sweep")
     grid = parse_grid(words)
     points = plan(recipe, grid, control)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        storage.check(out / "sweep.json")
-    except OSError as error:
-        raise storage.unwritable(out / "sweep.json", error) from error
+    out.mkdir(parents=True, exist_ok=True)
     varied = [key for key, values in grid.items() if len(values) > 1]
-    result = {"recipe": str(recipe), "grid": grid, "varied": varied, "tokens": tokens}
-    runs = [entry for entry, _ in points]
+    result = {"recipe": str(recipe), "grid": grid, "varied": varied, "tokens": tokens, "runs": []}
     for number, (entry, point) in enumerate(points, 1):
-        place = f"point {number} of {len(points)} ({entry['name']})"
-        say(place)
-        try:
-            if point is not None:
-                _run(entry, point, out, tokens, say, show)
-        except (Interrupted, KeyboardInterrupt) as stop:
-            raise Interrupted(f"stopped at {place}; the same command goes on from there") from stop
+        say(f"point {number} of {len(points)} ({entry['name']})")
+        if point is not None:
+            _run(entry, point, out, tokens, say, show)
         if entry["fault"]:
             say(f"failed: {entry['name']}: {entry['fault']}")
-        result |= {"runs": runs[:number], "points": summarise(runs[:number])}
+        result["runs"].append(entry)
+        result["points"] = summarise(result["runs"])
         put(out / "sweep.json", result)
     return result
 
@@ -117,7 +108,7 @@ def plan(
             recipe = load_recipe(path, [f"{key}={value}" for key, value in words.items()])
             system = SYSTEMS[recipe.system]
             system.check(recipe, processes=1)
-            if system.on_pairs(recipe):
+            if recipe.on_pairs:
                 raise RecipeError(
                     f"{path} trains on pairs of a source and a target, and a sweep measures "
                     "running text: need system = online. try: sememe train and sememe evaluate, "
@@ -175,7 +166,10 @@ def _run(
     entry: Entry, recipe: Recipe, out: Path, tokens: int, say: Callable[[str], None], show: bool
 ) -> None:
     """Trains and measures one point: its figures, or its fault, go into `entry`."""
-    folder = _run_of(recipe, out) or out / entry["name"]
+    # Where that name is another recipe's run: that one is not made longer.
+    numbered = (out / f"{entry['name']}-{n}" for n in itertools.count(2))
+    names = itertools.chain([out / entry["name"]], numbered)
+    folder = _run_of(recipe, out) or next(path for path in names if not path.exists())
     control = _run_of(baseline(recipe, "control"), out)
     if control is not None and (control == folder or not is_finished(control)):
         control = None

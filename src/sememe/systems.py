@@ -3,7 +3,7 @@
 Everything else (trainer, sweep, command line) is the same for all of them and asks here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sememe.errors import RecipeError
 from sememe.evaluation import measures
 from sememe.evaluation.plans import joined_figures, joined_nll, pair_figures
 from sememe.keys import CompressorOptions, OnlineOptions, Options, Recipe, check_rate, split_layers
-from sememe.models import MODELS, CompressorConfig, ControlConfig, OnlineConfig, PlannerConfig
+from sememe.models import MODELS
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
 from sememe.models.loading import check_length, longest_text
@@ -28,7 +28,7 @@ from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, 
 from sememe.training.trainer import Blocks
 
 OF_CONCEPTS = frozenset(
-    ["quantise", "distil", "lora.shallow", "concept_learning_rate", "calibration_tokens"]
+    ("quantise", "distil", "lora.shallow", "concept_learning_rate", "calibration_tokens")
 ).union(OnlineOptions.model_fields, CompressorOptions.model_fields)
 """Keys that are about concepts alone."""
 
@@ -59,6 +59,8 @@ class Run:
     say: Callable[[str], None]
     show: bool
     """Whether progress bars are shown."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """Of the last step's gradients, by `gradient_norms`, before they were clipped."""
 
     @property
     def system(self) -> "System":
@@ -113,13 +115,16 @@ class System:
                 f"{recipe.gradient_accumulation} parts: need a multiple. try: batch_size={parts}"
             )
 
-    def on_pairs(self, recipe: Recipe) -> bool:
-        """Whether it is trained on pairs of a source and a target."""
-        return recipe.on_pairs
+    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
+        """Options of the model's configuration, over a base of so many layers, that are neither of
+        the base nor of the LoRA on it."""
+        return {}
 
     def config(self, recipe: Recipe, layers: int) -> AdaptedConfig:
         """The configuration of the recipe's model over a base of so many layers."""
-        raise NotImplementedError
+        lora = {f"lora_{key}": getattr(recipe.lora, key) for key in ("rank", "alpha", "dropout")}
+        options = self.options(recipe, layers)
+        return MODELS[self.name].config_class(base=recipe.base, **lora, **options)
 
     def build(self, recipe: Recipe, folder: Path) -> AdaptedModel:
         """The untrained model over the base in `folder`: it computes what the base computes."""
@@ -132,7 +137,7 @@ class System:
         first training blocks for calibration; or pairs. Raises DataError: missing, empty or too
         short text, or sequences that are longer than the base has positions for."""
         base_config = AutoConfig.from_pretrained(folder).get_text_config()
-        if self.on_pairs(recipe):
+        if recipe.on_pairs:
             return self.pair_batches(recipe, tokenizer, base_config, say)
         length, count = recipe.sequence_length, recipe.steps * recipe.batch_size
         check_length(longest_text(base_config, self.opens_with_bos), length, "sequence_length=")
@@ -154,7 +159,6 @@ class System:
         heldout = form.load(recipe.data.heldout, tokenizer, min_tokens=recipe.heldout_tokens)
         if cut := train.cut():
             say(f"{recipe.data.train}: {cut}")
-        self.check_pair_lengths(recipe, train, longest_text(base_config, bos=True))
         return Batches(self.pair_examples(recipe, train, tokenizer, base_config), heldout)
 
     def start(self, run: Run) -> None:
@@ -211,7 +215,8 @@ class Writing(System):
         return {"target_rate": model.dial.rate, "quantise": model.dial.quantise}
 
     def finish(self, run: Run) -> None:
-        """Also calibrates the gate once more, on training text and the weights as they are saved."""
+        """Also calibrates the gate once more, on training text and the weights as they are
+        saved."""
         run.model.dial.quantise = 1.0
         super().finish(run)
         run.model.calibrate_gate(run.batches.calibration_NT)
@@ -225,11 +230,10 @@ class Online(Writing):
     baselines = ("control", "skip", "window")
     measures = measures.ONLINE
 
-    def config(self, recipe: Recipe, layers: int) -> OnlineConfig:
+    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
         split = split_layers(recipe.split, layers)
-        keys = _keys(recipe, OnlineOptions) | {"split": split}
         first = 0 if recipe.lora.shallow else split[0]
-        return OnlineConfig(lora_first=first, **keys, **_adapter_keys(recipe))
+        return _keys(recipe, OnlineOptions) | {"split": split, "lora_first": first}
 
 
 class Compressor(Writing):
@@ -241,8 +245,8 @@ class Compressor(Writing):
     measures = measures.COMPRESSOR
     opens_with_bos = True
 
-    def config(self, recipe: Recipe, layers: int) -> CompressorConfig:
-        return CompressorConfig(**_keys(recipe, CompressorOptions), **_adapter_keys(recipe))
+    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
+        return _keys(recipe, CompressorOptions)
 
     def state(self, model: AdaptedModel) -> dict[str, float]:
         figures = super().state(model)
@@ -269,25 +273,20 @@ class Planner(System):
                 "try: sememe train without torchrun"
             )
 
-    def config(self, recipe: Recipe, layers: int) -> PlannerConfig:
-        return PlannerConfig(
-            plan_max_source=recipe.source_length,
-            code_temperature=recipe.code_temperature,
-            seed=recipe.seed,
-            **{name: getattr(recipe.plan, key) for key, name in PLAN_KEYS.items()},
-            **_adapter_keys(recipe),
-        )
+    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
+        plan = {name: getattr(recipe.plan, key) for key, name in PLAN_KEYS.items()}
+        return plan | {
+            "plan_max_source": recipe.source_length,
+            "code_temperature": recipe.code_temperature,
+            "seed": recipe.seed,
+        }
 
-    def on_pairs(self, recipe: Recipe) -> bool:
-        return True
-
-    def check_pair_lengths(self, recipe: Recipe, pairs: PairTensors, longest: int) -> None:
-        """Source and target each stand beside a plan, never beside each other."""
+    def pair_examples(self, recipe: Recipe, pairs: PairTensors, tokenizer, base_config):
+        # Source and target each stand beside a plan, never beside each other.
+        longest = longest_text(base_config, bos=True)
         beside = 1 + sum(recipe.plan.lengths) + len(recipe.plan.lengths)
         check_length(longest, pairs.source_NU.shape[1], "source_length=", beside)
         check_length(longest, pairs.target_NY.shape[1], "target_length=", beside)
-
-    def pair_examples(self, recipe: Recipe, pairs: PairTensors, tokenizer, base_config):
         examples = PairExamples(recipe, pairs)
         if recipe.plan.signals:
             texts = pairs.target_texts(tokenizer)
@@ -322,19 +321,13 @@ class Control(System):
     unread = OF_CONCEPTS
     measures = measures.CONTROL
 
-    def config(self, recipe: Recipe, layers: int) -> ControlConfig:
-        return ControlConfig(**_adapter_keys(recipe))
-
-    def check_pair_lengths(self, recipe: Recipe, pairs: PairTensors, longest: int) -> None:
-        """Source and target are one text."""
-        target = pairs.target_NY.shape[1]
-        check_length(longest, pairs.source_NU.shape[1], "source_length=", target)
-
     def pair_examples(self, recipe: Recipe, pairs: PairTensors, tokenizer, base_config):
+        longest = longest_text(base_config, bos=True)
+        check_length(longest, pairs.source_NU.shape[1], "source_length=", pairs.target_NY.shape[1])
         return PairExamples(recipe, pairs, sink_id(base_config))
 
     def heldout(self, run: Run) -> dict[str, float | list]:
-        if not self.on_pairs(run.recipe):
+        if not run.recipe.on_pairs:
             return super().heldout(run)
         pairs = run.batches.heldout
         return joined_figures(joined_nll(run.model, pairs), pairs)
@@ -347,10 +340,9 @@ class Skip(Control):
     reads_pairs = False
     unread = OF_CONCEPTS - {"split", "bridge", "concept_learning_rate", "calibration_tokens"}
 
-    def config(self, recipe: Recipe, layers: int) -> ControlConfig:
+    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
         shallow, middle, _ = split_layers(recipe.split, layers)
-        skipped = (shallow, shallow + middle)
-        return ControlConfig(skipped=skipped, bridge=recipe.bridge, **_adapter_keys(recipe))
+        return {"skipped": (shallow, shallow + middle), "bridge": recipe.bridge}
 
     def start(self, run: Run) -> None:
         if run.recipe.bridge:
@@ -364,13 +356,12 @@ class Window(Control):
     reads_pairs = False
     unread = OF_CONCEPTS - {"rate", "split", "shallow_window"}
 
-    def config(self, recipe: Recipe, layers: int) -> ControlConfig:
+    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
         shallow, middle, deep = split_layers(recipe.split, layers)
         # As many tokens as the caches of `online` have rows for at the end of a sequence; the first
         # token, which is always seen, takes one of them.
         rows = (shallow + (middle + deep) * recipe.rate) * recipe.sequence_length / layers
-        window = recipe.shallow_window or max(1, round(rows) - 1)
-        return ControlConfig(window=window, **_adapter_keys(recipe))
+        return {"window": recipe.shallow_window or max(1, round(rows) - 1)}
 
 
 SYSTEMS: dict[str, System] = {
@@ -387,12 +378,6 @@ def system_of(config) -> System:
 def _keys(recipe: Recipe, options: type[Options]) -> dict[str, Any]:
     """The options of a model's configuration, as the recipe has them."""
     return {key: getattr(recipe, key) for key in options.model_fields}
-
-
-def _adapter_keys(recipe: Recipe) -> dict[str, Any]:
-    """What every configuration says of the base and the LoRA on it."""
-    lora = {f"lora_{key}": getattr(recipe.lora, key) for key in ("rank", "alpha", "dropout")}
-    return {"base": recipe.base, **lora}
 
 
 def _say_explained(say: Callable[[str], None], shares: dict[str, float]) -> None:

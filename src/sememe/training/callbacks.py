@@ -1,10 +1,9 @@
-"""What happens around the steps: schedule, finite gradients, metrics, Ctrl-C, checkpoint seals."""
+"""What happens around the steps: schedule, metrics, Ctrl-C, checkpoint seals."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import signal
 import threading
 import time
@@ -15,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from sememe.errors import TrainingError
 from sememe.progress import bar, leave_out
 from sememe.report.files import read_metrics
 from sememe.training.checkpoints import rotate, seal
-from sememe.training.meters import gradient_norms
 
 if TYPE_CHECKING:
     from sememe.systems import Run
@@ -61,26 +58,12 @@ class Schedule(TrainerCallback):
                     torch.distributed.broadcast(value, 0)
 
 
-class Finite(TrainerCallback):
-    """A gradient that is not finite must not reach the optimizer either."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        for name, p in model.named_parameters():
-            if p.grad is not None and not torch.isfinite(p.grad).all():
-                raise TrainingError(
-                    f"the gradient of {name} is not finite at step {state.global_step + 1}: the "
-                    "step was not taken and the last checkpoint stands. try: learning_rate=1e-4, "
-                    "or precision=fp32"
-                )
-
-
 class Recorder(TrainerCallback):
     """One line of metrics.jsonl per log, with held-out figures beside it, and the progress bar."""
 
     def __init__(self, run: Run, meter):
         self.run = run
         self.meter = meter
-        self.norms: dict[str, float] = {}
         self.bar = bar(disable=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -98,12 +81,6 @@ class Recorder(TrainerCallback):
     def _is_heldout_due(self, step: int) -> bool:
         return step % self.run.recipe.heldout_every == 0 or step >= self.state.max_steps
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """The Trainer has clipped by now; `on_log` knows by how much."""
-        step = state.global_step + 1
-        if step % args.logging_steps == 0 or self._is_heldout_due(step):
-            self.norms = gradient_norms(model)
-
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
         control.should_log |= self._is_heldout_due(state.global_step)
@@ -112,10 +89,7 @@ class Recorder(TrainerCallback):
         if "loss" not in logs:
             return
         line = {k: float(logs[k]) for k in ("loss", "learning_rate", "grad_norm") if k in logs}
-        if "grad_norm" in line:
-            # Clipping scaled all gradients alike: undone, so that the parts fit the whole.
-            unclipped = line["grad_norm"] / max(math.hypot(*self.norms.values()), 1e-30)
-            line |= {f"grad_norm_{part}": norm * unclipped for part, norm in self.norms.items()}
+        line |= {f"grad_norm_{part}": norm for part, norm in self.run.norms.items()}
         if self.meter is not None:
             line |= self.meter.read()  # on every rank: it sums over them
         line |= self.run.system.state(model)
@@ -153,8 +127,8 @@ class Stop(TrainerCallback):
 
     def on_train_begin(self, *args, **kwargs):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self._request)
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            self.handlers = {number: signal.signal(number, self._request) for number in numbers}
 
     def _request(self, number, frame):
         if self.requested:

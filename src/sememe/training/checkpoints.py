@@ -1,7 +1,6 @@
 """Checkpoints that are whole or do not count: a seal of hashes, written last."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,16 +15,12 @@ OWN = re.compile(
 )
 """Names in a checkpoint, whole or cut off while it was saved. One that holds anything else is not
 deleted."""
-LAST = 2
 
 
 def seal(folder: Path) -> None:
-    """Writes the hash of every file in `folder`, after they are on the disk."""
-    hashes = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != SEAL):
-        hashes[path.name] = storage.sha256(path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    """Writes the hash of every file in `folder`."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != SEAL]
+    hashes = {path.name: storage.sha256(path) for path in files}
     storage.write(folder / SEAL, json.dumps(hashes, indent=2).encode())
 
 
@@ -44,7 +39,7 @@ def rotate(folder: Path) -> None:
     """Removes all sealed checkpoints but the last two. (The Trainer would also take
     `checkpoint-1-mine` for one of its own.)"""
     sealed = [path for path in _newest_first(folder) if (path / SEAL).is_file()]
-    for path in sealed[LAST:]:
+    for path in sealed[2:]:
         _remove(path)
 
 
@@ -53,9 +48,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    paths = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
-    own = [path for path in paths if re.fullmatch("checkpoint-[0-9]+", path.name)]
-    return sorted(own, key=step_of, reverse=True)
+    paths = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted((path for path in paths if path.is_dir()), key=step_of, reverse=True)
 
 
 def _remove(checkpoint: Path) -> None:

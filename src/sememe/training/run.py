@@ -21,7 +21,7 @@ from sememe.errors import CheckpointError, DataError, Interrupted, TrainingError
 from sememe.options import Recipe
 from sememe.paths import source_sha256, usable
 from sememe.systems import SYSTEMS, Run
-from sememe.training.callbacks import Finite, Recorder, Seal, Stop
+from sememe.training.callbacks import Recorder, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint, step_of
 from sememe.training.resume import is_finished, open_run, same_run
 from sememe.training.trainer import ConceptTrainer
@@ -57,7 +57,7 @@ def train(
     recorder = Recorder(run, meter)
     # The system's own set the model before a step and write into a checkpoint, so they come first;
     # the seal of a checkpoint comes after all that is written into it.
-    callbacks = [*run.system.callbacks(run, meter), Finite(), stop, Seal(), recorder]
+    callbacks = [*run.system.callbacks(run, meter), stop, Seal(), recorder]
     try:
         _train(run, meter, callbacks)
         if first:
@@ -106,13 +106,7 @@ def _build(
 def _train(run: Run, meter, callbacks: list[transformers.TrainerCallback]) -> None:
     """All steps that are left. Raises Interrupted where Ctrl-C came first."""
     trainer = ConceptTrainer(
-        run.recipe,
-        meter,
-        run.system.shifts_labels,
-        model=run.model,
-        args=_arguments(run.recipe, run.folder),
-        train_dataset=run.batches.examples,
-        callbacks=callbacks,
+        run, meter, args=_arguments(run.recipe, run.folder), callbacks=callbacks
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
@@ -157,6 +151,8 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         bf16=precision(recipe) == "bf16",
         logging_steps=max(1, recipe.steps // 200),
         logging_nan_inf_filter=False,
+        # The order is in the data set: the same for every system.
+        train_sampling_strategy="sequential",
         save_strategy="steps",
         save_steps=recipe.save_every,
         seed=recipe.seed,
@@ -166,7 +162,6 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        ignore_data_skip=False,
     )
 
 

@@ -1,17 +1,23 @@
 """The Hugging Face Trainer with a fixed batch order, two learning rates, and no non-finite step."""
 
+from __future__ import annotations
+
 import math
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import Trainer
 
 from sememe.backbone.adapters import without_lora
 from sememe.errors import CheckpointError, TrainingError
-from sememe.options import Recipe
+from sememe.training.meters import gradient_norms
+
+if TYPE_CHECKING:
+    from sememe.systems import Run
 
 
 def cosine(step: int, steps: int) -> float:
@@ -47,14 +53,13 @@ class Blocks(Dataset):
 
 
 class ConceptTrainer(Trainer):
-    """Same blocks in the same order for every system: the order is in the data set, not in a
-    sampler's random state."""
+    """`run`: what it trains on, and in which order; `meter`: what sees each forward pass."""
 
-    def __init__(self, recipe: Recipe, meter=None, shifts_labels: bool = True, **trainer):
-        self.recipe = recipe
+    def __init__(self, run: Run, meter=None, **trainer):
+        self.run = run
         self.meter = meter
-        super().__init__(**trainer)
-        self._loss_shifts_labels = shifts_labels
+        super().__init__(model=run.model, train_dataset=run.batches.examples, **trainer)
+        self._loss_shifts_labels = run.system.shifts_labels
 
     def _save_checkpoint(self, *args, **kwargs):
         try:
@@ -62,40 +67,47 @@ class ConceptTrainer(Trainer):
         except RuntimeError as error:  # of torch.save, where the disk takes no more
             raise CheckpointError(str(error)) from error
 
+    def _clip_grad_norm(self, model):
+        """A gradient that is not finite must not reach the optimizer either."""
+        self.run.norms = gradient_norms(self.model)
+        for part, norm in self.run.norms.items():
+            if not math.isfinite(norm):
+                raise TrainingError(
+                    f"the gradient of {part} is not finite at step {self.state.global_step + 1}: "
+                    "the step was not taken and the last checkpoint stands. try: "
+                    "learning_rate=1e-4, or precision=fp32"
+                )
+        return super()._clip_grad_norm(model)
+
     def _prepare_inputs(self, inputs):
         """On the device; a batch of pairs as its step wants it."""
         return self.train_dataset.prepare(super()._prepare_inputs(inputs))
 
-    def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
-
     def create_optimizer(self, *args, **kwargs):
         """LoRA and new modules apart; no weight decay, since zero is no better a code than
         another."""
-        if self.optimizer is None:
-            lora, own = [], []
-            for name, p in self.model.named_parameters():
-                if p.requires_grad:
-                    (lora if "lora_" in name else own).append(p)
-            groups = [
-                {"params": lora, "lr": self.recipe.learning_rate},
-                {"params": own, "lr": self.recipe.concept_learning_rate},
-            ]
-            groups = [group for group in groups if group["params"]]
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        lora, own = [], []
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                (lora if "lora_" in name else own).append(p)
+        groups = [
+            {"params": lora, "lr": self.run.recipe.learning_rate},
+            {"params": own, "lr": self.run.recipe.concept_learning_rate},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.lr_scheduler is None:
-            factor = partial(cosine, steps=num_training_steps)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        factor = partial(cosine, steps=num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy, or a mix with distillation; one that is not finite never reaches the
         gradients, on any rank."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        share = self.recipe.distil
+        share = self.run.recipe.distil
         if share > 0 and model.training:
             loss = (1 - share) * loss + share * self._divergence(inputs, outputs.logits, loss)
         finite = torch.isfinite(loss.detach()).float()
