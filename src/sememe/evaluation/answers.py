@@ -20,7 +20,7 @@ from sememe.evaluation.context import CODES, base_contexts, readings
 from sememe.evaluation.quality import BATCH
 from sememe.evaluation.results import Figures
 from sememe.pairs import PairTensors
-from sememe.paths import unreadable, usable
+from sememe.paths import usable
 from sememe.progress import bar
 
 MAX_ANSWER = 16  # tokens of an answer; it ends with its line
@@ -38,13 +38,9 @@ class Question(BaseModel):
 
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a .jsonl, one a line. Raises DataError."""
-    path, questions = usable(path), []
-    try:
-        lines = list(jsonl_lines(path))
-    except OSError as error:
-        raise unreadable(path, error) from error
+    questions = []
     # A file without a line has a fault in its first one.
-    for number, line in lines or [(1, b"")]:
+    for number, line in list(jsonl_lines(usable(path))) or [(1, b"")]:
         try:
             questions.append(Question.model_validate_json(line, strict=True))
         except ValueError as error:

@@ -5,7 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.plan import PlanShape
-from sememe.errors import RecipeError
+from sememe.errors import CheckpointError, RecipeError
 from sememe.keys import (
     CompressorOptions,
     Concepts,
@@ -14,7 +14,17 @@ from sememe.keys import (
     check_rate,
     split_layers,
 )
-from sememe.options import REMOVED, checked, upgraded
+from sememe.options import checked
+
+# Options of earlier releases, and the value at which a saved model is what it was.
+REMOVED = {
+    "estimator": "soft",
+    "commitment_weight": 0.0,
+    "usage_weight": 0.0,
+    "shared_map": False,
+    "gate_noise": 0.0,
+    "overlap": False,
+}
 
 
 class AdaptedConfig(PreTrainedConfig):
@@ -77,9 +87,14 @@ class ConceptConfig(AdaptedConfig):
     options: type[Concepts] = Concepts
 
     def __init__(self, text_config=None, **options):
-        keys = (*self.options.model_fields, *REMOVED)
-        own = {key: options.pop(key) for key in keys if key in options}
-        values = checked(self.options, upgraded(own, "the configuration of this model"))
+        for key, neutral in REMOVED.items():
+            if (value := options.pop(key, neutral)) != neutral:
+                raise CheckpointError(
+                    f"{key} = {value!r} in the configuration of this model: need {neutral!r}, the "
+                    "option is no more. try: an earlier release of sememe, or train it again"
+                )
+        own = {key: options.pop(key) for key in self.options.model_fields if key in options}
+        values = checked(self.options, own)
         for key, value in values.model_dump(mode="json").items():
             setattr(self, key, value)
         super().__init__(text_config, **options)
