@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from sememe.errors import SememeError
-from sememe.evaluation.speed import alternate, benchmark_online, throughput
+from sememe.evaluation.speed import alternate, benchmark_online
 from sememe.evaluation.subject import Options, Subject
 from sememe.keys import split_layers
 from sememe.models.configuration import OnlineConfig
@@ -87,16 +87,15 @@ class Grid:
             return untrained(self.base, split, rate)
         return load_model(self.options.model, dtype=self.dtype, rate=rate)[0]
 
-    def prompts(self, length: int, batch: int) -> torch.Tensor:
+    def prompts(self, length: int, batch: int) -> dict[str, torch.Tensor]:
         subject = Subject("", self.base, self.tokenizer, {}, Options())
         return subject.prompts(self.options.data, length, batch)
 
     def point(self, split: str | None, rate: float, length: int, batch: int) -> dict[str, Any]:
         """Figures of one point, or the fault that it ran into."""
         try:
-            ids_BT = self.prompts(length, batch)
-            model, options = self.model(split, rate), self.options
-            return benchmark_online(model, self.base, ids_BT, options.new_tokens, options.repeats)
+            prompts = self.prompts(length, batch)
+            return benchmark_online(self.model(split, rate), self.base, prompts, self.options)
         except (SememeError, torch.OutOfMemoryError) as error:
             return {"fault": str(error).splitlines()[0]}
 
@@ -113,15 +112,20 @@ class Grid:
             n_gpu_layers=-1 if torch.cuda.is_available() else 0,
             verbose=False,
         )
-        ids = self.prompts(length, 1)[0].tolist()
+        ids = self.prompts(length, 1)["input_ids"][0].tolist()
 
         def write(count: int) -> None:
             model.reset()  # else it remembers the prompt and reads only what is new
             deque(islice(model.generate(ids, temp=0.0), count), maxlen=0)
 
-        jobs = {"fill": partial(write, 1), "whole": partial(write, new)}
-        seconds = alternate(jobs, self.options.repeats, torch.device("cpu"))
-        return throughput(seconds["fill"], seconds["whole"], 1, length, new)
+        fill, whole = alternate([partial(write, 1), partial(write, new)], self.options.repeats)
+        decoding = max(whole["median"] - fill["median"], 1e-9)
+        return {
+            "prefill_tokens_per_s": length / fill["median"],
+            "decode_tokens_per_s": (new - 1) / decoding,
+            "prefill_seconds": fill,
+            "generate_seconds": whole,
+        }
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole path of the online system on bundled text: about 15 minutes on two slow CPU cores.
-# Stop it with Ctrl-C and start it again: training goes on from its last checkpoint, evaluation and
-# benchmark from their last part, and what is finished is not done twice.
+# Stop it with Ctrl-C and start it again: training goes on from its last checkpoint, and
+# what is finished is not done twice.
 set -eu
 
 stage() { printf '\n== %s\n' "$*"; }
@@ -20,7 +20,7 @@ sememe train recipes/demo.yaml --out runs/demo
 stage "4 of 7, 2 minutes: evaluate it on another novel, beside the control and with its codes ablated"
 fresh runs/demo/evaluate.json || sememe evaluate runs/demo --control runs/demo-control
 
-stage "5 of 7, 2 minutes: time it beside the unmodified base"
+stage "5 of 7, 3 minutes: time it beside the unmodified base"
 fresh runs/demo/benchmark.json ||
     sememe benchmark runs/demo --prompt-tokens 256 --new-tokens 48 --repeats 3
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Plan first, then write: about an hour on two slow CPU cores. Every command goes on where it was
+# Plan first, then write: about an hour on two slow CPU cores. Training goes on where it was
 # stopped. More `steps` make it better: recipes/smollm2-135m-planner.yaml has 400.
 set -eu
 

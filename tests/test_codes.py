@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sememe.concepts.codebook import ConceptEmbedding, start_from_states
+from sememe.concepts.codebook import ConceptEmbedding, count_digits, start_from_states
 from sememe.concepts.head import HEADS
 from sememe.concepts.kmeans import assign
 from sememe.concepts.quantise import quantise
-from sememe.evaluation.quality import rate_and_codes
+from sememe.evaluation.quality import code_use
 
 SETTINGS = [(head, stages) for head in HEADS for stages in (1, 3)]
 
@@ -44,12 +44,11 @@ def test_use_is_that_of_the_digits():
     """Ids 0 and 15 + 16·3 as often as each other: one bit in each of two stages, and a sink and
     NULLs that are no codes."""
     ids = torch.tensor([[-2, 0, -1, 63, -1, 0, -1, 63]])
-    figures = rate_and_codes(ids, 16, 2)
-    assert figures["concept_rate"] == 5 / 8
-    assert figures["codes_used"] == 2 and figures["code_counts"] == [2, 2]
+    figures = code_use(count_digits(ids[ids >= 0], 16, 2))
+    assert figures["codes_used"] == 2 and figures["largest_code_share"] == 0.5
     assert figures["bits_per_concept"] == pytest.approx(2)
     assert figures["code_perplexity_by_stage"] == pytest.approx([2, 2])
-    assert rate_and_codes(ids[:, :1], 16, 2)["bits_per_concept"] is None
+    assert code_use(torch.zeros(2, 16))["bits_per_concept"] is None
 
 
 @pytest.mark.parametrize("name", HEADS)

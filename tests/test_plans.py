@@ -273,7 +273,6 @@ def test_ablate_drops_and_swaps(runs, monkeypatch):
     for kind in ("empty", "shuffle", "random", "swap"):
         assert result[kind]["delta_nll"] > 0.2
     assert result["swap"]["delta_nll_min"] == result["swap"]["delta_nll_max"]
-    assert result["content"]["plans_words"] > result["content"]["own_words"]
     assert result["samples"][0]["plan_of"] != result["samples"][0]["source"]
 
 

@@ -229,8 +229,8 @@ def ablate(
     rate: arguments.Rate = None,
 ):
     """What the codes are worth: NLL over the share of concepts dropped, and with all zeroed,
-    shuffled, random or swapped. Of a planner the same of its plans, and whose words a swapped plan
-    brings. Reads the text about 36 times.
+    shuffled, random or swapped. Of a planner the same of its plans, and texts written from another's
+    plan. Reads the text about 36 times.
 
     Example: `sememe ablate runs/demo --data data/heldout.txt`"""
     from sememe import measure

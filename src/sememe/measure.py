@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from sememe.errors import CheckpointError, SememeError
 from sememe.evaluation.inputs import run_recipe
+from sememe.evaluation.measures import REFUSED
 from sememe.evaluation.results import CONTRACT, Figures, keep
 from sememe.evaluation.subject import Options, Subject
 from sememe.systems import system_of
@@ -54,7 +55,7 @@ def evaluate(
     about["tokens_asked"] = options.tokens
     results = [
         dict.fromkeys(CONTRACT)
-        | system.measures.evaluate(subject, texts, other)
+        | _measured("evaluate", subject, texts, other)
         | about
         | {"data": name}
         for name, texts in heldout.items()
@@ -71,7 +72,7 @@ def ablate(model: str, data: str, options: Options = DEFAULTS) -> Figures:
     """What the concepts of a saved model are worth; kept as RUN/ablate.json. Raises as
     `evaluate`."""
     subject = Subject.load(model, options)
-    figures = system_of(subject.model.config).measures.ablate(subject, data)
+    figures = _measured("ablate", subject, data)
     return _keep(subject, "ablate", {"data": str(data)} | figures)
 
 
@@ -84,7 +85,7 @@ def benchmark(
     """Speed, cache and memory of a saved model beside its base; kept as RUN/benchmark.json.
     `prompt_tokens`: of a compressor the tokens of a window. Raises as `evaluate`."""
     subject = Subject.load(model, options, merge=False)
-    figures = system_of(subject.model.config).measures.benchmark(subject, prompt_tokens, data)
+    figures = _measured("benchmark", subject, prompt_tokens, data)
     return _keep(subject, "benchmark", figures)
 
 
@@ -92,9 +93,17 @@ def reconstruct(model: str, data: str, options: Options = DEFAULTS) -> Figures:
     """How much of a text comes back from the ids of a saved compressor, and what they are worth as
     a context; kept as RUN/reconstruct.json. Raises as `evaluate`."""
     subject = Subject.load(model, options)
-    figures = system_of(subject.model.config).measures.reconstruct(subject, data)
+    figures = _measured("reconstruct", subject, data)
     about = {"data": str(data), "tokens_asked": options.tokens}
     return _keep(subject, "reconstruct", about | figures)
+
+
+def _measured(command: str, subject: Subject, *given) -> Figures:
+    """Raises CheckpointError for a model whose system has no such measure."""
+    measures = system_of(subject.model.config).measures
+    if command not in measures:
+        raise CheckpointError(f"{subject.name} {REFUSED[command]}")
+    return measures[command](subject, *given)
 
 
 def _keep(subject: Subject, command: str, figures: Figures) -> Figures:

@@ -1,7 +1,6 @@
 """What concepts are worth: NLL over the share of them that is dropped, and with all of them zeroed
 or exchanged (RUN/ablate.json). Of text as it is written, and of a planner's plans."""
 
-import re
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -30,26 +29,27 @@ DRAWN = ("shuffle", "random", "drop")  # those that a seed makes a difference to
 SHARES = tuple(tenth / 10 for tenth in range(1, 10))  # of the concepts that are dropped
 SEEDS = 3
 WRITTEN = 8  # pairs whose plans are swapped and written out
-DELTAS = ("delta_nll", "delta_nll_min", "delta_nll_max")
 
 
 def cost_curve(kinds: Sequence[str], nll: Callable[[str, float, int], float]) -> Figures:
     """ΔNLL of each kind of ablation, and of dropping each share of the concepts: mean, smallest and
     largest over the seeds. `nll`: (kind, share, seed) → nats per token."""
     plain = nll("drop", 0.0, 0)
-    jobs = [(kind, 1.0) for kind in kinds] + [("drop", share) for share in SHARES]
-    costs = {}
-    for kind, share in bar(iterable=jobs, desc="ablate", unit="ablation"):
-        draws = range(SEEDS if kind in DRAWN else 1)
+
+    def cost(kind: str, share: float = 1.0) -> Figures:
+        draws = range(SEEDS if kind in DRAWN and share else 1)
         deltas = [nll(kind, share, seed) - plain for seed in draws]
-        values = (statistics.fmean(deltas), min(deltas), max(deltas))
-        costs[kind, share] = dict(zip(DELTAS, values, strict=True))
-    none = {"share": 0.0} | dict.fromkeys(DELTAS, 0.0)
+        mean = statistics.fmean(deltas)
+        return {"delta_nll": mean, "delta_nll_min": min(deltas), "delta_nll_max": max(deltas)}
+
     return {
         "seeds": SEEDS,
         "nll": plain,
-        "drop": [none, *({"share": share} | costs["drop", share] for share in SHARES)],
-        **{kind: costs[kind, 1.0] for kind in kinds},
+        "drop": [
+            {"share": share} | cost("drop", share)
+            for share in bar(iterable=(0.0, *SHARES), desc="drop", unit="share")
+        ],
+        **{kind: cost(kind) for kind in bar(iterable=kinds, desc="ablate", unit="kind")},
     }
 
 
@@ -63,11 +63,10 @@ def ablate_text(subject: Subject, data: str) -> Figures:
     while len(ids_NT) % batch == 1:  # no batch of one row: `swap` takes the codes of the next one
         batch += 1
     nll_NT, concepts_NT = token_nll(model, ids_NT, batch)
-    coded = _some(concepts_NT >= 0, subject)
 
     def nll(kind: str, share: float, seed: int) -> float:
         spec = f"{kind}:{share}@{seed}" if kind == "drop" else f"{kind}@{seed}"
-        return float(token_nll(model, ids_NT, batch, spec)[0].mean())
+        return float(token_nll(model, ids_NT, batch, ablation=spec)[0].mean())
 
     return {
         "tokens": nll_NT.numel(),
@@ -75,7 +74,7 @@ def ablate_text(subject: Subject, data: str) -> Figures:
         "batch": batch,
         "target_rate": model.dial.rate,
         "concept_rate": float((concepts_NT != NULL).double().mean()),
-        "coded_concepts": coded,
+        "coded_concepts": _some(concepts_NT >= 0, subject),
         **cost_curve(KINDS, nll),
     }
 
@@ -90,7 +89,6 @@ def ablate_plans(subject: Subject, data: str) -> Figures:
     model = subject.model
     plan_NP = planned(model, pairs)
     there_NP = plan_NP != NO_CONCEPT
-    coded = _some(there_NP, subject)
 
     def nll(kind: str, share: float, seed: int) -> float:
         other_NP, dropped_NP = plan_NP, None
@@ -103,9 +101,9 @@ def ablate_plans(subject: Subject, data: str) -> Figures:
     return {
         "tokens": int((pairs.target_NY != IGNORED).sum()),
         "pairs": len(pairs),
-        "coded_concepts": coded,
+        "coded_concepts": _some(there_NP, subject),
         **cost_curve(PLAN_KINDS, nll),
-        **_swapped(subject, pairs.rows(slice(0, WRITTEN)), plan_NP[:WRITTEN]),
+        "samples": _swapped(subject, pairs.rows(slice(0, WRITTEN)), plan_NP[:WRITTEN]),
     }
 
 
@@ -118,23 +116,11 @@ def _some(coded: Tensor, subject: Subject) -> int:
     return int(coded.sum())
 
 
-def _swapped(subject: Subject, pairs, plan_NP: Tensor) -> Figures:
-    """Texts written from the next pair's plan, and `content`: the mean share of the words of the
-    row's own target, and of the one whose plan it is, that occur in them."""
+def _swapped(subject: Subject, pairs, plan_NP: Tensor) -> list[Figures]:
+    """Texts written from the next pair's plan."""
     other_NP = other_plans(plan_NP, subject.model.plans.shape, "swap")
     samples = plan_samples(subject.model, subject.tokenizer, pairs, other_NP)
-    for sample, other in zip(samples, samples[1:] + samples[:1], strict=True):
-        sample["plan_of"] = other["source"]
-        sample["own_words"] = _shared(sample["written"], sample["target"])
-        sample["plans_words"] = _shared(sample["written"], other["target"])
-    content = {
-        key: statistics.fmean(sample[key] for sample in samples)
-        for key in ("own_words", "plans_words")
-    }
-    return {"content": content, "samples": samples}
-
-
-def _shared(text: str, target: str) -> float:
-    """Share of the target's different words that occur in the text."""
-    words, targets = (set(re.findall(r"\w+", x.lower())) for x in (text, target))
-    return len(words & targets) / max(1, len(targets))
+    others = samples[1:] + samples[:1]
+    return [
+        sample | {"plan_of": other["source"]} for sample, other in zip(samples, others, strict=True)
+    ]

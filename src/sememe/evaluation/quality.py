@@ -1,16 +1,13 @@
 """Held-out quality on running text: NLL, bits per byte, realised rate, code use, and what ablating
 the codes costs."""
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Categorical
 
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.segments import tail_lengths
@@ -18,9 +15,10 @@ from sememe.concepts.writer import NULL
 from sememe.data import TextBlocks
 from sememe.detokenize import pieces
 from sememe.errors import DataError
-from sememe.evaluation.results import Figures, go_on
+from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.models.losses import cross_entropy
+from sememe.progress import bar
 
 BATCH = 4  # rows of a forward pass
 BUCKET = 64  # positions per bucket of `nll_by_position`
@@ -34,26 +32,17 @@ def batched(job: Callable[[Tensor], tuple], rows_N: Tensor, batch: int = BATCH) 
     return [torch.cat([x.cpu() for x in column]) for column in zip(*parts, strict=True)]
 
 
-def token_nll(
-    model,
-    ids_NT: Tensor,
-    batch: int = BATCH,
-    ablation: str | None = None,
-    rate: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
+def token_nll(model, ids_NT: Tensor, batch: int = BATCH, **options) -> tuple[Tensor, Tensor | None]:
     """Per-token NLL in nats (N, T-1), on the host, and the concept ids (N, T), None for a model
-    without concepts. `rate`: another than its own."""
-    options = {"ablation": ablation} if ablation else {}
+    without concepts. `options`: of the forward, as `ablation`."""
 
     def nll(ids_BT: Tensor) -> tuple[Tensor, ...]:
         ids_BT = ids_BT.to(model.device)
         out = model(input_ids=ids_BT, use_cache=False, **options)
         nll_BT = cross_entropy(out.logits[:, :-1], ids_BT[:, 1:])
-        concepts_BT = getattr(out, "concept_ids", None)
-        return (nll_BT,) if concepts_BT is None else (nll_BT, concepts_BT)
+        return (nll_BT, out.concept_ids) if hasattr(out, "concept_ids") else (nll_BT,)
 
-    with contextlib.nullcontext() if rate is None else model.dial.at(rate=rate):
-        nll_NT, *concepts = batched(nll, ids_NT, batch)
+    nll_NT, *concepts = batched(nll, ids_NT, batch)
     return nll_NT, concepts[0] if concepts else None
 
 
@@ -69,20 +58,10 @@ def rate_error(realised: float, target: float) -> float:
     return 100 * (realised - target) / target
 
 
-def rate_and_codes(ids_NT: Tensor, num_concepts: int, codes_per_concept: int = 1) -> Figures:
-    """Realised rate and code use of (N, T) concept ids without padding."""
-    written_NT = ids_NT != NULL
-    counts_GK = count_digits(ids_NT[ids_NT >= 0], num_concepts, codes_per_concept)
-    rate = float(written_NT.float().mean())
-    return {
-        "concept_rate": rate,
-        "compression_ratio": 1 / rate,
-        "longest_tail": longest_tail(written_NT),
-        **code_use(counts_GK),
-        "code_counts": sorted(counts_GK[0][counts_GK[0] > 0].int().tolist(), reverse=True),
-        "num_concepts": num_concepts,
-        "codes_per_concept": codes_per_concept,
-    }
+def realised_rate(concepts_NT: Tensor, target: float) -> Figures:
+    rate = float((concepts_NT != NULL).float().mean())
+    error = rate_error(rate, target)
+    return {"target_rate": target, "concept_rate": rate, "rate_error_percent": error}
 
 
 def code_use(counts_GK: Tensor) -> Figures:
@@ -90,22 +69,19 @@ def code_use(counts_GK: Tensor) -> Figures:
     digits: perplexity by stage, and bits per concept, the sum of the digits' entropies: an upper
     bound of their joint entropy. All but the number of codes is None where none was counted."""
     counts_K = counts_GK[0]
-    is_used = bool(counts_K.any())
-    by_stage = [perplexity(counts_K) for counts_K in counts_GK] if is_used else None
+    by_stage = [perplexity(counts_K) for counts_K in counts_GK] if counts_K.any() else None
     return {
         "code_perplexity": by_stage and by_stage[0],
         "code_perplexity_by_stage": by_stage,
         "bits_per_concept": by_stage and sum(map(math.log2, by_stage)),
         "codes_used": int((counts_K > 0).sum()),
-        "largest_code_share": float(counts_K.max() / counts_K.sum()) if is_used else None,
+        "largest_code_share": by_stage and float(counts_K.max() / counts_K.sum()),
     }
 
 
 def perplexity(counts_K: Tensor) -> float | None:
     """exp of the entropy of the codes that were counted; None where none was."""
-    if not counts_K.any():
-        return None
-    return float(torch.distributions.Categorical(counts_K.double()).perplexity())
+    return float(Categorical(counts_K.double()).perplexity()) if counts_K.any() else None
 
 
 def longest_tail(written_NT: Tensor) -> int:
@@ -120,11 +96,11 @@ def bucket_means(nll_NT: Tensor) -> list[float]:
 
 def by_position(nll_NT: Tensor, control_NT: Tensor | None = None) -> list[dict]:
     """`bucket_means` with the positions of each bucket, and those of a control."""
-    means = bucket_means(nll_NT)
+    means, length = bucket_means(nll_NT), nll_NT.shape[1]
     control = [None] * len(means) if control_NT is None else bucket_means(control_NT)
     return [
-        {"from": start, "to": min(start + BUCKET, nll_NT.shape[1]), "nll": x, "control_nll": y}
-        for start, x, y in zip(range(0, nll_NT.shape[1], BUCKET), means, control, strict=True)
+        {"from": start, "to": min(start + BUCKET, length), "nll": x, "control_nll": y}
+        for start, x, y in zip(range(0, length, BUCKET), means, control, strict=True)
     ]
 
 
@@ -150,77 +126,59 @@ def evaluate(
     control's (positive = worse than the control). Raises DataError for a non-finite NLL."""
     subject.refuse("answers signals", "a model of pairs of a source and a target")
     model, ids_NT, rates = subject.model, blocks.ids_NT, subject.rates
-    sides = _sides(subject, ids_NT, control, ablations)
-    means = {name: float(nll_NT.mean()) for name, (nll_NT, *_) in sides.items()}
-    (own_NT, *concepts), own = sides["own"], finite(means["own"])
-    num_bytes = int(blocks.bytes_NT[:, 1:].sum())
+    readings = {"own": token_nll(model, ids_NT)}
+    for kind in bar(iterable=ablations, desc="ablate", unit="ablation"):
+        readings[kind] = token_nll(model, ids_NT, ablation=kind)
+    for rate in bar(iterable=rates, desc="evaluate", unit="rate"):
+        with model.dial.at(rate=rate):
+            readings[rate] = token_nll(model, ids_NT)
+    if control is not None:
+        readings["control"] = token_nll(control.model, ids_NT)
+    nll = {name: float(nll_NT.mean()) for name, (nll_NT, _) in readings.items()}
+    own_NT, concepts_NT = readings["own"]
+    own = finite(nll["own"])
     share = getattr(model.config, "layer_share", lambda rate=None: 1.0)
+    written = {} if concepts_NT is None else concept_figures(subject, blocks, own_NT, concepts_NT)
     figures = {
         "tokens": own_NT.numel(),
         "nll": own,
-        "bits_per_byte": float(own_NT.double().sum()) / math.log(2) / max(1, num_bytes),
+        "bits_per_byte": float(own_NT.double().sum() / blocks.bytes_NT[:, 1:].sum()) / math.log(2),
         "boundary": getattr(model.config, "boundary", None),
-        "nll_by_position": by_position(own_NT, *sides.get("control", ())[:1]),
+        "nll_by_position": by_position(own_NT, readings.get("control", [None])[0]),
         "sequence_length": ids_NT.shape[1],
-        "layer_share": share(),
-        **{f"delta_nll_{kind}": means[kind] - own for kind in ablations},
+        "layer_share": share(written.get("concept_rate")),
+        **{f"delta_nll_{kind}": nll[kind] - own for kind in ablations},
+        **written,
     }
+    dial = [realised_rate(readings[rate][1], rate) | {"nll": nll[rate]} for rate in rates]
+    if dial:
+        figures["dial"] = dial
     if control is not None:
-        figures["control_nll"] = means["control"]
-        figures["delta_nll_control"] = own - means["control"]
-    if concepts:
-        figures |= _concept_figures(model, own_NT, *concepts)
-        figures["layer_share"] = share(figures["concept_rate"])
-        texts = zip(ids_NT[:SAMPLES], *concepts, strict=False)
-        figures["samples"] = [sample(*text, subject.tokenizer) for text in texts]
-    if rates:
-        figures["dial"] = [_realised(sides[rate][1], rate) | {"nll": means[rate]} for rate in rates]
-    if rates and control is not None:
-        for line in figures["dial"]:
-            line["delta_nll_control"] = line["nll"] - means["control"]
+        figures["control_nll"] = nll["control"]
+        for line in (figures, *dial):
+            line["delta_nll_control"] = line["nll"] - nll["control"]
     return figures
 
 
-def _realised(concepts_NT: Tensor, target: float) -> Figures:
-    rate = float((concepts_NT != NULL).float().mean())
-    error = rate_error(rate, target)
-    return {"target_rate": target, "concept_rate": rate, "rate_error_percent": error}
-
-
-def _sides(
-    subject: Subject, ids_NT: Tensor, control: Subject | None, ablations: Sequence[str]
-) -> dict[Any, list[Tensor]]:
-    """NLL of (N, T) blocks, and concept ids where there are some: of the model itself, of
-    `control`, with each ablation and at each rate. A batch at a time: a stop costs no more."""
-    own = partial(token_nll, subject.model, batch=BATCH)
-    sides: dict[Any, Callable[..., tuple]] = {"own": own}
-    if control is not None:
-        sides["control"] = partial(token_nll, control.model, batch=BATCH)
-    sides |= {kind: partial(own, ablation=kind) for kind in ablations}
-    sides |= {rate: partial(own, rate=rate) for rate in subject.rates}
-
-    def measure(ids_BT: Tensor) -> list[list]:
-        """As JSON has them."""
-        outputs = [side(ids_NT=ids_BT) for side in sides.values()]
-        return [[x_BT.tolist() for x_BT in output if x_BT is not None] for output in outputs]
-
-    jobs = [partial(measure, ids_BT) for ids_BT in ids_NT.split(BATCH)]
-    batches = go_on(subject.partial_file("evaluate", ids_NT, control), jobs)
+def concept_figures(
+    subject: Subject, blocks: TextBlocks, nll_NT: Tensor, concepts_NT: Tensor
+) -> Figures:
+    """Realised rate and use of the (N, T) concept ids of blocks, NLL where a concept was just
+    written and in the tails, and the first texts in their segments."""
+    written_NT, model = concepts_NT != NULL, subject.model
+    just_NT = written_NT[:, :-1]
+    sizes = {key: getattr(model.config, key) for key in ("num_concepts", "codes_per_concept")}
+    rate = realised_rate(concepts_NT, model.dial.rate)
+    texts = zip(blocks.ids_NT[:SAMPLES], concepts_NT, strict=False)
     return {
-        name: [torch.tensor([*chain.from_iterable(x)]) for x in zip(*outputs, strict=True)]
-        for name, outputs in zip(sides, zip(*batches, strict=True), strict=True)
-    }
-
-
-def _concept_figures(model, nll_NT: Tensor, concepts_NT: Tensor) -> Figures:
-    """Realised rate and code use, and NLL where a concept was just written and in the tails."""
-    config = model.config
-    wrote_NT = concepts_NT[:, :-1] != NULL
-    figures = rate_and_codes(concepts_NT, config.num_concepts, config.codes_per_concept)
-    return figures | {
-        **_realised(concepts_NT, model.dial.rate),
-        "nll_at_concepts": float(nll_NT[wrote_NT].mean()),
-        "nll_in_tail": float(nll_NT[~wrote_NT].mean()) if (~wrote_NT).any() else None,
+        **rate,
+        "compression_ratio": 1 / rate["concept_rate"],
+        "longest_tail": longest_tail(written_NT),
+        **code_use(count_digits(concepts_NT[concepts_NT >= 0], **sizes)),
+        **sizes,
+        "nll_at_concepts": float(nll_NT[just_NT].mean()),
+        "nll_in_tail": None if just_NT.all() else float(nll_NT[~just_NT].mean()),
+        "samples": [sample(*text, subject.tokenizer) for text in texts],
     }
 
 

@@ -1,7 +1,6 @@
 """A saved model that is measured, by name: the model, its recipe, and held-out text or pairs in the
 form that it was trained on."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +14,13 @@ from sememe.data import TextBlocks, read_texts, text_blocks, token_blocks
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.inputs import refuse_trained, run_recipe
 from sememe.models.loading import (
-    check_length,
     check_rate,
     load_base,
     load_model,
     longest_text,
-    model_folder,
     resolve,
 )
 from sememe.pairs import PairForm, PairTensors
-from sememe.paths import usable
-from sememe.storage import MANIFEST
 
 LENGTH = 512  # tokens of a block, where no run says what its model was trained on
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,9 +73,9 @@ class Subject:
             raise SememeError(
                 f"dtype = {options.dtype!r}: need one of {', '.join(DTYPES)}. try: float32"
             )
-        parent = Path(name).parent if Path(name).name == "model" else name
         model, tokenizer = load_model(name, merge=merge, dtype=DTYPES[options.dtype])
-        subject = cls(name, model, tokenizer, run_recipe(name) or run_recipe(parent), options)
+        recipe = run_recipe(name) or run_recipe(str(Path(name)).removesuffix("/model"))
+        subject = cls(name, model, tokenizer, recipe, options)
         if options.rate and hasattr(model, "plans"):
             model.limit(options.rate)
             return subject
@@ -93,7 +88,8 @@ class Subject:
     @property
     def rates(self) -> Sequence[float]:
         """Further rates to measure at."""
-        return self.options.rate if len(self.options.rate) > 1 else ()
+        rate = self.options.rate
+        return rate if len(rate) > 1 else ()
 
     @property
     def pairs_form(self) -> PairForm | None:
@@ -139,18 +135,17 @@ class Subject:
             )
         return named
 
-    def block_length(self, requested: int | None = None) -> int:
-        """Tokens of a block. Raises DataError where the base has no positions for so many."""
+    @property
+    def block_length(self) -> int:
+        """Tokens of a block: as in training, and no more than the base has positions for."""
         longest = longest_text(self.model.config)
-        length = requested or min(self.recipe.get("sequence_length", LENGTH), longest)
-        check_length(longest, length, "--prompt-tokens ")
-        return length
+        return min(self.recipe.get("sequence_length", LENGTH), longest)
 
     def heldout(self, data: str, min_rows: int = 1) -> TextBlocks | PairTensors:
         """A held-out text in the form that the model was trained on: blocks, or pairs. Raises
         DataError where the text was trained on, or has too few tokens."""
         refuse_trained(self.name, data)
-        tokens, length = self.options.tokens, self.block_length()
+        tokens, length = self.options.tokens, self.block_length
         if self.pairs_form:
             rows = self.pairs_form.load(data, self.tokenizer, min_tokens=tokens)
         else:
@@ -162,28 +157,19 @@ class Subject:
             )
         return rows
 
-    def prompts(self, data: str | None, length: int, batch: int) -> Tensor:
-        """(B, T) prompts: different blocks of a text, by default of the run's held-out text, or
-        random tokens where there is none."""
-        data = data or self.recipe.get("data", {}).get("heldout")
+    def prompts(self, data: str | None, length: int, batch: int) -> dict[str, Tensor]:
+        """(B, T) `input_ids`: different blocks of a text, by default of the run's held-out text, or
+        random tokens where there is none; and their `attention_mask`. Rows have from half of the
+        tokens to all, and are out of phase: of two, three or four tokens between concepts."""
+        data, row_B = data or self.recipe.get("data", {}).get("heldout"), torch.arange(batch)
         if data is None:
-            generator = torch.Generator().manual_seed(0)
-            ids_BT = torch.randint(3, len(self.tokenizer), (batch, length), generator=generator)
+            torch.manual_seed(0)
+            ids_BT = torch.randint(3, len(self.tokenizer), (batch, length))
         else:
             ids_NT = token_blocks(read_texts(data), self.tokenizer, length, limit=length * batch)
-            ids_BT = ids_NT[torch.arange(batch) % len(ids_NT)]
-        return ids_BT.to(self.model.device)
-
-    def partial_file(
-        self, command: str, ids_NT: Tensor, other: "Subject | None" = None
-    ) -> Path | None:
-        """Where a run keeps what is measured of these token ids, of the weights as they are, and by
-        the same options, until all of it is; None for no run."""
-        if not run_recipe(self.name):
-            return None
-        digest = hashlib.sha256(ids_NT.numpy().tobytes())
-        digest.update(repr((self.options, torch.get_num_threads(), self.model.device)).encode())
-        for name in (self.name, other.name if other else self.name):
-            manifest = Path(model_folder(name) or name, MANIFEST)
-            digest.update(manifest.read_bytes() if manifest.is_file() else name.encode())
-        return usable(self.name) / f"{command}-{digest.hexdigest()[:12]}.partial.jsonl"
+            ids_BT = ids_NT[row_B % len(ids_NT)]
+        step = length // (12 * batch) * 6 + 1  # has no factor with the number of tokens between
+        padding_B1 = (row_B * step % length)[:, None]
+        mask_BT = (torch.arange(length) >= padding_B1).long()
+        prompts = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        return {name: x.to(self.model.device) for name, x in prompts.items()}
