@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BatchEncoding
 
 from sememe.errors import SememeError
 from sememe.evaluation.speed import alternate, benchmark_online
@@ -87,7 +88,7 @@ class Grid:
             return untrained(self.base, split, rate)
         return load_model(self.options.model, dtype=self.dtype, rate=rate)[0]
 
-    def prompts(self, length: int, batch: int) -> dict[str, torch.Tensor]:
+    def prompts(self, length: int, batch: int) -> BatchEncoding:
         subject = Subject("", self.base, self.tokenizer, {}, Options())
         return subject.prompts(self.options.data, length, batch)
 

@@ -116,7 +116,7 @@ def figures_of(model, ids, **options) -> dict:
 def test_the_curve(monkeypatch):
     model, ids = tiny_online(), text(4, 32)
     monkeypatch.setattr(Subject, "heldout", lambda *_, **__: SimpleNamespace(ids_NT=ids))
-    monkeypatch.setattr(ablation, "SHARES", (0.25, 0.5))
+    monkeypatch.setattr(ablation, "SHARES", (0.0, 0.25, 0.5))
     curve = ablate_text(subject_of(model), "")
     whole = figures_of(model, ids)
     assert curve["nll"] == whole["nll"]

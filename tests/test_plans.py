@@ -264,7 +264,7 @@ def test_the_budget_bounds_plans(runs):
 
 
 def test_ablate_drops_and_swaps(runs, monkeypatch):
-    monkeypatch.setattr(ablation, "SHARES", (0.5,))
+    monkeypatch.setattr(ablation, "SHARES", (0.0, 0.5))
     options = Options(tokens=160)
     result = ablate(str(runs / "r"), str(runs / "heldout.jsonl"), options)
     assert json.loads((runs / "r" / "ablate.json").read_text()) == result

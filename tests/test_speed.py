@@ -1,5 +1,5 @@
-"""`sememe benchmark`: what is timed in turn and out of step, what the figures are made of, the file,
-what is refused."""
+"""`sememe benchmark`: what is timed in turn and out of phase, what the figures are made of, the
+file, what is refused."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from conftest import byte_tokenizer, sememe
-from families import compressor_over, text, tiny_base, tiny_online
+from families import compressor_over, online_over, text, tiny_base, tiny_online
 from sememe.backbone.calling import CACHE
 from sememe.evaluation import speed
 from sememe.evaluation.subject import Options, Subject
@@ -55,12 +55,12 @@ def rounds(monkeypatch):
     return seconds
 
 
-def test_figures_of_a_compressor_are_made_of_the_rounds(model, base_folder, rounds):
-    base, ids = load_base(base_folder).eval(), text(4, 20)
-    concepts = model.compress(ids)
+def test_figures_of_a_compressor_are_made_of_the_rounds(model, rounds):
+    subject = Subject("", model, byte_tokenizer(), {}, Options(repeats=3, batch=4))
+    concepts = model.compress(subject.prompts(None, 20, 4)["input_ids"])
     count = sum(map(len, model.decompress(concepts)))
     rounds += [[2, 4, 3], [8, 4, 6], [4, 2, 8], [5, 5, 20]]
-    figures = speed.benchmark_compressor(model, base, ids, 3)
+    figures = speed.benchmark_compressor(subject, 20, None)
     concept, plain = figures["concept"], figures["base"]
     assert concept["read_seconds"] == {"median": 3, "min": 2, "max": 4, "rounds": [2, 4, 3]}
     assert figures["compress_base_forwards"] == pytest.approx(3 / 4)
@@ -94,12 +94,14 @@ def test_figures_of_an_online_model_in_a_ragged_batch(rounds):
         assert figures["prefill_memory_ratio"] is figures["base"]["prefill_peak_bytes"] is None
 
 
-def test_training_changes_no_weight():
-    model, control = tiny_online(), tiny_online()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert speed.benchmark_training(model, control, text(), 1)["train_step_ratio"] > 0
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) and p.grad is None, name
+def test_timing_of_training_leaves_the_model_as_it_was(base_folder):
+    model = online_over(base_folder, text(16, 24))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    subject = Subject("", model, byte_tokenizer(), {}, Options(repeats=1))
+    assert speed.benchmark_training(subject, text())["train_step_ratio"] > 0
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name]), name
+    assert not model.training and all(p.grad is None for p in model.parameters())
 
 
 def test_greedy_is_what_the_base_generates(base_folder):

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from sememe.concepts.ablation import ablate
-from sememe.concepts.plan import NULL as NO_CONCEPT
-from sememe.concepts.writer import NULL
+from sememe.concepts.plan import NULL
 from sememe.errors import CheckpointError
 from sememe.evaluation.plans import (
     IGNORED,
@@ -18,7 +17,7 @@ from sememe.evaluation.plans import (
     planned,
     target_nll,
 )
-from sememe.evaluation.quality import BATCH, token_nll
+from sememe.evaluation.quality import BATCH, realised_rate, token_nll
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.progress import bar
@@ -26,14 +25,24 @@ from sememe.progress import bar
 KINDS = ("zero", "shuffle", "random", "swap")
 PLAN_KINDS = ("zero", "empty", "shuffle", "random", "swap")
 DRAWN = ("shuffle", "random", "drop")  # those that a seed makes a difference to
-SHARES = tuple(tenth / 10 for tenth in range(1, 10))  # of the concepts that are dropped
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the concepts that are dropped
 SEEDS = 3
 WRITTEN = 8  # pairs whose plans are swapped and written out
 
 
-def cost_curve(kinds: Sequence[str], nll: Callable[[str, float, int], float]) -> Figures:
+def cost_curve(
+    name: str, coded: Tensor, kinds: Sequence[str], nll: Callable[[str, float, int], float]
+) -> Figures:
     """ΔNLL of each kind of ablation, and of dropping each share of the concepts: mean, smallest and
-    largest over the seeds. `nll`: (kind, share, seed) → nats per token."""
+    largest over the seeds. `coded`: where a concept has a code. `nll`: (kind, share, seed) → nats
+    per token.
+
+    Raises CheckpointError where there is no code."""
+    if not coded.any():
+        raise CheckpointError(
+            f"{name} writes no codes on this text: need some to ablate. try: a finished run, or "
+            "more text"
+        )
     plain = nll("drop", 0.0, 0)
 
     def cost(kind: str, share: float = 1.0) -> Figures:
@@ -43,11 +52,12 @@ def cost_curve(kinds: Sequence[str], nll: Callable[[str, float, int], float]) ->
         return {"delta_nll": mean, "delta_nll_min": min(deltas), "delta_nll_max": max(deltas)}
 
     return {
+        "coded_concepts": int(coded.sum()),
         "seeds": SEEDS,
         "nll": plain,
         "drop": [
             {"share": share} | cost("drop", share)
-            for share in bar(iterable=(0.0, *SHARES), desc="drop", unit="share")
+            for share in bar(iterable=SHARES, desc="drop", unit="share")
         ],
         **{kind: cost(kind) for kind in bar(iterable=kinds, desc="ablate", unit="kind")},
     }
@@ -55,9 +65,7 @@ def cost_curve(kinds: Sequence[str], nll: Callable[[str, float, int], float]) ->
 
 def ablate_text(subject: Subject, data: str) -> Figures:
     """`cost_curve` of a model with concepts on a text; the gate decides as before, so the same
-    positions write. Of one seed, a larger share drops the same concepts and more.
-
-    Raises CheckpointError where none of its concepts has a code."""
+    positions write. Of one seed, a larger share drops the same concepts and more."""
     ids_NT = subject.heldout(data, min_rows=2).ids_NT
     model, batch = subject.model, BATCH
     while len(ids_NT) % batch == 1:  # no batch of one row: `swap` takes the codes of the next one
@@ -72,55 +80,40 @@ def ablate_text(subject: Subject, data: str) -> Figures:
         "tokens": nll_NT.numel(),
         "sequence_length": ids_NT.shape[1],
         "batch": batch,
-        "target_rate": model.dial.rate,
-        "concept_rate": float((concepts_NT != NULL).double().mean()),
-        "coded_concepts": _some(concepts_NT >= 0, subject),
-        **cost_curve(KINDS, nll),
+        **realised_rate(concepts_NT, model.dial.rate),
+        **cost_curve(subject.name, concepts_NT >= 0, KINDS, nll),
     }
 
 
 def ablate_plans(subject: Subject, data: str) -> Figures:
     """`cost_curve` of a planner's own plans, and texts written from another pair's plan. A dropped
     concept keeps its place and says nothing (`zero`: all of them); an `empty` plan has no place
-    either.
-
-    Raises CheckpointError where the planner writes only empty plans."""
+    either."""
     pairs = subject.heldout(data, min_rows=2)
     model = subject.model
     plan_NP = planned(model, pairs)
-    there_NP = plan_NP != NO_CONCEPT
+    there_NP = plan_NP != NULL
 
     def nll(kind: str, share: float, seed: int) -> float:
-        other_NP, dropped_NP = plan_NP, None
         if kind in ("zero", "drop"):
             dropped_NP = ablate(plan_NP, there_NP, f"drop:{share}@{seed}", 0)[1]
+            nll_NY = target_nll(model, pairs, plan_NP, dropped_NP)
         else:
-            other_NP = other_plans(plan_NP, model.plans.shape, kind, seed)
-        return mean_nll(target_nll(model, pairs, other_NP, dropped_NP), pairs)
+            nll_NY = target_nll(model, pairs, other_plans(plan_NP, model.plans.shape, kind, seed))
+        return mean_nll(nll_NY, pairs)
 
     return {
         "tokens": int((pairs.target_NY != IGNORED).sum()),
         "pairs": len(pairs),
-        "coded_concepts": _some(there_NP, subject),
-        **cost_curve(PLAN_KINDS, nll),
+        **cost_curve(subject.name, there_NP, PLAN_KINDS, nll),
         "samples": _swapped(subject, pairs.rows(slice(0, WRITTEN)), plan_NP[:WRITTEN]),
     }
-
-
-def _some(coded: Tensor, subject: Subject) -> int:
-    if not coded.any():
-        raise CheckpointError(
-            f"{subject.name} writes no codes on this text: need some to ablate. try: a finished "
-            "run, or more text"
-        )
-    return int(coded.sum())
 
 
 def _swapped(subject: Subject, pairs, plan_NP: Tensor) -> list[Figures]:
     """Texts written from the next pair's plan."""
     other_NP = other_plans(plan_NP, subject.model.plans.shape, "swap")
     samples = plan_samples(subject.model, subject.tokenizer, pairs, other_NP)
-    others = samples[1:] + samples[:1]
-    return [
-        sample | {"plan_of": other["source"]} for sample, other in zip(samples, others, strict=True)
-    ]
+    for sample, other in zip(samples, samples[1:] + samples[:1], strict=True):
+        sample["plan_of"] = other["source"]
+    return samples

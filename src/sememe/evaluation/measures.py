@@ -9,7 +9,7 @@ from sememe.evaluation.compressor import evaluate_compressor
 from sememe.evaluation.plans import evaluate_plans, evaluate_sources
 from sememe.evaluation.quality import evaluate
 from sememe.evaluation.results import Figures
-from sememe.evaluation.speed import benchmark_saved_compressor, benchmark_saved_online
+from sememe.evaluation.speed import benchmark_compressor, benchmark_saved_online
 from sememe.evaluation.subject import Subject
 
 REFUSED = {
@@ -38,7 +38,7 @@ ONLINE = {
 }
 COMPRESSOR = {
     **ONLINE,
-    "benchmark": benchmark_saved_compressor,
+    "benchmark": benchmark_compressor,
     "reconstruct": evaluate_compressor,
 }
 PLANNER = {"evaluate": evaluate_plans, "ablate": ablate_plans}

@@ -3,6 +3,7 @@ the codes costs."""
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -96,11 +97,12 @@ def bucket_means(nll_NT: Tensor) -> list[float]:
 
 def by_position(nll_NT: Tensor, control_NT: Tensor | None = None) -> list[dict]:
     """`bucket_means` with the positions of each bucket, and those of a control."""
-    means, length = bucket_means(nll_NT), nll_NT.shape[1]
-    control = [None] * len(means) if control_NT is None else bucket_means(control_NT)
+    control = () if control_NT is None else bucket_means(control_NT)
+    means = zip_longest(bucket_means(nll_NT), control)
+    length = nll_NT.shape[1]
     return [
         {"from": start, "to": min(start + BUCKET, length), "nll": x, "control_nll": y}
-        for start, x, y in zip(range(0, length, BUCKET), means, control, strict=True)
+        for start, (x, y) in zip(range(0, length, BUCKET), means, strict=True)
     ]
 
 
@@ -136,18 +138,17 @@ def evaluate(
         readings["control"] = token_nll(control.model, ids_NT)
     nll = {name: float(nll_NT.mean()) for name, (nll_NT, _) in readings.items()}
     own_NT, concepts_NT = readings["own"]
-    own = finite(nll["own"])
-    share = getattr(model.config, "layer_share", lambda rate=None: 1.0)
+    share = getattr(model.config, "layer_share", None)
     written = {} if concepts_NT is None else concept_figures(subject, blocks, own_NT, concepts_NT)
     figures = {
         "tokens": own_NT.numel(),
-        "nll": own,
+        "nll": finite(nll["own"]),
         "bits_per_byte": float(own_NT.double().sum() / blocks.bytes_NT[:, 1:].sum()) / math.log(2),
         "boundary": getattr(model.config, "boundary", None),
         "nll_by_position": by_position(own_NT, readings.get("control", [None])[0]),
         "sequence_length": ids_NT.shape[1],
-        "layer_share": share(written.get("concept_rate")),
-        **{f"delta_nll_{kind}": nll[kind] - own for kind in ablations},
+        "layer_share": share(written.get("concept_rate")) if share else 1.0,
+        **{f"delta_nll_{kind}": nll[kind] - nll["own"] for kind in ablations},
         **written,
     }
     dial = [realised_rate(readings[rate][1], rate) | {"nll": nll[rate]} for rate in rates]

@@ -3,16 +3,16 @@ medians (RUN/benchmark.json)."""
 
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Collection
 from functools import partial
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import BatchEncoding, DynamicCache
 
 from sememe.backbone.calling import CACHE, cache_argument
 from sememe.evaluation.reconstruction import coding_cost
@@ -20,7 +20,7 @@ from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Options, Subject
 from sememe.models.configuration import ControlConfig
 from sememe.models.control import ControlForCausalLM
-from sememe.models.loading import check_length, longest_text, model_folder, resolve
+from sememe.models.loading import check_length, longest_text
 from sememe.progress import bar
 
 ROWS = 4  # of the ragged batch that is timed beside a single prompt
@@ -42,12 +42,10 @@ def alternate(jobs: Collection[Callable[[], Any]], repeats: int) -> list[Figures
             job()
             times.append(clock())
         rounds.append([end - start for start, end in pairwise(times)])
-    return [summary(list(seconds)) for seconds in zip(*rounds[1:], strict=True)]  # one warms up
-
-
-def summary(rounds: list[float]) -> Figures:
-    median = statistics.median(rounds)
-    return {"median": median, "min": min(rounds), "max": max(rounds), "rounds": rounds}
+    return [
+        {"median": median(seconds), "min": min(seconds), "max": max(seconds), "rounds": [*seconds]}
+        for seconds in zip(*rounds[1:], strict=True)  # the first one warms up
+    ]
 
 
 def throughput(what: str, tokens: int, seconds: Figures) -> Figures:
@@ -102,7 +100,7 @@ def ceiling_decode(base: nn.Module, config, rate: float) -> float:
 
 
 @torch.no_grad()
-def benchmark_online(model, base, prompts: dict[str, Tensor], options: Options) -> Figures:
+def benchmark_online(model, base, prompts: BatchEncoding, options: Options) -> Figures:
     """Prefill, greedy decoding, cache and memory of a (merged) online model beside its base.
     `prompts`: (B, T) `input_ids` and their `attention_mask`."""
     real_BT, new_tokens = prompts["attention_mask"], options.new_tokens
@@ -147,66 +145,27 @@ def benchmark_online(model, base, prompts: dict[str, Tensor], options: Options) 
     }
 
 
-def benchmark_training(model, control, ids_BT: Tensor, repeats: int) -> Figures:
+def benchmark_training(subject: Subject, ids_BT: Tensor) -> Figures:
     """Forward and backward of an online model against the same base with the same LoRA and no
-    concepts: time and memory. The optimizer's share is the same for both."""
+    concepts: time and memory. The optimizer's share is the same for both. Leaves the model as it
+    was."""
+    model = subject.model
+    keys = ("base", "lora_rank", "lora_alpha", "lora_dropout")
+    config = ControlConfig(**{key: getattr(model.config, key) for key in keys})
+    control = ControlForCausalLM.from_base(config, model.dtype).to(model.device)
 
     def step(side: nn.Module) -> None:
         side(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
         side.zero_grad()
 
     pair = {"concept": model.train(), "base": control.train()}
-    sides = race("train", step, pair, ids_BT.numel(), repeats)
+    gate = copy.deepcopy(model.writer.gate.state_dict())  # which follows what it sees in training
+    sides = race("train", step, pair, ids_BT.numel(), subject.options.repeats)
+    model.writer.gate.load_state_dict(gate)
+    model.eval()
     return sides | {
         "train_step_ratio": 1 / ratio(sides, "train_tokens_per_s"),
         "train_memory_ratio": ratio(sides, "train_peak_bytes"),
-    }
-
-
-@torch.no_grad()
-def greedy(base, bos: int, batch: int, tokens: int) -> Tensor:
-    """(B, n) tokens that the base writes after `bos`: its own cached decoding in a bare loop, as
-    the decompressor's is."""
-    cache = DynamicCache(config=base.config)
-    written = [torch.full((batch, 1), bos, device=base.device)]
-    for _ in range(tokens):
-        out = base(input_ids=written[-1], use_cache=True, **cache_argument(base, cache))
-        written.append(out.logits[:, -1:].argmax(-1))
-    return torch.cat(written[1:], 1)
-
-
-def benchmark_compressor(model, base, ids_BT: Tensor, repeats: int) -> Figures:
-    """Figures of (B, T) windows, compressed and decompressed all at once, beside the base that
-    reads the same tokens (one plain forward with the logits of every token) and writes about as
-    many."""
-    config, rows, tokens = model.config, len(ids_BT), ids_BT.numel()
-    concepts = model.compress(ids_BT)
-    written = sum(map(len, model.decompress(concepts)))
-    steps = max(1, math.ceil(written / rows))
-    jobs = (
-        partial(model.compress, ids_BT),
-        partial(model.decompress, concepts),
-        torch.no_grad()(partial(base, input_ids=ids_BT, use_cache=False)),
-        partial(greedy, base, model.bos, rows, steps),
-    )
-    read, write, base_read, base_write = alternate(jobs, repeats)
-
-    def side(model: nn.Module, read: Figures, write: Figures, written: int) -> Figures:
-        speeds = throughput("read", tokens, read) | throughput("write", written, write)
-        return speeds | {"tokens_written": written, "weight_bytes": weight_bytes(model)}
-
-    sides = {
-        "concept": side(model, read, write, written),
-        "base": side(base, base_read, base_write, rows * steps),
-    }
-    cost = coding_cost(concepts, tokens, config.num_concepts, config.codes_per_concept)
-    return sides | {
-        "compress_base_forwards": 1 / ratio(sides, "read_tokens_per_s"),
-        "decompress_speedup": ratio(sides, "write_tokens_per_s"),
-        "beams": config.beams,
-        "realised_rate": cost["concept_rate"],
-        "ids_per_token": cost["ids_per_token"],
-        "compression_ratio": cost["compression_ratio"],
     }
 
 
@@ -220,7 +179,6 @@ def about(subject: Subject, data: str | None, **settings: int) -> Figures:
         "threads": torch.get_num_threads(),
         "device": str(subject.model.device),
         "prompts": "text" if data or subject.recipe else "random tokens",
-        "model_folder": str(model_folder(subject.name)),
         "target_rate": subject.model.dial.rate,
     }
     return {"base_name": subject.base_name, "settings": settings}
@@ -236,13 +194,9 @@ def benchmark_saved_online(subject: Subject, length: int | None, data: str | Non
     base, prompts = subject.load_base(), subject.prompts(data, length, batch)
     trained = {"concept": {}, "base": {}}
     if model.config.base is not None:
-        # The gate follows what it sees in training: it is put back afterwards.
-        gate = copy.deepcopy(model.writer.gate.state_dict())
-        ids_BT = prompts["input_ids"]
-        trained = benchmark_training(model, control_of(subject), ids_BT, options.repeats)
-        model.writer.gate.load_state_dict(gate)
+        trained = benchmark_training(subject, prompts["input_ids"])
         model.merged()
-    used = benchmark_online(model.eval(), base, prompts, options)
+    used = benchmark_online(model, base, prompts, options)
     for name in ("concept", "base"):
         used[name] |= trained.pop(name)
     if options.batch is None:
@@ -251,19 +205,53 @@ def benchmark_saved_online(subject: Subject, length: int | None, data: str | Non
     return trained | used | settings
 
 
-def control_of(subject: Subject) -> ControlForCausalLM:
-    """An untrained control over the same base with the same LoRA."""
-    model = subject.model
-    keys = ("base", "lora_rank", "lora_alpha", "lora_dropout")
-    config = ControlConfig(**{key: getattr(model.config, key) for key in keys})
-    folder = resolve(subject.base_name)
-    return ControlForCausalLM.from_base(config, model.dtype, folder=folder).to(model.device)
+@torch.no_grad()
+def greedy(base, bos: int, batch: int, tokens: int) -> Tensor:
+    """(B, n) tokens that the base writes after `bos`: its own cached decoding in a bare loop, as
+    the decompressor's is."""
+    cache = DynamicCache(config=base.config)
+    written = [torch.full((batch, 1), bos, device=base.device)]
+    for _ in range(tokens):
+        out = base(input_ids=written[-1], use_cache=True, **cache_argument(base, cache))
+        written.append(out.logits[:, -1:].argmax(-1))
+    return torch.cat(written[1:], 1)
 
 
-def benchmark_saved_compressor(subject: Subject, length: int | None, data: str | None) -> Figures:
-    """`benchmark_compressor` of a saved compressor beside its base; a window is `length` long."""
-    length, options = length or subject.block_length, subject.options
-    check_length(longest_text(subject.model.config), length, "--prompt-tokens ")
+def benchmark_compressor(subject: Subject, length: int | None, data: str | None) -> Figures:
+    """Windows of `length` tokens, compressed and decompressed all at once, beside the base that
+    reads the same tokens (one plain forward with the logits of every token) and writes about as
+    many."""
+    model, base, options = subject.model, subject.load_base(), subject.options
+    length = length or subject.block_length
+    check_length(longest_text(model.config), length, "--prompt-tokens ")
     ids_BT = subject.prompts(data, length, options.batch or 16)["input_ids"]
-    figures = benchmark_compressor(subject.model, subject.load_base(), ids_BT, options.repeats)
-    return figures | about(subject, data, window=length, batch=len(ids_BT))
+    config, rows, tokens = model.config, len(ids_BT), ids_BT.numel()
+    concepts = model.compress(ids_BT)
+    written = sum(map(len, model.decompress(concepts)))
+    steps = max(1, math.ceil(written / rows))
+    jobs = (
+        partial(model.compress, ids_BT),
+        partial(model.decompress, concepts),
+        torch.no_grad()(partial(base, input_ids=ids_BT, use_cache=False)),
+        partial(greedy, base, model.bos, rows, steps),
+    )
+    read, write, base_read, base_write = alternate(jobs, options.repeats)
+
+    def side(model: nn.Module, read: Figures, write: Figures, written: int) -> Figures:
+        speeds = throughput("read", tokens, read) | throughput("write", written, write)
+        return speeds | {"tokens_written": written, "weight_bytes": weight_bytes(model)}
+
+    sides = {
+        "concept": side(model, read, write, written),
+        "base": side(base, base_read, base_write, rows * steps),
+    }
+    cost = coding_cost(concepts, tokens, config.num_concepts, config.codes_per_concept)
+    return {
+        **about(subject, data, window=length, batch=rows),
+        **sides,
+        **cost,
+        "compress_base_forwards": 1 / ratio(sides, "read_tokens_per_s"),
+        "decompress_speedup": ratio(sides, "write_tokens_per_s"),
+        "beams": config.beams,
+        "realised_rate": cost["concept_rate"],
+    }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import BatchEncoding
 
 from sememe.data import TextBlocks, read_texts, text_blocks, token_blocks
 from sememe.errors import CheckpointError, DataError, SememeError
@@ -157,11 +157,12 @@ class Subject:
             )
         return rows
 
-    def prompts(self, data: str | None, length: int, batch: int) -> dict[str, Tensor]:
+    def prompts(self, data: str | None, length: int, batch: int) -> BatchEncoding:
         """(B, T) `input_ids`: different blocks of a text, by default of the run's held-out text, or
         random tokens where there is none; and their `attention_mask`. Rows have from half of the
         tokens to all, and are out of phase: of two, three or four tokens between concepts."""
-        data, row_B = data or self.recipe.get("data", {}).get("heldout"), torch.arange(batch)
+        data = data or self.recipe.get("data", {}).get("heldout")
+        row_B = torch.arange(batch)
         if data is None:
             torch.manual_seed(0)
             ids_BT = torch.randint(3, len(self.tokenizer), (batch, length))
@@ -171,5 +172,5 @@ class Subject:
         step = length // (12 * batch) * 6 + 1  # has no factor with the number of tokens between
         padding_B1 = (row_B * step % length)[:, None]
         mask_BT = (torch.arange(length) >= padding_B1).long()
-        prompts = {"input_ids": ids_BT, "attention_mask": mask_BT}
-        return {name: x.to(self.model.device) for name, x in prompts.items()}
+        prompts = BatchEncoding({"input_ids": ids_BT, "attention_mask": mask_BT})
+        return prompts.to(self.model.device)
