@@ -21,9 +21,8 @@ from sememe.models.loading import load_model
 def main(models: list[str], tasks: list[str], limit: int | None) -> None:
     manager = TaskManager(include_path="examples/tasks")
     for name in models:
-        model, tokenizer = load_model(
-            name
-        )  # a run folder, a saved model, the reference model, or a base
+        # A run folder, a saved model, the reference model, or a base.
+        model, tokenizer = load_model(name)
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal")
         results = simple_evaluate(wrapped, tasks=tasks, limit=limit, task_manager=manager)
         print(f"{name}\n{make_table(results)}")
@@ -34,8 +33,8 @@ if __name__ == "__main__":
     parser.add_argument("models", nargs="+")
     parser.add_argument("--tasks", default="thursday_next,thursday_perplexity")
     parser.add_argument("--limit", type=int)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     try:
-        main(asked.models, asked.tasks.split(","), asked.limit)
+        main(options.models, options.tasks.split(","), options.limit)
     except SememeError as error:
         sys.exit(f"error: {error}")

@@ -2,8 +2,7 @@
 does the person's chain of "is a" reach? Made up here, or taken from a ProsQA file. From the
 repository's root:
 
-python examples/make_prosqa.py prosqa --count 20000 --thought steps → prosqa/train.jsonl,
-heldout.jsonl
+python examples/make_prosqa.py prosqa --count 20000 --thought steps → prosqa/{train,heldout}.jsonl
 python examples/make_prosqa.py easy --hops 2 2 --nodes 6 8 --even   small graphs, for a small model
 python examples/make_prosqa.py real --convert prosqa_valid.json     → real/prosqa_valid.jsonl
 """
@@ -15,28 +14,26 @@ import math
 import random
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn, get_args
 
 from sememe.errors import DataError, SememeError
 
-CONCEPTS, NAMES = (
-    40,
-    16,
-)  # words in all, the same for every seed, so that held-out questions are of known words
-PARENTS = (
-    1.45  # mean of the Poisson law that a concept's number of parents follows, given at least one
-)
+# Words in all, the same for every seed, so that held-out questions are of known words.
+CONCEPTS, NAMES = 40, 16
+PARENTS = 1.45  # mean of the Poisson law of a concept's number of parents, given at least one
 DEPTH_WEIGHT = 1.5  # how much a deep node is preferred as a parent; more of it gives longer chains
 PERSON_SHARE = 0.045  # of the nodes beyond the two people that the question is about
-ROOT_ONLY, OTHER_ONLY = (
-    0.5,
-    0.35,
-)  # share of concepts that may not have the other's, or the root's, among their ancestors
+# Share of concepts that may not have the other's, or the root's, among their ancestors.
+ROOT_ONLY, OTHER_ONLY = 0.5, 0.35
 FREE_TRIES, TRIES = 20, 2000  # graphs drawn without a chain laid out, and in all
-Range = int | tuple[int, int]
+Pair = tuple[int, int]
+Size = int | Pair
+Edges = list[Pair]
 Thought = Literal["none", "steps", "reached"]
 
 
@@ -49,7 +46,7 @@ class Question:
     answer: str
     steps: list[str]
     idx_to_symbol: list[str]
-    edges: list[tuple[int, int]]
+    edges: Edges
     root: int
     target: int
     neg_target: int
@@ -57,23 +54,26 @@ class Question:
     def response(self, thought: Thought = "none") -> str:
         """The answer's sentence, behind a thought: the `steps` that lead to it, or what was
         `reached` on the way."""
-        said = self.steps if thought == "steps" else []
+        sentences = self.steps if thought == "steps" else []
         if thought == "reached":
-            said = [f"{self.idx_to_symbol[self.root]}: {', '.join(self.reached())}."]
-        return " ".join([*said, self.answer])
+            sentences = [f"{self.idx_to_symbol[self.root]}: {', '.join(self.reached())}."]
+        return " ".join([*sentences, self.answer])
 
     def reached(self) -> list[str]:
         """What a search from the root finds, breadth first and in the order of the text, up to the
         target."""
         root, target = self.idx_to_symbol[self.root], self.idx_to_symbol[self.target]
-        facts, found = re.findall(r"(\w+) is a (\w+)\.", self.question), [root]
-        for subject in found:
-            found += dict.fromkeys(b for a, b in facts if a == subject and b not in found)
-        return found[1 : found.index(target) + 1]
+        facts, names = re.findall(r"(\w+) is a (\w+)\.", self.question), [root]
+        for subject in names:
+            names += dict.fromkeys(b for a, b in facts if a == subject and b not in names)
+        return names[1 : names.index(target) + 1]
+
+
+FIELDS = tuple(Question.__dataclass_fields__)
 
 
 def generate(
-    count: int, seed: int = 0, hops: Range = (3, 6), nodes: Range = (17, 28), even: bool = False
+    count: int, seed: int = 0, hops: Size = (3, 6), nodes: Size = (17, 28), even: bool = False
 ) -> list[Question]:
     """`count` different questions whose answer is `hops` edges from the root in a graph of `nodes`;
     a number or (least, most).
@@ -94,71 +94,58 @@ def generate(
     if nodes[0] < least:
         raise DataError(
             f"graphs of {nodes[0]} nodes with a chain of {hops[0]} hops: need at least {least} "
-            f"nodes, {room}. "
-            f"try: nodes={least}"
+            f"nodes, {room}. try: nodes={least}"
         )
     rng = random.Random(seed)
-    concepts, names = concept_words(max(CONCEPTS, nodes[1])), person_names(max(NAMES, nodes[1]))
-    questions: dict[
-        frozenset[str], Question
-    ] = {}  # the same graph in another order is no other question
+    vocabulary = concept_words(max(CONCEPTS, nodes[1])), person_names(max(NAMES, nodes[1]))
+    questions: dict[frozenset[str], Question] = {}  # in another order a graph is no other question
     spare = TRIES
     while len(questions) < count:
-        made = _question(rng, hops, nodes, concepts, names, even)
+        question = _question(rng, hops, nodes, even, vocabulary)
         before = len(questions)
-        questions.setdefault(frozenset(re.split(r"(?<=[.?]) ", made.question)), made)
+        questions.setdefault(frozenset(re.split(r"(?<=[.?]) ", question.question)), question)
         spare -= len(questions) == before
         if not spare:
             raise DataError(
                 f"{count} questions of {nodes} nodes and {hops} hops: there are hardly more than "
-                f"{len(questions)} "
-                "different ones. try: more nodes, or a smaller count"
+                f"{len(questions)} different ones. try: more nodes, or a smaller count"
             )
     return list(questions.values())
 
 
-def _range(name: str, given: Range, least: int) -> tuple[int, int]:
-    low, high = (given, given) if isinstance(given, int) else given
+def _range(name: str, size: Size, least: int) -> Pair:
+    low, high = (size, size) if isinstance(size, int) else size
     if not least <= low <= high:
         raise DataError(
-            f"{name} = {given}: need a number, or two in their order, of at least {least}. "
+            f"{name} = {size}: need a number, or two in their order, of at least {least}. "
             f"try: {name}={max(least, high)}"
         )
     return low, high
 
 
 def _question(
-    rng: random.Random,
-    hops: tuple[int, int],
-    nodes: tuple[int, int],
-    concepts: list[str],
-    names: list[str],
-    even: bool,
+    rng: random.Random, hops: Pair, nodes: Pair, even: bool, vocabulary: tuple
 ) -> Question:
     """Graphs are drawn until one has an answer at the asked distance; where that is rare, with such
     a chain laid out first."""
     for tried in range(TRIES):
-        count = min(
-            max(round(rng.gauss(sum(nodes) / 2, (nodes[1] - nodes[0]) / 5)), nodes[0]), nodes[1]
-        )
+        drawn = round(rng.gauss(sum(nodes) / 2, (nodes[1] - nodes[0]) / 5))
+        count = min(max(drawn, nodes[0]), nodes[1])
         chain: list[int] = []
         if tried >= FREE_TRIES:
-            chain = sorted(
-                rng.sample(range(2, count), rng.randint(hops[0], min(hops[1], count - 3)))
-            )
+            length = rng.randint(hops[0], min(hops[1], count - 3))
+            chain = sorted(rng.sample(range(2, count), length))
         edges, people = _graph(rng, count, chain)
-        found = _ends(rng, edges, hops, people if even else None)
-        if found and people <= {parent for parent, _ in edges}:
-            return _worded(rng, edges, people, count, found, concepts, names)
+        ends = _ends(rng, edges, hops, people if even else None)
+        if ends and people <= {parent for parent, _ in edges}:
+            return _worded(rng, edges, people, count, ends, vocabulary)
     raise DataError(
         f"no graph of {nodes} nodes with a chain of {hops} hops in {TRIES} tries: need more room. "
         "try: more nodes, or fewer hops"
     )
 
 
-def _graph(
-    rng: random.Random, count: int, chain: list[int]
-) -> tuple[list[tuple[int, int]], set[int]]:
+def _graph(rng: random.Random, count: int, chain: list[int]) -> tuple[Edges, set[int]]:
     """(edges, people): 0 is the root, 1 the other person; each further node is a concept below
     earlier nodes, or a person.
 
@@ -170,29 +157,20 @@ def _graph(
         if node in chain:
             j = chain.index(node)
             parents = [chain[j - 1] if j else 0]
-            pool = [
-                earlier
-                for earlier in range(node)
-                if sides[earlier] == 1 and depths[earlier] >= j and earlier != parents[0]
-            ]
+            pool = [n for n in range(node) if sides[n] == 1 and depths[n] >= j and n != parents[0]]
             more = _at_least_one(rng) - 1
         elif rng.random() < PERSON_SHARE:
             people.add(node)
         else:
             draw = rng.random()
             barred = 2 if draw < ROOT_ONLY else 1 if draw < ROOT_ONLY + OTHER_ONLY else 0
-            pool, more = (
-                [earlier for earlier in range(node) if not sides[earlier] & barred],
-                _at_least_one(rng),
-            )
+            pool = [n for n in range(node) if not sides[n] & barred]
+            more = _at_least_one(rng)
         for _ in range(min(more, len(pool))):
-            weights = [1 + DEPTH_WEIGHT * depths[earlier] for earlier in pool]
+            weights = [1 + DEPTH_WEIGHT * depths[n] for n in pool]
             parents.append(pool.pop(rng.choices(range(len(pool)), weights)[0]))
         edges += [(parent, node) for parent in parents]
-        side = 0
-        for parent in parents:
-            side |= sides[parent]
-        sides.append(side)
+        sides.append(reduce(or_, (sides[parent] for parent in parents), 0))
         depths.append(1 + min((depths[parent] for parent in parents), default=-1))
     return edges, people
 
@@ -209,7 +187,7 @@ def _at_least_one(rng: random.Random) -> int:
 
 
 def _ends(
-    rng: random.Random, edges: list[tuple[int, int]], hops: tuple[int, int], people: set[int] | None
+    rng: random.Random, edges: Edges, hops: Pair, people: set[int] | None
 ) -> tuple[list[int], int] | None:
     """(path root … target, neg_target), both ends without children and each reached by one of the
     two people alone.
@@ -225,20 +203,17 @@ def _ends(
             right.setdefault(len(path), []).append(node)
     if people:
         near = _reached(edges, *sorted(people - {0}))
-        right = {
-            length: nodes
-            for length, nodes in right.items()
-            if length in {len(near[node]) for node in wrong}
-        }
+        lengths = {len(near[node]) for node in wrong}
+        right = {length: right[length] for length in right if length in lengths}
     if not right or not wrong:
         return None
     length = max(right)
-    return below[rng.choice(right[length])], rng.choice(
-        [node for node in wrong if not people or len(near[node]) == length]
-    )
+    target = rng.choice(right[length])
+    others = [node for node in wrong if not people or len(near[node]) == length]
+    return below[target], rng.choice(others)
 
 
-def _reached(edges: Iterable[tuple[int, int]], *roots: int) -> dict[int, list[int]]:
+def _reached(edges: Iterable[Pair], *roots: int) -> dict[int, list[int]]:
     """Each node that can be reached, with a shortest path to it."""
     children: dict[int, list[int]] = {}
     for parent, child in edges:
@@ -253,44 +228,38 @@ def _reached(edges: Iterable[tuple[int, int]], *roots: int) -> dict[int, list[in
 
 
 def _worded(
-    rng: random.Random,
-    edges: list[tuple[int, int]],
-    people: set[int],
-    count: int,
-    ends: tuple[list[int], int],
-    concepts: list[str],
-    names: list[str],
+    rng: random.Random, edges: Edges, people: set, count: int, ends: tuple, vocabulary: tuple
 ) -> Question:
-    path, wrong = ends
+    """The question whose answer is at the end of `ends`, a path from root to target and the wrong
+    answer."""
+    (concepts, names), (path, wrong) = vocabulary, ends
     if rng.random() < 0.5:  # so that the number 0 does not tell the root
         swap = {0: 1, 1: 0}
         edges = [(swap.get(a, a), b) for a, b in edges]
         path = [swap.get(node, node) for node in path]
-    called, known = (
-        iter(rng.sample(names, len(people))),
-        iter(rng.sample(concepts, count - len(people))),
-    )
+    called = iter(rng.sample(names, len(people)))
+    known = iter(rng.sample(concepts, count - len(people)))
     words = [next(called if node in people else known) for node in range(count)]
 
-    def said(edge: tuple[int, int]) -> str:
+    def sentence(edge: Pair) -> str:
         child, parent = edge
         subject = words[child] if child in people else f"Every {words[child]}"
         return f"{subject} is a {words[parent]}."
 
-    facts = [said(edge) for edge in edges]
+    facts = [sentence(edge) for edge in edges]
     rng.shuffle(facts)
     either = [words[path[-1]], words[wrong]]
     rng.shuffle(either)
     root = words[path[0]]
     return Question(
-        f"{' '.join(facts)} Is {root} a {either[0]} or {either[1]}?",
-        f"{root} is a {words[path[-1]]}.",
-        [said(edge) for edge in itertools.pairwise(path)],
-        words,
-        edges,
-        path[0],
-        path[-1],
-        wrong,
+        question=f"{' '.join(facts)} Is {root} a {either[0]} or {either[1]}?",
+        answer=f"{root} is a {words[path[-1]]}.",
+        steps=[sentence(edge) for edge in itertools.pairwise(path)],
+        idx_to_symbol=words,
+        edges=edges,
+        root=path[0],
+        target=path[-1],
+        neg_target=wrong,
     )
 
 
@@ -302,10 +271,7 @@ def check(question: Question) -> None:
             answer disagree."""
     words, ends = question.idx_to_symbol, (question.root, question.target, question.neg_target)
     if not all(0 <= node < len(words) for node in itertools.chain(ends, *question.edges)):
-        raise DataError(
-            f'the question "…{question.question[-60:]}" has an edge or an end outside its '
-            f"{len(words)} nodes: need numbers of nodes. try: leave that question out"
-        )
+        _refuse(question, f"an edge or an end is outside its {len(words)} nodes")
     reached = _reached(question.edges, question.root)
     facts = re.findall(r"(Every )?(\w+) is a (\w+)\.", question.question)
     asked = re.search(r"Is (\w+) a (\w+) or (\w+)\?$", question.question)
@@ -327,34 +293,27 @@ def check(question: Question) -> None:
         "its steps are no chain from root to target": not set(chain) <= stated
         or [root, *(c for _, c in chain)] != [*(s for s, _ in chain), target],
     }
-    fault = next((said for said, wrong in faults.items() if wrong), None)
-    if fault:
-        raise DataError(
-            f'the question "…{question.question[-60:]}": {fault}; need one candidate that follows. '
-            "try: leave that question out"
-        )
+    for fault in (name for name, is_wrong in faults.items() if is_wrong):
+        _refuse(question, fault)
+
+
+def _refuse(question: Question, fault: str) -> NoReturn:
+    raise DataError(
+        f'the question "…{question.question[-60:]}": {fault}; need one candidate that follows. '
+        "try: leave that question out"
+    )
 
 
 def read_prosqa(path: Path | str) -> list[Question]:
-    """The questions of a ProsQA JSON file.
-
-    Raises:
-        DataError: a file that is missing, is not JSON, or lacks a field.
-    """
+    """The questions of a ProsQA JSON file. Raises DataError where it is missing, is not JSON, or
+    lacks a field."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [
-            Question(**{name: row[name] for name in Question.__dataclass_fields__}) for row in rows
-        ]
-    except OSError as fault:
-        raise DataError(
-            f"{path} cannot be read ({fault}): need a ProsQA file. try: check the path"
-        ) from fault
-    except (ValueError, TypeError, KeyError) as fault:
+        return [Question(**{name: row[name] for name in FIELDS}) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as fault:
         raise DataError(
             f"{path} is no ProsQA file ({type(fault).__name__}: {fault}): need a JSON list of "
-            "objects with "
-            f"{', '.join(Question.__dataclass_fields__)}. try: one that ends in _valid.json"
+            f"objects with {', '.join(FIELDS)}. try: one that ends in _valid.json"
         ) from fault
 
 
@@ -364,116 +323,73 @@ def write_jsonl(questions: Iterable[Question], path: Path | str, thought: Though
 
     Raises:
         DataError: a question that `check` refuses; then nothing is written."""
-    questions = list(questions)
+    lines = []
     for question in questions:
         check(question)
-    with Path(path).open("w", encoding="utf-8") as file:
-        for question in questions:
-            file.write(
-                json.dumps(
-                    {"instruction": question.question, "response": question.response(thought)}
-                )
-                + "\n"
-            )
+        pair = {"instruction": question.question, "response": question.response(thought)}
+        lines.append(json.dumps(pair) + "\n")
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
-# Invented words: syllables put together by a seeded generator. No list of words is kept anywhere.
-ONSETS = (*"bdfgklmnprstvz", "br", "dr", "gl", "kr", "pl", "sk", "tr")
-VOWELS = ("a", "e", "i", "o", "u")
-CODAS = ("l", "m", "n", "r", "s", "x", "nk", "rb", "lt", "mp")
+# Invented words: letters put together by a seeded generator. No list of words is kept anywhere.
+CONSONANTS = (*"bdfgklmnprstvz",)
+ONSETS = (*CONSONANTS, "br", "dr", "gl", "kr", "pl", "sk", "tr")
+VOWELS, CODAS = "aeiou", "lmnrs"
 
 
-def concept_words(count: int, seed: int = 0) -> list[str]:
+def concept_words(count: int) -> list[str]:
     """`count` different words of two closed syllables, as in "drolvim"; a longer list begins as a
     shorter one does."""
-    return _words(
-        count,
-        lambda rng: rng.choice(ONSETS) + _rime(rng) + rng.choice(ONSETS[:14]) + _rime(rng),
-        f"concepts {seed}",
-    )
+    return _words(count, "concepts 0", (ONSETS, VOWELS, CODAS, CONSONANTS, VOWELS, CODAS))
 
 
-def person_names(count: int, seed: int = 0) -> list[str]:
+def person_names(count: int) -> list[str]:
     """`count` different names that begin with a capital and end open, as in "Velko": no name is a
     concept's word."""
-
-    def name(rng: random.Random) -> str:
-        return (
-            rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(ONSETS[:14]) + rng.choice("aeio")
-        ).capitalize()
-
-    return _words(count, name, f"names {seed}")
+    words = _words(count, "names 0", (ONSETS, VOWELS, CONSONANTS, "aeio"))
+    return [word.capitalize() for word in words]
 
 
-def _rime(rng: random.Random) -> str:
-    return rng.choice(VOWELS) + rng.choice(CODAS[:5])
-
-
-def _words(count: int, draw, seed: str) -> list[str]:
-    rng, words = random.Random(seed), {}  # a dict keeps the order
+def _words(count: int, seed: str, parts: tuple[Sequence[str], ...]) -> list[str]:
+    rng = random.Random(seed)
+    words: dict[str, None] = {}  # a dict keeps the order
     while len(words) < count:
-        words.setdefault(draw(rng))
+        words.setdefault("".join(rng.choice(part) for part in parts))
     return list(words)
 
 
-def main(asked: argparse.Namespace) -> None:
-    if asked.convert:
-        files = {asked.convert.stem: read_prosqa(asked.convert)}
+def main(options: argparse.Namespace) -> None:
+    if options.convert:
+        files = {options.convert.stem: read_prosqa(options.convert)}
     else:
-        hops, nodes = tuple(asked.hops), tuple(asked.nodes)
-        made = generate(
-            asked.count + asked.heldout, asked.seed, hops, nodes, asked.even
-        )  # all different
-        files = {"train": made[: asked.count], "heldout": made[asked.count :]}
-    asked.out.mkdir(parents=True, exist_ok=True)
+        hops, nodes, count = tuple(options.hops), tuple(options.nodes), options.count
+        # All different.
+        questions = generate(count + options.heldout, options.seed, hops, nodes, options.even)
+        files = {"train": questions[:count], "heldout": questions[count:]}
+    options.out.mkdir(parents=True, exist_ok=True)
     for name, questions in files.items():
-        write_jsonl(questions, asked.out / f"{name}.jsonl", asked.thought)
-        print(
-            f"{asked.out / name}.jsonl: {len(questions)} questions of fields instruction and "
-            "response"
-        )
+        path = options.out / f"{name}.jsonl"
+        write_jsonl(questions, path, options.thought)
+        print(f"{path}: {len(questions)} questions of fields instruction and response")
 
 
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
+class Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+pair = {"type": int, "nargs": 2}
+EVEN = "the wrong answer is as many steps from the nearest other person: no shorter look tells"
+THOUGHT = "what the response begins with: steps to the answer, or all that a search reaches before"
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=Format)
 parser.add_argument("out", type=Path, help="folder for the files; it is made")
-for option, value, said in (
-    ("count", 2000, "questions to train on"),
-    ("heldout", 300, "other questions"),
-    ("seed", 0, "of all"),
-):
-    parser.add_argument(f"--{option}", type=int, default=value, help=f"{said} (default {value})")
-parser.add_argument(
-    "--hops",
-    type=int,
-    nargs=2,
-    default=(3, 6),
-    help="least and most steps from person to answer (default 3 6)",
-)
-parser.add_argument(
-    "--nodes",
-    type=int,
-    nargs=2,
-    default=(17, 28),
-    help="least and most nodes of a graph (default 17 28)",
-)
-parser.add_argument(
-    "--even",
-    action="store_true",
-    help="the wrong answer is as many steps from the nearest other "
-    "person: no shorter look tells, as it often does in small graphs",
-)
-parser.add_argument(
-    "--thought",
-    choices=("none", "steps", "reached"),
-    default="none",
-    help="what the response begins with: the "
-    "steps to the answer, or all that a search reaches before it (default none)",
-)
-parser.add_argument(
-    "--convert", type=Path, help="a ProsQA JSON file, instead of making questions up"
-)
+parser.add_argument("--count", type=int, default=2000, help="questions to train on")
+parser.add_argument("--heldout", type=int, default=300, help="other questions")
+parser.add_argument("--seed", type=int, default=0, help="of all")
+parser.add_argument("--hops", **pair, default=(3, 6), help="least and most steps to the answer")
+parser.add_argument("--nodes", **pair, default=(17, 28), help="least and most nodes of a graph")
+parser.add_argument("--even", action="store_true", help=EVEN)
+parser.add_argument("--thought", choices=get_args(Thought), default="none", help=THOUGHT)
+parser.add_argument("--convert", type=Path, help="a ProsQA JSON file, instead of made-up questions")
 if __name__ == "__main__":
     try:
         main(parser.parse_args())

@@ -14,8 +14,7 @@ from sememe.errors import DataError
 from sememe.evaluation.answers import final_sentence
 from sememe.pairs import read_pairs
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "make_prosqa.py"
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 prosqa = importlib.import_module("make_prosqa")
 
 
@@ -46,7 +45,7 @@ def test_each_question_has_one_answer_and_steps_of_the_shortest_length(questions
         assert nodes[-1] == names[question.target]
 
 
-def test_sizes_are_those_of_prosqa(questions):
+def test_sizes_are_those_of_prosqa_and_words_are_known(questions):
     """Its validation part: 22.8 nodes, 36.3 edges, 2.5 people, 3.8 hops; either candidate first."""
 
     def mean(numbers):
@@ -57,14 +56,10 @@ def test_sizes_are_those_of_prosqa(questions):
     assert 2.3 < mean(sum(word.istitle() for word in q.idx_to_symbol) for q in questions) < 2.8
     assert 3.5 < mean(len(q.steps) for q in questions) < 4
     assert 0.35 < mean(f"{q.idx_to_symbol[q.target]} or" in q.question for q in questions) < 0.65
-
-
-def test_equal_seeds_give_equal_questions_and_a_longer_list_begins_alike(questions):
-    assert prosqa.generate(20, seed=3) == questions[:20] != prosqa.generate(20, seed=4)
-    vocabularies = [
-        {word for q in prosqa.generate(60, seed) for word in q.idx_to_symbol} for seed in (0, 1)
-    ]
-    assert vocabularies[0] == vocabularies[1], "held-out questions are of known words"
+    assert prosqa.generate(20, seed=3) == questions[:20], "a longer list begins alike"
+    other = prosqa.generate(60, seed=4)
+    words = [{word for q in part for word in q.idx_to_symbol} for part in (other, questions)]
+    assert other[:20] != questions[:20] and words[0] == words[1]
 
 
 @pytest.mark.parametrize(("hops", "nodes"), [(1, 4), (2, (6, 8)), ((3, 6), (17, 28))])
@@ -91,9 +86,8 @@ def test_what_no_graph_fits_is_refused(hops, nodes, even, words):
 def test_check_finds_each_fault(questions):
     question = questions[0]
     symbols, root = question.idx_to_symbol, question.root
-    cut = [edge for edge in question.edges if edge[1] != question.target]
     faults = {
-        "right answer cannot": {"edges": cut},
+        "right answer cannot": {"edges": [x for x in question.edges if x[1] != question.target]},
         "wrong answer can": {"edges": [*question.edges, (root, question.neg_target)]},
         "a person is called": {"question": question.question.replace("Every ", "", 1)},
         "answer is not its target": {"answer": f"{symbols[root]} is a {symbols[0]}."},
@@ -105,29 +99,24 @@ def test_check_finds_each_fault(questions):
             prosqa.check(replace(question, **change))
 
 
-def test_the_script_writes_pairs_and_converts(tmp_path, questions, monkeypatch, capsys):
+def test_the_script_writes_pairs_and_converts(tmp_path, questions):
     def script(*words) -> None:
         prosqa.main(prosqa.parser.parse_args([str(word) for word in words]))
 
-    out = tmp_path / "out"
+    def pairs(name: str) -> list:
+        return read_pairs(str(tmp_path / "out" / f"{name}.jsonl"), ("instruction", "response"))
+
+    out, real = tmp_path / "out", tmp_path / "real.json"
     script(out, "--count", 30, "--heldout", 10, "--hops", 1, 2, "--nodes", 5, 6, "--even")
-    fields = ("instruction", "response")
-    train, heldout = (
-        read_pairs(str(out / f"{name}.jsonl"), fields) for name in ("train", "heldout")
-    )
-    assert (len(train), len(heldout)) == (30, 10)
-    assert not set(train) & set(heldout)
+    train, heldout = pairs("train"), pairs("heldout")
+    assert (len(train), len(heldout)) == (30, 10) and not set(train) & set(heldout)
     assert all(re.fullmatch(r"[A-Z]\w+ is a \w+\.", pair.target) for pair in train)
-    (tmp_path / "real.json").write_text(json.dumps([asdict(q) for q in questions[:3]]))
-    script(out, "--convert", tmp_path / "real.json", "--thought", "steps")
-    pairs = read_pairs(str(out / "real.jsonl"), fields)
-    assert [pair.target for pair in pairs] == [q.response("steps") for q in questions[:3]]
-    assert all(
-        final_sentence(pair.target) == final_sentence(q.answer)
-        for pair, q in zip(pairs, questions, strict=False)
-    )
+    real.write_text(json.dumps([asdict(q) for q in questions[:3]]))
+    script(out, "--convert", real, "--thought", "steps")
+    for pair, question in zip(pairs("real"), questions[:3], strict=True):
+        assert pair.target == question.response("steps")
+        assert final_sentence(pair.target) == final_sentence(question.answer)
     for content in (None, "{", "[{}]"):
-        if content is not None:
-            (tmp_path / "none.json").write_text(content)
-        with pytest.raises(DataError, match=r"cannot be read|no ProsQA file"):
-            script(out, "--convert", tmp_path / "none.json")
+        real.write_text(content) if content else real.unlink()
+        with pytest.raises(DataError, match="no ProsQA file"):
+            script(out, "--convert", real)
