@@ -105,10 +105,12 @@ def test_timing_of_training_leaves_the_model_as_it_was(base_folder):
 
 
 def test_greedy_is_what_the_base_generates(base_folder):
-    base, options = load_base(base_folder).eval(), {"max_new_tokens": 9, "do_sample": False}
-    want = base.generate(torch.full((2, 1), 5), attention_mask=torch.ones(2, 1), **options)
+    base, ids = load_base(base_folder).eval(), torch.tensor([[5], [9]])
+    want = base.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False
+    )
     assert want.shape == (2, 10), "no end of text among them"
-    assert torch.equal(speed.greedy(base, 5, 2, 9), want[:, 1:])
+    assert torch.equal(speed.greedy(base, ids, 9), want[:, 9:])
 
 
 def test_benchmark_prints_keeps_and_is_drawn(run, tmp_path):

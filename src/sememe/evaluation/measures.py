@@ -1,9 +1,6 @@
 """What each system is measured by: the function of each command, of a `Subject` and what else the
 command takes, which returns its figures."""
 
-from functools import partial
-
-from sememe.concepts.ablation import ABLATIONS
 from sememe.evaluation.ablation import ablate_plans, ablate_text
 from sememe.evaluation.compressor import evaluate_compressor
 from sememe.evaluation.plans import evaluate_plans, evaluate_sources
@@ -32,7 +29,7 @@ def _evaluate_control(subject: Subject, heldout, control: Subject | None) -> Fig
 TEXT = {"evaluate": evaluate}
 CONTROL = {"evaluate": _evaluate_control}
 ONLINE = {
-    "evaluate": partial(evaluate, ablations=ABLATIONS),
+    **TEXT,
     "ablate": ablate_text,
     "benchmark": benchmark_saved_online,
 }

@@ -2,7 +2,8 @@
 the codes costs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
 
+from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.segments import tail_lengths
 from sememe.concepts.writer import NULL
@@ -115,29 +117,25 @@ def finite(nll: float) -> float:
     return nll
 
 
-def evaluate(
-    subject: Subject,
-    blocks: TextBlocks,
-    control: Subject | None = None,
-    ablations: Sequence[str] = (),
-) -> Figures:
-    """All quality figures of a model on (N, T) held-out blocks, the gate running free.
+def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = None) -> Figures:
+    """All quality figures of a model on (N, T) held-out blocks, the gate running free; with
+    concepts also what ablating them costs.
 
     Bits per byte are of the source's own bytes, those of the predicted tokens (all but each row's
     first). Deltas are to the model's own NLL (ablations: positive = the codes matter) or to the
     control's (positive = worse than the control). Raises DataError for a non-finite NLL."""
     subject.refuse("answers signals", "a model of pairs of a source and a target")
     model, ids_NT, rates = subject.model, blocks.ids_NT, subject.rates
-    readings = {"own": token_nll(model, ids_NT)}
-    for kind in bar(iterable=ablations, desc="ablate", unit="ablation"):
-        readings[kind] = token_nll(model, ids_NT, ablation=kind)
-    for rate in bar(iterable=rates, desc="evaluate", unit="rate"):
-        with model.dial.at(rate=rate):
-            readings[rate] = token_nll(model, ids_NT)
+    ablations = ABLATIONS if getattr(model.config, "writes_concepts", False) else ()
+    own = partial(token_nll, model, ids_NT)
+    jobs = {"own": own} | {kind: partial(own, ablation=kind) for kind in ablations}
+    jobs |= {rate: model.dial.at(rate=rate)(own) for rate in rates}
     if control is not None:
-        readings["control"] = token_nll(control.model, ids_NT)
-    nll = {name: float(nll_NT.mean()) for name, (nll_NT, _) in readings.items()}
+        jobs["control"] = partial(token_nll, control.model, ids_NT)
+    shown = bar(iterable=jobs.items(), desc="evaluate", unit="reading")
+    readings = {name: job() for name, job in shown}
     own_NT, concepts_NT = readings["own"]
+    nll = {name: float(nll_NT.mean()) for name, (nll_NT, _) in readings.items()}
     share = getattr(model.config, "layer_share", None)
     written = {} if concepts_NT is None else concept_figures(subject, blocks, own_NT, concepts_NT)
     figures = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding, DynamicCache
+from transformers import BatchEncoding
 
 from sememe.backbone.calling import CACHE, cache_argument
 from sememe.evaluation.reconstruction import coding_cost
@@ -125,12 +125,12 @@ def benchmark_online(model, base, prompts: BatchEncoding, options: Options) -> F
     for (name, figures), times in zip(sides.items(), seconds, strict=True):
         # A difference, which noise can drown.
         decoding = max(times["median"] - figures["prefill_seconds"]["median"], 1e-9)
-        kept = [x for layer in caches[name].layers for x in (layer.keys, layer.values)]
+        entries = [x for layer in caches[name].layers for x in (layer.keys, layer.values)]
         figures |= {
             "decode_tokens_per_s": len(real_BT) * (new_tokens - 1) / decoding,
             "generate_seconds": times,
             # Layers that share the keys of others have none.
-            "cache_bytes": sum(x.nbytes for x in kept if x is not None),
+            "cache_bytes": sum(x.nbytes for x in entries if x is not None),
             "weight_bytes": weight_bytes(pair[name]),
         }
     cache = caches["concept"]
@@ -206,15 +206,14 @@ def benchmark_saved_online(subject: Subject, length: int | None, data: str | Non
 
 
 @torch.no_grad()
-def greedy(base, bos: int, batch: int, tokens: int) -> Tensor:
-    """(B, n) tokens that the base writes after `bos`: its own cached decoding in a bare loop, as
-    the decompressor's is."""
-    cache = DynamicCache(config=base.config)
-    written = [torch.full((batch, 1), bos, device=base.device)]
-    for _ in range(tokens):
-        out = base(input_ids=written[-1], use_cache=True, **cache_argument(base, cache))
-        written.append(out.logits[:, -1:].argmax(-1))
-    return torch.cat(written[1:], 1)
+def greedy(base, token_B1: Tensor, steps: int) -> Tensor:
+    """The last of `steps` tokens that the base writes after another: its own cached decoding in a
+    bare loop, as the decompressor's is."""
+    cache = None
+    for _ in range(steps):
+        out = base(input_ids=token_B1, use_cache=True, **cache_argument(base, cache))
+        token_B1, cache = out.logits[:, -1:].argmax(-1), out[CACHE]
+    return token_B1
 
 
 def benchmark_compressor(subject: Subject, length: int | None, data: str | None) -> Figures:
@@ -233,17 +232,17 @@ def benchmark_compressor(subject: Subject, length: int | None, data: str | None)
         partial(model.compress, ids_BT),
         partial(model.decompress, concepts),
         torch.no_grad()(partial(base, input_ids=ids_BT, use_cache=False)),
-        partial(greedy, base, model.bos, rows, steps),
+        partial(greedy, base, torch.full_like(ids_BT[:, :1], model.bos), steps),
     )
-    read, write, base_read, base_write = alternate(jobs, options.repeats)
+    compress, decompress, forward, write = alternate(jobs, options.repeats)
 
-    def side(model: nn.Module, read: Figures, write: Figures, written: int) -> Figures:
-        speeds = throughput("read", tokens, read) | throughput("write", written, write)
+    def side(model: nn.Module, reading: Figures, writing: Figures, written: int) -> Figures:
+        speeds = throughput("read", tokens, reading) | throughput("write", written, writing)
         return speeds | {"tokens_written": written, "weight_bytes": weight_bytes(model)}
 
     sides = {
-        "concept": side(model, read, write, written),
-        "base": side(base, base_read, base_write, rows * steps),
+        "concept": side(model, compress, decompress, written),
+        "base": side(base, forward, write, rows * steps),
     }
     cost = coding_cost(concepts, tokens, config.num_concepts, config.codes_per_concept)
     return {
