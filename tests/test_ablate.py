@@ -217,6 +217,8 @@ def test_kept_figures_are_of_this_model_and_measured_alike(tmp_path):
         ("generate BASE --prompt cat --rate 0.5", "has no concepts to set a rate for"),
         ("benchmark RUN --rate 0.1", "forces one after max_tail = 6"),
         ("benchmark RUN --dtype float8", "need one of float32"),
+        ("benchmark RUN", "need 1 to 192. try: --prompt-tokens 192"),
+        ("benchmark RUN --prompt-tokens 9 --data none.txt", "none.txt"),
         ("benchmark BASE", "has no concepts to decode with"),
     ],
 )
