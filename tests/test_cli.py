@@ -127,7 +127,7 @@ def test_benchmark_gives_the_contract(runs):
         for key in ("prefill_peak_bytes", "train_peak_bytes"):  # None where nobody can tell
             assert (side[key] or math.inf) >= side["weight_bytes"] > 0, key
     keys = """prefill_speedup decode_speedup cache_reduction ceiling_decode_speedup
-        train_step_ratio"""
+        train_step_ratio ragged_decode_speedup"""
     for key in keys.split():
         assert result[key] > 0, key
     assert {"prefill_memory_ratio", "train_memory_ratio"} < result.keys()

@@ -229,8 +229,8 @@ def ablate(
     rate: arguments.Rate = None,
 ):
     """What the codes are worth: NLL over the share of concepts dropped, and with all zeroed,
-    shuffled, random or swapped. Of a planner the same of its plans, and texts written from another's
-    plan. Reads the text about 36 times.
+    shuffled, random or swapped. Of a planner the same of its plans, and texts written from
+    another's plan. Reads the text about 36 times.
 
     Example: `sememe ablate runs/demo --data data/heldout.txt`"""
     from sememe import measure
@@ -341,8 +341,9 @@ def benchmark(
     rate: arguments.Rate = None,
 ):
     """Speed and cache beside the unmodified base: one process, same dtype and kernel, alternating,
-    medians. Of a compressor: compressing beside one forward of the base over the same text,
-    decompressing beside the base's own writing.
+    medians; of one prompt, and of a batch in which rows are ragged and out of phase. Of a
+    compressor: compressing beside one forward of the base over the same text, decompressing beside
+    the base's own writing.
 
     Example: `sememe benchmark runs/demo --prompt-tokens 512 --new-tokens 128`"""
     from sememe import measure
