@@ -115,8 +115,11 @@ PACKED = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
         ({"past_states": IDS}, "got past_states, which it does not know"),
         ({"label": IDS}, "got label, .* try: labels=…"),
         ({"cu_seq_lens_q": torch.tensor([0, 6])}, "got cu_seq_lens_q"),
-        ({"attention_mask": torch.ones(2, 8)}, r"8 wide, for 6 new tokens and 0 in the cache"),
-        ({"position_ids": torch.arange(3, 9)[None]}, r"there is no cache .*\(here at 3\)"),
+        (
+            {"attention_mask": torch.ones(2, 8)},
+            r"shape \(2, 8\): need \(2, 0 in the cache \+ 6 new\)",
+        ),
+        ({"position_ids": torch.arange(3, 9)[None]}, "begin at more than 0 and there is no cache"),
         ({"position_ids": PACKED}, "start again within a row, as in packed texts"),
         ({"input_ids": IDS[:, :0]}, "no new token"),
     ],

@@ -4,7 +4,7 @@ forward."""
 import torch
 from torch import Tensor, nn
 
-from sememe.backbone.calling import cache_argument, check_places, parameters, take_cache
+from sememe.backbone.calling import cache_argument, check_forward, parameters, take_cache
 from sememe.backbone.split import SLIDING, Spine
 from sememe.concepts.bridge import TailBridge
 from sememe.concepts.masks import Lane, allow, segment_mask
@@ -26,7 +26,7 @@ class SkippedLayer(nn.Module):
         if bridge is None:
             return hidden_states
         bridged_BTD = bridge(hidden_states, bridge.concept_mean.to(hidden_states.dtype))
-        return torch.where((position_ids == 0).unsqueeze(-1), hidden_states, bridged_BTD)
+        return bridged_BTD.where((position_ids != 0).unsqueeze(-1), hidden_states)
 
 
 class ControlForCausalLM(AdaptedModel):
@@ -99,7 +99,7 @@ class ControlForCausalLM(AdaptedModel):
         if self.config.window is not None:
             tokens_BT = input_ids if input_ids is not None else inputs_embeds[..., 0]
             before = 0 if cache is None else cache.get_seq_length()
-            check_places(tokens_BT.shape[1], attention_mask, position_ids, before)
+            check_forward(tokens_BT.shape, attention_mask, position_ids, before)
             attention_mask = self._window_mask(tokens_BT, attention_mask, before)
         return self.backbone(
             input_ids=input_ids,
