@@ -230,6 +230,17 @@ def saved(base_folder, tmp_path_factory):
     return folder
 
 
+def test_importing_the_package_is_all_that_the_auto_classes_need(saved):
+    program = (
+        "import sys, sememe; print('torch' in sys.modules); "
+        "from transformers import AutoModelForCausalLM as Auto; "
+        "print(type(Auto.from_pretrained(sys.argv[1])).__name__)"
+    )
+    python = [sys.executable, "-c", program, str(saved)]
+    done = subprocess.run(python, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "OnlineForCausalLM"]
+
+
 @pytest.mark.parametrize(
     "named, near",
     [

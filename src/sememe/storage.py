@@ -61,19 +61,18 @@ def check(path: Path) -> None:
     """Raises SememeError where `path` cannot be written, before the work whose result it is for."""
     folder = Path(os.path.realpath(path)).parent
     try:
-        if os.access(path if path.exists() else folder, os.W_OK) and not path.is_dir():
-            return
-        error = OSError(errno.EACCES, "it is a folder, or there is none that may be written to")
+        writable = os.access(path if path.exists() else folder, os.W_OK) and not path.is_dir()
     except OSError as fault:  # a name that is too long
-        error = fault
-    raise unwritable(path, error)
+        raise unwritable(path, fault) from fault
+    if not writable:
+        raise unwritable(path, "it is a folder, or in one that does not exist or is read-only")
 
 
-def unwritable(path: Path, error: OSError) -> SememeError:
+def unwritable(path: Path, fault: Exception | str) -> SememeError:
     """The sentence for a path that cannot be written."""
     return SememeError(
-        f"could not write {path} ({error.strerror or error}): need free space in a folder that can "
-        "be written to. try: another folder"
+        f"could not write {path} ({getattr(fault, 'strerror', None) or fault}): need free space in "
+        "a folder that can be written to. try: another folder"
     )
 
 

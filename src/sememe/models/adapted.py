@@ -16,9 +16,9 @@ from sememe.backbone.bases import base_of, fingerprint, load_base
 from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
 from sememe.backbone.split import self_check
 from sememe.concepts.masks import FLEX
-from sememe.errors import CheckpointError, reason
+from sememe.errors import CheckpointError
 from sememe.models.configuration import sink_id
-from sememe.storage import WEIGHTS, check_manifest, replacing, write_manifest
+from sememe.storage import WEIGHTS, check_manifest, replacing, unwritable, write_manifest
 
 OLD_NAMES = {  # of weights, in models that older releases saved
     r"^(head|codes|gate)\.": r"writer.\1.",
@@ -212,7 +212,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: an option that would be ignored.
-            CheckpointError: the folder cannot be written."""
+            SememeError: the folder cannot be written."""
         _refuse_unused(kwargs, SAVING, f"{type(self).__name__}.save_pretrained")
         if not is_main_process:
             return
@@ -236,10 +236,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 save_file(state, temporary, metadata={"format": "pt"})
             write_manifest(folder)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"could not write {folder / WEIGHTS} ({reason(error)}): need free space and write "
-                "permission. try: another --out"
-            ) from error
+            raise unwritable(folder / WEIGHTS, error) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):

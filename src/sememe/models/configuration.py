@@ -5,7 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.plan import PlanShape
-from sememe.errors import CheckpointError, RecipeError
+from sememe.errors import RecipeError
 from sememe.keys import (
     CompressorOptions,
     Concepts,
@@ -15,16 +15,6 @@ from sememe.keys import (
     split_layers,
 )
 from sememe.options import checked
-
-# Options of earlier releases, and the value at which a saved model is what it was.
-REMOVED = {
-    "estimator": "soft",
-    "commitment_weight": 0.0,
-    "usage_weight": 0.0,
-    "shared_map": False,
-    "gate_noise": 0.0,
-    "overlap": False,
-}
 
 
 class AdaptedConfig(PreTrainedConfig):
@@ -87,15 +77,8 @@ class ConceptConfig(AdaptedConfig):
     options: type[Concepts] = Concepts
 
     def __init__(self, text_config=None, **options):
-        for key, neutral in REMOVED.items():
-            if (value := options.pop(key, neutral)) != neutral:
-                raise CheckpointError(
-                    f"{key} = {value!r} in the configuration of this model: need {neutral!r}, the "
-                    "option is no more. try: an earlier release of sememe, or train it again"
-                )
         own = {key: options.pop(key) for key in self.options.model_fields if key in options}
-        values = checked(self.options, own)
-        for key, value in values.model_dump(mode="json").items():
+        for key, value in checked(self.options, own).model_dump(mode="json").items():
             setattr(self, key, value)
         super().__init__(text_config, **options)
 
@@ -117,12 +100,11 @@ class OnlineConfig(ConceptConfig):
     defaults = ConceptConfig.defaults | {"prefill_chunk": 1024}
 
     # transformers makes a dataclass of a configuration without an `__init__` of its own.
-    def __init__(self, text_config=None, **options):
-        super().__init__(text_config, **options)
+    __init__ = ConceptConfig.__init__
 
     def layer_share(self, rate: float | None = None) -> float:
         """Layer applications per token over the base's, at a realised rate."""
-        rate = self.rate if rate is None else rate
+        rate = rate or self.rate
         shallow, middle, deep = self.split
         return (shallow + middle * rate + deep) / sum(self.split)
 
@@ -130,16 +112,11 @@ class OnlineConfig(ConceptConfig):
         """Raises RecipeError where a value does not fit the others, or the base."""
         self.split = list(split_layers(self.split, self.text_config.num_hidden_layers))
         super().check()
-        if self.pool and BOUNDARIES[self.boundary].accumulates:
+        boundary = BOUNDARIES[self.boundary]
+        if boundary.offline or (self.pool and boundary.accumulates):
             raise RecipeError(
-                f"pool = true with boundary = {self.boundary!r}, which reads the whole segment "
-                "already: need one of them. try: pool=false"
-            )
-        if BOUNDARIES[self.boundary].offline:
-            raise RecipeError(
-                f"boundary = {self.boundary!r} reads all of a text before it writes a concept, and "
-                "an online model none of what is to come: need system: compressor for it. try: "
-                "boundary=null"
+                f"boundary = {self.boundary!r} reads what is still to come, or with pool = true a "
+                "segment twice: need system: compressor for it, or no pool. try: boundary=null"
             )
 
 
@@ -165,30 +142,24 @@ class CompressorConfig(ConceptConfig):
     def layer_share(self, rate: float | None = None) -> float:
         """Layer applications per token over the base's: the text is read once by one adapter and
         written once by the other, and an offline boundary adds a slot for each concept."""
-        rate = self.rate if rate is None else rate
-        slots = rate if BOUNDARIES[self.boundary].offline else 0.0
+        slots = (rate or self.rate) * BOUNDARIES[self.boundary].offline
         layers = self.text_config.num_hidden_layers
         return 1 + (1 + slots) * (self.depth or layers) / layers
 
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
         super().check()
-        layers = self.text_config.num_hidden_layers
-        if (self.depth or layers) > layers:
-            raise RecipeError(
-                f"depth = {self.depth}, but this base has {layers} layers: need 1 to {layers}. "
-                f"try: depth={layers}"
-            )
-        # Of the coordinates of a state each length takes one.
+        # Of the coordinates of a state each length takes one; of the bins a code.
         longest = self.text_config.hidden_size // 2 - 1
         if self.content == "bins":
-            longest = min(longest, self.num_concepts - 1)  # and a code for each length
-        if self.max_tail > longest:
-            raise RecipeError(
-                f"max_tail = {self.max_tail}: of a compressor with width "
-                f"{self.text_config.hidden_size} and {self.num_concepts} codes need at most "
-                f"{longest}. try: max_tail={min(16, longest)}"
-            )
+            longest = min(longest, self.num_concepts - 1)
+        limits = {"depth": self.text_config.num_hidden_layers, "max_tail": longest}
+        for key, limit in limits.items():
+            if (getattr(self, key) or 0) > limit:
+                raise RecipeError(
+                    f"{key} = {getattr(self, key)}: over this base and its codes a compressor has "
+                    f"at most {limit}. try: {key}={limit}"
+                )
 
 
 PLAN_KEYS = {
@@ -248,8 +219,7 @@ class ControlConfig(AdaptedConfig):
     defaults = AdaptedConfig.defaults | {"skipped": (), "bridge": False, "window": None}
 
     # transformers makes a dataclass of a configuration without an `__init__` of its own.
-    def __init__(self, text_config=None, **options):
-        super().__init__(text_config, **options)
+    __init__ = AdaptedConfig.__init__
 
     @property
     def system(self) -> str:
