@@ -108,7 +108,7 @@ def test_a_form_of_a_recipe(system, named, form):
 def test_sources_end_and_targets_begin_at_the_same_column(tokenizer):
     tensors = pair_tensors([Pair("abc", "de"), Pair("f", "ghij")], tokenizer, 8, 8)
     a, b, c, d, e, f, g, h, i, j = (tokenizer.convert_tokens_to_ids(x) for x in "abcdefghij")
-    bos, eos, pad = 1, tokenizer.eos_token_id, tokenizer.pad_token_id
+    bos, eos, pad = 1, tokenizer.eos_token_id, 0
     assert tensors.source_NU.tolist() == [[a, b, c], [pad, pad, f]]
     assert tensors.source_mask_NU.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert tensors.target_NY.tolist() == [[d, e, eos, -100, -100], [g, h, i, j, eos]]
@@ -133,8 +133,7 @@ def test_too_long_sources_keep_their_end_targets_their_beginning_and_that_is_sai
     assert tensors.source_NU[0].tolist() == [b, c, d]
     # The second has no room for eos.
     assert tensors.target_NY.tolist() == [[e, f, g], [e, f, g], [e, f, tokenizer.eos_token_id]]
-    said = "1 of 3 pairs are longer: sources keep their last 3 tokens, targets their first 3"
-    assert tensors.cut == said
+    assert tensors.cut == 1
 
 
 def test_a_tokenizer_without_eos_and_pad_ends_nothing_and_bytes_are_without_what_was_cut():
@@ -147,14 +146,6 @@ def test_a_tokenizer_without_eos_and_pad_ends_nothing_and_bytes_are_without_what
     assert tensors.rows(torch.tensor([2, 0])).target_bytes_N.tolist() == [2, 4]
 
 
-@pytest.mark.parametrize(
-    ("texts", "said"),
-    [
-        ([], "two words to cut between"),
-        ([Pair("a", "b"), Pair("", "b")], "a pair has a side without a token"),
-        ([Pair("a", "")], "a pair has a side without a token"),
-    ],
-)
-def test_what_has_no_tensor_is_refused(tokenizer, texts, said):
-    with pytest.raises(DataError, match=said):
-        pair_tensors(texts, tokenizer, 4, 4)
+def test_no_pairs_are_refused(tokenizer):
+    with pytest.raises(DataError, match="two words to cut between"):
+        pair_tensors([], tokenizer, 4, 4)

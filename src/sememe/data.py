@@ -9,8 +9,9 @@ import functools
 import itertools
 import json
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ from sememe.paths import locate, shown
 PIECE_CHARS = 200_000
 BATCH = 16  # pieces, which the tokenizer works on in parallel
 HUB_TIMEOUT_S = 5
-Encoder = Callable[[list[str]], list[Any]]
-Rows = Iterator[tuple[int, Any]]  # each with the number that a message names
+NEED_FILE = "need one of .txt, .jsonl, .parquet, or a datasets id"
 
 
 # Files and datasets → texts
@@ -52,19 +52,9 @@ def read_texts(source: str) -> list[str]:
 
 def read_rows(name: str, fields: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """Each row of a file or dataset: how a message names it, and the text of each field."""
-    path = locate(name)[0]
-    if path is None:
-        rows = _hub_rows(name)
-    elif path.is_file() and path.suffix in READERS:
-        rows = READERS[path.suffix](path)
-    else:
-        raise DataError(
-            f"{name} is a {'folder' if path.is_dir() else f'file {path.suffix}'}: need one of "
-            f"{', '.join(READERS)}, or a datasets id. try: one JSON object per line in a .jsonl"
-        )
     place = name
     try:
-        for number, row in rows:
+        for number, row in _rows(name):
             place = f"{name} line {number}"
             if isinstance(row, bytes):
                 row = json.loads(row)
@@ -77,8 +67,24 @@ def read_rows(name: str, fields: tuple[str, ...]) -> Iterator[tuple[str, list[st
         ) from fault
 
 
-def _txt_rows(path: Path) -> Rows:
-    yield 1, {"text": path.read_bytes().decode("utf-8-sig")}
+def _rows(name: str) -> Iterable[tuple[int, Any]]:
+    """Rows with the numbers that a message names; those of a .jsonl as bytes."""
+    path = locate(name)[0]
+    if path is None:
+        return _hub_rows(name)
+    suffix = path.suffix if path.is_file() else None
+    if suffix == ".txt":
+        return [(1, {"text": path.read_bytes().decode("utf-8-sig")})]
+    if suffix == ".jsonl":
+        return jsonl_lines(path)
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return enumerate(pq.read_table(path).to_pylist(), start=1)
+    raise DataError(
+        f"{name} is a {'folder' if suffix is None else f'file {suffix}'}: {NEED_FILE}. "
+        "try: one JSON object per line in a .jsonl"
+    )
 
 
 def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -91,21 +97,12 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parquet_rows(path: Path) -> Rows:
-    import pyarrow.parquet as pq
-
-    batches = pq.ParquetFile(path).iter_batches()
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-
-
-READERS = {".txt": _txt_rows, ".jsonl": jsonl_lines, ".parquet": _parquet_rows}
-
-
-def _hub_rows(name: str) -> Rows:
-    if Path(name).suffix in READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+def _hub_rows(name: str) -> Iterable[tuple[int, Any]]:
+    file = name.endswith((".txt", ".jsonl", ".parquet"))
+    if file or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise DataError(
-            f"{shown(name)} does not exist: need a file of {', '.join(READERS)}, or a datasets id. "
-            "try: a path from the current folder; a text itself goes into a .txt file"
+            f"{shown(name)} does not exist: {NEED_FILE}. try: a path from the current folder; a "
+            "text itself goes into a .txt file"
         )
     import datasets
     from huggingface_hub import HfApi
@@ -127,11 +124,11 @@ def _hub_rows(name: str) -> Rows:
 
 def _text(row: Any, field: str, place: str) -> str:
     """The field of a row."""
-    row = row if isinstance(row, dict) else {}
-    if not isinstance(text := row.get(field), str):
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
         raise DataError(
-            f"{place} has no field {field!r} of text, its fields are {list(row)}: need text in every "
-            "row. try: drop that row, or FILE#FIELD for another field"
+            f"{place} has no field {field!r} of text, it has {reprlib.repr(row)}: need text in "
+            "every row. try: drop that row, or FILE#FIELD for another field"
         )
     return check_text(text, place)
 
@@ -152,7 +149,7 @@ def check_text(text: str, place: str) -> str:
 # Texts → token blocks
 
 
-def encoder(tokenizer) -> Encoder:
+def encoder(tokenizer) -> Callable[[list[str]], list[Any]]:
     """Texts → for each its `ids`, no special ones, and their `offsets`, the characters [from, to)
     that each stands for. Raises DataError for a tokenizer that does not know these."""
     if not getattr(tokenizer, "is_fast", False):

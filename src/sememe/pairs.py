@@ -39,8 +39,8 @@ class PairTensors:
     target_NY: Tensor
     target_bytes_N: Tensor | None = None
     """UTF-8 bytes of each target without what was cut; None where the pairs are not of a text."""
-    cut: str = ""
-    """One sentence on what was cut; empty if nothing was."""
+    cut: int = 0
+    """Pairs of which a side was too long."""
 
     def __len__(self) -> int:
         return len(self.source_NU)
@@ -185,35 +185,26 @@ def pair_tensors(
 
     A source that is too long keeps its end, a target its beginning. The tokenizer's eos, if it has
     one, ends each target that is not cut and has room for it. A model adds its own BOS, so lengths
-    do not count one. Raises DataError where there is no pair, or no token in one."""
+    do not count one. Raises DataError where there is no pair."""
     if not pairs:
         raise DataError("no text has two words to cut between: need a pair. try: another file")
     source_texts, target_texts = zip(*pairs, strict=True)
     sources, targets = map(encoder(tokenizer), (source_texts, target_texts))
-    if not all(encoding.ids for encoding in sources + targets):
-        raise DataError(
-            "a pair has a side without a token: need text that the tokenizer knows. try: leave "
-            "that pair out"
-        )
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    source_rows = [torch.tensor(encoding.ids[-source_length:]) for encoding in sources]
+    target_rows = [torch.tensor((encoding.ids + eos)[:target_length]) for encoding in targets]
+    source_NU = pad_sequence(source_rows, True, IGNORED, padding_side="left")
     bytes_N = [
         int(byte_counts(text, encoding.offsets)[:target_length].sum())
         for text, encoding in zip(target_texts, targets, strict=True)
     ]
-    cut = sum(
-        len(source) > source_length or len(target) > target_length
-        for source, target in zip(sources, targets, strict=True)
-    )
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    pad = [*eos, 0][0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    source_rows = [torch.tensor(encoding.ids[-source_length:]) for encoding in sources]
-    target_rows = [torch.tensor((encoding.ids + eos)[:target_length]) for encoding in targets]
     return PairTensors(
-        pad_sequence(source_rows, True, pad, padding_side="left"),
-        pad_sequence([torch.ones_like(ids) for ids in source_rows], True, padding_side="left"),
+        source_NU.clamp(min=0),
+        (source_NU != IGNORED).long(),
         pad_sequence(target_rows, True, IGNORED),
         torch.tensor(bytes_N),
-        f"{cut} of {len(pairs)} pairs are longer: sources keep their last {source_length} tokens, "
-        f"targets their first {target_length}"
-        if cut
-        else "",
+        sum(
+            len(source) > source_length or len(target) > target_length
+            for source, target in zip(sources, targets, strict=True)
+        ),
     )
