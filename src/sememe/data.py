@@ -230,27 +230,6 @@ def text_blocks(texts: list[str], tokenizer, length: int, limit: int = sys.maxsi
     The tokenizer's eos, if it has one, stands between texts; blank texts and the remainder are
     dropped. Tokenising stops soon after `limit`. Raises DataError when there is not one full
     block."""
-    parts = []
-    count = 0
-    for part in _encoded(texts, tokenizer):
-        parts.append(part)
-        count += len(part[0])
-        if count >= limit:
-            break
-    blocks = min(count, limit) // length
-    if not blocks:
-        raise DataError(
-            f"the text has {count} tokens: need at least {length}, one block. "
-            "try: more text or shorter blocks"
-        )
-    ids, byte_n, pieces = zip(*parts, strict=True)
-    ids_NT, bytes_NT = (torch.cat(x)[: blocks * length].view(blocks, -1) for x in (ids, byte_n))
-    return TextBlocks(ids_NT, bytes_NT, "".join(pieces).encode()[: int(bytes_NT.sum())])
-
-
-def _encoded(texts: list[str], tokenizer) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """Token ids, the bytes of each and the text of every piece; an eos, of 0 bytes, stands before
-    each text but the first."""
     encode = encoder(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = (
@@ -258,14 +237,26 @@ def _encoded(texts: list[str], tokenizer) -> Iterator[tuple[Tensor, Tensor, str]
         for number, text in enumerate(filter(str.strip, texts))
         for match in _pieces(text)
     )
-    while batch := list(itertools.islice(pieces, BATCH)):
+    ids, byte_n, parts = [], [], []
+    count = 0
+    while count < limit and (batch := list(itertools.islice(pieces, BATCH))):
         encodings = encode([piece for _, piece in batch])
         for (before, piece), encoding in zip(batch, encodings, strict=True):
-            if encoding.ids:
-                # Tensors one by one: a list of all ids would take several times their memory.
-                ids = torch.tensor(before + encoding.ids)
-                bytes_n = byte_counts(piece, encoding.offsets)
-                yield ids, F.pad(bytes_n, (len(before), 0)), piece
+            if not encoding.ids:
+                continue
+            # Tensors one by one: a list of all ids would take several times their memory.
+            ids.append(torch.tensor(before + encoding.ids))
+            byte_n.append(F.pad(byte_counts(piece, encoding.offsets), (len(before), 0)))
+            parts.append(piece)
+            count += len(ids[-1])
+    blocks = min(count, limit) // length
+    if not blocks:
+        raise DataError(
+            f"the text has {count} tokens: need at least {length}, one block. "
+            "try: more text or shorter blocks"
+        )
+    ids_NT, bytes_NT = (torch.cat(x)[: blocks * length].view(blocks, -1) for x in (ids, byte_n))
+    return TextBlocks(ids_NT, bytes_NT, "".join(parts).encode()[: int(bytes_NT.sum())])
 
 
 def _pieces(text: str) -> Iterator[re.Match]:

@@ -158,13 +158,8 @@ def _pieces(text: str, chars: int) -> list[str]:
     space stays whole."""
     count = -(-len(text) // chars)
     ends = _word_ends(text) if count > 1 else []
-    edges = {0, len(text)}
-    for number in range(1, count):
-        at = round(len(text) * number / count)
-        end = _nearest(ends, at)
-        if abs(end - at) < chars // 2:
-            edges.add(end)
-    return [text[start:end] for start, end in itertools.pairwise(sorted(edges))]
+    inner = {_nearest(ends, round(len(text) * number / count)) for number in range(1, count)}
+    return [text[start:end] for start, end in itertools.pairwise(sorted({0, len(text)} | inner))]
 
 
 def _word_ends(text: str) -> list[int]:

@@ -50,12 +50,11 @@ def locate(source: str) -> tuple[Path | None, str, str]:
     """The file that a source names (None where there is none), its name and the field, `text`
     where none is named: `file.jsonl#response` names one, but a file may have a # in its own
     name."""
+    name, _, field = source.rpartition("#")
     path = existing(source)
-    name, _, named = source.rpartition("#")
-    # With a / in it the # is in a folder's name, and nothing is there.
-    if path is not None or not name or not named or (not existing(name) and "/" in named):
+    if path is not None or not (name and field) or "/" in field:  # the # is in a folder's name
         return path, source, "text"
-    return existing(name), name, named
+    return existing(name), name, field
 
 
 def source_sha256(source: str) -> str:

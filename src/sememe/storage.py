@@ -1,7 +1,6 @@
 """Writing files: whole or not at all, and where they are links, pipes or devices, into those."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -13,7 +12,6 @@ from sememe.errors import CheckpointError, SememeError, reason
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
-NO_RENAME = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
 
 
 def sha256(path: Path) -> str:
@@ -41,20 +39,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file so that it is whole, or as it was before.
-
-    A pipe or a device is written into, and so is a file that cannot be renamed onto: in a folder
-    that is read-only, or mounted by itself into a container. Raises OSError."""
+    """Writes a file so that it is whole, or as it was before; into a pipe or a device. Raises
+    OSError."""
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        if not path.exists() or error.errno not in NO_RENAME:
-            raise
-        path.write_bytes(content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def check(path: Path) -> None:

@@ -176,13 +176,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """transformers without bars and load reports, its faults as one sentence of ours."""
+    """transformers without bars, its faults as one sentence of ours."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
-    level = logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
         yield
     except Exception as fault:  # OSError, ValueError, KeyError, SafetensorError, …
@@ -191,7 +189,6 @@ def _loading(name: str) -> Iterator[None]:
             "transformers knows. try: download it again, or another base"
         ) from fault
     finally:
-        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 

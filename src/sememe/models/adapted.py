@@ -62,7 +62,7 @@ DEFAULTS = {
     "push_to_hub": False,
     "use_kernels": False,
 }
-FITTED_TOKENS = 16384  # at most, that a boundary is fitted on
+FITTED_TOKENS = 16384  # at most, that a boundary or a bridge is fitted on
 
 
 class AdaptedModel(PreTrainedModel, GenerationMixin):
@@ -189,20 +189,18 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config._attn_implementation = attention
         return cls(config, backbone)
 
-    def own_state(self, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What is not the base's, of `state` or the model as it is: LoRA, new modules and their
-        buffers."""
-        state = state or self.state_dict()
-        return {name: value.detach() for name, value in state.items() if _is_own(name)}
+    def own_state(self) -> dict[str, Tensor]:
+        """What is not the base's: LoRA, new modules and their buffers."""
+        return _own(self.state_dict())
 
     @torch.no_grad()
     def round_own_weights(self) -> None:
         """Rounds the matrices of LoRA and new modules to bf16 in place; they are then saved in it.
         Vectors and buffers stay as they are: a code's bias is near 100, where bf16 has steps of
         0.5."""
-        for name, p in self.named_parameters():
-            if _is_own(name) and p.dim() > 1:
-                p.copy_(p.bfloat16())
+        for value in _own(dict(self.named_parameters())).values():
+            if value.dim() > 1:
+                value.copy_(value.bfloat16())
 
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs
@@ -223,13 +221,11 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
+        state = dict(state_dict or self.state_dict())
         if config.base is not None:
-            state = self.own_state(state_dict)
-            state = {name: _narrowed(value) for name, value in state.items()}
-        else:
-            state = dict(state_dict or self.state_dict())
-            if self.get_output_embeddings().weight is self.get_input_embeddings().weight:
-                state.pop("backbone.lm_head.weight", None)
+            state = {name: _narrowed(value) for name, value in _own(state).items()}
+        elif self.get_output_embeddings().weight is self.get_input_embeddings().weight:
+            state.pop("backbone.lm_head.weight", None)
         state = {name: value.contiguous() for name, value in state.items()}
         try:
             with replacing(folder / WEIGHTS) as temporary:
@@ -265,10 +261,10 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         dtype = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
         attention = kwargs.get("attn_implementation") or config._attn_implementation or "sdpa"
         device = kwargs.get("device_map") or "cpu"
-        devices = set(device.values()) if isinstance(device, dict) else {device}
-        if len(devices) > 1:
+        device, *others = set(device.values()) if isinstance(device, dict) else [device]
+        if others:
             raise CheckpointError(
-                f"device_map over {devices}: need one device for all of the model. "
+                f"device_map over {device} and {others}: need one device for all of the model. "
                 "try: device_map='cpu'"
             )
         model = cls.from_base(config, dtype, attention)
@@ -277,7 +273,6 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         for name, p in model.named_parameters():
             if "lora_" in name or name.startswith("bridge."):  # they multiply states
                 p.data = p.data.to(dtype)  # codes, head and rotary buffers keep fp32
-        (device,) = devices
         return model.to(default_device() if device == "auto" else device).eval()
 
     def load_own_state(self, folder: Path) -> None:
@@ -313,8 +308,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         return self
 
 
-def _is_own(name: str) -> bool:
-    return "lora_" in name or not name.startswith("backbone.")
+def _own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.detach()
+        for name, value in weights.items()
+        if "lora_" in name or not name.startswith("backbone.")
+    }
 
 
 def _narrowed(value: Tensor) -> Tensor:
@@ -323,18 +322,23 @@ def _narrowed(value: Tensor) -> Tensor:
     return narrow if value.dim() > 1 and torch.equal(narrow.to(value.dtype), value) else value
 
 
+def fitted_blocks(ids_NT: Tensor) -> Tensor:
+    """The first few blocks, which a boundary or a bridge is fitted on."""
+    return ids_NT[: max(1, FITTED_TOKENS // ids_NT.shape[1])]
+
+
 def boundary_targets(model: "AdaptedModel", ids_NT: Tensor) -> Tensor | None:
-    """(n, T - 1) what a fitted boundary is to estimate on the first few blocks: what the base
-    itself makes of the text (LoRA is still zero)."""
+    """(n, T - 1) what a fitted boundary is to estimate: what the base itself makes of the text
+    (LoRA is still zero)."""
     boundary = model.writer.gate.boundary
     if boundary.fitted is None:
         return None
-    blocks_NT = ids_NT[: max(1, FITTED_TOKENS // ids_NT.shape[1])].to(model.device)
-    targets = []
-    for ids_BT in blocks_NT.split(4):
+
+    def target(ids_BT: Tensor) -> Tensor:
         logits_BTV = model.backbone(input_ids=ids_BT, use_cache=False).logits
-        targets.append(boundary.target(logits_BTV.float().log_softmax(-1), ids_BT))
-    return torch.cat(targets)
+        return boundary.target(logits_BTV.float().log_softmax(-1), ids_BT)
+
+    return torch.cat([target(ids_BT) for ids_BT in fitted_blocks(ids_NT).to(model.device).split(4)])
 
 
 def _refuse_unused(named: dict, known: Iterable[str], what: str) -> None:
