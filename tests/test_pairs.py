@@ -38,19 +38,11 @@ def test_two_named_fields_of_a_jsonl_and_a_parquet(tmp_path):
     assert read_pairs(str(tmp_path / "a.parquet"), FIELDS) == wanted
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"instruction": "x", "response": " \n"}, r"line 3 has an empty field"),
-        ({"instruction": "x"}, "line 3 has no field 'response'"),
-        ({"instruction": "x", "response": None}, "line 3 has no field 'response' of text"),
-    ],
-)
-def test_an_empty_or_missing_field_names_its_line(tmp_path, row, said):
+def test_an_empty_field_names_its_line(tmp_path):
     # A blank line stands between the rows.
-    path = jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "response": "y"}, row])
-    with pytest.raises(DataError, match=said):
-        read_pairs(path, FIELDS)
+    rows = [{"instruction": "x", "response": "y"}, {"instruction": "x", "response": " \n"}]
+    with pytest.raises(DataError, match="line 3 has an empty field"):
+        read_pairs(jsonl(tmp_path / "a.jsonl", rows), FIELDS)
 
 
 def test_documents_are_cut_before_the_white_space_nearest_to_the_share():
@@ -144,8 +136,5 @@ def test_a_tokenizer_without_eos_and_pad_ends_nothing_and_bytes_are_without_what
     assert tensors.source_NU[1, 0] == 0 and tensors.source_mask_NU[1].tolist() == [0, 1]
     assert tensors.target_bytes_N.tolist() == [4, 3, 2]
     assert tensors.rows(torch.tensor([2, 0])).target_bytes_N.tolist() == [2, 4]
-
-
-def test_no_pairs_are_refused(tokenizer):
     with pytest.raises(DataError, match="two words to cut between"):
-        pair_tensors([], tokenizer, 4, 4)
+        pair_tensors([], bare, 4, 4)

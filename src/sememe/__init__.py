@@ -29,13 +29,13 @@ class _Registration(MetaPathFinder):
 def _hook(auto_config) -> None:
     """`AutoConfig.from_pretrained`, with which every Auto class begins, imports our models when it
     is first called: they register themselves."""
-    read = auto_config.from_pretrained
+    original = auto_config.from_pretrained
 
     def from_pretrained(*args, **kwargs):
-        auto_config.from_pretrained = read
+        auto_config.from_pretrained = original
         import sememe.models  # noqa: F401
 
-        return read(*args, **kwargs)
+        return original(*args, **kwargs)
 
     auto_config.from_pretrained = from_pretrained
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import copy
 import functools
 import itertools
@@ -26,7 +25,6 @@ from sememe.paths import locate, shown
 
 PIECE_CHARS = 200_000
 BATCH = 16  # pieces, which the tokenizer works on in parallel
-HUB_TIMEOUT_S = 5
 NEED_FILE = "need one of .txt, .jsonl, .parquet, or a datasets id"
 
 
@@ -105,14 +103,8 @@ def _hub_rows(name: str) -> Iterable[tuple[int, Any]]:
             "text itself goes into a .txt file"
         )
     import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        # load_dataset alone retries for 23 s before it says that there is no network; it is quick
-        # where the user wants the cached copy.
-        with contextlib.suppress(OfflineModeIsEnabled):
-            HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
         return enumerate(datasets.load_dataset(name, split="train"), start=1)
     except Exception as fault:
         raise DataError(

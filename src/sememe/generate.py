@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,10 +82,13 @@ def _continue(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
     ids_1T = tokenizer(request.prompt, return_tensors="pt").input_ids.to(model.device)
     beside = ids_1T.shape[1]
     check_length(longest_text(config), request.max_new_tokens, "--max-new-tokens ", beside)
-    streamer = ConceptStreamer(tokenizer, request.prompt)
-    if request.show_concepts:
-        codes = {key: getattr(config, key) for key in ("num_concepts", "codes_per_concept")}
-        streamer.cache, streamer.name = cache, partial(concept_name, **codes)
+    codes = [getattr(config, key, 1) for key in ("num_concepts", "codes_per_concept")]
+    streamer = ConceptStreamer(
+        tokenizer,
+        request.prompt,
+        cache if request.show_concepts else None,
+        lambda concept: concept_name(concept, *codes),
+    )
     torch.manual_seed(request.seed)
     new_1T = model.generate(
         ids_1T,

@@ -58,13 +58,13 @@ class PairTensors:
         ids = torch.cat([ids, self.target_NY.clamp(min=0)], 1)
         mask = torch.cat([mask, self.target_NY != IGNORED], 1)
         order = mask.argsort(dim=1, descending=True, stable=True)
-        return ids.gather(1, order), mask.gather(1, order), labels.gather(1, order)
+        return tuple(x.gather(1, order) for x in (ids, mask, labels))
 
     def prompts(self, bos: int) -> tuple[Tensor, Tensor]:
         """(N, 1 + U) ids of BOS and source, padded on the left, and their mask."""
         ids, mask = self._after(bos)
         order = mask.argsort(dim=1, stable=True)
-        return ids.gather(1, order), mask.gather(1, order)
+        return tuple(x.gather(1, order) for x in (ids, mask))
 
     def _after(self, bos: int) -> tuple[Tensor, Tensor]:
         return (

@@ -65,11 +65,6 @@ PULL = f"sememe pull {next(iter(KNOWN))}"
 NEED_KNOWN = f"need one of {', '.join(KNOWN)}. try: {PULL}"
 
 
-def home() -> Path:
-    """Where sememe keeps what it pulls: $SEMEME_HOME, or ~/.cache/sememe."""
-    return usable(os.environ.get("SEMEME_HOME") or "~/.cache/sememe")
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -203,7 +198,8 @@ def pull(name: str) -> Path:
     Raises BaseError for an unknown name, a failed download, a wrong checksum or a full disk."""
     if name not in KNOWN:
         raise BaseError(f"no base is named {name!r}: {NEED_KNOWN}")
-    target = home() / "bases" / name
+    home = usable(os.environ.get("SEMEME_HOME") or "~/.cache/sememe")
+    target = home / "bases" / name
     if (target / MANIFEST).is_file():
         return target
     try:

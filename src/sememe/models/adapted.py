@@ -122,11 +122,10 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         """The token that every text begins with."""
         return sink_id(self.config.text_config)
 
-    def refuse_unknown(self, named: dict, extra: frozenset[str] = frozenset()) -> None:
+    def refuse_unknown(self, named: dict, extra: Iterable[str] = ()) -> None:
         """Raises ValueError for what `forward` got and would ignore."""
-        refuse_unknown(
-            named, parameters(type(self)).union(FORWARD, extra), f"{type(self).__name__}.forward"
-        )
+        known = parameters(type(self)).union(FORWARD, extra)
+        refuse_unknown(named, known, f"{type(self).__name__}.forward")
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         name_cache(model_kwargs)  # whatever the caller called it

@@ -8,8 +8,8 @@ from sememe.concepts.plan import PlanShape
 from sememe.errors import RecipeError
 from sememe.keys import (
     CompressorOptions,
-    Concepts,
     OnlineOptions,
+    Options,
     Plan,
     check_rate,
     split_layers,
@@ -34,6 +34,8 @@ class AdaptedConfig(PreTrainedConfig):
     system = None
     writes_concepts = False
     opens_with_bos = False  # a BOS ahead of each text takes one position
+    options = Options  # the group of recipe keys that its own are among, and are checked by
+    names = {}  # option of that group → its name in the configuration
     defaults = {
         "base": None,
         "base_sha256": None,
@@ -44,6 +46,10 @@ class AdaptedConfig(PreTrainedConfig):
     }
 
     def __init__(self, text_config=None, **options):
+        own = {key: options.pop(name) for key, name in self.names.items() if name in options}
+        values = checked(self.options, own).model_dump(mode="json")
+        for key, name in self.names.items():
+            setattr(self, name, values[key])
         for key, value in self.defaults.items():
             setattr(self, key, options.pop(key, value))
         super().__init__(**options)
@@ -64,8 +70,7 @@ class AdaptedConfig(PreTrainedConfig):
 
 
 class ConceptConfig(AdaptedConfig):
-    """What every system that writes concepts shares: the options of that name, by which they are
-    checked as well.
+    """What every system that writes concepts shares.
 
     Args:
         quantise: where the `Dial` stands at first, as `rate`.
@@ -74,13 +79,7 @@ class ConceptConfig(AdaptedConfig):
     model_type = "sememe-concepts"
     writes_concepts = True
     defaults = AdaptedConfig.defaults | {"quantise": 1.0}
-    options: type[Concepts] = Concepts
-
-    def __init__(self, text_config=None, **options):
-        own = {key: options.pop(key) for key in self.options.model_fields if key in options}
-        for key, value in checked(self.options, own).model_dump(mode="json").items():
-            setattr(self, key, value)
-        super().__init__(text_config, **options)
+    __init__ = AdaptedConfig.__init__  # transformers makes a dataclass of a class without one
 
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
@@ -97,9 +96,8 @@ class OnlineConfig(ConceptConfig):
     model_type = "sememe-online"
     system = "online"
     options = OnlineOptions
+    names = {key: key for key in OnlineOptions.model_fields}
     defaults = ConceptConfig.defaults | {"prefill_chunk": 1024}
-
-    # transformers makes a dataclass of a configuration without an `__init__` of its own.
     __init__ = ConceptConfig.__init__
 
     def layer_share(self, rate: float | None = None) -> float:
@@ -132,6 +130,7 @@ class CompressorConfig(ConceptConfig):
     system = "compressor"
     opens_with_bos = True
     options = CompressorOptions
+    names = {key: key for key in CompressorOptions.model_fields}
     defaults = ConceptConfig.defaults | {"beams": 16, "bins_rate": None}
 
     def __init__(self, text_config=None, **options):
@@ -186,18 +185,15 @@ class PlannerConfig(AdaptedConfig):
 
     model_type = "sememe-planner"
     system = "planner"
+    options = Plan
+    names = PLAN_KEYS
     defaults = AdaptedConfig.defaults | {
         "plan_max_source": None,
         "code_temperature": 1.0,
         "seed": 0,
     }
 
-    def __init__(self, text_config=None, **options):
-        own = {key: options.pop(name) for key, name in PLAN_KEYS.items() if name in options}
-        plan = checked(Plan, own)
-        for key, name in PLAN_KEYS.items():
-            setattr(self, name, getattr(plan, key))
-        super().__init__(text_config, **options)
+    __init__ = AdaptedConfig.__init__
 
     @property
     def plan_shape(self) -> PlanShape:
@@ -217,8 +213,6 @@ class ControlConfig(AdaptedConfig):
 
     model_type = "sememe-control"
     defaults = AdaptedConfig.defaults | {"skipped": (), "bridge": False, "window": None}
-
-    # transformers makes a dataclass of a configuration without an `__init__` of its own.
     __init__ = AdaptedConfig.__init__
 
     @property
@@ -228,8 +222,7 @@ class ControlConfig(AdaptedConfig):
 
     def layer_share(self, rate: float | None = None) -> float:
         """Layer applications per token over the base's."""
-        first, last = self.skipped or (0, 0)
-        return 1 - (last - first) / self.text_config.num_hidden_layers
+        return 1 - len(range(*self.skipped or (0,))) / self.text_config.num_hidden_layers
 
 
 def sink_id(text_config) -> int:

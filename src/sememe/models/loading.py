@@ -54,32 +54,20 @@ def read_config(folder: Path):
 
 
 def load_model(
-    model: str | Path,
-    *,
-    merge: bool = True,
-    dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
-    rate: float | None = None,
+    model: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, object]:
     """(model in eval mode, tokenizer). `merge` folds LoRA into the weights: the same function with
-    fewer matmuls. `rate` is the dial: concepts per token to run at, instead of the rate that was
-    trained for.
+    fewer matmuls.
 
     Raises:
-        CheckpointError: not a model, corrupt, over another base, or without concepts where `rate`
-            is given.
-        RecipeError: a rate that this model cannot hold.
+        CheckpointError: not a model, corrupt, or over another base.
         BaseError: `model` is neither a folder nor a base that can be had."""
     folder = model_folder(model) or resolve(str(model))
     config = read_config(folder)
-    if rate is not None:
-        check_rate(config, rate, model)  # refused before anything large is read
     load = AutoModelForCausalLM.from_pretrained if hasattr(config, "system") else load_base
-    loaded = load(folder, dtype=dtype, attn_implementation=attention)
+    loaded = load(folder, dtype=dtype)
     if merge and getattr(loaded, "foldable", False):
         loaded.merged()
-    if rate is not None:
-        loaded.dial.rate = rate
     return loaded.to(default_device()).eval(), load_tokenizer(tokenizer_folder(folder, config))
 
 
