@@ -117,7 +117,7 @@ PACKED = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
         ({"cu_seq_lens_q": torch.tensor([0, 6])}, "got cu_seq_lens_q"),
         (
             {"attention_mask": torch.ones(2, 8)},
-            r"shape \(2, 8\): need \(2, 0 in the cache \+ 6 new\)",
+            r"shape \(2, 8\): need \(2, past \+ 6\) with 0",
         ),
         ({"position_ids": torch.arange(3, 9)[None]}, "begin at more than 0 and there is no cache"),
         ({"position_ids": PACKED}, "start again within a row, as in packed texts"),

@@ -122,9 +122,9 @@ def check_forward(
         )
     if attention_mask is not None and attention_mask.shape[1:] != (seen + length,):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, {seen} in the "
-            f"cache + {length} new), 0 on padding. try: the mask that the tokenizer returns, and "
-            "the cache that the beginning of the text was read into"
+            f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, past + "
+            f"{length}) with {seen} in the cache, 0 on padding. try: the mask that the tokenizer "
+            "returns, and the cache that the beginning of the text was read into"
         )
     if position_ids is None or seen:
         return
