@@ -86,7 +86,9 @@ class Grid:
     def model(self, split: str | None, rate: float) -> OnlineForCausalLM:
         if not self.trained:
             return untrained(self.base, split, rate)
-        return load_model(self.options.model, dtype=self.dtype, rate=rate)[0]
+        model, _ = load_model(self.options.model, dtype=self.dtype)
+        model.dial.rate = rate
+        return model
 
     def prompts(self, length: int, batch: int) -> BatchEncoding:
         subject = Subject("", self.base, self.tokenizer, {}, Options())

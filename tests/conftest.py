@@ -25,9 +25,8 @@ from sememe.options import check_recipe
 from sememe.training import callbacks
 from sememe.training.run import train
 
-torch.set_num_threads(
-    1
-)  # the models are tiny; threads that wait for each other cost more than they bring
+# The models are tiny; threads that wait for each other cost more than they bring.
+torch.set_num_threads(1)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -128,22 +127,10 @@ def launch(values: dict, folder: Path, processes: int = 1) -> subprocess.Popen:
     """`sememe train` in processes of its own."""
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(check_recipe(values, "test").yaml())
-    program = (
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--standalone",
-            "-m",
-            "sememe",
-        ]
-        if processes > 1
-        else [sys.executable, "-m", "sememe"]
-    )
+    several = f"-m torch.distributed.run --nproc-per-node {processes} --standalone"
+    words = f"{several if processes > 1 else ''} -m sememe train {recipe} --out {folder}"
     return subprocess.Popen(
-        [*program, "train", str(recipe), "--out", str(folder)],
+        [sys.executable, *words.split()],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -254,12 +254,12 @@ def test_training_resumes_where_it_stopped(recipe_values, tmp_path, changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"depth": 9}, "depth = 9, but this base has 4 layers"),
+        ({"depth": 9}, r"depth = 9: .* at most 4\."),
         ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"continuation_share": 1.5}, "continuation_share"),
         ({"rate": 0.1, "max_tail": 2}, "max_tail"),
-        ({"max_tail": 40}, "max_tail = 40: of a compressor with width 64"),
-        ({"num_concepts": 8, "max_tail": 16}, "and 8 codes need at most 7"),
+        ({"max_tail": 40}, r"max_tail = 40: .* at most 31\."),
+        ({"num_concepts": 8, "max_tail": 16}, r"max_tail = 16: .* at most 7\."),
         ({"content": "words"}, "content"),
         ({"pool": True}, "pool = true with system = compressor, which cannot"),
         ({"boundary": "autoregressive", "system": "online"}, "need system: compressor"),

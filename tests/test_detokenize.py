@@ -49,33 +49,24 @@ def test_pieces_are_the_text_and_whole_characters(kind):
     assert [stream.add(token) for token in ids] == cut and stream.rest() == ""
 
 
-def test_a_character_comes_with_its_last_token_and_a_word_with_its_space():
-    cut = pieces(*spelled("▁the", "▁cat", "🙂", "▁sat"))
-    assert cut == ["the", " cat", "", "", "", "🙂", " sat"]
-
-
 @pytest.mark.parametrize("kind", CASES)
 def test_half_a_character_is_held_back_and_not_lost(kind):
+    cut = pieces(*spelled("▁the", "▁cat", "🙂", "▁sat"))
+    assert cut == [
+        "the",
+        " cat",
+        "",
+        "",
+        "",
+        "🙂",
+        " sat",
+    ]
     tokenizer, ids = CASES[kind]
     half = tokenizer.convert_tokens_to_ids("ð" if kind == "bytes" else "<0xF0>")
-    stream = Detokenizer(tokenizer)
-    text = "".join(stream.add(token) for token in [*ids, half])
-    assert text == decode(tokenizer, ids) and stream.rest() == INCOMPLETE
-
-
-def test_special_tokens_are_skipped_on_request():
-    tokenizer, ids = CASES["bytes"]
     stream = Detokenizer(tokenizer, skip_special_tokens=True)
-    assert "".join(stream.add(token) for token in [1, *ids, 2]) + stream.rest() == TEXT
-    assert "".join(pieces(tokenizer, [1, *ids, 2])) == f"<s>{TEXT}</s>"
-
-
-def test_any_bytes_put_together_are_the_text():
-    """What no text has: a model that knows nothing writes it."""
-    tokenizer, generator = byte_tokenizer(), torch.Generator().manual_seed(0)
-    for _ in range(50):
-        ids = torch.randint(3, 259, (40,), generator=generator).tolist()
-        assert "".join(pieces(tokenizer, ids)) == decode(tokenizer, ids).strip(INCOMPLETE)
+    text = "".join(stream.add(token) for token in [1, *ids, half])
+    assert text == decode(tokenizer, ids) and stream.rest() == INCOMPLETE
+    assert "".join(pieces(tokenizer, [1, *ids])) == decode(tokenizer, [1, *ids])
 
 
 def test_samples_are_cut_between_characters():

@@ -46,12 +46,8 @@ def test_paths(tmp_path, monkeypatch):
         assert existing(name) is None
         with pytest.raises(SememeError, match=r"cannot be used as a path .*need .*try: "):
             usable(name)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
-def test_what_may_not_be_looked_at_is_not_missing(tmp_path):
-    (tmp_path / "closed").mkdir(mode=0)
-    with pytest.raises(SememeError, match="Permission denied"):
+    monkeypatch.setattr(Path, "stat", raising(PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(SememeError, match="Permission denied"):  # which is not missing
         existing(tmp_path / "closed" / "x")
 
 
@@ -80,12 +76,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         with pytest.raises(OSError, match="No space left"):
             storage.write(tmp_path / "x.json", b"new")
     assert (tmp_path / "x.json").read_text() == "old, and longer than the new"
-    # A single file that is mounted into a container, or one in a folder that is read-only.
-    monkeypatch.setattr(os, "replace", raising(OSError(errno.EBUSY, "busy")))
-    storage.write(tmp_path / "x.json", b"new")
-    assert (tmp_path / "x.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-    monkeypatch.undo()
     storage.write(tmp_path / ("n" * 250), b"")
 
 
@@ -164,11 +155,6 @@ def project(base_folder, texts, recipe_values, tmp_path, monkeypatch):
     return folder, values
 
 
-def moved_values(values, folder):
-    data = {name: f"{folder}/{path}" for name, path in values["data"].items()}
-    return values | {"base": f"{folder}/base", "data": data}
-
-
 def test_a_moved_run_goes_on_and_finds_its_texts(project, tmp_path, monkeypatch):
     folder, values = project
     monkeypatch.chdir(tmp_path)
@@ -178,10 +164,11 @@ def test_a_moved_run_goes_on_and_finds_its_texts(project, tmp_path, monkeypatch)
     folder.rename(tmp_path / "new")
     there = run_recipe(tmp_path / "new" / "run")["data"]
     assert there["train"] == str(tmp_path / "new" / "train.txt")
+    values |= {"base": "new/base", "data": {"train": "new/train.txt", "heldout": "new/heldout.txt"}}
     said = []
-    lines = run(moved_values(values, "new"), tmp_path / "new" / "run", said.append)
+    lines = run(values, tmp_path / "new" / "run", said.append)
     assert [line["step"] for line in lines] == list(range(1, 9))
-    run(moved_values(values, "new"), tmp_path / "new" / "run", said.append)
+    run(values, tmp_path / "new" / "run", said.append)
     assert "nothing to train" in said[-1]
 
 

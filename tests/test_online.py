@@ -293,9 +293,3 @@ def test_the_first_real_token_is_an_unquantised_concept():
 def test_configurations_that_cannot_run_are_refused(changes, said):
     with pytest.raises(RecipeError, match=said):
         tiny_online(**changes)
-
-
-def test_options_that_are_no_more_load_where_they_did_nothing():
-    assert not hasattr(OnlineConfig(overlap=False, estimator="soft"), "overlap")
-    with pytest.raises(RecipeError, match=r"overlap = True, .* need False, .*try: "):
-        OnlineConfig(overlap=True)

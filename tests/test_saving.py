@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 import sememe  # noqa: F401
 from families import online_over, tiny_base
 from sememe.backbone.bases import KNOWN
-from sememe.errors import CheckpointError
+from sememe.errors import CheckpointError, SememeError
 from sememe.models import ControlConfig, ControlForCausalLM, OnlineForCausalLM
 from sememe.models import adapted as adapted_module
 from sememe.models.loading import export_model, load_model, model_folder, shipped
@@ -69,7 +69,7 @@ def test_merged_model_needs_no_base(model, folder, tmp_path):
     # Folding LoRA reorders sums: 5e-6 seen.
     torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-4, rtol=0)
     assert size > 4 * sum(p.numel() for p in model.backbone.parameters()) * 0.9
-    with pytest.raises(CheckpointError, match="Directory not empty"):
+    with pytest.raises(SememeError, match="Directory not empty"):
         export_model(folder, merged)
 
 
@@ -131,7 +131,7 @@ def test_full_disk_leaves_nothing_half_written(model, folder, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(adapted_module, "save_file", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(SememeError, match="No space left"):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

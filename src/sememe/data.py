@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import copy
 import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.errors import DataError, reason
@@ -23,23 +25,22 @@ from sememe.paths import locate, shown
 
 PIECE_CHARS = 200_000
 BATCH = 16  # pieces, which the tokenizer works on in parallel
-HUB_TIMEOUT_S = 5
-Encoder = Callable[[list[str]], list[Any]]
-Rows = Iterator[tuple[int, Any]]  # each with the number that a message names
+NEED_FILE = "need one of .txt, .jsonl, .parquet, or a datasets id"
 
 
 # Files and datasets → texts
 
 
-def read_texts(source: str, field: str = "text") -> list[str]:
+def read_texts(source: str) -> list[str]:
     """The documents of a source, in order: a .txt is one; a .jsonl, a .parquet or the train split
-    of a dataset on the Hub has one in `field` of each row. `file.jsonl#response` names the field.
+    of a dataset on the Hub has one in the field `text` of each row; `file.jsonl#response` names
+    another field.
 
     An empty row stays, as "". Raises DataError when the source is missing, unreadable, of another
     kind, lacks the field, holds what is no text, or has no text at all."""
-    _, name, field = locate(source, field)
+    _, name, field = locate(source)
     texts = [text for _, (text,) in read_rows(name, (field,))]
-    if not any(text.strip() for text in texts):
+    if not any(map(str.strip, texts)):
         raise DataError(
             f"{source} is empty, it has no character other than white space: need some text. "
             "try: another file or another field"
@@ -49,19 +50,11 @@ def read_texts(source: str, field: str = "text") -> list[str]:
 
 def read_rows(name: str, fields: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
     """Each row of a file or dataset: how a message names it, and the text of each field."""
-    path = locate(name)[0]
-    suffix = path and path.suffix
-    if path is not None and not (path.is_file() and suffix in READERS):
-        kind = "a folder" if path.is_dir() else f"a file {suffix or 'without a suffix'}"
-        raise DataError(
-            f"{name} is {kind}: need one of {', '.join(READERS)}, or a datasets id. "
-            "try: one JSON object per line in a .jsonl, or plain text in a .txt"
-        )
     place = name
     try:
-        for number, row in READERS[suffix](path) if path else _hub_rows(name):
-            place = f"{name} {'line' if suffix == '.jsonl' else 'row'} {number}"
-            if suffix == ".jsonl":
+        for number, row in _rows(name):
+            place = f"{name} line {number}"
+            if isinstance(row, bytes):
                 row = json.loads(row)
             yield place, [_text(row, field, place) for field in fields]
     except (OSError, ValueError, NotImplementedError) as fault:  # pyarrow's are among these
@@ -72,8 +65,24 @@ def read_rows(name: str, fields: tuple[str, ...]) -> Iterator[tuple[str, list[st
         ) from fault
 
 
-def _txt_rows(path: Path) -> Rows:
-    yield 0, {"text": path.read_bytes().decode("utf-8-sig")}
+def _rows(name: str) -> Iterable[tuple[int, Any]]:
+    """Rows with the numbers that a message names; those of a .jsonl as bytes."""
+    path = locate(name)[0]
+    if path is None:
+        return _hub_rows(name)
+    suffix = path.suffix if path.is_file() else None
+    if suffix == ".txt":
+        return [(1, {"text": path.read_bytes().decode("utf-8-sig")})]
+    if suffix == ".jsonl":
+        return jsonl_lines(path)
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return enumerate(pq.read_table(path).to_pylist(), start=1)
+    raise DataError(
+        f"{name} is a {'folder' if suffix is None else f'file {suffix}'}: {NEED_FILE}. "
+        "try: one JSON object per line in a .jsonl"
+    )
 
 
 def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -86,32 +95,17 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parquet_rows(path: Path) -> Rows:
-    import pyarrow.parquet as pq
-
-    batches = pq.ParquetFile(path).iter_batches()
-    yield from enumerate(row for batch in batches for row in batch.to_pylist())
-
-
-READERS = {".txt": _txt_rows, ".jsonl": jsonl_lines, ".parquet": _parquet_rows}
-
-
-def _hub_rows(name: str) -> Rows:
-    if Path(name).suffix in READERS or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+def _hub_rows(name: str) -> Iterable[tuple[int, Any]]:
+    file = name.endswith((".txt", ".jsonl", ".parquet"))
+    if file or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise DataError(
-            f"{shown(name)} does not exist: need a file of {', '.join(READERS)}, or a datasets id. "
-            "try: a path from the current folder; a text itself goes into a .txt file"
+            f"{shown(name)} does not exist: {NEED_FILE}. try: a path from the current folder; a "
+            "text itself goes into a .txt file"
         )
     import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        # load_dataset alone retries for 23 s before it says that there is no network; it is quick
-        # where the user wants the cached copy.
-        with contextlib.suppress(OfflineModeIsEnabled):
-            HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
-        yield from enumerate(datasets.load_dataset(name, split="train"))
+        return enumerate(datasets.load_dataset(name, split="train"), start=1)
     except Exception as fault:
         raise DataError(
             f"{name} is no file here and could not be loaded with datasets ({reason(fault)}): need "
@@ -122,27 +116,24 @@ def _hub_rows(name: str) -> Rows:
 
 def _text(row: Any, field: str, place: str) -> str:
     """The field of a row."""
-    row = row if isinstance(row, dict) else {}
-    text = row.get(field)
+    text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise DataError(
-            f"{place} has {f'{type(text).__name__} in' if field in row else 'no field'} {field!r}, "
-            f"it has {', '.join(map(repr, row)) or 'none'}: need text in every row. try: drop "
-            "that row, or FILE#FIELD for another field"
+            f"{place} has no field {field!r} of text, it has {reprlib.repr(row)}: need text in "
+            "every row. try: drop that row, or FILE#FIELD for another field"
         )
-    return check_text(text, f"{place}, field {field!r},")
+    return check_text(text, place)
 
 
 def check_text(text: str, place: str) -> str:
     """The text itself. Raises DataError for half of a surrogate pair, legal in JSON, which no
     tokenizer and no file takes."""
     try:
-        text.encode("utf-8")
+        text.encode()
     except UnicodeEncodeError as fault:
         raise DataError(
-            f"{place} has half of a character ({text[fault.start]!r}) at character {fault.start}: "
-            "need text that UTF-8 can hold. try: drop it, or "
-            "text.encode('utf-8', 'replace').decode()"
+            f"{place} has half of a character at character {fault.start}: need text that UTF-8 can "
+            "hold. try: drop it, or text.encode('utf-8', 'replace').decode()"
         ) from fault
     return text
 
@@ -150,7 +141,7 @@ def check_text(text: str, place: str) -> str:
 # Texts → token blocks
 
 
-def encoder(tokenizer) -> Encoder:
+def encoder(tokenizer) -> Callable[[list[str]], list[Any]]:
     """Texts → for each its `ids`, no special ones, and their `offsets`, the characters [from, to)
     that each stands for. Raises DataError for a tokenizer that does not know these."""
     if not getattr(tokenizer, "is_fast", False):
@@ -171,36 +162,33 @@ def token_windows(
     """The windows of a text, as token ids and the characters [from, to) that they stand for: put
     together, they are all of it."""
     ids, offsets = encoding.ids, encoding.offsets
-    start = end_character = 0
+    start = start_character = 0
     while start < len(ids):
         limit = end = min(start + window, len(ids))
         # A byte-level tokenizer spells an emoji with several tokens, which should stay together. A
         # window that is too short for them cuts the character all the same.
         while start < end < len(ids) and offsets[end][0] < offsets[end - 1][1]:
             end -= 1
-        end = limit if end == start else end
-        start_character = end_character
-        end_character = characters if end == len(ids) else max(end_character, offsets[end - 1][1])
+        end = end if end > start else limit
+        end_character = max(start_character, offsets[end - 1][1]) if end < len(ids) else characters
         yield ids[start:end], (start_character, end_character)
-        start = end
+        start, start_character = end, end_character
 
 
-def byte_counts(text: str, offsets: list[tuple[int, int]], skipped: int = 0) -> Tensor:
+def byte_counts(text: str, offsets: list[tuple[int, int]]) -> Tensor:
     """(n,) long: UTF-8 bytes of the text that each of its tokens stands for; their sum is all of
-    it. `skipped`: characters at its beginning that `offsets` do not count.
+    it.
 
     A token ends where its last character does, so what stands between two tokens counts with the
     second. Tokens of one character share its bytes: decoded one by one they would be replacement
     characters."""
-    if not offsets:
-        return torch.zeros(0, dtype=torch.long)
     byte_n = np.cumsum([0, *map(len, map(str.encode, text))])
-    end_n = np.maximum.accumulate(np.array(offsets)[:, 1]) + skipped
+    end_n = np.maximum.accumulate([end for _, end in offsets])
     end_n[-1] = len(text)
     # The last token of each character ends at a known byte; those before it are spread evenly.
-    last_n = np.append(np.flatnonzero(np.diff(end_n)), len(end_n) - 1)
-    known_n = np.append(0, byte_n[end_n[last_n]])
-    bytes_n = np.interp(np.arange(len(end_n)), np.append(-1, last_n), known_n)
+    last_n = np.flatnonzero(np.diff(end_n, append=-1))
+    known_n = byte_n[end_n[last_n]]
+    bytes_n = np.interp(np.arange(len(end_n)), [-1, *last_n], [0, *known_n])
     return torch.from_numpy(np.diff(bytes_n.astype(np.int64), prepend=0))
 
 
@@ -223,85 +211,55 @@ class TextBlocks:
         return [self.text[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def token_blocks(texts: list[str], tokenizer, length: int, limit: int | None = None) -> Tensor:
-    """(N, length) long: the texts as one stream of at most `limit` tokens, cut into full blocks.
+def token_blocks(texts: list[str], tokenizer, length: int, limit: int = sys.maxsize) -> Tensor:
+    """(N, length) long: the `text_blocks` without the bytes that they stand for."""
+    return text_blocks(texts, tokenizer, length, limit).ids_NT
+
+
+def text_blocks(texts: list[str], tokenizer, length: int, limit: int = sys.maxsize) -> TextBlocks:
+    """The texts as one stream of at most `limit` tokens, cut into full blocks.
 
     The tokenizer's eos, if it has one, stands between texts; blank texts and the remainder are
     dropped. Tokenising stops soon after `limit`. Raises DataError when there is not one full
     block."""
-    # Tensors one by one: a list of all ids would take several times their memory.
-    ids = [torch.tensor(ids) for ids, *_ in _encoded(texts, tokenizer, limit)]
-    return _cut(ids, length, limit)
-
-
-def text_blocks(texts: list[str], tokenizer, length: int, limit: int | None = None) -> TextBlocks:
-    """The blocks of `token_blocks` with the bytes that they stand for, to measure on."""
+    encode = encoder(tokenizer)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces = (
+        (eos if number and not match.start() else [], match.group())
+        for number, text in enumerate(filter(str.strip, texts))
+        for match in _pieces(text)
+    )
     ids, byte_n, parts = [], [], []
-    for piece_ids, text, offsets, skipped in _encoded(texts, tokenizer, limit):
-        counts_n = byte_counts(text, offsets, skipped)
-        ids.append(torch.tensor(piece_ids))
-        byte_n += [counts_n.new_zeros(len(piece_ids) - len(counts_n)), counts_n]
-        parts.append(text)
-    ids_NT = _cut(ids, length, limit)
-    bytes_NT = torch.cat(byte_n)[: ids_NT.numel()].view_as(ids_NT)
+    count = 0
+    while count < limit and (batch := list(itertools.islice(pieces, BATCH))):
+        encodings = encode([piece for _, piece in batch])
+        for (before, piece), encoding in zip(batch, encodings, strict=True):
+            if not encoding.ids:
+                continue
+            # Tensors one by one: a list of all ids would take several times their memory.
+            ids.append(torch.tensor(before + encoding.ids))
+            byte_n.append(F.pad(byte_counts(piece, encoding.offsets), (len(before), 0)))
+            parts.append(piece)
+            count += len(ids[-1])
+    blocks = min(count, limit) // length
+    if not blocks:
+        raise DataError(
+            f"the text has {count} tokens: need at least {length}, one block. "
+            "try: more text or shorter blocks"
+        )
+    ids_NT, bytes_NT = (torch.cat(x)[: blocks * length].view(blocks, -1) for x in (ids, byte_n))
     return TextBlocks(ids_NT, bytes_NT, "".join(parts).encode()[: int(bytes_NT.sum())])
 
 
-def _cut(ids: list[Tensor], length: int, limit: int | None) -> Tensor:
-    ids_n = torch.cat([torch.zeros(0, dtype=torch.long), *ids])[:limit]
-    count = len(ids_n) // length * length
-    if not count:
-        raise DataError(
-            f"{'the limit leaves' if len(ids_n) == limit else 'the text has'} {len(ids_n)} tokens: "
-            f"need at least {length}, one block. try: more text, a higher limit or shorter blocks"
-        )
-    return ids_n[:count].view(-1, length)
-
-
-def _encoded(
-    texts: list[str], tokenizer, limit: int | None
-) -> Iterator[tuple[list[int], str, list[tuple[int, int]], int]]:
-    """Of each piece that has tokens, until there are `limit`: its ids, after an eos where it begins
-    a text other than the first; the piece; the characters of each token; and how many characters
-    these do not count."""
-    encode = encoder(tokenizer)
-    adds_space = _adds_space(encode)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    count = 0
-    pieces = _pieces(texts)
-    while (limit is None or count < limit) and (batch := list(itertools.islice(pieces, BATCH))):
-        # Where the tokenizer puts a space before a text by itself, a piece must not bring its own.
-        skips = [int(adds_space and not first and text.startswith(" ")) for first, text in batch]
-        encodings = encode([text[skip:] for skip, (_, text) in zip(skips, batch, strict=True)])
-        for skip, (first, text), encoding in zip(skips, batch, encodings, strict=True):
-            if encoding.ids:
-                ids = [*(eos if first and count else []), *encoding.ids]
-                count += len(ids)
-                yield ids, text, encoding.offsets, skip
-
-
-def _pieces(texts: list[str]) -> Iterator[tuple[bool, str]]:
-    """All but blank texts, cut where tokenizers cut too: before a lone space, else after a lone
-    newline; each piece with whether it begins a text.
+def _pieces(text: str) -> Iterator[re.Match]:
+    """A text cut where tokenizers cut too: before a lone space, else after a lone newline.
 
     A space belongs to the word after it in every byte-level and sentencepiece rule; a newline often
     belongs to the punctuation before it. Next to more white space neither is sure, so those come
     last."""
-    rules = (r"(?s:.*\S)(?= \S)", r"(?s:.*\S)\n(?=\S)", r"(?s:.*\S)(?=\s)", r"(?s:.*)")
-    for text in filter(str.strip, texts):
-        start = 0
-        while len(text) - start > PIECE_CHARS:
-            window = text[start : start + PIECE_CHARS]
-            piece = next(filter(None, (re.match(rule, window) for rule in rules))).group()
-            yield start == 0, piece
-            start += len(piece)
-        yield start == 0, text[start:]
-
-
-def _adds_space(encode: Encoder) -> bool:
-    """Whether the tokenizer puts a space before a text, as that of Llama 2 does."""
-    whole, first, second, spaced = (x.ids for x in encode(["one two", "one", "two", " two"]))
-    return first + second == whole != first + spaced
+    longest = f".{{1,{PIECE_CHARS}}}"
+    ends = (r"\Z", r"(?<=\S)(?= \S)", r"(?<=\S\n)(?=\S)", r"(?=\s)", "")
+    return re.finditer("|".join(longest + end for end in ends), text, re.DOTALL)
 
 
 def block_order(num_blocks: int, steps: int, batch: int, seed: int) -> Tensor:
@@ -309,9 +267,7 @@ def block_order(num_blocks: int, steps: int, batch: int, seed: int) -> Tensor:
 
     Equal seeds give equal orders on every machine, and a longer run begins as a shorter one
     does."""
-    needed = steps * batch
-    shuffled = [torch.empty(0, dtype=torch.long)]
-    for epoch in range(-(-needed // num_blocks)):
-        generator = torch.Generator().manual_seed(seed + epoch)
-        shuffled.append(torch.randperm(num_blocks, generator=generator))
-    return torch.cat(shuffled)[:needed]
+    epochs = -(-steps * batch // num_blocks)
+    generators = (torch.Generator().manual_seed(seed + epoch) for epoch in range(epochs))
+    orders = [torch.randperm(num_blocks, generator=generator) for generator in generators]
+    return torch.cat(orders)[: steps * batch]

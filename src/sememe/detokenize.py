@@ -48,16 +48,8 @@ def pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     """The text of ids cut into one piece a token, special tokens among them: put together, the
     pieces are the whole text. Half characters at its ends, where a block of tokens was cut out of a
     longer text, are left out."""
-    whole = decode(tokenizer, ids)
-    first = len(whole) - len(whole.lstrip(INCOMPLETE))
-    last = len(whole.rstrip(INCOMPLETE))
     stream = Detokenizer(tokenizer)
-    cut: list[str] = []
-    at = 0
-    for token in ids:
-        # Only the length: of bytes that are no character, what comes later may change how a
-        # tokenizer decodes them.
-        end = at + len(stream.add(token))
-        cut.append(whole[max(at, first) : end])
-        at = end
-    return [*cut[:-1], cut[-1] + whole[max(at, first) : last]] if cut else []
+    cut = [stream.add(token) for token in ids]
+    if cut:
+        cut[-1] += stream.rest()
+    return [piece.strip(INCOMPLETE) for piece in cut]

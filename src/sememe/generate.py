@@ -3,11 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sememe.data import check_text
 from sememe.detokenize import decode
@@ -16,6 +14,8 @@ from sememe.figures import concept_name
 from sememe.models.loading import check_length, check_rate, load_model, longest_text
 from sememe.systems import system_of
 from sememe.terminal import ConceptStreamer, show_plan, write
+
+EDIT = re.compile(r"\s*(\d+):(\d+)=(\d+)\s*")
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class Request:
     def sampling(self) -> dict[str, Any]:
         """For `generate`, and for a planner's `plan` and `write`."""
         # Logits over a temperature that is smaller still overflow.
-        if self.temperature < 1e-6:
-            return {}
-        return {"do_sample": True, "temperature": self.temperature}
+        greedy = self.temperature < 1e-6
+        return {} if greedy else {"do_sample": True, "temperature": self.temperature}
 
 
 def generate_text(name: str, request: Request) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def generate_text(name: str, request: Request) -> dict[str, Any]:
         )
     model, tokenizer = load_model(name)
     write_text = WRITERS.get(system_of(model.config).name, _continue)
-    return write_text(name, model, tokenizer, request)
+    return {"prompt": request.prompt} | write_text(name, model, tokenizer, request)
 
 
 def _refuse(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
@@ -80,28 +79,29 @@ def _continue(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
             f"{name} has no {'plan' if request.edits else 'concepts'} to show or edit: need a run "
             "of another system. try: without --edit and --show-concepts"
         )
-    prompt = request.prompt
-    ids_1T = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    _check_length(config, request.max_new_tokens, ids_1T.shape[1])
-    streamer = ConceptStreamer(tokenizer, prompt)
-    if request.show_concepts:
-        codes = {key: getattr(config, key) for key in ("num_concepts", "codes_per_concept")}
-        streamer = ConceptStreamer(tokenizer, prompt, cache, partial(concept_name, **codes))
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids_1T = tokenizer(request.prompt, return_tensors="pt").input_ids.to(model.device)
+    beside = ids_1T.shape[1]
+    check_length(longest_text(config), request.max_new_tokens, "--max-new-tokens ", beside)
+    codes = [getattr(config, key, 1) for key in ("num_concepts", "codes_per_concept")]
+    streamer = ConceptStreamer(
+        tokenizer,
+        request.prompt,
+        cache if request.show_concepts else None,
+        lambda concept: concept_name(concept, *codes),
+    )
     torch.manual_seed(request.seed)
     new_1T = model.generate(
         ids_1T,
         attention_mask=torch.ones_like(ids_1T),
         max_new_tokens=request.max_new_tokens,
         streamer=streamer,
-        pad_token_id=pad,
+        pad_token_id=tokenizer.eos_token_id,
         **({} if cache is None else {"cache": cache}),
         **({"do_sample": False} | request.sampling),
     )
     # Decoded after the prompt: alone, the first new token may lose its space.
-    known = decode(tokenizer, ids_1T[0], skip_special_tokens=True)
-    text = decode(tokenizer, new_1T[0], skip_special_tokens=True)[len(known) :]
-    result = {"prompt": prompt, "text": text, "new_tokens": new_1T.shape[1] - ids_1T.shape[1]}
+    known, text = (decode(tokenizer, x[0], skip_special_tokens=True) for x in (ids_1T, new_1T))
+    result = {"text": text[len(known) :], "new_tokens": new_1T.shape[1] - ids_1T.shape[1]}
     if cache is not None:
         result["concept_ids"] = cache.concept_ids[0].tolist()
         result["concept_rate"] = float(cache.concepts[0] / cache.tokens[0])
@@ -115,35 +115,32 @@ def _plan_and_write(name: str, model, tokenizer, request: Request) -> dict[str, 
     shape = model.config.plan_shape
     ids_1U = tokenizer(request.prompt, return_tensors="pt", add_special_tokens=False).input_ids
     longer = max(1 + ids_1U.shape[1], request.max_new_tokens)
-    _check_length(model.config, longer, shape.slots + shape.types + 1)
+    beside = shape.slots + shape.types + 1
+    check_length(longest_text(model.config), longer, "--max-new-tokens ", beside)
 
     def options() -> dict[str, Any]:
         return {"generator": torch.Generator().manual_seed(request.seed), **request.sampling}
 
     ids_1U = ids_1U.to(model.device)
-    plans_1RP: Tensor = model.plan(ids_1U, torch.ones_like(ids_1U), **options())[0]
-    plan = shape.unpack(plans_1RP[:, 0].cpu())[0]
+    plans_1RP, *_ = model.plan(ids_1U, torch.ones_like(ids_1U), **options())
+    (plan,) = shape.unpack(plans_1RP[:, 0].cpu())
 
     def written(changed: list[list[int]]) -> dict[str, Any]:
-        ids_Y = model.write(shape.pack([changed]), request.max_new_tokens, **options())[0]
+        (ids_Y,) = model.write(shape.pack([changed]), request.max_new_tokens, **options())
         text = decode(tokenizer, ids_Y, skip_special_tokens=True)
         if request.show_concepts or request.edits:
             show_plan(changed, plan)
         write(f"{text}\n")
         return {"plan": changed, "text": text, "new_tokens": len(ids_Y)}
 
-    edits = list(request.edits)
-    edited = edit_plan(plan, edits, shape)
-    result = {"prompt": request.prompt, **written(plan)}
-    return result | ({"edits": edits, "edited": written(edited)} if edits else {})
+    if not request.edits:
+        return written(plan)
+    edited = edit_plan(plan, request.edits, shape)
+    return written(plan) | {"edits": list(request.edits), "edited": written(edited)}
 
 
 WRITERS = {"planner": _plan_and_write, "compressor": _refuse}
 """By system; all others continue the prompt."""
-
-
-def _check_length(config, tokens: int, beside: int) -> None:
-    check_length(longest_text(config, bos=False), tokens, "--max-new-tokens ", beside)
 
 
 def edit_plan(plan: list[list[int]], edits: Sequence[str], shape) -> list[list[int]]:
@@ -151,21 +148,18 @@ def edit_plan(plan: list[list[int]], edits: Sequence[str], shape) -> list[list[i
     the last one makes it longer. Raises SememeError for an edit that the plan has no place for."""
     edited = [list(concepts) for concepts in plan]
     for edit in edits:
-        match = re.fullmatch(r"(\d+):(\d+)=(\d+)", edit.strip())
-        if match is None:
+        match = EDIT.fullmatch(edit)
+        if match is None or int(match[1]) >= shape.types:
             raise SememeError(
-                f"--edit {edit!r}: need TYPE:SLOT=ID, in whole numbers. try: --edit 0:0=1"
+                f"--edit {edit!r}: need TYPE:SLOT=ID in whole numbers, and this planner has types "
+                f"0 to {shape.types - 1}. try: --edit 0:0=1"
             )
-        wanted = tuple(map(int, match.groups()))
-        kind = min(wanted[0], shape.types - 1)
+        kind, slot, concept = map(int, match.groups())
         last_slot = min(len(edited[kind]), shape.lengths[kind] - 1)
-        last_id = shape.sizes[kind] - 1
-        kind, slot, concept = nearest = (kind, min(wanted[1], last_slot), min(wanted[2], last_id))
-        if nearest != wanted:
+        if slot > last_slot or concept >= shape.sizes[kind]:
             raise SememeError(
-                f"--edit {edit}: this planner has types 0 to {shape.types - 1}, and type {kind} "
-                f"has ids 0 to {last_id} and here slots 0 to {last_slot}. try: --edit "
-                f"{kind}:{slot}={concept}"
+                f"--edit {edit}: type {kind} has ids 0 to {shape.sizes[kind] - 1} and here slots 0 "
+                f"to {last_slot}. try: --edit {kind}:0=0"
             )
         edited[kind][slot : slot + 1] = [concept]
     return edited

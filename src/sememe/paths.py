@@ -1,10 +1,9 @@
 """Names of files as users type them: whether one can be a path, what is there, which content."""
 
 import hashlib
-import io
 from pathlib import Path
 
-from sememe.errors import DataError, SememeError
+from sememe.errors import SememeError
 
 SHOWN = 80  # characters of a name in a message
 
@@ -47,30 +46,26 @@ def shown(name: str | Path) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text)} characters)"
 
 
-def locate(source: str, field: str = "text") -> tuple[Path | None, str, str]:
-    """The file that a source names (None where there is none), its name and the field:
-    `file.jsonl#response` names one, but a file may have a # in its own name."""
+def locate(source: str) -> tuple[Path | None, str, str]:
+    """The file that a source names (None where there is none), its name and the field, `text`
+    where none is named: `file.jsonl#response` names one, but a file may have a # in its own
+    name."""
+    name, _, field = source.rpartition("#")
     path = existing(source)
-    name, _, named = source.rpartition("#")
-    # With a / in it the # is in a folder's name, and nothing is there.
-    if path is not None or not name or not named or (not existing(name) and "/" in named):
-        return path, source, field
-    return existing(name), name, named
+    if path is not None or not (name and field) or "/" in field:  # the # is in a folder's name
+        return path, source, "text"
+    return existing(name), name, field
 
 
 def source_sha256(source: str) -> str:
     """What tells a source from others, under any name: the hash of a file's bytes and of the field
-    that is read; of a datasets id, that of its name. Raises DataError where a file cannot be
-    read."""
+    that is read; of a datasets id, that of its name."""
     path, name, field = locate(source)
-    is_file = path is not None and not path.is_dir()
-    try:
-        with path.open("rb") if is_file else io.BytesIO(name.encode("utf-8", "replace")) as content:
-            digest = hashlib.file_digest(content, "sha256")
-    except OSError as fault:
-        raise DataError(
-            f"{source} cannot be read ({fault}): need a readable file. try: check its permissions"
-        ) from fault
-    if not is_file or path.suffix != ".txt":
+    if path is not None and path.is_file():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    else:
+        digest = hashlib.sha256(name.encode("utf-8", "replace"))
+    if path is None or path.suffix != ".txt":
         digest.update(f"#{field}".encode("utf-8", "replace"))
     return digest.hexdigest()

@@ -1,7 +1,6 @@
 """Writing files: whole or not at all, and where they are links, pipes or devices, into those."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -13,7 +12,6 @@ from sememe.errors import CheckpointError, SememeError, reason
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
-NO_RENAME = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
 
 
 def sha256(path: Path) -> str:
@@ -41,39 +39,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file so that it is whole, or as it was before.
-
-    A pipe or a device is written into, and so is a file that cannot be renamed onto: in a folder
-    that is read-only, or mounted by itself into a container. Raises OSError."""
+    """Writes a file so that it is whole, or as it was before; into a pipe or a device. Raises
+    OSError."""
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        if not path.exists() or error.errno not in NO_RENAME:
-            raise
-        path.write_bytes(content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def check(path: Path) -> None:
     """Raises SememeError where `path` cannot be written, before the work whose result it is for."""
     folder = Path(os.path.realpath(path)).parent
     try:
-        if os.access(path if path.exists() else folder, os.W_OK) and not path.is_dir():
-            return
-        error = OSError(errno.EACCES, "it is a folder, or there is none that may be written to")
+        writable = os.access(path if path.exists() else folder, os.W_OK) and not path.is_dir()
     except OSError as fault:  # a name that is too long
-        error = fault
-    raise unwritable(path, error)
+        raise unwritable(path, fault) from fault
+    if not writable:
+        raise unwritable(path, "it is a folder, or in one that does not exist or is read-only")
 
 
-def unwritable(path: Path, error: OSError) -> SememeError:
+def unwritable(path: Path, fault: Exception | str) -> SememeError:
     """The sentence for a path that cannot be written."""
     return SememeError(
-        f"could not write {path} ({error.strerror or error}): need free space in a folder that can "
-        "be written to. try: another folder"
+        f"could not write {path} ({getattr(fault, 'strerror', None) or fault}): need free space in "
+        "a folder that can be written to. try: another folder"
     )
 
 

@@ -157,8 +157,8 @@ class System:
         form = PairForm.of(recipe.model_dump())
         train = form.load(recipe.data.train, tokenizer, max_pairs=recipe.steps * recipe.batch_size)
         heldout = form.load(recipe.data.heldout, tokenizer, min_tokens=recipe.heldout_tokens)
-        if cut := train.cut():
-            say(f"{recipe.data.train}: {cut}")
+        if train.cut:
+            say(f"{recipe.data.train}: {train.cut} pairs are cut to source_length, target_length")
         return Batches(self.pair_examples(recipe, train, tokenizer, base_config), heldout)
 
     def start(self, run: Run) -> None:

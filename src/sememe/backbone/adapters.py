@@ -8,36 +8,24 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from sememe.errors import RecipeError
-
-
-def linear_names(decoder: nn.Module) -> list[str]:
-    """Leaf names of the linears inside the decoder's layers (q_proj, …, down_proj; fused ones where
-    a family has them). `all-linear` of peft would take the concept head as well."""
-    return sorted(
-        {
-            name.removesuffix(".base_layer").rsplit(".", 1)[-1]
-            for name, module in decoder.layers.named_modules()
-            if isinstance(module, nn.Linear) and "lora_" not in name
-        }
-    )
-
 
 def add_lora(base: nn.Module, config, name: str = "default", last: int | None = None) -> None:
     """Puts an adapter `name` into the layers of `base` before `last`, in place, as the `lora_` keys
-    of a configuration say. Adapters are trainable, everything else is frozen."""
+    of a configuration say: on all their linears (q_proj, …, down_proj; fused ones where a family
+    has them). Adapters are trainable, everything else is frozen."""
     if config.lora_rank:
-        names = linear_names(base.get_decoder())
-        if not names:
-            raise RecipeError(
-                "found no nn.Linear in the layers of this base: need one for LoRA. try: lora.rank=0"
-            )
-        layers = "|".join(map(str, range(len(base.get_decoder().layers))[config.lora_first : last]))
+        layers = base.get_decoder().layers
+        linears = {
+            path.removesuffix(".base_layer").rsplit(".", 1)[-1]
+            for path, module in layers.named_modules()
+            if isinstance(module, nn.Linear) and "lora_" not in path
+        }
+        numbers = "|".join(map(str, range(len(layers))[config.lora_first : last]))
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=rf".*\.layers\.({layers})\..*\.({'|'.join(names)})",
+            target_modules=rf".*\.layers\.({numbers})\..*\.({'|'.join(sorted(linears))})",
         )
         with warnings.catch_warnings():  # a second adapter is what is wanted
             warnings.filterwarnings("ignore", "Already found a `peft_config`")

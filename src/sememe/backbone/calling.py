@@ -67,13 +67,13 @@ def take_cache(cache: Any, named: dict[str, Any]) -> Any:
         ValueError: two different caches.
     """
     caches = [cache, *(named.pop(name, None) for name in CACHE_NAMES)]
-    caches = [cache for cache in caches if cache is not None]
-    if any(other is not caches[0] for other in caches):
+    different = {id(cache): cache for cache in caches if cache is not None}
+    if len(different) > 1:
         raise ValueError(
             f"got two caches under the names {', '.join(CACHE_NAMES)}: need one. try: {CACHE}=… "
             "alone"
         )
-    return caches[0] if caches else None
+    return next(iter(different.values()), None)
 
 
 def name_cache(named: dict[str, Any]) -> Any:
@@ -88,53 +88,11 @@ def refuse_unknown(named: dict[str, Any], known: Iterable[str], what: str) -> No
     """Raises ValueError for arguments of `what` that it would not use, with the nearest name that
     it knows. None asks for nothing."""
     known = set(known)
-    for name, value in named.items():
-        if name not in known and value is not None:
-            near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(
-                f"{what} got {name}, which it does not know and would ignore: need an argument of "
-                "its own. "
-                f"try: {near[0] + '=…' if near else 'leave it out'}"
-            )
-
-
-def check_places(
-    length: int, attention_mask: Tensor | None, position_ids: Tensor | None, seen: int
-) -> None:
-    """Raises ValueError where `length` new tokens do not go on from the `seen` ones in the cache: a
-    step of a longer text whose cache was lost, or several texts in one row. One token beside a
-    cache is not looked at: it costs a synchronisation.
-
-    Args:
-        attention_mask: (B, seen + length), 0 on padding.
-        position_ids: (B, length)."""
-    if length == 0:
+    for name in (name for name, value in named.items() if value is not None and name not in known):
+        near = [f"{other}=…" for other in difflib.get_close_matches(name, known, 1)]
         raise ValueError(
-            f"got no new token ({seen} are in the cache): need at least one. try: a prompt that "
-            "goes on from what "
-            "the cache has read, or a new cache"
-        )
-    if attention_mask is not None and attention_mask.shape[1] != seen + length:
-        raise ValueError(
-            f"attention_mask is {attention_mask.shape[1]} wide, for {length} new tokens and {seen} "
-            "in the cache: "
-            f"need {seen + length}. try: the mask of the whole text, and the cache that its "
-            "beginning was read into"
-        )
-    if position_ids is None or (seen and length == 1):
-        return
-    position_BT = position_ids.cpu()
-    real_BT = torch.ones_like(position_BT, dtype=torch.bool)
-    if attention_mask is not None:
-        real_BT = attention_mask[:, -length:].bool().cpu()
-    starts_again_BT = (position_BT.diff(dim=1) <= 0) & real_BT[:, 1:] & real_BT[:, :-1]
-    first = int((position_BT * (real_BT & (real_BT.cumsum(1) == 1))).max())
-    if starts_again_BT.any() or (first > 0 and not seen):
-        raise ValueError(
-            "position_ids start again within a row, as in packed texts, or begin at more than 0 "
-            f"and there is no cache of what is before (here at {first}): need one text a row, from "
-            "its first token or after a cache, since concepts of one text would be read by the "
-            f"next. try: a row for each, padded, with its attention_mask; or {CACHE}=…"
+            f"{what} got {name}, which it does not know and would ignore: need an argument of its "
+            f"own. try: {' '.join(near) or 'leave it out'}"
         )
 
 
@@ -143,24 +101,41 @@ def check_forward(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     seen: int,
-    output_attentions: bool | None,
+    output_attentions: bool | None = None,
 ) -> None:
-    """Raises ValueError for what most models take and one of several slices cannot. `shape`: (B, T,
-    …) of the new tokens; `seen`: columns that are in the cache."""
+    """Raises ValueError where new tokens of `shape` (B, T, …) do not go on from the `seen` ones in
+    the cache: a step of a longer text whose cache was lost, or several texts in one row.
+
+    Args:
+        attention_mask: (B, seen + T), 0 on padding.
+        position_ids: (B, T); beside a cache they are taken as they are."""
     batch, length = shape[:2]
     if output_attentions:
         raise ValueError(
             "output_attentions: the slices attend over different lists of keys, and there is no "
             "(T, T) table of weights to return. try: output_hidden_states, or concept_ids"
         )
-    if attention_mask is not None and (
-        attention_mask.dim() != 2 or attention_mask.shape[1] < length
-    ):
+    if length == 0:
+        raise ValueError(
+            f"got no new token ({seen} are in the cache): need at least one. try: a prompt that "
+            "goes on from what the cache has read, or a new cache"
+        )
+    if attention_mask is not None and attention_mask.shape[1:] != (seen + length,):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: need ({batch}, past + "
-            f"{length}), 0 on padding. try: the mask that the tokenizer returns"
+            f"{length}) with {seen} in the cache, 0 on padding. try: the mask that the tokenizer "
+            "returns, and the cache that the beginning of the text was read into"
         )
-    check_places(length, attention_mask, position_ids, seen)
+    if position_ids is None or seen:
+        return
+    real_BT = torch.ones_like(position_ids) if attention_mask is None else attention_mask != 0
+    if ((position_ids != real_BT.cumsum(1) - 1) & (real_BT != 0)).any():
+        raise ValueError(
+            "position_ids start again within a row, as in packed texts, or begin at more than 0 "
+            "and there is no cache of what is before: need one text a row, from its first token or "
+            "after a cache, since concepts of one text would be read by the next. try: a row for "
+            f"each, padded, with its attention_mask; or {CACHE}=…"
+        )
 
 
 def set_checkpointing(model: nn.Module, enable: bool = True, *settings: Any) -> None:

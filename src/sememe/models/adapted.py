@@ -2,6 +2,7 @@
 whole."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,19 +16,14 @@ from sememe.backbone.bases import base_of, fingerprint, load_base
 from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
 from sememe.backbone.split import self_check
 from sememe.concepts.masks import FLEX
-from sememe.errors import CheckpointError, reason
+from sememe.errors import CheckpointError
 from sememe.models.configuration import sink_id
-from sememe.storage import WEIGHTS, check_manifest, replacing, write_manifest
+from sememe.storage import WEIGHTS, check_manifest, replacing, unwritable, write_manifest
 
 OLD_NAMES = {  # of weights, in models that older releases saved
     r"^(head|codes|gate)\.": r"writer.\1.",
     r"^anchor\.": "writer.readout.anchor.",
     r"^pool\.weight$": "writer.readout.pool",
-    r"^foretold\.": "next_embedding.",
-    r"^(reader\.marks|bins\.)": r"writer.readout.\1",
-    r"^reader\.": "decompressor.",
-    r"\.reader\.marks$": ".marks",
-    r"\.lengths\.price$": ".lengths.penalty",
 }
 # Options of transformers that are used, or that say nothing about a local folder of adapters; and
 # those that ask for nothing with the value that transformers gives them.
@@ -66,9 +62,7 @@ DEFAULTS = {
     "push_to_hub": False,
     "use_kernels": False,
 }
-
-
-FITTED_TOKENS = 16384  # at most, that a boundary is fitted on
+FITTED_TOKENS = 16384  # at most, that a boundary or a bridge is fitted on
 
 
 class AdaptedModel(PreTrainedModel, GenerationMixin):
@@ -80,7 +74,6 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     kernels = ("sdpa", "eager")
-    _own_dtype = torch.float32
     # The frame, the codes and whoever reads them, in whatever dtype the rest is loaded; the
     # bridge's weights multiply states.
     _keep_in_fp32_modules_strict = [r"^writer\.", "^bridge.+(mean|scale)$"]
@@ -129,11 +122,10 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         """The token that every text begins with."""
         return sink_id(self.config.text_config)
 
-    def refuse_unknown(self, named: dict, extra: frozenset[str] = frozenset()) -> None:
+    def refuse_unknown(self, named: dict, extra: Iterable[str] = ()) -> None:
         """Raises ValueError for what `forward` got and would ignore."""
-        refuse_unknown(
-            named, parameters(type(self)).union(FORWARD, extra), f"{type(self).__name__}.forward"
-        )
+        known = parameters(type(self)).union(FORWARD, extra)
+        refuse_unknown(named, known, f"{type(self).__name__}.forward")
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         name_cache(model_kwargs)  # whatever the caller called it
@@ -151,9 +143,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value) -> None:
         self.backbone.set_output_embeddings(value)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs
-    ):
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, **kwargs):
         """As in transformers. Raises CheckpointError where the new rows would be lost, with the
         base, which is not saved."""
         rows = self.get_input_embeddings().num_embeddings
@@ -198,27 +188,18 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config._attn_implementation = attention
         return cls(config, backbone)
 
-    def own_state(self, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What is not the base's, of `state` or the model as it is: LoRA, new modules and their
-        buffers."""
-        matrices = self._own_matrices()
-        return {
-            name: value.detach().to(self._own_dtype if name in matrices else value.dtype)
-            for name, value in (state or self.state_dict()).items()
-            if _is_own(name)
-        }
-
-    def _own_matrices(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.named_parameters() if _is_own(name) and p.dim() > 1}
+    def own_state(self) -> dict[str, Tensor]:
+        """What is not the base's: LoRA, new modules and their buffers."""
+        return _own(self.state_dict())
 
     @torch.no_grad()
-    def round_own_weights(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Rounds the matrices of LoRA and new modules to `dtype` in place; they are saved in it
-        from now on. Vectors and buffers stay as they are: a code's bias is near 100, where bf16 has
-        steps of 0.5."""
-        for p in self._own_matrices().values():
-            p.copy_(p.to(dtype))
-        self._own_dtype = dtype
+    def round_own_weights(self) -> None:
+        """Rounds the matrices of LoRA and new modules to bf16 in place; they are then saved in it.
+        Vectors and buffers stay as they are: a code's bias is near 100, where bf16 has steps of
+        0.5."""
+        for value in _own(dict(self.named_parameters())).values():
+            if value.dim() > 1:
+                value.copy_(value.bfloat16())
 
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs
@@ -228,8 +209,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: an option that would be ignored.
-            CheckpointError: the folder cannot be written."""
-        refuse_unknown(_requested(kwargs), SAVING, f"{type(self).__name__}.save_pretrained")
+            SememeError: the folder cannot be written."""
+        _refuse_unused(kwargs, SAVING, f"{type(self).__name__}.save_pretrained")
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -239,22 +220,18 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
-        state = state_dict or self.state_dict()
+        state = dict(state_dict or self.state_dict())
         if config.base is not None:
-            state = self.own_state(state)
+            state = {name: _narrowed(value) for name, value in _own(state).items()}
         elif self.get_output_embeddings().weight is self.get_input_embeddings().weight:
-            state = dict(state)
             state.pop("backbone.lm_head.weight", None)
-        state = {name: value.detach().contiguous() for name, value in state.items()}
+        state = {name: value.contiguous() for name, value in state.items()}
         try:
             with replacing(folder / WEIGHTS) as temporary:
                 save_file(state, temporary, metadata={"format": "pt"})
             write_manifest(folder)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"could not write {folder / WEIGHTS} ({reason(error)}): need free space and write "
-                "permission. try: another --out"
-            ) from error
+            raise unwritable(folder / WEIGHTS, error) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -269,28 +246,26 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             ValueError: an option that would be ignored."""
         folder = Path(pretrained_model_name_or_path)
         if config is None:
-            config = cls.config_class.from_pretrained(folder)
-            for key in (set(config.to_dict()) & set(kwargs)) - {"dtype"}:
-                setattr(config, key, kwargs.pop(key))
+            config, kwargs = cls.config_class.from_pretrained(
+                folder, return_unused_kwargs=True, **kwargs
+            )
         check_manifest(folder)
         if config.base is None:
             return super().from_pretrained(
                 folder, *args, config=config, key_mapping=OLD_NAMES, **kwargs
             )
-        known = {*LOADING, *config.to_dict()}
-        refuse_unknown(_requested(kwargs), known, f"{cls.__name__}.from_pretrained")
+        _refuse_unused(kwargs, {*LOADING, *config.to_dict()}, f"{cls.__name__}.from_pretrained")
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         # A dtype or its name; "auto" and None are no attributes of torch.
         dtype = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
         attention = kwargs.get("attn_implementation") or config._attn_implementation or "sdpa"
         device = kwargs.get("device_map") or "cpu"
-        if isinstance(device, dict):
-            device, *others = set(device.values())
-            if others:
-                raise CheckpointError(
-                    f"device_map over {device} and {others}: need one device for all of the model. "
-                    "try: device_map='cpu'"
-                )
+        device, *others = set(device.values()) if isinstance(device, dict) else [device]
+        if others:
+            raise CheckpointError(
+                f"device_map over {device} and {others}: need one device for all of the model. "
+                "try: device_map='cpu'"
+            )
         model = cls.from_base(config, dtype, attention)
         model.load_own_state(folder)
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -302,19 +277,15 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def load_own_state(self, folder: Path) -> None:
         """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does
         not."""
-        try:
-            state = load_file(folder / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"cannot read {folder / WEIGHTS} ({reason(error)}): need a whole safetensors file. "
-                "try: save or train it again"
-            ) from error
+        state = load_file(folder / WEIGHTS)
         for old, new in OLD_NAMES.items():
             state = {re.sub(old, new, name): value for name, value in state.items()}
         state.pop("writer.codes.use", None)  # counts that older releases saved
-        own = self.own_state()
-        shapes = [{name: value.shape for name, value in x.items()}.items() for x in (state, own)]
-        if wrong := sorted(shapes[0] ^ shapes[1]):
+        shapes, own = (
+            {(name, value.shape) for name, value in some.items()}
+            for some in (state, self.own_state())
+        )
+        if wrong := sorted(shapes ^ own):
             raise CheckpointError(
                 f"{folder / WEIGHTS} does not fit its configuration (first {wrong[0][0]}): need "
                 "the config.json that was saved with it. try: the folder's own pair of files"
@@ -336,27 +307,43 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         return self
 
 
-def _is_own(name: str) -> bool:
-    return "lora_" in name or not name.startswith("backbone.")
+def _own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.detach()
+        for name, value in weights.items()
+        if "lora_" in name or not name.startswith("backbone.")
+    }
+
+
+def _narrowed(value: Tensor) -> Tensor:
+    """In bf16 where that loses nothing, as after `round_own_weights`: half the file."""
+    narrow = value.bfloat16()
+    return narrow if value.dim() > 1 and torch.equal(narrow.to(value.dtype), value) else value
+
+
+def fitted_blocks(ids_NT: Tensor) -> Tensor:
+    """The first few blocks, which a boundary or a bridge is fitted on."""
+    return ids_NT[: max(1, FITTED_TOKENS // ids_NT.shape[1])]
 
 
 def boundary_targets(model: "AdaptedModel", ids_NT: Tensor) -> Tensor | None:
-    """(n, T - 1) what a fitted boundary is to estimate on the first few blocks: what the base
-    itself makes of the text (LoRA is still zero)."""
+    """(n, T - 1) what a fitted boundary is to estimate: what the base itself makes of the text
+    (LoRA is still zero)."""
     boundary = model.writer.gate.boundary
     if boundary.fitted is None:
         return None
-    blocks_NT = ids_NT[: max(1, FITTED_TOKENS // ids_NT.shape[1])].to(model.device)
-    targets = []
-    for ids_BT in blocks_NT.split(4):
+
+    def target(ids_BT: Tensor) -> Tensor:
         logits_BTV = model.backbone(input_ids=ids_BT, use_cache=False).logits
-        targets.append(boundary.target(logits_BTV.float().log_softmax(-1), ids_BT))
-    return torch.cat(targets)
+        return boundary.target(logits_BTV.float().log_softmax(-1), ids_BT)
+
+    return torch.cat([target(ids_BT) for ids_BT in fitted_blocks(ids_NT).to(model.device).split(4)])
 
 
-def _requested(named: dict) -> dict:
-    """Without the options that have the value they have anyway."""
-    return {name: value for name, value in named.items() if DEFAULTS.get(name, ...) != value}
+def _refuse_unused(named: dict, known: Iterable[str], what: str) -> None:
+    """Raises ValueError for what is not `known` and has not the value that it has anyway."""
+    named = {name: value for name, value in named.items() if DEFAULTS.get(name, ...) != value}
+    refuse_unknown(named, known, what)
 
 
 def default_device() -> str:

@@ -5,26 +5,16 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.plan import PlanShape
-from sememe.errors import CheckpointError, RecipeError
+from sememe.errors import RecipeError
 from sememe.keys import (
     CompressorOptions,
-    Concepts,
     OnlineOptions,
+    Options,
     Plan,
     check_rate,
     split_layers,
 )
 from sememe.options import checked
-
-# Options of earlier releases, and the value at which a saved model is what it was.
-REMOVED = {
-    "estimator": "soft",
-    "commitment_weight": 0.0,
-    "usage_weight": 0.0,
-    "shared_map": False,
-    "gate_noise": 0.0,
-    "overlap": False,
-}
 
 
 class AdaptedConfig(PreTrainedConfig):
@@ -44,6 +34,8 @@ class AdaptedConfig(PreTrainedConfig):
     system = None
     writes_concepts = False
     opens_with_bos = False  # a BOS ahead of each text takes one position
+    options = Options  # the group of recipe keys that its own are among, and are checked by
+    names = {}  # option of that group → its name in the configuration
     defaults = {
         "base": None,
         "base_sha256": None,
@@ -54,6 +46,10 @@ class AdaptedConfig(PreTrainedConfig):
     }
 
     def __init__(self, text_config=None, **options):
+        own = {key: options.pop(name) for key, name in self.names.items() if name in options}
+        values = checked(self.options, own).model_dump(mode="json")
+        for key, name in self.names.items():
+            setattr(self, name, values[key])
         for key, value in self.defaults.items():
             setattr(self, key, options.pop(key, value))
         super().__init__(**options)
@@ -74,8 +70,7 @@ class AdaptedConfig(PreTrainedConfig):
 
 
 class ConceptConfig(AdaptedConfig):
-    """What every system that writes concepts shares: the options of that name, by which they are
-    checked as well.
+    """What every system that writes concepts shares.
 
     Args:
         quantise: where the `Dial` stands at first, as `rate`.
@@ -84,20 +79,7 @@ class ConceptConfig(AdaptedConfig):
     model_type = "sememe-concepts"
     writes_concepts = True
     defaults = AdaptedConfig.defaults | {"quantise": 1.0}
-    options: type[Concepts] = Concepts
-
-    def __init__(self, text_config=None, **options):
-        for key, neutral in REMOVED.items():
-            if (value := options.pop(key, neutral)) != neutral:
-                raise CheckpointError(
-                    f"{key} = {value!r} in the configuration of this model: need {neutral!r}, the "
-                    "option is no more. try: an earlier release of sememe, or train it again"
-                )
-        own = {key: options.pop(key) for key in self.options.model_fields if key in options}
-        values = checked(self.options, own)
-        for key, value in values.model_dump(mode="json").items():
-            setattr(self, key, value)
-        super().__init__(text_config, **options)
+    __init__ = AdaptedConfig.__init__  # transformers makes a dataclass of a class without one
 
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
@@ -114,15 +96,13 @@ class OnlineConfig(ConceptConfig):
     model_type = "sememe-online"
     system = "online"
     options = OnlineOptions
+    names = {key: key for key in OnlineOptions.model_fields}
     defaults = ConceptConfig.defaults | {"prefill_chunk": 1024}
-
-    # transformers makes a dataclass of a configuration without an `__init__` of its own.
-    def __init__(self, text_config=None, **options):
-        super().__init__(text_config, **options)
+    __init__ = ConceptConfig.__init__
 
     def layer_share(self, rate: float | None = None) -> float:
         """Layer applications per token over the base's, at a realised rate."""
-        rate = self.rate if rate is None else rate
+        rate = rate or self.rate
         shallow, middle, deep = self.split
         return (shallow + middle * rate + deep) / sum(self.split)
 
@@ -130,16 +110,11 @@ class OnlineConfig(ConceptConfig):
         """Raises RecipeError where a value does not fit the others, or the base."""
         self.split = list(split_layers(self.split, self.text_config.num_hidden_layers))
         super().check()
-        if self.pool and BOUNDARIES[self.boundary].accumulates:
+        boundary = BOUNDARIES[self.boundary]
+        if boundary.offline or (self.pool and boundary.accumulates):
             raise RecipeError(
-                f"pool = true with boundary = {self.boundary!r}, which reads the whole segment "
-                "already: need one of them. try: pool=false"
-            )
-        if BOUNDARIES[self.boundary].offline:
-            raise RecipeError(
-                f"boundary = {self.boundary!r} reads all of a text before it writes a concept, and "
-                "an online model none of what is to come: need system: compressor for it. try: "
-                "boundary=null"
+                f"boundary = {self.boundary!r} reads what is still to come, or with pool = true a "
+                "segment twice: need system: compressor for it, or no pool. try: boundary=null"
             )
 
 
@@ -155,6 +130,7 @@ class CompressorConfig(ConceptConfig):
     system = "compressor"
     opens_with_bos = True
     options = CompressorOptions
+    names = {key: key for key in CompressorOptions.model_fields}
     defaults = ConceptConfig.defaults | {"beams": 16, "bins_rate": None}
 
     def __init__(self, text_config=None, **options):
@@ -165,30 +141,24 @@ class CompressorConfig(ConceptConfig):
     def layer_share(self, rate: float | None = None) -> float:
         """Layer applications per token over the base's: the text is read once by one adapter and
         written once by the other, and an offline boundary adds a slot for each concept."""
-        rate = self.rate if rate is None else rate
-        slots = rate if BOUNDARIES[self.boundary].offline else 0.0
+        slots = (rate or self.rate) * BOUNDARIES[self.boundary].offline
         layers = self.text_config.num_hidden_layers
         return 1 + (1 + slots) * (self.depth or layers) / layers
 
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
         super().check()
-        layers = self.text_config.num_hidden_layers
-        if (self.depth or layers) > layers:
-            raise RecipeError(
-                f"depth = {self.depth}, but this base has {layers} layers: need 1 to {layers}. "
-                f"try: depth={layers}"
-            )
-        # Of the coordinates of a state each length takes one.
+        # Of the coordinates of a state each length takes one; of the bins a code.
         longest = self.text_config.hidden_size // 2 - 1
         if self.content == "bins":
-            longest = min(longest, self.num_concepts - 1)  # and a code for each length
-        if self.max_tail > longest:
-            raise RecipeError(
-                f"max_tail = {self.max_tail}: of a compressor with width "
-                f"{self.text_config.hidden_size} and {self.num_concepts} codes need at most "
-                f"{longest}. try: max_tail={min(16, longest)}"
-            )
+            longest = min(longest, self.num_concepts - 1)
+        limits = {"depth": self.text_config.num_hidden_layers, "max_tail": longest}
+        for key, limit in limits.items():
+            if (getattr(self, key) or 0) > limit:
+                raise RecipeError(
+                    f"{key} = {getattr(self, key)}: over this base and its codes a compressor has "
+                    f"at most {limit}. try: {key}={limit}"
+                )
 
 
 PLAN_KEYS = {
@@ -215,18 +185,15 @@ class PlannerConfig(AdaptedConfig):
 
     model_type = "sememe-planner"
     system = "planner"
+    options = Plan
+    names = PLAN_KEYS
     defaults = AdaptedConfig.defaults | {
         "plan_max_source": None,
         "code_temperature": 1.0,
         "seed": 0,
     }
 
-    def __init__(self, text_config=None, **options):
-        own = {key: options.pop(name) for key, name in PLAN_KEYS.items() if name in options}
-        plan = checked(Plan, own)
-        for key, name in PLAN_KEYS.items():
-            setattr(self, name, getattr(plan, key))
-        super().__init__(text_config, **options)
+    __init__ = AdaptedConfig.__init__
 
     @property
     def plan_shape(self) -> PlanShape:
@@ -246,10 +213,7 @@ class ControlConfig(AdaptedConfig):
 
     model_type = "sememe-control"
     defaults = AdaptedConfig.defaults | {"skipped": (), "bridge": False, "window": None}
-
-    # transformers makes a dataclass of a configuration without an `__init__` of its own.
-    def __init__(self, text_config=None, **options):
-        super().__init__(text_config, **options)
+    __init__ = AdaptedConfig.__init__
 
     @property
     def system(self) -> str:
@@ -258,8 +222,7 @@ class ControlConfig(AdaptedConfig):
 
     def layer_share(self, rate: float | None = None) -> float:
         """Layer applications per token over the base's."""
-        first, last = self.skipped or (0, 0)
-        return 1 - (last - first) / self.text_config.num_hidden_layers
+        return 1 - len(range(*self.skipped or (0,))) / self.text_config.num_hidden_layers
 
 
 def sink_id(text_config) -> int:

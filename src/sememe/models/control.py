@@ -4,12 +4,12 @@ forward."""
 import torch
 from torch import Tensor, nn
 
-from sememe.backbone.calling import cache_argument, check_places, parameters, take_cache
+from sememe.backbone.calling import cache_argument, check_forward, parameters, take_cache
 from sememe.backbone.split import SLIDING, Spine
 from sememe.concepts.bridge import TailBridge
-from sememe.concepts.masks import Lane, allow, segment_mask
+from sememe.concepts.masks import Lane, Lanes
 from sememe.errors import RecipeError
-from sememe.models.adapted import FITTED_TOKENS, AdaptedModel
+from sememe.models.adapted import AdaptedModel, fitted_blocks
 from sememe.models.configuration import ControlConfig
 
 
@@ -26,7 +26,7 @@ class SkippedLayer(nn.Module):
         if bridge is None:
             return hidden_states
         bridged_BTD = bridge(hidden_states, bridge.concept_mean.to(hidden_states.dtype))
-        return torch.where((position_ids == 0).unsqueeze(-1), hidden_states, bridged_BTD)
+        return bridged_BTD.where((position_ids != 0).unsqueeze(-1), hidden_states)
 
 
 class ControlForCausalLM(AdaptedModel):
@@ -63,17 +63,16 @@ class ControlForCausalLM(AdaptedModel):
         """Least squares from the shallow states of (N, T) blocks of text to those that the skipped
         layers made of them."""
         decoder = self.backbone.get_decoder()
-        first, last = self.config.skipped
-        ids_NT = ids_NT[: max(1, FITTED_TOKENS // ids_NT.shape[1])].to(self.device)
 
         def before_and_after(ids_BT: Tensor) -> Tensor:  # (2, n, D), without the sinks
             out = decoder(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
-            states = torch.stack([out.hidden_states[first], out.hidden_states[last]])
+            states = torch.stack([out.hidden_states[layer] for layer in self.config.skipped])
             return states[:, :, 1:].flatten(1, 2).float()
 
         skipping = decoder.layers
         decoder.layers = self._whole[0].to(self.device)
-        h_ND, target_ND = torch.cat([before_and_after(ids) for ids in ids_NT.split(4)], 1)
+        blocks_NT = fitted_blocks(ids_NT).to(self.device)
+        h_ND, target_ND = torch.cat([before_and_after(ids) for ids in blocks_NT.split(4)], 1)
         decoder.layers = skipping
         return {"bridge_explains": self.bridge.start(h_ND, torch.zeros_like(h_ND), target_ND)}
 
@@ -97,10 +96,12 @@ class ControlForCausalLM(AdaptedModel):
         cache = take_cache(cache, kwargs)
         self.refuse_unknown(kwargs, parameters(type(self.backbone)))
         if self.config.window is not None:
-            tokens_BT = input_ids if input_ids is not None else inputs_embeds[..., 0]
+            tokens = inputs_embeds if input_ids is None else input_ids
             before = 0 if cache is None else cache.get_seq_length()
-            check_places(tokens_BT.shape[1], attention_mask, position_ids, before)
-            attention_mask = self._window_mask(tokens_BT, attention_mask, before)
+            check_forward(tokens.shape, attention_mask, position_ids, before)
+            if attention_mask is None:
+                attention_mask = tokens.new_ones(len(tokens), before + tokens.shape[1])
+            attention_mask = self._window_mask(attention_mask, tokens.shape[1])
         return self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -112,13 +113,10 @@ class ControlForCausalLM(AdaptedModel):
             **kwargs,
         )
 
-    def _window_mask(self, tokens_BT: Tensor, mask_BS: Tensor | None, before: int) -> Tensor:
+    def _window_mask(self, mask_BS: Tensor, length: int) -> Tensor:
         """(B, 1, T, S) in the kernel's form: which of the S tokens up to now the new ones see."""
-        batch, length = tokens_BT.shape
-        if mask_BS is None:
-            mask_BS = torch.ones(batch, before + length, device=tokens_BT.device)
         valid_BS = mask_BS.bool()
         key = Lane.causal(valid_BS.cumsum(1) - 1, valid_BS)
         query = Lane(*(field[:, -length:] for field in key))
-        mask = segment_mask(query, key, recent=self.config.window)
-        return allow(mask, self.dtype, self.config._attn_implementation)
+        lanes = Lanes(query, key, plain=False, recent=self.config.window)
+        return lanes.masks(self.config._attn_implementation, self.dtype)(None)

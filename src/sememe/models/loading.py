@@ -11,6 +11,7 @@ from sememe.backbone.bases import base_of, load_base, load_tokenizer, resolve
 from sememe.errors import CheckpointError, DataError, RecipeError, reason
 from sememe.models.adapted import default_device
 from sememe.paths import existing, usable
+from sememe.storage import unwritable
 
 SHIPPED = Path(__file__).parents[1] / "reference"
 
@@ -53,45 +54,27 @@ def read_config(folder: Path):
 
 
 def load_model(
-    model: str | Path,
-    *,
-    merge: bool = True,
-    dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
-    rate: float | None = None,
+    model: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, object]:
     """(model in eval mode, tokenizer). `merge` folds LoRA into the weights: the same function with
-    fewer matmuls. `rate` is the dial: concepts per token to run at, instead of the rate that was
-    trained for.
+    fewer matmuls.
 
     Raises:
-        CheckpointError: not a model, corrupt, over another base, or without concepts where `rate`
-            is given.
-        RecipeError: a rate that this model cannot hold.
+        CheckpointError: not a model, corrupt, or over another base.
         BaseError: `model` is neither a folder nor a base that can be had."""
     folder = model_folder(model) or resolve(str(model))
     config = read_config(folder)
-    if rate is not None:
-        check_rate(config, rate, model)  # refused before anything large is read
-    if not hasattr(config, "system"):
-        loaded = load_base(folder, dtype=dtype, attn_implementation=attention)
-        return loaded.to(default_device()).eval(), load_tokenizer(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention
-    )
-    if merge and loaded.foldable and config.base is not None:
+    load = AutoModelForCausalLM.from_pretrained if hasattr(config, "system") else load_base
+    loaded = load(folder, dtype=dtype)
+    if merge and getattr(loaded, "foldable", False):
         loaded.merged()
-    if rate is not None:
-        loaded.dial.rate = rate
-    tokenizer = load_tokenizer(tokenizer_folder(folder, config))
-    return loaded.to(default_device()).eval(), tokenizer
+    return loaded.to(default_device()).eval(), load_tokenizer(tokenizer_folder(folder, config))
 
 
 def tokenizer_folder(folder: Path, config) -> Path:
-    """Where a saved model's tokenizer is: beside it, or for one that was saved without at its
-    base."""
-    beside = (folder / "tokenizer.json").is_file() or not config.base
-    return folder if beside else base_of(config.base)
+    """Where a model's tokenizer is: beside it, or for one that was saved without at its base."""
+    base = getattr(config, "base", None)
+    return folder if base is None or (folder / "tokenizer.json").is_file() else base_of(base)
 
 
 def longest_text(config, bos: bool | None = None) -> int:
@@ -129,8 +112,7 @@ def check_rate(config, rate: float, model: str | Path) -> None:
     if not lowest - 1e-9 <= rate <= 1:
         raise RecipeError(
             f"rate = {rate:g}: need from {lowest:.3g} to 1 concepts per token, because {model} "
-            f"forces one after max_tail = {config.max_tail} tokens without. "
-            f"try: --rate {max(config.rate, lowest):.3g}"
+            f"forces one after max_tail = {config.max_tail} tokens without. try: another --rate"
         )
 
 
@@ -142,19 +124,14 @@ def export_model(model: str | Path, to: Path) -> tuple[Path, int]:
         raise CheckpointError(
             f"{model} is a plain base: need a trained model to merge. try: runs/demo"
         )
-    if loaded.config.base is not None:
-        loaded.merged()
-    target = to.absolute()
+    loaded.merged()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as work:
             folder = Path(work, "model")
             loaded.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            os.replace(folder, target)  # onto an empty folder, too
+            os.replace(folder, to)  # onto an empty folder, too
     except OSError as error:
-        raise CheckpointError(
-            f"could not write {to} ({error.strerror}): need free space, and a new or empty folder. "
-            f"try: --out {to}-2"
-        ) from error
+        raise unwritable(to, error) from error
     return to, sum(path.stat().st_size for path in to.iterdir())
