@@ -5,7 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.plan import PlanShape
-from sememe.errors import RecipeError
+from sememe.errors import CheckpointError, RecipeError
 from sememe.keys import (
     CompressorOptions,
     OnlineOptions,
@@ -15,6 +15,16 @@ from sememe.keys import (
     split_layers,
 )
 from sememe.options import checked
+
+# Options of earlier releases, and the value at which a saved model is what it was.
+REMOVED = {
+    "estimator": "soft",
+    "commitment_weight": 0.0,
+    "usage_weight": 0.0,
+    "shared_map": False,
+    "gate_noise": 0.0,
+    "overlap": False,
+}
 
 
 class AdaptedConfig(PreTrainedConfig):
@@ -46,6 +56,12 @@ class AdaptedConfig(PreTrainedConfig):
     }
 
     def __init__(self, text_config=None, **options):
+        for key, neutral in REMOVED.items():
+            if (value := options.pop(key, neutral)) != neutral:
+                raise CheckpointError(
+                    f"{key} = {value!r} in the configuration of this model: need {neutral!r}, the "
+                    "option is no more. try: an earlier release of sememe, or train it again"
+                )
         own = {key: options.pop(name) for key, name in self.names.items() if name in options}
         values = checked(self.options, own).model_dump(mode="json")
         for key, name in self.names.items():
