@@ -25,8 +25,7 @@ from sememe.training.trainer import ConceptTrainer
 ALWAYS = """step tokens seconds loss learning_rate rate longest_tail tail_mean target_rate quantise
 grad_norm grad_norm_lora grad_norm_head grad_norm_codes grad_norm_bridge
 code_perplexity codes_used largest_code_share bits_per_concept"""
-HELDOUT = """heldout_nll heldout_nll_by_position heldout_rate heldout_tail_mean
-heldout_tail_histogram"""
+HELDOUT = "heldout_nll heldout_nll_by_position heldout_rate heldout_tail_mean"
 ABLATED = """delta_nll_zero delta_nll_shuffle delta_nll_random code_entropy code_max_prob
 soft_hard_cosine soft_hard_distance"""
 
@@ -83,9 +82,8 @@ def test_meter_is_the_naive_count(codes_per_concept):
             "largest_code_share": max(map(digit[0].count, digit[0])) / len(digit[0]),
             "bits_per_concept": sum(map(naive_entropy, digit)) / math.log(2),
         },
-        rel=1e-9,
+        rel=1e-7,
     )
-    assert meter.read() == {"rate": 0, "longest_tail": 0}, "a reading starts the next interval"
     meter.see(SimpleNamespace(concept_ids=torch.tensor([[-2, NULL, NULL]])), None)
     assert meter.read() == {"rate": pytest.approx(1 / 3), "longest_tail": 2}, (
         "no code and no closed segment: no figure"
@@ -93,7 +91,7 @@ def test_meter_is_the_naive_count(codes_per_concept):
 
 
 def test_meter_counts_over_ranks_first_and_divides_once(monkeypatch):
-    """A stand-in hands over the other rank's sums: the figures are those of both texts together."""
+    """A stand-in hands over the other rank's ids: the figures are those of both texts together."""
     here, there, both = (ConceptMeter(7, 2) for _ in range(3))
     other = torch.cat([some_ids(1, 49), some_ids(2, 49)])
     seen = ((here, some_ids(0, 49)), (there, other), (both, some_ids(0, 49)), (both, other))
@@ -102,7 +100,7 @@ def test_meter_counts_over_ranks_first_and_divides_once(monkeypatch):
     want = both.read()
 
     def gather(ranks, own):
-        ranks[:] = [own, (there.sums_4, there.counts_GK, there.longest)]
+        ranks[:] = [own, torch.cat(there.ids)]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -144,7 +142,6 @@ def test_heldout_figures_are_the_naive_ones():
     }
     assert {key: found[key] for key in want} == pytest.approx(want, abs=1e-4)
     assert abs(found["delta_nll_zero"]) > 1e-3, "the ablation must have done something"
-    assert found["heldout_tail_histogram"] == [closed.count(n) for n in range(max(closed) + 1)]
     starts = range(0, 99, BUCKET)
     buckets = [[x for row in nll[None] for x in row[n : n + BUCKET]] for n in starts]
     want = [sum(bucket) / len(bucket) for bucket in buckets]

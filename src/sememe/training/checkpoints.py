@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from sememe import storage
+from sememe.report.files import read_json
 
 SEAL = "seal.json"
 OWN = re.compile(
@@ -60,8 +61,8 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    try:
-        hashes = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        return all(storage.sha256(folder / name) == value for name, value in hashes.items())
-    except (OSError, ValueError):
-        return False
+    hashes = read_json(folder / SEAL)
+    paths = {folder / name: value for name, value in hashes.items()}
+    return bool(paths) and all(
+        path.is_file() and storage.sha256(path) == value for path, value in paths.items()
+    )

@@ -4,6 +4,7 @@ RUN/{recipe.yaml, env.json, inputs.json, metrics.jsonl, checkpoints/checkpoint-N
 tensorboard/}"""
 
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -12,18 +13,19 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import TrainingArguments
 
+from sememe import storage
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
 from sememe.errors import CheckpointError, DataError, Interrupted, TrainingError
+from sememe.evaluation.inputs import INPUTS, record
 from sememe.options import Recipe
 from sememe.paths import source_sha256, usable
 from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint, step_of
-from sememe.training.resume import is_finished, open_run, same_run
+from sememe.training.resume import is_finished, same_run
 from sememe.training.trainer import ConceptTrainer
 
 PACKAGES = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -33,9 +35,8 @@ PACKAGES = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensor
 def train(
     recipe: Recipe, folder: Path, say: Callable[[str], None] = print, show: bool = True
 ) -> Path:
-    """Trains `recipe` into `folder` and returns its model/. A finished run is left as it is; an
-    unfinished one resumes, and one with fewer steps is made longer. In a thread other than the main
-    one there is no Ctrl-C handling.
+    """Trains `recipe` into `folder` and returns its model/. A finished run is left as it is, and an
+    unfinished one resumes. In a thread other than the main one there is no Ctrl-C handling.
 
     Raises:
         DataError: missing, empty or too short text, held-out text that is the training text, or
@@ -52,21 +53,20 @@ def train(
         return folder / "model"
     run = _build(recipe, folder, say, show, first)
     if first:
-        open_run(recipe, folder, _environment(recipe), run.model.config.base_sha256, say)
-    meter, stop = run.system.meter(run), Stop()
-    recorder = Recorder(run, meter)
+        _open(run)
+    recorder, stop = Recorder(run), Stop()
     # The system's own set the model before a step and write into a checkpoint, so they come first;
     # the seal of a checkpoint comes after all that is written into it.
-    callbacks = [*run.system.callbacks(run, meter), stop, Seal(), recorder]
+    callbacks = [*run.system.callbacks(run), stop, Seal(), recorder]
     try:
-        _train(run, meter, callbacks)
+        _train(run, callbacks)
         if first:
             _finish(run)
     except TrainingError as error:
         if first:
             recorder.stopped(str(error))
         raise
-    except (OSError, CheckpointError, SafetensorError) as error:
+    except (OSError, CheckpointError) as error:
         last_checkpoint(folder / "checkpoints", clean=first)  # takes one that was cut off away
         raise TrainingError(
             f"could not write to {folder} ({error.__cause__ or error}): need free space and write "
@@ -97,23 +97,32 @@ def _build(
     if recipe.gradient_checkpointing:
         set_checkpointing(model)
     checkpoint = last_checkpoint(folder / "checkpoints", clean=first)
-    run = Run(recipe, folder, model, tokenizer, batches, checkpoint, say, show and first)
+    meter = system.meter(model.config)
+    run = Run(recipe, folder, model, tokenizer, batches, checkpoint, say, show and first, meter)
     if checkpoint is None:
-        system.start(run)
+        for name, share in system.start(run).items():
+            say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
     return run
 
 
-def _train(run: Run, meter, callbacks: list[transformers.TrainerCallback]) -> None:
+def _open(run: Run) -> None:
+    """What a run folder holds from the start."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    texts = run.recipe.data.model_dump()
+    inputs = record(run.folder, run.model.config.base_sha256, texts)
+    for name, values in (("env.json", _environment(run.recipe)), (INPUTS, inputs)):
+        storage.write(run.folder / name, json.dumps(values, indent=2).encode())
+    storage.write(run.folder / "recipe.yaml", run.recipe.yaml().encode())
+
+
+def _train(run: Run, callbacks: list[transformers.TrainerCallback]) -> None:
     """All steps that are left. Raises Interrupted where Ctrl-C came first."""
-    trainer = ConceptTrainer(
-        run, meter, args=_arguments(run.recipe, run.folder), callbacks=callbacks
-    )
+    trainer = ConceptTrainer(run, args=_arguments(run.recipe, run.folder), callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.remove_callback(transformers.ProgressCallback)
     steps = run.recipe.steps
     if run.checkpoint is not None:
         run.say(f"resuming from step {step_of(run.checkpoint)} of {steps}")
-    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     done = trainer.state.global_step
     if done < steps:
         raise Interrupted(f"stopped at step {done} of {steps}; the same command goes on from there")
@@ -147,13 +156,11 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size // parts,
         gradient_accumulation_steps=recipe.gradient_accumulation,
-        max_grad_norm=1.0,
         bf16=precision(recipe) == "bf16",
         logging_steps=max(1, recipe.steps // 200),
         logging_nan_inf_filter=False,
         # The order is in the data set: the same for every system.
         train_sampling_strategy="sequential",
-        save_strategy="steps",
         save_steps=recipe.save_every,
         seed=recipe.seed,
         report_to=["tensorboard"],
