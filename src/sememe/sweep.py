@@ -16,6 +16,7 @@ from sememe.figures import figure
 from sememe.measure import Options, evaluate
 from sememe.options import Recipe, check_recipe, load_recipe
 from sememe.paths import usable
+from sememe.report.files import read_metrics
 from sememe.systems import SYSTEMS
 from sememe.training.resume import is_finished
 from sememe.training.run import train
@@ -34,7 +35,9 @@ COMMA = re.compile(r",(?![^\[{(]*[\]})])")
 """One that stands in no brackets."""
 
 Entry = dict[str, Any]
-"""What sweep.json holds of a run."""
+"""What sweep.json holds, of a run or of all."""
+Grid = dict[str, list[str]]
+"""Values of each key, as written."""
 
 
 def sweep(
@@ -45,7 +48,7 @@ def sweep(
     tokens: int = 8192,
     say: Callable[[str], None] = print,
     show: bool = True,
-) -> dict[str, Any]:
+) -> Entry:
     """Trains and measures every point of a grid in folders under `out`; returns what OUT/sweep.json
     then holds. Finished runs and figures of the same text and tokens are read, not made again. A
     point that fails is reported, in its `fault`, and the rest goes on.
@@ -73,7 +76,7 @@ def sweep(
             if point is not None:
                 _place(entry, point, out)
                 train(point, out / entry["name"], say, show)
-                entry["figures"] = _measured(entry, point, out, tokens)
+                _measure(entry, point, out, tokens)
         except Interrupted:
             raise
         # A fault of the program or the machine is seen whole, and the other points still count.
@@ -90,7 +93,7 @@ def sweep(
     return result
 
 
-def parse_grid(words: list[str]) -> dict[str, list[str]]:
+def parse_grid(words: list[str]) -> Grid:
     """`["rate=0.5,0.25", "quantise=[0,0.1],[0,0.3]"]` → the values of each key, as written."""
     pairs = [word.partition("=") for word in words]
     grid = {key: list(map(str.strip, COMMA.split(text))) for key, _, text in pairs}
@@ -101,44 +104,35 @@ def parse_grid(words: list[str]) -> dict[str, list[str]]:
     return {key: list(dict.fromkeys(values)) for key, values in grid.items()}
 
 
-def plan(
-    path: Path, grid: dict[str, list[str]], varied: list[str], control: bool
-) -> list[tuple[Entry, Recipe | None]]:
-    """The runs of a grid, baselines first, no recipe twice; without a recipe, last, those that have
-    no valid one.
+def plan(path: Path, grid: Grid, varied: list[str], control: bool) -> list[tuple]:
+    """(entry, recipe) of the runs of a grid, baselines first, no recipe twice; last, without a
+    recipe, of the points that have no valid one.
 
     Raises RecipeError where none is valid."""
-    runs: dict[str, tuple[Entry, Recipe | None]] = {}
+    runs, faults = {}, {}
     for values in itertools.product(*grid.values()):
         words = dict(zip(grid, values, strict=True))
         try:
             recipe = load_recipe(path, [f"{key}={value}" for key, value in words.items()])
             system = SYSTEMS[recipe.system]
             system.check(recipe, processes=1)
-            if recipe.on_pairs:
-                raise RecipeError(
-                    f"{path} has pairs, and a sweep measures running text: need system = online. "
-                    "try: sememe train and sememe evaluate, point by point"
-                )
         except SememeError as error:
             entry = _entry("online", words, varied) | {"system": None, "fault": str(error)}
-            runs.setdefault(entry["name"], (entry, None))
+            faults.setdefault(entry["name"], (entry, None))
             continue
         for name in (*(system.baselines if control else ()), recipe.system):
             run = baseline(recipe, name)
-            entry = _entry(name, words, varied) | {
-                "boundary": None if "boundary" in SYSTEMS[name].unread else run.boundary,
-                "seed": run.seed,
-                "trained_tokens": run.steps * run.batch_size * run.sequence_length,
-                "data": run.data.heldout,
-            }
+            entry = _entry(name, words, varied)
             if "seed" in varied:
                 entry["name"] += f"_seed-{run.seed}"
+            if "boundary" not in SYSTEMS[name].unread:
+                entry["boundary"] = run.boundary
+            entry |= {"seed": run.seed, "data": run.data.heldout}
             runs.setdefault(run.yaml(), (entry, run))
-    points = sorted(runs.values(), key=lambda run: [*SYSTEMS, None].index(run[0]["system"]))
-    if points[0][1] is None:
-        raise RecipeError(points[0][0]["fault"])
-    return points
+    if not runs:
+        raise RecipeError(next(iter(faults.values()))[0]["fault"])
+    points = sorted(runs.values(), key=lambda run: list(SYSTEMS).index(run[1].system))
+    return [*points, *faults.values()]
 
 
 def baseline(recipe: Recipe, system: str) -> Recipe:
@@ -157,7 +151,7 @@ def _entry(system: str, words: dict[str, str], varied: list[str]) -> Entry:
     unread = {"seed", "system", *SYSTEMS[system].unread}
     changes = {key: words[key] for key in varied if key not in unread}
     parts = [
-        f"{key}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', text).strip('-')[-40:]}"
+        f"{key}-{re.sub('[^A-Za-z0-9.+-]+', '-', text).strip('-')[-40:]}"
         for key, text in changes.items()
     ]
     point = "_".join(parts if system == "online" and parts else [system, *parts])
@@ -175,14 +169,16 @@ def _place(entry: Entry, recipe: Recipe, out: Path) -> None:
         entry["control"] = control.name
 
 
-def _measured(entry: Entry, recipe: Recipe, out: Path, tokens: int) -> Entry:
+def _measure(entry: Entry, recipe: Recipe, out: Path, tokens: int) -> None:
+    """The figures of a trained point, which may be there already."""
     folder, data = out / entry["name"], entry["data"]
     control = entry["control"] and str(out / entry["control"])
-    same = {"data": data, "control": control, "sequence_length": recipe.sequence_length}
-    figures = reusable(folder, "evaluate.json", tokens_asked=tokens, **same) or evaluate(
+    same = {"data": data, "control": control, "tokens_asked": tokens}
+    figures = reusable(folder, "evaluate.json", **same) or evaluate(
         str(folder), data, control, Options(tokens=tokens)
     )
-    return {key: figures.get(key) for key in (*CONTRACT, "control_nll")}
+    entry["trained_tokens"] = read_metrics(folder).last()["tokens"]
+    entry["figures"] = {key: figures.get(key) for key in (*CONTRACT, "control_nll")}
 
 
 def _run_of(recipe: Recipe, out: Path) -> Path | None:
@@ -192,7 +188,7 @@ def _run_of(recipe: Recipe, out: Path) -> Path | None:
     return next((p.parent for p in paths if p.read_text(encoding="utf-8") == wanted), None)
 
 
-def summarise(runs: list[Entry]) -> list[dict[str, Any]]:
+def summarise(runs: list[Entry]) -> list[Entry]:
     """Runs that differ in their seed alone become one point: mean, and spread = sample standard
     deviation."""
     groups = defaultdict(list)
@@ -217,7 +213,7 @@ def summarise(runs: list[Entry]) -> list[dict[str, Any]]:
     return points
 
 
-def as_table(result: dict[str, Any]) -> tuple[list[tuple[str, ...]], str, tuple[str, ...]]:
+def as_table(result: Entry) -> tuple[list, str, tuple]:
     """(rows, title, columns): means, with their spread where there are several seeds."""
 
     def cell(key: str, mean: float | None, spread: float | None) -> str:
@@ -231,7 +227,7 @@ def as_table(result: dict[str, Any]) -> tuple[list[tuple[str, ...]], str, tuple[
     return rows, title, ("point", *(figure(key).title for key in SHOWN))
 
 
-def check_faults(result: dict[str, Any]) -> None:
+def check_faults(result: Entry) -> None:
     """Raises SememeError where a run failed: how many, and what the first said."""
     failed = [run for run in result["runs"] if run["fault"]]
     for run in failed[:1]:

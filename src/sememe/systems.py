@@ -16,7 +16,15 @@ from sememe.errors import RecipeError
 from sememe.evaluation import measures
 from sememe.evaluation.plans import joined_figures, joined_nll, pair_figures
 from sememe.evaluation.results import Figures
-from sememe.keys import CompressorOptions, OnlineOptions, Options, Recipe, check_rate, split_layers
+from sememe.keys import (
+    CompressorOptions,
+    OnlineOptions,
+    Options,
+    Recipe,
+    check_rate,
+    known_keys,
+    split_layers,
+)
 from sememe.models import MODELS
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
@@ -30,7 +38,11 @@ from sememe.training.trainer import Blocks
 
 OF_CONCEPTS = frozenset(
     ("quantise", "distil", "lora.shallow", "concept_learning_rate", "calibration_tokens")
-).union(OnlineOptions.model_fields, CompressorOptions.model_fields)
+).union(
+    OnlineOptions.model_fields,
+    CompressorOptions.model_fields,
+    (key for key in known_keys() if key.startswith(("plan.", "em."))),
+)
 """Keys that are about concepts alone."""
 
 
@@ -250,6 +262,7 @@ class Planner(System):
     name = "planner"
     measures = measures.PLANNER
     shifts_labels = False
+    baselines = ("control",)
     refuses = ("distil", "lora.rank = 0", "gradient_checkpointing", "several processes")
 
     def options(self, recipe: Recipe, layers: int) -> dict:

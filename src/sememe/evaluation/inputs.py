@@ -3,7 +3,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -15,7 +14,7 @@ INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
 
 
-def record(run: Path, base_sha256: str, texts: dict[str, str]) -> dict[str, Any]:
+def record(run: Path, base_sha256: str, texts: dict) -> dict:
     """What inputs.json holds of `texts`, named as in a recipe's `data`."""
     return {
         "run": os.path.abspath(run),
@@ -25,12 +24,12 @@ def record(run: Path, base_sha256: str, texts: dict[str, str]) -> dict[str, Any]
     }
 
 
-def recorded(run: Path) -> dict[str, Any]:
+def recorded(run: Path) -> dict:
     """RUN/inputs.json; empty where there is none, as in runs of earlier versions."""
     return read_json(run / INPUTS)
 
 
-def content(source: str) -> dict[str, Any]:
+def content(source: str) -> dict:
     """What tells a text from others."""
     return {"bytes": _size(source), "sha256": source_sha256(source)}
 
@@ -41,7 +40,7 @@ def _size(source: str) -> int | None:
     return path and path.stat().st_size
 
 
-def run_recipe(model: str | Path) -> dict[str, Any]:
+def run_recipe(model: str | Path) -> dict:
     """The recipe of a run folder as plain values, its texts where they are now; empty for anything
     else. Raises SememeError where it cannot be read."""
     folder = existing(model)
@@ -57,7 +56,7 @@ def run_recipe(model: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
+def located(run: Path, data: dict) -> dict:
     """A recipe's `data` with each text where it is now: as it was typed, else where it was when the
     run was trained, else where it would be had it moved together with the run. A file of another
     size is another project's text of the same name. As typed where it is nowhere."""

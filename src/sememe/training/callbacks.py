@@ -88,7 +88,7 @@ class Recorder(TrainerCallback):
             line |= run.system.heldout(run)
             model.train()
         self._write(self.step, line)
-        self.bar.set_postfix({k: line[k] for k in ("loss", "heldout_nll", "rate") if k in line})
+        self.bar.set_postfix(loss=line["loss"])
 
     def _write(self, step: int, figures: dict) -> None:
         tokens = self.run.batches.examples.tokens(step)
@@ -118,9 +118,8 @@ class Stop(TrainerCallback):
                 self.handlers[number] = signal.signal(number, self._request)
 
     def _request(self, number, frame):
-        if self.requested:
-            raise KeyboardInterrupt
         self.requested = True
+        self.restore()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested and state.global_step < state.max_steps:

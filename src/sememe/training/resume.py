@@ -2,7 +2,6 @@
 
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from sememe.backbone.bases import fingerprint, resolve
 from sememe.errors import RecipeError
@@ -43,7 +42,7 @@ def same_run(recipe: Recipe, run: Path) -> bool:
     return is_finished(run)
 
 
-def _identity(recipe: Recipe, inputs: dict[str, Any]) -> dict[str, Any]:
+def _identity(recipe: Recipe, inputs: dict) -> dict:
     """The value of every key; of base and texts what they hold."""
     values = {key: attrgetter(key)(recipe) for key in known_keys()}
     texts = {f"data.{name}": inputs.get(name, {}).get("sha256") for name in TEXTS}

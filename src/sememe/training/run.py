@@ -9,7 +9,6 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -18,7 +17,7 @@ from transformers import TrainingArguments
 from sememe import storage
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
-from sememe.errors import CheckpointError, DataError, Interrupted, TrainingError
+from sememe.errors import DataError, Interrupted, TrainingError
 from sememe.evaluation.inputs import INPUTS, record
 from sememe.options import Recipe
 from sememe.paths import source_sha256, usable
@@ -42,7 +41,8 @@ def train(
         DataError: missing, empty or too short text, held-out text that is the training text, or
             sequences too long for the base.
         RecipeError: `folder` holds another recipe, or the system cannot be trained so.
-        TrainingError: a non-finite loss or gradient, or a disk that cannot take the checkpoint.
+        TrainingError: a non-finite loss or gradient.
+        CheckpointError: a disk that cannot take the checkpoint.
         Interrupted: Ctrl-C; a checkpoint was written."""
     folder = usable(folder)
     first = int(os.environ.get("RANK", "0")) == 0
@@ -66,13 +66,6 @@ def train(
         if first:
             recorder.stopped(str(error))
         raise
-    except (OSError, CheckpointError) as error:
-        last_checkpoint(folder / "checkpoints", clean=first)  # takes one that was cut off away
-        raise TrainingError(
-            f"could not write to {folder} ({error.__cause__ or error}): need free space and write "
-            "permission; whole checkpoints stand. try: free some space and run the same command "
-            "again"
-        ) from error
     finally:
         recorder.bar.close()
         stop.restore()
@@ -96,7 +89,7 @@ def _build(
     model = system.build(recipe, base)
     if recipe.gradient_checkpointing:
         set_checkpointing(model)
-    checkpoint = last_checkpoint(folder / "checkpoints", clean=first)
+    checkpoint = last_checkpoint(folder / "checkpoints")
     meter = system.meter(model.config)
     run = Run(recipe, folder, model, tokenizer, batches, checkpoint, say, show and first, meter)
     if checkpoint is None:
@@ -128,7 +121,7 @@ def _train(run: Run, callbacks: list[transformers.TrainerCallback]) -> None:
         raise Interrupted(f"stopped at step {done} of {steps}; the same command goes on from there")
 
 
-def _environment(recipe: Recipe) -> dict[str, Any]:
+def _environment(recipe: Recipe) -> dict:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -163,7 +156,7 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         train_sampling_strategy="sequential",
         save_steps=recipe.save_every,
         seed=recipe.seed,
-        report_to=["tensorboard"],
+        report_to="tensorboard",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

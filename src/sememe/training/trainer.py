@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from sememe.backbone.adapters import without_lora
-from sememe.errors import CheckpointError, TrainingError
+from sememe.errors import CheckpointError, TrainingError, reason
 from sememe.training.meters import gradient_norms
 
 if TYPE_CHECKING:
@@ -63,8 +63,12 @@ class ConceptTrainer(Trainer):
     def _save_checkpoint(self, *args, **kwargs):
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except RuntimeError as error:  # of torch.save, where the disk takes no more
-            raise CheckpointError(str(error)) from error
+        except (OSError, RuntimeError) as error:  # the latter of torch.save, for a full disk too
+            raise CheckpointError(
+                f"could not write to {self.args.output_dir} ({reason(error)}): need free space and "
+                "write permission; whole checkpoints stand. try: free some space, and the same "
+                "command again"
+            ) from error
 
     def _prepare_inputs(self, inputs):
         """On the device; a batch of pairs as its step wants it."""
