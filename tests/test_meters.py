@@ -15,7 +15,6 @@ from sememe.models.online import NULL
 from sememe.training import meters
 from sememe.training.meters import (
     ConceptMeter,
-    concept_figures,
     gradient_norms,
     head_figures,
     heldout_figures,
@@ -125,7 +124,7 @@ def test_gradient_norms_are_those_of_the_modules():
 def test_heldout_figures_are_the_naive_ones():
     """T = 100 gives two buckets; 1e-4 is float32 in another order of sums (5e-6 seen)."""
     model, ids = tiny_online(max_position_embeddings=128), text(4, 100)
-    found = concept_figures(model, ids)
+    found = heldout_figures(model, ids)
     kinds = ("zero", "shuffle", "random")
     nll = {}
     for kind in (*kinds, None):
@@ -162,7 +161,7 @@ def test_ablations_are_measured_on_a_small_batch(monkeypatch):
     monkeypatch.setattr(meters, "SMALL_BATCH", 50)
     for ids, small in ((text(4, 20), (2, 20)), (text(1, 80), (1, 50))):
         seen.clear()
-        found = concept_figures(model, ids)
+        found = heldout_figures(model, ids)
         plain, dropped = (
             real(model, ids[: small[0], : small[1]], ablation=kind)[0].mean()
             for kind in (None, "zero")
@@ -212,7 +211,7 @@ def test_head_figures_are_the_naive_ones(settings):
 def test_codes_are_not_measured_before_there_are_any():
     model = tiny_online()
     model.dial.quantise = 0.0
-    assert set(concept_figures(model, text())) == set(HELDOUT.split())
+    assert set(heldout_figures(model, text())) == set(HELDOUT.split())
     base = tiny_base()
     config = ControlConfig(text_config=base.config, base="tiny", lora_rank=4)
     control = ControlForCausalLM(config, base).eval()
@@ -227,7 +226,7 @@ def test_looking_changes_nothing():
     model = tiny_online(gumbel=1.0, concept_dropout=0.5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    concept_figures(model, text())
+    heldout_figures(model, text())
     assert torch.equal(torch.get_rng_state(), random) and not model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

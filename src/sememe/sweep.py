@@ -6,7 +6,7 @@ import re
 import statistics
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,9 @@ def parse_grid(words: list[str]) -> Grid:
 
 
 def plan(path: Path, grid: Grid, varied: list[str], control: bool) -> list[tuple]:
-    """(entry, recipe) of the runs of a grid, baselines first, no recipe twice; last, without a
-    recipe, of the points that have no valid one.
-
-    Raises RecipeError where none is valid."""
-    runs, faults = {}, {}
+    """(entry, recipe) of the runs of a grid, baselines first, no recipe twice; None for the recipe
+    of a point that has no valid one. Raises RecipeError where all are such."""
+    runs = {}
     for values in itertools.product(*grid.values()):
         words = dict(zip(grid, values, strict=True))
         try:
@@ -117,22 +115,21 @@ def plan(path: Path, grid: Grid, varied: list[str], control: bool) -> list[tuple
             system = SYSTEMS[recipe.system]
             system.check(recipe, processes=1)
         except SememeError as error:
-            entry = _entry("online", words, varied) | {"system": None, "fault": str(error)}
-            faults.setdefault(entry["name"], (entry, None))
+            entry = _entry("online", words, varied) | {"fault": str(error)}
+            runs.setdefault(entry["name"], (entry, None))
             continue
         for name in (*(system.baselines if control else ()), recipe.system):
             run = baseline(recipe, name)
-            entry = _entry(name, words, varied)
+            entry = _entry(name, words, varied) | {"seed": run.seed, "data": run.data.heldout}
             if "seed" in varied:
                 entry["name"] += f"_seed-{run.seed}"
             if "boundary" not in SYSTEMS[name].unread:
                 entry["boundary"] = run.boundary
-            entry |= {"seed": run.seed, "data": run.data.heldout}
             runs.setdefault(run.yaml(), (entry, run))
-    if not runs:
-        raise RecipeError(next(iter(faults.values()))[0]["fault"])
-    points = sorted(runs.values(), key=lambda run: list(SYSTEMS).index(run[1].system))
-    return [*points, *faults.values()]
+    points = sorted(runs.values(), key=lambda run: list(SYSTEMS).index(run[0]["system"]))
+    if not any(run for _, run in points):
+        raise RecipeError(points[0][0]["fault"])
+    return points
 
 
 def baseline(recipe: Recipe, system: str) -> Recipe:
@@ -216,22 +213,20 @@ def summarise(runs: list[Entry]) -> list[Entry]:
 def as_table(result: Entry) -> tuple[list, str, tuple]:
     """(rows, title, columns): means, with their spread where there are several seeds."""
 
-    def cell(key: str, mean: float | None, spread: float | None) -> str:
-        return figure(key).show(mean) + ("" if spread is None else f" ± {spread:.3f}")
+    def cells(point: Entry) -> Iterator[str]:
+        for key in SHOWN:
+            spread = point["spread"][key]
+            beside = "" if spread is None else f" ± {spread:.3f}"
+            yield figure(key).show(point["mean"][key]) + beside
 
-    rows = [
-        (point["name"], *(cell(key, point["mean"][key], point["spread"][key]) for key in SHOWN))
-        for point in result["points"]
-    ]
+    rows = [(point["name"], *cells(point)) for point in result["points"]]
     title = f"held-out text, {result['tokens']:,} tokens; mean ± standard deviation over seeds"
     return rows, title, ("point", *(figure(key).title for key in SHOWN))
 
 
 def check_faults(result: Entry) -> None:
     """Raises SememeError where a run failed: how many, and what the first said."""
-    failed = [run for run in result["runs"] if run["fault"]]
-    for run in failed[:1]:
-        raise SememeError(
-            f"{len(failed)} of {len(result['runs'])} runs failed, the first is {run['name']}: "
-            f"{run['fault']}"
-        )
+    runs = result["runs"]
+    faults = [f"{run['name']}: {run['fault']}" for run in runs if run["fault"]]
+    if faults:
+        raise SememeError(f"{len(faults)} of {len(runs)} runs failed, the first is {faults[0]}")

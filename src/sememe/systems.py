@@ -32,7 +32,7 @@ from sememe.models.loading import check_length, longest_text
 from sememe.models.planner.signals import SignalReader
 from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule
-from sememe.training.meters import ConceptMeter, concept_figures, heldout_figures
+from sememe.training.meters import ConceptMeter, heldout_figures
 from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, saved_plans
 from sememe.training.trainer import Blocks
 
@@ -62,6 +62,7 @@ class Batches:
 class Run:
     """A run that is about to begin: what a system needs to start, watch and finish it."""
 
+    system: "System"
     recipe: Recipe
     folder: Path
     model: AdaptedModel
@@ -76,10 +77,6 @@ class Run:
     """Counts over a training interval: `see` a forward pass, `read` the figures; or None."""
     norms: dict[str, float] = field(default_factory=dict)
     """Of the last step's gradients, by `gradient_norms`, before they were clipped."""
-
-    @property
-    def system(self) -> "System":
-        return SYSTEMS[self.recipe.system]
 
 
 class System:
@@ -211,9 +208,6 @@ class Writing(System):
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         return [Schedule(run)]
-
-    def heldout(self, run: Run) -> Figures:
-        return concept_figures(run.model, run.batches.heldout)
 
     def state(self, model: AdaptedModel) -> Figures:
         return {"target_rate": model.dial.rate, "quantise": model.dial.quantise}

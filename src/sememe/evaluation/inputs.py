@@ -4,11 +4,9 @@
 import os
 from pathlib import Path
 
-import yaml
-
-from sememe.errors import DataError, SememeError, reason
+from sememe.errors import DataError, SememeError
 from sememe.paths import existing, locate, source_sha256, usable
-from sememe.report.files import read_json
+from sememe.report.files import plain, read_json, read_recipe
 
 INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
@@ -46,14 +44,12 @@ def run_recipe(model: str | Path) -> dict:
     folder = existing(model)
     if folder is None or not (folder / "recipe.yaml").is_file():
         return {}
-    path = folder / "recipe.yaml"
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return recipe | {"data": located(folder, recipe["data"])}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    recipe = read_recipe(folder)
+    if not {*TEXTS} <= {*plain(recipe.get("data"))}:
         raise SememeError(
-            f"{path} cannot be read ({reason(error)}): need the recipe of a run. try: another run"
-        ) from error
+            f"{folder}/recipe.yaml names no texts: need the recipe of a run. try: another run"
+        )
+    return recipe | {"data": located(folder, recipe["data"])}
 
 
 def located(run: Path, data: dict) -> dict:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from sememe.progress import bar
 from sememe.report.files import read_metrics
-from sememe.training.checkpoints import rotate, seal
+from sememe.training.checkpoints import rotate, seal, step_of
 
 if TYPE_CHECKING:
     from sememe.systems import Run
@@ -35,7 +35,7 @@ class Schedule(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
         model.dial.quantise = self._share(step)
-        if model.dial.quantise == 0 or (step > 0 and self._share(step - 1) > 0):
+        if model.dial.quantise == 0 or self._share(step - 1) > 0:
             return
         figures = model.start_codes(self.run.batches.calibration_NT, self.run.recipe.seed)
         shown = [f"{key} {x:.3g}" for key, x in figures.items() if isinstance(x, float)]
@@ -50,18 +50,17 @@ class Recorder(TrainerCallback):
 
     def __init__(self, run: Run):
         self.run = run
-        self.bar = bar(disable=True)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        before = read_metrics(self.run.folder).last() if self.run.checkpoint else {}
-        self.started = time.monotonic() - before.get("seconds", 0.0)
-        self.step = state.global_step
+        self.started = time.monotonic()
+        self.step = 0
+        if run.checkpoint is not None:
+            self.started -= read_metrics(run.folder).last()["seconds"]
+            self.step = step_of(run.checkpoint)
         self.bar = bar(
-            total=state.max_steps,
+            total=run.recipe.steps,
             initial=self.step,
-            desc=f"train {self.run.recipe.system}",
+            desc=f"train {run.recipe.system}",
             unit="step",
-            disable=not self.run.show,
+            disable=not run.show,
         )
 
     def on_step_end(self, args, state, control, **kwargs):

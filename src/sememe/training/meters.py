@@ -67,20 +67,15 @@ def gradient_norms(model) -> Figures:
 
 
 def heldout_figures(model, ids_NT: Tensor) -> Figures:
-    """NLL of (N, T) held-out blocks. `model` is in eval mode."""
-    return _nll_figures(token_nll(model, ids_NT)[0])
-
-
-def _nll_figures(nll_NT: Tensor) -> Figures:
-    return {"heldout_nll": float(nll_NT.mean()), "heldout_nll_by_position": bucket_means(nll_NT)}
-
-
-def concept_figures(model, ids_NT: Tensor) -> Figures:
-    """The same, the gate running free, and its concepts. What ablating the codes costs, and what
-    the head is like, is measured on the first few blocks, once codes are in use."""
+    """NLL of (N, T) held-out blocks, the gate running free, and the concepts of a model that writes
+    some. What ablating the codes costs, and what the head is like, is measured on the first few
+    blocks, once codes are in use. `model` is in eval mode."""
     nll_NT, concepts_NT = token_nll(model, ids_NT)
+    figures = {"heldout_nll": float(nll_NT.mean()), "heldout_nll_by_position": bucket_means(nll_NT)}
+    if concepts_NT is None:
+        return figures
     written = written_figures(concepts_NT)
-    figures = _nll_figures(nll_NT) | {f"heldout_{key}": x for key, x in written.items()}
+    figures |= {f"heldout_{key}": x for key, x in written.items()}
     if model.dial.quantise == 0:
         return figures
     length = min(ids_NT.shape[1], SMALL_BATCH)

@@ -45,13 +45,13 @@ def train(
         CheckpointError: a disk that cannot take the checkpoint.
         Interrupted: Ctrl-C; a checkpoint was written."""
     folder = usable(folder)
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = os.environ.get("RANK", "0") == "0"
     # The other ranks look only at a finished run: an unfinished one is being opened by the first at
     # this moment.
     if (first or is_finished(folder)) and same_run(recipe, folder):
         say(f"{folder} is finished: nothing to train")
         return folder / "model"
-    run = _build(recipe, folder, say, show, first)
+    run = _build(recipe, folder, say, show and first)
     if first:
         _open(run)
     recorder, stop = Recorder(run), Stop()
@@ -72,9 +72,7 @@ def train(
     return folder / "model"
 
 
-def _build(
-    recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool, first: bool
-) -> Run:
+def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool) -> Run:
     """Model and batches of a run, a fresh one started."""
     system = SYSTEMS[recipe.system]
     system.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
@@ -91,7 +89,7 @@ def _build(
         set_checkpointing(model)
     checkpoint = last_checkpoint(folder / "checkpoints")
     meter = system.meter(model.config)
-    run = Run(recipe, folder, model, tokenizer, batches, checkpoint, say, show and first, meter)
+    run = Run(system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter)
     if checkpoint is None:
         for name, share in system.start(run).items():
             say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer
 
 from sememe.backbone.adapters import without_lora
 from sememe.errors import CheckpointError, TrainingError, reason
+from sememe.keys import Recipe
 from sememe.training.meters import gradient_norms
 
 if TYPE_CHECKING:
@@ -28,6 +31,17 @@ def cosine(step: int, steps: int) -> float:
         return (step + 1) / warm
     done = (step - warm) / max(1, steps - warm)
     return 0.55 + 0.45 * math.cos(math.pi * done)
+
+
+def adamw(model: torch.nn.Module, recipe: Recipe) -> AdamW:
+    """LoRA and new modules apart; no weight decay, since zero is no better a code than another."""
+    lora, own = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (lora if "lora_" in name else own).append(p)
+    rates = (lora, recipe.learning_rate), (own, recipe.concept_learning_rate)
+    groups = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
+    return AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 class Blocks(Dataset):
@@ -57,7 +71,14 @@ class ConceptTrainer(Trainer):
 
     def __init__(self, run: Run, **trainer):
         self.run = run
-        super().__init__(model=run.model, train_dataset=run.batches.examples, **trainer)
+        optimizer = adamw(run.model, run.recipe)
+        schedule = LambdaLR(optimizer, partial(cosine, steps=run.recipe.steps))
+        super().__init__(
+            model=run.model,
+            train_dataset=run.batches.examples,
+            optimizers=(optimizer, schedule),
+            **trainer,
+        )
         self._loss_shifts_labels = run.system.shifts_labels
 
     def _save_checkpoint(self, *args, **kwargs):
@@ -73,24 +94,6 @@ class ConceptTrainer(Trainer):
     def _prepare_inputs(self, inputs):
         """On the device; a batch of pairs as its step wants it."""
         return self.train_dataset.prepare(super()._prepare_inputs(inputs))
-
-    def create_optimizer(self, *args, **kwargs):
-        """LoRA and new modules apart; no weight decay, since zero is no better a code than
-        another."""
-        lora, own = [], []
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                (lora if "lora_" in name else own).append(p)
-        recipe = self.run.recipe
-        rates = (lora, recipe.learning_rate), (own, recipe.concept_learning_rate)
-        groups = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        factor = partial(cosine, steps=num_training_steps)
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy, or a mix with distillation."""
