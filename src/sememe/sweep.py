@@ -194,10 +194,8 @@ def summarise(runs: list[Entry]) -> list[Entry]:
             groups[run["point"]].append(run)
     points = []
     for name, members in groups.items():
-        columns = {
-            key: [run["figures"][key] for run in members if run["figures"][key] is not None]
-            for key in members[0]["figures"]
-        }
+        figures = [run["figures"] for run in members]
+        columns = {key: [x[key] for x in figures if x[key] is not None] for key in figures[0]}
         point = {
             key: members[0][key] for key in ("system", "boundary", "changes", "trained_tokens")
         }

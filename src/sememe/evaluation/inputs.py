@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from sememe.errors import DataError, SememeError
+from sememe.keys import Recipe
 from sememe.paths import existing, locate, source_sha256, usable
 from sememe.report.files import plain, read_json, read_recipe
 
@@ -12,13 +13,13 @@ INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
 
 
-def record(run: Path, base_sha256: str, texts: dict) -> dict:
-    """What inputs.json holds of `texts`, named as in a recipe's `data`."""
+def record(run: Path, base_sha256: str, recipe: Recipe) -> dict:
+    """What inputs.json holds of a recipe's base and texts."""
     return {
         "run": os.path.abspath(run),
         "folder": os.getcwd(),
         "base_sha256": base_sha256,
-        **{name: content(texts[name]) for name in TEXTS},
+        **{name: content(getattr(recipe.data, name)) for name in TEXTS},
     }
 
 

@@ -1,10 +1,10 @@
 """Checkpoints that are whole or do not count: a seal of hashes, written last."""
 
 import contextlib
-import json
 from pathlib import Path
 
 from sememe import storage
+from sememe.evaluation.results import put
 from sememe.report.files import read_json
 
 SEAL = "seal.json"
@@ -13,8 +13,7 @@ SEAL = "seal.json"
 def seal(folder: Path) -> None:
     """Writes the hash of every file in `folder`."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != SEAL]
-    hashes = {path.name: storage.sha256(path) for path in files}
-    storage.write(folder / SEAL, json.dumps(hashes, indent=2).encode())
+    put(folder / SEAL, {path.name: storage.sha256(path) for path in files})
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -30,7 +30,7 @@ def same_run(recipe: Recipe, run: Path) -> bool:
     held = load_recipe(run / "recipe.yaml")
     if held == recipe and is_finished(run):  # whatever became of its base and texts
         return True
-    now = record(run, fingerprint(resolve(recipe.base)), recipe.data.model_dump())
+    now = record(run, fingerprint(resolve(recipe.base)), recipe)
     before, after = _identity(held, recorded(run)), _identity(recipe, now)
     for key in (key for key in before if before[key] != after[key]):
         old, new = map(attrgetter(key), (held, recipe))

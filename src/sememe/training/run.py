@@ -4,7 +4,6 @@ RUN/{recipe.yaml, env.json, inputs.json, metrics.jsonl, checkpoints/checkpoint-N
 tensorboard/}"""
 
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
 from sememe.errors import DataError, Interrupted, TrainingError
 from sememe.evaluation.inputs import INPUTS, record
+from sememe.evaluation.results import put
 from sememe.options import Recipe
 from sememe.paths import source_sha256, usable
 from sememe.systems import SYSTEMS, Run
@@ -98,12 +98,11 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
 
 def _open(run: Run) -> None:
     """What a run folder holds from the start."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    texts = run.recipe.data.model_dump()
-    inputs = record(run.folder, run.model.config.base_sha256, texts)
-    for name, values in (("env.json", _environment(run.recipe)), (INPUTS, inputs)):
-        storage.write(run.folder / name, json.dumps(values, indent=2).encode())
-    storage.write(run.folder / "recipe.yaml", run.recipe.yaml().encode())
+    folder, recipe = run.folder, run.recipe
+    folder.mkdir(parents=True, exist_ok=True)
+    put(folder / "env.json", _environment(recipe))
+    put(folder / INPUTS, record(folder, run.model.config.base_sha256, recipe))
+    storage.write(folder / "recipe.yaml", recipe.yaml().encode())
 
 
 def _train(run: Run, callbacks: list[transformers.TrainerCallback]) -> None:
