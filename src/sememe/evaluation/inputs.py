@@ -4,10 +4,12 @@
 import os
 from pathlib import Path
 
-from sememe.errors import DataError, SememeError
+import yaml
+
+from sememe.errors import DataError, SememeError, reason
 from sememe.keys import Recipe
 from sememe.paths import existing, locate, source_sha256, usable
-from sememe.report.files import plain, read_json, read_recipe
+from sememe.report.files import read_json
 
 INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
@@ -45,12 +47,14 @@ def run_recipe(model: str | Path) -> dict:
     folder = existing(model)
     if folder is None or not (folder / "recipe.yaml").is_file():
         return {}
-    recipe = read_recipe(folder)
-    if not {*TEXTS} <= {*plain(recipe.get("data"))}:
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        return recipe | {"data": located(folder, recipe["data"])}
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise SememeError(
-            f"{folder}/recipe.yaml names no texts: need the recipe of a run. try: another run"
-        )
-    return recipe | {"data": located(folder, recipe["data"])}
+            f"{folder}/recipe.yaml cannot be read ({reason(error)}): need the recipe of a run. "
+            "try: another run"
+        ) from error
 
 
 def located(run: Path, data: dict) -> dict:

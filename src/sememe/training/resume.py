@@ -9,6 +9,7 @@ from sememe.evaluation.inputs import TEXTS, record, recorded
 from sememe.keys import known_keys
 from sememe.options import Recipe, load_recipe
 from sememe.paths import usable
+from sememe.report.files import dig
 
 
 def is_finished(run: Path) -> bool:
@@ -45,5 +46,5 @@ def same_run(recipe: Recipe, run: Path) -> bool:
 def _identity(recipe: Recipe, inputs: dict) -> dict:
     """The value of every key; of base and texts what they hold."""
     values = {key: attrgetter(key)(recipe) for key in known_keys()}
-    texts = {f"data.{name}": inputs.get(name, {}).get("sha256") for name in TEXTS}
+    texts = {f"data.{name}": dig(inputs, f"{name}.sha256") for name in TEXTS}
     return values | texts | {"base": inputs.get("base_sha256")}

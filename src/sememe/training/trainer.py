@@ -96,14 +96,14 @@ class ConceptTrainer(Trainer):
         return self.train_dataset.prepare(super()._prepare_inputs(inputs))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross entropy, or a mix with distillation."""
+        """Cross entropy, or a mix with distillation. Nobody here asks for the outputs."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if (share := self.run.recipe.distil) > 0:
             loss = (1 - share) * loss + share * self._divergence(inputs, outputs.logits, loss)
         self.loss = loss.detach()
         if self.run.meter is not None:
             self.run.meter.see(outputs, inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def _divergence(self, inputs, logits_BTV: Tensor, loss: Tensor) -> Tensor:
         """KL of the model's next-token distribution from the frozen base's, nats per token, on the
