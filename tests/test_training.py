@@ -58,6 +58,14 @@ def test_resume_is_uninterrupted(recipe_values, tmp_path, system):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_run_that_has_logged_nothing_yet_resumes(recipe_values, tmp_path):
+    """It logs every second step of 400."""
+    values = recipe_values | {"steps": 400, "heldout_every": 400}
+    for step in (1, 2):
+        with ctrl_c(1), pytest.raises(Interrupted, match=f"stopped at step {step} of 400"):
+            run(values, tmp_path / "r")
+
+
 def test_control_sees_the_same_batches_in_the_same_order(recipe_values, tmp_path, monkeypatch):
     seen: dict[str, list] = {}
     real = ConceptTrainer.compute_loss

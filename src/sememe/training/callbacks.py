@@ -51,10 +51,9 @@ class Recorder(TrainerCallback):
     def __init__(self, run: Run):
         self.run = run
         self.started = time.monotonic()
-        self.step = 0
-        if run.checkpoint is not None:
+        self.step = step_of(run.checkpoint) if run.checkpoint else 0
+        if (run.folder / "metrics.jsonl").is_file():
             self.started -= read_metrics(run.folder).last()["seconds"]
-            self.step = step_of(run.checkpoint)
         self.bar = bar(
             total=run.recipe.steps,
             initial=self.step,
