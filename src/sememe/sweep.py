@@ -195,15 +195,13 @@ def summarise(runs: list[Entry]) -> list[Entry]:
     points = []
     for name, members in groups.items():
         figures = [run["figures"] for run in members]
-        columns = {key: [x[key] for x in figures if x[key] is not None] for key in figures[0]}
+        values = {key: [x[key] for x in figures if x[key] is not None] for key in figures[0]}
         point = {
             key: members[0][key] for key in ("system", "boundary", "changes", "trained_tokens")
         }
         point |= {"name": name, "runs": [run["name"] for run in members]}
-        point["mean"] = {key: statistics.fmean(x) if x else None for key, x in columns.items()}
-        point["spread"] = {
-            key: statistics.stdev(x) if x[1:] else None for key, x in columns.items()
-        }
+        point["mean"] = {key: statistics.fmean(x) if x else None for key, x in values.items()}
+        point["spread"] = {key: statistics.stdev(x) if x[1:] else None for key, x in values.items()}
         points.append(point)
     return points
 

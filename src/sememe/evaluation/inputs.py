@@ -66,8 +66,8 @@ def located(run: Path, data: dict) -> dict:
     for name in TEXTS if inputs else ():
         before = os.path.join(inputs["folder"], os.path.expanduser(data[name]))
         beside = os.path.join(os.path.abspath(run), os.path.relpath(before, inputs["run"]))
-        places = (data[name], before, os.path.normpath(beside))
-        there = (place for place in places if _size(place) == inputs[name]["bytes"])
+        sources = (data[name], before, os.path.normpath(beside))
+        there = (source for source in sources if _size(source) == inputs[name]["bytes"])
         moved[name] = next(there, data[name])
     return data | moved
 
