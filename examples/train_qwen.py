@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sememe.errors import SememeError
 from sememe.evaluation.results import CONTRACT
+from sememe.keys import Data, Recipe
 from sememe.measure import evaluate
-from sememe.options import Data, Recipe
 from sememe.training.run import train
 
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from sememe.errors import SememeError
+from sememe.keys import Data, Em, Plan, Recipe
 from sememe.measure import Options, evaluate
-from sememe.options import Data, Em, Plan, Recipe
 from sememe.training.run import train
 
 

@@ -70,7 +70,7 @@ def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path, changes)
     z = [load_file(folder / PLANS)["plans"] for folder in last]
     assert torch.equal(*z) and z[0].dtype == torch.int32 and len(z[0]) == 20
     (last[1] / PLANS).write_bytes((last[1] / PLANS).read_bytes()[:-1] + b"\x63")
-    assert last_checkpoint(last[1].parent, clean=False).name != last[1].name, "under its seal"
+    assert last_checkpoint(last[1].parent).name != last[1].name, "under its seal"
 
 
 def test_runs_of_earlier_versions_are_refused_in_one_sentence(values, tmp_path):
@@ -191,9 +191,9 @@ def test_plain_text_is_cut_and_bf16_trains(base_folder, texts, tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"system": "online"}, "pairs of data.fields or data.source_share with system = online"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing = true with system = planner"),
-        ({"distil": 0.5}, "distil = 0.5 with system = planner"),
+        ({"system": "online"}, "system = online cannot have pairs of data"),
+        ({"gradient_checkpointing": True}, "system = planner cannot have gradient_checkpointing"),
+        ({"distil": 0.5}, "system = planner cannot have distil"),
     ],
 )
 def test_options_that_a_system_cannot_have_are_one_sentence(values, tmp_path, changes, said):
@@ -227,13 +227,24 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
     match = r"255 tokens of text .*try: target_length="
     refused(DataError, match, rows(("x", "y" * 255)), target_length=255)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(RecipeError, r"in 2 processes: need one")
+    refused(RecipeError, r"system = planner cannot have several processes")
     monkeypatch.delenv("WORLD_SIZE")
     assert not (tmp_path / "r").exists(), "nothing is written for a run that cannot start"
-    recipe = tmp_path / "recipe.yaml"
+
+
+def test_a_sweep_compares_planners_with_their_control(values, tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "s"
     recipe.write_text(check_recipe(values, "test").yaml())
-    out = sememe("sweep", recipe, "steps=2,4", "--out", tmp_path / "s", code=1)
-    assert "a sweep measures running text" in out
+    sememe("sweep", recipe, "em.every=0,2", "--control", "--out", out, "--tokens", 64)
+    runs = {run["name"]: run for run in json.loads((out / "sweep.json").read_text())["runs"]}
+    assert list(runs) == ["control", "planner_em.every-0", "planner_em.every-2"]
+    for name, run in runs.items():
+        figures = run["figures"]
+        assert run["trained_tokens"] == metrics(out / name)[-1]["tokens"]
+        if name == "control":
+            continue
+        difference = figures["nll"] - figures["control_nll"]
+        assert figures["delta_nll_control"] == pytest.approx(difference, abs=1e-5)
 
 
 def test_the_meter_is_the_naive_count():

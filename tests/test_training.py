@@ -31,6 +31,15 @@ def test_finished_run_holds_what_is_promised(recipe_values, tmp_path):
     before = (folder / "metrics.jsonl").read_text()
     run(recipe_values, folder)
     assert (folder / "metrics.jsonl").read_text() == before, "a finished run is left as it is"
+    with pytest.raises(RecipeError, match=r"with rate = 0.5, not 0.25"):
+        run({**recipe_values, "rate": 0.25}, folder)
+    checkpoints = folder / "checkpoints"
+    assert last_checkpoint(checkpoints).name == "checkpoint-8"
+    (checkpoints / "checkpoint-8" / "seal.json").unlink()
+    assert last_checkpoint(checkpoints).name == "checkpoint-4", "one that was cut off"
+    with (checkpoints / "checkpoint-4" / "optimizer.pt").open("r+b") as file:
+        file.write(b"xx")
+    assert last_checkpoint(checkpoints) is None
 
 
 @pytest.mark.parametrize("system", ["online", "control"])
@@ -49,15 +58,12 @@ def test_resume_is_uninterrupted(recipe_values, tmp_path, system):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_cut_off_checkpoint_is_not_resumed_from(recipe_values, tmp_path):
-    run(recipe_values, tmp_path / "r")
-    folder = tmp_path / "r" / "checkpoints"
-    assert last_checkpoint(folder).name == "checkpoint-8"
-    (folder / "checkpoint-8" / "seal.json").unlink()
-    assert last_checkpoint(folder).name == "checkpoint-4"
-    with (folder / "checkpoint-4" / "optimizer.pt").open("r+b") as file:
-        file.write(b"xx")
-    assert last_checkpoint(folder) is None
+def test_a_run_that_has_logged_nothing_yet_resumes(recipe_values, tmp_path):
+    """It logs every second step of 400."""
+    values = recipe_values | {"steps": 400, "heldout_every": 400}
+    for step in (1, 2):
+        with ctrl_c(1), pytest.raises(Interrupted, match=f"stopped at step {step} of 400"):
+            run(values, tmp_path / "r")
 
 
 def test_control_sees_the_same_batches_in_the_same_order(recipe_values, tmp_path, monkeypatch):
@@ -94,16 +100,6 @@ def test_rate_is_realised_in_training_and_on_heldout_text(recipe_values, tmp_pat
     assert lines[-1]["heldout_rate"] == pytest.approx(0.25, rel=0.05)
 
 
-def test_another_recipe_in_the_same_folder_is_refused(recipe_values, tmp_path):
-    run(recipe_values, tmp_path / "r")
-    with pytest.raises(RecipeError, match=r"with rate = 0.5, not 0.25"):
-        run({**recipe_values, "rate": 0.25}, tmp_path / "r")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="no run folder"):
-        run(recipe_values, tmp_path / "other")
-
-
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_never_reaches_the_optimizer(recipe_values, tmp_path, monkeypatch, what):
     before = {"loss": "_prepare_inputs", "gradient": "_clip_grad_norm"}[what]
@@ -116,7 +112,7 @@ def test_what_is_not_finite_never_reaches_the_optimizer(recipe_values, tmp_path,
         return real(self, argument)
 
     monkeypatch.setattr(ConceptTrainer, before, poison)
-    said = {"loss": "the loss is nan", "gradient": "the gradient of codes is not finite"}[what]
+    said = {"loss": "the loss is nan", "gradient": "the gradient of codes is nan"}[what]
     with pytest.raises(TrainingError, match=rf"{said} at step 6.*try: "):
         run(recipe_values | {"quantise": [0.1, 0.5]}, tmp_path / "r")
     assert last_checkpoint(tmp_path / "r" / "checkpoints").name == "checkpoint-4"
@@ -124,16 +120,19 @@ def test_what_is_not_finite_never_reaches_the_optimizer(recipe_values, tmp_path,
 
 
 def test_a_run_that_cannot_start_writes_nothing(recipe_values, tmp_path):
-    same = tmp_path / "copy.txt"
+    same, other = tmp_path / "copy.txt", tmp_path / "other"
     same.write_text(Path(recipe_values["data"]["train"]).read_text())
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
     data = recipe_values["data"] | {"heldout": str(same)}
-    for error, said, changes in (
-        (DataError, "holds the same bytes", {"data": data}),
-        (RecipeError, "does not divide", {"gradient_accumulation": 3}),
+    for folder, error, said, changes in (
+        ("r", DataError, "holds the same bytes", {"data": data}),
+        ("r", RecipeError, "does not divide", {"gradient_accumulation": 3}),
+        ("other", RecipeError, "no run folder", {}),
     ):
         with pytest.raises(error, match=said):
-            run(recipe_values | changes, tmp_path / "r")
-    assert not (tmp_path / "r").exists()
+            run(recipe_values | changes, tmp_path / folder)
+    assert not (tmp_path / "r").exists() and len(list(other.iterdir())) == 1
 
 
 def test_two_processes_train_as_one(recipe_values, tmp_path):

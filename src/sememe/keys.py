@@ -56,11 +56,8 @@ class Data(Options):
 
     @model_validator(mode="after")
     def _differ(self) -> "Data":
-        if self.fields and (self.fields[0] == self.fields[1] or self.source_share is not None):
-            raise ValueError(
-                f"fields = {list(self.fields)}, source_share = {self.source_share}: need two "
-                "fields of a row, or else source_share alone to cut each text"
-            )
+        if self.fields and (self.source_share or len(set(self.fields)) < 2):
+            raise ValueError("need two fields of a row, or else source_share to cut each text")
         return self
 
 
@@ -124,8 +121,8 @@ class Concepts(Options):
     def _codes_fit(self):
         if self.num_concepts**self.codes_per_concept > 2**48:
             raise ValueError(
-                f"codes_per_concept = {self.codes_per_concept} of num_concepts = "
-                f"{self.num_concepts}: need at most 48 bits per concept"
+                f"{self.codes_per_concept} codes of {self.num_concepts} in a concept: need at most "
+                "48 bits"
             )
         return self
 
@@ -163,10 +160,9 @@ class OnlineOptions(Concepts):
 def split_layers(split: Sequence[int | None] | None, layers: int) -> tuple[int, int, int]:
     """The option `split` over a base of so many layers: what is open is filled. Raises RecipeError
     unless the three slices fill the base."""
-    if split is None:
-        edge = max(1, round(layers * 2 / 15))  # a thick middle, which is where the gain is
-        split = (edge, None, edge)
-    rest = layers - sum(count or 0 for count in split)
+    edge = max(1, round(layers * 2 / 15))  # a thick middle, which is where the gain is
+    split = split or (edge, None, edge)
+    rest = layers - sum(filter(None, split))
     shallow, middle, deep = (rest if count is None else count for count in split)
     if min(shallow, middle + 1, deep) < 1 or shallow + middle + deep != layers:
         raise RecipeError(
@@ -219,15 +215,9 @@ class Plan(Options):
     @model_validator(mode="after")
     def _types_fit(self) -> "Plan":
         if len(self.sizes) != len(self.lengths):
-            raise ValueError(
-                f"sizes = {self.sizes} and lengths = {self.lengths}: need one of each for every "
-                "type"
-            )
+            raise ValueError("sizes and lengths: need one of each for every type")
         if self.multi_token > max(self.lengths):
-            raise ValueError(
-                f"multi_token = {self.multi_token}: need at most {max(self.lengths)}, the longest "
-                "type's concepts"
-            )
+            raise ValueError(f"multi_token: need at most {max(self.lengths)}, the longest type's")
         return self
 
 
@@ -309,10 +299,33 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     @property
     def on_pairs(self) -> bool:
         """Whether it is trained on pairs of a source and a target."""
-        named = self.data.fields or self.data.source_share
-        return self.system == "planner" or named is not None
+        return self.system == "planner" or bool(self.data.fields or self.data.source_share)
 
     def yaml(self, whole: bool = True) -> str:
         """As a file; not `whole`: only what differs from the defaults."""
         values = self.model_dump(mode="json", exclude_defaults=not whole)
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+GROUPS: dict[type[Options], str] = {
+    Task: "",
+    Data: "data.",
+    Concepts: "",
+    OnlineOptions: "",
+    CompressorOptions: "",
+    Recipe: "",
+    Lora: "lora.",
+    Plan: "plan.",
+    Em: "em.",
+}
+"""Sections of docs/options.md, and what a recipe's keys in each begin with."""
+
+
+def own_keys(group: type[Options]) -> list[str]:
+    """The keys that are defined in this group, and that are no group themselves."""
+    return [name for name in group.__annotations__ if f"{name}." not in GROUPS.values()]
+
+
+def known_keys() -> list[str]:
+    """All dotted keys of a recipe."""
+    return [prefix + name for group, prefix in GROUPS.items() for name in own_keys(group)]

@@ -13,32 +13,15 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from sememe.errors import RecipeError, reason
-from sememe.keys import (
-    CompressorOptions,
-    Concepts,
-    Data,
-    Em,
-    Lora,
-    OnlineOptions,
-    Options,
-    Plan,
-    Recipe,
-    Task,
-)
+from sememe.figures import markdown
+from sememe.keys import GROUPS, Options, Recipe, known_keys, own_keys
 from sememe.paths import usable
 
-GROUPS: tuple[tuple[str, type[Options]], ...] = (
-    ("", Task),
-    ("data.", Data),
-    ("", Concepts),
-    ("", OnlineOptions),
-    ("", CompressorOptions),
-    ("", Recipe),
-    ("lora.", Lora),
-    ("plan.", Plan),
-    ("em.", Em),
-)
-"""(Prefix, options) of each section of docs/options.md."""
+INTRODUCTION = """# Options
+
+Every key of a recipe. Printed by `python -m sememe.options > docs/options.md`.
+A run keeps all of them in RUN/recipe.yaml; `key=value` on the command line overrides one.
+"""
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -51,14 +34,10 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except FileNotFoundError as error:
-        raise RecipeError(
-            f"no recipe at {path}: need a YAML file. try: recipes/tiny-cpu.yaml"
-        ) from error
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
         raise RecipeError(
-            f"{path} cannot be read as a recipe ({reason(error)}): need YAML key: value pairs. "
-            "try: recipes/"
+            f"{path} cannot be read as a recipe ({reason(error)}): need a file of YAML key: value "
+            "pairs. try: recipes/tiny-cpu.yaml"
         ) from error
     return check_recipe(values, str(path))
 
@@ -73,63 +52,34 @@ def checked(group: type[Options], values: Any, where: str = "") -> Any:
     try:
         return group.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(where + _sentence(error)) from error
+        raise RecipeError(where + _sentence(**error.errors()[0])) from error
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first of the faults: what was got, what is needed, what to try."""
-    fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), 1, 0.4)
-        hint = "".join(near) or "docs/options.md"
-        return f"unknown key {key!r}: need one of a recipe's keys. try: {hint}"
-    if fault["type"] == "missing":
+def _sentence(type: str, loc: tuple, msg: str, input: Any, **others: Any) -> str:
+    """A fault that pydantic found: what was got, what is needed, what to try."""
+    key = ".".join(map(str, loc))
+    if type == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), 1, 0.4) or ["docs/options.md"]
+        return f"unknown key {key!r}: need one of a recipe's keys. try: {near[0]}"
+    if type == "missing":
         return f"key {key!r} is missing: need a value. try: {key}=…"
-    value = f"{key} = {fault['input']!r}: " if key else ""
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{value}{message}. try: another value, see docs/options.md"
-
-
-def known_keys() -> list[str]:
-    """All dotted keys of a recipe."""
-    return [prefix + name for prefix, group in GROUPS for name in _own(group)]
-
-
-def _own(group: type[Options]) -> list[str]:
-    """The keys that are defined in this group, and that are no group themselves."""
-    return [name for name in group.__annotations__ if f"{name}." not in dict(GROUPS)]
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts → dotted keys."""
-    dotted: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            dotted |= flat(value, f"{prefix}{key}.")
-        else:
-            dotted[prefix + key] = value
-    return dotted
+    value = f"{key} = {input!r}: " if key else ""
+    return value + msg.removeprefix("Value error, ") + ". try: another value, see docs/options.md"
 
 
 def page() -> str:
     """docs/options.md."""
-    lines = [
-        "# Options",
-        "",
-        "Every key of a recipe. Printed by `python -m sememe.options > docs/options.md`.",
-        "A run keeps all of them in RUN/recipe.yaml; `key=value` on the command line overrides "
-        "one.",
-    ]
-    for prefix, group in GROUPS:
-        lines += ["", f"## {group.__doc__}", "", "| key | default | meaning |", "|---|---|---|"]
-        for name in _own(group):
+    text = INTRODUCTION
+    for group, prefix in GROUPS.items():
+        cells = []
+        for name in own_keys(group):
             field = group.model_fields[name]
             default = "" if field.is_required() else f"`{json.dumps(field.default)}`"
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{prefix}{name}` | {default} | {meaning} |")
-    return "\n".join(lines)
+            cells.append((f"`{prefix}{name}`", default, meaning))
+        text += f"\n## {group.__doc__}\n\n" + markdown(["key", "default", "meaning"], cells)
+    return text
 
 
 if __name__ == "__main__":
-    print(page())
+    print(page(), end="")

@@ -37,12 +37,3 @@ def bar(**options: Any) -> std.tqdm:
     ):
         return auto.tqdm(**options)
     return _Lines(**options | {"mininterval": 30, "miniters": 1})
-
-
-def leave_out(seconds: float) -> None:
-    """What took this long since the last step, and comes once, tells the bars that stand nothing of
-    their further steps."""
-    for shown in list(std.tqdm._instances):
-        if not shown.disable:
-            shown.start_t += seconds
-            shown.last_print_t += seconds

@@ -5,7 +5,8 @@ import itertools
 import re
 import statistics
 import traceback
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sememe.figures import figure
 from sememe.measure import Options, evaluate
 from sememe.options import Recipe, check_recipe, load_recipe
 from sememe.paths import usable
+from sememe.report.files import read_metrics
 from sememe.systems import SYSTEMS
 from sememe.training.resume import is_finished
 from sememe.training.run import train
@@ -33,7 +35,9 @@ COMMA = re.compile(r",(?![^\[{(]*[\]})])")
 """One that stands in no brackets."""
 
 Entry = dict[str, Any]
-"""What sweep.json holds of a run."""
+"""What sweep.json holds, of a run or of all."""
+Grid = dict[str, list[str]]
+"""Values of each key, as written."""
 
 
 def sweep(
@@ -44,7 +48,7 @@ def sweep(
     tokens: int = 8192,
     say: Callable[[str], None] = print,
     show: bool = True,
-) -> dict[str, Any]:
+) -> Entry:
     """Trains and measures every point of a grid in folders under `out`; returns what OUT/sweep.json
     then holds. Finished runs and figures of the same text and tokens are read, not made again. A
     point that fails is reported, in its `fault`, and the rest goes on.
@@ -62,14 +66,25 @@ def sweep(
     if (out / "recipe.yaml").is_file():
         raise RecipeError(f"{out} is a run: need a folder for several. try: --out {out}-sweep")
     grid = parse_grid(words)
-    points = plan(recipe, grid, control)
-    out.mkdir(parents=True, exist_ok=True)
     varied = [key for key, values in grid.items() if len(values) > 1]
+    points = plan(recipe, grid, varied, control)
+    out.mkdir(parents=True, exist_ok=True)
     result = {"recipe": str(recipe), "grid": grid, "varied": varied, "tokens": tokens, "runs": []}
     for number, (entry, point) in enumerate(points, 1):
         say(f"point {number} of {len(points)} ({entry['name']})")
-        if point is not None:
-            _run(entry, point, out, tokens, say, show)
+        try:
+            if point is not None:
+                _place(entry, point, out)
+                train(point, out / entry["name"], say, show)
+                _measure(entry, point, out, tokens)
+        except Interrupted:
+            raise
+        # A fault of the program or the machine is seen whole, and the other points still count.
+        except Exception as error:
+            entry["fault"] = str(error)
+            if not isinstance(error, SememeError):
+                traceback.print_exc()
+                entry["fault"] = f"{type(error).__name__}: {reason(error)}"
         if entry["fault"]:
             say(f"failed: {entry['name']}: {entry['fault']}")
         result["runs"].append(entry)
@@ -78,55 +93,43 @@ def sweep(
     return result
 
 
-def parse_grid(words: list[str]) -> dict[str, list[str]]:
+def parse_grid(words: list[str]) -> Grid:
     """`["rate=0.5,0.25", "quantise=[0,0.1],[0,0.3]"]` → the values of each key, as written."""
-    grid: dict[str, list[str]] = {}
-    for word in words:
-        key, _, text = word.partition("=")
-        values = [value.strip() for value in COMMA.split(text)]
-        if not key or not all(values) or key in grid:
-            raise RecipeError(
-                f"{word!r}: need key=value or key=a,b,c, and each key once. try: rate=0.5,0.25"
-            )
-        grid[key] = list(dict.fromkeys(values))
-    return grid
+    pairs = [word.partition("=") for word in words]
+    grid = {key: list(map(str.strip, COMMA.split(text))) for key, _, text in pairs}
+    if len(grid) < len(words) or "" in itertools.chain(grid, *grid.values()):
+        raise RecipeError(
+            f"{' '.join(words)}: need key=value or key=a,b,c, and each key once. try: rate=0.5,0.25"
+        )
+    return {key: list(dict.fromkeys(values)) for key, values in grid.items()}
 
 
-def plan(
-    path: Path, grid: dict[str, list[str]], control: bool
-) -> list[tuple[Entry, Recipe | None]]:
-    """The runs of a grid, baselines first, no recipe twice; without a recipe, last, those that have
-    no valid one.
-
-    Raises RecipeError where none is valid."""
-    varied = {key for key, values in grid.items() if len(values) > 1}
-    points: dict[str, tuple[Entry, Recipe | None]] = {}
+def plan(path: Path, grid: Grid, varied: list[str], control: bool) -> list[tuple]:
+    """(entry, recipe) of the runs of a grid, baselines first, no recipe twice; None for the recipe
+    of a point that has no valid one. Raises RecipeError where all are such."""
+    runs = {}
     for values in itertools.product(*grid.values()):
         words = dict(zip(grid, values, strict=True))
-        changes = {key: words[key] for key in words if key in varied - {"seed", "system"}}
         try:
             recipe = load_recipe(path, [f"{key}={value}" for key, value in words.items()])
             system = SYSTEMS[recipe.system]
             system.check(recipe, processes=1)
-            if recipe.on_pairs:
-                raise RecipeError(
-                    f"{path} trains on pairs of a source and a target, and a sweep measures "
-                    "running text: need system = online. try: sememe train and sememe evaluate, "
-                    "point by point"
-                )
         except SememeError as error:
-            entry = _entry("online", changes) | {"fault": str(error)}
-            points.setdefault(entry["name"], (entry, None))
+            entry = _entry("online", words, varied) | {"fault": str(error)}
+            runs.setdefault(entry["name"], (entry, None))
             continue
         for name in (*(system.baselines if control else ()), recipe.system):
             run = baseline(recipe, name)
-            own = {key: x for key, x in changes.items() if key not in SYSTEMS[name].unread}
-            entry = _entry(name, own, run, "seed" in varied)
-            points.setdefault(run.model_dump_json(), (entry, run))
-    runs = sorted(points.values(), key=lambda run: [*SYSTEMS, None].index(run[0]["system"]))
-    if runs[0][1] is None:
-        raise RecipeError(runs[0][0]["fault"])
-    return runs
+            entry = _entry(name, words, varied) | {"seed": run.seed, "data": run.data.heldout}
+            if "seed" in varied:
+                entry["name"] += f"_seed-{run.seed}"
+            if "boundary" not in SYSTEMS[name].unread:
+                entry["boundary"] = run.boundary
+            runs.setdefault(run.yaml(), (entry, run))
+    points = sorted(runs.values(), key=lambda run: list(SYSTEMS).index(run[0]["system"]))
+    if not any(run for _, run in points):
+        raise RecipeError(points[0][0]["fault"])
+    return points
 
 
 def baseline(recipe: Recipe, system: str) -> Recipe:
@@ -139,61 +142,40 @@ def baseline(recipe: Recipe, system: str) -> Recipe:
     return check_recipe(values, f"the {system} of this point")
 
 
-def _entry(
-    system: str, changes: dict[str, str], recipe: Recipe | None = None, seeded: bool = False
-) -> Entry:
-    """What sweep.json says of a run before it is trained. `changes`: the varied keys that it reads,
-    as they were written, `seed` apart; they name its folder: `rate-0.5_boundary-fixed`."""
-    plain = {key: re.sub(r"[^A-Za-z0-9.+-]+", "-", text) for key, text in changes.items()}
-    parts = [f"{key}-{text.strip('-')[-40:]}" for key, text in plain.items()]
-    point = "_".join(parts if system == "online" and parts else [system, *parts])[:200]
-    entry = {"name": point, "point": point, "changes": changes}
-    about = ("system", "boundary", "seed", "trained_tokens", "control", "data", "figures", "fault")
-    entry |= dict.fromkeys(about)
-    if recipe is not None:
-        entry |= {
-            "name": f"{point}_seed-{recipe.seed}" if seeded else point,
-            "system": system,
-            "boundary": None if "boundary" in SYSTEMS[system].unread else recipe.boundary,
-            "seed": recipe.seed,
-            "trained_tokens": recipe.steps * recipe.batch_size * recipe.sequence_length,
-            "data": recipe.data.heldout,
-        }
-    return entry
+def _entry(system: str, words: dict[str, str], varied: list[str]) -> Entry:
+    """What sweep.json says of a run, as far as it is known. Its folder is named by the varied keys
+    that it reads, `seed` apart, as they were written: `rate-0.5_boundary-fixed`."""
+    unread = {"seed", "system", *SYSTEMS[system].unread}
+    changes = {key: words[key] for key in varied if key not in unread}
+    parts = [
+        f"{key}-{re.sub('[^A-Za-z0-9.+-]+', '-', text).strip('-')[-40:]}"
+        for key, text in changes.items()
+    ]
+    point = "_".join(parts if system == "online" and parts else [system, *parts])
+    unknown = ("boundary", "seed", "trained_tokens", "control", "data", "figures", "fault")
+    about = {"name": point, "point": point, "system": system, "changes": changes}
+    return about | dict.fromkeys(unknown)
 
 
-def _run(
-    entry: Entry, recipe: Recipe, out: Path, tokens: int, say: Callable[[str], None], show: bool
-) -> None:
-    """Trains and measures one point: its figures, or its fault, go into `entry`."""
-    # Where that name is another recipe's run: that one is not made longer.
-    numbered = (out / f"{entry['name']}-{n}" for n in itertools.count(2))
-    names = itertools.chain([out / entry["name"]], numbered)
-    folder = _run_of(recipe, out) or next(path for path in names if not path.exists())
-    control = _run_of(baseline(recipe, "control"), out)
-    if control is not None and (control == folder or not is_finished(control)):
-        control = None
-    entry |= {"name": folder.name, "control": control and control.name}
-    same = {
-        "data": recipe.data.heldout,
-        "tokens_asked": tokens,
-        "sequence_length": recipe.sequence_length,
-        "control": control and str(control),
-    }
-    try:
-        train(recipe, folder, say, show)
-        figures = reusable(folder, "evaluate.json", **same) or evaluate(
-            str(folder), same["data"], same["control"], Options(tokens=tokens)
-        )
-        entry["figures"] = {key: figures.get(key) for key in (*CONTRACT, "control_nll")}
-    except Interrupted:
-        raise
-    except SememeError as error:
-        entry["fault"] = str(error)
-    # a fault of the program or the machine: seen whole, and the other points still count
-    except Exception as error:
-        traceback.print_exc()
-        entry["fault"] = f"{type(error).__name__}: {reason(error)}"
+def _place(entry: Entry, recipe: Recipe, out: Path) -> None:
+    """Where a point is trained, and the control that it is compared with, if there is one."""
+    own, control = _run_of(recipe, out), _run_of(baseline(recipe, "control"), out)
+    if own is not None:
+        entry["name"] = own.name
+    if control not in (None, own) and is_finished(control):
+        entry["control"] = control.name
+
+
+def _measure(entry: Entry, recipe: Recipe, out: Path, tokens: int) -> None:
+    """The figures of a trained point, which may be there already."""
+    folder, data = out / entry["name"], entry["data"]
+    control = entry["control"] and str(out / entry["control"])
+    same = {"data": data, "control": control, "tokens_asked": tokens}
+    figures = reusable(folder, "evaluate.json", **same) or evaluate(
+        str(folder), data, control, Options(tokens=tokens)
+    )
+    entry["trained_tokens"] = read_metrics(folder).last()["tokens"]
+    entry["figures"] = {key: figures.get(key) for key in (*CONTRACT, "control_nll")}
 
 
 def _run_of(recipe: Recipe, out: Path) -> Path | None:
@@ -203,52 +185,44 @@ def _run_of(recipe: Recipe, out: Path) -> Path | None:
     return next((p.parent for p in paths if p.read_text(encoding="utf-8") == wanted), None)
 
 
-def summarise(runs: list[Entry]) -> list[dict[str, Any]]:
+def summarise(runs: list[Entry]) -> list[Entry]:
     """Runs that differ in their seed alone become one point: mean, and spread = sample standard
     deviation."""
-    groups: dict[str, list[Entry]] = {}
+    groups = defaultdict(list)
     for run in runs:
-        if run["figures"] is not None:
-            groups.setdefault(f"{run['system']} {run['changes']}", []).append(run)
+        if run["figures"]:
+            groups[run["point"]].append(run)
     points = []
-    for members in groups.values():
-        first = members[0]
-        columns = {
-            key: [run["figures"][key] for run in members if run["figures"][key] is not None]
-            for key in first["figures"]
+    for name, members in groups.items():
+        figures = [run["figures"] for run in members]
+        values = {key: [x[key] for x in figures if x[key] is not None] for key in figures[0]}
+        point = {
+            key: members[0][key] for key in ("system", "boundary", "changes", "trained_tokens")
         }
-        shared = ("system", "boundary", "changes", "trained_tokens")
-        points.append(
-            {key: first[key] for key in shared}
-            | {
-                "name": first["point"],
-                "runs": [run["name"] for run in members],
-                "mean": {key: statistics.fmean(x) if x else None for key, x in columns.items()},
-                "spread": {
-                    key: statistics.stdev(x) if len(x) > 1 else None for key, x in columns.items()
-                },
-            }
-        )
+        point |= {"name": name, "runs": [run["name"] for run in members]}
+        point["mean"] = {key: statistics.fmean(x) if x else None for key, x in values.items()}
+        point["spread"] = {key: statistics.stdev(x) if x[1:] else None for key, x in values.items()}
+        points.append(point)
     return points
 
 
-def as_table(result: dict[str, Any]) -> tuple[list[tuple[str, ...]], str, tuple[str, ...]]:
+def as_table(result: Entry) -> tuple[list, str, tuple]:
     """(rows, title, columns): means, with their spread where there are several seeds."""
-    rows = []
-    for point in result["points"]:
-        row = [point["name"]]
+
+    def cells(point: Entry) -> Iterator[str]:
         for key in SHOWN:
             spread = point["spread"][key]
             beside = "" if spread is None else f" ± {spread:.3f}"
-            row.append(figure(key).show(point["mean"][key]) + beside)
-        rows.append(tuple(row))
+            yield figure(key).show(point["mean"][key]) + beside
+
+    rows = [(point["name"], *cells(point)) for point in result["points"]]
     title = f"held-out text, {result['tokens']:,} tokens; mean ± standard deviation over seeds"
     return rows, title, ("point", *(figure(key).title for key in SHOWN))
 
 
-def check_faults(result: dict[str, Any]) -> None:
+def check_faults(result: Entry) -> None:
     """Raises SememeError where a run failed: how many, and what the first said."""
-    failed = [run for run in result["runs"] if run["fault"]]
-    if failed:
-        count = f"{len(failed)} of {len(result['runs'])} runs failed"
-        raise SememeError(f"{count}, the first is {failed[0]['name']}: {failed[0]['fault']}")
+    runs = result["runs"]
+    faults = [f"{run['name']}: {run['fault']}" for run in runs if run["fault"]]
+    if faults:
+        raise SememeError(f"{len(faults)} of {len(runs)} runs failed, the first is {faults[0]}")

@@ -15,21 +15,34 @@ from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
 from sememe.evaluation.plans import joined_figures, joined_nll, pair_figures
-from sememe.keys import CompressorOptions, OnlineOptions, Options, Recipe, check_rate, split_layers
+from sememe.evaluation.results import Figures
+from sememe.keys import (
+    CompressorOptions,
+    OnlineOptions,
+    Options,
+    Recipe,
+    check_rate,
+    known_keys,
+    split_layers,
+)
 from sememe.models import MODELS
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
 from sememe.models.loading import check_length, longest_text
 from sememe.models.planner.signals import SignalReader
 from sememe.pairs import PairForm, PairTensors
-from sememe.training.callbacks import Schedule, calibrating
-from sememe.training.meters import ConceptMeter, concept_figures, heldout_figures
+from sememe.training.callbacks import Schedule
+from sememe.training.meters import ConceptMeter, heldout_figures
 from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, saved_plans
 from sememe.training.trainer import Blocks
 
 OF_CONCEPTS = frozenset(
     ("quantise", "distil", "lora.shallow", "concept_learning_rate", "calibration_tokens")
-).union(OnlineOptions.model_fields, CompressorOptions.model_fields)
+).union(
+    OnlineOptions.model_fields,
+    CompressorOptions.model_fields,
+    (key for key in known_keys() if key.startswith(("plan.", "em."))),
+)
 """Keys that are about concepts alone."""
 
 
@@ -49,6 +62,7 @@ class Batches:
 class Run:
     """A run that is about to begin: what a system needs to start, watch and finish it."""
 
+    system: "System"
     recipe: Recipe
     folder: Path
     model: AdaptedModel
@@ -59,12 +73,10 @@ class Run:
     say: Callable[[str], None]
     show: bool
     """Whether progress bars are shown."""
+    meter: Any
+    """Counts over a training interval: `see` a forward pass, `read` the figures; or None."""
     norms: dict[str, float] = field(default_factory=dict)
     """Of the last step's gradients, by `gradient_norms`, before they were clipped."""
-
-    @property
-    def system(self) -> "System":
-        return SYSTEMS[self.recipe.system]
 
 
 class System:
@@ -73,58 +85,53 @@ class System:
 
     name = "base"
     measures = measures.TEXT
-    opens_with_bos = False
-    """Whether the model reads a BOS ahead of each text, which takes one position."""
     shifts_labels = True
     """Whether position t predicts label t + 1, as usual; a planner predicts label 0 as well."""
-    writes_concepts = False
-    """Whether it has codes, which come in by the schedule: a run can be made longer once its ramp
-    has ended; and something to train beside LoRA."""
-    lengthens = True  # whether a run can be made longer at all
-    distils = False
-    """Whether its loss may be a distillation from the base; baselines learn from the text alone."""
-    two_adapters = False
-    """Layers that are computed again in the backward pass would meet the other adapter."""
-    whole_segments = False  # codes stand for all tokens of a segment anyway
-    reads_pairs = False
-    """Whether it can be trained on pairs of a source and a target."""
+    refuses: tuple[str, ...] = ("distil", "pairs of data", "lora.rank = 0")
+    """What of a recipe it cannot have, by the names in `check`. Baselines learn from the text
+    alone, and have nothing to train but LoRA."""
     baselines: tuple[str, ...] = ()
     """Systems without concepts that a sweep trains beside it."""
     unread: frozenset[str] = frozenset()
     """Recipe keys that it does not read. One that is missing here costs a sweep a baseline for each
     of its values; one too many would make the comparison unequal."""
 
+    @property
+    def config_class(self) -> type[AdaptedConfig]:
+        return MODELS[self.name].config_class
+
     def check(self, recipe: Recipe, processes: int) -> None:
         """Raises RecipeError where the recipe cannot be trained in so many processes."""
-        parts = processes * recipe.gradient_accumulation
-        refused = {
-            f"distil = {recipe.distil}": recipe.distil > 0 and not self.distils,
-            "pool = true": recipe.pool and self.whole_segments,
-            "gradient_checkpointing = true": recipe.gradient_checkpointing and self.two_adapters,
-            "pairs of data.fields or data.source_share": recipe.on_pairs and not self.reads_pairs,
-            "lora.rank = 0, nothing to train,": recipe.lora.rank == 0 and not self.writes_concepts,
+        holds = {
+            "distil": recipe.distil > 0,
+            "pool": recipe.pool,
+            "gradient_checkpointing": recipe.gradient_checkpointing,
+            "pairs of data": recipe.on_pairs,
+            "lora.rank = 0": recipe.lora.rank == 0,
+            "several processes": processes > 1,
         }
-        for key in (key for key, wrong in refused.items() if wrong):
+        for name in filter(holds.get, self.refuses):
             raise RecipeError(
-                f"{key} with system = {self.name}, which cannot have it: need another system, or "
-                "the recipe without. try: docs/options.md"
+                f"system = {self.name} cannot have {name}: need another system, or the recipe "
+                "without. try: docs/options.md"
             )
+        parts = processes * recipe.gradient_accumulation
         if recipe.batch_size % parts:
             raise RecipeError(
                 f"batch_size = {recipe.batch_size} does not divide into {processes} processes × "
                 f"{recipe.gradient_accumulation} parts: need a multiple. try: batch_size={parts}"
             )
 
-    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
+    def options(self, recipe: Recipe, layers: int) -> dict:
         """Options of the model's configuration, over a base of so many layers, that are neither of
         the base nor of the LoRA on it."""
-        return {}
+        keys = getattr(self.config_class, "options", Options).model_fields
+        return {key: getattr(recipe, key) for key in keys}
 
     def config(self, recipe: Recipe, layers: int) -> AdaptedConfig:
         """The configuration of the recipe's model over a base of so many layers."""
         lora = {f"lora_{key}": getattr(recipe.lora, key) for key in ("rank", "alpha", "dropout")}
-        options = self.options(recipe, layers)
-        return MODELS[self.name].config_class(base=recipe.base, **lora, **options)
+        return self.config_class(base=recipe.base, **lora, **self.options(recipe, layers))
 
     def build(self, recipe: Recipe, folder: Path) -> AdaptedModel:
         """The untrained model over the base in `folder`: it computes what the base computes."""
@@ -139,17 +146,15 @@ class System:
         base_config = AutoConfig.from_pretrained(folder).get_text_config()
         if recipe.on_pairs:
             return self.pair_batches(recipe, tokenizer, base_config, say)
-        length, count = recipe.sequence_length, recipe.steps * recipe.batch_size
-        check_length(longest_text(base_config, self.opens_with_bos), length, "sequence_length=")
-
-        def blocks(text: str, tokens: int) -> Tensor:
-            return token_blocks(read_texts(text), tokenizer, length, limit=tokens)
-
-        train_NT = blocks(recipe.data.train, count * length)
-        heldout_NT = blocks(recipe.data.heldout, max(recipe.heldout_tokens, length))
-        ids_NT = train_NT[block_order(len(train_NT), recipe.steps, recipe.batch_size, recipe.seed)]
+        length, batch = recipe.sequence_length, recipe.batch_size
+        longest = longest_text(base_config, self.config_class.opens_with_bos)
+        check_length(longest, length, "sequence_length=")
+        train, heldout = read_texts(recipe.data.train), read_texts(recipe.data.heldout)
+        train_NT = token_blocks(train, tokenizer, length, recipe.steps * batch * length)
+        heldout_NT = token_blocks(heldout, tokenizer, length, max(recipe.heldout_tokens, length))
+        ids_NT = train_NT[block_order(len(train_NT), recipe.steps, batch, recipe.seed)]
         calibration_NT = ids_NT[: max(1, recipe.calibration_tokens // length)]
-        return Batches(Blocks(ids_NT, recipe.batch_size), heldout_NT, calibration_NT)
+        return Batches(Blocks(ids_NT, batch), heldout_NT, calibration_NT)
 
     def pair_batches(self, recipe: Recipe, tokenizer, base_config, say) -> Batches:
         """As many training pairs as the run can see, and held-out pairs of at least
@@ -161,23 +166,23 @@ class System:
             say(f"{recipe.data.train}: {train.cut} pairs are cut to source_length, target_length")
         return Batches(self.pair_examples(recipe, train, tokenizer, base_config), heldout)
 
-    def start(self, run: Run) -> None:
-        """What is set before the first step of a fresh run."""
+    def start(self, run: Run) -> Figures:
+        """Sets what is set before the first step of a fresh run; returns what share of a variance
+        each new module explains."""
+        return {}
 
-    def meter(self, run: Run):
-        """What counts over a training interval: `see` a forward pass, `read` the figures; None for
-        a system of which the loss says all."""
-        return None
+    def meter(self, config: AdaptedConfig):
+        """That of a run; None for a system of which the loss says all."""
 
-    def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
         """Callbacks of its own; they come before all others."""
         return []
 
-    def heldout(self, run: Run) -> dict[str, float | list]:
+    def heldout(self, run: Run) -> Figures:
         """Figures of the held-out set while training. The model is in eval mode."""
         return heldout_figures(run.model, run.batches.heldout)
 
-    def state(self, model: AdaptedModel) -> dict[str, float]:
+    def state(self, model: AdaptedModel) -> Figures:
         """What the schedule has set the model to, for the line of the log."""
         return {}
 
@@ -190,28 +195,21 @@ class System:
 class Writing(System):
     """A system whose model writes concepts into running text."""
 
-    writes_concepts = True
-
     def check(self, recipe: Recipe, processes: int) -> None:
         super().check(recipe, processes)
         check_rate(recipe.rate, recipe.max_tail)
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Run) -> Figures:
         """Sets the frame of the codes, the gate and the bridge from states of the base."""
-        with calibrating():
-            shares = run.model.start_frame(run.batches.calibration_NT, run.recipe.rate)
-        _say_explained(run.say, shares)
+        return run.model.start_frame(run.batches.calibration_NT, run.recipe.rate)
 
-    def meter(self, run: Run) -> ConceptMeter:
-        return ConceptMeter(run.recipe.num_concepts, run.recipe.codes_per_concept)
+    def meter(self, config: AdaptedConfig) -> ConceptMeter:
+        return ConceptMeter(config.num_concepts, config.codes_per_concept)
 
-    def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
         return [Schedule(run)]
 
-    def heldout(self, run: Run) -> dict[str, float | list]:
-        return concept_figures(run.model, run.batches.heldout)
-
-    def state(self, model: AdaptedModel) -> dict[str, float]:
+    def state(self, model: AdaptedModel) -> Figures:
         return {"target_rate": model.dial.rate, "quantise": model.dial.quantise}
 
     def finish(self, run: Run) -> None:
@@ -226,29 +224,25 @@ class Online(Writing):
     """Reads and writes concepts while it goes: a shallow, a middle and a deep slice."""
 
     name = "online"
-    distils = True
+    refuses = ("pairs of data",)
     baselines = ("control", "skip", "window")
     measures = measures.ONLINE
 
-    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
-        split = split_layers(recipe.split, layers)
-        first = 0 if recipe.lora.shallow else split[0]
-        return _keys(recipe, OnlineOptions) | {"split": split, "lora_first": first}
+    def options(self, recipe: Recipe, layers: int) -> dict:
+        shallow = split_layers(recipe.split, layers)[0]
+        first = 0 if recipe.lora.shallow else shallow
+        return super().options(recipe, layers) | {"lora_first": first}
 
 
 class Compressor(Writing):
-    """Text → concepts → text."""
+    """Text → concepts → text. A code stands for all tokens of its segment anyway, without `pool`;
+    a layer that is computed again in the backward pass would meet the other adapter."""
 
     name = "compressor"
-    two_adapters = True
-    whole_segments = True
+    refuses = ("distil", "pairs of data", "pool", "gradient_checkpointing")
     measures = measures.COMPRESSOR
-    opens_with_bos = True
 
-    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
-        return _keys(recipe, CompressorOptions)
-
-    def state(self, model: AdaptedModel) -> dict[str, float]:
+    def state(self, model: AdaptedModel) -> Figures:
         figures = super().state(model)
         if model.segmenter is not None:
             figures["length_penalty"] = float(model.segmenter.lengths.penalty)
@@ -256,29 +250,21 @@ class Compressor(Writing):
 
 
 class Planner(System):
-    """Source → plan of concepts → text, by hard EM over pairs."""
+    """Source → plan of concepts → text, by hard EM over pairs. E-steps are not shared out over
+    processes."""
 
     name = "planner"
     measures = measures.PLANNER
     shifts_labels = False
-    two_adapters = True
-    reads_pairs = True
-    lengthens = False  # its plans are of the pairs that its steps see
+    baselines = ("control",)
+    refuses = ("distil", "lora.rank = 0", "gradient_checkpointing", "several processes")
 
-    def check(self, recipe: Recipe, processes: int) -> None:
-        super().check(recipe, processes)
-        if processes > 1:
-            raise RecipeError(
-                f"system = planner in {processes} processes: need one, E-steps are not shared out. "
-                "try: sememe train without torchrun"
-            )
-
-    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
-        plan = {name: getattr(recipe.plan, key) for key, name in PLAN_KEYS.items()}
-        return plan | {
+    def options(self, recipe: Recipe, layers: int) -> dict:
+        return {
             "plan_max_source": recipe.source_length,
             "code_temperature": recipe.code_temperature,
             "seed": recipe.seed,
+            **{name: getattr(recipe.plan, key) for key, name in PLAN_KEYS.items()},
         }
 
     def pair_examples(self, recipe: Recipe, pairs: PairTensors, tokenizer, base_config):
@@ -293,23 +279,24 @@ class Planner(System):
             examples.signals = SignalReader.fit(texts)(texts)
         return examples
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Run) -> Figures:
         """Plans of the training pairs that the search begins with."""
         examples = run.batches.examples
         examples.plan_NP = first_plans(
             run.recipe, run.model, examples.pairs, run.tokenizer, run.say
         )
+        return {}
 
-    def meter(self, run: Run) -> PlanMeter:
-        return PlanMeter(run.model.config.plan_shape)
+    def meter(self, config: AdaptedConfig) -> PlanMeter:
+        return PlanMeter(config.plan_shape)
 
-    def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
+    def callbacks(self, run: Run) -> list[TrainerCallback]:
         examples = run.batches.examples
         if run.checkpoint is not None:
             examples.plan_NP = saved_plans(run.checkpoint)
-        return [HardEM(run.recipe, examples, meter, run.show)]
+        return [HardEM(run.recipe, examples, run.meter, run.show)]
 
-    def heldout(self, run: Run) -> dict[str, float | list]:
+    def heldout(self, run: Run) -> Figures:
         return pair_figures(run.model, run.batches.heldout)
 
 
@@ -317,7 +304,7 @@ class Control(System):
     """The baseline: the base with the same LoRA on the same batches, and no concepts."""
 
     name = "control"
-    reads_pairs = True
+    refuses = ("distil", "lora.rank = 0")
     unread = OF_CONCEPTS
     measures = measures.CONTROL
 
@@ -326,7 +313,7 @@ class Control(System):
         check_length(longest, pairs.source_NU.shape[1], "source_length=", pairs.target_NY.shape[1])
         return PairExamples(recipe, pairs, sink_id(base_config))
 
-    def heldout(self, run: Run) -> dict[str, float | list]:
+    def heldout(self, run: Run) -> Figures:
         if not run.recipe.on_pairs:
             return super().heldout(run)
         pairs = run.batches.heldout
@@ -337,30 +324,30 @@ class Skip(Control):
     """A baseline without the middle slice."""
 
     name = "skip"
-    reads_pairs = False
+    refuses = System.refuses
     unread = OF_CONCEPTS - {"split", "bridge", "concept_learning_rate", "calibration_tokens"}
 
-    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
+    def options(self, recipe: Recipe, layers: int) -> dict:
         shallow, middle, _ = split_layers(recipe.split, layers)
         return {"skipped": (shallow, shallow + middle), "bridge": recipe.bridge}
 
-    def start(self, run: Run) -> None:
-        if run.recipe.bridge:
-            _say_explained(run.say, run.model.start_bridge(run.batches.calibration_NT))
+    def start(self, run: Run) -> Figures:
+        return run.model.start_bridge(run.batches.calibration_NT) if run.recipe.bridge else {}
 
 
 class Window(Control):
     """A baseline that sees the last tokens and the first one, with as much cache as `online`."""
 
     name = "window"
-    reads_pairs = False
+    refuses = System.refuses
     unread = OF_CONCEPTS - {"rate", "split", "shallow_window"}
 
-    def options(self, recipe: Recipe, layers: int) -> dict[str, Any]:
-        shallow, middle, deep = split_layers(recipe.split, layers)
+    def options(self, recipe: Recipe, layers: int) -> dict:
+        shallow = split_layers(recipe.split, layers)[0]
+        middle_deep = (layers - shallow) * recipe.rate
         # As many tokens as the caches of `online` have rows for at the end of a sequence; the first
         # token, which is always seen, takes one of them.
-        rows = (shallow + (middle + deep) * recipe.rate) * recipe.sequence_length / layers
+        rows = (shallow + middle_deep) * recipe.sequence_length / layers
         return {"window": recipe.shallow_window or max(1, round(rows) - 1)}
 
 
@@ -373,13 +360,3 @@ SYSTEMS: dict[str, System] = {
 def system_of(config) -> System:
     """The system of a model's configuration, `base` for a plain base."""
     return SYSTEMS.get(getattr(config, "system", None)) or System()
-
-
-def _keys(recipe: Recipe, options: type[Options]) -> dict[str, Any]:
-    """The options of a model's configuration, as the recipe has them."""
-    return {key: getattr(recipe, key) for key in options.model_fields}
-
-
-def _say_explained(say: Callable[[str], None], shares: dict[str, float]) -> None:
-    for name, share in shares.items():
-        say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")

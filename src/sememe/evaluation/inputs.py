@@ -1,63 +1,63 @@
 """What a run was trained on, by content: its base and its texts may be elsewhere by now
 (RUN/inputs.json). No text that it was trained on is measured on."""
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from sememe.errors import DataError, SememeError
+from sememe.errors import DataError, SememeError, reason
+from sememe.keys import Recipe
 from sememe.paths import existing, locate, source_sha256, usable
+from sememe.report.files import read_json
 
 INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
 
 
-def record(run: Path, base_sha256: str, texts: dict[str, str]) -> dict[str, Any]:
-    """What inputs.json holds of `texts`, named as in a recipe's `data`."""
+def record(run: Path, base_sha256: str, recipe: Recipe) -> dict:
+    """What inputs.json holds of a recipe's base and texts."""
     return {
         "run": os.path.abspath(run),
         "folder": os.getcwd(),
         "base_sha256": base_sha256,
-        **{name: content(texts[name]) for name in TEXTS},
+        **{name: content(getattr(recipe.data, name)) for name in TEXTS},
     }
 
 
-def recorded(run: Path) -> dict[str, Any]:
+def recorded(run: Path) -> dict:
     """RUN/inputs.json; empty where there is none, as in runs of earlier versions."""
-    try:
-        return dict(json.loads((run / INPUTS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return read_json(run / INPUTS)
 
 
-def content(source: str) -> dict[str, Any]:
-    """What tells a text from others: its sha256, and the size of its file, None for a datasets
-    id."""
-    path = locate(source)[0]
-    return {"bytes": None if path is None else path.stat().st_size, "sha256": source_sha256(source)}
+def content(source: str) -> dict:
+    """What tells a text from others."""
+    return {"bytes": _size(source), "sha256": source_sha256(source)}
 
 
-def run_recipe(model: str | Path) -> dict[str, Any]:
+def _size(source: str) -> int | None:
+    """Bytes of a text's file; None for a datasets id."""
+    path, *_ = locate(source)
+    return path and path.stat().st_size
+
+
+def run_recipe(model: str | Path) -> dict:
     """The recipe of a run folder as plain values, its texts where they are now; empty for anything
     else. Raises SememeError where it cannot be read."""
     folder = existing(model)
     if folder is None or not (folder / "recipe.yaml").is_file():
         return {}
-    path = folder / "recipe.yaml"
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         return recipe | {"data": located(folder, recipe["data"])}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise SememeError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): need the recipe of a run. "
-            "try: another run folder"
+            f"{folder}/recipe.yaml cannot be read ({reason(error)}): need the recipe of a run. "
+            "try: another run"
         ) from error
 
 
-def located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
+def located(run: Path, data: dict) -> dict:
     """A recipe's `data` with each text where it is now: as it was typed, else where it was when the
     run was trained, else where it would be had it moved together with the run. A file of another
     size is another project's text of the same name. As typed where it is nowhere."""
@@ -65,12 +65,10 @@ def located(run: Path, data: dict[str, Any]) -> dict[str, Any]:
     moved = {}
     for name in TEXTS if inputs else ():
         before = os.path.join(inputs["folder"], os.path.expanduser(data[name]))
-        together = os.path.join(os.path.abspath(run), os.path.relpath(before, inputs["run"]))
-        for source in (data[name], before, os.path.normpath(together)):
-            path = locate(source)[0]
-            if path and path.is_file() and path.stat().st_size == inputs[name]["bytes"]:
-                moved[name] = source
-                break
+        beside = os.path.join(os.path.abspath(run), os.path.relpath(before, inputs["run"]))
+        sources = (data[name], before, os.path.normpath(beside))
+        there = (source for source in sources if _size(source) == inputs[name]["bytes"])
+        moved[name] = next(there, data[name])
     return data | moved
 
 

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from sememe.progress import bar, leave_out
+from sememe.progress import bar
 from sememe.report.files import read_metrics
-from sememe.training.checkpoints import rotate, seal
+from sememe.training.checkpoints import rotate, seal, step_of
 
 if TYPE_CHECKING:
     from sememe.systems import Run
-
-
-@contextlib.contextmanager
-def calibrating() -> Iterator[None]:
-    """What a model does before its first step, and before its first quantised one, tells the bars
-    nothing of the time that further steps take."""
-    began = time.time()
-    yield
-    leave_out(time.time() - began)
 
 
 class Schedule(TrainerCallback):
@@ -39,69 +29,64 @@ class Schedule(TrainerCallback):
         self.run = run
 
     def _share(self, step: int) -> float:
-        start, end = self.run.recipe.quantise
         done = step / max(1, self.run.recipe.steps - 1)
-        return 1.0 if done >= end else max(0.0, (done - start) / (end - start))
+        return float(np.interp(done, self.run.recipe.quantise, (0, 1)))
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
         model.dial.quantise = self._share(step)
-        if model.dial.quantise == 0 or (step > 0 and self._share(step - 1) > 0):
+        if model.dial.quantise == 0 or self._share(step - 1) > 0:
             return
-        with calibrating():
-            figures = model.start_codes(self.run.batches.calibration_NT, self.run.recipe.seed)
-        shown = {key: x for key, x in figures.items() if isinstance(x, float)}
-        self.run.say("codebook: " + ", ".join(f"{key} {x:.3g}" for key, x in shown.items()))
+        figures = model.start_codes(self.run.batches.calibration_NT, self.run.recipe.seed)
+        shown = [f"{key} {x:.3g}" for key, x in figures.items() if isinstance(x, float)]
+        self.run.say("codebook: " + ", ".join(shown))
         if args.world_size > 1:  # equal on equal machines; made sure of on others
-            for module in (model.writer.head, model.writer.codes):
-                for value in module.state_dict().values():
-                    torch.distributed.broadcast(value, 0)
+            for value in model.writer.state_dict().values():
+                torch.distributed.broadcast(value, 0)
 
 
 class Recorder(TrainerCallback):
     """One line of metrics.jsonl per log, with held-out figures beside it, and the progress bar."""
 
-    def __init__(self, run: Run, meter):
+    def __init__(self, run: Run):
         self.run = run
-        self.meter = meter
-        self.bar = bar(disable=True)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        before = read_metrics(self.run.folder).last() if self.run.checkpoint else {}
-        self.started = time.monotonic() - before.get("seconds", 0.0)
-        self.state = state
+        self.started = time.monotonic()
+        self.step = step_of(run.checkpoint) if run.checkpoint else 0
+        if (run.folder / "metrics.jsonl").is_file():
+            self.started -= read_metrics(run.folder).last()["seconds"]
         self.bar = bar(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=f"train {self.run.recipe.system}",
+            total=run.recipe.steps,
+            initial=self.step,
+            desc=f"train {run.recipe.system}",
             unit="step",
-            disable=not self.run.show,
+            disable=not run.show,
         )
-
-    def _is_heldout_due(self, step: int) -> bool:
-        return step % self.run.recipe.heldout_every == 0 or step >= self.state.max_steps
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
-        control.should_log |= self._is_heldout_due(state.global_step)
+        self.step = state.global_step
+        self.is_heldout_due = (
+            self.step % self.run.recipe.heldout_every == 0 or self.step >= state.max_steps
+        )
+        control.should_log |= self.is_heldout_due
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" not in logs:
             return
-        line = {k: float(logs[k]) for k in ("loss", "learning_rate", "grad_norm") if k in logs}
-        line |= {f"grad_norm_{part}": norm for part, norm in self.run.norms.items()}
-        if self.meter is not None:
-            line |= self.meter.read()  # on every rank: it sums over them
-        line |= self.run.system.state(model)
+        run = self.run
+        line = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm")}
+        line |= {f"grad_norm_{part}": norm for part, norm in run.norms.items()}
+        if run.meter is not None:
+            line |= run.meter.read()  # on every rank: it sums over them
+        line |= run.system.state(model)
         if not state.is_world_process_zero:
             return
-        if self._is_heldout_due(state.global_step):
+        if self.is_heldout_due:
             model.eval()
-            line |= self.run.system.heldout(self.run)
+            line |= run.system.heldout(run)
             model.train()
-        self._write(state.global_step, line)
-        shown = {k: f"{line[k]:.3f}" for k in ("loss", "heldout_nll", "rate") if k in line}
-        self.bar.set_postfix(shown)
+        self._write(self.step, line)
+        self.bar.set_postfix(loss=line["loss"])
 
     def _write(self, step: int, figures: dict) -> None:
         tokens = self.run.batches.examples.tokens(step)
@@ -112,7 +97,7 @@ class Recorder(TrainerCallback):
 
     def stopped(self, reason: str) -> None:
         """Leaves the reason that the next step could not be taken in the log."""
-        self._write(self.state.global_step + 1, {"stopped": reason})
+        self._write(self.step + 1, {"stopped": reason})
 
 
 class Stop(TrainerCallback):
@@ -127,13 +112,12 @@ class Stop(TrainerCallback):
 
     def on_train_begin(self, *args, **kwargs):
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGINT, signal.SIGTERM)
-            self.handlers = {number: signal.signal(number, self._request) for number in numbers}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._request)
 
     def _request(self, number, frame):
-        if self.requested:
-            raise KeyboardInterrupt
         self.requested = True
+        self.restore()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested and state.global_step < state.max_steps:
@@ -151,5 +135,6 @@ class Seal(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            rotate(Path(args.output_dir))
+            folder = Path(args.output_dir)
+            seal(folder / f"checkpoint-{state.global_step}")
+            rotate(folder)

@@ -1,6 +1,9 @@
 """What a run is watched by: concept ids, gradients and held-out blocks → the figures of
 metrics.jsonl. Cheap and always on; what each figure means: docs/figures.md."""
 
+import re
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
@@ -8,11 +11,14 @@ from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.writer import NULL
 from sememe.evaluation.quality import bucket_means, code_use, longest_tail, soft_hard, token_nll
-from sememe.models.planner.model import EXECUTOR, PLANNER
+from sememe.evaluation.results import Figures
 
 SMALL_BATCH = 512  # held-out tokens that codes are ablated on; one forward each
 USE = ("code_perplexity", "codes_used", "largest_code_share", "bits_per_concept")
 """What is logged of `code_use`."""
+PART = re.compile(r".*lora_\w+\.(planner|executor)\.|.*(lora)_|(?:writer\.)?(?:readout\.)?([^.]+)")
+"""Name of a weight → the part that its gradient counts with: all LoRA, of a planner's two adapters
+each, or its new module."""
 
 
 class ConceptMeter:
@@ -20,77 +26,56 @@ class ConceptMeter:
     code use. Counted first and divided once, over all ranks."""
 
     def __init__(self, num_concepts: int, codes_per_concept: int = 1):
-        self.shape = (codes_per_concept, num_concepts)
-        self.clear()
-
-    def clear(self) -> None:
-        self.counts_GK = torch.zeros(self.shape, dtype=torch.float64)
-        # Concepts written, tokens, closed segments, tokens in the tails of those.
-        self.sums_4 = torch.zeros(4, dtype=torch.float64)
-        self.longest = torch.zeros(())
+        self.shape = (num_concepts, codes_per_concept)
+        self.ids: list[Tensor] = []
 
     def see(self, outputs, labels_BT: Tensor) -> None:
         """What a forward pass returned."""
-        ids_BT = outputs.concept_ids.detach().cpu()
-        written_BT = ids_BT != NULL
-        tails_n = closed_tails(written_BT)
-        counts = (written_BT.sum(), ids_BT.numel(), len(tails_n), tails_n.sum())
-        self.sums_4 += torch.tensor(counts, dtype=torch.float64)
-        self.longest = self.longest.clamp(min=longest_tail(written_BT))
-        codes, size = self.shape
-        self.counts_GK += count_digits(ids_BT[ids_BT >= 0], size, codes)
+        self.ids.append(outputs.concept_ids.detach().cpu())
 
-    def read(self) -> dict[str, float]:
-        """Figures since the last read; sums over ranks where there are several."""
-        ranks = [(self.sums_4, self.counts_GK, self.longest)]
+    def read(self) -> Figures:
+        """Figures since the last read, of all ranks where there are several."""
+        parts = [torch.cat(self.ids)]
+        self.ids = []
         if torch.distributed.is_initialized():
-            ranks *= torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, ranks[0])
-        sums_R4, counts_RGK, longest_R = (torch.stack(x) for x in zip(*ranks, strict=True))
-        written, tokens, segments, tail_tokens = sums_R4.sum(0).tolist()
-        figures = {"rate": written / max(tokens, 1), "longest_tail": int(longest_R.max())}
-        if segments:
-            figures["tail_mean"] = tail_tokens / segments
-        self.clear()
-        use = code_use(counts_RGK.sum(0))
+            parts *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, parts[0])
+        ids_NT = torch.cat(parts)
+        figures = written_figures(ids_NT) | {"longest_tail": longest_tail(ids_NT != NULL)}
+        use = code_use(count_digits(ids_NT[ids_NT >= 0], *self.shape))
         return figures | ({key: use[key] for key in USE} if use["codes_used"] else {})
 
 
-def closed_tails(written_BT: Tensor) -> Tensor:
-    """(n,) tokens in the tail of every segment that a concept closed. A row's first concept closes
-    none, and its last tail is cut off by the end of the row."""
-    row_n, column_n = written_BT.nonzero(as_tuple=True)
-    return (column_n.diff() - 1)[row_n.diff() == 0]
+def written_figures(ids_NT: Tensor) -> Figures:
+    """Realised rate, and the mean tail of a segment that a concept closed, where there is one. A
+    row's first concept closes none, and its last tail is cut off by the end of the row."""
+    written_NT = ids_NT != NULL
+    row_n, column_n = written_NT.nonzero(as_tuple=True)
+    tails_n = (column_n.diff() - 1)[row_n.diff() == 0].double()
+    figures = {"rate": float(written_NT.double().mean())}
+    return figures | ({"tail_mean": float(tails_n.mean())} if len(tails_n) else {})
 
 
-def gradient_norms(model) -> dict[str, float]:
-    """The norm of the gradients as they are now: of all LoRA (`lora`; of a planner's two adapters
-    apart, by their names), and of each new module that is trained."""
-    squares: dict[str, Tensor] = {}
+def gradient_norms(model) -> Figures:
+    """The norm of the gradients as they are now, by `PART`."""
+    gradients = defaultdict(list)
     for name, p in model.named_parameters():
-        if p.requires_grad and p.grad is not None:
-            part = name.removeprefix("writer.").removeprefix("readout.").split(".")[0]
-            if "lora_" in name:
-                part = next((of for of in (PLANNER, EXECUTOR) if f".{of}." in name), "lora")
-            squares[part] = squares.get(part, 0.0) + p.grad.detach().float().square().sum()
-    return {part: float(square.sqrt()) for part, square in squares.items()}
+        if p.grad is not None:
+            match = PART.match(name)
+            gradients[match[match.lastindex]].append(p.grad)
+    return {part: float(torch.nn.utils.get_total_norm(x)) for part, x in gradients.items()}
 
 
-def heldout_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
-    """NLL of (N, T) held-out blocks. `model` is in eval mode."""
-    return _nll_figures(token_nll(model, ids_NT)[0])
-
-
-def concept_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
-    """The same, the gate running free, and its concepts. What ablating the codes costs, and what
-    the head is like, is measured on the first few blocks, once codes are in use."""
+def heldout_figures(model, ids_NT: Tensor) -> Figures:
+    """NLL of (N, T) held-out blocks, the gate running free, and the concepts of a model that writes
+    some. What ablating the codes costs, and what the head is like, is measured on the first few
+    blocks, once codes are in use. `model` is in eval mode."""
     nll_NT, concepts_NT = token_nll(model, ids_NT)
-    written_NT = concepts_NT != NULL
-    tails_n = closed_tails(written_NT)
-    figures = _nll_figures(nll_NT) | {"heldout_rate": float(written_NT.float().mean())}
-    if len(tails_n):
-        figures["heldout_tail_mean"] = float(tails_n.float().mean())
-        figures["heldout_tail_histogram"] = torch.bincount(tails_n).tolist()
+    figures = {"heldout_nll": float(nll_NT.mean()), "heldout_nll_by_position": bucket_means(nll_NT)}
+    if concepts_NT is None:
+        return figures
+    written = written_figures(concepts_NT)
+    figures |= {f"heldout_{key}": x for key, x in written.items()}
     if model.dial.quantise == 0:
         return figures
     length = min(ids_NT.shape[1], SMALL_BATCH)
@@ -102,15 +87,8 @@ def concept_figures(model, ids_NT: Tensor) -> dict[str, float | list]:
     return figures | head_figures(model, small_BT)
 
 
-def _nll_figures(nll_NT: Tensor) -> dict[str, float | list]:
-    return {
-        "heldout_nll": float(nll_NT.mean()),
-        "heldout_nll_by_position": bucket_means(nll_NT),
-    }
-
-
 @torch.no_grad()
-def head_figures(model, ids_BT: Tensor) -> dict[str, float]:
+def head_figures(model, ids_BT: Tensor) -> Figures:
     """How sure the head is of its codes, and how far the soft mixture that gives them their
     gradient is from the code that the forward pass takes: means over the coded concepts of (B, T)
     text. Nothing where there are none."""
@@ -119,9 +97,10 @@ def head_figures(model, ids_BT: Tensor) -> dict[str, float]:
         return {}
     codes = model.writer.quantise(x_nD, soft=True)
     cosine_n, distance_n = soft_hard(codes.soft_nD, codes.hard_nD)
-    return {
-        "code_entropy": float(codes.entropy),
-        "code_max_prob": float(codes.max_prob),
-        "soft_hard_cosine": float(cosine_n.mean()),
-        "soft_hard_distance": float(distance_n.mean()),
+    figures = {
+        "code_entropy": codes.entropy,
+        "code_max_prob": codes.max_prob,
+        "soft_hard_cosine": cosine_n.mean(),
+        "soft_hard_distance": distance_n.mean(),
     }
+    return {key: float(x) for key, x in figures.items()}

@@ -8,22 +8,23 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import TrainingArguments
 
+from sememe import storage
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
-from sememe.errors import CheckpointError, DataError, Interrupted, TrainingError
+from sememe.errors import DataError, Interrupted, TrainingError
+from sememe.evaluation.inputs import INPUTS, record
+from sememe.evaluation.results import put
 from sememe.options import Recipe
 from sememe.paths import source_sha256, usable
 from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint, step_of
-from sememe.training.resume import is_finished, open_run, same_run
+from sememe.training.resume import is_finished, same_run
 from sememe.training.trainer import ConceptTrainer
 
 PACKAGES = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -33,55 +34,45 @@ PACKAGES = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensor
 def train(
     recipe: Recipe, folder: Path, say: Callable[[str], None] = print, show: bool = True
 ) -> Path:
-    """Trains `recipe` into `folder` and returns its model/. A finished run is left as it is; an
-    unfinished one resumes, and one with fewer steps is made longer. In a thread other than the main
-    one there is no Ctrl-C handling.
+    """Trains `recipe` into `folder` and returns its model/. A finished run is left as it is, and an
+    unfinished one resumes. In a thread other than the main one there is no Ctrl-C handling.
 
     Raises:
         DataError: missing, empty or too short text, held-out text that is the training text, or
             sequences too long for the base.
         RecipeError: `folder` holds another recipe, or the system cannot be trained so.
-        TrainingError: a non-finite loss or gradient, or a disk that cannot take the checkpoint.
+        TrainingError: a non-finite loss or gradient.
+        CheckpointError: a disk that cannot take the checkpoint.
         Interrupted: Ctrl-C; a checkpoint was written."""
     folder = usable(folder)
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = os.environ.get("RANK", "0") == "0"
     # The other ranks look only at a finished run: an unfinished one is being opened by the first at
     # this moment.
     if (first or is_finished(folder)) and same_run(recipe, folder):
         say(f"{folder} is finished: nothing to train")
         return folder / "model"
-    run = _build(recipe, folder, say, show, first)
+    run = _build(recipe, folder, say, show and first)
     if first:
-        open_run(recipe, folder, _environment(recipe), run.model.config.base_sha256, say)
-    meter, stop = run.system.meter(run), Stop()
-    recorder = Recorder(run, meter)
+        _open(run)
+    recorder, stop = Recorder(run), Stop()
     # The system's own set the model before a step and write into a checkpoint, so they come first;
     # the seal of a checkpoint comes after all that is written into it.
-    callbacks = [*run.system.callbacks(run, meter), stop, Seal(), recorder]
+    callbacks = [*run.system.callbacks(run), stop, Seal(), recorder]
     try:
-        _train(run, meter, callbacks)
+        _train(run, callbacks)
         if first:
             _finish(run)
     except TrainingError as error:
         if first:
             recorder.stopped(str(error))
         raise
-    except (OSError, CheckpointError, SafetensorError) as error:
-        last_checkpoint(folder / "checkpoints", clean=first)  # takes one that was cut off away
-        raise TrainingError(
-            f"could not write to {folder} ({error.__cause__ or error}): need free space and write "
-            "permission; whole checkpoints stand. try: free some space and run the same command "
-            "again"
-        ) from error
     finally:
         recorder.bar.close()
         stop.restore()
     return folder / "model"
 
 
-def _build(
-    recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool, first: bool
-) -> Run:
+def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool) -> Run:
     """Model and batches of a run, a fresh one started."""
     system = SYSTEMS[recipe.system]
     system.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
@@ -96,30 +87,38 @@ def _build(
     model = system.build(recipe, base)
     if recipe.gradient_checkpointing:
         set_checkpointing(model)
-    checkpoint = last_checkpoint(folder / "checkpoints", clean=first)
-    run = Run(recipe, folder, model, tokenizer, batches, checkpoint, say, show and first)
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    meter = system.meter(model.config)
+    run = Run(system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter)
     if checkpoint is None:
-        system.start(run)
+        for name, share in system.start(run).items():
+            say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
     return run
 
 
-def _train(run: Run, meter, callbacks: list[transformers.TrainerCallback]) -> None:
+def _open(run: Run) -> None:
+    """What a run folder holds from the start."""
+    folder, recipe = run.folder, run.recipe
+    folder.mkdir(parents=True, exist_ok=True)
+    put(folder / "env.json", _environment(recipe))
+    put(folder / INPUTS, record(folder, run.model.config.base_sha256, recipe))
+    storage.write(folder / "recipe.yaml", recipe.yaml().encode())
+
+
+def _train(run: Run, callbacks: list[transformers.TrainerCallback]) -> None:
     """All steps that are left. Raises Interrupted where Ctrl-C came first."""
-    trainer = ConceptTrainer(
-        run, meter, args=_arguments(run.recipe, run.folder), callbacks=callbacks
-    )
+    trainer = ConceptTrainer(run, args=_arguments(run.recipe, run.folder), callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.remove_callback(transformers.ProgressCallback)
     steps = run.recipe.steps
     if run.checkpoint is not None:
         run.say(f"resuming from step {step_of(run.checkpoint)} of {steps}")
-    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     done = trainer.state.global_step
     if done < steps:
         raise Interrupted(f"stopped at step {done} of {steps}; the same command goes on from there")
 
 
-def _environment(recipe: Recipe) -> dict[str, Any]:
+def _environment(recipe: Recipe) -> dict:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -147,16 +146,14 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size // parts,
         gradient_accumulation_steps=recipe.gradient_accumulation,
-        max_grad_norm=1.0,
         bf16=precision(recipe) == "bf16",
         logging_steps=max(1, recipe.steps // 200),
         logging_nan_inf_filter=False,
         # The order is in the data set: the same for every system.
         train_sampling_strategy="sequential",
-        save_strategy="steps",
         save_steps=recipe.save_every,
         seed=recipe.seed,
-        report_to=["tensorboard"],
+        report_to="tensorboard",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer
 
 from sememe.backbone.adapters import without_lora
-from sememe.errors import CheckpointError, TrainingError
+from sememe.errors import CheckpointError, TrainingError, reason
+from sememe.keys import Recipe
 from sememe.training.meters import gradient_norms
 
 if TYPE_CHECKING:
@@ -27,7 +30,18 @@ def cosine(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     done = (step - warm) / max(1, steps - warm)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return 0.55 + 0.45 * math.cos(math.pi * done)
+
+
+def adamw(model: torch.nn.Module, recipe: Recipe) -> AdamW:
+    """LoRA and new modules apart; no weight decay, since zero is no better a code than another."""
+    lora, own = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (lora if "lora_" in name else own).append(p)
+    rates = (lora, recipe.learning_rate), (own, recipe.concept_learning_rate)
+    groups = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
+    return AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 class Blocks(Dataset):
@@ -45,7 +59,7 @@ class Blocks(Dataset):
 
     def tokens(self, step: int) -> int:
         """Tokens that the first `step` steps train on."""
-        return min(step * self.batch, len(self)) * self.ids_NT.shape[1]
+        return step * self.batch * self.ids_NT.shape[1]
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as the model takes it."""
@@ -53,75 +67,43 @@ class Blocks(Dataset):
 
 
 class ConceptTrainer(Trainer):
-    """`run`: what it trains on, and in which order; `meter`: what sees each forward pass."""
+    """`run`: what it trains on, and in which order, and the meter that sees each forward pass."""
 
-    def __init__(self, run: Run, meter=None, **trainer):
+    def __init__(self, run: Run, **trainer):
         self.run = run
-        self.meter = meter
-        super().__init__(model=run.model, train_dataset=run.batches.examples, **trainer)
+        optimizer = adamw(run.model, run.recipe)
+        schedule = LambdaLR(optimizer, partial(cosine, steps=run.recipe.steps))
+        super().__init__(
+            model=run.model,
+            train_dataset=run.batches.examples,
+            optimizers=(optimizer, schedule),
+            **trainer,
+        )
         self._loss_shifts_labels = run.system.shifts_labels
 
     def _save_checkpoint(self, *args, **kwargs):
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except RuntimeError as error:  # of torch.save, where the disk takes no more
-            raise CheckpointError(str(error)) from error
-
-    def _clip_grad_norm(self, model):
-        """A gradient that is not finite must not reach the optimizer either."""
-        self.run.norms = gradient_norms(self.model)
-        for part, norm in self.run.norms.items():
-            if not math.isfinite(norm):
-                raise TrainingError(
-                    f"the gradient of {part} is not finite at step {self.state.global_step + 1}: "
-                    "the step was not taken and the last checkpoint stands. try: "
-                    "learning_rate=1e-4, or precision=fp32"
-                )
-        return super()._clip_grad_norm(model)
+        except (OSError, RuntimeError) as error:  # the latter of torch.save, for a full disk too
+            raise CheckpointError(
+                f"could not write to {self.args.output_dir} ({reason(error)}): need free space and "
+                "write permission; whole checkpoints stand. try: free some space, and the same "
+                "command again"
+            ) from error
 
     def _prepare_inputs(self, inputs):
         """On the device; a batch of pairs as its step wants it."""
         return self.train_dataset.prepare(super()._prepare_inputs(inputs))
 
-    def create_optimizer(self, *args, **kwargs):
-        """LoRA and new modules apart; no weight decay, since zero is no better a code than
-        another."""
-        lora, own = [], []
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                (lora if "lora_" in name else own).append(p)
-        groups = [
-            {"params": lora, "lr": self.run.recipe.learning_rate},
-            {"params": own, "lr": self.run.recipe.concept_learning_rate},
-        ]
-        groups = [group for group in groups if group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        factor = partial(cosine, steps=num_training_steps)
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        return self.lr_scheduler
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross entropy, or a mix with distillation; one that is not finite never reaches the
-        gradients, on any rank."""
+        """Cross entropy, or a mix with distillation. Nobody here asks for the outputs."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        share = self.run.recipe.distil
-        if share > 0 and model.training:
+        if (share := self.run.recipe.distil) > 0:
             loss = (1 - share) * loss + share * self._divergence(inputs, outputs.logits, loss)
-        finite = torch.isfinite(loss.detach()).float()
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
-        if not bool(finite):
-            raise TrainingError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}: need a "
-                "finite one; nothing was changed and the last checkpoint stands. try: "
-                "learning_rate=1e-4, or precision=fp32"
-            )
-        if self.meter is not None:
-            self.meter.see(outputs, inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
+        self.loss = loss.detach()
+        if self.run.meter is not None:
+            self.run.meter.see(outputs, inputs["labels"])
+        return loss
 
     def _divergence(self, inputs, logits_BTV: Tensor, loss: Tensor) -> Tensor:
         """KL of the model's next-token distribution from the frozen base's, nats per token, on the
@@ -129,7 +111,23 @@ class ConceptTrainer(Trainer):
         backbone = self.accelerator.unwrap_model(self.model).backbone
         with torch.no_grad(), without_lora(backbone):
             base_BTV = backbone(input_ids=inputs["input_ids"], use_cache=False).logits
-        base, own = (F.log_softmax(x[:, :-1].float(), -1) for x in (base_BTV, logits_BTV))
-        divergence = F.kl_div(own, base, log_target=True, reduction="none").sum(-1).mean()
-        nll = F.nll_loss(own.flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+        base_nV, own_nV = (
+            x_BTV[:, :-1].flatten(0, 1).float().log_softmax(-1) for x_BTV in (base_BTV, logits_BTV)
+        )
+        divergence = F.kl_div(own_nV, base_nV, log_target=True, reduction="batchmean")
+        nll = F.nll_loss(own_nV, inputs["input_ids"][:, 1:].flatten())
         return divergence * (loss.detach() / nll.detach())
+
+    def _clip_grad_norm(self, model):
+        """What is not finite does not reach the optimizer. Gradients are summed over ranks by now:
+        where one rank's loss is no number, none takes the step."""
+        self.run.norms = gradient_norms(self.model)
+        norms = {f"gradient of {part}": norm for part, norm in self.run.norms.items()}
+        for name, value in {"loss": float(self.loss), **norms}.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {name} is {value} at step {self.state.global_step + 1}: need a finite "
+                    "one; the step was not taken and the last checkpoint stands. try: "
+                    "learning_rate=1e-4, or precision=fp32"
+                )
+        return super()._clip_grad_norm(model)
