@@ -12,16 +12,21 @@ from sememe.errors import CheckpointError, DataError, TrainingError
 from sememe.keys import Em
 from sememe.models.planner import em, first_plans
 from sememe.models.planner.em import Scores, best_of, e_step, score
-from sememe.models.planner.first_plans import key_word_plans, piece_plans
+from sememe.models.planner.first_plans import key_word_plans, piece_means, piece_plans
 from sememe.models.planner.proposers import PROPOSERS, PairBatch, edit_once, swap_gains
 from sememe.pairs import PairTensors
-from test_planner import CLOSE, SEARCHED, SHAPE, every_plan, plans, tiny_planner
+from test_planner import (
+    CLOSE,
+    SEARCHED,
+    SHAPE,
+    every_plan,
+    plans,
+    seeded,
+    target_log_prob,
+    tiny_planner,
+)
 
 SMALL = PlanShape((4, 3), (1, 1))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def pairs_of(y: torch.Tensor) -> PairTensors:
@@ -57,7 +62,7 @@ def test_scores_together_are_scores_alone(parallel, at_once, monkeypatch):
     with torch.no_grad():
         for b, n in itertools.product(range(3), range(4)):
             z = plan[b, n : n + 1]
-            target = model.target_log_prob(z, batch.target_BY[b : b + 1])
+            target = target_log_prob(model, z, batch.target_BY[b : b + 1])
             own = model.plan_log_prob(z, batch.context.pick(torch.tensor([b])))
             want = torch.cat([target + 0.5 * own, target, own])
             torch.testing.assert_close(torch.stack([x[b, n] for x in s[:3]]), want, **CLOSE)
@@ -102,27 +107,27 @@ def test_edits_are_one_or_two_changes_of_every_kind():
 def test_gradient_says_what_a_small_step_towards_another_concept_brings():
     model, plan, y = tiny_planner(), plans(3), pairs(3).target_NY
     gain = swap_gains(model, plan, y)
-    assert gain.shape == (3, 9, 9) and (gain[plan == NULL] == -torch.inf).all()
-    assert (gain[:, 3:5, 5:] == -torch.inf).all()
+    assert gain.shape == (3, 9, 10) and (gain[plan == NULL] == -torch.inf).all()
+    assert (gain[:, 3:5, 5:] == -torch.inf).all() and (gain[..., 9] == -torch.inf).all()
     assert all(p.grad is None for p in model.parameters())
     with torch.no_grad():
-        e = model.plan_embeddings(plan)
+        e = model.plans(plan)
         some = torch.isfinite(gain).nonzero()[::17].tolist()
         for b, p, k in some:
             other = plan.clone()
             other[b, p] = k
-            step = 0.01 * (model.plan_embeddings(other) - e)
-            towards, away = (model.target_log_prob(plan, y, x)[b] for x in (e + step, e - step))
-            got = float(towards - away) / 0.02
-            assert abs(got - gain[b, p, k]) < 0.02 + 0.05 * abs(got), "curvature, fp32: 0.006 seen"
+            step = 0.01 * (model.plans(other) - e)
+            towards, away = (target_log_prob(model, plan, y, x)[b] for x in (e + step, e - step))
+            slope = float(towards - away) / 0.02
+            assert abs(slope - gain[b, p, k]) < 0.02 + 0.05 * abs(slope), "curvature: 0.006 seen"
         assert len(some) > 4
     made = PROPOSERS["gradient"](model, PairBatch(y, None), plan, 4, None)
     for b in range(3):
         best = gain[b].flatten().topk(4).indices.tolist()
         changed = [
-            [int((z != plan[b]).sum()), int(z[i // 9])] for z, i in zip(made[b], best, strict=True)
+            [int((z != plan[b]).sum()), int(z[i // 10])] for z, i in zip(made[b], best, strict=True)
         ]
-        assert changed == [[1, i % 9] for i in best]
+        assert changed == [[1, i % 10] for i in best]
     empty = SHAPE.pack([[[], [], []]] * 3)
     made = PROPOSERS["gradient"](model, PairBatch(y, None), empty, 90, None)
     assert torch.equal(made[:, 7], empty), "nothing to replace"
@@ -159,9 +164,8 @@ def test_steps_climb_to_the_best_plan_and_never_fall(proposers):
     before = score(model, batch, plan_NP.long().unsqueeze(1)).total[:, 0]
     options = Em(proposers=proposers, batch=2)
     for number in range(6):
-        figures = e_step(model.train(), some, plan_NP, index, options, number)
-        assert model.training, "it is in eval mode meanwhile alone"
-        now = score(model.eval(), batch, plan_NP.long().unsqueeze(1)).total[:, 0]
+        figures = e_step(model, some, plan_NP, index, options, number)
+        now = score(model, batch, plan_NP.long().unsqueeze(1)).total[:, 0]
         assert (now >= before - 1e-4).all(), "5e-5 is what batching alone changes"
         assert figures["em_staleness"] == pytest.approx(float((now - before).mean()), abs=1e-4)
         before = now
@@ -249,13 +253,15 @@ def test_equal_texts_start_with_equal_plans_and_other_kinds_with_others(family):
     assert torch.equal(plan, piece_plans(model, pairs_of(y), seed=1))
     assert torch.equal(plan[9:], plan[:3]) and (shape.counts(plan) == torch.tensor([1, 4])).all()
     for i in range(2):
-        used = [set(shape.of_type(plan[kind == k], i).flatten().tolist()) for k in range(3)]
+        used = [set(plan[kind == k].split(shape.lengths, 1)[i].flatten().tolist()) for k in range(3)]
         assert not (used[0] & used[1] or used[0] & used[2] or used[1] & used[2])
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {"plans.types.0.weight", "plans.types.1.weight"}
-    for one in model.plans.types:
-        torch.testing.assert_close(one.weight.square().mean(1), torch.ones(len(one.weight)))
-        assert len(one.weight.round(decimals=3).unique(dim=0)) == len(one.weight)
+    assert changed == {"plans.weight"}
+    ids = [*range(7), *range(8, 16)]  # between and after them the two <EOS>
+    torch.testing.assert_close(model.plans.weight[ids].square().mean(1), torch.ones(15))
+    for i, size in enumerate(shape.sizes):
+        weight_KD = model.plans.weight[model.plans.row_IM[i, :size]]
+        assert len(weight_KD.round(decimals=3).unique(dim=0)) == size
 
 
 def test_key_words_are_the_rarest_in_their_order_and_begin_as_their_embeddings():
@@ -266,7 +272,7 @@ def test_key_words_are_the_rarest_in_their_order_and_begin_as_their_embeddings()
         y[row, : len(ids)] = torch.tensor(ids)
     shape = PlanShape((2, 8), (1, 2))
     model = tiny_planner(shape=shape)
-    before = [one.weight.clone() for one in model.plans.types]
+    before = model.plans.weight.clone()
     plan = shape.unpack(key_word_plans(model, pairs_of(y), pieces))
     # By texts · rarity²: 123 and dog (type 0), runs, sat, cat, and "the", which is everywhere;
     # "bird" stands in one text alone.
@@ -275,8 +281,10 @@ def test_key_words_are_the_rarest_in_their_order_and_begin_as_their_embeddings()
         embeddings = [model.get_input_embeddings().weight[torch.tensor(x)].mean(0) for x in words]
         want = model.plans.to_frame(torch.stack(embeddings))
         want = torch.nn.functional.rms_norm(want, want.shape[-1:], eps=1e-6)
-        torch.testing.assert_close(model.plans.types[i].weight[: len(words)], want)
-        assert torch.equal(model.plans.types[i].weight[len(words) :], before[i][len(words) :])
+        rows = model.plans.row_IM[i, : len(words)]
+        torch.testing.assert_close(model.plans.weight[rows], want)
+        before[rows] = want
+    torch.testing.assert_close(model.plans.weight, before)
     with pytest.raises(DataError, match=r"type 1 of .* gets none.*try: more pairs"):
         key_word_plans(model, pairs_of(torch.tensor([[0, 1], [1, 0]])), ["Ġa", "Ġb"])
 
@@ -289,10 +297,10 @@ def test_short_texts_have_fewer_concepts_and_pieces_are_of_the_text_alone():
     wide = torch.nn.functional.pad(y, (0, 5), value=-100)
     assert torch.equal(piece_plans(model, pairs_of(wide)), plan), "padding is no text"
     h = torch.arange(10.0).view(1, 10, 1)
-    mean, there = first_plans._pieces(h, torch.tensor([7]), 3)
-    assert mean.flatten().tolist() == [1, 3.5, 5.5] and there.all(), "0 1 2 · 3 4 · 5 6"
-    mean, there = first_plans._pieces(h, torch.tensor([2]), 3)
-    assert mean.flatten()[:2].tolist() == [0, 1] and there.tolist() == [[True, True, False]]
+    numbers, lengths = torch.arange(3), torch.tensor([3, 3, 3])
+    for tokens, means in ((7, [1, 3.5, 5.5]), (2, [0, 1, 0])):  # 0 1 2 · 3 4 · 5 6
+        mean = piece_means(h, torch.tensor([tokens]), numbers, lengths)
+        assert mean.flatten().tolist() == means
 
 
 def test_texts_that_k_means_did_not_see_get_a_plan_too(monkeypatch):
@@ -312,10 +320,10 @@ def test_texts_that_k_means_did_not_see_get_a_plan_too(monkeypatch):
 
 def test_too_few_texts_use_fewer_ids_or_are_refused():
     model, y = tiny_planner(), text(2, 6)
-    before = model.plans.types[1].weight.clone()
+    before = model.plans.weight.clone()
     plan = piece_plans(model, pairs_of(y))
     assert plan[:, 3:5].unique().tolist() == [0, 1, 2, 3], "four pieces, four of five ids"
-    assert torch.equal(model.plans.types[1].weight[4], before[4]), "nothing stands for the last"
+    assert torch.equal(model.plans.weight[8 + 4], before[8 + 4]), "nothing stands for the last"
     for same in (y[:1].expand(2, -1), y[:1]):
         with pytest.raises(DataError, match="1 different targets"):
             piece_plans(tiny_planner(shape=PlanShape((4,), (1,))), pairs_of(same))

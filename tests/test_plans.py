@@ -85,7 +85,7 @@ def test_the_executor_sees_the_plan_and_not_the_source(loaded, monkeypatch):
     assert torch.equal(own_NY, target_nll(model, other, plan_NP)), "u changed, z held"
     assert not torch.equal(own_NY, target_nll(model, pairs, plan_NP.roll(1, 0)))
     with torch.no_grad():
-        want_N = -model.target_log_prob(plan_NP, pairs.target_NY)
+        want_N = model.target_nll(plan_NP, pairs.target_NY).sum(1)
     for batch in (1, 3):
         monkeypatch.setattr(plans, "PAIRS", batch)
         nll_NY = target_nll(model, pairs, plan_NP)
@@ -100,7 +100,7 @@ def test_plans_that_lie():
         assert torch.equal(other == NULL, plan == NULL), "lengths stay"
         SHAPE.check(other)
     for i in range(2):
-        ids = (SHAPE.of_type(x, i).flatten().sort().values for x in (shuffled, plan))
+        ids = (x.split(SHAPE.lengths, 1)[i].flatten().sort().values for x in (shuffled, plan))
         assert torch.equal(*ids), "within a type"
     assert bool((empty == NULL).all())
     assert torch.equal(other_plans(plan, SHAPE, "swap"), plan[[1, 2, 3, 0]])
@@ -142,7 +142,7 @@ def test_the_best_plans_are_at_least_as_good_by_their_own_measure(loaded):
     @torch.no_grad()
     def score(plan_NP):
         context = model.encode_source(pairs.source_NU, pairs.source_mask_NU)
-        target_N = model.target_log_prob(plan_NP, pairs.target_NY)
+        target_N = -model.target_nll(plan_NP, pairs.target_NY).sum(1)
         return target_N + model.plan_log_prob(plan_NP, context)
 
     assert bool((score(best_NP) >= score(planned(model, pairs)) - 1e-3).all())
@@ -215,7 +215,7 @@ def test_right_answers_are_counted(runs, loaded):
 def test_probes_read_signals_off_the_plan_alone(runs, loaded):
     model, tokenizer = loaded[0].model, loaded[0].tokenizer
     plan = SHAPE.pack([[[0], [1, 2]], [[3], []], [[], [5]]])
-    a_KD, b_KD = (kind.weight.detach() for kind in model.plans.types)
+    a_KD, b_KD = (model.plans.weight[row_M].detach() for row_M in model.plans.row_IM)
     zero_D = torch.zeros_like(a_KD[0])
     rows = ((a_KD[0], b_KD[[1, 2]].mean(0)), (a_KD[3], zero_D), (zero_D, b_KD[5]))
     want = torch.stack([torch.cat(row) for row in rows])

@@ -290,7 +290,7 @@ class Planner(System):
         examples = PairExamples(recipe, pairs)
         if recipe.plan.signals:
             texts = pairs.target_texts(tokenizer)
-            examples.signals = SignalReader.fit(texts)(texts)
+            examples.signals = SignalReader(texts)(texts)
         return examples
 
     def start(self, run: Run) -> None:

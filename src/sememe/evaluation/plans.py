@@ -72,7 +72,7 @@ def target_nll(
         if dropped_NP is not None:
             dropped_BP1 = dropped_NP[index_B].to(model.device).unsqueeze(-1)
             mean_D = model.plans.mean.float()
-            e_BPD = torch.where(dropped_BP1, mean_D, model.plan_embeddings(plan_BP))
+            e_BPD = torch.where(dropped_BP1, mean_D, model.plans(plan_BP))
         return (model.target_nll(plan_BP, target_BY, e_BPD),)
 
     return batched_pairs(nll, pairs)[0]
@@ -117,7 +117,7 @@ def head_figures(model, pairs: PairTensors, plan_NP: Tensor) -> dict[str, float]
         source = model.source(pairs.source_NU[index_B], pairs.source_mask_NU[index_B])
         logits = model.plan_logits(plan_BP, source)
         p_nM = logits[frame.shape.targets(plan_BP) != IGNORED].float().softmax(-1)
-        states = (frame.soft(logits, model.config.code_temperature), model.plan_embeddings(plan_BP))
+        states = (frame.soft(logits, model.config.code_temperature), model.plans(plan_BP))
         soft_nD, hard_nD = (frame.to_frame(x_BPD)[plan_BP != NULL] for x_BPD in states)
         return torch.special.entr(p_nM).sum(-1), p_nM.amax(-1), *soft_hard(soft_nD, hard_nD)
 
@@ -189,7 +189,7 @@ def plan_states(model, plan_NP: Tensor) -> Tensor:
     """(N, I · D) mean of each type's concepts in the tables' frame, 0 where it has none; on the
     host."""
     plan_NP = plan_NP.to(model.device)
-    return model.plans.means(plan_NP, model.plan_embeddings(plan_NP)).cpu()
+    return model.plans.means(plan_NP, model.plans(plan_NP)).cpu()
 
 
 def signal_figures(
@@ -205,7 +205,7 @@ def signal_figures(
             "try: --signals 200"
         )
     texts = train.target_texts(tokenizer)
-    reader = SignalReader.fit(texts)
+    reader = SignalReader(texts)
     labels, heldout_labels = reader(texts), reader(heldout.target_texts(tokenizer))
     x_NF, x_MF = (plan_states(model, planned(model, pairs)) for pairs in (train, heldout))
     count = len(train) - len(train) // 5

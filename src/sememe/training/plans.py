@@ -23,7 +23,7 @@ from sememe.concepts.plan import PlanShape
 from sememe.data import block_order
 from sememe.errors import CheckpointError
 from sememe.evaluation.plans import mean_nll, other_plans, plan_use, target_nll
-from sememe.models.planner.em import e_step, evaluating, greedy_plans
+from sememe.models.planner.em import e_step, greedy_plans
 from sememe.models.planner.first_plans import key_word_plans, piece_plans
 from sememe.models.planner.model import PlannerForCausalLM
 from sememe.options import Recipe
@@ -167,6 +167,7 @@ class HardEM(TrainerCallback):
         index_n = self.examples.upcoming(step, em.every)
         index_n = index_n[: em.examples or len(index_n)]
         seed = self.recipe.seed * 1_000_003 + step
+        model.eval()
         started = time.monotonic()
         name = f"E-step at step {step}"
         with tqdm(total=len(index_n), desc=name, leave=False, disable=not self.show) as bar:
@@ -174,6 +175,7 @@ class HardEM(TrainerCallback):
         figures["em_seconds"] = round(time.monotonic() - started, 2)
         few_n = index_n[:FEW]
         self.meter.note(figures | own_plans_figures(model, pairs.rows(few_n), plan_NP[few_n], step))
+        model.train()
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -185,16 +187,14 @@ def own_plans_figures(
     model: PlannerForCausalLM, pairs: PairTensors, plan_NP: Tensor, seed: int
 ) -> dict[str, float]:
     """Whether the planner's own plans do for training pairs what their z* do: nats per target token
-    with z* (`em_nll`), with the planner's greedy plan, and with z* shuffled over the pairs. `model`
-    is put into `eval` meanwhile."""
+    with z* (`em_nll`), with the planner's greedy plan, and with z* shuffled over the pairs."""
     plan_NP = plan_NP.long()
-    with evaluating(model):
-        plans = {
-            "em_nll": plan_NP,
-            "em_nll_planner": greedy_plans(model, pairs),
-            "em_nll_shuffle": other_plans(plan_NP, model.plans.shape, "shuffle", seed),
-        }
-        return {k: mean_nll(target_nll(model, pairs, x_NP), pairs) for k, x_NP in plans.items()}
+    plans = {
+        "em_nll": plan_NP,
+        "em_nll_planner": greedy_plans(model, pairs),
+        "em_nll_shuffle": other_plans(plan_NP, model.plans.shape, "shuffle", seed),
+    }
+    return {k: mean_nll(target_nll(model, pairs, x_NP), pairs) for k, x_NP in plans.items()}
 
 
 class PlanMeter:
@@ -231,9 +231,8 @@ class PlanMeter:
     @torch.no_grad()
     def _slots(self, outputs) -> Tensor:
         """(4, P) sums over the rows. What a slot holds is chosen one input before it."""
-        *_, full_C = self.shape.layout(outputs.plan_ids.device)
-        target_BP = self.shape.targets(outputs.plan_ids)[:, ~full_C]
-        p_BPM = outputs.plan_logits[:, ~full_C].float().softmax(-1)
+        target_BP = self.shape.targets(outputs.plan_ids)
+        p_BPM = outputs.plan_logits.float().softmax(-1)
         max_BP, first_BP = p_BPM.max(-1)
         entropy_BP = torch.special.entr(p_BPM).sum(-1)
         written_BP = target_BP != IGNORED

@@ -3,12 +3,11 @@
     S(z) = log p(y | z) + planner_weight · log p(z | u)        nats of the whole text and plan
 
 among the candidates of `proposers.py`. The present plan is a candidate too, is scored anew, and
-stays in a tie: at equal parameters S never falls.
+stays in a tie: at equal parameters S never falls. The model is in eval mode, or dropout scores too.
 
 Suffixes: N pairs · B of a batch · n candidates of a pair · R different candidates of a batch · P
 slots of a plan."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,23 +43,23 @@ class Scores(NamedTuple):
 def score(
     model: PlannerForCausalLM, batch: PairBatch, plan_BnP: Tensor, planner_weight: float = 1.0
 ) -> Scores:
-    """S of all candidates of all rows at once, in the model's present mode: put it into `eval`, or
-    dropout scores too. Raises CheckpointError for a candidate that is no plan of this model."""
+    """S of all candidates of all rows at once. Raises CheckpointError for a candidate that is no
+    plan of this model."""
     rows, count, slots = plan_BnP.shape
-    row_m = torch.arange(rows, device=plan_BnP.device).repeat_interleave(count)
+    row_m1 = torch.arange(rows, device=plan_BnP.device).repeat_interleave(count)[:, None]
     # Proposers repeat each other: each different plan of a row is scored once.
-    keyed_Rm, which_m = torch.cat([row_m[:, None], plan_BnP.flatten(0, 1)], 1).unique(
+    keyed_RP, which_m = torch.cat([row_m1, plan_BnP.flatten(0, 1)], 1).unique(
         dim=0, return_inverse=True
     )
 
-    def log_probs(keyed_rm: Tensor) -> Tensor:
-        row_r, plan_rP = keyed_rm[:, 0], keyed_rm[:, 1:]
-        target_r = model.target_log_prob(plan_rP, batch.target_BY[row_r])
+    def log_probs(keyed_rP: Tensor) -> Tensor:
+        row_r, plan_rP = keyed_rP[:, 0], keyed_rP[:, 1:]
+        target_r = -model.target_nll(plan_rP, batch.target_BY[row_r]).sum(1)
         plan_r = model.plan_log_prob(plan_rP, batch.context.pick(row_r))
         return torch.stack([target_r, plan_r], 1)
 
     tokens = batch.context.slots.length + slots + batch.target_BY.shape[1]
-    both_R2 = in_chunks(log_probs, TOKENS_AT_ONCE // tokens, keyed_Rm)
+    both_R2 = in_chunks(log_probs, TOKENS_AT_ONCE // tokens, keyed_RP)
     target_Bn, plan_Bn = both_R2[which_m].view(rows, count, 2).unbind(2)
     which_Bn = which_m.view(rows, count)
     same_Bnn = which_Bn.unsqueeze(2) == which_Bn.unsqueeze(1)
@@ -84,14 +83,13 @@ def e_step(
         TrainingError: a score is not finite."""
     base = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
     figures: list[dict[str, Tensor]] = []
-    with evaluating(model):
-        for index_B in index_n.split(em.batch):
-            # A batch draws for itself: what the others drew makes no difference.
-            own = torch.Generator().manual_seed(base + 2**31 * int(index_B[0]))
-            best_BP, figures_B = _search(model, pairs.rows(index_B), plan_NP[index_B], em, own)
-            plan_NP[index_B] = best_BP.to(plan_NP)
-            figures.append(figures_B)
-            tick(len(index_B))
+    for index_B in index_n.split(em.batch):
+        # A batch draws for itself: what the others drew makes no difference.
+        own = torch.Generator().manual_seed(base + 2**31 * int(index_B[0]))
+        best_BP, figures_B = _search(model, pairs.rows(index_B), plan_NP[index_B], em, own)
+        plan_NP[index_B] = best_BP.to(plan_NP)
+        figures.append(figures_B)
+        tick(len(index_B))
     all_n = {key: torch.cat([x[key] for x in figures]).double() for key in figures[0]}
     means = {key: float(x_n.nanmean()) for key, x_n in all_n.items() if not x_n.isnan().all()}
     return means | {"em_examples": float(len(index_n))}
@@ -133,30 +131,27 @@ def best_of(
     em_by_NAME, 1 where NAME proposed it. em_staleness: S(z* new) - S(z* old), both scored now.
     em_entropy: of the softmax of S over the different candidates, em_candidates of them."""
     total_Bn = scores.total.float().masked_fill(~scores.first, -torch.inf)
-    best_B1 = total_Bn.argmax(1, keepdim=True)
-    best_B1 = torch.where(total_Bn[:, :1] == total_Bn.gather(1, best_B1), 0, best_B1)
-    best_B = best_B1.squeeze(1)
-    best_BP = plan_BnP[torch.arange(len(best_B), device=best_B.device), best_B]
-    top_B, target_B, plan_B = (
-        x_Bn.gather(1, best_B1).squeeze(1) for x_Bn in (total_Bn, scores.target, scores.plan)
-    )
-    rival_B = total_Bn.scatter(1, best_B1, -torch.inf).amax(1)
+    top_B, best_B = total_Bn.max(1)
+    best_B = best_B.masked_fill(total_Bn[:, 0] == top_B, 0)
+    rows_B = torch.arange(len(best_B), device=best_B.device)
+    best_BP = plan_BnP[rows_B, best_B]
+    rival_B = total_Bn.index_put((rows_B, best_B), total_Bn.new_tensor(-torch.inf)).amax(1)
     edits_B = _edit_distance(shape, plan_BnP[:, 0], best_BP).to(top_B)
     flipped_B = edits_B > 0
     figures = {
         "em_score": top_B,
-        "em_target": target_B,
-        "em_plan": plan_B,
-        "em_margin": torch.where(torch.isfinite(rival_B), top_B - rival_B, torch.nan),
+        "em_target": scores.target[rows_B, best_B],
+        "em_plan": scores.plan[rows_B, best_B],
+        "em_margin": (top_B - rival_B).masked_fill(rival_B == -torch.inf, torch.nan),
         "em_flips": flipped_B,
-        "em_edits": torch.where(flipped_B, edits_B, torch.nan),
+        "em_edits": edits_B.masked_fill(~flipped_B, torch.nan),
         "em_staleness": top_B - total_Bn[:, 0],
         "em_entropy": torch.distributions.Categorical(logits=total_Bn).entropy(),
         "em_candidates": scores.first.sum(1),
     }
     for name in dict.fromkeys(origin_n[1:]):
-        by_B = torch.tensor([origin_n[n] == name for n in best_B.tolist()]).to(top_B)
-        figures[f"em_by_{name}"] = torch.where(flipped_B, by_B, torch.nan)
+        by_n = torch.tensor([origin == name for origin in origin_n], device=best_B.device)
+        figures[f"em_by_{name}"] = by_n[best_B].float().masked_fill(~flipped_B, torch.nan)
     return best_BP, {key: x_B.float().cpu() for key, x_B in figures.items()}
 
 
@@ -179,26 +174,13 @@ def best_plans(
     em: dict[str, Any],
     tick: Tick = lambda n: None,
     rounds: int = ROUNDS,
-    seed: int = 0,
 ) -> Tensor:
     """(N, P) z* of pairs that nobody trains on: the best plans that `rounds` of E-steps find with
     the targets in view, from the planner's own. `em`: the recipe's search, as plain values."""
-    known = {key: em[key] for key in Em.model_fields if key in em}  # of any release
-    options = checked(Em, known)
+    options = checked(Em, em)
     plan_NP = greedy_plans(model, pairs, options.batch)
     for index_B in torch.arange(len(pairs)).split(options.batch):
         for number in range(rounds):
-            e_step(model, pairs, plan_NP, index_B, options, seed * 1_000_003 + number)
+            e_step(model, pairs, plan_NP, index_B, options, number)
         tick(len(index_B))
     return plan_NP
-
-
-@contextlib.contextmanager
-def evaluating(model: PlannerForCausalLM):
-    """`model` in eval mode inside, and as it was again afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

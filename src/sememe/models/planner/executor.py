@@ -27,15 +27,16 @@ def prefix(
 ) -> tuple[Tensor, Slots]:
     """(B, 1 + C + 1, D) what precedes a text: BOS, plan, last separator. `e`: read instead of the
     concepts' own states."""
-    shape, own_BPD = model.plans.shape, model.plan_embeddings(plan_BP)
+    plans = model.plans
+    own_BPD = plans(plan_BP)
     zero_B1 = torch.zeros_like(plan_BP[:, :1])
     bos_B1D = Spine(model.backbone).embed(zero_B1 + model.bos)
-    x_BCD = model.plans.inputs(own_BPD if e_BPD is None else e_BPD)
-    last_B1D = model.plans.last_separator().expand_as(bos_B1D)
+    x_BCD = plans.inputs(own_BPD if e_BPD is None else e_BPD)
+    last_B1D = plans.last_separator().expand_as(bos_B1D)
+    plan = plan_slots(plans.shape, plan_BP, zero_B1, first=1)
+    last = Slots.of(zero_B1 + max(plans.shape.lengths), 1 + plan.length)
     x_BnD = torch.cat([bos_B1D, x_BCD, last_B1D], 1).to(bos_B1D.dtype)
-    plan = plan_slots(shape, plan_BP, zero_B1, 1)
-    last = Slots.text(zero_B1 + max(shape.lengths), first=x_BnD.shape[1] - 1)
-    return x_BnD, Slots.text(zero_B1).then(plan, last)
+    return x_BnD, Slots.of(zero_B1, 0).then(plan, last)
 
 
 def target_states(
@@ -46,8 +47,7 @@ def target_states(
     before_BT = target_BY[:, :-1]
     # Ignored tokens stand at the end, where nobody sees them: any id will do.
     text_BTD = Spine(model.backbone).embed(before_BT.masked_fill(before_BT < 0, model.bos))
-    further_T = torch.arange(1, before_BT.shape[1] + 1, device=plan_BP.device)
-    slots = slots.then(Slots.text(slots.position[:, -1:] + further_T, first=slots.length))
+    slots = slots.then(slots.then_text(before_BT.shape[1]))
     with adapter(model.backbone, EXECUTOR):
         h_BnD = model.run(torch.cat([x_BnD, text_BTD], 1), slots, slots)
     return h_BnD[:, x_BnD.shape[1] - 1 :][:, : target_BY.shape[1]]
@@ -74,6 +74,6 @@ def write(
             unfinished_B = unfinished_B & ~torch.isin(token_B, stops)
             text_BY = torch.cat([text_BY, torch.where(unfinished_B, token_B, NULL)[:, None]], 1)
             x_BnD = spine.embed(token_B[:, None])
-            query = Slots.text(key.position[:, -1:] + 1, first=key.length)
+            query = key.then_text(1)
             key = key.then(query)
     return [row_Y[row_Y != NULL].tolist() for row_Y in text_BY]
