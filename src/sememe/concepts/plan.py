@@ -9,7 +9,6 @@ C = I + P inputs · M ids of the largest type, and `<EOS>` last · V rows of all
 width."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,59 +20,32 @@ NULL = -1
 IGNORED = -100  # targets of cross entropy that do not count
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlanShape:
-    """How many ids each type has, and how many concepts at most."""
+    """How many ids each type has, and how many concepts at most.
+
+    eos: where `<EOS>` stands among the logits of any type: past the largest vocabulary.
+    first_I: the first slot of each type.
+    kind_P, kind_C: the type of each slot, of each input.
+    order_C: number of each input in the sequence. position_C: in its type; 0 is the separator's.
+    input_P: the input before each slot, which it is predicted from."""
 
     sizes: tuple[int, ...]
     lengths: tuple[int, ...]
 
-    @property
-    def types(self) -> int:
-        return len(self.sizes)
-
-    @property
-    def slots(self) -> int:
-        return sum(self.lengths)
-
-    @property
-    def eos(self) -> int:
-        """Where `<EOS>` stands among the logits of any type: past the largest vocabulary."""
-        return max(self.sizes)
-
-    # Tables that index tensors of any device.
-
-    @cached_property
-    def kind_P(self) -> Tensor:
-        """The type that each slot belongs to."""
-        return torch.arange(self.types).repeat_interleave(torch.tensor(self.lengths))
-
-    @cached_property
-    def first_I(self) -> Tensor:
-        """The first slot of each type."""
-        return torch.tensor((0, *self.lengths)).cumsum(0)[:-1]
-
-    @cached_property
-    def kind_C(self) -> Tensor:
-        return torch.cat([torch.arange(self.types), self.kind_P])
-
-    @cached_property
-    def order_C(self) -> Tensor:
-        """Number of each input in the sequence, where each separator precedes its type."""
-        slot_P = torch.arange(self.slots)
-        return torch.cat([self.first_I + torch.arange(self.types), slot_P + self.kind_P + 1])
-
-    @cached_property
-    def position_C(self) -> Tensor:
-        """Position of each input in its type; 0 is the separator's."""
-        return self.order_C - self.order_C[self.kind_C]
-
-    @cached_property
-    def input_P(self) -> Tensor:
-        """The input before each slot, which it is predicted from."""
-        before_P = self.types + torch.arange(self.slots) - 1
-        before_P[self.first_I] = torch.arange(self.types)
-        return before_P
+    def __post_init__(self):
+        self.types = len(self.sizes)
+        self.slots = sum(self.lengths)
+        self.eos = max(self.sizes)
+        type_I, slot_P = torch.arange(self.types), torch.arange(self.slots)
+        length_I = torch.tensor(self.lengths)
+        self.first_I = length_I.cumsum(0) - length_I
+        self.kind_P = type_I.repeat_interleave(length_I)
+        self.kind_C = torch.cat([type_I, self.kind_P])
+        self.order_C = torch.cat([self.first_I + type_I, slot_P + self.kind_P + 1])
+        self.position_C = self.order_C - self.order_C[self.kind_C]
+        self.input_P = self.types + slot_P - 1
+        self.input_P[self.first_I] = type_I
 
     def _goes_on(self, plan_BP: Tensor) -> Tensor:
         """(B, P) bool: whether the type had not ended before this slot."""
@@ -103,22 +75,20 @@ class PlanShape:
 
     def check(self, plan_BP: Tensor) -> Tensor:
         """The plan itself. Raises CheckpointError where it is none of this shape."""
-        if plan_BP.shape[1:] != (self.slots,) or plan_BP.is_floating_point():
+        if plan_BP.shape[1:] != (self.slots,):
             raise CheckpointError(
-                f"a plan tensor of {plan_BP.dtype} and shape {tuple(plan_BP.shape)}: need integers "
-                f"(rows, {self.slots}), one slot for each of {self.lengths} concepts. "
-                "try: PlanShape.pack"
+                f"a plan tensor of shape {tuple(plan_BP.shape)}: need (rows, {self.slots}), one "
+                f"slot for each of {self.lengths} concepts. try: PlanShape.pack"
             )
         size_P = torch.tensor(self.sizes, device=plan_BP.device)[self.kind_P]
         late_BP = (plan_BP != NULL) & ~self._goes_on(plan_BP)
         wrong_BP = (plan_BP < NULL) | (plan_BP >= size_P) | late_BP
         if bool(wrong_BP.any()):
-            row, p = wrong_BP.nonzero()[0].tolist()
-            kind = int(self.kind_P[p])
+            row, slot = wrong_BP.nonzero()[0].tolist()
             raise CheckpointError(
-                f"plan id {int(plan_BP[row, p])} in slot {p - int(self.first_I[kind])} of type "
-                f"{kind}: need ids from 0 to {self.sizes[kind] - 1}, and {NULL} in all slots after "
-                "the last one. try: plans of the model that reads them"
+                f"plan id {int(plan_BP[row, slot])} in slot {slot}: need ids from 0 to "
+                f"{int(size_P[slot]) - 1}, and {NULL} in all slots after a type's last one. "
+                "try: plans of the model that reads them"
             )
         return plan_BP
 
@@ -127,14 +97,13 @@ class PlanShape:
         fit."""
         plans = []
         for row in rows:
-            counts = [len(ids) for ids in row]
-            if len(row) != self.types or any(map(int.__gt__, counts, self.lengths)):
-                raise CheckpointError(
-                    f"a plan of {counts} concepts: need {self.types} types of at most "
-                    f"{self.lengths}. try: cut it"
-                )
             types = zip(row, self.lengths, strict=True)
-            plans.append([x for ids, n in types for x in [*ids, *[NULL] * n][:n]])
+            plans.append([x for ids, n in types for x in ids + [NULL] * (n - len(ids))])
+            if len(plans[-1]) != self.slots:
+                raise CheckpointError(
+                    f"the plan {row}: need {self.types} types of at most {self.lengths} concepts. "
+                    "try: cut it"
+                )
         return self.check(torch.tensor(plans, dtype=torch.long).view(-1, self.slots))
 
     def unpack(self, plan_BP: Tensor) -> list[list[list[int]]]:
@@ -153,12 +122,12 @@ class PlanCodes(nn.Module):
         super().__init__()
         self.shape = shape
         size_I1, id_M = torch.tensor(shape.sizes)[:, None], torch.arange(shape.eos + 1)
-        # The row of each id of each type, and the ids that a smaller type has not.
-        row_IM = (size_I1 + 1).cumsum(0) - size_I1 - 1 + id_M.minimum(size_I1)
+        row_I1 = (size_I1 + 1).cumsum(0) - size_I1 - 1
+        rows = int(size_I1.sum()) + shape.types
+        # The row of each id of each type; past all rows for ids that a smaller type has not.
+        row_IM = torch.where(id_M < size_I1, row_I1 + id_M, rows)
+        row_IM[:, -1:] = row_I1 + size_I1
         self.register_buffer("row_IM", row_IM, persistent=False)
-        absent_IM = (id_M >= size_I1) & (id_M < shape.eos)
-        self.register_buffer("absent_IM", absent_IM, persistent=False)
-        rows = sum(shape.sizes) + shape.types
         self.weight = nn.Parameter(torch.zeros(rows, width))
         self.bias = nn.Parameter(torch.zeros(rows))
         self.log_sharpness = nn.Parameter(torch.zeros(shape.types))
@@ -181,36 +150,31 @@ class PlanCodes(nn.Module):
     def begin(self, i: int, x_nD: Tensor) -> None:
         """The first n ids of type i become these, each at scale 1: an id is also what the planner's
         states, of scale 1, are multiplied with, and long ones would win."""
-        rows = self.row_IM[i, : len(x_nD)]
-        self.weight[rows] = F.rms_norm(x_nD, x_nD.shape[-1:], eps=1e-6).to(self.weight)
+        x_nD = F.rms_norm(x_nD, x_nD.shape[-1:], eps=1e-6)
+        self.weight[self.row_IM[i, : len(x_nD)]] = x_nD
 
     def to_states(self, x: Tensor) -> Tensor:
         """(…, D) normalised coordinates → (…, D) fp32 inputs of the base."""
-        return self.mean.float() + self.scale.float() * x.float()
+        return self.mean + self.scale * x
 
     def to_frame(self, state: Tensor) -> Tensor:
         """(…, D) inputs of the base → (…, D) fp32 normalised coordinates."""
-        return (state.float() - self.mean) / self.scale
+        return (state - self.mean) / self.scale
 
     def typed(self, x_D: Tensor, kind: Tensor) -> Tensor:
         """(…, D) states of what belongs to types: its own, and its type's vector on it."""
-        return x_D + self.scale.float() * self.kind.float()[kind]
+        return x_D + self.scale * self.kind[kind]
 
     def forward(self, plan_BP: Tensor) -> Tensor:
         """(B, P, D) fp32 states of the concepts; some state where there is none. Raises
         CheckpointError for ids that there is no concept for."""
         id_BP = self.shape.check(plan_BP).clamp(min=0)
-        first_P = self.row_IM[:, 0][self.shape.kind_P]
-        return self.to_states(F.embedding(first_P + id_BP, self.weight))
+        return self.to_states(F.embedding(self.row_IM[self.shape.kind_P, id_BP], self.weight))
 
     def inputs(self, e_BPD: Tensor) -> Tensor:
         """(B, P, D) concept states → (B, C, D): the separators, and then the concepts."""
         separator_BID = self.to_states(self.separator[:-1]).expand(len(e_BPD), -1, -1)
-        return self.typed(torch.cat([separator_BID, e_BPD.float()], 1), self.shape.kind_C)
-
-    def last_separator(self) -> Tensor:
-        """(D,) the input that the text's first token is predicted from."""
-        return self.to_states(self.separator[-1])
+        return self.typed(torch.cat([separator_BID, e_BPD], 1), self.shape.kind_C)
 
     def means(self, plan_BP: Tensor, e_BPD: Tensor) -> Tensor:
         """(B, I · D) fp32 mean of each type's concept states in this frame, 0 where it has none."""
@@ -220,15 +184,16 @@ class PlanCodes(nn.Module):
 
     def logits(self, x: Tensor, kind: Tensor) -> Tensor:
         """(…, D) states of scale 1 → (…, M) of what a type has next; `kind`: (…), the types. At the
-        start their deviation is 1; -inf for ids that the type has not."""
+        start their deviation is 1."""
         sharpness = self.log_sharpness.exp()[kind].unsqueeze(-1) / x.shape[-1] ** 0.5
         with torch.autocast(x.device.type, enabled=False):
             return self.of_type(F.linear(x.float() * sharpness, self.weight, self.bias), kind)
 
     def of_type(self, x_V: Tensor, kind: Tensor) -> Tensor:
-        """(…, V) values of all rows → (…, M) of the types' own."""
+        """(…, V) values of all rows → (…, M) of the types' own; -inf for ids that a type has
+        not."""
         row_M = self.row_IM[kind].expand(*x_V.shape[:-1], -1)
-        return x_V.gather(-1, row_M).masked_fill(self.absent_IM[kind], -torch.inf)
+        return F.pad(x_V, (0, 1), value=-torch.inf).gather(-1, row_M)
 
     def soft(self, logits_BPM: Tensor, temperature: float = 1.0) -> Tensor:
         """(B, P, D) mixtures of each slot's concepts, given that it holds one. The vectors
@@ -236,5 +201,6 @@ class PlanCodes(nn.Module):
         with torch.autocast(logits_BPM.device.type, enabled=False):
             p_BPM = (logits_BPM[..., :-1].float() / temperature).softmax(-1)
             row_BPM = self.row_IM[self.shape.kind_P, :-1].expand_as(p_BPM)
-            p_BPV = p_BPM.new_zeros(*p_BPM.shape[:2], len(self.weight))
-            return p_BPV.scatter_add(-1, row_BPM, p_BPM) @ self.to_states(self.weight.detach())
+            p_BPV = p_BPM.new_zeros(*p_BPM.shape[:2], len(self.weight) + 1)
+            p_BPV = p_BPV.scatter_add(-1, row_BPM, p_BPM)[..., :-1]
+            return p_BPV @ self.to_states(self.weight.detach())

@@ -11,17 +11,11 @@ from sememe.concepts.ablation import ablate
 from sememe.concepts.plan import NULL as NO_CONCEPT
 from sememe.concepts.writer import NULL
 from sememe.errors import CheckpointError
-from sememe.evaluation.plans import (
-    IGNORED,
-    mean_nll,
-    other_plans,
-    plan_samples,
-    planned,
-    target_nll,
-)
+from sememe.evaluation.plans import IGNORED, mean_nll, other_plans, plan_samples, target_nll
 from sememe.evaluation.quality import BATCH, token_nll
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
+from sememe.models.planner.em import greedy_plans
 from sememe.progress import bar
 
 KINDS = ("zero", "shuffle", "random", "swap")
@@ -88,7 +82,7 @@ def ablate_plans(subject: Subject, data: str) -> Figures:
     Raises CheckpointError where the planner writes only empty plans."""
     pairs = subject.heldout(data, min_rows=2)
     model = subject.model
-    plan_NP = planned(model, pairs)
+    plan_NP = greedy_plans(model, pairs)
     there_NP = plan_NP != NO_CONCEPT
     coded = _some(there_NP, subject)
 

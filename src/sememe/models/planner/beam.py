@@ -77,18 +77,17 @@ class PlanSearch:
         if self.independent and model.config.multi_token > 1:
             # Concepts were chosen from what was known some concepts earlier: score them anew.
             score_Bn = model.plan_log_prob(plan_BnP.flatten(0, 1), context).view_as(score_Bn)
-        order_Bn = torch.arange(self.count, device=score_Bn.device).expand_as(score_Bn)
         if not self.do_sample:
             sorted_Bn, order_Bn = score_Bn.sort(dim=1, descending=True, stable=True)
             # The best one fills up where there are fewer.
             order_Bn = torch.where(sorted_Bn == -torch.inf, order_Bn[:, :1], order_Bn)
-        order_Bn = order_Bn[:, : self.num_return]
-        return _pick(plan_BnP, order_Bn), score_Bn.gather(1, order_Bn)
+            plan_BnP, score_Bn = _pick(plan_BnP, order_Bn), score_Bn.gather(1, order_Bn)
+        return plan_BnP[:, : self.num_return], score_Bn[:, : self.num_return]
 
     def choose(self, log_p_QnM: Tensor, open_Qn: Tensor) -> Tensor:
         """(Q, n) next ids of hypotheses that do not compete."""
         if self.do_sample:
-            return draw(log_p_QnM, self.temperature, self.generator)
+            return self.draw(log_p_QnM)
         taken_QM = torch.zeros_like(log_p_QnM[:, 0])
         chosen = []
         for log_p_QM, open_Q in zip(log_p_QnM.unbind(1), open_Qn.unbind(1), strict=True):
@@ -96,6 +95,16 @@ class PlanSearch:
             taken_QM = taken_QM.scatter_add(1, id_Q1, open_Q[:, None].to(taken_QM))
             chosen.append(id_Q1)
         return torch.cat(chosen, 1)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """(…,) the most likely ids of (…, M) logits, or samples of their softmax, by Gumbel noise:
+        a generator of any device will do."""
+        if self.do_sample:
+            device = logits.device if self.generator is None else self.generator.device
+            noise = torch.rand(logits.shape, generator=self.generator, device=device)
+            wait = -torch.log(noise.to(logits.device).clamp(min=1e-20))
+            logits = logits.float() / self.temperature - torch.log(wait.clamp(min=1e-20))
+        return logits.argmax(-1)
 
 
 class Hypotheses:
@@ -123,17 +132,16 @@ class Hypotheses:
     def write(self, kinds: list[int]) -> None:
         """Writes types to their ends: the one of all problems, or those of each source's problems
         in turn."""
-        shape = self.model.plans.shape
+        lengths = [self.model.plans.shape.lengths[kind] for kind in kinds]
         problems, count = self.score_Qn.shape
         kind_T = torch.tensor(kinds, device=self.plan_RP.device)
         self.kind_R = kind_T.repeat_interleave(count).repeat(problems // len(kinds))
         # A hypothesis is open while its type is neither ended by <EOS> nor full.
         self.open_R = torch.isfinite(self.score_Qn).flatten()
         self.pending.append(self.kind_R)  # the separators
-        longest = max(shape.lengths[kind] for kind in kinds)
         step = self.model.config.multi_token if self.search.independent else 1
-        for first in range(0, longest, step):
-            logits_RSM = self.next_logits(first, min(step, longest - first))
+        for first in range(0, max(lengths), step):
+            logits_RSM = self.next_logits(first, min(step, max(lengths) - first))
             for j, logits_RM in enumerate(logits_RSM.unbind(1), first):
                 self.append(j, logits_RM)
             if not bool(self.open_R.any()):
@@ -162,7 +170,7 @@ class Hypotheses:
     def append(self, j: int, logits_RM: Tensor) -> None:
         """Concept number j, or `<EOS>`, of every open hypothesis: chosen, and put into the
         plans."""
-        shape, search = self.model.plans.shape, self.search
+        shape, search, (problems, count) = self.model.plans.shape, self.search, self.score_Qn.shape
         first_R, length_R, budget_R = (
             torch.as_tensor(x, device=logits_RM.device)[self.kind_R]
             for x in (shape.first_I, shape.lengths, self.model.dial.budget)
@@ -171,18 +179,18 @@ class Hypotheses:
         log_p_RM = logits_RM.log_softmax(-1)
         log_p_RM[:, :-1].masked_fill_((j >= budget_R)[:, None], -torch.inf)
         # One that is closed goes on as it is: its <EOS> costs nothing, all else is impossible.
-        closed_M = torch.full_like(log_p_RM[0], -torch.inf)
-        closed_M[-1] = 0.0
-        log_p_RM = torch.where(self.open_R[:, None], log_p_RM, closed_M)
-        log_p_QnM = log_p_RM.view(*self.score_Qn.shape, -1)
+        log_p_RM[~self.open_R] = -torch.inf
+        log_p_RM[~self.open_R, -1] = 0.0
+        log_p_QnM = log_p_RM.view(problems, count, -1)
         if search.independent:
-            id_Qn = search.choose(log_p_QnM, self.open_R.view_as(self.score_Qn))
+            id_Qn = search.choose(log_p_QnM, self.open_R.view(problems, count))
             self.score_Qn += log_p_QnM.gather(2, id_Qn.unsqueeze(2)).squeeze(2)
         else:
             total_QnM = self.score_Qn.unsqueeze(-1) + log_p_QnM
-            self.score_Qn, best_Qn = total_QnM.flatten(1).topk(search.count, dim=1)
-            id_Qn = best_Qn % log_p_RM.shape[1]
-            self.follow(best_Qn // log_p_RM.shape[1])
+            self.score_Qn, best_Qn = total_QnM.flatten(1).topk(count, dim=1)
+            parent_Qn, id_Qn = best_Qn // log_p_RM.shape[1], best_Qn % log_p_RM.shape[1]
+            first_Q1 = count * torch.arange(problems, device=best_Qn.device)[:, None]
+            self.follow((first_Q1 + parent_Qn).flatten())
         id_R = id_Qn.flatten()
         self.open_R &= (id_R < shape.eos) & torch.isfinite(self.score_Qn).flatten()
         # What is in none of the rows need not go through the base.
@@ -193,15 +201,11 @@ class Hypotheses:
             self.plan_RP = torch.where(self.open_R[:, None], written_RP, self.plan_RP)
             self.pending.append(shape.types + slot_R)
 
-    def follow(self, parent_Qn: Tensor) -> None:
+    def follow(self, parent_R: Tensor) -> None:
         """Each hypothesis goes on from its parent."""
-        problems, count = parent_Qn.shape
-        first_Q1 = count * torch.arange(problems, device=parent_Qn.device)[:, None]
-        rows_R = (first_Q1 + parent_Qn).flatten()
-        self.context.cache.batch_select_indices(rows_R)
-        self.context.slots = self.context.slots.pick(rows_R)
-        self.plan_RP = self.plan_RP[rows_R]
-        self.open_R = self.open_R[rows_R]
+        self.context.cache.batch_select_indices(parent_R)
+        self.context.slots = self.context.slots.pick(parent_R)
+        self.plan_RP, self.open_R = self.plan_RP[parent_R], self.open_R[parent_R]
 
     def combined(self, together: int) -> tuple[Tensor, Tensor]:
         """(B, n, P) plans and their scores, of types that were written in parallel: the n best of
@@ -223,12 +227,3 @@ class Hypotheses:
 
 def _pick(plan_BnP: Tensor, index_Bm: Tensor) -> Tensor:
     return plan_BnP.gather(1, index_Bm.unsqueeze(-1).expand(-1, -1, plan_BnP.shape[2]))
-
-
-def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """(…,) samples of the softmax of (…, M) logits, by Gumbel noise: a generator of any device will
-    do."""
-    device = logits.device if generator is None else generator.device
-    noise = torch.rand(logits.shape, generator=generator, device=device).to(logits.device)
-    wait = -torch.log(noise.clamp(min=1e-20))
-    return (logits.float() / temperature - torch.log(wait.clamp(min=1e-20))).argmax(-1)

@@ -14,10 +14,10 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from sememe.backbone.split import Spine
 from sememe.concepts.kmeans import assign, kmeans
 from sememe.concepts.plan import NULL
 from sememe.errors import DataError
+from sememe.keys import Recipe
 from sememe.models.planner.losses import in_chunks
 from sememe.models.planner.model import PlannerForCausalLM
 from sememe.pairs import IGNORED, PairTensors
@@ -29,7 +29,17 @@ PIECES_PER_ID = 64  # that k-means looks at
 # The best of some k-means counts: with few ids one start in three leaves two kinds of text
 # together.
 STARTS = 4
-NUMBERS_AT_ONCE = 2**27  # of the pieces that k-means looks at: 512 MB
+
+
+def first_plans(recipe: Recipe, model: PlannerForCausalLM, pairs: PairTensors, tokenizer) -> Tensor:
+    """(N, P) int32 plans that a run begins with, read off the targets; the model's vocabularies
+    begin as what they mean.
+
+    Raises DataError where the targets do not tell pairs apart, or have no words in common."""
+    if recipe.plan.begins == "words":
+        pieces_V = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        return key_word_plans(model, pairs, pieces_V).int()
+    return piece_plans(model, pairs, recipe.seed).int()
 
 
 # ---- plans of key words ----
@@ -45,7 +55,7 @@ def key_word_plans(model: PlannerForCausalLM, pairs: PairTensors, pieces_V: list
 
     Raises DataError: all plans of some type would be empty."""
     codes, shape = model.plans, model.plans.shape
-    embed = Spine(model.backbone).embed
+    embed = model.spine.embed
     texts = [words_of(row[row != IGNORED].tolist(), pieces_V) for row in pairs.target_NY]
     spelling = {word: ids for text in reversed(texts) for word, ids in text.items()}
     different = set(map(tuple, texts))
@@ -101,58 +111,44 @@ def piece_plans(model: PlannerForCausalLM, pairs: PairTensors, seed: int = 0) ->
     Raises DataError: all plans would be the same in some type."""
     codes, shape = model.plans, model.plans.shape
     target_MY, which_N = pairs.target_NY.to(model.device).unique(dim=0, return_inverse=True)
-    weight_V = _rarity(target_MY, model.config.text_config.vocab_size)
-    rows = max(1, TOKENS_AT_ONCE // (target_MY.shape[1] + 1))
+    vocab = model.config.text_config.vocab_size
+    count_V = torch.bincount(target_MY[target_MY >= 0], minlength=vocab)
+    # Squared information of each token among the targets: rare words say more.
+    weight_V = (count_V.sum() / count_V.clamp(min=1)).log().square()
     number_P = shape.position_C[shape.types :].to(model.device) - 1
     length_P = torch.tensor(shape.lengths, device=model.device)[shape.kind_P]
-
-    def present(target_BY: Tensor) -> Tensor:
-        """(B, P) bool: pieces that a text has tokens for."""
-        return number_P < (target_BY >= 0).sum(1, keepdim=True)
 
     def pieces(target_BY: Tensor) -> Tensor:
         """(B, P, D) weighted means of embeddings in the codes' frame over each piece of a text."""
         ids_BY = target_BY.clamp(min=0)
-        x_BYD = codes.to_frame(Spine(model.backbone).embed(ids_BY)) * weight_V[ids_BY].unsqueeze(-1)
+        x_BYD = codes.to_frame(model.spine.embed(ids_BY)) * weight_V[ids_BY].unsqueeze(-1)
         return piece_means(x_BYD, (target_BY >= 0).sum(1), number_P, length_P)
 
-    # k-means looks at as many texts as give every id enough pieces, and at no more than fit.
+    x_MPD = in_chunks(pieces, TOKENS_AT_ONCE // (target_MY.shape[1] + 1), target_MY)
+    present_MP = number_P < (target_MY >= 0).sum(1, keepdim=True)
+    # k-means looks at as many texts as give every id enough pieces.
     types = zip(shape.sizes, shape.lengths, strict=True)
     enough = max(-(-PIECES_PER_ID * size // length) for size, length in types)
-    count = min(enough, max(1, NUMBERS_AT_ONCE // (shape.slots * codes.mean.numel())))
-    order_M = torch.randperm(len(target_MY), generator=torch.Generator().manual_seed(seed))
-    sample_BY = target_MY[order_M[:count]]
-    x_BPD, present_BP = in_chunks(pieces, rows, sample_BY), present(sample_BY)
+    some_m = torch.randperm(len(x_MPD), generator=torch.Generator().manual_seed(seed))[:enough]
     # Each slot's own mean: ids would be spent on saying which slot it is, which is known (0.64 nats
     # of 3.6, with it 0.43; what chance makes of as few pieces is 0.12).
-    mean_PD = x_BPD.sum(0) / present_BP.sum(0).clamp(min=1).unsqueeze(1)
-    clusters = []
-    types = zip(
-        (x_BPD - mean_PD).split(shape.lengths, 1), present_BP.split(shape.lengths, 1), strict=True
-    )
-    for i, (x_BLD, present_BL) in enumerate(types):
-        x_nD = x_BLD[present_BL]
+    x_MPD -= x_MPD[some_m].sum(0) / present_MP[some_m].sum(0).clamp(min=1).unsqueeze(1)
+    plans = []
+    types = zip(*(x.split(shape.lengths, 1) for x in (x_MPD, present_MP)), strict=True)
+    for i, (x_MLD, present_ML) in enumerate(types):
+        x_nD = x_MLD[some_m][present_ML[some_m]]
         # Each dimension's own scale: or a few huge ones are all that counts.
         scale_D = x_nD.std(0, correction=0).clamp(min=1e-6)
         centroid_KD = _best_centroids(x_nD / scale_D, shape.sizes[i], seed + i)
         codes.begin(i, centroid_KD * scale_D)
-        clusters.append((scale_D, centroid_KD))
-
-    def nearest(target_BY: Tensor) -> Tensor:
-        """(B, P) plans."""
-        types = zip((pieces(target_BY) - mean_PD).split(shape.lengths, 1), clusters, strict=True)
-        ids = [assign((x / scale_D).flatten(0, 1), c_KD)[0] for x, (scale_D, c_KD) in types]
-        plan_BP = torch.cat([ids_n.view(len(target_BY), -1) for ids_n in ids], 1)
-        return plan_BP.masked_fill(~present(target_BY), NULL)
-
-    plan_MP = in_chunks(nearest, rows, target_MY)
-    for i, counts_K in enumerate(shape.id_counts(plan_MP)):
-        if int((counts_K > 0).sum()) < 2:
+        id_n = assign((x_MLD / scale_D).flatten(0, 1), centroid_KD)[0]
+        plans.append(id_n.view_as(present_ML).masked_fill(~present_ML, NULL))
+        if int((plans[-1].unique() != NULL).sum()) < 2:
             raise DataError(
                 f"{len(pairs)} pairs have {len(target_MY)} different targets, and all get the same "
                 f"plan in type {i}: need targets that differ. try: more pairs"
             )
-    return plan_MP[which_N].cpu()
+    return torch.cat(plans, 1)[which_N].cpu()
 
 
 def piece_means(x_BYD: Tensor, tokens_B: Tensor, number_P: Tensor, length_P: Tensor) -> Tensor:
@@ -164,14 +160,6 @@ def piece_means(x_BYD: Tensor, tokens_B: Tensor, number_P: Tensor, length_P: Ten
     inside_BPY = (piece_BPY == number_P[:, None]) & (token_Y < tokens_B11)
     weight_BPY = inside_BPY.to(x_BYD)
     return weight_BPY @ x_BYD / weight_BPY.sum(2, keepdim=True).clamp(min=1)
-
-
-def _rarity(target_MY: Tensor, vocab: int) -> Tensor:
-    """(V,) squared information of each token among the targets, 1 in the mean over their tokens."""
-    count_V = torch.bincount(target_MY[target_MY >= 0], minlength=vocab).double()
-    weight_V = (count_V.sum() / count_V.clamp(min=1)).log().square()
-    mean = (weight_V * count_V).sum() / count_V.sum().clamp(min=1)
-    return (weight_V / mean.clamp(min=1e-9)).float()
 
 
 def _best_centroids(x_nD: Tensor, max_count: int, seed: int) -> Tensor:

@@ -93,6 +93,11 @@ class PlannerForCausalLM(AdaptedModel):
         self.start_plans(config.seed)
         self.finish()
 
+    @property
+    def spine(self) -> Spine:
+        """The base, layer by layer."""
+        return Spine(self.backbone)
+
     def add_adapters(self) -> None:
         for name in (PLANNER, EXECUTOR):
             add_lora(self.backbone, self.config, name)
@@ -100,11 +105,9 @@ class PlannerForCausalLM(AdaptedModel):
     @torch.no_grad()
     def start_plans(self, seed: int = 0) -> None:
         """New modules as if drawn from the base's embeddings; all concepts about equally likely."""
-        table = self.get_input_embeddings().weight
-        if table.is_meta:
-            return  # weights come from a file
-        ids = torch.arange(0, len(table), max(1, len(table) // FRAME_ROWS), device=table.device)
-        self.plans.start(Spine(self.backbone).embed(ids), seed)
+        vocab = self.config.text_config.vocab_size
+        ids = torch.arange(0, vocab, max(1, vocab // FRAME_ROWS), device=self.device)
+        self.plans.start(self.spine.embed(ids), seed)
         if self.probes is not None:
             generator = torch.Generator().manual_seed(seed + 1)
             self.probes.weight.copy_(torch.randn(self.probes.weight.shape, generator=generator))
@@ -113,7 +116,7 @@ class PlannerForCausalLM(AdaptedModel):
         self, x_BnD: Tensor, query: Slots, key: Slots, cache: DynamicCache | None = None
     ) -> Tensor:
         """(B, n, D) last states by the adapter that is on. `key`: the cached slots and these."""
-        spine = Spine(self.backbone)
+        spine = self.spine
         attention = self.backbone.config._attn_implementation
 
         def mask(window: int | None) -> Tensor | None:
@@ -129,14 +132,13 @@ class PlannerForCausalLM(AdaptedModel):
         whatever side the padding was on; a source that is too long keeps its end."""
         source_BU = source_BU.to(self.device)
         mask_BU = torch.ones_like(source_BU) if source_mask is None else source_mask.to(self.device)
-        last_BU = mask_BU.argsort(dim=1, stable=True)
-        if self.config.plan_max_source:
-            last_BU = last_BU[:, -self.config.plan_max_source :]
+        limit = self.config.plan_max_source or source_BU.shape[1]
+        last_BU = mask_BU.argsort(dim=1, stable=True)[:, -limit:]
         ids_BS = F.pad(source_BU.gather(1, last_BU), (1, 0), value=self.bos)
         valid_BS = F.pad(mask_BU.gather(1, last_BU), (1, 0), value=1).bool()
         order_S = torch.arange(ids_BS.shape[1], device=self.device)
         slots = Slots.of(valid_BS.cumsum(1) - 1, torch.where(valid_BS, order_S, NEVER))
-        return Context(slots, Spine(self.backbone).embed(ids_BS))
+        return Context(slots, self.spine.embed(ids_BS))
 
     def encode_source(self, source_BU: Tensor, source_mask: Tensor | None = None) -> Context:
         """(B, U) sources in a KV cache, for all plans that are searched or scored."""
@@ -169,20 +171,25 @@ class PlannerForCausalLM(AdaptedModel):
         start_B1 = source.position[:, -1:] + 1
         slots = plan_slots(shape, plan_BP, start_B1, source.length, self.config.parallel)
         if anchor_BI is not None:
-            count = len(self.probes.weight)
-            kind_n = torch.arange(shape.types, device=self.device).repeat_interleave(count)
-            further_n = torch.arange(count, device=self.device).repeat(shape.types)
-            query_nD = self.plans.typed(self.plans.to_states(self.probes.weight[further_n]), kind_n)
-            x_BnD = torch.cat([x_BnD, query_nD.expand(len(x_BnD), -1, -1)], 1)
+            kind_n, further_n = self.queries()
+            query_nD = self.plans.to_states(self.probes(further_n - 1))
+            query_BnD = self.plans.typed(query_nD, kind_n).expand(len(x_BnD), -1, -1)
+            x_BnD = torch.cat([x_BnD, query_BnD], 1)
             anchor_Bn = anchor_BI[:, kind_n]
             order_Bn = slots.order[:, kind_n] + anchor_Bn
-            position_Bn = start_B1 + anchor_Bn + 1 + further_n
+            position_Bn = start_B1 + anchor_Bn + further_n
             slots = slots.then(Slots.of(position_Bn, order_Bn, kind_n, query=True))
         return x_BnD.to(self.backbone.dtype), slots
 
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """(n,) the type of each query, and how far after the anchor it asks."""
+        types, further = self.plans.shape.types, len(self.probes.weight)
+        kind_n = torch.arange(types, device=self.device).repeat_interleave(further)
+        return kind_n, torch.arange(1, further + 1, device=self.device).repeat(types)
+
     def normed(self, h: Tensor) -> Tensor:
         """(…, D) last states at scale 1, past the base's own last norm, fp32."""
-        return F.rms_norm(Spine(self.backbone).decoder.norm(h).float(), h.shape[-1:])
+        return F.rms_norm(self.spine.decoder.norm(h).float(), h.shape[-1:])
 
     def slot_logits(self, h_BnD: Tensor) -> Tensor:
         """(B, P, M) of what stands in each slot, from `plan_states`."""
@@ -208,7 +215,7 @@ class PlannerForCausalLM(AdaptedModel):
         `plan_embeddings` (B, P, D): read instead of the concepts' own states, `self.plans(plan)`;
         slots that are NULL in the plan stay unseen."""
         h_BYD = target_states(self, plan_BP, target_BY, plan_embeddings)
-        return Spine(self.backbone).logits(h_BYD)
+        return self.spine.logits(h_BYD)
 
     def target_nll(
         self, plan_BP: Tensor, target_BY: Tensor, plan_embeddings: Tensor | None = None
@@ -216,7 +223,7 @@ class PlannerForCausalLM(AdaptedModel):
         """(B, Y) nats of each target token, 0 where it is -100. There are never the logits of more
         than a few rows."""
         h_BYD = target_states(self, plan_BP, target_BY, plan_embeddings)
-        logits = Spine(self.backbone).logits
+        logits = self.spine.logits
         row = max(1, target_BY.shape[1]) * self.config.text_config.vocab_size
         return in_chunks(
             lambda h, target: cross_entropy(logits(h), target),
@@ -250,7 +257,7 @@ class PlannerForCausalLM(AdaptedModel):
         config, dial = self.config, self.dial
         if plan_ids is None:
             plan_ids = self.plan(input_ids, attention_mask)[0][:, 0]
-        out = self._plan_losses(self.source(input_ids, attention_mask), plan_ids, labels is None)
+        out = self._plan_losses(self.source(input_ids, attention_mask), plan_ids)
         if labels is None:
             return out
         e_BPD = self.plans(plan_ids)
@@ -259,7 +266,7 @@ class PlannerForCausalLM(AdaptedModel):
             soft_BPD = self.plans.soft(out.plan_logits, config.code_temperature)
             e_BPD = e_BPD + (soft_BPD - soft_BPD.detach())
         extra = dial.plan_weight * out.loss
-        if signals is not None:
+        if signals:
             out.signal_nll = sum(self.signals(self.plans.means(plan_ids, e_BPD), signals).values())
             extra = extra + config.plan_signals * out.signal_nll
         if self.training and config.plan_dropout > 0:
@@ -278,9 +285,8 @@ class PlannerForCausalLM(AdaptedModel):
             out.loss = out.loss + sum(trained) * 0.0
         return out
 
-    def _plan_losses(self, source: Context, plan_BP: Tensor, alone: bool) -> PlannerOutput:
-        """Logits and cross entropy of the plan; `loss`: with that of the queries. `alone`: no text
-        is written from it."""
+    def _plan_losses(self, source: Context, plan_BP: Tensor) -> PlannerOutput:
+        """Logits and cross entropy of the plan; `loss`: with that of the queries."""
         dial, shape = self.dial, self.plans.shape
         anchor_BI = None
         if self.probes is not None and self.training:  # they learn at random positions
@@ -296,7 +302,7 @@ class PlannerForCausalLM(AdaptedModel):
             if anchor_BI is not None:
                 queries_BnD = h_BnD[:, shape.types + shape.slots :]
                 loss = plan_nll + self._query_loss(queries_BnD, anchor_BI, target_BP)
-        if self.training and not alone and not dial.straight_through and loss.requires_grad:
+        if self.training and not dial.straight_through and loss.requires_grad:
             # The text does not depend on the planner's activations: its gradients are taken now, so
             # that they need not wait for the executor's.
             loss = differentiated(loss, self.parameters())
@@ -307,11 +313,10 @@ class PlannerForCausalLM(AdaptedModel):
     def _query_loss(self, h_BnD: Tensor, anchor_BI: Tensor, target_BP: Tensor) -> Tensor:
         """Nats per concept of those that the queries ask for."""
         shape = self.plans.shape
-        kind_n = torch.arange(shape.types).repeat_interleave(h_BnD.shape[1] // shape.types)
-        further_n = torch.arange(len(kind_n), device=h_BnD.device) % len(self.probes.weight) + 1
+        kind_n, further_n = self.queries()
         number_Bn = anchor_BI[:, kind_n] + further_n
         first_n, length_n = (
-            x[kind_n].to(h_BnD.device) for x in (shape.first_I, torch.tensor(shape.lengths))
+            torch.as_tensor(x, device=self.device)[kind_n] for x in (shape.first_I, shape.lengths)
         )
         slot_Bn = (first_n + number_Bn).clamp(max=shape.slots - 1)
         wanted_Bn = target_BP.gather(1, slot_Bn).masked_fill(number_Bn >= length_n, IGNORED)
@@ -323,12 +328,11 @@ class PlannerForCausalLM(AdaptedModel):
         """Concepts of each type at most from now on: a number for each, or one for all. Raises
         RecipeError for others."""
         lengths = self.plans.shape.lengths
-        wanted = list(budget) * (len(lengths) if len(budget) == 1 else 1)
+        wanted = [*budget] * (len(lengths) if len(budget) == 1 else 1)
         if len(wanted) != len(lengths) or any(count < 0 or count % 1 for count in wanted):
             raise RecipeError(
-                f"a budget of {', '.join(map(str, budget))} concepts: need whole numbers, one for "
-                f"all or one for each of {len(lengths)} types. "
-                f"try: --rate {','.join(map(str, lengths))}"
+                f"a budget of {budget} concepts: need whole numbers, one for all or one for each "
+                f"of {len(lengths)} types. try: --rate {','.join(map(str, lengths))}"
             )
         self.dial.budget = tuple(map(int, wanted))
 
@@ -356,22 +360,15 @@ class PlannerForCausalLM(AdaptedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        max_new_tokens: int | None = None,
-        *,
-        plan_ids: Tensor | None = None,
-        return_plan: bool = False,
+        max_new_tokens: int = 128,
         **search,
-    ):
-        """Plans (unless `plan_ids` (B, P) are given), then writes: (B, U + new) ids as
-        transformers' own `generate`, filled up with the end of text. With `return_plan` (ids,
-        plans). `search`: options of `PlanSearch`; drawing is for plans and texts."""
-        options = PlanSearch(**search)
-        if plan_ids is None:
-            plan_ids = options(self, self.encode_source(input_ids, attention_mask))[0][:, 0]
-        length = max_new_tokens or self.generation_config.max_new_tokens or 128
-        texts = write(self, plan_ids, length, options)
-        end = self.stops[:1]
-        rows = [torch.tensor([*row, *end][:length], dtype=torch.long) for row in texts]
-        new_BY = pad_sequence(rows, batch_first=True, padding_value=(end or [0])[0])
-        ids = torch.cat([input_ids.to(self.device), new_BY.to(self.device)], 1)
-        return (ids, plan_ids) if return_plan else ids
+    ) -> Tensor:
+        """Plans, and writes the best plan out: (B, U + new) ids as transformers' own `generate`,
+        filled up with the end of text. `search`: options of `PlanSearch`; drawing is for plans and
+        texts."""
+        plan_BP = self.plan(input_ids, attention_mask, **search)[0][:, 0]
+        end = [*self.stops, 0][0]
+        texts = self.write(plan_BP, max_new_tokens, **search)
+        rows = [torch.tensor([*row, end], device=input_ids.device) for row in texts]
+        new_BY = pad_sequence(rows, batch_first=True, padding_value=end)[:, :max_new_tokens]
+        return torch.cat([input_ids, new_BY], 1)

@@ -80,15 +80,13 @@ def edit_once(shape: PlanShape, plan: list[list[int]], generator: Generator) -> 
         pairs = [(a, b) for a in range(len(ids)) for b in range(a) if ids[a] != ids[b]]
         a, b = pairs[_draw(len(pairs), generator)]
         ids[a], ids[b] = ids[b], ids[a]
+    elif name == "insert":
+        ids.insert(_draw(len(ids) + 1, generator), _draw(shape.sizes[i], generator))
     else:
-        slot = _draw(len(ids) + (name == "insert"), generator)
-        if name == "insert":
-            ids.insert(slot, _draw(shape.sizes[i], generator))
-        elif name == "delete":
-            del ids[slot]
-        else:
+        old = ids.pop(slot := _draw(len(ids), generator))
+        if name == "replace":
             other = _draw(shape.sizes[i] - 1, generator)
-            ids[slot] = other + (other >= ids[slot])  # any id but the present one
+            ids.insert(slot, other + (other >= old))  # any id but the present one
     return [*plan[:i], ids, *plan[i + 1 :]]
 
 

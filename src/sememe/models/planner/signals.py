@@ -17,6 +17,7 @@ HASHES = 64
 SIZES = {"length": len(LENGTHS) + 1, "kind": len(KINDS), "entity": 1, "number": 1, "terms": HASHES}
 """Classes of each signal; `terms` is that many yes-or-no labels, `entity` and `number` are one
 each."""
+DECAY = 0.1  # of the weights of a probe that is fitted
 COMMON = 0.2  # a word that more of the documents have is no key word
 
 ITEM = re.compile(r"^\s*(?:[-*•+]|\(?\w{1,2}[.)])\s+\S")
@@ -111,12 +112,10 @@ class SignalProbe(nn.Module):
         self.linear = nn.Linear(features, sum(sizes.values()))
         for p in self.linear.parameters():
             nn.init.zeros_(p)
-        self.register_buffer("mean_F", torch.zeros(features))
-        self.register_buffer("scale_F", torch.ones(features))
 
     def logits(self, x_NF: Tensor) -> dict[str, Tensor]:
         with torch.autocast(x_NF.device.type, enabled=False):
-            logits_NS = self.linear((x_NF.float() - self.mean_F) * self.scale_F)
+            logits_NS = self.linear(x_NF.float())
         return dict(zip(self.sizes, logits_NS.split([*self.sizes.values()], 1), strict=True))
 
     def forward(self, x_NF: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,19 +123,14 @@ class SignalProbe(nn.Module):
         return {name: _loss(logits, labels[name]) for name, logits in self.logits(x_NF).items()}
 
     @torch.enable_grad()
-    def fit(
-        self, x_NF: Tensor, labels: dict[str, Tensor], weight_decay: float = 1e-3
-    ) -> "SignalProbe":
-        """From where it stands to the least regularised loss on all rows (L-BFGS), features
-        standardised."""
-        x_NF = x_NF.detach().float()
-        self.mean_F.copy_(x_NF.mean(0))
-        self.scale_F.copy_(1 / x_NF.std(0, unbiased=False).clamp_min(1e-4))
+    def fit(self, x_NF: Tensor, labels: dict[str, Tensor]) -> "SignalProbe":
+        """From where it stands to the least regularised loss on all rows, by L-BFGS. Features are
+        of scale 1."""
         optimiser = torch.optim.LBFGS(self.parameters(), max_iter=60, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            penalty = weight_decay * self.linear.weight.square().sum()
+            penalty = DECAY * self.linear.weight.square().sum()
             loss = sum(self(x_NF, labels).values()) + penalty
             loss.backward()
             return loss
@@ -148,17 +142,14 @@ class SignalProbe(nn.Module):
     def score(
         self, x_NF: Tensor, labels: dict[str, Tensor], train: dict[str, Tensor]
     ) -> dict[str, dict[str, float]]:
-        """Per signal on rows that were not fitted: `loss`; `accuracy`; `auroc`, mean over labels
-        that have both answers; and `base_loss`, `base_accuracy` of always giving the answer's
-        frequency in `train`."""
+        """Per signal on rows that were not fitted: `loss`; `accuracy`; and `base_loss`,
+        `base_accuracy` of always giving the answer's frequency in `train`."""
         scores = {}
         for name, logits_NS in self.logits(x_NF).items():
             wanted, known = labels[name], train[name]
-            score_NS, yes_NS = logits_NS, wanted
             # One is added to each count, so that no answer is impossible.
             base_S = ((known.sum(0) + 1) / (len(known) + 2)).logit()
-            if wanted.dim() == 1:  # one class of many
-                score_NS, yes_NS = logits_NS.softmax(1), F.one_hot(wanted, self.sizes[name])
+            if known.dim() == 1:  # one class of many
                 base_S = (torch.bincount(known, minlength=self.sizes[name]) + 1.0).log()
             base_NS = base_S.expand_as(logits_NS)
             scores[name] = {
@@ -166,7 +157,6 @@ class SignalProbe(nn.Module):
                 "base_loss": float(_loss(base_NS, wanted)),
                 "accuracy": _accuracy(logits_NS, wanted),
                 "base_accuracy": _accuracy(base_NS, wanted),
-                "auroc": auroc(score_NS, yes_NS),
             }
         return scores
 
@@ -180,14 +170,3 @@ def _loss(logits: Tensor, wanted: Tensor) -> Tensor:
 def _accuracy(logits: Tensor, wanted: Tensor) -> float:
     right = logits.argmax(1) == wanted if wanted.dim() == 1 else (logits > 0) == wanted.bool()
     return float(right.float().mean())
-
-
-def auroc(scores_NS: Tensor, yes_NS: Tensor) -> float:
-    """Area under the ROC curve, ties count one half, mean over columns that have both answers; NaN
-    if none has."""
-    areas = []
-    for scores_N, yes_N in zip(scores_NS.double().T, yes_NS.bool().T, strict=True):
-        # The mean of no pair is NaN.
-        above = scores_N[yes_N][:, None] - scores_N[~yes_N]
-        areas.append((above.sign().mean() + 1) / 2)
-    return float(torch.stack(areas).nanmean())
