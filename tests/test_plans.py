@@ -21,7 +21,6 @@ from sememe.evaluation.plans import (
     other_plans,
     signal_figures,
     target_nll,
-    write_targets,
 )
 from sememe.evaluation.subject import Options, Subject
 from sememe.generate import edit_plan
@@ -150,38 +149,17 @@ def test_an_answer_is_the_final_sentence(text, words):
 
 
 def test_right_answers_are_counted(runs, loaded):
-    subject, pairs = loaded
-    model, tokenizer = subject.model, subject.tokenizer
+    tokenizer, pairs = loaded[0].tokenizer, loaded[1]
     texts = [SAID[key] for key in ("aa", "bb", "cc", "dd")] * 2
     answers = Answers(tokenizer, pairs)
 
-    class Writes:
-        device, config = model.device, model.config
+    def written(texts: list[str], index_B) -> list[list[int]]:
+        return [tokenizer(texts[n]).input_ids for n in index_B]
 
-        def __init__(self, words: list[str]):
-            self.words, self.sources = iter(words), []
-
-        def write(self, plan_BP, longest):
-            return [tokenizer(next(self.words)).input_ids[:longest] for _ in plan_BP]
-
-        def generate(self, ids_BU, attention_mask, **options):
-            rows = zip(ids_BU, attention_mask, strict=True)
-            self.sources += [row[mask.bool()].tolist() for row, mask in rows]
-            text = tokenizer([next(self.words) for _ in ids_BU], padding=True).input_ids
-            return torch.cat([ids_BU, torch.tensor(text)], 1)
-
-    def right(words: list[str], plan_NP) -> tuple[float, Writes]:
-        writer = Writes(words)
-        return answers.right(partial(write_targets, writer, pairs, plan_NP)), writer
-
-    none = torch.full((8, 3), NULL)
-    assert right(texts, none)[0] == 1.0
-    assert right(texts[1:] + texts[:1], none)[0] == 0.0
-    assert right([*texts[:6], "the cat", "The fish in this lake!"], none)[0] == 0.75
-    share, reader = right(texts, None)
-    assert share == 1.0
-    rows = zip(pairs.source_NU, pairs.source_mask_NU, strict=True)
-    assert reader.sources == [[model.bos, *row[mask.bool()].tolist()] for row, mask in rows]
+    assert answers.right(partial(written, texts)) == 1.0
+    assert answers.right(partial(written, texts[1:] + texts[:1])) == 0.0
+    others = [*texts[:6], "the cat", "The fish in this lake!"]
+    assert answers.right(partial(written, others)) == 0.75
     width = int((pairs.target_NY != IGNORED).sum(1).min())
     cut = PairTensors(pairs.source_NU, pairs.source_mask_NU, pairs.target_NY[:, :width])
     assert 0 < len(Answers(tokenizer, cut).answers) < 8, "what was cut has lost its answer"
@@ -199,7 +177,8 @@ def test_right_answers_are_counted(runs, loaded):
 def test_probes_read_signals_off_the_plan_alone(runs, loaded):
     model, tokenizer = loaded[0].model, loaded[0].tokenizer
     plan = SHAPE.pack([[[0], [1, 2]], [[3], []], [[], [5]]])
-    a_KD, b_KD = (model.plans.weight[row_M].detach() for row_M in model.plans.row_IM)
+    weight = model.plans.weight.detach()
+    a_KD, b_KD = weight[:5], weight[5:]  # each with its <EOS>
     zero_D = torch.zeros_like(a_KD[0])
     rows = ((a_KD[0], b_KD[[1, 2]].mean(0)), (a_KD[3], zero_D), (zero_D, b_KD[5]))
     want = torch.stack([torch.cat(row) for row in rows])

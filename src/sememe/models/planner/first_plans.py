@@ -9,6 +9,7 @@ a type · P slots · D width · K ids · V vocabulary of the base."""
 
 import itertools
 import math
+import re
 from collections import Counter
 
 import torch
@@ -20,10 +21,10 @@ from sememe.errors import DataError
 from sememe.keys import Recipe
 from sememe.models.planner.losses import in_chunks
 from sememe.models.planner.model import PlannerForCausalLM
-from sememe.pairs import IGNORED, PairTensors
+from sememe.pairs import PairTensors
 
 MIN_TEXTS = 2  # that a word must stand in: from one alone nobody learns anything
-SPACE = "Ġ▁ "  # what pieces of BPE and SentencePiece begin with where a word does
+WORD = re.compile(r"[^\W_]+")  # letters and digits
 TOKENS_AT_ONCE = 2**13
 PIECES_PER_ID = 64  # that k-means looks at
 # The best of some k-means counts: with few ids one start in three leaves two kinds of text
@@ -37,8 +38,7 @@ def first_plans(recipe: Recipe, model: PlannerForCausalLM, pairs: PairTensors, t
 
     Raises DataError where the targets do not tell pairs apart, or have no words in common."""
     if recipe.plan.begins == "words":
-        pieces_V = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        return key_word_plans(model, pairs, pieces_V).int()
+        return key_word_plans(model, pairs, tokenizer).int()
     return piece_plans(model, pairs, recipe.seed).int()
 
 
@@ -46,18 +46,16 @@ def first_plans(recipe: Recipe, model: PlannerForCausalLM, pairs: PairTensors, t
 
 
 @torch.no_grad()
-def key_word_plans(model: PlannerForCausalLM, pairs: PairTensors, pieces_V: list[str]) -> Tensor:
+def key_word_plans(model: PlannerForCausalLM, pairs: PairTensors, tokenizer) -> Tensor:
     """(N, P) plans of the rarest words that each target has among a type's, in the order in which
     they first come; the vocabularies begin as the words' embeddings, as far as there are words.
 
     Words that carry most are those of type 0, and so on: types go from words that many texts share
-    to words of few. `pieces_V`: how the tokenizer writes each id (`convert_ids_to_tokens`).
+    to words of few.
 
     Raises DataError: all plans of some type would be empty."""
     codes, shape = model.plans, model.plans.shape
-    embed = model.spine.embed
-    texts = [words_of(row[row != IGNORED].tolist(), pieces_V) for row in pairs.target_NY]
-    spelling = {word: ids for text in reversed(texts) for word, ids in text.items()}
+    texts = [list(dict.fromkeys(WORD.findall(text))) for text in pairs.target_texts(tokenizer)]
     different = set(map(tuple, texts))
     count = Counter(word for text in different for word in text)
     rarity = {word: math.log(len(different) / n) for word, n in count.items() if n >= MIN_TEXTS}
@@ -71,32 +69,14 @@ def key_word_plans(model: PlannerForCausalLM, pairs: PairTensors, pieces_V: list
                 f"{MIN_TEXTS} of them, and type {i} of {shape.sizes} ids gets none: need more "
                 "words. try: more pairs, or plan.begins=pieces"
             )
-        ids = [torch.tensor(spelling[word], device=model.device) for word in number]
-        means_KD = torch.stack([embed(ids_n).float().mean(0) for ids_n in ids])
-        codes.begin(i, codes.to_frame(means_KD))
+        ids = tokenizer([f" {word}" for word in number], add_special_tokens=False).input_ids
+        words = [model.spine.embed(torch.tensor(x, device=model.device)).mean(0) for x in ids]
+        codes.begin(i, codes.to_frame(torch.stack(words)))
         for plan, text in zip(plans, texts, strict=True):
             known = [word for word in text if word in number]
             rarest = sorted(known, key=rarity.get, reverse=True)[:length]
             plan.append([number[word] for word in known if word in rarest])
     return shape.pack(plans)
-
-
-def words_of(ids: list[int], pieces_V: list[str]) -> dict[str, list[int]]:
-    """Each word of a text, letters and digits alone, in the order in which they first come; with
-    its token ids there."""
-    words: list[list[int]] = []
-    inside = False
-    for token in ids:
-        bare = pieces_V[token].lstrip(SPACE)
-        if bare.isalnum():
-            if not inside or bare != pieces_V[token]:
-                words.append([])
-            words[-1].append(token)
-        inside = bare.isalnum()
-    first: dict[str, list[int]] = {}
-    for spelling in words:
-        first.setdefault("".join(pieces_V[token].lstrip(SPACE) for token in spelling), spelling)
-    return first
 
 
 # ---- plans of pieces ----
