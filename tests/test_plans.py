@@ -4,7 +4,6 @@ they refuse."""
 import json
 import math
 import re
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,17 +19,13 @@ from sememe.evaluation.plans import (
     IGNORED,
     evaluate_plans,
     other_plans,
-    plan_reading,
-    plan_states,
-    planned,
     signal_figures,
-    source_reading,
     target_nll,
 )
 from sememe.evaluation.subject import Options, Subject
 from sememe.generate import edit_plan
 from sememe.measure import ablate
-from sememe.models.planner.em import best_plans
+from sememe.models.planner.em import greedy_plans
 from sememe.pairs import Pair, PairTensors, pair_tensors
 
 SHAPE = PlanShape((4, 6), (1, 2))
@@ -77,19 +72,23 @@ def test_the_task_is_solved_through_the_plan(runs):
 
 def test_the_executor_sees_the_plan_and_not_the_source(loaded, monkeypatch):
     model, pairs = loaded[0].model, loaded[1]
-    plan_NP = planned(model, pairs)
+    plan_NP = greedy_plans(model, pairs)
     source_NU, mask_NU = pairs.source_NU.roll(1, 0), pairs.source_mask_NU.roll(1, 0)
     other = PairTensors(source_NU, mask_NU, pairs.target_NY)
-    assert not torch.equal(plan_NP, planned(model, other))
+    assert not torch.equal(plan_NP, greedy_plans(model, other))
     own_NY = target_nll(model, pairs, plan_NP)
-    assert torch.equal(own_NY, target_nll(model, other, plan_NP)), "u changed, z held"
-    assert not torch.equal(own_NY, target_nll(model, pairs, plan_NP.roll(1, 0)))
+    same_NY, other_NY = (
+        target_nll(model, other, plan_NP),
+        target_nll(model, pairs, plan_NP.roll(1, 0)),
+    )
+    assert torch.equal(own_NY.nan_to_num(), same_NY.nan_to_num()), "u changed, z held"
+    assert not torch.equal(own_NY.nan_to_num(), other_NY.nan_to_num())
     with torch.no_grad():
-        want_N = -model.target_log_prob(plan_NP, pairs.target_NY)
+        want_N = model.target_nll(plan_NP, pairs.target_NY).sum(1)
     for batch in (1, 3):
         monkeypatch.setattr(plans, "PAIRS", batch)
         nll_NY = target_nll(model, pairs, plan_NP)
-        assert nll_NY.sum(1).tolist() == pytest.approx(want_N.tolist(), rel=1e-4)
+        assert nll_NY.nansum(1).tolist() == pytest.approx(want_N.tolist(), rel=1e-4)
 
 
 def test_plans_that_lie():
@@ -100,7 +99,7 @@ def test_plans_that_lie():
         assert torch.equal(other == NULL, plan == NULL), "lengths stay"
         SHAPE.check(other)
     for i in range(2):
-        ids = (SHAPE.of_type(x, i).flatten().sort().values for x in (shuffled, plan))
+        ids = (x.split(SHAPE.lengths, 1)[i].flatten().sort().values for x in (shuffled, plan))
         assert torch.equal(*ids), "within a type"
     assert bool((empty == NULL).all())
     assert torch.equal(other_plans(plan, SHAPE, "swap"), plan[[1, 2, 3, 0]])
@@ -135,20 +134,6 @@ def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded):
     assert control["nll"] == pytest.approx(result["control_nll"]) and "source" in alone
 
 
-def test_the_best_plans_are_at_least_as_good_by_their_own_measure(loaded):
-    model, pairs = loaded[0].model, loaded[1]
-    best_NP = best_plans(model, pairs, {"proposers": {"edit": 8}})
-
-    @torch.no_grad()
-    def score(plan_NP):
-        context = model.encode_source(pairs.source_NU, pairs.source_mask_NU)
-        target_N = model.target_log_prob(plan_NP, pairs.target_NY)
-        return target_N + model.plan_log_prob(plan_NP, context)
-
-    assert bool((score(best_NP) >= score(planned(model, pairs)) - 1e-3).all())
-    assert torch.equal(best_NP, best_plans(model, pairs, {"proposers": {"edit": 8}}))
-
-
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -164,40 +149,17 @@ def test_an_answer_is_the_final_sentence(text, words):
 
 
 def test_right_answers_are_counted(runs, loaded):
-    subject, pairs = loaded
-    model, tokenizer = subject.model, subject.tokenizer
+    tokenizer, pairs = loaded[0].tokenizer, loaded[1]
     texts = [SAID[key] for key in ("aa", "bb", "cc", "dd")] * 2
     answers = Answers(tokenizer, pairs)
 
-    class Writes:
-        device, config = model.device, model.config
+    def written(texts: list[str], index_B) -> list[list[int]]:
+        return [tokenizer(texts[n]).input_ids for n in index_B]
 
-        def __init__(self, words: list[str]):
-            self.words, self.sources = iter(words), []
-
-        def write(self, plan_BP, longest):
-            return [tokenizer(next(self.words)).input_ids[:longest] for _ in plan_BP]
-
-        def generate(self, ids_BU, attention_mask, **options):
-            rows = zip(ids_BU, attention_mask, strict=True)
-            self.sources += [row[mask.bool()].tolist() for row, mask in rows]
-            text = tokenizer([next(self.words) for _ in ids_BU], padding=True).input_ids
-            return torch.cat([ids_BU, torch.tensor(text)], 1)
-
-    def right(words: list[str], reading) -> tuple[float, Writes]:
-        writer = Writes(words)
-        other = replace(subject, model=writer)
-        return answers.right(reading(other).write), writer
-
-    none = torch.full((8, 3), NULL)
-    by_plans = partial(plan_reading, pairs=pairs, plan_NP=none)
-    assert right(texts, by_plans)[0] == 1.0
-    assert right(texts[1:] + texts[:1], by_plans)[0] == 0.0
-    assert right([*texts[:6], "the cat", "The fish in this lake!"], by_plans)[0] == 0.75
-    share, reader = right(texts, partial(source_reading, pairs=pairs))
-    assert share == 1.0
-    rows = zip(pairs.source_NU, pairs.source_mask_NU, strict=True)
-    assert reader.sources == [[model.bos, *row[mask.bool()].tolist()] for row, mask in rows]
+    assert answers.right(partial(written, texts)) == 1.0
+    assert answers.right(partial(written, texts[1:] + texts[:1])) == 0.0
+    others = [*texts[:6], "the cat", "The fish in this lake!"]
+    assert answers.right(partial(written, others)) == 0.75
     width = int((pairs.target_NY != IGNORED).sum(1).min())
     cut = PairTensors(pairs.source_NU, pairs.source_mask_NU, pairs.target_NY[:, :width])
     assert 0 < len(Answers(tokenizer, cut).answers) < 8, "what was cut has lost its answer"
@@ -215,11 +177,13 @@ def test_right_answers_are_counted(runs, loaded):
 def test_probes_read_signals_off_the_plan_alone(runs, loaded):
     model, tokenizer = loaded[0].model, loaded[0].tokenizer
     plan = SHAPE.pack([[[0], [1, 2]], [[3], []], [[], [5]]])
-    a_KD, b_KD = (kind.weight.detach() for kind in model.plans.types)
+    weight = model.plans.weight.detach()
+    a_KD, b_KD = weight[:5], weight[5:]  # each with its <EOS>
     zero_D = torch.zeros_like(a_KD[0])
     rows = ((a_KD[0], b_KD[[1, 2]].mean(0)), (a_KD[3], zero_D), (zero_D, b_KD[5]))
     want = torch.stack([torch.cat(row) for row in rows])
-    torch.testing.assert_close(plan_states(model, plan), want, atol=1e-5, rtol=1e-5)
+    means = model.plans.means(plan, model.plans(plan))
+    torch.testing.assert_close(means, want, atol=1e-5, rtol=1e-5)
     # The plan says which sentence it is; here other texts, which have signals, stand for the four.
     texts = {
         "aa": "It was 1969.",
@@ -239,11 +203,10 @@ def test_probes_read_signals_off_the_plan_alone(runs, loaded):
     for name in ("number", "entity", "kind"):
         signal = signals[name]
         assert signal["accuracy"] >= 0.875 and signal["base_accuracy"] == 0.75, name
-        assert signal["loss"] < 0.7 * signal["base_loss"] and signal["auroc"] > 0.8, name
-    assert signals["length"]["auroc"] is None, "all are short"
+        assert signal["loss"] < 0.7 * signal["base_loss"], name
     source_NU, mask_NU = heldout.source_NU.roll(1, 0), heldout.source_mask_NU.roll(1, 0)
     moved = PairTensors(source_NU, mask_NU, heldout.target_NY)
-    assert signal_figures(model, tokenizer, train, moved)["number"]["auroc"] < 0.6
+    assert signal_figures(model, tokenizer, train, moved)["number"]["accuracy"] <= 0.75
     with pytest.raises(DataError, match="at least 20"):
         signal_figures(model, tokenizer, heldout, heldout)
     words = ("--tokens", 160, "--search", 0, "--signals", 20)
@@ -252,13 +215,10 @@ def test_probes_read_signals_off_the_plan_alone(runs, loaded):
 
 def test_the_budget_bounds_plans(runs):
     words = ("--tokens", 160, "--search", 0, "--json", runs / "b.json")
-    lengths = {}
-    for budget, want in ((None, None), ("1,1", [1, 1]), ("0", [0, 0])):
-        sememe("evaluate", runs / "r", *words, *(() if budget is None else ("--rate", budget)))
+    for budget, limits in (("1,1", [1, 1]), ("0", [0, 0])):
+        sememe("evaluate", runs / "r", *words, "--rate", budget)
         result = json.loads((runs / "b.json").read_text())
-        lengths[budget] = result["plan_lengths"]
-        assert result.get("budget") == want
-    assert lengths[None][1] > 1 >= max(lengths["1,1"]) and lengths["0"] == [0, 0]
+        assert max(result["plan_lengths"]) <= max(limits) and result["budget"] == limits
     empty = next(line["nll"] for line in result["given"] if line["given"] == "empty")
     assert result["nll"] == pytest.approx(empty)
 

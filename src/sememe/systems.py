@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, TrainerCallback
 
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
-from sememe.evaluation.plans import joined_figures, joined_nll, pair_figures
+from sememe.evaluation.plans import nll_figures, pair_figures
 from sememe.evaluation.results import Figures
 from sememe.keys import (
     CompressorOptions,
@@ -29,11 +30,12 @@ from sememe.models import MODELS
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
 from sememe.models.loading import check_length, longest_text
+from sememe.models.planner.first_plans import first_plans
 from sememe.models.planner.signals import SignalReader
 from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule
 from sememe.training.meters import ConceptMeter, heldout_figures
-from sememe.training.plans import HardEM, PairExamples, PlanMeter, first_plans, saved_plans
+from sememe.training.plans import PLANS, HardEM, PairExamples, PlanMeter
 from sememe.training.trainer import Blocks
 
 OF_CONCEPTS = frozenset(
@@ -276,15 +278,15 @@ class Planner(System):
         examples = PairExamples(recipe, pairs)
         if recipe.plan.signals:
             texts = pairs.target_texts(tokenizer)
-            examples.signals = SignalReader.fit(texts)(texts)
+            examples.signals = SignalReader(texts)(texts)
         return examples
 
     def start(self, run: Run) -> Figures:
         """Plans of the training pairs that the search begins with."""
         examples = run.batches.examples
-        examples.plan_NP = first_plans(
-            run.recipe, run.model, examples.pairs, run.tokenizer, run.say
-        )
+        examples.plan_NP = first_plans(run.recipe, run.model, examples.pairs, run.tokenizer)
+        different = len(examples.plan_NP.unique(dim=0))
+        run.say(f"start: plans of {len(examples.pairs)} pairs, {different} of them different")
         return {}
 
     def meter(self, config: AdaptedConfig) -> PlanMeter:
@@ -293,7 +295,7 @@ class Planner(System):
     def callbacks(self, run: Run) -> list[TrainerCallback]:
         examples = run.batches.examples
         if run.checkpoint is not None:
-            examples.plan_NP = saved_plans(run.checkpoint)
+            examples.plan_NP = load_file(run.checkpoint / PLANS)["plans"]
         return [HardEM(run.recipe, examples, run.meter, run.show)]
 
     def heldout(self, run: Run) -> Figures:
@@ -316,8 +318,7 @@ class Control(System):
     def heldout(self, run: Run) -> Figures:
         if not run.recipe.on_pairs:
             return super().heldout(run)
-        pairs = run.batches.heldout
-        return joined_figures(joined_nll(run.model, pairs), pairs)
+        return nll_figures(run.model, run.batches.heldout)
 
 
 class Skip(Control):

@@ -9,17 +9,11 @@ from torch import Tensor
 from sememe.concepts.ablation import ablate
 from sememe.concepts.plan import NULL
 from sememe.errors import CheckpointError
-from sememe.evaluation.plans import (
-    IGNORED,
-    mean_nll,
-    other_plans,
-    plan_samples,
-    planned,
-    target_nll,
-)
+from sememe.evaluation.plans import IGNORED, mean_nll, other_plans, plan_samples, target_nll
 from sememe.evaluation.quality import BATCH, realised_rate, token_nll
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
+from sememe.models.planner.em import greedy_plans
 from sememe.progress import bar
 
 KINDS = ("zero", "shuffle", "random", "swap")
@@ -91,7 +85,7 @@ def ablate_plans(subject: Subject, data: str) -> Figures:
     either."""
     pairs = subject.heldout(data, min_rows=2)
     model = subject.model
-    plan_NP = planned(model, pairs)
+    plan_NP = greedy_plans(model, pairs)
     there_NP = plan_NP != NULL
 
     def nll(kind: str, share: float, seed: int) -> float:

@@ -3,20 +3,17 @@
     S(z) = log p(y | z) + planner_weight · log p(z | u)        nats of the whole text and plan
 
 among the candidates of `proposers.py`. The present plan is a candidate too, is scored anew, and
-stays in a tie: at equal parameters S never falls.
+stays in a tie: at equal parameters S never falls. The model is in eval mode, or dropout scores too.
 
 Suffixes: N pairs · B of a batch · n candidates of a pair · R different candidates of a batch · P
 slots of a plan."""
 
-import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
-from sememe.concepts.plan import PlanShape
 from sememe.errors import TrainingError
 from sememe.keys import Em
 from sememe.models.planner.losses import in_chunks
@@ -30,44 +27,37 @@ ROUNDS = 3  # of search in `best_plans`, each from the plans of the one before
 Tick = Callable[[int], None]
 
 
-class Scores(NamedTuple):
-    """(B, n) each, in nats; `total` is S. `first`: no candidate before it in its row is the same
-    plan."""
-
-    total: Tensor
-    target: Tensor
-    plan: Tensor
-    first: Tensor
-
-
 @torch.no_grad()
 def score(
     model: PlannerForCausalLM, batch: PairBatch, plan_BnP: Tensor, planner_weight: float = 1.0
-) -> Scores:
-    """S of all candidates of all rows at once, in the model's present mode: put it into `eval`, or
-    dropout scores too. Raises CheckpointError for a candidate that is no plan of this model."""
-    rows, count, slots = plan_BnP.shape
-    row_m = torch.arange(rows, device=plan_BnP.device).repeat_interleave(count)
-    # Proposers repeat each other: each different plan of a row is scored once.
-    keyed_Rm, which_m = torch.cat([row_m[:, None], plan_BnP.flatten(0, 1)], 1).unique(
-        dim=0, return_inverse=True
-    )
+) -> Tensor:
+    """(3, B, n) S, log p(y | z) and log p(z | u) of all candidates of all rows, in nats; -inf for
+    one that repeats another before it in its row.
 
-    def log_probs(keyed_rm: Tensor) -> Tensor:
-        row_r, plan_rP = keyed_rm[:, 0], keyed_rm[:, 1:]
-        target_r = model.target_log_prob(plan_rP, batch.target_BY[row_r])
+    Raises:
+        CheckpointError: a candidate is no plan of this model.
+        TrainingError: a score is not finite."""
+    same_Bnn = (plan_BnP.unsqueeze(2) == plan_BnP.unsqueeze(1)).all(3)
+    first_Bn = ~same_Bnn.tril(-1).any(2)
+
+    def log_probs(row_r: Tensor, plan_rP: Tensor) -> Tensor:
+        target_r = -model.target_nll(plan_rP, batch.target_BY[row_r]).sum(1)
         plan_r = model.plan_log_prob(plan_rP, batch.context.pick(row_r))
-        return torch.stack([target_r, plan_r], 1)
+        return torch.stack([target_r + planner_weight * plan_r, target_r, plan_r], 1).float()
 
-    tokens = batch.context.slots.length + slots + batch.target_BY.shape[1]
-    both_R2 = in_chunks(log_probs, TOKENS_AT_ONCE // tokens, keyed_Rm)
-    target_Bn, plan_Bn = both_R2[which_m].view(rows, count, 2).unbind(2)
-    which_Bn = which_m.view(rows, count)
-    same_Bnn = which_Bn.unsqueeze(2) == which_Bn.unsqueeze(1)
-    total_Bn = target_Bn + planner_weight * plan_Bn
-    return Scores(total_Bn, target_Bn, plan_Bn, ~same_Bnn.tril(-1).any(2))
+    tokens = batch.context.slots.length + plan_BnP.shape[2] + batch.target_BY.shape[1]
+    row_R = first_Bn.nonzero()[:, 0]
+    scores_R3 = in_chunks(log_probs, TOKENS_AT_ONCE // tokens, row_R, plan_BnP[first_Bn])
+    if not bool(torch.isfinite(scores_R3).all()):
+        raise TrainingError(
+            "a plan's score is not finite: need finite weights. try: a lower learning rate"
+        )
+    scores_Bn3 = scores_R3.new_full((*first_Bn.shape, 3), -torch.inf)
+    scores_Bn3[first_Bn] = scores_R3
+    return scores_Bn3.movedim(2, 0)
 
 
+@torch.no_grad()
 def e_step(
     model: PlannerForCausalLM,
     pairs: PairTensors,
@@ -84,86 +74,54 @@ def e_step(
         TrainingError: a score is not finite."""
     base = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
     figures: list[dict[str, Tensor]] = []
-    with evaluating(model):
-        for index_B in index_n.split(em.batch):
-            # A batch draws for itself: what the others drew makes no difference.
-            own = torch.Generator().manual_seed(base + 2**31 * int(index_B[0]))
-            best_BP, figures_B = _search(model, pairs.rows(index_B), plan_NP[index_B], em, own)
-            plan_NP[index_B] = best_BP.to(plan_NP)
-            figures.append(figures_B)
-            tick(len(index_B))
+    for index_B in index_n.split(em.batch):
+        # A batch draws for itself: what the others drew makes no difference.
+        generator = torch.Generator().manual_seed(base + 2**31 * int(index_B[0]))
+        batch = PairBatch.of(model, pairs.rows(index_B))
+        present_BP = plan_NP[index_B].to(model.device).long()
+        plans, origin_n = [present_BP.unsqueeze(1)], [None]
+        for name, count in em.proposers.items():
+            if count > 0:
+                plans.append(PROPOSERS[name](model, batch, present_BP, count, generator))
+                origin_n += [name] * plans[-1].shape[1]
+        plan_BnP = torch.cat(plans, 1)
+        score_3Bn = score(model, batch, plan_BnP, em.planner_weight)
+        best_BP, figures_B = best_of(plan_BnP, score_3Bn, origin_n)
+        plan_NP[index_B] = best_BP.to(plan_NP)
+        figures.append(figures_B)
+        tick(len(index_B))
     all_n = {key: torch.cat([x[key] for x in figures]).double() for key in figures[0]}
-    means = {key: float(x_n.nanmean()) for key, x_n in all_n.items() if not x_n.isnan().all()}
-    return means | {"em_examples": float(len(index_n))}
-
-
-@torch.no_grad()
-def _search(
-    model: PlannerForCausalLM,
-    pairs: PairTensors,
-    present_BP: Tensor,
-    em: Em,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The best of all candidates for each of a few pairs: see `best_of`."""
-    batch = PairBatch.of(model, pairs)
-    present_BP = present_BP.to(model.device).long()
-    plans, origin_n = [present_BP.unsqueeze(1)], [None]
-    for name, count in em.proposers.items():
-        if count > 0:
-            plans.append(PROPOSERS[name](model, batch, present_BP, count, generator))
-            origin_n += [name] * plans[-1].shape[1]
-    plan_BnP = torch.cat(plans, 1)
-    scores = score(model, batch, plan_BnP, em.planner_weight)
-    if not bool(torch.isfinite(scores.total).all()):
-        raise TrainingError(
-            "a plan's score is not finite: need finite weights. try: a lower learning rate"
-        )
-    return best_of(model.plans.shape, plan_BnP, scores, origin_n)
+    return {key: float(x_n.nanmean()) for key, x_n in all_n.items() if not x_n.isnan().all()}
 
 
 def best_of(
-    shape: PlanShape, plan_BnP: Tensor, scores: Scores, origin_n: list[str | None]
+    plan_BnP: Tensor, score_3Bn: Tensor, origin_n: list[str | None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B, P) the best candidates, the present plan being the first, and what is known of each row,
     (B,) on the CPU; nan where it does not apply. `origin`: who proposed each candidate.
 
     em_score, em_target, em_plan: S, log p(y | z*) and log p(z* | u). em_margin: S(z*) - S(best
-    other plan). em_flips: 1 where the plan changed; of those em_edits, the edit distance, and
-    em_by_NAME, 1 where NAME proposed it. em_staleness: S(z* new) - S(z* old), both scored now.
-    em_entropy: of the softmax of S over the different candidates, em_candidates of them."""
-    total_Bn = scores.total.float().masked_fill(~scores.first, -torch.inf)
-    best_B1 = total_Bn.argmax(1, keepdim=True)
-    best_B1 = torch.where(total_Bn[:, :1] == total_Bn.gather(1, best_B1), 0, best_B1)
-    best_B = best_B1.squeeze(1)
-    best_BP = plan_BnP[torch.arange(len(best_B), device=best_B.device), best_B]
-    top_B, target_B, plan_B = (
-        x_Bn.gather(1, best_B1).squeeze(1) for x_Bn in (total_Bn, scores.target, scores.plan)
-    )
-    rival_B = total_Bn.scatter(1, best_B1, -torch.inf).amax(1)
-    edits_B = _edit_distance(shape, plan_BnP[:, 0], best_BP).to(top_B)
-    flipped_B = edits_B > 0
+    other plan). em_flips: 1 where the plan changed; of those em_by_NAME, 1 where NAME proposed it.
+    em_staleness: S(z* new) - S(z* old), both scored now. em_candidates: different ones."""
+    total_Bn = score_3Bn[0]
+    top_B, best_B = total_Bn.max(1)
+    best_B = best_B.masked_fill(total_Bn[:, 0] == top_B, 0)
+    rows_B = torch.arange(len(best_B), device=best_B.device)
+    score_B, target_B, plan_B = score_3Bn[:, rows_B, best_B]
+    rival_B = total_Bn.scatter(1, best_B[:, None], -torch.inf).amax(1)
     figures = {
-        "em_score": top_B,
+        "em_score": score_B,
         "em_target": target_B,
         "em_plan": plan_B,
-        "em_margin": torch.where(torch.isfinite(rival_B), top_B - rival_B, torch.nan),
-        "em_flips": flipped_B,
-        "em_edits": torch.where(flipped_B, edits_B, torch.nan),
+        "em_margin": (top_B - rival_B).masked_fill(rival_B == -torch.inf, torch.nan),
+        "em_flips": best_B > 0,
         "em_staleness": top_B - total_Bn[:, 0],
-        "em_entropy": torch.distributions.Categorical(logits=total_Bn).entropy(),
-        "em_candidates": scores.first.sum(1),
+        "em_candidates": torch.isfinite(total_Bn).sum(1),
     }
     for name in dict.fromkeys(origin_n[1:]):
-        by_B = torch.tensor([origin_n[n] == name for n in best_B.tolist()]).to(top_B)
-        figures[f"em_by_{name}"] = torch.where(flipped_B, by_B, torch.nan)
-    return best_BP, {key: x_B.float().cpu() for key, x_B in figures.items()}
-
-
-def _edit_distance(shape: PlanShape, a_BP: Tensor, b_BP: Tensor) -> Tensor:
-    """(B,) ids put in, taken out or replaced between two plans, type by type."""
-    plans = zip(shape.unpack(a_BP), shape.unpack(b_BP), strict=True)
-    return torch.tensor([sum(map(Levenshtein.distance, a, b)) for a, b in plans])
+        by_n = torch.tensor([origin == name for origin in origin_n], device=best_B.device)
+        figures[f"em_by_{name}"] = by_n[best_B].float().masked_fill(best_B == 0, torch.nan)
+    return plan_BnP[rows_B, best_B], {key: x_B.float().cpu() for key, x_B in figures.items()}
 
 
 @torch.no_grad()
@@ -179,26 +137,13 @@ def best_plans(
     em: dict[str, Any],
     tick: Tick = lambda n: None,
     rounds: int = ROUNDS,
-    seed: int = 0,
 ) -> Tensor:
     """(N, P) z* of pairs that nobody trains on: the best plans that `rounds` of E-steps find with
     the targets in view, from the planner's own. `em`: the recipe's search, as plain values."""
-    known = {key: em[key] for key in Em.model_fields if key in em}  # of any release
-    options = checked(Em, known)
+    options = checked(Em, em)
     plan_NP = greedy_plans(model, pairs, options.batch)
     for index_B in torch.arange(len(pairs)).split(options.batch):
         for number in range(rounds):
-            e_step(model, pairs, plan_NP, index_B, options, seed * 1_000_003 + number)
+            e_step(model, pairs, plan_NP, index_B, options, number)
         tick(len(index_B))
     return plan_NP
-
-
-@contextlib.contextmanager
-def evaluating(model: PlannerForCausalLM):
-    """`model` in eval mode inside, and as it was again afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

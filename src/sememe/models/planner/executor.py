@@ -4,6 +4,7 @@ Suffixes as in `model.py`."""
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sememe.backbone.adapters import adapter
-from sememe.backbone.split import Spine
-from sememe.concepts.plan import NULL
-from sememe.models.planner.beam import PlanSearch, draw
+from sememe.models.planner.beam import PlanSearch
 from sememe.models.planner.slots import Slots, plan_slots
 
 if TYPE_CHECKING:
@@ -27,15 +26,15 @@ def prefix(
 ) -> tuple[Tensor, Slots]:
     """(B, 1 + C + 1, D) what precedes a text: BOS, plan, last separator. `e`: read instead of the
     concepts' own states."""
-    shape, own_BPD = model.plans.shape, model.plan_embeddings(plan_BP)
+    plans = model.plans
     zero_B1 = torch.zeros_like(plan_BP[:, :1])
-    bos_B1D = Spine(model.backbone).embed(zero_B1 + model.bos)
-    x_BCD = model.plans.inputs(own_BPD if e_BPD is None else e_BPD)
-    last_B1D = model.plans.last_separator().expand_as(bos_B1D)
+    bos_B1D = model.spine.embed(zero_B1 + model.bos)
+    x_BCD = plans.inputs(plans(plan_BP) if e_BPD is None else e_BPD)
+    last_B1D = plans.to_states(plans.separator[-1]).expand_as(bos_B1D)
+    plan = plan_slots(plans.shape, plan_BP, zero_B1, first=1)
+    last = Slots.of(zero_B1 + max(plans.shape.lengths), 1 + plan.length)
     x_BnD = torch.cat([bos_B1D, x_BCD, last_B1D], 1).to(bos_B1D.dtype)
-    plan = plan_slots(shape, plan_BP, zero_B1, 1)
-    last = Slots.text(zero_B1 + max(shape.lengths), first=x_BnD.shape[1] - 1)
-    return x_BnD, Slots.text(zero_B1).then(plan, last)
+    return x_BnD, Slots.of(zero_B1, 0).then(plan, last)
 
 
 def target_states(
@@ -45,9 +44,8 @@ def target_states(
     x_BnD, slots = prefix(model, plan_BP, e_BPD)
     before_BT = target_BY[:, :-1]
     # Ignored tokens stand at the end, where nobody sees them: any id will do.
-    text_BTD = Spine(model.backbone).embed(before_BT.masked_fill(before_BT < 0, model.bos))
-    further_T = torch.arange(1, before_BT.shape[1] + 1, device=plan_BP.device)
-    slots = slots.then(Slots.text(slots.position[:, -1:] + further_T, first=slots.length))
+    text_BTD = model.spine.embed(before_BT.masked_fill(before_BT < 0, model.bos))
+    slots = slots.then(slots.then_text(before_BT.shape[1]))
     with adapter(model.backbone, EXECUTOR):
         h_BnD = model.run(torch.cat([x_BnD, text_BTD], 1), slots, slots)
     return h_BnD[:, x_BnD.shape[1] - 1 :][:, : target_BY.shape[1]]
@@ -59,21 +57,18 @@ def write(
 ) -> list[list[int]]:
     """The token ids that each row's plan is written out as, up to its end of text, which is left
     out; greedy, or sampled as `search` samples plans."""
-    spine, cache = Spine(model.backbone), DynamicCache()
-    stops = torch.tensor(model.stops, device=model.device)
+    spine, cache = model.spine, DynamicCache()
     x_BnD, query = prefix(model, plan_BP.to(model.device))
-    key = query
-    unfinished_B = torch.ones(len(plan_BP), dtype=torch.bool, device=model.device)
-    text_BY = torch.empty(len(plan_BP), 0, dtype=torch.long, device=model.device)
+    key, tokens = query, []
+    stops = torch.tensor(model.stops, device=model.device)
+    unfinished_B = torch.ones(len(x_BnD), dtype=torch.bool, device=model.device)
     with adapter(model.backbone, EXECUTOR):
-        while text_BY.shape[1] < max_new_tokens and bool(unfinished_B.any()):
-            logits_BV = spine.logits(model.run(x_BnD, query, key, cache)[:, -1])
-            token_B = logits_BV.argmax(-1)
-            if search.do_sample:
-                token_B = draw(logits_BV, search.temperature, search.generator)
-            unfinished_B = unfinished_B & ~torch.isin(token_B, stops)
-            text_BY = torch.cat([text_BY, torch.where(unfinished_B, token_B, NULL)[:, None]], 1)
-            x_BnD = spine.embed(token_B[:, None])
-            query = Slots.text(key.position[:, -1:] + 1, first=key.length)
+        while len(tokens) < max_new_tokens and bool(unfinished_B.any()):
+            h_BnD = model.run(x_BnD, query, key, cache)
+            token_B = search.draw(spine.logits(h_BnD[:, -1]))
+            unfinished_B &= ~torch.isin(token_B, stops)
+            tokens.append(token_B)
+            x_BnD, query = spine.embed(token_B[:, None]), key.then_text(1)
             key = key.then(query)
-    return [row_Y[row_Y != NULL].tolist() for row_Y in text_BY]
+    rows = torch.stack(tokens, 1).tolist()
+    return [list(takewhile(lambda token: token not in model.stops, row)) for row in rows]

@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Spine
 from sememe.concepts.masks import allow
-from sememe.concepts.plan import IGNORED, NULL, PlanCodes, straight_through
+from sememe.concepts.plan import IGNORED, NULL, PlanCodes
 from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PlannerConfig
@@ -35,7 +35,7 @@ from sememe.models.planner.beam import PLANNER, PlanSearch
 from sememe.models.planner.executor import EXECUTOR, target_states, write
 from sememe.models.planner.losses import differentiated, in_chunks, mean_nll
 from sememe.models.planner.signals import SignalProbe
-from sememe.models.planner.slots import Context, Slots, plan_slots, query_slots
+from sememe.models.planner.slots import NEVER, Context, Slots, plan_slots
 
 FRAME_ROWS = 4096  # embeddings that mean and scale are taken from
 LOGITS_AT_ONCE = 2**25  # of texts whose logits are not kept: 128 MB
@@ -44,7 +44,7 @@ LOGITS_AT_ONCE = 2**25  # of texts whose logits are not kept: 128 MB
 @dataclass
 class PlannerOutput(CausalLMOutputWithPast):
     """`logits` (B, Y, V) of each target token. `target_nll`: nats per target token; `plan_nll`:
-    nats per concept, `<EOS>` included; `plan_logits`: (B, C, M); `plan_ids`: the plan that was
+    nats per concept, `<EOS>` included; `plan_logits`: (B, P, M); `plan_ids`: the plan that was
     read; `signal_nll`: nats per label, summed over the signals. In training the planner is reached
     through `loss` alone."""
 
@@ -93,6 +93,11 @@ class PlannerForCausalLM(AdaptedModel):
         self.start_plans(config.seed)
         self.finish()
 
+    @property
+    def spine(self) -> Spine:
+        """The base, layer by layer."""
+        return Spine(self.backbone)
+
     def add_adapters(self) -> None:
         for name in (PLANNER, EXECUTOR):
             add_lora(self.backbone, self.config, name)
@@ -100,12 +105,9 @@ class PlannerForCausalLM(AdaptedModel):
     @torch.no_grad()
     def start_plans(self, seed: int = 0) -> None:
         """New modules as if drawn from the base's embeddings; all concepts about equally likely."""
-        table = self.get_input_embeddings().weight
-        if table.is_meta:
-            return  # weights come from a file
-        step = max(1, len(table) // FRAME_ROWS)
-        ids = torch.arange(0, len(table), step, device=table.device)
-        self.plans.start(Spine(self.backbone).embed(ids), seed)
+        vocab = self.config.text_config.vocab_size
+        ids = torch.arange(0, vocab, max(1, vocab // FRAME_ROWS), device=self.device)
+        self.plans.start(self.spine.embed(ids), seed)
         if self.probes is not None:
             generator = torch.Generator().manual_seed(seed + 1)
             self.probes.weight.copy_(torch.randn(self.probes.weight.shape, generator=generator))
@@ -114,7 +116,7 @@ class PlannerForCausalLM(AdaptedModel):
         self, x_BnD: Tensor, query: Slots, key: Slots, cache: DynamicCache | None = None
     ) -> Tensor:
         """(B, n, D) last states by the adapter that is on. `key`: the cached slots and these."""
-        spine = Spine(self.backbone)
+        spine = self.spine
         attention = self.backbone.config._attn_implementation
 
         def mask(window: int | None) -> Tensor | None:
@@ -126,18 +128,17 @@ class PlannerForCausalLM(AdaptedModel):
     # ---- the planner ----
 
     def source(self, source_BU: Tensor, source_mask: Tensor | None = None) -> Context:
-        """(B, U) sources as inputs: each row's padding on its left and then its BOS, whatever side
-        the padding was on; a source that is too long keeps its end."""
+        """(B, U) sources as inputs, the BOS first and then, on the right, what there is of each,
+        whatever side the padding was on; a source that is too long keeps its end."""
         source_BU = source_BU.to(self.device)
         mask_BU = torch.ones_like(source_BU) if source_mask is None else source_mask.to(self.device)
         limit = self.config.plan_max_source or source_BU.shape[1]
-        mask_BU = mask_BU * (mask_BU.flip(1).cumsum(1).flip(1) <= limit)
-        mask_BS = F.pad(mask_BU, (1, 0), value=1)
-        order_BS = mask_BS.argsort(dim=1, stable=True)[:, -limit - 1 :]
-        ids_BS = F.pad(source_BU, (1, 0), value=self.bos).gather(1, order_BS)
-        valid_BS = mask_BS.gather(1, order_BS).bool()
-        position_BS = (valid_BS.cumsum(1) - 1).clamp(min=0)
-        return Context(Slots.text(position_BS, valid_BS), Spine(self.backbone).embed(ids_BS))
+        last_BU = mask_BU.argsort(dim=1, stable=True)[:, -limit:]
+        ids_BS = F.pad(source_BU.gather(1, last_BU), (1, 0), value=self.bos)
+        valid_BS = F.pad(mask_BU.gather(1, last_BU), (1, 0), value=1).bool()
+        order_S = torch.arange(ids_BS.shape[1], device=self.device)
+        slots = Slots.of(valid_BS.cumsum(1) - 1, torch.where(valid_BS, order_S, NEVER))
+        return Context(slots, self.spine.embed(ids_BS))
 
     def encode_source(self, source_BU: Tensor, source_mask: Tensor | None = None) -> Context:
         """(B, U) sources in a KV cache, for all plans that are searched or scored."""
@@ -153,7 +154,6 @@ class PlannerForCausalLM(AdaptedModel):
         """(B, C, D) last states at the plan's inputs, teacher forced; with `anchor` (B, I) those of
         the queries after them, all of type 0 first. Plans of source 0 first, as many for each."""
         source = context.repeated(len(plan_BP) // len(context.inputs_BnD))
-        plan_BP = self.plans.shape.check(plan_BP)
         x_BnD, slots = self.plan_inputs(plan_BP, source.slots, anchor_BI)
         key = source.slots.then(slots)
         query = key if source.cache is None else slots
@@ -162,51 +162,60 @@ class PlannerForCausalLM(AdaptedModel):
         return h_BnD[:, -x_BnD.shape[1] :]
 
     def plan_inputs(
-        self, plan_BP: Tensor, source: Slots, anchor_BI: Tensor | None
+        self, plan_BP: Tensor, source: Slots, anchor_BI: Tensor | None = None
     ) -> tuple[Tensor, Slots]:
-        """(B, C, D) inputs of plans after their sources, and after them with `anchor` those that
-        ask for the concepts after that one: (B, C + I (m - 1), D)."""
+        """(B, C, D) inputs of plans after their sources; with `anchor` (B, I) also the queries for
+        the concepts after number `anchor` of each type, which see what precedes that one:
+        (B, C + I (m - 1), D)."""
         shape, x_BnD = self.plans.shape, self.plans.inputs(self.plans(plan_BP))
         start_B1 = source.position[:, -1:] + 1
         slots = plan_slots(shape, plan_BP, start_B1, source.length, self.config.parallel)
-        if anchor_BI is not None and self.probes is not None:
-            kind_I1 = torch.arange(shape.types, device=self.device)[:, None]
-            query_InD = self.plans.of_type(self.plans.to_states(self.probes.weight), kind_I1)
-            x_BnD = torch.cat([x_BnD, query_InD.flatten(0, 1).expand(len(x_BnD), -1, -1)], 1)
-            count = len(self.probes.weight)
-            slots = slots.then(query_slots(shape, anchor_BI, start_B1, source.length, count))
+        if anchor_BI is not None:
+            kind_n, further_n = self.queries()
+            query_nD = self.plans.to_states(self.probes(further_n - 1))
+            query_BnD = self.plans.typed(query_nD, kind_n).expand(len(x_BnD), -1, -1)
+            x_BnD = torch.cat([x_BnD, query_BnD], 1)
+            anchor_Bn = anchor_BI[:, kind_n]
+            order_Bn = slots.order[:, kind_n] + anchor_Bn
+            position_Bn = start_B1 + anchor_Bn + further_n
+            slots = slots.then(Slots.of(position_Bn, order_Bn, kind_n, query=True))
         return x_BnD.to(self.backbone.dtype), slots
+
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """(n,) the type of each query, and how far after the anchor it asks."""
+        types, further = self.plans.shape.types, len(self.probes.weight)
+        kind_n = torch.arange(types, device=self.device).repeat_interleave(further)
+        return kind_n, torch.arange(1, further + 1, device=self.device).repeat(types)
 
     def normed(self, h: Tensor) -> Tensor:
         """(…, D) last states at scale 1, past the base's own last norm, fp32."""
-        return F.rms_norm(Spine(self.backbone).decoder.norm(h).float(), h.shape[-1:])
+        return F.rms_norm(self.spine.decoder.norm(h).float(), h.shape[-1:])
+
+    def slot_logits(self, h_BnD: Tensor) -> Tensor:
+        """(B, P, M) of what stands in each slot, from `plan_states`."""
+        shape = self.plans.shape
+        return self.plans.logits(self.normed(h_BnD[:, shape.input_P]), shape.kind_P)
 
     def plan_logits(self, plan_BP: Tensor, context: Context) -> Tensor:
-        """(B, C, M) teacher forced: at each separator and concept, of what comes next in its type,
-        `<EOS>` last. After the end of a type, and after its last slot, they mean nothing: see
-        `PlanShape.targets`."""
-        return self.plans.logits(self.normed(self.plan_states(plan_BP, context)))
+        """(B, P, M) teacher forced, of what stands in each slot, `<EOS>` last. After the end of a
+        type they mean nothing: see `PlanShape.targets`."""
+        return self.slot_logits(self.plan_states(plan_BP, context))
 
     def plan_log_prob(self, plan_BP: Tensor, context: Context) -> Tensor:
         """(B,) log p(z | u) in nats, with the `<EOS>` of each type that is not full."""
-        target_BC = self.plans.shape.targets(plan_BP)
-        return -cross_entropy(self.plan_logits(plan_BP, context), target_BC).sum(1)
+        logits_BPM = self.plan_logits(plan_BP, context)
+        return -cross_entropy(logits_BPM, self.plans.shape.targets(plan_BP)).sum(1)
 
     # ---- the executor ----
-
-    def plan_embeddings(self, plan_BP: Tensor) -> Tensor:
-        """(B, P, D) fp32 states of a plan's concepts, as `executor_logits` takes them too. Raises
-        CheckpointError for ids that this model has no concept for."""
-        return self.plans(self.plans.shape.check(plan_BP))
 
     def executor_logits(
         self, plan_BP: Tensor, target_BY: Tensor, plan_embeddings: Tensor | None = None
     ) -> Tensor:
         """(B, Y, V) logits of each target token, given the plan and the tokens before it.
-        `plan_embeddings` (B, P, D): read instead of the concepts' own states; slots that are
-        NULL in the plan stay unseen."""
+        `plan_embeddings` (B, P, D): read instead of the concepts' own states, `self.plans(plan)`;
+        slots that are NULL in the plan stay unseen."""
         h_BYD = target_states(self, plan_BP, target_BY, plan_embeddings)
-        return Spine(self.backbone).logits(h_BYD)
+        return self.spine.logits(h_BYD)
 
     def target_nll(
         self, plan_BP: Tensor, target_BY: Tensor, plan_embeddings: Tensor | None = None
@@ -214,19 +223,14 @@ class PlannerForCausalLM(AdaptedModel):
         """(B, Y) nats of each target token, 0 where it is -100. There are never the logits of more
         than a few rows."""
         h_BYD = target_states(self, plan_BP, target_BY, plan_embeddings)
-        logits = Spine(self.backbone).logits
-        rows = self.rows_at_once(target_BY.shape[1])
-        return in_chunks(lambda h, target: cross_entropy(logits(h), target), rows, h_BYD, target_BY)
-
-    def target_log_prob(
-        self, plan_BP: Tensor, target_BY: Tensor, plan_embeddings: Tensor | None = None
-    ) -> Tensor:
-        """(B,) log p(y | z) in nats."""
-        return -self.target_nll(plan_BP, target_BY, plan_embeddings).sum(1)
-
-    def rows_at_once(self, tokens: int) -> int:
-        """Texts of so many tokens whose logits fit into memory."""
-        return LOGITS_AT_ONCE // (max(1, tokens) * self.config.text_config.vocab_size)
+        logits = self.spine.logits
+        row = max(1, target_BY.shape[1]) * self.config.text_config.vocab_size
+        return in_chunks(
+            lambda h, target: cross_entropy(logits(h), target),
+            LOGITS_AT_ONCE // row,
+            h_BYD,
+            target_BY,
+        )
 
     # ---- losses ----
 
@@ -253,16 +257,16 @@ class PlannerForCausalLM(AdaptedModel):
         config, dial = self.config, self.dial
         if plan_ids is None:
             plan_ids = self.plan(input_ids, attention_mask)[0][:, 0]
-        out = self._plan_losses(self.source(input_ids, attention_mask), plan_ids, labels is None)
+        out = self._plan_losses(self.source(input_ids, attention_mask), plan_ids)
         if labels is None:
             return out
-        e_BPD = self.plan_embeddings(plan_ids)
+        e_BPD = self.plans(plan_ids)
         if dial.straight_through and torch.is_grad_enabled():
-            e_BPD = straight_through(
-                e_BPD, self.plans.soft(out.plan_logits, config.code_temperature)
-            )
+            # The concept's state, exactly; backward the gradient of the mixture as well.
+            soft_BPD = self.plans.soft(out.plan_logits, config.code_temperature)
+            e_BPD = e_BPD + (soft_BPD - soft_BPD.detach())
         extra = dial.plan_weight * out.loss
-        if signals is not None and self.signals is not None:
+        if signals:
             out.signal_nll = sum(self.signals(self.plans.means(plan_ids, e_BPD), signals).values())
             extra = extra + config.plan_signals * out.signal_nll
         if self.training and config.plan_dropout > 0:
@@ -281,9 +285,8 @@ class PlannerForCausalLM(AdaptedModel):
             out.loss = out.loss + sum(trained) * 0.0
         return out
 
-    def _plan_losses(self, source: Context, plan_BP: Tensor, alone: bool) -> PlannerOutput:
-        """Logits and cross entropy of the plan; `loss`: with that of the queries. `alone`: no text
-        is written from it."""
+    def _plan_losses(self, source: Context, plan_BP: Tensor) -> PlannerOutput:
+        """Logits and cross entropy of the plan; `loss`: with that of the queries."""
         dial, shape = self.dial, self.plans.shape
         anchor_BI = None
         if self.probes is not None and self.training:  # they learn at random positions
@@ -293,33 +296,31 @@ class PlannerForCausalLM(AdaptedModel):
         wanted = dial.plan_weight > 0 or dial.straight_through
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             h_BnD = self.plan_states(plan_BP, source, anchor_BI)
-            h_BCD = h_BnD[:, : shape.slots + shape.types]
-            logits_BCM = self.plans.logits(self.normed(h_BCD))
-            target_BC = shape.targets(plan_BP)
-            plan_nll = mean_nll(logits_BCM, target_BC)
-            loss = plan_nll
+            logits_BPM = self.slot_logits(h_BnD)
+            target_BP = shape.targets(plan_BP)
+            loss = plan_nll = mean_nll(logits_BPM, target_BP)
             if anchor_BI is not None:
-                h_BInD = h_BnD[:, h_BCD.shape[1] :].unflatten(1, (shape.types, -1))
-                loss = plan_nll + self._query_loss(h_BInD, anchor_BI, target_BC)
-        if self.training and not alone and not dial.straight_through and loss.requires_grad:
+                queries_BnD = h_BnD[:, shape.types + shape.slots :]
+                loss = plan_nll + self._query_loss(queries_BnD, anchor_BI, target_BP)
+        if self.training and not dial.straight_through and loss.requires_grad:
             # The text does not depend on the planner's activations: its gradients are taken now, so
             # that they need not wait for the executor's.
             loss = differentiated(loss, self.parameters())
             plan_nll = plan_nll.detach()
-            logits_BCM = logits_BCM.detach()
-        return PlannerOutput(loss=loss, plan_nll=plan_nll, plan_logits=logits_BCM, plan_ids=plan_BP)
+            logits_BPM = logits_BPM.detach()
+        return PlannerOutput(loss=loss, plan_nll=plan_nll, plan_logits=logits_BPM, plan_ids=plan_BP)
 
-    def _query_loss(self, h_BInD: Tensor, anchor_BI: Tensor, target_BC: Tensor) -> Tensor:
+    def _query_loss(self, h_BnD: Tensor, anchor_BI: Tensor, target_BP: Tensor) -> Tensor:
         """Nats per concept of those that the queries ask for."""
-        further_n = torch.arange(1, h_BInD.shape[2] + 1, device=h_BInD.device)
-        logits, wanted = [], []
-        for i, target_BL in enumerate(
-            target_BC.split([n + 1 for n in self.plans.shape.lengths], 1)
-        ):
-            logits.append(self.plans.logits_of(self.normed(h_BInD[:, i]), i))
-            past_BL = F.pad(target_BL, (0, len(further_n)), value=IGNORED)
-            wanted.append(past_BL.gather(1, anchor_BI[:, i : i + 1] + further_n))
-        return mean_nll(torch.cat(logits, 1), torch.cat(wanted, 1))
+        shape = self.plans.shape
+        kind_n, further_n = self.queries()
+        number_Bn = anchor_BI[:, kind_n] + further_n
+        first_n, length_n = (
+            torch.as_tensor(x, device=self.device)[kind_n] for x in (shape.first_I, shape.lengths)
+        )
+        slot_Bn = (first_n + number_Bn).clamp(max=shape.slots - 1)
+        wanted_Bn = target_BP.gather(1, slot_Bn).masked_fill(number_Bn >= length_n, IGNORED)
+        return mean_nll(self.plans.logits(self.normed(h_BnD), kind_n), wanted_Bn)
 
     # ---- use ----
 
@@ -327,12 +328,11 @@ class PlannerForCausalLM(AdaptedModel):
         """Concepts of each type at most from now on: a number for each, or one for all. Raises
         RecipeError for others."""
         lengths = self.plans.shape.lengths
-        wanted = list(budget) * (len(lengths) if len(budget) == 1 else 1)
+        wanted = [*budget] * (len(lengths) if len(budget) == 1 else 1)
         if len(wanted) != len(lengths) or any(count < 0 or count % 1 for count in wanted):
             raise RecipeError(
-                f"a budget of {', '.join(map(str, budget))} concepts: need whole numbers, one for "
-                f"all or one for each of {len(lengths)} types. "
-                f"try: --rate {','.join(map(str, lengths))}"
+                f"a budget of {budget} concepts: need whole numbers, one for all or one for each "
+                f"of {len(lengths)} types. try: --rate {','.join(map(str, lengths))}"
             )
         self.dial.budget = tuple(map(int, wanted))
 
@@ -360,22 +360,15 @@ class PlannerForCausalLM(AdaptedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        max_new_tokens: int | None = None,
-        *,
-        plan_ids: Tensor | None = None,
-        return_plan: bool = False,
+        max_new_tokens: int = 128,
         **search,
-    ):
-        """Plans (unless `plan_ids` (B, P) are given), then writes: (B, U + new) ids as
-        transformers' own `generate`, filled up with the end of text. With `return_plan` (ids,
-        plans). `search`: options of `PlanSearch`; drawing is for plans and texts."""
-        options = PlanSearch(**search)
-        if plan_ids is None:
-            plan_ids = options(self, self.encode_source(input_ids, attention_mask))[0][:, 0]
-        length = max_new_tokens or self.generation_config.max_new_tokens or 128
-        texts = write(self, plan_ids, length, options)
-        end = self.stops[:1]
-        rows = [torch.tensor([*row, *end][:length], dtype=torch.long) for row in texts]
-        new_BY = pad_sequence(rows, batch_first=True, padding_value=(end or [0])[0])
-        ids = torch.cat([input_ids.to(self.device), new_BY.to(self.device)], 1)
-        return (ids, plan_ids) if return_plan else ids
+    ) -> Tensor:
+        """Plans, and writes the best plan out: (B, U + new) ids as transformers' own `generate`,
+        filled up with the end of text. `search`: options of `PlanSearch`; drawing is for plans and
+        texts."""
+        plan_BP = self.plan(input_ids, attention_mask, **search)[0][:, 0]
+        end = [*self.stops, 0][0]
+        texts = self.write(plan_BP, max_new_tokens, **search)
+        rows = [torch.tensor([*row, end], device=input_ids.device) for row in texts]
+        new_BY = pad_sequence(rows, batch_first=True, padding_value=end)[:, :max_new_tokens]
+        return torch.cat([input_ids, new_BY], 1)

@@ -5,7 +5,6 @@ import math
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ HASHES = 64
 SIZES = {"length": len(LENGTHS) + 1, "kind": len(KINDS), "entity": 1, "number": 1, "terms": HASHES}
 """Classes of each signal; `terms` is that many yes-or-no labels, `entity` and `number` are one
 each."""
+DECAY = 0.1  # of the weights of a probe that is fitted
 COMMON = 0.2  # a word that more of the documents have is no key word
 
 ITEM = re.compile(r"^\s*(?:[-*•+]|\(?\w{1,2}[.)])\s+\S")
@@ -70,17 +70,13 @@ def hashed(words: list[str]) -> Tensor:
     return bag
 
 
-@dataclass(frozen=True)
 class SignalReader:
-    """Texts → labels. `counts`, in how many documents each word is, come from the training texts
-    alone: `SignalReader.fit(train)`, then call it on any texts."""
+    """Texts → labels. How common words are is counted in the training texts alone:
+    `SignalReader(train)`, then call it on any texts."""
 
-    counts: Counter[str] = field(repr=False)
-    documents: int
-
-    @classmethod
-    def fit(cls, texts: list[str]) -> "SignalReader":
-        return cls(Counter(word for text in texts for word in set(words_of(text))), len(texts))
+    def __init__(self, texts: list[str]):
+        self.counts = Counter(word for text in texts for word in set(words_of(text)))
+        self.documents = len(texts)
 
     def key_terms(self, text: str) -> list[str]:
         """The TERMS words of the highest tf-idf among those that are not COMMON; best first, ties
@@ -97,7 +93,7 @@ class SignalReader:
         1."""
         words = torch.tensor([len(text.split()) for text in texts])
         return {
-            "length": (words[:, None] >= torch.tensor(LENGTHS)).sum(1),
+            "length": torch.bucketize(words, torch.tensor(LENGTHS), right=True),
             "kind": torch.tensor([KINDS.index(kind_of(text)) for text in texts]),
             "entity": torch.tensor([[float(bool(ENTITY.search(text)))] for text in texts]),
             "number": torch.tensor([[float(bool(re.search(r"\d", text)))] for text in texts]),
@@ -106,43 +102,36 @@ class SignalReader:
 
 
 class SignalProbe(nn.Module):
-    """One linear layer per signal on what stands for a plan, (N, F): its bag of ids, or states.
-
-    `forward` is differentiable in its input too: a term of a planner's loss. `fit` and `score`
-    measure."""
+    """A linear layer that reads all signals off what stands for a plan, (N, F): its bag of ids, or
+    states. `forward` is differentiable in its input too: a term of a planner's loss. `fit` and
+    `score` measure."""
 
     def __init__(self, features: int, sizes: dict[str, int] = SIZES) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(features, n) for name, n in sizes.items()})
-        for p in self.heads.parameters():
+        self.sizes = sizes
+        self.linear = nn.Linear(features, sum(sizes.values()))
+        for p in self.linear.parameters():
             nn.init.zeros_(p)
-        self.register_buffer("mean_F", torch.zeros(features))
-        self.register_buffer("scale_F", torch.ones(features))
 
     def logits(self, x_NF: Tensor) -> dict[str, Tensor]:
         with torch.autocast(x_NF.device.type, enabled=False):
-            x_NF = (x_NF.float() - self.mean_F) * self.scale_F
-            return {name: head(x_NF) for name, head in self.heads.items()}
+            logits_NS = self.linear(x_NF.float())
+        return dict(zip(self.sizes, logits_NS.split([*self.sizes.values()], 1), strict=True))
 
     def forward(self, x_NF: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
         """The mean loss of each signal, nats per label."""
         return {name: _loss(logits, labels[name]) for name, logits in self.logits(x_NF).items()}
 
     @torch.enable_grad()
-    def fit(
-        self, x_NF: Tensor, labels: dict[str, Tensor], weight_decay: float = 1e-3
-    ) -> "SignalProbe":
-        """From where it stands to the least regularised loss on all rows (L-BFGS), features
-        standardised."""
-        x_NF = x_NF.detach().float()
-        self.mean_F.copy_(x_NF.mean(0))
-        self.scale_F.copy_(1 / x_NF.std(0, unbiased=False).clamp_min(1e-4))
+    def fit(self, x_NF: Tensor, labels: dict[str, Tensor]) -> "SignalProbe":
+        """From where it stands to the least regularised loss on all rows, by L-BFGS. Features are
+        of scale 1."""
         optimiser = torch.optim.LBFGS(self.parameters(), max_iter=60, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            penalty = sum(head.weight.square().sum() for head in self.heads.values())
-            loss = sum(self(x_NF, labels).values()) + weight_decay * penalty
+            penalty = DECAY * self.linear.weight.square().sum()
+            loss = sum(self(x_NF, labels).values()) + penalty
             loss.backward()
             return loss
 
@@ -153,27 +142,21 @@ class SignalProbe(nn.Module):
     def score(
         self, x_NF: Tensor, labels: dict[str, Tensor], train: dict[str, Tensor]
     ) -> dict[str, dict[str, float]]:
-        """Per signal on rows that were not fitted: `loss`; `accuracy`; `auroc`, mean over labels
-        that have both answers; and `base_loss`, `base_accuracy` of always giving the answer's
-        frequency in `train`."""
+        """Per signal on rows that were not fitted: `loss`; `accuracy`; and `base_loss`,
+        `base_accuracy` of always giving the answer's frequency in `train`."""
         scores = {}
         for name, logits_NS in self.logits(x_NF).items():
             wanted, known = labels[name], train[name]
-            one_of_many = wanted.dim() == 1
             # One is added to each count, so that no answer is impossible.
-            if one_of_many:
-                base_S = (torch.bincount(known, minlength=logits_NS.shape[1]) + 1.0).log()
-                yes_NS = F.one_hot(wanted, logits_NS.shape[1])
-            else:
-                base_S = ((known.sum(0) + 1) / (len(known) + 2)).logit()
-                yes_NS = wanted
+            base_S = ((known.sum(0) + 1) / (len(known) + 2)).logit()
+            if known.dim() == 1:  # one class of many
+                base_S = (torch.bincount(known, minlength=self.sizes[name]) + 1.0).log()
             base_NS = base_S.expand_as(logits_NS)
             scores[name] = {
                 "loss": float(_loss(logits_NS, wanted)),
                 "base_loss": float(_loss(base_NS, wanted)),
                 "accuracy": _accuracy(logits_NS, wanted),
                 "base_accuracy": _accuracy(base_NS, wanted),
-                "auroc": auroc(logits_NS.softmax(1) if one_of_many else logits_NS, yes_NS),
             }
         return scores
 
@@ -187,14 +170,3 @@ def _loss(logits: Tensor, wanted: Tensor) -> Tensor:
 def _accuracy(logits: Tensor, wanted: Tensor) -> float:
     right = logits.argmax(1) == wanted if wanted.dim() == 1 else (logits > 0) == wanted.bool()
     return float(right.float().mean())
-
-
-def auroc(scores_NS: Tensor, yes_NS: Tensor) -> float:
-    """Area under the ROC curve, ties count one half, mean over columns that have both answers; NaN
-    if none has."""
-    areas = []
-    for scores_N, yes_N in zip(scores_NS.double().T, yes_NS.bool().T, strict=True):
-        if bool(yes_N.any()) and not bool(yes_N.all()):
-            above = scores_N[yes_N][:, None] - scores_N[~yes_N]
-            areas.append(float((above.sign() + 1).mean()) / 2)
-    return sum(areas) / len(areas) if areas else math.nan

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from sememe.concepts.plan import PlanShape
+from sememe.concepts.plan import NULL, PlanShape
 
 EVERYONE = -1
+NEVER = 2**31 - 1  # order of padding and of what is after the end of a type: after all others
 
 
 class Slots(NamedTuple):
@@ -21,16 +23,13 @@ class Slots(NamedTuple):
     position: Tensor  # in RoPE; starts again with each type
     order: Tensor  # in the sequence: nobody sees what comes later
     kind: Tensor  # the type that alone may see it, or EVERYONE
-    valid: Tensor  # bool: False on padding and after the end of a type; seen by nobody
     query: Tensor  # bool: asks for a later concept; seen by queries alone
 
     @classmethod
-    def text(cls, position: Tensor, valid: Tensor | None = None, first: int = 0) -> Slots:
-        """Slots that everyone after them may see. `first`: how many others stand before them."""
-        order = torch.arange(first, first + position.shape[1], device=position.device)
-        everyone = torch.full_like(position, EVERYONE)
-        valid = torch.ones_like(position, dtype=torch.bool) if valid is None else valid
-        return cls(position, order.expand_as(position), everyone, valid, torch.zeros_like(valid))
+    def of(cls, position_Bn: Tensor, order, kind=EVERYONE, query: bool = False) -> Slots:
+        """From fields that `position` is as large as, or larger."""
+        fields = (torch.as_tensor(x, device=position_Bn.device) for x in (order, kind, query))
+        return cls(position_Bn, *(x.expand_as(position_Bn) for x in fields))
 
     @property
     def length(self) -> int:
@@ -41,16 +40,21 @@ class Slots(NamedTuple):
         """These and the others after them."""
         return Slots(*(torch.cat(fields, 1) for fields in zip(self, *others, strict=True)))
 
+    def then_text(self, count: int) -> Slots:
+        """Slots of `count` tokens of a text after these, at the positions after the last one."""
+        further_n = torch.arange(count, device=self.position.device)
+        return Slots.of(self.position[:, -1:] + 1 + further_n, self.length + further_n)
+
     def pick(self, index) -> Slots:
         return Slots(*(x[index] for x in self))
 
     def sees(self, key: Slots, window: int | None) -> Tensor:
-        """(B, 1, n, m) bool. `window`: of a sliding-window layer, in positions. What is not valid
+        """(B, 1, n, m) bool. `window`: of a sliding-window layer, in positions. What is NEVER seen
         sees itself at least: its output is never used, and a row without any key would give NaN."""
         i = Slots(*(x.unsqueeze(2) for x in self))
         j = Slots(*(x.unsqueeze(1) for x in key))
-        seen = (j.order <= i.order) & j.valid & ((j.kind == EVERYONE) | (j.kind == i.kind))
-        seen = (seen | ~i.valid) & (~j.query | (i.query & (j.position <= i.position)))
+        seen = (j.order <= i.order) & ((j.kind == EVERYONE) | (j.kind == i.kind))
+        seen = seen & (~j.query | (i.query & (j.position <= i.position)))
         if window is not None:
             seen = seen & (i.position - j.position < window)
         return seen.unsqueeze(1)
@@ -59,27 +63,14 @@ class Slots(NamedTuple):
 def plan_slots(
     shape: PlanShape, plan_BP: Tensor, start_B1: Tensor, first: int, parallel: bool = False
 ) -> Slots:
-    """The C slots of plans whose first separator is at position `start` in RoPE, and number `first`
-    in the sequence. Types in `parallel` are seen by themselves alone."""
-    kind_C, position_C, _ = shape.layout(plan_BP.device)
-    slots = Slots.text(start_B1 + position_C, shape.valid(plan_BP), first)
-    return slots._replace(kind=kind_C.expand_as(slots.order)) if parallel else slots
-
-
-def query_slots(
-    shape: PlanShape, anchor_BI: Tensor, start_B1: Tensor, first: int, count: int
-) -> Slots:
-    """Slots of `count` queries of each type, which see what precedes its concept number `anchor`,
-    and ask for those after it. The plan's slots are as in `plan_slots`."""
-    kind_n = torch.arange(shape.types, device=anchor_BI.device).repeat_interleave(count)
-    further_n = torch.arange(1, count + 1, device=anchor_BI.device).repeat(shape.types)
-    anchor_Bn = anchor_BI[:, kind_n]
-    slots = Slots.text(start_B1 + anchor_Bn + further_n)
-    return slots._replace(
-        order=first + shape.separators(anchor_BI.device)[kind_n] + anchor_Bn,
-        kind=kind_n.expand_as(anchor_Bn),
-        query=slots.valid,
+    """The C slots of plans whose separators are at position `start` in RoPE, and the first of them
+    number `first` in the sequence. Types in `parallel` are seen by themselves alone."""
+    order_C, position_C, kind_C = (
+        x.to(plan_BP.device) for x in (shape.order_C, shape.position_C, shape.kind_C)
     )
+    present_BC = F.pad(plan_BP != NULL, (shape.types, 0), value=True)
+    order_BC = torch.where(present_BC, first + order_C, NEVER)
+    return Slots.of(start_B1 + position_C, order_BC, kind_C if parallel else EVERYONE)
 
 
 @dataclass
