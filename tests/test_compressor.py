@@ -181,7 +181,7 @@ def test_continuation_reads_concepts_and_the_words_before():
         changed[:, 12] = (ids[:, 12] + 1) % 97
         other = model.continuation_logits(encoded, changed[:, 8:])
         alone = [model.continuation_logits(model.encode(x[:, :8]), x[:, 8:]) for x in ids.split(1)]
-        nothing = model.continuation_logits(None, ids[:, 8:])
+        nothing = model.continuation_logits(model.encode(ids[:, :0]), ids[:, 8:])
     assert logits.shape == (3, 8, 97) and torch.equal(logits[:, :5], other[:, :5])
     assert not torch.equal(logits[:, 5], other[:, 5])
     # 1e-5 seen 2e-6: rows with fewer concepts are padded, and sums go another way

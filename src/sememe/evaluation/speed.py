@@ -255,7 +255,7 @@ def benchmark_compressor(model, base, ids_BT: Tensor, repeats: int) -> Figures:
     forwards, forwards_range = ratio_of(seconds, "compress", "forward")
     speedup, speedup_range = ratio_of(seconds, "greedy", "decompress")
     share = written / (rows * steps)  # of the base's tokens
-    cost = coding_cost(concepts, tokens, config.num_concepts, config.codes_per_concept)
+    cost = coding_cost(concepts, tokens, config)
     plain = side(base, "forward", "greedy", rows * steps)
     return {
         "compress_base_forwards": forwards,
