@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from sememe.models.loading import (
 )
 from sememe.paths import usable
 
+tokens_of = attrgetter("tokens")
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
 
 
@@ -121,14 +123,12 @@ class Codes(Part):
 
 def loaded(model: str | Path | CompressorForCausalLM) -> CompressorForCausalLM:
     """The compressor of a folder, or one in memory. Raises CheckpointError for anything else."""
-    name = model
     if isinstance(model, str | Path):
         model, _ = load_model(model)
     if not isinstance(model, CompressorForCausalLM):
         raise CheckpointError(
-            f"{name if isinstance(name, str | Path) else type(model).__name__} is no compressor: "
-            "need a run of system: compressor, or its saved model. try: sememe train RECIPE "
-            "system=compressor --out runs/compressor"
+            f"{type(model).__name__} is no compressor: need a run of system: compressor, or its "
+            "saved model. try: sememe train RECIPE system=compressor --out runs/compressor"
         )
     return model
 
@@ -182,22 +182,21 @@ def compress(
     check_rate(config, rate, config.name_or_path)
     check_length(longest_text(config), window, "window=")
     texts = [check_text(x, "a text") for x in ([texts] if isinstance(texts, str) else texts)]
-    cuts = [
-        list(token_windows(encoding, len(text), window))
-        for text, encoding in zip(texts, encoder(tokenizer_of(model))(texts), strict=True)
-    ]
-    rows = {tuple(ids) for windows in cuts for ids, _ in windows}
-    concepts = {}
-    with model.dial.at(rate=rate), evaluating(model):
-        for _, group in groupby(sorted(rows, key=len), len):
-            ids = list(group)
-            concepts |= zip(ids, model.compress(torch.tensor(ids)), strict=True)
     documents = []
-    for text, cut in zip(texts, cuts, strict=True):
+    for text, encoding in zip(texts, encoder(tokenizer_of(model))(texts), strict=True):
         windows = [
-            Window(span=span, tokens=len(ids), concepts=concepts[tuple(ids)]) for ids, span in cut
+            # Its token ids stand in for its concepts, until there are some.
+            Window(span=span, tokens=len(ids), concepts=ids)
+            for ids, span in token_windows(encoding, len(text), window)
         ]
         documents.append(Document(characters=len(text), windows=windows))
+    by_length = sorted((x for document in documents for x in document.windows), key=tokens_of)
+    with model.dial.at(rate=rate), evaluating(model):
+        for _, group in groupby(by_length, tokens_of):
+            windows = list(group)
+            rows = model.compress(torch.tensor([x.concepts for x in windows]))
+            for x, concepts in zip(windows, rows, strict=True):
+                x.concepts = concepts
     return Codes(
         model=writer_of(model),
         num_concepts=config.num_concepts,

@@ -90,7 +90,6 @@ def codes_by_length(codes: int, lengths: int, rate: float, even: bool) -> list[i
     rate that is changed after training."""
     n = np.arange(1, lengths + 1)
     share = np.clip(1 - np.abs(n - 1 / rate), 0, 1) if even else n * rate * (1 - rate) ** (n - 1)
-    share = share if share.sum() > 0 else np.ones(lengths)
     floor = max(1, codes // max(64, 2 * lengths))
     return [floor + int((codes - lengths * floor) * x) for x in share / share.sum()]
 

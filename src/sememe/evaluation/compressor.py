@@ -12,7 +12,7 @@ from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.models.loading import check_rate, longest_text
 
-CONTEXTS = tuple(2**power for power in range(9, 0, -1))  # tokens that a text goes on from
+CONTEXT = 512  # tokens that a text goes on from, at most
 NEXT = 128  # tokens after them, at most
 
 
@@ -43,9 +43,10 @@ def continuation_blocks(subject: Subject, data: str) -> tuple[Tensor, int]:
     """Blocks of a context and what follows it, and how long the context is: the longest up to 512
     tokens that text and positions allow."""
     texts, tokenizer = read_texts(data), subject.tokenizer
-    tokens = token_blocks(texts, tokenizer, 1, limit=CONTEXTS[0] + NEXT).numel()
+    tokens = token_blocks(texts, tokenizer, 1, limit=CONTEXT + NEXT).numel()
     room = min(tokens, longest_text(subject.model.config))
-    context = next((x for x in CONTEXTS if x + min(NEXT, x) <= room), 1)
+    # A power of two, with as many tokens after it, or NEXT.
+    context = 2 ** (min(CONTEXT, max(1, room // 2, room - NEXT)).bit_length() - 1)
     length = context + min(NEXT, context)
     limit = max(subject.options.tokens, length)
     return token_blocks(texts, tokenizer, length, limit=limit), context

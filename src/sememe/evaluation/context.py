@@ -40,15 +40,15 @@ def base_contexts(model, context_NT: Tensor, window: int | None) -> dict[str, li
     what the compressor writes from the ids, `window` tokens at a time (None: all at once); and
     nothing."""
     length = context_NT.shape[1]
-    counts = [model.config.codes_per_concept * len(ids) for ids in model.compress(context_NT)]
+    codes = model.config.codes_per_concept
     windows = context_NT.split(window or length, 1)
     parts = [model.decompress(model.compress(ids_Nw)) for ids_Nw in windows]
     again = [sum(row, [])[-length:] for row in zip(*parts, strict=True)]
     return {
         WHOLE: [*context_NT],
         "its last tokens": [
-            text_T[max(0, length - count) :]
-            for text_T, count in zip(context_NT, counts, strict=True)
+            text_T[-codes * len(ids) :]
+            for text_T, ids in zip(context_NT, model.compress(context_NT), strict=True)
         ],
         "the decompressed text": [*map(context_NT.new_tensor, again)],
         NOTHING: [*context_NT[:, :0]],

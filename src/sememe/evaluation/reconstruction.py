@@ -112,8 +112,6 @@ def reconstruction_figures(
             is_own = rate == figures["target_rate"]
             curve.append(figures if is_own else reconstruct(model, tokenizer, ids_NT)[0])
     texts, back = (decode(tokenizer, rows[:SAMPLES]) for rows in (ids_NT, rebuilt))
-    samples = zip(texts, back, concepts, strict=False)
-    keys = ("text", "rebuilt", "concept_ids")
     return {
         "tokens": ids_NT.numel(),
         "windows": len(ids_NT),
@@ -122,7 +120,10 @@ def reconstruction_figures(
         **figures,
         "shuffled": mixed,
         "curve": curve,
-        "samples": [dict(zip(keys, sample, strict=True)) for sample in samples],
+        "samples": [
+            {"text": text, "rebuilt": again, "concept_ids": ids}
+            for text, again, ids in zip(texts, back, concepts, strict=False)
+        ],
     }
 
 

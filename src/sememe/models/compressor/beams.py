@@ -31,7 +31,8 @@ def beam_search(
     rank_n = torch.zeros_like(row_n)  # among the beams of its row, the best first
     sum_n = torch.zeros(len(row_n), device=row_n.device)
     text_nS = torch.full((len(row_n), 1), first, device=row_n.device)
-    for step in range(int(total_B.max())):
+    totals = total_B.tolist()
+    for step in range(max(totals, default=0)):
         score_nV = score(row_n, text_nS, parent_n)
         # A row that has ended goes on in one way, with its best beam, at no cost.
         ended_n = total_B[row_n] <= step
@@ -39,7 +40,7 @@ def beam_search(
         score_nV[ended_n & (rank_n == 0), 0] = 0.0
         sum_nk, token_nk = (sum_n[:, None] + score_nV).topk(min(width, score_nV.shape[1]))
         ways = sum_nk.shape[1]
-        sum_BWk = sum_nk.new_full((len(total_B), width, ways), -torch.inf)
+        sum_BWk = sum_nk.new_full((len(totals), width, ways), -torch.inf)
         sum_BWk[row_n, rank_n] = sum_nk
         sum_BW, way_BW = sum_BWk.flatten(1).topk(width)
         # Clamped, so that with any margin what is no beam at all is below it.
@@ -49,5 +50,5 @@ def beam_search(
         parent_n = torch.searchsorted(row_n, kept_n) + way_n // ways
         row_n, token_n = kept_n, token_nk[parent_n, way_n % ways]
         text_nS = torch.cat([text_nS[parent_n], token_n[:, None]], 1)
-    best = zip(text_nS[rank_n == 0, 1:].tolist(), total_B.tolist(), strict=True)
+    best = zip(text_nS[rank_n == 0, 1:].tolist(), totals, strict=True)
     return [text[:total] for text, total in best]

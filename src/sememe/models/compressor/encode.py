@@ -113,18 +113,17 @@ def step_by_step(model, text: Chunk, draws: bool) -> tuple[Tensor, Slots]:
         valid_BK = F.pad(valid_BK, (0, 1), value=True)
         h_B1D = read_entries(model, x_B1D, position_BK, valid_BK, cache)
         state_BD = F.normalize(h_B1D[:, 0], dim=-1)
-        left_B = (total_B + 1 - cursor_B).clamp(min=0)
-        # A row that has ended covers one more token, which nobody reads.
-        rest_B = left_B.clamp(min=1)
+        # A row that has ended goes on with segments of one token, which nobody reads.
+        rest_B = (total_B + 1 - cursor_B).clamp(min=0)
         with torch.autocast(state_BD.device.type, enabled=False):
             log_p_BN = lengths(state_BD)
             if draws:
                 length_B = lengths.draw(log_p_BN, rest_B, model.generator)
             else:
                 length_B = lengths.choose(log_p_BN, rest_B, total_B, len(steps), rate, tilt)
-            steps.append((cursor_B, left_B, length_B, code_BD, state_BD))
+            steps.append((cursor_B, rest_B, length_B, code_BD, state_BD))
             code_BD = segment_code(model, text, news_BSD, cursor_B, length_B, state_BD)
-        cursor_B = torch.where(left_B > 0, cursor_B + length_B, cursor_B)
+        cursor_B = cursor_B + length_B
     return news_BSD, Slots(*(torch.stack(x, 1) for x in zip(*steps, strict=True)))
 
 

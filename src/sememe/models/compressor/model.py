@@ -11,7 +11,6 @@ when the next one is due. To go on from a text instead of writing it, the concep
 new words, each at the position that the rate gives it. Suffixes as in `concepts`; S = 1 + T counts
 the BOS."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -91,6 +90,7 @@ class CompressorForCausalLM(AdaptedModel):
         super().__init__(config, backbone)
         config.check()
         width, lengths = config.text_config.hidden_size, config.max_tail + 1
+        self.spine = Spine(self.backbone)
         self.dial = Dial(config.rate, config.quantise)
         self.generator: torch.Generator | None = None
         """Where there is one, lengths are drawn with it even when the model is not trained."""
@@ -103,14 +103,10 @@ class CompressorForCausalLM(AdaptedModel):
         self.writer = ConceptWriter(config, width, self.dial, segments, closes_last=True)
         self.next_embedding = NextEmbedding(width)
         self.segmenter = Segmenter(width, lengths, config.rate) if boundary.offline else None
-        self.decompressor = Decompressor(width, lengths, segments)
+        self.decompressor = Decompressor(self.spine, width, lengths, segments)
         # Codes that spell bins of segments with fixed ends do not depend on the base's states.
         self.reads_states = bins is None or boundary.scored or boundary.offline
         self.finish()
-
-    @property
-    def spine(self) -> Spine:
-        return Spine(self.backbone)
 
     def add_adapters(self) -> None:
         if self.reads_states:
@@ -132,14 +128,11 @@ class CompressorForCausalLM(AdaptedModel):
         return Encoded(text, decision, slots, e_BCD, ids_BC)
 
     @torch.no_grad()
-    def compress(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
-        """The concept ids of each row, each below K^G; padding is on the right."""
-        mask_BT = torch.ones_like(ids_BT) if attention_mask is None else attention_mask
-        parts = zip(
-            *(x.to(self.device).split(ROWS_AT_ONCE) for x in (ids_BT, mask_BT)), strict=True
-        )
+    def compress(self, ids_BT: Tensor) -> list[list[int]]:
+        """The concept ids of each row, each below K^G."""
         concepts = []
-        for encoded in itertools.starmap(self.encode, batches("compress", [*parts])):
+        for part_BT in batches("compress", ids_BT.split(ROWS_AT_ONCE)):
+            encoded = self.encode(part_BT.to(self.device))
             rows = zip(encoded.ids_BC, encoded.coded_BC, strict=True)
             concepts += [ids_C[coded_C].tolist() for ids_C, coded_C in rows]
         return concepts
@@ -174,8 +167,8 @@ class CompressorForCausalLM(AdaptedModel):
         self.refuse_unknown(kwargs)
         encoded = self.encode(input_ids, attention_mask, ablation)
         covering = self.covering(encoded)
-        h_BSD = self.decompressor.states(self.spine, encoded.text.ids_BT, *covering)
-        logits_BSV = self.decompressor.logits(self.spine, h_BSD, *covering)
+        h_BSD = self.decompressor.states(encoded.text, *covering)
+        logits_BSV = self.decompressor.logits(h_BSD, *covering)
         valid_BC = encoded.decision.pack.valid_BC
         ids_BS = torch.full_like(encoded.text.ids_BT, NULL).masked_scatter(
             encoded.decision.written_BT, encoded.ids_BC[valid_BC]
@@ -223,24 +216,22 @@ class CompressorForCausalLM(AdaptedModel):
                 "them. try: the model that compressed the text"
             )
         beams = beams or self.config.beams
+        # The empty row is for no rows at all.
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in (*concepts, [])]
+        ids_NC = pad_sequence(rows, batch_first=True, padding_value=-1)[:-1]
         # Rows of about one length go together.
-        order = sorted(range(len(concepts)), key=lambda n: len(concepts[n]))
-        size = max(1, BEAMS_AT_ONCE // beams)
-        parts = [order[i : i + size] for i in range(0, len(order), size)]
-        texts: dict[int, list[int]] = {}
-        for part in batches("decompress", parts):
-            rows = [torch.tensor(concepts[n], dtype=torch.long) for n in part]
-            ids_BC = pad_sequence(rows, batch_first=True, padding_value=-1).to(self.device)
+        order_N = (ids_NC >= 0).sum(1).argsort()
+        texts = []
+        for part_B in batches("decompress", order_N.split(max(1, BEAMS_AT_ONCE // beams))):
+            ids_BC = ids_NC[part_B].to(self.device)
             x_BCD = self.writer.codes.normalise(self.writer.codes(ids_BC.clamp(min=0)))
-            written = self.decompressor.write(self.spine, x_BCD, ids_BC >= 0, self.bos, beams)
-            texts |= zip(part, written, strict=True)
-        return [texts[n] for n in range(len(concepts))]
+            texts += self.decompressor.write(x_BCD, ids_BC >= 0, self.bos, beams)
+        return [texts[n] for n in order_N.argsort()]
 
     def continuation_logits(self, encoded: Encoded, ids_BT: Tensor) -> Tensor:
         """(B, T, V) logits of each of the (B, T) tokens, given those before it and the concepts of
         what came before them."""
         return self.decompressor.continuation_logits(
-            self.spine,
             F.pad(ids_BT, (1, 0), value=self.bos),
             # Without the BOS, concept 0.
             self.writer.codes.normalise(encoded.e_BCD[:, 1:]),

@@ -60,7 +60,7 @@ def start_frame(model, ids_NT: Tensor, rate: float | None = None) -> dict[str, f
     model.decompressor.start(float(embed_nD.square().mean().sqrt()))
     if model.reads_states:
         h_NSD = torch.cat([read_text(model, part) for part in texts(model, ids_NT)])
-        shares["foretold"] = model.next_embedding.start(h_NSD[:, :-1].flatten(0, 1), embed_nD)
+        shares = model.next_embedding.start(h_NSD[:, :-1].flatten(0, 1), embed_nD)
         news_NSD = model.next_embedding.news(news_NSD, h_NSD)
     return shares | model.writer.start_frame(news_NSD, boundary_targets(model, text.ids_BT))
 
@@ -121,7 +121,7 @@ def spell_bins(writer) -> dict[str, float]:
 
 def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
     """The weight of votes with which the untrained model writes a little text best."""
-    decompressor, spine = model.decompressor, model.spine
+    decompressor = model.decompressor
     embed_VD, out_VD = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     map_DD, unit = torch.eye(embed_VD.shape[1]), 1.0
     if decompressor.segments.bins is None:
@@ -131,11 +131,11 @@ def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
     decompressor.vote.weight.copy_(map_DD)
     encoded = model.encode(ids_BT)
     covering = model.covering(encoded)
-    h_BSD = decompressor.states(spine, encoded.text.ids_BT, *covering)
+    h_BSD = decompressor.states(encoded.text, *covering)
     nll = {}
     for weight in VOTES:
         decompressor.gain.fill_(weight * unit)
-        logits_BSV = decompressor.logits(spine, h_BSD, *covering)
+        logits_BSV = decompressor.logits(h_BSD, *covering)
         nll[weight] = float(cross_entropy(logits_BSV[:, :-1], ids_BT).mean())
     best = min(nll, key=nll.get)
     decompressor.gain.fill_(best * unit)
