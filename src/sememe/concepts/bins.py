@@ -29,8 +29,8 @@ def rotate(x: Tensor, position: Tensor) -> Tensor:
     """(…, D) states and (…,) positions → the same, rotated in D / 2 planes by the position times
     the angle of each. Minus the position rotates back."""
     a, b = x.chunk(2, -1)
-    turn_P = (torch.arange(1, a.shape[-1] + 1, device=x.device) * GOLDEN % 1).to(x.dtype)
-    angle = torch.pi * turn_P * position.unsqueeze(-1)
+    share_P = (torch.arange(1, a.shape[-1] + 1, device=x.device) * GOLDEN % 1).to(x.dtype)
+    angle = torch.pi * share_P * position.unsqueeze(-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 

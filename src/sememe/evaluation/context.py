@@ -1,6 +1,7 @@
 """What a compressed context is worth: perplexity of the tokens after it, beside the whole context,
 as many tokens of it as there are ids, and none; and online vs offline."""
 
+import itertools
 import math
 
 import torch
@@ -17,15 +18,15 @@ CODES, WHOLE, NOTHING = "its codes", "whole context", "nothing"
 BY_MODEL = (CODES, "codes shuffled", WHOLE, NOTHING)
 
 
-def model_nll(model, ids_NT: Tensor, context: int, given: str) -> tuple[Tensor, Tensor]:
+def model_nll(model, ids_NT: Tensor, context: int, source: str) -> tuple[Tensor, Tensor]:
     """(N, n) NLL of the tokens after `context` by a compressor that reads one of `BY_MODEL`, and
     (N,) how many ids or tokens that is."""
-    coded = context if "codes" in given else 0
-    first = 0 if given == WHOLE else context
+    coded = context if "codes" in source else 0
+    first = 0 if source == WHOLE else context
 
     def nll(ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         ids_BT = ids_BT.to(model.device)
-        ablation = "shuffle" if "shuffled" in given else None
+        ablation = "shuffle" if "shuffled" in source else None
         encoded = model.encode(ids_BT[:, :coded], ablation=ablation)
         logits_BTV = model.continuation_logits(encoded, ids_BT[:, first:])
         length_B = context - first + model.config.codes_per_concept * encoded.coded_BC.sum(1)
@@ -43,7 +44,7 @@ def base_contexts(model, context_NT: Tensor, window: int | None) -> dict[str, li
     codes = model.config.codes_per_concept
     windows = context_NT.split(window or length, 1)
     parts = [model.decompress(model.compress(ids_Nw)) for ids_Nw in windows]
-    again = [sum(row, [])[-length:] for row in zip(*parts, strict=True)]
+    again = [[*itertools.chain(*row)][-length:] for row in zip(*parts, strict=True)]
     return {
         WHOLE: [*context_NT],
         "its last tokens": [
@@ -55,12 +56,12 @@ def base_contexts(model, context_NT: Tensor, window: int | None) -> dict[str, li
     }
 
 
-def line(reader: str, given: str, length: float, nll: float, whole: float) -> Figures:
+def line(reader: str, source: str, length: float, nll: float, whole: float) -> Figures:
     """A line of the comparison. `percent_over_whole` is what perplexity is above that of the base
     with the whole context."""
     return {
         "reader": reader,
-        "given": given,
+        "given": source,
         "length": length,
         "nll": nll,
         "perplexity": math.exp(nll),
@@ -73,13 +74,13 @@ def continuation(model, base, ids_NT: Tensor, context: int, window: int | None =
     same tokens in every line."""
     next_Nn = ids_NT[:, context:]
     lines = {}
-    for given, texts in base_contexts(model, ids_NT[:, :context], window).items():
+    for source, texts in base_contexts(model, ids_NT[:, :context], window).items():
         rows = [torch.cat(pair)[None] for pair in zip(texts, next_Nn, strict=True)]
         nll = [base_nll(base, model.bos, ids_1T)[:, -next_Nn.shape[1] :] for ids_1T in rows]
-        lines["base", given] = sum(map(len, texts)) / len(texts), float(torch.cat(nll).mean())
-    for given in BY_MODEL:
-        nll_Nn, length_N = model_nll(model, ids_NT, context, given)
-        lines["model", given] = float(length_N.double().mean()), float(nll_Nn.mean())
+        lines["base", source] = sum(map(len, texts)) / len(texts), float(torch.cat(nll).mean())
+    for source in BY_MODEL:
+        nll_Nn, length_N = model_nll(model, ids_NT, context, source)
+        lines["model", source] = float(length_N.double().mean()), float(nll_Nn.mean())
     whole, ids = lines["base", WHOLE][1], lines["model", CODES][0]
     return {
         "context": context,

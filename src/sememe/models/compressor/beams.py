@@ -45,10 +45,10 @@ def beam_search(
         sum_BW, way_BW = sum_BWk.flatten(1).topk(width)
         # Clamped, so that with any margin what is no beam at all is below it.
         keep_BW = sum_BW >= (sum_BW[:, :1] - margin).clamp(min=torch.finfo(sum_BW.dtype).min)
-        kept_n, rank_n = keep_BW.nonzero(as_tuple=True)
+        new_row_n, rank_n = keep_BW.nonzero(as_tuple=True)
         sum_n, way_n = sum_BW[keep_BW], way_BW[keep_BW]
-        parent_n = torch.searchsorted(row_n, kept_n) + way_n // ways
-        row_n, token_n = kept_n, token_nk[parent_n, way_n % ways]
+        parent_n = torch.searchsorted(row_n, new_row_n) + way_n // ways
+        row_n, token_n = new_row_n, token_nk[parent_n, way_n % ways]
         text_nS = torch.cat([text_nS[parent_n], token_n[:, None]], 1)
     best = zip(text_nS[rank_n == 0, 1:].tolist(), totals, strict=True)
     return [text[:total] for text, total in best]
