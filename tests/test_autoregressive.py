@@ -62,15 +62,6 @@ def test_slot_by_slot_is_all_at_once(family, attention, changes):
     torch.testing.assert_close(x, x_again, atol=1e-4, rtol=1e-4)
 
 
-def test_a_row_is_covered_once():
-    model, lengths = segmented(codes_per_concept=2), [1, 7, 13, 20, 0]
-    encoded = model.encode(*ragged(lengths))
-    real_BC = encoded.slots.rest_BC > 0
-    assert (encoded.slots.length_BC * real_BC).sum(1).tolist() == lengths
-    want = [max(1, round(0.5 * length)) if length else 0 for length in lengths]
-    assert real_BC.sum(1).tolist() == encoded.coded_BC.sum(1).tolist() == want
-
-
 def test_codes_depend_on_what_is_to_come_and_slots_on_earlier_ones_only():
     model, ids = segmented(), text(8, 20)
     changed = ids.clone()
@@ -165,17 +156,12 @@ def learned(penalty: float, nats, rate: float | None = None, steps: int = 150) -
     return float((lengths(x).exp() @ torch.arange(1.0, 11)).mean())
 
 
-def test_lengths_go_where_tokens_are_cheap():
-    assert learned(0.0, lambda n: torch.where(n > 4, 0.0, n)) > 5
-    assert learned(0.0, lambda n: torch.where(n > 4, n, 0.0)) < 4
-
-
-def test_a_penalty_makes_segments_longer_and_holds_the_rate():
+def test_lengths_go_where_tokens_are_cheap_and_a_penalty_holds_the_rate():
     def convex(n):
         return 0.1 * n.square()  # the best length is √(penalty / 0.1)
 
-    short, long = learned(0.4, convex), learned(4.0, convex)
-    assert 1.5 < short < 3 and 5 < long < 7.5
+    assert learned(0.0, lambda n: torch.where(n > 4, 0.0, n)) > 5
+    assert 1.5 < learned(0.4, convex) < 3 and 5 < learned(4.0, convex) < 7.5
     assert abs(learned(0.0, convex, rate=0.2, steps=400) - 5) < 0.5
 
 
@@ -190,14 +176,16 @@ def test_lengths_that_reach_the_end_are_one():
 
 @pytest.mark.parametrize("requested", [0.25, 0.5])
 @pytest.mark.parametrize("trained", [0.25, 0.5])
-def test_the_rate_is_realised(trained, requested):
-    """Free running, at the rate that lengths are for and at another one, texts of 48 tokens."""
-    model, ids = segmented(rate=trained, max_tail=16), text(24, 48, seed=9)
+def test_every_token_is_covered_once_and_the_rate_is_realised(trained, requested):
+    """Free running, at the rate that lengths are for and at another one."""
+    model, lengths = segmented(rate=trained, max_tail=16), [1, 7, 13, 20, 0, *[48] * 24]
     with torch.no_grad(), model.dial.at(rate=requested):
-        written = model(ids).concept_ids >= 0
-        again = model(ids).concept_ids >= 0
-    assert torch.equal(written, again), "nothing is drawn in use"
-    assert [int(row.sum()) for row in written] == [48 * requested] * 24
-    halves = written[:, :24].float().mean(1)
+        encoded, again = (model.encode(*ragged(lengths, 48)) for _ in range(2))
+    assert torch.equal(encoded.ids_BC, again.ids_BC), "nothing is drawn in use"
+    real_BC = encoded.slots.rest_BC > 0
+    assert (encoded.slots.length_BC * real_BC).sum(1).tolist() == lengths
+    want = [max(1, round(requested * length)) if length else 0 for length in lengths]
+    assert real_BC.sum(1).tolist() == encoded.coded_BC.sum(1).tolist() == want
+    halves = encoded.decision.written_BT[5:, 1:25].float().mean(1)
     assert len(set(halves.tolist())) > 1, "spent on the way as it likes"
     assert abs(float(halves.mean()) / requested - 1) < 0.2

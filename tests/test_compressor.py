@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ctrl_c, metrics, run, sememe
 from families import FAMILIES, move, text, tiny_base
-from sememe.backbone.split import Spine
 from sememe.errors import CheckpointError, Interrupted, RecipeError
 from sememe.models import CompressorConfig, CompressorForCausalLM
+from sememe.models.compressor.encode import embed_text
 from sememe.models.compressor.model import NULL
 
 ONLINE = ("fixed", "null", "threshold", "entropy", "surprise")
@@ -48,16 +48,17 @@ def ragged(lengths=(1, 7, 20), longest: int = 20) -> tuple[torch.Tensor, torch.T
 
 def uncached(model: CompressorForCausalLM, ids: list[int]) -> list[int]:
     """The specification of `decompress`, one row, greedy: everything again for every token."""
-    decompressor, spine = model.decompressor, Spine(model.backbone)
+    decompressor = model.decompressor
     x_CD = model.writer.codes.normalise(model.writer.codes(torch.tensor(ids)))
     words, ranks, offsets, rank, offset = [model.bos], [], [], 0, 0
     while rank < len(ids):
         ranks.append(rank)
         offsets.append(offset)
         # One more word, of which nothing is read.
-        padded, offset_1S = torch.tensor([[*words, 0]]), torch.tensor([[*offsets, 0]])
-        h = decompressor.states(spine, padded, x_CD[[*ranks, rank]][None], offset_1S)[:, -2]
-        logits = decompressor.logits(spine, h, x_CD[[rank]], torch.tensor([offset]))
+        padded = embed_text(model, torch.tensor([[*words, 0]])[:, 1:])
+        offset_1S = torch.tensor([[*offsets, 0]])
+        h = decompressor.states(padded, x_CD[[*ranks, rank]][None], offset_1S)[:, -2]
+        logits = decompressor.logits(h, x_CD[[rank]], torch.tensor([offset]))
         words.append(int(logits.argmax()))
         ends = offset + 1 >= int(decompressor.segments.length(x_CD[rank]))
         rank, offset = rank + ends, 0 if ends else offset + 1
@@ -78,14 +79,19 @@ def test_decompressing_with_a_cache_is_decompressing_without(family, boundary):
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_a_row_is_what_it_is_alone(boundary):
+def test_a_row_is_what_it_is_alone_and_its_tokens_are_covered_in_order(boundary):
     model = tiny_compressor(boundary=boundary)
     padded, mask = ragged()
-    together = model.compress(padded, mask)
+    with torch.no_grad():
+        encoded = model.encode(padded, mask)
+    coded = zip(encoded.ids_BC, encoded.coded_BC, strict=True)
+    together = [ids[real].tolist() for ids, real in coded]
     rows = [ids[None, : int(real.sum())] for ids, real in zip(padded, mask, strict=True)]
     assert together == [model.compress(row)[0] for row in rows]
     alone = [model.decompress([ids])[0] for ids in together]
     assert model.decompress([[], *together, []]) == [[], *alone, []]
+    with pytest.raises(CheckpointError, match="concept id 16: need ids from 0 to 15"):
+        model.decompress([[3, 16]])
     with torch.no_grad():
         out = model(padded, attention_mask=mask, labels=padded)
         alone = model(rows[1])
@@ -94,30 +100,21 @@ def test_a_row_is_what_it_is_alone(boundary):
     torch.testing.assert_close(out.logits[1, :6], alone.logits[0, :6], atol=1e-5, rtol=1e-5)
     assert torch.isfinite(out.loss)
 
-
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_every_token_is_in_a_segment_and_the_last_one_ends_one(boundary):
-    model = tiny_compressor(boundary=boundary, rate=0.3)
-    encoded = model.encode(text(4, 23))
+    # Every token is in a segment, and the last one of a row ends one.
     written_BS = encoded.decision.written_BT
-    assert written_BS[:, -1].all()
-    next_BT2 = torch.stack([encoded.rank_BS, encoded.offset_BS], -1)[:, :-1]
-    for written, next_T2 in zip(written_BS, next_BT2.tolist(), strict=True):
+    next_BS2 = torch.stack([encoded.rank_BS, encoded.offset_BS], -1)
+    for row, length in enumerate(mask.sum(1).tolist()):
         want, concept, at = [], 1, 0
-        for wrote in written[1:].tolist():
+        for wrote in written_BS[row, 1 : 1 + length].tolist():
             want.append([concept, at])
             concept, at = (concept + 1, 0) if wrote else (concept, at + 1)
-        assert next_T2 == want
-
-
-@pytest.mark.parametrize("boundary", ONLINE)
-def test_concepts_are_written_online(boundary):
-    model, ids = tiny_compressor(boundary=boundary), text(1, 20)
-    changed = ids.clone()
-    changed[0, 12] = (ids[0, 12] + 1) % 97
-    with torch.no_grad():
-        a, b = model(ids).concept_ids, model(changed).concept_ids
-    assert torch.equal(a[:, :12], b[:, :12])
+        assert next_BS2[row, :length].tolist() == want and at == 0
+    if boundary in ONLINE:  # concepts are written before what follows is read
+        changed = padded.clone()
+        changed[2, 12] = (padded[2, 12] + 1) % 97
+        with torch.no_grad():
+            other = model(changed, attention_mask=mask)
+        assert torch.equal(out.concept_ids[2, :12], other.concept_ids[2, :12])
 
 
 def test_the_decompressor_sees_the_text_through_the_concepts_alone():
@@ -181,7 +178,7 @@ def test_continuation_reads_concepts_and_the_words_before():
         changed[:, 12] = (ids[:, 12] + 1) % 97
         other = model.continuation_logits(encoded, changed[:, 8:])
         alone = [model.continuation_logits(model.encode(x[:, :8]), x[:, 8:]) for x in ids.split(1)]
-        nothing = model.continuation_logits(None, ids[:, 8:])
+        nothing = model.continuation_logits(model.encode(ids[:, :0]), ids[:, 8:])
     assert logits.shape == (3, 8, 97) and torch.equal(logits[:, :5], other[:, :5])
     assert not torch.equal(logits[:, 5], other[:, 5])
     # 1e-5 seen 2e-6: rows with fewer concepts are padded, and sums go another way
@@ -268,13 +265,6 @@ def test_training_resumes_where_it_stopped(recipe_values, tmp_path, changes):
 def test_what_cannot_be_trained_is_one_sentence(recipe_values, tmp_path, changes, message):
     with pytest.raises(RecipeError, match=message):
         run(compressor_recipe(recipe_values, **changes), tmp_path / "run")
-
-
-def test_ids_that_no_code_stands_for_are_refused():
-    model = tiny_compressor()
-    with pytest.raises(CheckpointError, match="concept id 16: need ids from 0 to 15"):
-        model.decompress([[3, 16]])
-    assert model.decompress([]) == [] and model.decompress([[]]) == [[]]
 
 
 def test_commands_for_language_models_say_what_a_compressor_is(recipe_values, texts, tmp_path):

@@ -141,9 +141,6 @@ Signals = Annotated[
         "linear probes fitted on N training pairs.",
     ),
 ]
-Questions = Annotated[
-    str | None, Option(metavar="FILE.jsonl", help="Lines of context, question, answers.")
-]
 Online = Annotated[
     str | None,
     Option(

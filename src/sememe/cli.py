@@ -312,7 +312,6 @@ def reconstruct(
     data: arguments.Data = None,
     tokens: arguments.Tokens = 4096,
     rate: arguments.Rates = None,
-    questions: arguments.Questions = None,
     online: arguments.Online = None,
     beams: arguments.Beams = None,
 ):
@@ -321,9 +320,7 @@ def reconstruct(
     Example: `sememe reconstruct runs/compressor --data data/heldout.txt --rate 0.25,0.33,0.5`"""
     from sememe import measure
 
-    options = measure.Options(
-        tokens=tokens, rate=rate, questions=questions, online=online, beams=beams
-    )
+    options = measure.Options(tokens=tokens, rate=rate, online=online, beams=beams)
     result = measure.reconstruct(model, data or measure.heldout_of(model), options)
     yield result
     show_figures(result, model)

@@ -1,14 +1,13 @@
 """Texts ⇄ concept ids with a compressor, in memory and as files of JSON (docs/formats.md,
 codes.json)."""
 
-import contextlib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +29,8 @@ from sememe.models.loading import (
     tokenizer_folder,
 )
 from sememe.paths import usable
-from sememe.progress import bar
 
-BATCH = 16  # windows
+tokens_of = attrgetter("tokens")
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
 
 
@@ -102,85 +100,41 @@ class Codes(Part):
         """Of all documents, in order."""
         return [window for document in self.documents for window in document.windows]
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: Path) -> None:
         """Writes the file, whole or not at all; a window a line, to be read and compared."""
         text = self.model_dump_json().replace('{"span"', '\n{"span"') + "\n"
-        storage.write(Path(path), text.encode())
+        storage.write(path, text.encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Codes":
         """Reads and checks a file. Raises CodesError where it is not one that `save` wrote."""
         try:
             return cls.model_validate_json(usable(path).read_bytes())
-        except OSError as error:
-            reason = error.strerror
         except ValidationError as error:
-            fault = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, fault["loc"]))
-            reason = f"{place} {fault['msg'].removeprefix('Value error, ')}".strip()
-        raise CodesError(
-            f"{path} cannot be read ({reason}): need a file as sememe compress wrote it. try: "
-            "copy it again, or sememe compress again"
-        )
+            fault = error.errors()[0]
+            raise CodesError(
+                f"{path} cannot be read ({'.'.join(map(str, fault['loc']))} {fault['msg']}): need "
+                "a file as sememe compress wrote it. try: copy it again, or sememe compress again"
+            ) from error
 
 
 # ---- texts → codes → texts ----
 
 
-@dataclass
-class Codec:
-    """A compressor in eval mode, its tokenizer, and how files name it."""
-
-    model: CompressorForCausalLM
-    tokenizer: Any
-    writer: Writer
-
-    def compress(self, texts: list[str], window: int | None = None) -> Codes:
-        """Only windows of one length are a batch: nothing is padded, and what a window becomes does
-        not depend on its neighbours."""
-        config = self.model.config
-        window = trained_window(config) if window is None else window
-        check_length(longest_text(config), window, "window=")
-        encodings = encoder(self.tokenizer)([check_text(text, "a text") for text in texts])
-        cuts = [
-            list(token_windows(encoding, len(text), window))
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
-        rows = [torch.tensor(ids) for windows in cuts for ids, _ in windows]
-        concepts = in_batches(lambda part: self.model.compress(torch.stack(part)), rows, True)
-        documents = []
-        for text, cut in zip(texts, cuts, strict=True):
-            windows = [
-                Window(span=span, tokens=len(ids), concepts=next(concepts)) for ids, span in cut
-            ]
-            documents.append(Document(characters=len(text), windows=windows))
-        return Codes(
-            model=self.writer,
-            num_concepts=config.num_concepts,
-            codes_per_concept=config.codes_per_concept,
-            rate=float(self.model.dial.rate),
-            window=window,
-            documents=documents,
-            sha256=None,
+def loaded(model: str | Path | CompressorForCausalLM) -> CompressorForCausalLM:
+    """The compressor of a folder, or one in memory. Raises CheckpointError for anything else."""
+    if isinstance(model, str | Path):
+        model, _ = load_model(model)
+    if not isinstance(model, CompressorForCausalLM):
+        raise CheckpointError(
+            f"{type(model).__name__} is no compressor: need a run of system: compressor, or its "
+            "saved model. try: sememe train RECIPE system=compressor --out runs/compressor"
         )
+    return model
 
-    def decompress(self, codes: Codes, beams: int | None) -> list[list[int]]:
-        """The token ids of each document. Raises CodesError where another model wrote the codes."""
-        theirs, ours = codes.model, self.writer
-        if (theirs.weights_sha256, theirs.base_sha256) != (ours.weights_sha256, ours.base_sha256):
-            raise CodesError(
-                f"these codes are of {theirs.name} (sha256 {theirs.weights_sha256[:12]}…), but "
-                f"{ours.name} has {ours.weights_sha256[:12]}…: need the model that wrote them. "
-                f"try: {theirs.name} as it was then"
-            )
-        rows = [window.concepts for window in codes.windows]
-        tokens = in_batches(lambda part: self.model.decompress(part, beams), rows, False)
-        return [[i for _ in document.windows for i in next(tokens)] for document in codes.documents]
 
-    def texts(self, documents: list[list[int]]) -> list[str]:
-        """The windows of a document are decoded together: a character, or a space, may take tokens
-        of two of them."""
-        return self.tokenizer.batch_decode(documents, clean_up_tokenization_spaces=False)
+def tokenizer_of(model: CompressorForCausalLM):
+    return load_tokenizer(tokenizer_folder(Path(model.config.name_or_path), model.config))
 
 
 def trained_window(config) -> int:
@@ -190,48 +144,18 @@ def trained_window(config) -> int:
     return min(values.get("sequence_length", WINDOW), longest_text(config))
 
 
-def in_batches(work: Callable[[list], list], rows: list, equal: bool) -> Iterator[list[int]]:
-    """What `work` makes of each row, largest rows first. `equal`: a batch has rows of one length
-    alone."""
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n]), reverse=True)
-    groups = [list(group) for _, group in groupby(order, lambda n: equal and len(rows[n]))]
-    batches = [group[i : i + BATCH] for group in groups for i in range(0, len(group), BATCH)]
-    results = {}
-    for numbers in bar(iterable=batches, unit="batch", leave=False):
-        results |= zip(numbers, work([rows[n] for n in numbers]), strict=True)
-    return (results[n] for n in range(len(rows)))
-
-
-@contextlib.contextmanager
-def ready(model, rate: float | None = None) -> Iterator[Codec]:
-    """A compressor in eval mode, from a folder or from memory; one in memory is left as it was.
-
-    Raises CheckpointError for anything else."""
-    name = str(model)
-    if isinstance(model, (str, Path)):
-        model, _ = load_model(model)
-    else:
-        name = model.config.name_or_path or type(model).__name__
-    if not isinstance(model, CompressorForCausalLM):
-        raise CheckpointError(
-            f"{name} is no compressor: need a run of system: compressor, or its saved model. "
-            "try: sememe train RECIPE system=compressor --out runs/compressor"
-        )
-    config = model.config
-    rate = model.dial.rate if rate is None else rate
-    check_rate(config, rate, name)
-    tokenizer = load_tokenizer(tokenizer_folder(Path(config.name_or_path), config))
+def writer_of(model: CompressorForCausalLM) -> Writer:
+    """The model as it is now."""
     digest = hashlib.sha256()
     for key, value in sorted(model.own_state().items()):
         digest.update(key.encode() + value.float().cpu().numpy().tobytes())
-    writer = Writer(
-        name=name,
+    config = model.config
+    return Writer(
+        name=config.name_or_path or type(model).__name__,
         weights_sha256=digest.hexdigest(),
         base=config.base,
         base_sha256=config.base_sha256,
     )
-    with model.dial.at(rate=rate), evaluating(model):
-        yield Codec(model, tokenizer, writer)
 
 
 def compress(
@@ -241,7 +165,8 @@ def compress(
     window: int | None = None,
     rate: float | None = None,
 ) -> Codes:
-    """The concept ids of texts, documents of any length.
+    """The concept ids of texts, documents of any length. Only windows of one length go together:
+    nothing is padded, and what a window becomes does not depend on its neighbours.
 
     Args:
         model: a run of `system: compressor`, its saved model, or such a model in memory.
@@ -250,8 +175,37 @@ def compress(
 
     Raises CheckpointError, DataError or RecipeError for a model that is no compressor, a text or
     window that does not fit, a rate that the model cannot hold."""
-    with ready(model, rate) as codec:
-        return codec.compress([texts] if isinstance(texts, str) else list(texts), window)
+    model = loaded(model)
+    config = model.config
+    rate = model.dial.rate if rate is None else rate
+    window = trained_window(config) if window is None else window
+    check_rate(config, rate, config.name_or_path)
+    check_length(longest_text(config), window, "window=")
+    texts = [check_text(x, "a text") for x in ([texts] if isinstance(texts, str) else texts)]
+    documents = []
+    for text, encoding in zip(texts, encoder(tokenizer_of(model))(texts), strict=True):
+        windows = [
+            # Its token ids stand in for its concepts, until there are some.
+            Window(span=span, tokens=len(ids), concepts=ids)
+            for ids, span in token_windows(encoding, len(text), window)
+        ]
+        documents.append(Document(characters=len(text), windows=windows))
+    by_length = sorted((x for document in documents for x in document.windows), key=tokens_of)
+    with model.dial.at(rate=rate), evaluating(model):
+        for _, group in groupby(by_length, tokens_of):
+            windows = list(group)
+            rows = model.compress(torch.tensor([x.concepts for x in windows]))
+            for x, concepts in zip(windows, rows, strict=True):
+                x.concepts = concepts
+    return Codes(
+        model=writer_of(model),
+        num_concepts=config.num_concepts,
+        codes_per_concept=config.codes_per_concept,
+        rate=float(rate),
+        window=window,
+        documents=documents,
+        sha256=None,
+    )
 
 
 def decompress(
@@ -264,8 +218,20 @@ def decompress(
     of the beam search that writes a text; default: as the model has it. Raises CodesError for a
     file that is not whole, or codes of another model."""
     codes = codes if isinstance(codes, Codes) else Codes.load(codes)
-    with ready(model) as codec:
-        return codec.texts(codec.decompress(codes, beams))
+    model = loaded(model)
+    theirs, ours = codes.model, writer_of(model)
+    if (theirs.weights_sha256, theirs.base_sha256) != (ours.weights_sha256, ours.base_sha256):
+        raise CodesError(
+            f"these codes are of {theirs.name} (sha256 {theirs.weights_sha256[:12]}…), but "
+            f"{ours.name} has {ours.weights_sha256[:12]}…: need the model that wrote them. "
+            f"try: {theirs.name} as it was then"
+        )
+    with evaluating(model):
+        parts = iter(model.decompress([window.concepts for window in codes.windows], beams))
+    # The windows of a document are decoded together: a character, or a space, may take tokens of
+    # two of them.
+    documents = [[i for _ in document.windows for i in next(parts)] for document in codes.documents]
+    return tokenizer_of(model).batch_decode(documents, clean_up_tokenization_spaces=False)
 
 
 # ---- files ----
@@ -274,15 +240,13 @@ def decompress(
 def compress_file(model: str, source: str, out: Path, rate: float | None = None) -> dict[str, Any]:
     """Compresses a text file into a new file of codes; returns its figures."""
     check_new(out)
-    with ready(model, rate) as codec:
-        texts = read_texts(source)
-        start = time.perf_counter()
-        codes = codec.compress(texts)
-        seconds = time.perf_counter() - start
+    compressor, texts = loaded(model), read_texts(source)
+    start = time.perf_counter()
+    codes = compress(compressor, texts, rate=rate)
+    seconds = time.perf_counter() - start
     codes.save(out)
-    paths = {"model": str(model), "data": str(source), "out": str(out)}
-    sizes = figures(codes)
-    return paths | {"bytes": out.stat().st_size} | sizes | speed(sizes["tokens"], seconds)
+    paths = {"model": model, "data": source, "out": str(out), "bytes": out.stat().st_size}
+    return paths | figures(codes, seconds)
 
 
 def decompress_file(
@@ -294,26 +258,17 @@ def decompress_file(
     codes = Codes.load(source)
     if out is not None:
         check_new(out)
-    with ready(model) as codec:
-        start = time.perf_counter()
-        documents = codec.decompress(codes, beams)
-        seconds = time.perf_counter() - start
-        texts = codec.texts(documents)
+    compressor = loaded(model)
+    start = time.perf_counter()
+    texts = decompress(compressor, codes, beams=beams)
+    seconds = time.perf_counter() - start
     content = "\n".join(texts)
-    if out is not None and out.suffix == ".jsonl":
-        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-        content = "".join(line + "\n" for line in lines)
     if out is not None:
+        if out.suffix == ".jsonl":
+            content = "".join(json.dumps({"text": x}, ensure_ascii=False) + "\n" for x in texts)
         storage.write(out, content.encode())
-    paths = {"model": str(model), "codes": str(source), "out": None if out is None else str(out)}
-    tokens = sum(map(len, documents))
-    sizes = {"tokens_written": tokens, "characters_written": sum(map(len, texts))}
-    return paths | figures(codes) | sizes | speed(tokens, seconds), content
-
-
-def speed(tokens: int, seconds: float) -> dict[str, float]:
-    """Of the work alone, without loading the model."""
-    return {"seconds": seconds, "tokens_per_s": tokens / seconds}
+    paths = {"model": model, "codes": str(source), "out": out and str(out)}
+    return paths | figures(codes, seconds), content
 
 
 def check_new(out: Path) -> None:
@@ -325,15 +280,15 @@ def check_new(out: Path) -> None:
     storage.check(out)
 
 
-def figures(codes: Codes) -> dict[str, Any]:
-    """Sizes of what was compressed. A concept counts as the `codes_per_concept` ids that it is."""
-    windows = codes.windows
-    tokens = sum(window.tokens for window in windows)
-    concepts = sum(len(window.concepts) for window in windows)
+def figures(codes: Codes, seconds: float) -> dict[str, Any]:
+    """Sizes of what was compressed, a concept counting as the `codes_per_concept` ids that it is,
+    and how fast the work was, without loading the model."""
+    tokens = sum(window.tokens for window in codes.windows)
+    concepts = sum(len(window.concepts) for window in codes.windows)
     ids = concepts * codes.codes_per_concept
     return {
         "documents": len(codes.documents),
-        "windows": len(windows),
+        "windows": len(codes.windows),
         "window": codes.window,
         "characters": sum(document.characters for document in codes.documents),
         "tokens": tokens,
@@ -341,4 +296,6 @@ def figures(codes: Codes) -> dict[str, Any]:
         "ids": ids,
         "compression_ratio": tokens / ids if ids else None,
         "bits_per_token": ids * math.log2(codes.num_concepts) / tokens if tokens else None,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
     }

@@ -13,13 +13,14 @@ configuration alone; which word lies in which bin is fitted to a base's predicti
 lengths, P positions, L different numbers of bins."""
 
 import math
+from collections.abc import Iterable
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 RIVALS = 64  # likeliest words that a word is compared with where it stands
-SWEEPS = 2
 # Its multiples fill the circle evenly, so that positions have little in common.
 GOLDEN = 0.6180339887498949
 
@@ -27,70 +28,60 @@ GOLDEN = 0.6180339887498949
 def rotate(x: Tensor, position: Tensor) -> Tensor:
     """(…, D) states and (…,) positions → the same, rotated in D / 2 planes by the position times
     the angle of each. Minus the position rotates back."""
-    half = x.shape[-1] // 2
-    angle_P = torch.pi * ((torch.arange(half, device=x.device) + 1) * GOLDEN % 1)
-    angle = position.unsqueeze(-1).to(x.dtype) * angle_P.to(x.dtype)
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    return torch.cat(
-        [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos(), rest], -1
-    )
+    a, b = x.chunk(2, -1)
+    share_P = (torch.arange(1, a.shape[-1] + 1, device=x.device) * GOLDEN % 1).to(x.dtype)
+    angle = torch.pi * share_P * position.unsqueeze(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-class Confusion:
-    """Collects how likely a base is to take another word for the one that stands there."""
+def confusion(
+    predictions: Iterable[tuple[Tensor, Tensor]], vocab: int
+) -> tuple[Tensor, np.ndarray]:
+    """How likely a base is to take another word for the one that stands there.
 
-    def __init__(self, vocab: int):
-        self.count_V = torch.zeros(vocab)
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    Args:
+        predictions: (n, V) log-probabilities, and the (n,) words that stood there.
 
-    def add(self, log_p_nV: Tensor, ids_n: Tensor) -> None:
-        """A base's predictions, and the (n,) words that stood there."""
-        top_nM, other_nM = log_p_nV.topk(min(RIVALS, len(self.count_V)), -1)
-        own_n1 = ids_n.unsqueeze(-1)
+    Returns (V, V), symmetric and sparse, row by row: the sum over all positions; and (V,) how often
+    each word stood there."""
+    parts, count_V = [], torch.zeros(vocab)
+    for log_p_nV, ids_n in predictions:
+        top_nM, other_nM = log_p_nV.topk(min(RIVALS, vocab), -1)
+        own_nM = ids_n.unsqueeze(-1).expand_as(other_nM)
         # The probability of the other word if only these two were left.
-        weight_nM = torch.sigmoid(top_nM - log_p_nV.gather(-1, own_n1)).float()
-        rival_nM = other_nM != own_n1
-        part = (own_n1.expand_as(other_nM), other_nM, weight_nM)
-        self.parts.append(tuple(x[rival_nM].cpu() for x in part))
-        self.count_V += ids_n.cpu().bincount(minlength=len(self.count_V))
-
-    def matrix(self) -> Tensor:
-        """(V, V) symmetric and sparse, row by row: the sum over all positions."""
-        own_m, other_m, weight_m = (torch.cat(x) for x in zip(*self.parts, strict=True))
-        both_2m = torch.stack([torch.cat([own_m, other_m]), torch.cat([other_m, own_m])])
-        size = (len(self.count_V), len(self.count_V))
-        matrix_VV = torch.sparse_coo_tensor(
-            both_2m, weight_m.repeat(2), size, check_invariants=False
-        )
-        return matrix_VV.coalesce()
+        weight_nM = torch.sigmoid(top_nM - log_p_nV.gather(-1, own_nM)).float()
+        parts.append([x[other_nM != own_nM].cpu() for x in (own_nM, other_nM, weight_nM)])
+        count_V += ids_n.cpu().bincount(minlength=vocab)
+    own_m, other_m, weight_m = (torch.cat(x) for x in zip(*parts, strict=True))
+    index_2m = torch.stack([own_m, other_m])
+    confused_VV = torch.sparse_coo_tensor(
+        torch.cat([index_2m, index_2m.flip(0)], 1), weight_m.repeat(2), (vocab, vocab)
+    )
+    return confused_VV.coalesce(), count_V.double().numpy()
 
 
-def sort_words(confused_VV: Tensor, count_V: Tensor, bins: int) -> np.ndarray:
+def sort_words(confused_VV: Tensor, count_V: np.ndarray, bins: int) -> np.ndarray:
     """(V,) a bin for each word: the commonest first, each where its rivals weigh least, and a
     second time when all rivals have theirs. Words without rivals fill the bins that are used
     least."""
-    row_m, other = confused_VV.indices().numpy()
-    weight = confused_VV.values().numpy()
+    row_m, other_m = confused_VV.indices().numpy()
+    weight_m = confused_VV.values().numpy()
     start = np.searchsorted(row_m, np.arange(len(count_V) + 1))
-    frequency_V = count_V.double().numpy() + 0.01
+    frequency_V = count_V + 0.01
     # Use decides only between bins without rivals.
     small = 1e-6 / max(1.0, frequency_V.sum())
-    bin_V = np.full(len(frequency_V), -1)
-    use = np.zeros(bins)
-    for sweep in range(SWEEPS):
-        for word in np.argsort(-frequency_V, kind="stable"):
-            rivals = slice(start[word], start[word + 1])
-            if sweep and rivals.start == rivals.stop:
-                continue
-            if sweep:
-                use[bin_V[word]] -= frequency_V[word]
-            near = bin_V[other[rivals]]
-            sorted_already = near >= 0
-            cost = small * use
-            cost += np.bincount(near[sorted_already], weight[rivals][sorted_already], bins)
-            bin_V[word] = cost.argmin()
-            use[bin_V[word]] += frequency_V[word]
-    return bin_V
+    # Bin 0 is of words that are not sorted yet.
+    bin_V = np.zeros(len(frequency_V), int)
+    use = np.zeros(1 + bins)
+    order = np.argsort(-frequency_V, kind="stable")
+    for word in [*order, *order[start[order] < start[order + 1]]]:
+        rivals = slice(start[word], start[word + 1])
+        use[bin_V[word]] -= frequency_V[word]
+        cost = small * use + np.bincount(bin_V[other_m[rivals]], weight_m[rivals], 1 + bins)
+        bin_V[word] = 1 + cost[1:].argmin()
+        use[bin_V[word]] += frequency_V[word]
+    return bin_V - 1
 
 
 def codes_by_length(codes: int, lengths: int, rate: float, even: bool) -> list[int]:
@@ -99,7 +90,6 @@ def codes_by_length(codes: int, lengths: int, rate: float, even: bool) -> list[i
     rate that is changed after training."""
     n = np.arange(1, lengths + 1)
     share = np.clip(1 - np.abs(n - 1 / rate), 0, 1) if even else n * rate * (1 - rate) ** (n - 1)
-    share = share if share.sum() > 0 else np.ones(lengths)
     floor = max(1, codes // max(64, 2 * lengths))
     return [floor + int((codes - lengths * floor) * x) for x in share / share.sum()]
 
@@ -128,16 +118,13 @@ class WordBins(nn.Module):
         self.layout: list[list[tuple[int, int]]] = []
         for length, count in enumerate(self.counts, 1):
             stage_P = [min(p, p * stages // length) for p in range(length)]
-            bins = [
-                b
-                for g in sorted(set(stage_P))
-                for b in bins_by_position(count, stage_P.count(g), even)
-            ]
-            self.layout.append(list(zip(bins, stage_P, strict=True)))
-        self.sizes = sorted({b for layout in self.layout for b, _ in layout if b > 1})
+            parts = [(g, len([*positions])) for g, positions in groupby(stage_P)]
+            bins = [(b, g) for g, n in parts for b in bins_by_position(count, n, even)]
+            self.layout.append(bins)
+        self.sizes = sorted({b for layout in self.layout for b, _ in layout} - {1})
         # Which way of sorting words each position uses; -1 where one bin holds all of them.
-        index = {b: i for i, b in enumerate(self.sizes)}
-        rows = [torch.tensor([index.get(b, -1) for b, _ in layout]) for layout in self.layout]
+        index = {1: -1} | {b: i for i, b in enumerate(self.sizes)}
+        rows = [torch.tensor([index[b] for b, _ in layout]) for layout in self.layout]
         size_NP = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
         self.register_buffer("size_NP", size_NP, persistent=False)
         bin_LV = torch.zeros(max(1, len(self.sizes)), vocab, dtype=torch.int32)
@@ -148,42 +135,40 @@ class WordBins(nn.Module):
         basis_DB = torch.linalg.qr(basis_DB)[0] if orthogonal else basis_DB / basis_DB.norm(dim=0)
         self.register_buffer("basis_BD", basis_DB.T.contiguous() * width**0.5)
 
-    def start(self, confusion: Confusion) -> None:
-        """Puts the words into bins."""
-        confused_VV = confusion.matrix()
+    def start(self, predictions: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Puts the words into bins, by what a base takes them for: see `confusion`."""
+        confused_VV, count_V = confusion(predictions, self.bin_LV.shape[1])
         for bin_V, bins in zip(self.bin_LV, self.sizes, strict=False):
-            bin_V.copy_(torch.from_numpy(sort_words(confused_VV, confusion.count_V, bins)))
+            bin_V.copy_(torch.from_numpy(sort_words(confused_VV, count_V, bins)))
+
+    def size(self, position: Tensor, length: Tensor) -> Tensor:
+        """Which of the `sizes` positions of segments of these lengths have; -1 for a single bin."""
+        longest = len(self.size_NP)
+        return self.size_NP[length.clamp(1, longest) - 1, position.clamp(0, longest - 1)]
 
     def forward(self, ids: Tensor, position: Tensor, length: Tensor) -> Tensor:
         """(…, D) of words at positions of segments of these lengths."""
-        size = self._size(position, length)
+        size = self.size(position, length)
         vector = self.basis_BD[self.bin_LV[size.clamp(min=0), ids].long()]
         return rotate(vector * (size >= 0).unsqueeze(-1), position)
 
     def votes(self, x: Tensor, position: Tensor, length: Tensor) -> Tensor:
         """(…, V): 1 for each word in the bin that a segment's vector (…, D), rotated back by the
         position, names; near 0 for all others."""
-        x_nD = x.flatten(0, -2)
-        size_n = self._size(position, length).flatten()
-        votes_nV = x_nD.new_zeros(len(x_nD), self.bin_LV.shape[1])
-        for size in size_n.unique().tolist():
-            if size >= 0:
-                row_m = (size_n == size).nonzero().flatten()
-                basis_bD = self.basis_BD[: self.sizes[size]].to(x_nD.dtype)
-                score_bm = basis_bD @ x_nD[row_m].T / x_nD.shape[1]
-                votes_nV[row_m] = score_bm.index_select(0, self.bin_LV[size].long()).T
-        return votes_nV.view(*x.shape[:-1], -1)
-
-    def _size(self, position: Tensor, length: Tensor) -> Tensor:
-        longest = len(self.size_NP)
-        return self.size_NP[length.clamp(1, longest) - 1, position.clamp(0, longest - 1)]
+        size = self.size(position, length)
+        votes = x.new_zeros(*size.shape, self.bin_LV.shape[1])
+        for i, bins in enumerate(self.sizes):
+            here = size == i
+            score_mb = x[here] @ self.basis_BD[:bins].to(x.dtype).T / x.shape[-1]
+            votes[here] = score_mb.index_select(1, self.bin_LV[i])
+        return votes
 
     def codes(self, stage: int, length: int) -> Tensor:
         """(n, D) all segments of that length that a stage distinguishes, without what the other
         stages say."""
-        total_nD = torch.zeros(1, self.basis_BD.shape[1], device=self.basis_BD.device)
+        total_nD = torch.zeros_like(self.basis_BD[:1])
         for p, (b, g) in enumerate(self.layout[length - 1]):
             if g == stage and b > 1:
-                vector_bD = rotate(self.basis_BD[:b], torch.tensor(p, device=total_nD.device))
+                vector_bD = rotate(self.basis_BD[:b], total_nD.new_tensor(p))
                 total_nD = (total_nD.unsqueeze(1) + vector_bD).flatten(0, 1)
         return total_nD

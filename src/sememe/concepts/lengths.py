@@ -24,14 +24,10 @@ FIRMNESS = 1.0  # twice the nats that one concept too early or too late costs, o
 
 def bisect(increasing: Callable[[float], float], target: float) -> float:
     """Where a function of [-20, 20] reaches `target`."""
-    low, high = -20.0, 20.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        if increasing(middle) < target:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    middle = 0.0
+    for step in range(50):
+        middle += (10 if increasing(middle) < target else -10) / 2**step
+    return middle
 
 
 def covering(score: Tensor, rest: Tensor) -> Tensor:
@@ -113,10 +109,8 @@ class Lengths(nn.Module):
         score_BN = log_p_BN + tilt * n_N - 0.5 * FIRMNESS * debt_BN.square()
         # The concepts that are left must be able to cover the tokens that are left, with at least
         # one each.
-        impossible_BN = (tokens_left_BN < concepts_left_B1) | (
-            tokens_left_BN > longest * concepts_left_B1
-        )
-        return score_BN.masked_fill(impossible_BN, -torch.inf).argmax(-1) + 1
+        possible_BN = tokens_left_BN.clamp(concepts_left_B1, longest * concepts_left_B1)
+        return score_BN.where(tokens_left_BN == possible_BN, -torch.inf).argmax(-1) + 1
 
     # ---- in training ----
 
@@ -142,21 +136,21 @@ class Lengths(nn.Module):
             # Nats of an average concept for a rate that is off by its own size.
             excess = self.nats / self.density.clamp(min=1e-6) * (self.density / rate - 1)
             penalty = self.penalty + DAMPING * excess
-            average = self.nats + penalty * self.density
-            gain_s = average * n_s - (nats_s + penalty)
-            gain_s = (gain_s - gain_s.mean()) / gain_s.std(unbiased=False).clamp(min=1e-6)
+            gain_s = (self.nats + penalty * self.density) * n_s - nats_s - penalty
+            gain_s = F.layer_norm(gain_s, gain_s.shape, eps=1e-12)
             self.penalty += STEP * excess
-        log_p_s = covering(log_p_sN, rest_s).gather(-1, n_s.unsqueeze(-1) - 1).squeeze(-1)
-        entropy_s = -(log_p_sN.exp() * log_p_sN).sum(-1)
-        return -POLICY * (gain_s * log_p_s + ENTROPY * entropy_s).mean()
+        surprise_s = F.nll_loss(covering(log_p_sN, rest_s), n_s - 1, reduction="none")
+        entropy_s = torch.special.entr(log_p_sN.exp()).sum(-1)
+        return POLICY * (gain_s * surprise_s - ENTROPY * entropy_s).mean()
 
     @torch.no_grad()
     def follow(self, nats_s: Tensor, n_s: Tensor) -> None:
         """Moves the running means, by the segments of all processes."""
-        sums = torch.stack([nats_s.sum(), nats_s.new_tensor(len(n_s)), n_s.sum().to(nats_s)])
+        sums = torch.stack([nats_s, torch.ones_like(nats_s), n_s.to(nats_s)], 1).sum(0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
+        nats, density = sums[:2] / sums[2].clamp(min=1)
         self.batches += 1
         share = torch.clamp(1 / self.batches, min=MOMENTUM)
-        for mean, total in ((self.nats, sums[0]), (self.density, sums[1])):
-            mean.lerp_((total / sums[2].clamp(min=1)).to(mean), share)
+        self.nats.lerp_(nats, share)
+        self.density.lerp_(density, share)

@@ -12,45 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sememe.concepts.bins import WordBins, rotate
-from sememe.concepts.fit import explained, linear_fit
-from sememe.concepts.readout import NoAnchor
+from sememe.concepts.readout import NoAnchor, TokenAnchor
 from sememe.concepts.segments import Chunk, Packing, tail_lengths
 
 # Of a coordinate's deviation: further apart than contents, so that a code stands for one length.
 MARK = 3.0
 
 
-class NextEmbedding(nn.Module):
-    """(…, D) states → (…, D) fp32: a linear prediction of the next token's embedding, fitted by
-    least squares."""
+class NextEmbedding(TokenAnchor):
+    """A linear prediction of the next token's embedding from (…, D) states, started by least
+    squares."""
 
     def __init__(self, width: int):
-        super().__init__()
-        self.map = nn.Linear(width, width)
-        nn.init.zeros_(self.map.weight)
-        nn.init.zeros_(self.map.bias)
+        super().__init__(width)
         # Of the embeddings: one learning rate fits every base.
-        self.register_buffer("scale", torch.ones(()))
-
-    def forward(self, h: Tensor) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):
-            weight_DD, bias_D = self.map.weight.float(), self.map.bias.float()
-            return self.scale.float() * F.linear(h.float(), weight_DD, bias_D)
+        self.register_buffer("unit", torch.ones(()))
 
     def news(self, embed_BSD: Tensor, h_BSD: Tensor) -> Tensor:
         """(B, S, D) of tokens, from their embeddings and the states at them."""
-        return embed_BSD.float() - F.pad(self(h_BSD), (0, 0, 1, 0))[:, :-1]
+        with torch.autocast(h_BSD.device.type, enabled=False):
+            next_BSD = self.unit.float() * self(h_BSD)
+        return embed_BSD.float() - F.pad(next_BSD, (0, 0, 1, 0))[:, :-1]
 
-    @torch.no_grad()
-    def start(self, h_ND: Tensor, embed_ND: Tensor) -> float:
+    def start(self, h_ND: Tensor, embed_ND: Tensor) -> dict[str, float]:
         """Fits (N, D) embeddings to the states before them. Returns the share of their variance
         explained."""
-        self.scale.copy_(embed_ND.float().square().mean().sqrt())
-        embed_ND = embed_ND / self.scale
-        weight_DD, bias_D, residual_ND = linear_fit(h_ND, embed_ND)
-        self.map.weight.copy_(weight_DD.T)
-        self.map.bias.copy_(bias_D)
-        return explained(residual_ND, embed_ND)
+        self.unit.copy_(embed_ND.square().mean().sqrt())
+        (share,) = super().start(h_ND, embed_ND / self.unit).values()
+        return {"foretold": share}
 
 
 class SegmentSum(nn.Module):
@@ -88,23 +77,17 @@ class SegmentSum(nn.Module):
         with torch.autocast(news_BTD.device.type, enabled=False):
             # Tokens of each segment, the one that ends it among them; for each token how many have
             # ended before it.
-            length_BC = pack.index_BC.diff(dim=1, prepend=pack.index_BC[:, :1] * 0 - 1)
+            length_BC = F.pad(pack.index_BC, (1, 0), value=-1).diff(dim=1)
             rank_BT = written_BT.cumsum(1) - written_BT.long()
             length_BT = length_BC.gather(1, rank_BT.clamp(max=length_BC.shape[1] - 1))
             offset_BT = F.pad(tail_lengths(written_BT, chunk.valid_BT)[:, :-1], (1, 0))
-            part_BTD = self.parts(news_BTD, chunk.ids_BT, offset_BT, length_BT, codes)
+            if self.bins is None:
+                part_BTD = rotate(news_BTD, offset_BT)
+            else:
+                part_BTD = codes.scale.float() * self.bins(chunk.ids_BT, offset_BT, length_BT)
             mean_BCD, _ = pack.pool(part_BTD, weight_BT, written_BT)
-            return self.finish(mean_BCD * length_BC.unsqueeze(-1), length_BC, codes, more_BCD)
-
-    def parts(self, news: Tensor, ids: Tensor, offset: Tensor, length: Tensor, codes) -> Tensor:
-        """(…, D) what tokens add to the states of their segments."""
-        if self.bins is None:
-            return rotate(news, offset)
-        return codes.scale.float() * self.bins(ids, offset, length)
-
-    def finish(self, total: Tensor, length: Tensor, codes, more: Tensor | float = 0.0) -> Tensor:
-        """(…, D) states from sums over segments."""
-        return codes.to_states(self.mark(codes.normalise(total) + more, length))
+            x_BCD = codes.normalise(mean_BCD * length_BC.unsqueeze(-1)) + more_BCD
+            return codes.to_states(self.mark(x_BCD, length_BC))
 
     def mark(self, x: Tensor, length: Tensor) -> Tensor:
         """(…, D) normalised states and (…,) lengths → the same with the marks of their lengths."""

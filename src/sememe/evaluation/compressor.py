@@ -4,8 +4,7 @@ codes are worth as a context."""
 from torch import Tensor
 
 from sememe.data import read_texts, token_blocks
-from sememe.errors import CheckpointError, DataError
-from sememe.evaluation.answers import answer_questions, read_questions
+from sememe.errors import CheckpointError
 from sememe.evaluation.context import continuation, online_gap
 from sememe.evaluation.inputs import refuse_trained
 from sememe.evaluation.reconstruction import lossless, reconstruction_figures
@@ -13,59 +12,44 @@ from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.models.loading import check_rate, longest_text
 
-CONTEXTS = tuple(2**power for power in range(9, 0, -1))  # tokens that a text goes on from
+CONTEXT = 512  # tokens that a text goes on from, at most
 NEXT = 128  # tokens after them, at most
 
 
 def evaluate_compressor(subject: Subject, data: str) -> Figures:
     """Every figure that there is; raises before anything is measured."""
-    model, tokenizer, options = subject.model, subject.tokenizer, subject.options
+    model, options = subject.model, subject.options
     if model.config.quantise < 1:
         raise CheckpointError(
             f"{subject.name} writes no codes yet: need a finished run. try: its command again"
         )
-    questions = read_questions(options.questions) if options.questions else []
     model.config.beams = options.beams or model.config.beams
     blocks = subject.heldout(data, min_rows=2)
-    window = blocks.ids_NT.shape[1]
+    ids_NT, context = continuation_blocks(subject, data)
     online = online_model(subject, data) if options.online else None
-    continued = continuation_blocks(subject, data)
-    if online is not None and continued is None:
-        raise DataError(
-            f"--online compares how a text goes on, and {data} has no room for a context and what "
-            "follows it: need more text. try: without --online"
-        )
     base = subject.load_base()
-    figures = reconstruction_figures(model, tokenizer, blocks.ids_NT, subject.rates)
+    figures = reconstruction_figures(model, subject.tokenizer, blocks.ids_NT, subject.rates)
     figures["lossless"] = lossless(base, model.bos, blocks)
-    figures |= dict.fromkeys(("continuation", "online", "questions"))
-    if continued is not None:
-        figures["continuation"] = continuation(model, base, *continued, window)
-        length = subject.recipe.get("sequence_length")
-        is_trained = length is not None and model.config.continuation_share > 0
-        figures["continuation"]["trained_context"] = length // 2 if is_trained else None
+    continued = continuation(model, base, ids_NT, context, blocks.ids_NT.shape[1])
+    is_trained = subject.recipe and model.config.continuation_share > 0
+    continued["trained_context"] = subject.recipe["sequence_length"] // 2 if is_trained else None
+    gap = None
     if online is not None:
-        gap = online_gap(online, model.bos, continued[0], figures["continuation"])
-        figures["online"] = {"model": str(options.online)} | gap
-    if questions:
-        answers = answer_questions(model, base, tokenizer, questions, window)
-        figures["questions"] = {"data": str(options.questions)} | answers
-    return figures
+        gap = {"model": options.online} | online_gap(online, model.bos, ids_NT, continued)
+    return figures | {"continuation": continued, "online": gap}
 
 
-def continuation_blocks(subject: Subject, data: str) -> tuple[Tensor, int] | None:
+def continuation_blocks(subject: Subject, data: str) -> tuple[Tensor, int]:
     """Blocks of a context and what follows it, and how long the context is: the longest up to 512
-    tokens that text and positions allow; None where the text has no room."""
-    texts, longest = read_texts(data), longest_text(subject.model.config)
-    for context in CONTEXTS:
-        length = context + min(NEXT, context)
-        try:
-            limit = max(subject.options.tokens, length)
-            if length <= longest:
-                return token_blocks(texts, subject.tokenizer, length, limit=limit), context
-        except DataError:
-            continue  # the text is shorter
-    return None
+    tokens that text and positions allow."""
+    texts, tokenizer = read_texts(data), subject.tokenizer
+    tokens = token_blocks(texts, tokenizer, 1, limit=CONTEXT + NEXT).numel()
+    room = min(tokens, longest_text(subject.model.config))
+    # A power of two, with as many tokens after it, or NEXT.
+    context = 2 ** (min(CONTEXT, max(1, room // 2, room - NEXT)).bit_length() - 1)
+    length = context + min(NEXT, context)
+    limit = max(subject.options.tokens, length)
+    return token_blocks(texts, tokenizer, length, limit=limit), context
 
 
 def online_model(subject: Subject, data: str):

@@ -244,7 +244,7 @@ def benchmark_compressor(subject: Subject, length: int | None, data: str | None)
         "concept": side(model, compress, decompress, written),
         "base": side(base, forward, write, rows * steps),
     }
-    cost = coding_cost(concepts, tokens, config.num_concepts, config.codes_per_concept)
+    cost = coding_cost(concepts, tokens, config)
     return {
         **about(subject, data, window=length, batch=rows),
         **sides,

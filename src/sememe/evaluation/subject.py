@@ -46,8 +46,6 @@ class Options:
     """Of a planner: training pairs that probes of its plans are fitted on."""
     new_tokens: int = 64
     repeats: int = 5
-    questions: str | None = None
-    """File of questions on compressed contexts."""
     online: str | None = None
     """Online model that a compressor is compared with."""
     beams: int | None = None

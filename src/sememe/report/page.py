@@ -80,7 +80,6 @@ TABLES = (
     ("Lossless coders, on the same text", "reconstruct.lossless", ""),
     ("Continuing a context", "reconstruct.continuation.given", ""),
     ("Online against offline, on the same tokens", "reconstruct.online.given", ""),
-    ("Answering questions about a context", "reconstruct.questions.given", ""),
     (
         "Speed and memory",
         "benchmark",

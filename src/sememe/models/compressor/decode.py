@@ -3,6 +3,8 @@
 It sees the concepts and its own words alone. Suffixes as in `concepts`; S = 1 + T counts the BOS.
 While a text is written n counts beams. x are normalised concept states."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ from sememe.backbone.adapters import adapter
 from sememe.backbone.split import Spine
 from sememe.concepts.bins import rotate
 from sememe.concepts.news import SegmentSum
-from sememe.models.compressor.beams import Beams
+from sememe.concepts.segments import Chunk
+from sememe.models.compressor.beams import beam_search
 from sememe.models.compressor.entries import run_entries
 
 ADAPTER = "decompressor"
@@ -26,8 +29,10 @@ class Decompressor(nn.Module):
     Args:
         segments: the compressor's readout, which knows what its states are made of."""
 
-    def __init__(self, width: int, lengths: int, segments: SegmentSum):
+    def __init__(self, spine: Spine, width: int, lengths: int, segments: SegmentSum):
         super().__init__()
+        self.spine = spine
+        self.run = partial(run_entries, spine, len(spine))
         # Not as a submodule: its weights are the writer's.
         object.__setattr__(self, "segments", segments)
         self.state = nn.Linear(width, width)
@@ -51,86 +56,81 @@ class Decompressor(nn.Module):
         """(…, D) embeddings of the tokens before, with what concepts say of the tokens at those
         offsets in their segments."""
         added = self.state(x.to(self.state.weight.dtype)) + self.place(offset)
-        return embed + (self.scale.to(added.dtype) * added).to(embed.dtype)
+        return embed + (self.scale * added).to(embed.dtype)
 
     def votes(self, x: Tensor, offset: Tensor) -> Tensor:
         """(…, D) the token's news as the segment has it, for the words that are like it; with bins
         their vectors."""
         x = x.to(self.vote.weight.dtype)
-        return self.gain.to(x.dtype) * self.vote(rotate(self.segments.content(x), -offset))
+        return self.gain * self.vote(rotate(self.segments.content(x), -offset))
 
-    def scores(
-        self, spine: Spine, h: Tensor, x: Tensor, offset: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def scores(self, h: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor | float]:
         """(…, V) logits from last states (…, D) in two parts: the language model's, and the votes
         of bins. Votes of news are part of what lm_head reads."""
-        vote, h, bins = self.votes(x, offset), spine.decoder.norm(h), self.segments.bins
+        vote, h, bins = self.votes(x, offset), self.spine.decoder.norm(h), self.segments.bins
         if bins is None:
-            return spine.base.lm_head(h + vote.to(h.dtype)), None
-        return spine.base.lm_head(h), bins.votes(vote, offset, self.segments.length(x)).to(h.dtype)
+            return self.spine.base.lm_head(h + vote.to(h.dtype)), 0.0
+        return self.spine.base.lm_head(h), bins.votes(vote, offset, self.segments.length(x)).to(
+            h.dtype
+        )
 
-    def states(self, spine: Spine, ids_BS: Tensor, x_BSD: Tensor, offset_BS: Tensor) -> Tensor:
-        """(B, S, D) last states over a text, given the concepts that cover each next token."""
-        inputs_BSD = self.inputs(spine.embed(ids_BS), x_BSD, offset_BS)
-        position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
-        with adapter(spine.base, ADAPTER):
-            return run_entries(spine, len(spine), inputs_BSD, position_BS)
-
-    def logits(self, spine: Spine, h: Tensor, x: Tensor, offset: Tensor) -> Tensor:
+    def logits(self, h: Tensor, x: Tensor, offset: Tensor) -> Tensor:
         """(…, V) logits, both parts together."""
-        logits, votes = self.scores(spine, h, x, offset)
-        return logits if votes is None else logits + votes
+        return torch.add(*self.scores(h, x, offset))
+
+    def states(self, text: Chunk, x_BSD: Tensor, offset_BS: Tensor) -> Tensor:
+        """(B, S, D) last states over a text, given the concepts that cover each next token."""
+        inputs_BSD = self.inputs(text.embed_BTD, x_BSD, offset_BS)
+        with adapter(self.spine.base, ADAPTER):
+            return self.run(inputs_BSD, text.position_BT, text.valid_BT)
 
     def continuation_logits(
-        self, spine: Spine, ids_BS: Tensor, x_BCD: Tensor, coded_BC: Tensor, position_C: Tensor
+        self, ids_BS: Tensor, x_BCD: Tensor, coded_BC: Tensor, rate: float
     ) -> Tensor:
         """(B, T, V) logits of each token of (B, 1 + T) texts with their BOS, given those before it
-        and the concepts of what came before them, each at its position."""
-        embed_BTD = spine.embed(ids_BS[:, :-1])
-        c_BCD = self.inputs(embed_BTD.new_zeros(()), x_BCD, torch.zeros_like(position_C))
+        and the concepts of what came before them, each where the rate puts it."""
+        embed_BTD = self.spine.embed(ids_BS[:, :-1])
+        count_B1 = coded_BC.sum(1, keepdim=True)
+        c_BCD = self.inputs(embed_BTD.new_zeros(()), x_BCD, torch.zeros_like(count_B1))
         # The BOS stays first, an attention sink; the concepts follow it, and the new words them.
         inputs_BKD = torch.cat([embed_BTD[:, :1], c_BCD, embed_BTD[:, 1:]], 1)
-        before_BC = F.pad(position_C, (1, 0)).expand(len(ids_BS), -1)
-        count_B1 = coded_BC.sum(1, keepdim=True)
-        word_T = torch.arange(1, embed_BTD.shape[1], device=ids_BS.device)
-        position_BK = torch.cat([before_BC, before_BC.gather(1, count_B1) + word_T], 1)
-        valid_BK = F.pad(coded_BC, (1, len(word_T)), value=True)
-        with adapter(spine.base, ADAPTER):
-            h_BKD = run_entries(spine, len(spine), inputs_BKD, position_BK, valid_BK)
+        valid_BK = F.pad(coded_BC, (1, embed_BTD.shape[1] - 1), value=True)
+        order_K = torch.arange(valid_BK.shape[1], device=valid_BK.device)
+        last = coded_BC.shape[1]
+        position_BK = torch.where(
+            order_K <= last,
+            torch.round(order_K / rate),
+            torch.round(count_B1 / rate) + order_K - last,
+        ).long()
+        with adapter(self.spine.base, ADAPTER):
+            h_BKD = self.run(inputs_BKD, position_BK, valid_BK)
         # The first new token is predicted where the concepts end.
         first_B1D = h_BKD.take_along_dim(count_B1.unsqueeze(-1), 1)
-        return spine.logits(torch.cat([first_B1D, h_BKD[:, before_BC.shape[1] :]], 1))
+        return self.spine.logits(torch.cat([first_B1D, h_BKD[:, last + 1 :]], 1))
 
-    def write(
-        self, spine: Spine, x_BCD: Tensor, count_B: Tensor, bos: int, width: int
-    ) -> list[list[int]]:
+    def write(self, x_BCD: Tensor, real_BC: Tensor, bos: int, width: int) -> list[list[int]]:
         """The token ids of the likeliest text of each row that a beam search of that width finds;
-        cached. `count_B` concepts of each row are real."""
-        rank_B, offset_B = torch.zeros_like(count_B), torch.zeros_like(count_B)
-        beams = Beams(len(x_BCD), bos, x_BCD.device)
+        cached. `real_BC`: False on padding."""
+        length_BC = self.segments.length(x_BCD) * real_BC
+        end_BC = length_BC.cumsum(1)
+        start_BC = end_BC - length_BC
         cache = DynamicCache()
-        with adapter(spine.base, ADAPTER):
-            while bool((rank_B < count_B).any()):
-                rank_B11 = rank_B.clamp(max=x_BCD.shape[1] - 1)[:, None, None]
-                x_BD = x_BCD.take_along_dim(rank_B11, 1).squeeze(1)
-                x_nD = x_BD[beams.row_n]
-                offset_n = offset_B[beams.row_n]
-                inputs_nD = self.inputs(spine.embed(beams.token_n), x_nD, offset_n)
-                position_K = torch.arange(beams.text_nS.shape[1] + 1, device=x_nD.device)
-                position_nK = position_K.expand(len(x_nD), -1)
-                h_nD = run_entries(
-                    spine, len(spine), inputs_nD.unsqueeze(1), position_nK, cache=cache
-                )[:, 0]
-                # A word that fits its bin after a wrong one is as good as any other there, but was
-                # not to be predicted: votes are added to log p, not to what is normed over.
-                logits_nV, votes_nV = self.scores(spine, h_nD, x_nD, offset_n)
-                score_nV = logits_nV.float().log_softmax(-1)
-                if votes_nV is not None:
-                    score_nV = score_nV + votes_nV
-                parent_n = beams.extend(score_nV, rank_B < count_B, width)
-                if width > 1:
-                    cache.batch_select_indices(parent_n)
-                ends_B = offset_B + 1 >= self.segments.length(x_BD)
-                rank_B = rank_B + ends_B
-                offset_B = torch.where(ends_B, 0, offset_B + 1)
-        return beams.best()
+
+        def score(row_n, text_nS, parent_n):
+            if width > 1:
+                cache.batch_select_indices(parent_n)
+            position_nS = torch.arange(text_nS.shape[1], device=row_n.device).expand(text_nS.shape)
+            step_n1, row_n1 = position_nS[:, -1:], row_n[:, None]
+            # After a row's end some concept at some offset, of which nothing is read.
+            rank_n1 = (end_BC[row_n, :-1] <= step_n1).sum(1, keepdim=True)
+            x_n1D = x_BCD[row_n1, rank_n1]
+            offset_n1 = (step_n1 - start_BC[row_n1, rank_n1]).clamp(max=len(self.place.weight) - 1)
+            inputs_n1D = self.inputs(self.spine.embed(text_nS[:, -1:]), x_n1D, offset_n1)
+            h_n1D = self.run(inputs_n1D, position_nS, cache=cache)
+            # A word that fits its bin after a wrong one is as good as any other there, but was not
+            # to be predicted: votes are added to log p, not to what is normed over.
+            logits_n1V, votes_n1V = self.scores(h_n1D, x_n1D, offset_n1)
+            return (logits_n1V.float().log_softmax(-1) + votes_n1V)[:, 0]
+
+        with adapter(self.spine.base, ADAPTER):
+            return beam_search(score, length_BC.sum(1), bos, width)

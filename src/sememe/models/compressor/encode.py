@@ -6,6 +6,7 @@ nothing and is not counted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sememe.backbone.adapters import adapter
-from sememe.concepts.segments import Chunk, packing
+from sememe.concepts.segments import Chunk, Packing, packing
 from sememe.concepts.writer import WriteDecision
 from sememe.models.compressor.entries import run_entries
 from sememe.models.compressor.slots import Slots
@@ -42,9 +43,8 @@ def embed_text(model, ids_BT: Tensor, attention_mask: Tensor | None = None) -> C
 def read_entries(model, x_BnD, position_BK, valid_BK, cache: DynamicCache | None = None) -> Tensor:
     """(B, n, D) states of new entries after the layers that the compressor reads with, normed: the
     last layers' are of any size."""
-    spine = model.spine
-    last = model.config.depth or len(spine)
-    h_BnD = run_entries(spine, last, x_BnD, position_BK, valid_BK, cache)
+    last = model.config.depth or len(model.spine)
+    h_BnD = run_entries(model.spine, last, x_BnD, position_BK, valid_BK, cache)
     return F.rms_norm(h_BnD.float(), h_BnD.shape[-1:])
 
 
@@ -65,28 +65,33 @@ def decide(model, text: Chunk) -> tuple[WriteDecision, Slots | None]:
     """Segments that end where the gate says, or as long as the compressor chooses, in slots."""
     if model.segmenter is None:
         return model.writer.decide(news(model, text), text), None
-    learns = torch.is_grad_enabled()
-    draws = (model.training and learns) or model.generator is not None
+    draws = model.training or model.generator is not None
     with adapter(model.backbone, ADAPTER):
         with evaluating(model):
             news_BSD, slots = step_by_step(model, text, draws)
-        if learns:
+        if torch.is_grad_enabled():
             # Or weights cast above, without gradient, would serve this pass too (pytorch 112583).
             torch.clear_autocast_cache()
-            h_BSD, slots.state_BCD = at_once(model, text, slots)
-            news_BSD = model.next_embedding.news(text.embed_BTD, h_BSD)
+            news_BSD, slots.state_BCD = at_once(model, text, slots)
     last_BC = torch.where(slots.rest_BC > 0, slots.cursor_BC + slots.length_BC - 1, 0)
     # The BOS, segment 0, has no slot.
     written_BS = torch.zeros_like(text.valid_BT).scatter(1, F.pad(last_BC, (1, 0)), True)
-    pack = packing(written_BS)
-    with torch.autocast(news_BSD.device.type, enabled=False):
-        more_BCD = F.pad(model.segmenter.addition(slots.state_BCD), (0, 0, 1, 0))
-        more_BCD = more_BCD[:, : pack.index_BC.shape[1]]
-    h_BCD = model.writer.readout.states(
-        news_BSD, text, pack, written_BS, text.valid_BT, model.writer.codes, more_BCD
-    )
+    state_BCD = F.pad(slots.state_BCD, (0, 0, 1, 0))
+    pack, h_BCD = segments(model, news_BSD, text, written_BS, state_BCD)
     coded_BC = pack.valid_BC & (pack.index_BC > 0)
     return WriteDecision(None, written_BS, pack, coded_BC, h_BCD, token_BCF=h_BCD), slots
+
+
+def segments(
+    model, news_BSD: Tensor, text: Chunk, written_BS: Tensor, state_BCD: Tensor
+) -> tuple[Packing, Tensor]:
+    """The packing and the (B, C, D) states of segments that were written from slots."""
+    pack, writer = packing(written_BS), model.writer
+    with torch.autocast(news_BSD.device.type, enabled=False):
+        more_BCD = F.linear(state_BCD[:, : pack.index_BC.shape[1]], model.segmenter.more.float())
+        return pack, writer.readout.states(
+            news_BSD, text, pack, written_BS, text.valid_BT, writer.codes, more_BCD
+        )
 
 
 @torch.no_grad()
@@ -103,47 +108,43 @@ def step_by_step(model, text: Chunk, draws: bool) -> tuple[Tensor, Slots]:
     tilt = 0.0 if draws else lengths.tilt(rate)
     steps: list[tuple[Tensor, ...]] = []
     while bool((cursor_B <= total_B).any()) or not steps:
-        x_B1D, position_B1 = model.segmenter.inputs(
-            text, cursor_B.unsqueeze(1), code_BD.unsqueeze(1)
-        )
+        x_B1D, position_B1 = model.segmenter.inputs(text, cursor_B[:, None], code_BD[:, None])
         position_BK = torch.cat([position_BK, position_B1], 1)
         valid_BK = F.pad(valid_BK, (0, 1), value=True)
         h_B1D = read_entries(model, x_B1D, position_BK, valid_BK, cache)
         state_BD = F.normalize(h_B1D[:, 0], dim=-1)
-        left_B = (total_B + 1 - cursor_B).clamp(min=0)
-        # A row that has ended covers one more token, which nobody reads.
-        rest_B = left_B.clamp(min=1)
+        # A row that has ended goes on with segments of one token, which nobody reads.
+        rest_B = (total_B + 1 - cursor_B).clamp(min=0)
         with torch.autocast(state_BD.device.type, enabled=False):
             log_p_BN = lengths(state_BD)
             if draws:
                 length_B = lengths.draw(log_p_BN, rest_B, model.generator)
             else:
                 length_B = lengths.choose(log_p_BN, rest_B, total_B, len(steps), rate, tilt)
-            steps.append((cursor_B, left_B, length_B, code_BD, state_BD))
+            steps.append((cursor_B, rest_B, length_B, code_BD, state_BD))
             code_BD = segment_code(model, text, news_BSD, cursor_B, length_B, state_BD)
-        cursor_B = torch.where(left_B > 0, cursor_B + length_B, cursor_B)
+        cursor_B = cursor_B + length_B
     return news_BSD, Slots(*(torch.stack(x, 1) for x in zip(*steps, strict=True)))
 
 
 def segment_code(model, text: Chunk, news_BSD, first_B, length_B, state_BD) -> Tensor:
     """(B, D) what the decompressor would read of one segment of each row, normalised."""
-    writer = model.writer
     offset_N = torch.arange(model.config.max_tail + 1, device=news_BSD.device)
-    index_BN = (first_B.unsqueeze(1) + offset_N).clamp(max=news_BSD.shape[1] - 1)
+    index_BN = (first_B[:, None] + offset_N).clamp(max=news_BSD.shape[1] - 1)
+    part = replace(
+        text, ids_BT=text.ids_BT.gather(1, index_BN), valid_BT=offset_N < length_B[:, None]
+    )
     news_BND = news_BSD.take_along_dim(index_BN.unsqueeze(-1), 1)
-    ids_BN = text.ids_BT.gather(1, index_BN)
-    length_B1 = length_B.unsqueeze(1)
-    part_BND = writer.readout.parts(news_BND, ids_BN, offset_N, length_B1, writer.codes)
-    total_BD = (part_BND * (offset_N < length_B1).unsqueeze(-1)).sum(1)
-    more_BD = model.segmenter.addition(state_BD)
-    h_BD = writer.readout.finish(total_BD, length_B, writer.codes, more_BD)
-    x_BD, share = writer.codes.normalise(h_BD), model.dial.quantise
-    return x_BD if share == 0 else x_BD.lerp(writer.quantise(x_BD, soft=False).hard_nD, share)
+    written_BN = offset_N == length_B[:, None] - 1
+    _, h_B1D = segments(model, news_BND, part, written_BN, state_BD[:, None])
+    x_BD = model.writer.codes.normalise(h_B1D[:, 0])
+    hard_BD = model.writer.quantise(x_BD, soft=False).hard_nD
+    return x_BD.lerp(hard_BD, model.dial.quantise)
 
 
 def at_once(model, text: Chunk, slots: Slots) -> tuple[Tensor, Tensor]:
-    """(B, S, D) states of the text and (B, C, D) of its slots, given their codes: one forward, with
-    gradient."""
+    """(B, S, D) news of the text and (B, C, D) states of its slots, given their codes: one forward,
+    with gradient."""
     x_BCD, position_BC = model.segmenter.inputs(text, slots.cursor_BC, slots.code_BCD)
     h_BKD = read_entries(
         model,
@@ -151,5 +152,5 @@ def at_once(model, text: Chunk, slots: Slots) -> tuple[Tensor, Tensor]:
         torch.cat([text.position_BT, position_BC], 1),
         torch.cat([text.valid_BT, slots.rest_BC > 0], 1),
     )
-    length = text.ids_BT.shape[1]
-    return h_BKD[:, :length], F.normalize(h_BKD[:, length:], dim=-1)
+    h_BSD, h_BCD = h_BKD.split([text.ids_BT.shape[1], x_BCD.shape[1]], 1)
+    return model.next_embedding.news(text.embed_BTD, h_BSD), F.normalize(h_BCD, dim=-1)

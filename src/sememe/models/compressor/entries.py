@@ -27,23 +27,22 @@ def run_entries(
     count = x_BnD.shape[1]
     position_Bn = position_BK[:, -count:]
     attention = spine.base.config._attn_implementation
-    if valid_BK is not None and bool(valid_BK.all()):
-        valid_BK = None
+    if valid_BK is None:
+        valid_BK = torch.ones_like(position_BK, dtype=torch.bool)
+    plain = attention == "sdpa" and bool(valid_BK.all())
 
     def mask(window: int | None) -> Tensor | None:
-        inside = window is None or int(position_BK.max()) < window
-        if inside and valid_BK is None and attention == "sdpa":
+        farthest = int(position_BK.max()) + 1
+        window = window or farthest
+        if plain and farthest <= window:
             return None  # the kernel's own causal path: nothing else is hidden
         order_K = torch.arange(position_BK.shape[1], device=x_BnD.device)
-        allowed = (order_K <= order_K[-count:, None]).expand(len(x_BnD), -1, -1)
-        if window is not None:
-            # By positions, to both sides: by the order of entries alone a slot, which comes after
-            # the text, would see the text's end wherever it stands.
-            distance = position_Bn[:, :, None] - position_BK[:, None, :]
-            allowed = allowed & (distance.abs() < window)
-        if valid_BK is not None:
-            # One that is not valid sees everything: a row without any key would give NaN.
-            allowed = (allowed & valid_BK[:, None, :]) | ~valid_BK[:, -count:, None]
-        return allow(allowed.unsqueeze(1), x_BnD.dtype, attention)
+        # A window is one of positions, to both sides: by the order of entries alone a slot, which
+        # comes after the text, would see the text's end wherever it stands.
+        distance_BnK = (position_Bn[:, :, None] - position_BK[:, None, :]).abs()
+        seen_BnK = (order_K <= order_K[-count:, None]) & (distance_BnK < window)
+        # One that is not valid sees everything: a row without any key would give NaN.
+        seen_BnK = (seen_BnK & valid_BK[:, None, :]) | ~valid_BK[:, -count:, None]
+        return allow(seen_BnK.unsqueeze(1), x_BnD.dtype, attention)
 
     return spine.run(0, last, x_BnD, position_Bn, spine.rope(x_BnD, position_Bn), mask, cache)

@@ -11,11 +11,13 @@ when the next one is due. To go on from a text instead of writing it, the concep
 new words, each at the position that the rate gives it. Suffixes as in `concepts`; S = 1 + T counts
 the BOS."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -35,7 +37,9 @@ from sememe.models.compressor.encode import decide, embed_text
 from sememe.models.compressor.slots import Segmenter, Slots
 from sememe.models.configuration import CompressorConfig
 from sememe.models.losses import cross_entropy
+from sememe.progress import bar
 
+ROWS_AT_ONCE = 16  # that are compressed together
 # Beams of all rows that are written together, each with a cache of its own.
 BEAMS_AT_ONCE = 256
 
@@ -86,6 +90,7 @@ class CompressorForCausalLM(AdaptedModel):
         super().__init__(config, backbone)
         config.check()
         width, lengths = config.text_config.hidden_size, config.max_tail + 1
+        self.spine = Spine(self.backbone)
         self.dial = Dial(config.rate, config.quantise)
         self.generator: torch.Generator | None = None
         """Where there is one, lengths are drawn with it even when the model is not trained."""
@@ -98,14 +103,10 @@ class CompressorForCausalLM(AdaptedModel):
         self.writer = ConceptWriter(config, width, self.dial, segments, closes_last=True)
         self.next_embedding = NextEmbedding(width)
         self.segmenter = Segmenter(width, lengths, config.rate) if boundary.offline else None
-        self.decompressor = Decompressor(width, lengths, segments)
+        self.decompressor = Decompressor(self.spine, width, lengths, segments)
         # Codes that spell bins of segments with fixed ends do not depend on the base's states.
         self.reads_states = bins is None or boundary.scored or boundary.offline
         self.finish()
-
-    @property
-    def spine(self) -> Spine:
-        return Spine(self.backbone)
 
     def add_adapters(self) -> None:
         if self.reads_states:
@@ -125,6 +126,16 @@ class CompressorForCausalLM(AdaptedModel):
             # The gate learns what the code is worth beside none.
             e_BCD = self.writer.confidence(e_BCD, self.writer.codes.mean, decision)
         return Encoded(text, decision, slots, e_BCD, ids_BC)
+
+    @torch.no_grad()
+    def compress(self, ids_BT: Tensor) -> list[list[int]]:
+        """The concept ids of each row, each below K^G."""
+        concepts = []
+        for part_BT in batches("compress", ids_BT.split(ROWS_AT_ONCE)):
+            encoded = self.encode(part_BT.to(self.device))
+            rows = zip(encoded.ids_BC, encoded.coded_BC, strict=True)
+            concepts += [ids_C[coded_C].tolist() for ids_C, coded_C in rows]
+        return concepts
 
     # ---- both halves ----
 
@@ -155,53 +166,41 @@ class CompressorForCausalLM(AdaptedModel):
         Returns logits (B, T, V) as a language model's: those at t are of token t + 1."""
         self.refuse_unknown(kwargs)
         encoded = self.encode(input_ids, attention_mask, ablation)
-        x_BSD, offset_BS = self.covering(encoded)
-        h_BSD = self.decompressor.states(self.spine, encoded.text.ids_BT, x_BSD, offset_BS)
-        logits_BSV = self.decompressor.logits(self.spine, h_BSD, x_BSD, offset_BS)
-        ids_BS = torch.full_like(encoded.text.ids_BT, NULL).scatter(
-            1, encoded.decision.pack.index_BC, encoded.ids_BC.where(encoded.coded_BC, NULL)
+        covering = self.covering(encoded)
+        h_BSD = self.decompressor.states(encoded.text, *covering)
+        logits_BSV = self.decompressor.logits(h_BSD, *covering)
+        valid_BC = encoded.decision.pack.valid_BC
+        ids_BS = torch.full_like(encoded.text.ids_BT, NULL).masked_scatter(
+            encoded.decision.written_BT, encoded.ids_BC[valid_BC]
         )
         loss = None
         if labels is not None:
-            if attention_mask is not None:
-                labels = labels.masked_fill(attention_mask == 0, -100)
-            loss = self._loss(encoded, input_ids, labels, logits_BSV[:, :-1])
+            labels = labels.masked_fill(~encoded.text.valid_BT[:, 1:], -100)
+            loss = self._loss(encoded, labels, logits_BSV[:, :-1])
             if (total := kwargs.get("num_items_in_batch")) is not None:
                 # This batch's tokens are a share of the step's.
                 loss = loss * (labels != -100).sum() / total
         return CompressorOutput(loss=loss, logits=logits_BSV[:, 1:], concept_ids=ids_BS[:, 1:])
 
-    def _loss(
-        self, encoded: Encoded, ids_BT: Tensor, labels_BT: Tensor, logits_BTV: Tensor
-    ) -> Tensor:
+    def _loss(self, encoded: Encoded, labels_BT: Tensor, logits_BTV: Tensor) -> Tensor:
         """Nats per token of the text, with what lengths add to them in training."""
-        share = self.config.continuation_share
-        nll_BT = cross_entropy(logits_BTV, labels_BT)
-        loss = (1 - share) * nll_BT.sum() / (labels_BT != -100).sum().clamp(min=1)
+        share, nll_BT = self.config.continuation_share, cross_entropy(logits_BTV, labels_BT)
+        loss = (1 - share) * mean_nll(nll_BT, labels_BT)
         if share > 0:
-            half = ids_BT.shape[1] // 2
-            first = self.encode(ids_BT[:, :half])
-            logits_BhV = self.continuation_logits(first, ids_BT[:, half:])
+            half = labels_BT.shape[1] // 2
+            first_BT, second_BT = encoded.text.ids_BT[:, 1:].tensor_split([half], 1)
+            logits_BhV = self.continuation_logits(self.encode(first_BT), second_BT)
             labels_Bh = labels_BT[:, half:]
-            count = (labels_Bh != -100).sum().clamp(min=1)
-            loss = loss + share * cross_entropy(logits_BhV, labels_Bh).sum() / count
+            loss = loss + share * mean_nll(cross_entropy(logits_BhV, labels_Bh), labels_Bh)
         if not self.training:
             return loss
         if self.segmenter is not None:
             rank_BT = encoded.rank_BS[:, :-1]
             loss = loss + self.segmenter.length_loss(encoded.slots, rank_BT, nll_BT, self.dial.rate)
         # Keeps every rank's gradients in step, whatever its batch used.
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return loss + sum(p.float().sum() for p in trained) * 0.0
+        return loss + sum(p.float().sum() for p in self.parameters() if p.requires_grad) * 0.0
 
-    @torch.no_grad()
-    def compress(self, ids_BT: Tensor, attention_mask: Tensor | None = None) -> list[list[int]]:
-        """The concept ids of each row, each below K^G; padding is on the right."""
-        encoded = self.encode(ids_BT.to(self.device), attention_mask)
-        return [
-            ids_C[coded_C].tolist()
-            for ids_C, coded_C in zip(encoded.ids_BC, encoded.coded_BC, strict=True)
-        ]
+    # ---- the decompressor ----
 
     @torch.no_grad()
     def decompress(self, concepts: list[list[int]], beams: int | None = None) -> list[list[int]]:
@@ -217,33 +216,27 @@ class CompressorForCausalLM(AdaptedModel):
                 "them. try: the model that compressed the text"
             )
         beams = beams or self.config.beams
-        rows_at_once = max(1, BEAMS_AT_ONCE // beams)
+        # The empty row is for no rows at all.
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in (*concepts, [])]
+        ids_NC = pad_sequence(rows, batch_first=True, padding_value=-1)[:-1]
+        # Rows of about one length go together.
+        order_N = (ids_NC >= 0).sum(1).argsort()
         texts = []
-        for first in range(0, len(concepts), rows_at_once):
-            rows = [torch.tensor(ids) for ids in concepts[first : first + rows_at_once]]
-            ids_BC = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
-            x_BCD = self.writer.codes.normalise(self.writer.codes(ids_BC.to(self.device)))
-            count_B = torch.tensor([len(ids) for ids in rows], device=self.device)
-            texts += self.decompressor.write(self.spine, x_BCD, count_B, self.bos, beams)
-        return texts
+        for part_B in batches("decompress", order_N.split(max(1, BEAMS_AT_ONCE // beams))):
+            ids_BC = ids_NC[part_B].to(self.device)
+            x_BCD = self.writer.codes.normalise(self.writer.codes(ids_BC.clamp(min=0)))
+            texts += self.decompressor.write(x_BCD, ids_BC >= 0, self.bos, beams)
+        return [texts[n] for n in order_N.argsort()]
 
-    def continuation_logits(self, encoded: Encoded | None, ids_BT: Tensor) -> Tensor:
+    def continuation_logits(self, encoded: Encoded, ids_BT: Tensor) -> Tensor:
         """(B, T, V) logits of each of the (B, T) tokens, given those before it and the concepts of
-        what came before them (None: nothing did)."""
-        if encoded is None:
-            e_BCD = self.writer.codes(ids_BT[:, :0])
-            coded_BC = ids_BT[:, :0].bool()
-        else:
-            # Without the BOS, concept 0.
-            e_BCD, coded_BC = encoded.e_BCD[:, 1:], encoded.coded_BC[:, 1:]
-        # Where the rate gives a concept its place, which ids alone tell.
-        order_C = torch.arange(coded_BC.shape[1], device=self.device)
+        what came before them."""
         return self.decompressor.continuation_logits(
-            self.spine,
             F.pad(ids_BT, (1, 0), value=self.bos),
-            self.writer.codes.normalise(e_BCD),
-            coded_BC,
-            torch.round((order_C + 1) / self.dial.rate).long(),
+            # Without the BOS, concept 0.
+            self.writer.codes.normalise(encoded.e_BCD[:, 1:]),
+            encoded.coded_BC[:, 1:],
+            self.dial.rate,
         )
 
     # ---- before training: see start.py ----
@@ -252,3 +245,13 @@ class CompressorForCausalLM(AdaptedModel):
     start_codes = start.start_codes
     calibrate_gate = start.calibrate_gate
     written_inputs = start.segment_states
+
+
+def batches(name: str, parts: Sequence) -> Iterable:
+    """Them, with a bar where there are several."""
+    return bar(iterable=parts, desc=name, unit="batch", leave=False, disable=len(parts) < 2)
+
+
+def mean_nll(nll_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """Nats per token that has a label."""
+    return nll_BT.sum() / (labels_BT != -100).sum().clamp(min=1)

@@ -52,13 +52,9 @@ class Segmenter(nn.Module):
         (B, C) positions. After the text both are those of its end."""
         index_BC = cursor_BC.clamp(max=text.ids_BT.shape[1] - 1)
         token_BCD = text.embed_BTD.take_along_dim(index_BC.unsqueeze(-1), 1)
-        code_BCD = code_BCD.float() / code_BCD.shape[-1] ** 0.5
+        code_BCD = code_BCD / code_BCD.shape[-1] ** 0.5
         x_BCD = token_BCD + F.linear(code_BCD, self.before.float()).to(token_BCD.dtype)
         return x_BCD, text.position_BT.gather(1, index_BC)
-
-    def addition(self, state: Tensor) -> Tensor:
-        """(…, D) slots' states → (…, D) normalised, added to the states of their segments."""
-        return F.linear(state, self.more.float())
 
     def length_loss(self, slots: Slots, rank_BT: Tensor, nll_BT: Tensor, rate: float) -> Tensor:
         """What lengths learn from what their segments cost; `rank_BT`: which segment, from 1, each

@@ -5,17 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sememe.concepts.bins import Confusion
 from sememe.concepts.codebook import SHARPNESS, start_from_states
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.lengths import REMEMBERED
 from sememe.concepts.segments import Chunk
 from sememe.models.adapted import boundary_targets
 from sememe.models.compressor.encode import decide, embed_text, evaluating, news, read_text
+from sememe.models.losses import cross_entropy
 
 # Logits that votes may give the mean word's own news at first: the best is found by trial.
 VOTES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -40,34 +39,30 @@ def drawing(model, seed: int) -> Iterator[None]:
     model.generator = None
 
 
+def predictions(model, ids_NT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(n, V) log-probabilities of the base, its adapters are still zero, and the (n,) tokens that
+    stand there."""
+    for text in texts(model, ids_NT):
+        logits_BSV = model.backbone(input_ids=text.ids_BT, use_cache=False).logits.float()
+        log_p_BSV = logits_BSV.log_softmax(-1)
+        yield log_p_BSV[:, :-1].flatten(0, 1), text.ids_BT[:, 1:].flatten()
+
+
 @torch.no_grad()
 def start_frame(model, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
     """Word bins, the prediction of the next embedding, the frame of the codes, and the boundary.
     Returns shares of variance explained."""
-    bins = model.writer.readout.bins
-    confusion = None if bins is None else Confusion(bins.bin_LV.shape[1])
-    embed, states = [], []
-    for text in texts(model, ids_NT):
-        embed.append(text.embed_BTD.float())
-        if model.reads_states:
-            states.append(read_text(model, text))
-        if confusion is not None:
-            # Of the base: its adapters are still zero.
-            logits_BSV = model.backbone(input_ids=text.ids_BT, use_cache=False).logits.float()
-            log_p_BSV = logits_BSV.log_softmax(-1)
-            confusion.add(log_p_BSV[:, :-1].flatten(0, 1), text.ids_BT[:, 1:].flatten())
-    if confusion is not None:
-        bins.start(confusion)
-    news_NSD = torch.cat(embed)
-    inner_nD = news_NSD[:, 1:].flatten(0, 1)
-    model.decompressor.start(float(inner_nD.square().mean().sqrt()))
-    shares = {}
+    if model.writer.readout.bins is not None:
+        model.writer.readout.bins.start(predictions(model, ids_NT))
+    text = embed_text(model, ids_NT.to(model.device))
+    news_NSD, shares = text.embed_BTD.float(), {}
+    embed_nD = news_NSD[:, 1:].flatten(0, 1)
+    model.decompressor.start(float(embed_nD.square().mean().sqrt()))
     if model.reads_states:
-        h_NSD = torch.cat(states)
-        shares["foretold"] = model.next_embedding.start(h_NSD[:, :-1].flatten(0, 1), inner_nD)
+        h_NSD = torch.cat([read_text(model, part) for part in texts(model, ids_NT)])
+        shares = model.next_embedding.start(h_NSD[:, :-1].flatten(0, 1), embed_nD)
         news_NSD = model.next_embedding.news(news_NSD, h_NSD)
-    ids_NS = F.pad(ids_NT, (1, 0), value=model.bos)
-    return shares | model.writer.start_frame(news_NSD, boundary_targets(model, ids_NS))
+    return shares | model.writer.start_frame(news_NSD, boundary_targets(model, text.ids_BT))
 
 
 @torch.no_grad()
@@ -85,17 +80,19 @@ def calibrate_gate(model, ids_NT: Tensor) -> None:
 @torch.no_grad()
 def start_codes(model, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
     """Codes and head, gate, and what votes weigh. To be called when quantisation begins."""
+    writer = model.writer
     with drawing(model, seed):
-        if model.writer.readout.bins is None:
+        if writer.readout.bins is None:
             x_nD = segment_states(model, ids_NT)
-            figures = start_from_states(model.writer.codes, model.writer.head, x_nD, seed=seed)
+            figures = start_from_states(writer.codes, writer.head, x_nD, seed=seed)
         else:
-            figures = spell_bins(model.writer)
+            figures = spell_bins(writer)
         calibrate_gate(model, ids_NT)
     with drawing(model, seed), evaluating(model):
         return figures | weigh_votes(model, ids_NT[:32].to(model.device))
 
 
+@torch.no_grad()
 def segment_states(model, ids_NT: Tensor) -> Tensor:
     """(n, D) normalised states of all segments of a text, for the codes."""
     decisions = [decide(model, text)[0] for text in texts(model, ids_NT)]
@@ -107,15 +104,15 @@ def spell_bins(writer) -> dict[str, float]:
     segment at all."""
     codes, segments = writer.codes, writer.readout
     counts = segments.bins.counts
+    codes.weight.zero_()
     for g, table_KD in enumerate(codes.weight):
-        table_KD.zero_()
         for length, part_nD in enumerate(table_KD[: sum(counts)].split(counts), 1):
             x_nD = segments.bins.codes(g, length)
-            if g == 0:
+            if g > 0:
+                x_nD = segments.content(x_nD)
+            else:
                 x_nD = codes.normalise(codes.scale.float() * x_nD)
                 x_nD = segments.mark(x_nD, torch.tensor(length))
-            else:
-                x_nD = segments.content(x_nD)
             part_nD[: len(x_nD)] = x_nD
         sharpness = torch.tensor(SHARPNESS / table_KD.shape[1], device=table_KD.device)
         writer.head.start(g, table_KD.float(), sharpness)
@@ -126,22 +123,20 @@ def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
     """The weight of votes with which the untrained model writes a little text best."""
     decompressor = model.decompressor
     embed_VD, out_VD = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    map_DD = torch.eye(embed_VD.shape[1], device=model.device)
-    unit = 1.0
+    map_DD, unit = torch.eye(embed_VD.shape[1]), 1.0
     if decompressor.segments.bins is None:
         unit = 1 / float(out_VD.float().square().mean().sqrt() * len(map_DD))
         if out_VD is not embed_VD:
             map_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T
     decompressor.vote.weight.copy_(map_DD)
     encoded = model.encode(ids_BT)
-    x_BSD, offset_BS = model.covering(encoded)
-    h_BSD = decompressor.states(model.spine, encoded.text.ids_BT, x_BSD, offset_BS)
+    covering = model.covering(encoded)
+    h_BSD = decompressor.states(encoded.text, *covering)
     nll = {}
     for weight in VOTES:
         decompressor.gain.fill_(weight * unit)
-        logits_BSV = decompressor.logits(model.spine, h_BSD, x_BSD, offset_BS)
-        logits_nV = logits_BSV[:, :-1].flatten(0, 1).float()
-        nll[weight] = float(F.cross_entropy(logits_nV, ids_BT.flatten()))
+        logits_BSV = decompressor.logits(h_BSD, *covering)
+        nll[weight] = float(cross_entropy(logits_BSV[:, :-1], ids_BT).mean())
     best = min(nll, key=nll.get)
     decompressor.gain.fill_(best * unit)
     return {"vote": best, "vote_nll": nll[best]}
