@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from sememe.terminal import (
     say,
     show_diagnosis,
     show_figures,
+    show_records,
     table,
     write,
     write_json,
@@ -87,8 +88,7 @@ def command(function: Callable[..., Iterator[Any]]) -> Callable[..., None]:
     `--json` is written in between: neither a terminal that cannot show something nor a full disk
     costs both."""
 
-    @functools.wraps(function)
-    def run(json_file: Path | TextIO | None = None, **options: Any) -> None:
+    def run(json_file: arguments.Json = None, **options: Any) -> None:
         steps = function(**options)
         result = next(steps)
         try:
@@ -97,14 +97,11 @@ def command(function: Callable[..., Iterator[Any]]) -> Callable[..., None]:
         finally:
             next(steps, None)
 
+    own = inspect.signature(run).parameters["json_file"]
+    functools.update_wrapper(run, function)
     signature = inspect.signature(function)
-    json_parameter = inspect.Parameter(
-        "json_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=arguments.Json
-    )
-    run.__signature__ = signature.replace(
-        parameters=[*signature.parameters.values(), json_parameter]
-    )
-    run.__annotations__ = function.__annotations__ | {"json_file": arguments.Json}
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])
+    run.__annotations__ = function.__annotations__ | {"json_file": own.annotation}
     return app.command()(run)
 
 
@@ -119,24 +116,31 @@ def pull(
     from sememe.backbone import bases
     from sememe.models.loading import shipped
 
-    configs = {
+    concept_models = {
         reference: json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for reference, folder in shipped().items()
     }
     if name is None:
-        keys = ("name", "layers", "licence", "description")
-        rows = [(key, str(b.layers), b.licence, b.description) for key, b in bases.KNOWN.items()]
-        for reference, config in configs.items():
-            about = f"{config['base']} with concepts, R = {1 / config['rate']:g}"
-            layers = str(config["text_config"]["num_hidden_layers"])
-            rows.append((reference, layers, "Apache-2.0", about))
-        yield [dict(zip(keys, row, strict=True)) for row in rows]
-        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", keys)
+        listed = [
+            {key: vars(base)[key] for key in ("name", "layers", "licence", "description")}
+            for base in bases.KNOWN.values()
+        ]
+        listed += [
+            {
+                "name": reference,
+                "layers": config["text_config"]["num_hidden_layers"],
+                "licence": "Apache-2.0",
+                "description": f"{config['base']} with concepts, R = {1 / config['rate']:g}",
+            }
+            for reference, config in concept_models.items()
+        ]
+        yield listed
+        show_records(listed, "known bases (elsewhere a base is a Hub id or a local folder)")
         return
-    name = configs[name]["base"] if name in configs else name
-    folder = bases.pull(name)
-    yield {"name": name, "folder": str(folder), "sha256": bases.fingerprint(folder)}
-    say(f"{name} is at {folder}")
+    base = concept_models.get(name, {"base": name})["base"]
+    folder = bases.pull(base)
+    yield {"name": base, "folder": str(folder), "sha256": bases.fingerprint(folder)}
+    say(f"{base} is at {folder}")
 
 
 @command
@@ -153,20 +157,18 @@ def train(
     runs/r2-control`
     """
     from sememe.options import load_recipe
-    from sememe.report.files import read_metrics
-    from sememe.training.resume import same_run
+    from sememe.report.files import last_values, read_metrics
     from sememe.training.run import train as run_training
 
     loaded = load_recipe(recipe, overrides or [])
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first and not same_run(loaded, out):
-        say(loaded.yaml(whole=False), "dim")
-    model = run_training(loaded, out, say=say if first else lambda line: None)
-    last = read_metrics(out).last() if first else {}
+    say(loaded.yaml(whole=False), "dim")
+    model = run_training(loaded, out, say=say)
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes writes and prints
+        raise typer.Exit
+    last = last_values(read_metrics(out))
     yield {"run": str(out), "model": str(model), **last}
-    if first:
-        show_figures(last, str(out))
-        say(f"model: {model}")
+    show_figures(last, str(out))
+    say(f"model: {model}")
 
 
 @command
@@ -216,7 +218,7 @@ def evaluate(
     options = measure.Options(
         tokens=tokens, rate=rate, search=search, answers=answers, signals=signals
     )
-    result = measure.evaluate(model, data or measure.heldout_of(model), control, options)
+    result = measure.evaluate(model, data, control, options)
     yield result
     show_figures(result, model)
 
@@ -236,7 +238,7 @@ def ablate(
     from sememe import measure
 
     options = measure.Options(tokens=tokens, rate=rate)
-    result = measure.ablate(model, data or measure.heldout_of(model), options)
+    result = measure.ablate(model, data, options)
     yield result
     show_figures(result, model)
 
@@ -324,7 +326,7 @@ def reconstruct(
     options = measure.Options(
         tokens=tokens, rate=rate, questions=questions, online=online, beams=beams
     )
-    result = measure.reconstruct(model, data or measure.heldout_of(model), options)
+    result = measure.reconstruct(model, data, options)
     yield result
     show_figures(result, model)
 
@@ -365,7 +367,7 @@ def report(runs: arguments.Runs):
     Two runs and a sweep on the same axes: `sememe report runs/r2 runs/r4 runs/rates`"""
     from sememe.report import write_report
 
-    page = write_report(runs[0], None, runs[1:])
+    page = write_report(*runs)
     yield {"report": str(page)}
     say(f"report: {page}")
 
@@ -376,10 +378,10 @@ def doctor(run: arguments.Run):
     something is.
 
     Example: `sememe doctor runs/demo`"""
-    from sememe.paths import usable
     from sememe.report.doctor import examine
+    from sememe.report.files import read_run
 
-    diagnosis = examine(usable(run))
+    diagnosis = examine(read_run(run))
     yield diagnosis
     show_diagnosis(diagnosis)
     if not diagnosis["healthy"]:

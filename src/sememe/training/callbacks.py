@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from sememe.progress import bar, leave_out
-from sememe.report.files import read_metrics
+from sememe.report.files import last_values, read_metrics
 from sememe.training.checkpoints import rotate, seal
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Recorder(TrainerCallback):
         self.bar = bar(disable=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        before = read_metrics(self.run.folder).last() if self.run.checkpoint else {}
+        before = last_values(read_metrics(self.run.folder)) if self.run.checkpoint else {}
         self.started = time.monotonic() - before.get("seconds", 0.0)
         self.state = state
         self.bar = bar(
