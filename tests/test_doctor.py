@@ -192,66 +192,45 @@ def copy(folder: Path, to: Path, change: dict) -> Path:
     return to
 
 
-def opening(at: float) -> list[float]:
-    """Held-out NLL by position: only the first positions improve."""
-    return [3 - at, 3.0]
+FIRST = {"heldout_nll_by_position": lambda at: [3 - at, 3.0]}
+SIGNS = {
+    "online": (
+        ("not finite", "learning_rate=0.001", {"heldout_nll": math.inf}),
+        ("loss does not fall", "learning_rate=0.03", {"heldout_nll": 3.0, "loss": 3.0}),
+        ("held-out far above training", "steps=18", {"heldout_nll": 3.0, "loss": 2.0}),
+        ("held-out text gets worse", "steps=18", {"heldout_nll": lambda at: 3 + at}),
+        ("gradient explodes", "learning_rate=0.003", {"grad_norm": lambda at: 1 + 9 * at}),
+        ("no gradient", "gumbel=1", {"grad_norm_head": 0.0, "grad_norm": 1.0}),
+        ("rate off target", "boundary=fixed", {"rate": 0.14, "heldout_rate": 0.14}),
+        ("codes ignored", "rate=0.75", {"delta_nll_shuffle": 0.0, "delta_nll_zero": 1.0}),
+        ("codes collapsed", "num_concepts=16", {"largest_code_share": 0.9}),
+        ("soft and hard codes apart", "code_temperature=0.5", {"soft_hard_cosine": 0.5}),
+        ("sure too early", "code_temperature=2.0", {"code_entropy": 0.0}),
+        ("only the opening improves", "sequence_length=64", FIRST),
+    ),
+    "planner": (
+        ("plans ignored", "plan.lengths=[2, 4]", {"delta_nll_shuffle": 0.0, "em_nll": 9.0}),
+        ("search undecided", "em.every=2", {"em_margin": 0.1, "em_flips": 0.7}),
+        (
+            "search stuck early",
+            "em.proposers.diverse=4",
+            {"em_flips": 0.0, "em_candidates": 2.0, "plan_entropy_by_slot": [0.0, None]},
+        ),
+        ("plans stale", "em.every=2", {"em_staleness": 3.0, "em_margin": 1.0}),
+        (
+            "planner far from z*",
+            "em.planner_weight=2.0",
+            {"em_nll": 1.0, "em_nll_planner": 2.0, "em_nll_shuffle": 2.0},
+        ),
+        ("ids collapsed", "em.proposers.sample=4", {"plan_largest_share": [1.0, 0.2]}),
+        ("only the opening improves", "plan.lengths=[2, 4]", FIRST),
+    ),
+}
 
 
 @pytest.mark.parametrize(
     ("run", "rule", "override", "change"),
-    [
-        ("online", *rest)
-        for rest in (
-            ("not finite", "learning_rate=0.001", {"heldout_nll": math.inf}),
-            ("loss does not fall", "learning_rate=0.03", {"heldout_nll": 3.0, "loss": 3.0}),
-            ("held-out far above training", "steps=18", {"heldout_nll": 3.0, "loss": 2.0}),
-            ("held-out text gets worse", "steps=18", {"heldout_nll": lambda at: 3 + at}),
-            ("gradient explodes", "learning_rate=0.003", {"grad_norm": lambda at: 1 + 9 * at}),
-            ("no gradient", "gumbel=1", {"grad_norm_head": 0.0, "grad_norm": 1.0}),
-            ("rate off target", "boundary=fixed", {"rate": 0.14, "heldout_rate": 0.14}),
-            ("codes ignored", "rate=0.75", {"delta_nll_shuffle": 0.0, "delta_nll_zero": 1.0}),
-            ("codes collapsed", "num_concepts=16", {"largest_code_share": 0.9}),
-            ("soft and hard codes apart", "code_temperature=0.5", {"soft_hard_cosine": 0.5}),
-            ("sure too early", "code_temperature=2.0", {"code_entropy": 0.0}),
-            (
-                "only the opening improves",
-                "sequence_length=64",
-                {"heldout_nll_by_position": opening},
-            ),
-        )
-    ]
-    + [
-        ("planner", *rest)
-        for rest in (
-            (
-                "plans ignored",
-                "plan.lengths=[2, 4]",
-                {"delta_nll_shuffle": 0.0, "em_nll": 2.0, "em_nll_shuffle": 2.05},
-            ),
-            ("search undecided", "em.every=2", {"em_margin": 0.1, "em_flips": 0.7}),
-            (
-                "search stuck early",
-                "em.proposers.diverse=4",
-                {"em_flips": 0.0, "em_candidates": 2.0, "plan_entropy_by_slot": [0.0, None]},
-            ),
-            ("plans stale", "em.every=2", {"em_staleness": 3.0, "em_margin": 1.0}),
-            (
-                "planner far from z*",
-                "em.planner_weight=2.0",
-                {"em_nll": 1.0, "em_nll_planner": 2.0, "em_nll_shuffle": 2.0},
-            ),
-            (
-                "ids collapsed",
-                "em.proposers.sample=4",
-                {"plan_perplexity": [1.0, 5.0], "plan_largest_share": [1.0, 0.2]},
-            ),
-            (
-                "only the opening improves",
-                "plan.lengths=[2, 4]",
-                {"heldout_nll_by_position": opening},
-            ),
-        )
-    ],
+    [(run, *sign) for run, signs in SIGNS.items() for sign in signs],
 )
 def test_signs_in_the_log(request, tmp_path, run, rule, override, change):
     sick = findings(copy(request.getfixturevalue(run), tmp_path, change))

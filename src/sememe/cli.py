@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -115,27 +114,18 @@ def pull(
     Example: `sememe pull smollm2-135m-online`"""
     from sememe.backbone import bases
     from sememe.models.loading import shipped
+    from sememe.report.files import read_json
 
-    concept_models = {
-        reference: json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for reference, folder in shipped().items()
-    }
+    concept_models = {key: read_json(folder / "config.json") for key, folder in shipped().items()}
     if name is None:
-        listed = [
-            {key: vars(base)[key] for key in ("name", "layers", "licence", "description")}
-            for base in bases.KNOWN.values()
-        ]
-        listed += [
-            {
-                "name": reference,
-                "layers": config["text_config"]["num_hidden_layers"],
-                "licence": "Apache-2.0",
-                "description": f"{config['base']} with concepts, R = {1 / config['rate']:g}",
-            }
-            for reference, config in concept_models.items()
-        ]
-        yield listed
-        show_records(listed, "known bases (elsewhere a base is a Hub id or a local folder)")
+        keys = ("name", "layers", "licence", "description")
+        listed = {x.name: {key: vars(x)[key] for key in keys} for x in bases.KNOWN.values()}
+        for key, config in concept_models.items():
+            about = f"{config['base']} with concepts, rate {config['rate']:g}"
+            listed[key] = listed[config["base"]] | {"name": key, "description": about}
+        yield [*listed.values()]
+        title = "known bases (elsewhere a base is a Hub id or a local folder)"
+        show_records([*listed.values()], title)
         return
     base = concept_models.get(name, {"base": name})["base"]
     folder = bases.pull(base)

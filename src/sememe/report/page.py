@@ -50,17 +50,12 @@ def run_page(folders: list[Path]) -> dict[str, Any]:
     sibling = run.path.with_name(f"{run.path.name}-control")
     if (sibling / "metrics.jsonl").is_file():
         others.insert(0, read_run(sibling))
-    words = WORDS.get(run.system) or WORDS["baseline"]
+    words = WORDS["online"] | WORDS.get(run.system, WORDS["baseline"])
     last = last_values(run.lines)
     # the finished model's figures go before those of its training
     newest = [run.json[name] for name in ("benchmark", "evaluate", "reconstruct")]
-    online = WORDS["online"]["curves"]  # of a baseline none of them is measured
-    curves = [plots.figure_plot(run, **curve) for curve in words.get("curves", online)]
-    drawn = [
-        plots.loss_plot([run, *others]),
-        *curves,
-        plots.distortion_plot(run.json["reconstruct"]),
-    ]
+    drawn = [plots.training_plot([run, *others], **curves) for curves in words["curves"]]
+    drawn.append(plots.distortion_plot(run.json["reconstruct"]))
     comparison = _comparison(folders) if len(folders) > 1 else {}
     return comparison | {
         "name": run.path.name,

@@ -50,30 +50,13 @@ def draw(
     return {"title": title, "caption": caption, "image": f"data:image/svg+xml;base64,{image}"}
 
 
-def loss_plot(runs: list[Run]) -> Plot | None:
-    """Training loss of the first run, and held-out NLL of all."""
-    planner = runs[0].system == "planner"
-    curves = [("training", _over_training(runs[0], "target_nll" if planner else "loss"), {})]
-    curves += [
-        (f"{run.path.name}, held out", _over_training(run, "heldout_nll"), {}) for run in runs
-    ]
-    caption = (
-        "Lower is better. The gap to the control is what the concepts cost, and held-out text is "
-        "what counts. "
-    )
-    if planner:
-        caption = (
-            "NLL of the target alone. Training targets are read from z*, held-out ones from the "
-            "planner's own plan, and the control sees the source: training far below held-out "
-            "means that the planner does not come near z*, or that targets were memorised. "
-        )
-    caption += "The first 5 % of the run are left out."
-    return draw(curves, "tokens", "nats per token", "Loss", caption)
-
-
-def figure_plot(run: Run, title: str, caption: str, y: str, figures: list[str]) -> Plot | None:
-    """Figures over training, as page.toml has them."""
-    curves = [(figure(key).title, _over_training(run, key), {}) for key in figures]
+def training_plot(
+    runs: list[Run], title: str, caption: str, y: str, figures: list[str], beside: str = ""
+) -> Plot | None:
+    """A plot of page.toml: figures of the first run over its training, and `beside` of the
+    others."""
+    curves = [(figure(key).title, _over_training(runs[0], key), {}) for key in figures]
+    curves += [(run.path.name, _over_training(run, beside), {}) for run in runs[1:]]
     return draw(curves, "tokens", y, title, caption)
 
 
