@@ -50,7 +50,7 @@ def test_tables_and_diagnoses_take_no_markup(capsys):
     assert capsys.readouterr().out == f"run[/v2]: healthy at step 3\n{rest}"
     finding = {"rule": "x", "advice": "[/a]", "sign": "s", "evidence": {"k": 0.5}, "try": ["[/b]"]}
     terminal.show_diagnosis(diagnosis | {"findings": [finding]})
-    seen = "\nX: [/a]\n  s: k 0.5\n  try one of: [/b]\n"
+    seen = "\nX: [/a]\n  s, k 0.5\n  try one of: [/b]\n"
     assert capsys.readouterr().out == f"run[/v2]: 1 findings at step 3\n{seen}{rest}"
 
 

@@ -21,17 +21,9 @@ RIVER = "The river runs past the mill, and nobody in the village\ncould say why 
 
 def line(step: int, offset: float = 0.0) -> dict:
     """What a run logs; held-out figures and searches now and then."""
-    figures = {
-        "step": step,
-        "tokens": step * 4096,
-        "loss": 3 + 5 * math.exp(-step / 20) + offset,
-        "target_nll": 2 + 3 * math.exp(-step / 20),
-        "rate": 0.25,
-        "target_rate": 0.25,
-        "plan_perplexity": [20.0, 60.0],
-        "codes_used": 700,
-        "em_flips": 4 / step,
-    }
+    figures = {"step": step, "tokens": step * 4096, "loss": 3 + 5 * math.exp(-step / 20) + offset}
+    figures |= {"target_nll": 2 + 3 * math.exp(-step / 20), "rate": 0.25, "target_rate": 0.25}
+    figures |= {"plan_perplexity": [20.0, 60.0], "codes_used": 700, "em_flips": 4 / step}
     if step % 50 == 0:
         figures |= {"heldout_nll": 3.1 + offset, "heldout_rate": 0.26, "em_nll": 2.0}
         figures |= {"delta_nll_zero": 1.0, "delta_nll_shuffle": 0.3, "em_nll_planner": 2.2}
@@ -47,33 +39,16 @@ def sample(words: str, every: int = 4) -> dict:
     return {"pieces": pieces}
 
 
-ONLINE = {
-    "system": "online",
-    "data": "wiki.txt",
-    "tokens": 65536,
-    "nll": 3.4321,
-    "compression_ratio": 3.98,
-    "layer_share": 0.55,
-    "delta_nll_control": 0.123,
-    "delta_nll_zero": 1.75,
-    "delta_nll_shuffle": 0.31,
-    "code_perplexity": 812.5,
-    "largest_code_share": float("nan"),
-    "num_concepts": 4096,
-    "codes_per_concept": 2,
-    "dial": [{"target_rate": 0.5, "nll": 3.2, "delta_nll_control": None}],
-    "samples": [sample(RIVER * 3), sample(f"Text {HOSTILE} https://example.org/a", every=3)],
-}
+CODES = {"num_concepts": 4096, "codes_per_concept": 2}
+ONLINE = {"system": "online", "data": "wiki.txt", "tokens": 65536, "nll": 3.4321, **CODES}
+ONLINE |= {"compression_ratio": 3.98, "layer_share": 0.55, "largest_code_share": float("nan")}
+ONLINE |= {"delta_nll_control": 0.123, "delta_nll_zero": 1.75, "delta_nll_shuffle": 0.31}
+ONLINE["dial"] = [{"target_rate": 0.5, "nll": 3.2, "delta_nll_control": None}]
+ONLINE["samples"] = [sample(RIVER * 3), sample(f"Text {HOSTILE} https://example.org/a", every=3)]
 PLANNER = {
-    "system": "planner",
-    "nll": 2.5,
     "nll_posterior": 2.2,
-    "delta_nll_empty": 0.4,
     "delta_nll_shuffle": 0.001,
-    "given": [
-        {"given": "planner", "nll": 2.5, "delta_nll": 0.0, "plan_nats_per_token": 0.2},
-        {"given": "posterior", "nll": 2.2, "delta_nll": -0.3, "plan_nats_per_token": 0.5},
-    ],
+    "given": [{"given": "planner", "nll": 2.5}, {"given": "posterior", "nll": 2.2}],
     "plan_perplexity": [21.123456789, 140.0],
     "signals": {"length": {"loss": 0.5, "accuracy": 0.75}},
     "samples": [
@@ -81,22 +56,18 @@ PLANNER = {
     ],
 }
 RECONSTRUCT = {
-    "num_concepts": 16,
-    "codes_per_concept": 2,
+    **CODES,
     "token_accuracy": 0.5,
-    "bits_per_token": 4.0,
     "curve": [{"target_rate": r, "bits_per_token": 8 * r, "token_accuracy": r} for r in (0.5, 1.0)],
     "lossless": [{"name": "zstd", "of": "whole text", "bits_per_token": 12.0, "fault": None}],
-    "shuffled": {"token_accuracy": 0.1},
     "continuation": {"given": [{"reader": "base", "given": "nothing", "nll": 4.0}]},
     "online": {"given": [{"reader": "online", "given": "its concepts", "nll": 3.5}]},
-    "samples": [{"text": "the river", "rebuilt": "the sea", "concept_ids": [33, 34]}],
+    "samples": [{"text": "the river", "rebuilt": "the sea", "concept_ids": [8193, 34]}],
 }
 BENCHMARK = {
     "concept": {"decode_tokens_per_s": 61.5, "cache_bytes": 1_234_567},
     "base": {"decode_tokens_per_s": 5123.4, "cache_bytes": 3_703_701},
     "decode_speedup": 0.9,
-    "train_step_ratio": None,
     "settings": {"dtype": "float32"},
 }
 ABLATE = {"zero": {"delta_nll": 1.7}, "drop": [{"share": 0.5, "delta_nll": 0.8}]}

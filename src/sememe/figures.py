@@ -80,9 +80,9 @@ def table(
         keys = dict.fromkeys(
             key for record in records for key, value in record.items() if is_plain(value)
         )
-    columns = [figure(key) for key in keys]
-    cells = [[column.show(record.get(column.key)) for column in columns] for record in records]
-    return [column.title for column in columns], cells
+    shown = [figure(key) for key in keys]
+    cells = [[each.show(record.get(each.key)) for each in shown] for record in records]
+    return [each.title for each in shown], cells
 
 
 def is_plain(value: Any) -> bool:

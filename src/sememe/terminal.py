@@ -105,7 +105,8 @@ def show_diagnosis(diagnosis: dict[str, Any]) -> None:
     for finding in findings:
         seen = [f"{key} {figures.show(value)}" for key, value in finding["evidence"].items()]
         say(f"\n{finding['rule'].upper()}: {finding['advice']}", "bold")
-        say(f"  {finding['sign']}: {', '.join(seen)}\n  try one of: {' '.join(finding['try'])}")
+        say(f"  {', '.join([finding['sign'], *seen])}")
+        say(f"  try one of: {' '.join(finding['try']) or '–'}")
     say(f"\nnothing found by: {', '.join(diagnosis['passed'])}")
     for rule in diagnosis["unchecked"]:
         say(f"not checked: {rule['rule']} ({rule['because']})")
@@ -129,7 +130,7 @@ class ConceptStreamer:
         self.text = Detokenizer(tokenizer, skip_special_tokens=cache is None)
         self.pieces: list[str] = []
         self.segment = ""
-        self.read = 0
+        self.known = 0
         """Tokens whose concept is known: one step after they were chosen, when they were read."""
 
     def put(self, value) -> None:
@@ -141,9 +142,9 @@ class ConceptStreamer:
             self.prompt = ""
             return
         self.pieces += new
-        for concept in self.cache.concept_ids[0, self.read :].tolist():
-            self.segment += self.pieces[self.read]
-            self.read += 1
+        for concept in self.cache.concept_ids[0, self.known :].tolist():
+            self.segment += self.pieces[self.known]
+            self.known += 1
             if concept != -1:
                 is_sink = concept < 0
                 write(self.segment, "dim" if is_sink else colour(concept))
@@ -152,7 +153,7 @@ class ConceptStreamer:
 
     def end(self) -> None:
         """Prints the tail, which no concept has closed, and half characters as they are."""
-        tail = [self.segment, *self.pieces[self.read :], self.text.rest()]
+        tail = [self.segment, *self.pieces[self.known :], self.text.rest()]
         write("".join(tail), "" if self.cache is None else "dim")
         write("\n")
 
