@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import metrics, run, sememe
+from conftest import metrics, run, sememe, tiny_recipe
 from plan_runs import planner_recipe, write_pairs
 from sememe import figures
 from sememe.errors import TrainingError
@@ -25,14 +25,11 @@ from sememe.report.rules import RULES
 
 SHORT = {"steps": 20, "heldout_every": 5}  # enough for faults that are there from the start
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,:;"
-PLANNER = {
-    "batch_size": 8,
-    "learning_rate": 2e-2,
-    "concept_learning_rate": 2e-2,
-    "lora": {"rank": 8},
-    "save_every": 1000,
-    "heldout_tokens": 160,
-}
+LONG = {"steps": 36, "sequence_length": 128, "batch_size": 4, "heldout_every": 9}
+LONG |= {"num_concepts": 64, "heldout_tokens": 512, "save_every": 1000, "lora": {"rank": 8}}
+LONG |= {"calibration_tokens": 2048, "learning_rate": 1e-2, "quantise": [0.1, 0.3]}
+PLANNER = {"batch_size": 8, "learning_rate": 2e-2, "concept_learning_rate": 2e-2}
+PLANNER |= {"lora": {"rank": 8}, "save_every": 1000, "heldout_tokens": 160}
 
 
 def chain(length: int, seed: int) -> str:
@@ -51,30 +48,12 @@ def chain(length: int, seed: int) -> str:
 def clinic(tmp_path_factory, base_folder):
     """A function: name, changes of the recipe → the run folder, trained."""
     folder = tmp_path_factory.mktemp("clinic")
-    for name, length, seed in (("train", 24000, 1), ("heldout", 2000, 2)):
-        (folder / f"{name}.txt").write_text(chain(length, seed))
+    texts = folder / "train.txt", folder / "heldout.txt"
+    for seed, (path, length) in enumerate(zip(texts, (24000, 2000), strict=True), 1):
+        path.write_text(chain(length, seed))
 
     def trained(name: str, **changes) -> Path:
-        values = {
-            "system": "online",
-            "base": str(base_folder),
-            "split": [1, 2, 1],
-            "precision": "fp32",
-            "data": {"train": str(folder / "train.txt"), "heldout": str(folder / "heldout.txt")},
-            "rate": 0.5,
-            "max_tail": 6,
-            "num_concepts": 64,
-            "steps": 36,
-            "sequence_length": 128,
-            "batch_size": 4,
-            "heldout_every": 9,
-            "heldout_tokens": 512,
-            "save_every": 1000,
-            "calibration_tokens": 2048,
-            "learning_rate": 1e-2,
-            "quantise": [0.1, 0.3],
-        }
-        run(values | changes, folder / name)
+        run(tiny_recipe(base_folder, texts) | LONG | changes, folder / name)
         return folder / name
 
     trained.folder = folder

@@ -116,18 +116,18 @@ def pull(
     from sememe.models.loading import shipped
     from sememe.report.files import read_json
 
-    concept_models = {key: read_json(folder / "config.json") for key, folder in shipped().items()}
+    listed = {key: vars(base) for key, base in bases.KNOWN.items()}
+    for key, folder in shipped().items():
+        config = read_json(folder / "config.json")
+        about = f"{config['base']} with concepts, rate {config['rate']:g}"
+        listed[key] = listed[config["base"]] | {"description": about}
     if name is None:
-        keys = ("name", "layers", "licence", "description")
-        listed = {x.name: {key: vars(x)[key] for key in keys} for x in bases.KNOWN.values()}
-        for key, config in concept_models.items():
-            about = f"{config['base']} with concepts, rate {config['rate']:g}"
-            listed[key] = listed[config["base"]] | {"name": key, "description": about}
-        yield [*listed.values()]
+        rows = [base | {"name": key} for key, base in listed.items()]
+        yield rows
         title = "known bases (elsewhere a base is a Hub id or a local folder)"
-        show_records([*listed.values()], title)
+        show_records(rows, title, ("name", "layers", "licence", "description"))
         return
-    base = concept_models.get(name, {"base": name})["base"]
+    base = listed[name]["name"] if name in listed else name
     folder = bases.pull(base)
     yield {"name": base, "folder": str(folder), "sha256": bases.fingerprint(folder)}
     say(f"{base} is at {folder}")

@@ -89,9 +89,11 @@ def show_figures(result: dict[str, Any], title: str = "") -> None:
         show_records(records)
 
 
-def show_records(records: list[dict[str, Any]], title: str = "") -> None:
+def show_records(
+    records: list[dict[str, Any]], title: str = "", keys: Iterable[str] | None = None
+) -> None:
     """Prints objects as the rows of a table, or as its columns where they have many keys."""
-    header, rows = figures.table(records)
+    header, rows = figures.table(records, keys)
     if len(header) > MAX_COLUMNS:
         header, *rows = zip(header, *rows, strict=True)
     table(rows, title, header)

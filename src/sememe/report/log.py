@@ -71,7 +71,9 @@ class Log:
         new = yaml.safe_load(word)
         if operator == "*":
             new = old and _scaled(old, new)
-            text = f"{key}={min(new, 1.0) if key == 'rate' else new}"
+            if key == "rate":
+                new = min(new, 1.0)
+            text = f"{key}={new}"
         return None if new == old else text
 
 
