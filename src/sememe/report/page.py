@@ -61,7 +61,7 @@ def run_page(folders: list[Path]) -> dict[str, Any]:
         "name": run.path.name,
         "run": run,
         "words": words,
-        "facts": [run.system, f"{last['step']:,} steps", f"{last['tokens']:,} tokens"],
+        "facts": [run.system, f"step {last['step']:,}", f"{show(last.get('tokens'))} tokens"],
         "measured": last_values([last, *newest]),
         "plots": list(filter(None, drawn)),
         "doctor": examine(run),
