@@ -47,5 +47,4 @@ def test_examples_work(kind, example, monkeypatch):
         shown = next(figures.rows({"sink_rate": 0.25}))
         assert shown == ("sink_rate", "25 %", "states without a code")
     else:
-        log = SimpleNamespace(figure={"heldout_nll.late": 5.0, "loss.late": 3.0}.get)
-        assert names["rule"].look(log) == {"heldout_nll.late": 5.0, "loss.late": 3.0}
+        assert names["rule"].is_sick({"heldout_nll.late": 5.0, "loss.late": 3.0}.get)

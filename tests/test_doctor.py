@@ -5,14 +5,14 @@ is a chain, each character mostly followed by its successor, so that a code that
 is worth about a nat; pairs ask for one of four sentences by name (plan_runs.py)."""
 
 import json
+import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from conftest import metrics, run, sememe
+from conftest import metrics, run, sememe, tiny_recipe
 from plan_runs import planner_recipe, write_pairs
 from sememe import figures
 from sememe.errors import TrainingError
@@ -20,59 +20,40 @@ from sememe.models import OnlineForCausalLM
 from sememe.options import load_recipe
 from sememe.report import doctor, write_report
 from sememe.report.doctor import examine
+from sememe.report.files import read_run
 from sememe.report.rules import RULES
 
 SHORT = {"steps": 20, "heldout_every": 5}  # enough for faults that are there from the start
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,:;"
-PLANNER = {
-    "batch_size": 8,
-    "learning_rate": 2e-2,
-    "concept_learning_rate": 2e-2,
-    "lora": {"rank": 8},
-    "save_every": 1000,
-    "heldout_tokens": 160,
-}
+LONG = {"steps": 36, "sequence_length": 128, "batch_size": 4, "heldout_every": 9}
+LONG |= {"num_concepts": 64, "heldout_tokens": 512, "save_every": 1000, "lora": {"rank": 8}}
+LONG |= {"calibration_tokens": 2048, "learning_rate": 1e-2, "quantise": [0.1, 0.3]}
+PLANNER = {"batch_size": 8, "learning_rate": 2e-2, "concept_learning_rate": 2e-2}
+PLANNER |= {"lora": {"rank": 8}, "save_every": 1000, "heldout_tokens": 160}
 
 
 def chain(length: int, seed: int) -> str:
     """Text in which most characters are followed by their one successor."""
     draw, successor = random.Random(seed), list(range(len(ALPHABET)))
     random.Random(0).shuffle(successor)
-    one, out = 0, []
+    character, text = 0, []
     for _ in range(length):
-        out.append(ALPHABET[one])
-        one = successor[one] if draw.random() < 0.85 else draw.randrange(len(ALPHABET))
-    return "".join(out)
+        text.append(ALPHABET[character])
+        is_chained = draw.random() < 0.85
+        character = successor[character] if is_chained else draw.randrange(len(ALPHABET))
+    return "".join(text)
 
 
 @pytest.fixture(scope="module")
 def clinic(tmp_path_factory, base_folder):
     """A function: name, changes of the recipe → the run folder, trained."""
     folder = tmp_path_factory.mktemp("clinic")
-    for name, length, seed in (("train", 24000, 1), ("heldout", 2000, 2)):
-        (folder / f"{name}.txt").write_text(chain(length, seed))
+    texts = folder / "train.txt", folder / "heldout.txt"
+    for seed, (path, length) in enumerate(zip(texts, (24000, 2000), strict=True), 1):
+        path.write_text(chain(length, seed))
 
     def trained(name: str, **changes) -> Path:
-        values = {
-            "system": "online",
-            "base": str(base_folder),
-            "split": [1, 2, 1],
-            "precision": "fp32",
-            "data": {"train": str(folder / "train.txt"), "heldout": str(folder / "heldout.txt")},
-            "rate": 0.5,
-            "max_tail": 6,
-            "num_concepts": 64,
-            "steps": 36,
-            "sequence_length": 128,
-            "batch_size": 4,
-            "heldout_every": 9,
-            "heldout_tokens": 512,
-            "save_every": 1000,
-            "calibration_tokens": 2048,
-            "learning_rate": 1e-2,
-            "quantise": [0.1, 0.3],
-        }
-        run(values | changes, folder / name)
+        run(tiny_recipe(base_folder, texts) | LONG | changes, folder / name)
         return folder / name
 
     trained.folder = folder
@@ -109,31 +90,27 @@ def planner(planners):
 def findings(folder: Path) -> dict[str, dict]:
     """Rule → what it found. What is to be tried must be a recipe that could be trained, and not the
     one that was."""
-    found = examine(folder)
+    diagnosis = examine(read_run(folder))
     recipe = load_recipe(folder / "recipe.yaml")
-    for one in found["findings"]:
-        for override in one["try"]:
+    for finding in diagnosis["findings"]:
+        for override in finding["try"]:
             assert load_recipe(folder / "recipe.yaml", [override]) != recipe, override
-    named = [one["rule"] for one in found["findings"] + found["unchecked"]] + found["passed"]
-    rules = sorted(rule.name for rule in RULES if found["system"] in rule.systems)
-    assert sorted(named) == rules, "every rule says something"
-    return {one["rule"]: one for one in found["findings"]}
+    judged = diagnosis["findings"] + diagnosis["unchecked"]
+    names = [rule["rule"] for rule in judged] + diagnosis["passed"]
+    rules = sorted(rule.name for rule in RULES if diagnosis["system"] in rule.systems)
+    assert sorted(names) == rules, "every rule says something"
+    return {finding["rule"]: finding for finding in diagnosis["findings"]}
 
 
 def test_healthy_runs_are_called_healthy(clinic, online, planner, tmp_path):
     for folder in (online, planner, clinic("control", system="control", **SHORT)):
         assert findings(folder) == {}
-    printed = sememe("doctor", online, "--json", tmp_path / "d.json")
-    assert "is healthy at step 36" in printed and "not checked" not in printed
-    found = json.loads((tmp_path / "d.json").read_text())
-    assert found["healthy"] and found["unchecked"] == []
-    unchecked = [one["rule"] for one in examine(planner)["unchecked"]]
-    assert unchecked == ["only the opening improves"], "targets are short"
-
-
-def test_the_table_of_figures_knows_every_key_of_a_real_run(online, planner):
-    for folder in (online, planner):
+        # and figures.toml knows every key that they log
         assert figures.figure("new").meaning not in write_report(folder).read_text()
+    printed = sememe("doctor", online, "--json", tmp_path / "d.json")
+    assert "healthy at step 36" in printed and "not checked" not in printed
+    diagnosis = json.loads((tmp_path / "d.json").read_text())
+    assert diagnosis["healthy"] and diagnosis["unchecked"] == []
 
 
 def test_a_collapsed_codebook_is_found(clinic, monkeypatch, tmp_path):
@@ -142,43 +119,43 @@ def test_a_collapsed_codebook_is_found(clinic, monkeypatch, tmp_path):
     real = OnlineForCausalLM.start_codes
 
     def collapse(self, *rest, **named):
-        found = real(self, *rest, **named)
+        result = real(self, *rest, **named)
         with torch.no_grad():
             self.writer.head.logits[0].bias[3] += 1e4
-        return found
+        return result
 
     monkeypatch.setattr(OnlineForCausalLM, "start_codes", collapse)
     folder = clinic("collapsed", head="joint", codes_per_concept=1, **SHORT)
-    found = findings(folder)
-    assert found["codes collapsed"]["evidence"]["largest_code_share.late"] == 1.0
-    assert found["codes ignored"]["evidence"]["delta_nll_shuffle.final"] == 0.0
+    sick = findings(folder)
+    assert sick["codes collapsed"]["evidence"]["largest_code_share.late"] == 1.0
+    assert sick["codes ignored"]["evidence"]["delta_nll_shuffle.final"] == 0.0
     printed = sememe("doctor", folder, "--json", tmp_path / "d.json", code=1)
     assert "CODES COLLAPSED" in printed and "gumbel=1" in printed
-    assert json.loads((tmp_path / "d.json").read_text())["findings"] == list(found.values())
+    assert json.loads((tmp_path / "d.json").read_text())["findings"] == list(sick.values())
     assert "few codes do all the work" in write_report(folder).read_text()
 
     cured = {"target_rate": 0.5, "delta_nll_shuffle": 1.0, "delta_nll_zero": 1.0}
-    for change, step in (({}, None), ({"delta_nll_zero": 0.01}, None), ({"target_rate": 0.25}, 20)):
+    for change, cost in (({}, None), ({"delta_nll_zero": 0.01}, 0.01), ({"target_rate": 0.25}, 0)):
         (folder / "evaluate.json").write_text(json.dumps(cured | change))
-        found = findings(folder).get("codes ignored")
+        sick = findings(folder).get("codes ignored")
         # figures of the finished model count, unless they are of another rate
-        assert found is None if not change else found["step"] == step
+        assert (sick and min(sick["evidence"].values())) == cost
 
 
 def test_a_planner_that_does_not_learn_is_found(planners):
     """The executor lives on z*, and the planner has no gradient: plans are not ignored, though
     shuffling the planner's own costs nothing."""
     em = {"stages": [0.25, 0.5]}
-    found = findings(planners("unlearned", em, {"weight": 0.0}, steps=16))
-    assert found["no gradient"]["evidence"] == {"grad_norm_planner / grad_norm": 0.0}
-    assert found["planner far from z*"]["try"] and "plans ignored" not in found
+    sick = findings(planners("unlearned", em, {"weight": 0.0}, steps=16))
+    assert sick["no gradient"]["evidence"] == {"grad_norm_planner.late": 0.0}
+    assert sick["planner far from z*"]["try"] and "plans ignored" not in sick
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_why(clinic):
     with pytest.raises(TrainingError):
         clinic("mad", learning_rate=1e20)
-    found = findings(clinic.folder / "mad")
-    assert found["not finite"]["try"] == ["learning_rate=1e+19"] and "unfinished" in found
+    sick = findings(clinic.folder / "mad")
+    assert sick["not finite"]["try"] == ["learning_rate=1e+19"] and "unfinished" in sick
     assert "not checked: codes ignored" in sememe("doctor", clinic.folder / "mad", code=1)
 
 
@@ -194,68 +171,50 @@ def copy(folder: Path, to: Path, change: dict) -> Path:
     return to
 
 
-@pytest.mark.parametrize(
-    ("rule", "change", "override"),
-    [
-        ("not finite", {"heldout_nll": float("inf")}, "learning_rate=0.001"),
-        ("loss does not fall", {"heldout_nll": 3.0, "loss": 3.0}, "learning_rate=0.03"),
-        ("held-out far above training", {"heldout_nll": 3.0, "loss": 2.0}, "steps=18"),
-        ("held-out text gets worse", {"heldout_nll": lambda at: 3 + at}, "steps=18"),
-        ("gradient explodes", {"grad_norm": lambda at: 1 + 9 * at}, "learning_rate=0.003"),
-        ("no gradient", {"grad_norm_head": 0.0, "grad_norm": 1.0}, "gumbel=1"),
-        ("rate off target", {"rate": 0.14, "heldout_rate": 0.14}, "boundary=fixed"),
-        ("codes ignored", {"delta_nll_shuffle": 0.0, "delta_nll_zero": 1.0}, "rate=0.75"),
-        ("codes collapsed", {"largest_code_share": 0.9}, "num_concepts=16"),
-        ("soft and hard codes apart", {"soft_hard_cosine": 0.5}, "code_temperature=0.5"),
-        ("sure too early", {"code_entropy": 0.0}, "code_temperature=2"),
-        (
-            "only the opening improves",
-            {"heldout_nll_by_position": lambda at: [3 - at, 3.0]},
-            "sequence_length=64",
-        ),
-    ],
-)
-def test_signs_in_the_log_of_an_online_run(online, tmp_path, rule, change, override):
-    found = findings(copy(online, tmp_path, change))
-    assert override in found[rule]["try"] and found[rule]["step"] == 36
-    assert found[rule]["evidence"] and found[rule]["advice"] and "unfinished" in found
-
-
-@pytest.mark.parametrize(
-    ("rule", "change", "override"),
-    [
-        (
-            "plans ignored",
-            {"delta_nll_shuffle": 0.0, "em_nll": 2.0, "em_nll_shuffle": 2.05},
-            "plan.lengths=[2, 4]",
-        ),
-        ("search undecided", {"em_margin": 0.1, "em_flips": 0.7}, "em.every=2"),
+FIRST = {"heldout_nll_by_position": lambda at: [3 - at, 3.0]}
+SIGNS = {
+    "online": (
+        ("not finite", "learning_rate=0.001", {"heldout_nll": math.inf}),
+        ("loss does not fall", "learning_rate=0.03", {"heldout_nll": 3.0, "loss": 3.0}),
+        ("held-out far above training", "steps=18", {"heldout_nll": 3.0, "loss": 2.0}),
+        ("held-out text gets worse", "steps=18", {"heldout_nll": lambda at: 3 + at}),
+        ("gradient explodes", "learning_rate=0.003", {"grad_norm": lambda at: 1 + 9 * at}),
+        ("no gradient", "gumbel=1", {"grad_norm_head": 0.0, "grad_norm": 1.0}),
+        ("rate off target", "boundary=fixed", {"rate": 0.14, "heldout_rate": 0.14}),
+        ("codes ignored", "rate=0.75", {"delta_nll_shuffle": 0.0, "delta_nll_zero": 1.0}),
+        ("codes collapsed", "num_concepts=16", {"largest_code_share": 0.9}),
+        ("soft and hard codes apart", "code_temperature=0.5", {"soft_hard_cosine": 0.5}),
+        ("sure too early", "code_temperature=2.0", {"code_entropy": 0.0}),
+        ("only the opening improves", "sequence_length=64", FIRST),
+    ),
+    "planner": (
+        ("plans ignored", "plan.lengths=[2, 4]", {"delta_nll_shuffle": 0.0, "em_nll": 9.0}),
+        ("search undecided", "em.every=2", {"em_margin": 0.1, "em_flips": 0.7}),
         (
             "search stuck early",
-            {"em_flips": 0.0, "em_candidates": 2.0, "plan_entropy_by_slot": [0.0, 0.0, 0.0]},
             "em.proposers.diverse=4",
+            {"em_flips": 0.0, "em_candidates": 2.0, "plan_entropy_by_slot": [0.0, None]},
         ),
-        ("plans stale", {"em_staleness": 3.0, "em_margin": 1.0}, "em.every=2"),
+        ("plans stale", "em.every=2", {"em_staleness": 3.0, "em_margin": 1.0}),
         (
             "planner far from z*",
+            "em.planner_weight=2.0",
             {"em_nll": 1.0, "em_nll_planner": 2.0, "em_nll_shuffle": 2.0},
-            "em.planner_weight=2",
         ),
-        (
-            "ids collapsed",
-            {"plan_perplexity": [1.0, 5.0], "plan_largest_share": [1.0, 0.2]},
-            "em.proposers.sample=4",
-        ),
-        (
-            "only the opening improves",
-            {"heldout_nll_by_position": lambda at: [3 - at, 3.0]},
-            "plan.lengths=[2, 4]",
-        ),
-    ],
+        ("ids collapsed", "em.proposers.sample=4", {"plan_largest_share": [1.0, 0.2]}),
+        ("only the opening improves", "plan.lengths=[2, 4]", FIRST),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "rule", "override", "change"),
+    [(run, *sign) for run, signs in SIGNS.items() for sign in signs],
 )
-def test_signs_in_the_log_of_a_planner(planner, tmp_path, rule, change, override):
-    found = findings(copy(planner, tmp_path, change))
-    assert override in found[rule]["try"] and found[rule]["evidence"]
+def test_signs_in_the_log(request, tmp_path, run, rule, override, change):
+    sick = findings(copy(request.getfixturevalue(run), tmp_path, change))
+    assert override in sick[rule]["try"] and sick[rule]["evidence"] and sick[rule]["advice"]
+    assert "unfinished" in sick
 
 
 def test_the_finished_model_goes_before_its_training(planner, tmp_path):
@@ -270,27 +229,25 @@ def test_the_finished_model_goes_before_its_training(planner, tmp_path):
         assert set(findings(tmp_path)) == {"unfinished", *([rule] if rule else [])}
 
 
-def test_what_was_not_measured_is_said(online, planner, tmp_path):
-    """Logs and recipes of before the newer keys."""
+@pytest.mark.parametrize(
+    ("run", "unmeasured"), [("online", "codes collapsed"), ("planner", "search undecided")]
+)
+def test_what_was_not_measured_is_said(request, tmp_path, run, unmeasured):
+    """Logs of before the newer keys."""
+    folder = copy(request.getfixturevalue(run), tmp_path, {})
     newer = ("delta_nll", "code_", "soft_hard", "grad_norm_", "heldout_nll_by", "em_", "plan_")
-    for folder, missing in ((online, "codes collapsed"), (planner, "search undecided")):
-        copy(folder, tmp_path, {})
-        lines = [
-            {key: x for key, x in line.items() if not key.startswith(newer)}
-            for line in metrics(folder)
-        ]
-        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-        recipe.pop("codes_per_concept", None)
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        found = examine(tmp_path)
-        assert [one["rule"] for one in found["findings"]] == ["unfinished"]
-        assert missing in {one["rule"] for one in found["unchecked"]}
+    lines = [
+        {key: x for key, x in line.items() if not key.startswith(newer)} for line in metrics(folder)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    diagnosis = examine(read_run(folder))
+    assert [finding["rule"] for finding in diagnosis["findings"]] == ["unfinished"]
+    assert unmeasured in {rule["rule"] for rule in diagnosis["unchecked"]}
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path, online):
-    assert "is not a folder" in sememe("doctor", tmp_path / "nowhere", code=1)
-    assert "has no metrics.jsonl" in sememe("doctor", tmp_path, code=1)
+    for folder in (tmp_path / "nowhere", tmp_path):
+        assert "has no metrics.jsonl" in sememe("doctor", folder, code=1)
     (tmp_path / "metrics.jsonl").write_text((online / "metrics.jsonl").read_text())
     for text in (None, "[1, 2]", "rate: [", "rate: 1\n"):
         if text is not None:

@@ -58,10 +58,6 @@ reach allot turn price places columns ahead behind settling opening posterior me
 NAMES_WITH_THEM = 20
 
 
-def each_file(test):
-    return pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))(test)
-
-
 def part(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
@@ -92,8 +88,9 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@each_file
-def test_imports_point_downward(path):
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_file_is_small_and_imports_downward(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
     here = part(path)
     for name in imports(path):
         top, _, rest = name.partition(".")
@@ -114,25 +111,16 @@ def test_no_import_cycle():
     assert not needs, "\n".join(f"{name} imports {sorted(them)}" for name, them in needs.items())
 
 
-@each_file
-def test_files_stay_small(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
-
-
 def test_functions_stay_small():
-    functions = [
-        (node, f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}")
-        for path, tree in TREES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    long = [where for f, where in functions if f.end_lineno - f.lineno >= FUNCTION_LINES]
+    long, wide = [], []
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                where = f"{path.relative_to(SOURCE)}:{node.lineno} {node.name}"
+                long += [where] * (node.end_lineno - node.lineno >= FUNCTION_LINES)
+                parameters = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                wide += [where] * (len(parameters) > PARAMETERS)
     assert len(long) <= LONGER_FUNCTIONS, long
-    wide = [
-        where
-        for f, where in functions
-        if len(f.args.posonlyargs + f.args.args + f.args.kwonlyargs) > PARAMETERS
-    ]
     assert len(wide) <= FUNCTIONS_WITH_MORE, wide
 
 
@@ -142,7 +130,7 @@ def test_the_whole_stays_within_its_budget():
 
 
 def test_names_are_words_of_the_field():
-    names = set()
+    names = {(path.name, path.stem) for path in FILES}
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -151,26 +139,21 @@ def test_names_are_words_of_the_field():
                 names.add((path.name, node.arg))
             elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
                 names.add((path.name, getattr(node, "id", None) or node.attr))
-        names.add((path.name, path.stem))
     bad = set(WORDS.split())
     wrong = sorted(name for name in names if bad & {*name[1].lower().split("_")})
     assert len(wrong) <= NAMES_WITH_THEM, wrong
 
 
-@each_file
-def test_text_files_are_utf_8_whatever_the_locale(path):
-    for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            mode = (
-                node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
-            )
-            text = node.func.attr in ("read_text", "write_text") or (
-                node.func.attr == "open" and (not node.args or mode) and "b" not in mode
-            )
+def test_text_files_are_utf_8_whatever_the_locale():
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            name = getattr(getattr(node, "func", None), "attr", "")
+            if name not in ("read_text", "write_text", "open"):
+                continue
+            mode = node.args[0] if node.args else ast.Constant("r")
+            is_text = name != "open" or "b" not in str(getattr(mode, "value", "b"))
             named = any(keyword.arg == "encoding" for keyword in node.keywords)
-            assert named or not text, (
-                f"{path}:{node.lineno} reads or writes text in the locale's encoding"
-            )
+            assert named or not is_text, f"{path}:{node.lineno}: the locale's encoding"
 
 
 def test_no_registry_host_and_no_machine_path_in_the_tree():

@@ -215,11 +215,11 @@ def test_a_sweep_compares_planners_with_their_control(values, tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "s"
     recipe.write_text(check_recipe(values, "test").yaml())
     sememe("sweep", recipe, "em.every=0,2", "--control", "--out", out, "--tokens", 64)
-    runs = {run["name"]: run for run in json.loads((out / "sweep.json").read_text())["runs"]}
+    runs = {entry["name"]: entry for entry in json.loads((out / "sweep.json").read_text())["runs"]}
     assert list(runs) == ["control", "planner_em.every-0", "planner_em.every-2"]
-    for name, run in runs.items():
-        figures = run["figures"]
-        assert run["trained_tokens"] == metrics(out / name)[-1]["tokens"]
+    for name, trained in runs.items():
+        figures = trained["figures"]
+        assert trained["trained_tokens"] == metrics(out / name)[-1]["tokens"]
         if name == "control":
             continue
         difference = figures["nll"] - figures["control_nll"]

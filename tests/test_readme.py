@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -32,22 +33,20 @@ def test_readme_is_short_and_its_first_command_comes_early():
     assert len(lines) <= 150 and lines.index("make demo") < 30
     assert max(map(len, lines)) < 330  # a row of a table with its links
     for target, does in (("demo", "sh runs/demo.sh"), ("test", "-m pytest")):
-        planned = subprocess.run(
-            ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        assert f"make {target}" in lines and does in planned.stdout
+        planned = subprocess.check_output(["make", "-n", target], cwd=ROOT, text=True)
+        assert f"make {target}" in lines and does in planned
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     for name in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("line", [line for text in SCRIPTS.values() for line in commands(text)])
-def test_commands_of_the_scripts_are_as_the_program_takes_them(line):
-    words = shlex.split(line)
-    shown = re.sub(r"\s+", " ", sememe(words[1], "--help"))
-    for word in words[2:]:
-        assert not word.startswith("--") or word in shown, f"{word} is no option of {words[1]}"
-        assert not word.startswith(("recipes/", "data/")) or (ROOT / word).is_file(), word
+def test_commands_of_the_scripts_are_as_the_program_takes_them():
+    for line in (line for script in SCRIPTS.values() for line in commands(script)):
+        words = shlex.split(line)
+        shown = re.sub(r"\s+", " ", sememe(words[1], "--help"))
+        for word in words[2:]:
+            assert not word.startswith("--") or word in shown, f"{word} is no option of {words[1]}"
+            assert not word.startswith(("recipes/", "data/")) or (ROOT / word).is_file(), word
 
 
 @pytest.fixture
@@ -56,24 +55,18 @@ def workplace(long_base_folder, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = {"base": str(long_base_folder), "sequence_length": 32, "steps": 4}
     tiny |= {"num_concepts": 32, "calibration_tokens": 256}
-    for name, text in zip(("train", "heldout"), texts, strict=True):
-        Path("data").mkdir(exist_ok=True)
-        Path(f"data/{name}.txt").write_text(text.read_text())
-    Path("recipes").mkdir()
+    for folder in ("data", "recipes"):
+        Path(folder).mkdir()
+    for text in texts:
+        shutil.copy(text, "data")
     for path in (ROOT / "recipes").glob("*.yaml"):
         values = yaml.safe_load(path.read_text()) | tiny
-        if values["system"] == "online":
-            values["split"] = [1, 2, 1]
-        Path("recipes", path.name).write_text(yaml.safe_dump(values))
+        split = {"split": [1, 2, 1]} if values["system"] == "online" else {}
+        Path("recipes", path.name).write_text(yaml.safe_dump(values | split))
 
 
-FEW = {
-    "sweep": "--tokens 128",
-    "evaluate": "--tokens 512",
-    "ablate": "--tokens 128",
-    "reconstruct": "--tokens 128",
-    "benchmark": "--new-tokens 4 --repeats 1",
-}
+FEW = {"sweep": "--tokens 128", "evaluate": "--tokens 512", "ablate": "--tokens 128"}
+FEW |= {"reconstruct": "--tokens 128", "benchmark": "--new-tokens 4 --repeats 1"}
 
 
 def play(line: str) -> str:
@@ -113,9 +106,8 @@ def test_demo_repeats_nothing_that_is_finished(tmp_path):
 
     def called() -> list[str]:
         script = ["sh", ROOT / "runs" / "demo.sh"]
-        done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [line for line in done.stdout.splitlines() if line and not line.startswith("==")]
+        printed = subprocess.check_output(script, cwd=tmp_path, env=env, text=True)
+        return [line for line in printed.splitlines() if line and not line.startswith("==")]
 
     stages = ["pull", "train", "train", "evaluate", "benchmark", "generate", "report"]
     assert called() == stages

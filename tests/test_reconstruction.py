@@ -76,7 +76,7 @@ def saved(tmp_path_factory, base_folder, blocks, model, online, texts):
         one.save_pretrained(folder / name / "model")
         TOKENIZER.save_pretrained(folder / name / "model")
         (folder / name / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-        recipe = yaml.safe_dump({"data": data, "sequence_length": 32})
+        recipe = yaml.safe_dump({"system": "compressor", "data": data, "sequence_length": 32})
         (folder / name / "recipe.yaml").write_text(recipe)
     words = byte_tokenizer()
     words.add_tokens(["cat"])

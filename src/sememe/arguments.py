@@ -1,16 +1,23 @@
-"""Every argument and option of the command line, once: its type, its limits and its help."""
+"""Every argument and option of the command line, once: its type, its help and its limits."""
 
 import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
-from typer import Argument, Option
 
 from sememe import storage
 from sememe.errors import SememeError
+
+
+def argument(kind: Any, help: str, metavar: str | None = None) -> Any:
+    return Annotated[kind, typer.Argument(help=help, metavar=metavar)]
+
+
+def option(kind: Any, help: str, *names: str, **limits: Any) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help, **limits)]
 
 
 def _json_target(context: typer.Context, path: Path | None) -> Path | TextIO | None:
@@ -31,150 +38,106 @@ def _json_target(context: typer.Context, path: Path | None) -> Path | TextIO | N
 def _numbers(text: str | None) -> list[float]:
     """`0.25,0.5` → [0.25, 0.5]; nothing → []."""
     try:
-        return [float(word) for word in text.split(",")] if text is not None else []
+        return [float(word) for word in text.split(",")] if text else []
     except ValueError as error:
         raise SememeError(
             f"--rate {text!r}: need numbers with commas between them. try: --rate 0.25,0.5"
         ) from error
 
 
-Model = Annotated[
-    str, Argument(help="A run folder, a saved model folder, a base, or smollm2-135m-online.")
-]
-BaseName = Annotated[str | None, Argument(help="A known base; without it, all are listed.")]
-Recipe = Annotated[Path, Argument(help="A recipe, see recipes/.")]
-Overrides = Annotated[
-    list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Dotted keys of the recipe.")
-]
-Grid = Annotated[
-    list[str] | None,
-    Argument(metavar="[KEY=A,B,C]...", help="Dotted keys; a value with commas stays whole in []."),
-]
-TextFile = Annotated[str, Argument(metavar="TEXT", help="A text, as for ablate --data.")]
-Codes = Annotated[Path, Argument(metavar="CODES", help="What sememe compress wrote.")]
-Run = Annotated[Path, Argument(help="A run folder, finished or not.")]
-Runs = Annotated[
+Model = argument(str, "A run folder, a saved model folder, a base, or smollm2-135m-online.")
+BaseName = argument(str, "A known base; without it, all are listed.")
+Recipe = argument(Path, "A recipe, see recipes/.")
+Overrides = argument(list[str], "Dotted keys of the recipe.", "[KEY=VALUE]...")
+Grid = argument(list[str], "Dotted keys; a value with commas stays whole in [].", "[KEY=A,B,C]...")
+TextFile = argument(str, "A text, as for ablate --data.", "TEXT")
+Codes = argument(Path, "What sememe compress wrote.", "CODES")
+Run = argument(Path, "A run folder, finished or not.")
+Runs = argument(
     list[Path],
-    Argument(
-        metavar="RUN_OR_SWEEP...",
-        help="A run folder or a sweep's; more of them are drawn beside the first.",
-    ),
-]
+    "A run folder or a sweep's; more of them are drawn beside the first.",
+    "RUN_OR_SWEEP...",
+)
 
-Json = Annotated[
-    Path | None,
-    Option(
-        "--json",
-        metavar="FILE",
-        callback=_json_target,
-        help="Write the same as JSON; -: to stdout, and all else to stderr.",
-    ),
-]
-OutRun = Annotated[
-    Path, Option(metavar="RUN", help="Run folder: new, or an unfinished run to resume.")
-]
-OutSweep = Annotated[
-    Path, Option(metavar="FOLDER", help="Folder of the runs: new, or a sweep to resume.")
-]
-OutCodes = Annotated[Path, Option(metavar="CODES", help="A new file, as codes.json.")]
-OutText = Annotated[
-    Path | None,
-    Option(metavar="TEXT", help="A new .jsonl, or text alone in any other. Default: the terminal."),
-]
-OutModel = Annotated[Path, Option(metavar="DIR", help="A new folder.")]
-WithBaselines = Annotated[
-    bool, Option("--control", help="Train control, skip and window too, to compare with.")
-]
+Json = option(
+    Path,
+    "Write the same as JSON; -: to stdout, and all else to stderr.",
+    "--json",
+    metavar="FILE",
+    callback=_json_target,
+)
+OutRun = option(Path, "Run folder: new, or an unfinished run to resume.", metavar="RUN")
+OutSweep = option(Path, "Folder of the runs: new, or a sweep to resume.", metavar="FOLDER")
+OutCodes = option(Path, "A new file, as codes.json.", metavar="CODES")
+OutText = option(
+    Path, "A new .jsonl, or text alone in any other. Default: the terminal.", metavar="TEXT"
+)
+OutModel = option(Path, "A new folder.", metavar="DIR")
+WithBaselines = option(bool, "Train control, skip and window too, to compare with.", "--control")
 
-Data = Annotated[
-    str | None,
-    Option(
-        metavar="TEXT",
-        help="Held-out text: .txt, .jsonl[#field], .parquet[#field] or a datasets id. Default: "
-        "that of the run.",
-    ),
-]
-SeveralData = Annotated[
-    list[str] | None, Option(metavar="TEXT", help="As for ablate; several times: text by text.")
-]
-Tokens = Annotated[int, Option(min=16, help="Tokens to measure on.")]
-Control = Annotated[str | None, Option(metavar="MODEL2", help="Same LoRA without concepts.")]
-Rate = Annotated[
-    str | None,
-    Option(
-        metavar="R",
-        callback=_numbers,
-        help="Concepts per token at inference; of a planner N,N: concepts of each type at most. "
-        "Default: as trained.",
-    ),
-]
-Rates = Annotated[
-    str | None,
-    Option(
-        "--rate",
-        metavar="R[,R…]",
-        callback=_numbers,
-        help="As for generate; several: a table over these rates, beside the rate as trained.",
-    ),
-]
-Search = Annotated[
+Data = option(
+    str,
+    "Held-out text: .txt, .jsonl[#field], .parquet[#field] or a datasets id. Default: that of the "
+    "run.",
+    metavar="TEXT",
+)
+SeveralData = option(list[str], "As for ablate; several times: text by text.", metavar="TEXT")
+Tokens = option(int, "Tokens to measure on.", min=16)
+Control = option(str, "Same LoRA without concepts.", metavar="MODEL2")
+Rate = option(
+    str,
+    "Concepts per token at inference; of a planner N,N: concepts of each type at most. Default: as "
+    "trained.",
+    metavar="R",
+    callback=_numbers,
+)
+Rates = option(
+    str,
+    "As for generate; several: a table over these rates, beside the rate as trained.",
+    "--rate",
+    metavar="R[,R…]",
+    callback=_numbers,
+)
+Search = option(
     int,
-    Option(
-        min=0,
-        help="Of a planner: rounds of search for the best plans z*; 0 leaves them out, which is "
-        "much faster.",
-    ),
-]
-Answers = Annotated[
+    "Of a planner: rounds of search for the best plans z*; 0 leaves them out, which is much "
+    "faster.",
+    min=0,
+)
+Answers = option(
     bool,
-    Option(
-        "--answers",
-        help="Of pairs: write each target too, and count exact matches of the final sentence.",
-    ),
-]
-Signals = Annotated[
+    "Of pairs: write each target too, and count exact matches of the final sentence.",
+    "--answers",
+)
+Signals = option(
     int,
-    Option(
-        min=0,
-        metavar="N",
-        help="Of a planner: what plans tell of length, kind, names, numbers and key words, by "
-        "linear probes fitted on N training pairs.",
-    ),
-]
-Online = Annotated[
-    str | None,
-    Option(
-        metavar="MODEL2",
-        help="An online model over the same base: the online vs offline gap, at equal rate.",
-    ),
-]
-Beams = Annotated[
-    int | None,
-    Option(min=1, help="Hypotheses of the beam search; 1 is the fastest. Default: 16."),
-]
+    "Of a planner: what plans tell of length, kind, names, numbers and key words, by linear probes "
+    "fitted on N training pairs.",
+    min=0,
+    metavar="N",
+)
+Online = option(
+    str,
+    "An online model over the same base: the online vs offline gap, at equal rate.",
+    metavar="MODEL2",
+)
+Beams = option(int, "Hypotheses of the beam search; 1 is the fastest. Default: 16.", min=1)
 
-PromptTokens = Annotated[
-    int | None, Option(min=2, help="Default: 512; of a compressor those of a window.")
-]
-TimedTokens = Annotated[
-    int, Option(min=2, help="Tokens to write; a compressor writes the text again.")
-]
-Batch = Annotated[int | None, Option(min=1, help="Default: 1; of a compressor 16 windows.")]
-Repeats = Annotated[int, Option(min=1, help="Counted rounds; the median is reported.")]
-Dtype = Annotated[str, Option(help="float32 or bfloat16, for both.")]
+PromptTokens = option(int, "Default: 512; of a compressor those of a window.", min=2)
+TimedTokens = option(int, "Tokens to write; a compressor writes the text again.", min=2)
+Batch = option(int, "Default: 1; of a compressor 16 windows.", min=1)
+Repeats = option(int, "Counted rounds; the median is reported.", min=1)
+Dtype = option(str, "float32 or bfloat16, for both.")
 
-Prompt = Annotated[str, Option(help="Text to go on from.")]
-MaxNewTokens = Annotated[int, Option(min=1)]
-Temperature = Annotated[float, Option(min=0.0, help="0 is greedy.")]
-Seed = Annotated[int, Option(min=0)]
-ShowConcepts = Annotated[
-    bool,
-    Option("--show-concepts", help="Mark each segment and its concept; of a planner its plan."),
-]
-Edits = Annotated[
-    list[str] | None,
-    Option(
-        metavar="TYPE:SLOT=ID",
-        help="Change a concept of the plan and print both texts; may be given several times.",
-    ),
-]
+Prompt = option(str, "Text to go on from.")
+MaxNewTokens = option(int, "Tokens to write at most.", min=1)
+Temperature = option(float, "0 is greedy.", min=0.0)
+Seed = option(int, "Of what is drawn.", min=0)
+ShowConcepts = option(
+    bool, "Mark each segment and its concept; of a planner its plan.", "--show-concepts"
+)
+Edits = option(
+    list[str],
+    "Change a concept of the plan and print both texts; may be given several times.",
+    metavar="TYPE:SLOT=ID",
+)

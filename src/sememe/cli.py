@@ -2,12 +2,11 @@
 
 import functools
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +18,7 @@ from sememe.terminal import (
     say,
     show_diagnosis,
     show_figures,
+    show_records,
     table,
     write,
     write_json,
@@ -87,8 +87,7 @@ def command(function: Callable[..., Iterator[Any]]) -> Callable[..., None]:
     `--json` is written in between: neither a terminal that cannot show something nor a full disk
     costs both."""
 
-    @functools.wraps(function)
-    def run(json_file: Path | TextIO | None = None, **options: Any) -> None:
+    def run(json_file: arguments.Json = None, **options: Any) -> None:
         steps = function(**options)
         result = next(steps)
         try:
@@ -97,14 +96,11 @@ def command(function: Callable[..., Iterator[Any]]) -> Callable[..., None]:
         finally:
             next(steps, None)
 
+    own = inspect.signature(run).parameters["json_file"]
+    functools.update_wrapper(run, function)
     signature = inspect.signature(function)
-    json_parameter = inspect.Parameter(
-        "json_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=arguments.Json
-    )
-    run.__signature__ = signature.replace(
-        parameters=[*signature.parameters.values(), json_parameter]
-    )
-    run.__annotations__ = function.__annotations__ | {"json_file": arguments.Json}
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])
+    run.__annotations__ = function.__annotations__ | {"json_file": own.annotation}
     return app.command()(run)
 
 
@@ -118,25 +114,23 @@ def pull(
     Example: `sememe pull smollm2-135m-online`"""
     from sememe.backbone import bases
     from sememe.models.loading import shipped
+    from sememe.report.files import read_json
 
-    configs = {
-        reference: json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for reference, folder in shipped().items()
-    }
+    listed = {key: vars(base) for key, base in bases.KNOWN.items()}
+    for key, folder in shipped().items():
+        config = read_json(folder / "config.json")
+        about = f"{config['base']} with concepts, rate {config['rate']:g}"
+        listed[key] = listed[config["base"]] | {"description": about}
     if name is None:
-        keys = ("name", "layers", "licence", "description")
-        rows = [(key, str(b.layers), b.licence, b.description) for key, b in bases.KNOWN.items()]
-        for reference, config in configs.items():
-            about = f"{config['base']} with concepts, R = {1 / config['rate']:g}"
-            layers = str(config["text_config"]["num_hidden_layers"])
-            rows.append((reference, layers, "Apache-2.0", about))
-        yield [dict(zip(keys, row, strict=True)) for row in rows]
-        table(rows, "known bases (elsewhere a base is a Hub id or a local folder)", keys)
+        rows = [base | {"name": key} for key, base in listed.items()]
+        yield rows
+        title = "known bases (elsewhere a base is a Hub id or a local folder)"
+        show_records(rows, title, ("name", "layers", "licence", "description"))
         return
-    name = configs[name]["base"] if name in configs else name
-    folder = bases.pull(name)
-    yield {"name": name, "folder": str(folder), "sha256": bases.fingerprint(folder)}
-    say(f"{name} is at {folder}")
+    base = listed[name]["name"] if name in listed else name
+    folder = bases.pull(base)
+    yield {"name": base, "folder": str(folder), "sha256": bases.fingerprint(folder)}
+    say(f"{base} is at {folder}")
 
 
 @command
@@ -153,20 +147,18 @@ def train(
     runs/r2-control`
     """
     from sememe.options import load_recipe
-    from sememe.report.files import read_metrics
-    from sememe.training.resume import same_run
+    from sememe.report.files import last_values, read_metrics
     from sememe.training.run import train as run_training
 
     loaded = load_recipe(recipe, overrides or [])
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first and not same_run(loaded, out):
-        say(loaded.yaml(whole=False), "dim")
-    model = run_training(loaded, out, say=say if first else lambda line: None)
-    last = read_metrics(out).last() if first else {}
+    say(loaded.yaml(whole=False), "dim")
+    model = run_training(loaded, out, say=say)
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes writes and prints
+        raise typer.Exit
+    last = last_values(read_metrics(out))
     yield {"run": str(out), "model": str(model), **last}
-    if first:
-        show_figures(last, str(out))
-        say(f"model: {model}")
+    show_figures(last, str(out))
+    say(f"model: {model}")
 
 
 @command
@@ -216,7 +208,7 @@ def evaluate(
     options = measure.Options(
         tokens=tokens, rate=rate, search=search, answers=answers, signals=signals
     )
-    result = measure.evaluate(model, data or measure.heldout_of(model), control, options)
+    result = measure.evaluate(model, data, control, options)
     yield result
     show_figures(result, model)
 
@@ -236,7 +228,7 @@ def ablate(
     from sememe import measure
 
     options = measure.Options(tokens=tokens, rate=rate)
-    result = measure.ablate(model, data or measure.heldout_of(model), options)
+    result = measure.ablate(model, data, options)
     yield result
     show_figures(result, model)
 
@@ -321,7 +313,7 @@ def reconstruct(
     from sememe import measure
 
     options = measure.Options(tokens=tokens, rate=rate, online=online, beams=beams)
-    result = measure.reconstruct(model, data or measure.heldout_of(model), options)
+    result = measure.reconstruct(model, data, options)
     yield result
     show_figures(result, model)
 
@@ -363,7 +355,7 @@ def report(runs: arguments.Runs):
     Two runs and a sweep on the same axes: `sememe report runs/r2 runs/r4 runs/rates`"""
     from sememe.report import write_report
 
-    page = write_report(runs[0], None, runs[1:])
+    page = write_report(*runs)
     yield {"report": str(page)}
     say(f"report: {page}")
 
@@ -374,10 +366,10 @@ def doctor(run: arguments.Run):
     something is.
 
     Example: `sememe doctor runs/demo`"""
-    from sememe.paths import usable
     from sememe.report.doctor import examine
+    from sememe.report.files import read_run
 
-    diagnosis = examine(usable(run))
+    diagnosis = examine(read_run(run))
     yield diagnosis
     show_diagnosis(diagnosis)
     if not diagnosis["healthy"]:

@@ -16,7 +16,7 @@ from sememe.figures import figure
 from sememe.measure import Options, evaluate
 from sememe.options import Recipe, check_recipe, load_recipe
 from sememe.paths import usable
-from sememe.report.files import read_metrics
+from sememe.report.files import last_values, read_metrics
 from sememe.systems import SYSTEMS
 from sememe.training.resume import is_finished
 from sememe.training.run import train
@@ -174,7 +174,7 @@ def _measure(entry: Entry, recipe: Recipe, out: Path, tokens: int) -> None:
     figures = reusable(folder, "evaluate.json", **same) or evaluate(
         str(folder), data, control, Options(tokens=tokens)
     )
-    entry["trained_tokens"] = read_metrics(folder).last()["tokens"]
+    entry["trained_tokens"] = last_values(read_metrics(folder))["tokens"]
     entry["figures"] = {key: figures.get(key) for key in (*CONTRACT, "control_nll")}
 
 

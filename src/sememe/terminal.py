@@ -3,6 +3,7 @@
 Imports nothing large, so that `sememe --help` is instant."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,15 +13,12 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
-from rich.text import Text
 
 from sememe import figures
 from sememe.detokenize import Detokenizer
 from sememe.evaluation.results import put
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
-TEXTS = ("samples", "lossless_samples")
-"""Lists of texts in results, which the report shows."""
 MAX_COLUMNS = 8
 
 
@@ -29,7 +27,8 @@ def new_console(**options) -> Console:
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
-out = new_console()
+# of several processes that train together the first alone prints
+out = new_console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def write(text: str, style: str = "") -> None:
@@ -60,12 +59,11 @@ def write_json(to: Path | TextIO, value: Any) -> None:
         to.write(json.dumps(value, indent=1) + "\n")
 
 
-def table(rows: Iterable, title: str, header: Iterable[str], lines: bool = False) -> None:
-    """Prints a table of texts. `lines`: one between rows, whose cells have several themselves."""
-    grid = Table(title=title, title_justify="left", show_lines=lines)
+def table(rows: Iterable, title: str, header: Iterable[str]) -> None:
+    """Prints a table of texts."""
+    grid = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
-        right = index > 0 and not lines
-        grid.add_column(name, justify="right" if right else "left", overflow="fold")
+        grid.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:
         grid.add_row(*row)
     out.print(grid)
@@ -73,61 +71,45 @@ def table(rows: Iterable, title: str, header: Iterable[str], lines: bool = False
 
 def show_figures(result: dict[str, Any], title: str = "") -> None:
     """Prints a JSON object of figures: its plain values, then objects of the same keys beside each
-    other, then every list of objects."""
+    other, then every list of objects but `samples`, which the report shows."""
     plain = [(key, value) for key, value, _ in figures.rows(result)]
     if plain:
         table(plain, title, ("measure", "value"))
-    beside: dict[tuple, dict[str, dict]] = {}
+    beside: dict[tuple, list[dict]] = {}
     for name, value in result.items():
-        if isinstance(value, dict) and any(map(_is_nested, value.values())):
+        if figures.is_plain(value) or name == "samples":
+            continue
+        if isinstance(value, list):
+            show_records(value, name)
+        elif all(map(figures.is_plain, value.values())):
+            beside.setdefault(tuple(value), []).append({"": name} | value)
+        else:
             show_figures(value, name)
-        elif isinstance(value, dict):
-            beside.setdefault(tuple(value), {})[name] = value
-    for keys, objects in beside.items():
-        rows = [(key, *(_cell(key, value[key]) for value in objects.values())) for key in keys]
-        table(rows, "", ("measure", *objects))
-    for name, value in result.items():
-        if figures.objects(value) and name not in TEXTS:
-            header, rows = figures.table(value)
-            if len(header) > MAX_COLUMNS:  # on its side: a column for each object
-                header, *rows = zip(header, *rows, strict=True)
-            table(rows, name, header)
+    for records in beside.values():
+        show_records(records)
 
 
-def _is_nested(value: Any) -> bool:
-    return bool(figures.objects(value)) or (isinstance(value, dict) and "median" not in value)
-
-
-def _cell(key: str, value: Any) -> str:
-    """A value as its figure is shown; of several rounds `median (min–max)`."""
-    show = figures.figure(key).show
-    if isinstance(value, dict):
-        return f"{show(value['median'])} ({show(value['min'])}–{show(value['max'])})"
-    return show(value)
+def show_records(
+    records: list[dict[str, Any]], title: str = "", keys: Iterable[str] | None = None
+) -> None:
+    """Prints objects as the rows of a table, or as its columns where they have many keys."""
+    header, rows = figures.table(records, keys)
+    if len(header) > MAX_COLUMNS:
+        header, *rows = zip(header, *rows, strict=True)
+    table(rows, title, header)
 
 
 def show_diagnosis(diagnosis: dict[str, Any]) -> None:
     """What the doctor found, then which rules found nothing, then which could not look."""
-    findings, step = diagnosis["findings"], diagnosis["step"]
-    rows = []
+    findings = diagnosis["findings"]
+    health = f"{len(findings)} findings" if findings else "healthy"
+    say(f"{diagnosis['run']}: {health} at step {diagnosis['step']}")
     for finding in findings:
-        where = "evaluate.json" if finding["step"] is None else f"step {finding['step']}"
-        seen = [
-            f"{key} {figures.figure(key).show(value)}" for key, value in finding["evidence"].items()
-        ]
-        rows.append(
-            (
-                f"{finding['rule'].upper()}\n{finding['advice']}",
-                "\n".join([f"{finding['sign']}:", *seen, where]),
-                "\n".join(finding["try"]),
-            )
-        )
-    if rows:
-        title = f"{diagnosis['run']}: {len(findings)} findings at step {step}"
-        table(rows, title, ("finding", "seen", "try one of"), lines=True)
-    else:
-        say(f"{diagnosis['run']} is healthy at step {step}")
-    say(f"nothing found by: {', '.join(diagnosis['passed']) or '–'}")
+        seen = [f"{key} {figures.show(value)}" for key, value in finding["evidence"].items()]
+        say(f"\n{finding['rule'].upper()}: {finding['advice']}", "bold")
+        say(f"  {', '.join([finding['sign'], *seen])}")
+        say(f"  try one of: {' '.join(finding['try']) or '–'}")
+    say(f"\nnothing found by: {', '.join(diagnosis['passed'])}")
     for rule in diagnosis["unchecked"]:
         say(f"not checked: {rule['rule']} ({rule['because']})")
 
@@ -149,48 +131,40 @@ class ConceptStreamer:
         self.name = name
         self.text = Detokenizer(tokenizer, skip_special_tokens=cache is None)
         self.pieces: list[str] = []
+        self.segment = ""
         self.known = 0
         """Tokens whose concept is known: one step after they were chosen, when they were read."""
-        self.printed = 0
-        """Those of them in segments that are printed."""
 
     def put(self, value) -> None:
         """Takes the tokens of the prompt, then one new token at a time."""
         new = [self.text.add(token) for token in value.flatten().tolist()]
         if self.cache is None:
             # The prompt as it was typed: its tokens need not decode to the very same text.
-            write("".join(new) if self.pieces else self.prompt)
-        self.pieces += new
-        if self.cache is None:
+            write(self.prompt or "".join(new))
+            self.prompt = ""
             return
-        concepts = self.cache.concept_ids[0].tolist()
-        for concept in concepts[self.known :]:
+        self.pieces += new
+        for concept in self.cache.concept_ids[0, self.known :].tolist():
+            self.segment += self.pieces[self.known]
             self.known += 1
             if concept != -1:
-                self._close_segment(concept)
-
-    def _close_segment(self, concept: int) -> None:
-        text = "".join(self.pieces[self.printed : self.known])
-        write(text, "dim" if concept < 0 else colour(concept))
-        write("⟨sink⟩" if concept < 0 else f"⟨{self.name(concept)}⟩", "dim")
-        self.printed = self.known
+                is_sink = concept < 0
+                write(self.segment, "dim" if is_sink else colour(concept))
+                write(f"⟨{'sink' if is_sink else self.name(concept)}⟩", "dim")
+                self.segment = ""
 
     def end(self) -> None:
         """Prints the tail, which no concept has closed, and half characters as they are."""
-        tail = [] if self.cache is None else self.pieces[self.printed :]
-        write("".join([*tail, self.text.rest()]), "" if self.cache is None else "dim")
+        tail = [self.segment, *self.pieces[self.known :], self.text.rest()]
+        write("".join(tail), "" if self.cache is None else "dim")
         write("\n")
 
 
 def show_plan(plan: list[list[int]], before: list[list[int]]) -> None:
     """Prints `type 0 ⟨3⟩⟨17⟩  type 1 ⟨5⟩`; what differs from `before` stands out."""
-    line = Text()
     for kind, concepts in enumerate(plan):
-        line.append(f"{'  ' if kind else ''}type {kind} ", style="dim")
+        write(f"{'  ' if kind else ''}type {kind} {'' if concepts else '–'}", "dim")
         for slot, concept in enumerate(concepts):
             changed = before[kind][slot : slot + 1] != [concept]
-            style = f"{'bold reverse ' if changed else ''}{colour(concept)}"
-            line.append(f"⟨{concept}⟩", style=style)
-        if not concepts:
-            line.append("–", style="dim")
-    out.print(line, soft_wrap=True)
+            write(f"⟨{concept}⟩", f"{'bold reverse ' if changed else ''}{colour(concept)}")
+    write("\n")

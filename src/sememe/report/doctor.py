@@ -1,12 +1,12 @@
-"""A run folder → what is wrong with the run, by which figures, and what to try: RULES, one by one.
+"""A run → what is wrong with it, by which figures, and what to try: RULES, one by one.
 
 docs/doctor.md is made of the same table: `python -m sememe.report.doctor > docs/doctor.md`."""
 
-from pathlib import Path
 from typing import Any
 
 from sememe.figures import markdown
-from sememe.report.log import Unmeasured, read_log
+from sememe.report.files import Run
+from sememe.report.log import Log, Unmeasured
 from sememe.report.rules import EVERY, RULES
 
 INTRODUCTION = """# How to read a run
@@ -18,7 +18,7 @@ because the run has not measured what they need. Exit code 0: nothing found; 1: 
 unfinished run may be examined too. What each figure is and how it looks in a healthy run:
 [figures.md](figures.md).
 
-The *final stage* is every line of the log once rate and quantise are at their end; of a planner,
+The *final stage* is every line of the log once quantise is at its end; of a planner,
 every line after its warm-up. *early* and *late* are the first and last third, by their medians.
 `KEY*2` in the last column is twice what the run had.
 
@@ -30,38 +30,35 @@ with it (a gate that is shut starves the codes). Change one thing at a time.
 """
 
 
-def examine(run: Path) -> dict[str, Any]:
-    """What every rule for its system says of a run folder.
-
-    Raises CheckpointError or RecipeError where `run` is none, or has logged nothing yet."""
-    log = read_log(run)
+def examine(run: Run) -> dict[str, Any]:
+    """What every rule for its system says of a run."""
+    log = Log(run)
     findings, passed, unchecked = [], [], []
     for rule in RULES:
-        if log.recipe["system"] not in rule.systems:
+        if run.system not in rule.systems:
             continue
+        log.evidence = {}
         try:
-            evidence = rule.look(log)
+            is_sick = rule.is_sick(log)
         except Unmeasured as missing:
             unchecked.append({"rule": rule.name, "because": str(missing)})
             continue
-        if evidence is None:
+        if not is_sick:
             passed.append(rule.name)
             continue
-        is_final = any(name.removesuffix(".final") in log.final for name in evidence)
         findings.append(
             {
                 "rule": rule.name,
                 "sign": rule.sign,
-                "evidence": evidence,
-                "step": None if is_final else log.stage[-1]["step"],
+                "evidence": log.evidence,
                 "advice": rule.advice,
                 "try": [x for text in rule.tries if (x := log.override(text))],
             }
         )
     return {
-        "run": str(run),
-        "system": log.recipe["system"],
-        "step": log.lines[-1]["step"],
+        "run": str(run.path),
+        "system": run.system,
+        "step": run.lines[-1]["step"],
         "healthy": not findings,
         "findings": findings,
         "passed": passed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from sememe.errors import CheckpointError
 from sememe.progress import bar
-from sememe.report.files import read_metrics
+from sememe.report.files import last_values, read_metrics
 from sememe.training.checkpoints import rotate, seal, step_of
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ class Recorder(TrainerCallback):
         self.run = run
         self.started = time.monotonic()
         self.step = step_of(run.checkpoint) if run.checkpoint else 0
-        if (run.folder / "metrics.jsonl").is_file():
-            self.started -= read_metrics(run.folder).last()["seconds"]
+        with contextlib.suppress(CheckpointError):  # nothing was logged yet
+            self.started -= last_values(read_metrics(run.folder)).get("seconds", 0.0)
         self.bar = bar(
             total=run.recipe.steps,
             initial=self.step,

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 from sememe import storage
+from sememe.errors import CheckpointError
 from sememe.evaluation.results import put
 from sememe.report.files import read_json
 
@@ -26,7 +27,7 @@ def rotate(folder: Path) -> None:
     """Removes all checkpoints but the last two, and nothing that somebody else put into them. (The
     Trainer would also take `checkpoint-1-mine` for one of its own.)"""
     for path in _newest_first(folder)[2:]:
-        for name in (*read_json(path / SEAL), SEAL):  # in this order: half of one is not whole
+        for name in (*_hashes(path), SEAL):  # in this order: half of one is not whole
             (path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             path.rmdir()
@@ -43,5 +44,14 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _is_whole(folder: Path) -> bool:
-    paths = {folder / name: sha256 for name, sha256 in read_json(folder / SEAL).items()}
-    return all(path.is_file() and storage.sha256(path) == sha256 for path, sha256 in paths.items())
+    paths = {folder / name: sha256 for name, sha256 in _hashes(folder).items()}
+    return bool(paths) and all(
+        path.is_file() and storage.sha256(path) == sha256 for path, sha256 in paths.items()
+    )
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """File → its hash, as sealed; empty where the seal itself is damaged."""
+    with contextlib.suppress(CheckpointError):
+        return read_json(folder / SEAL)
+    return {}
