@@ -93,7 +93,7 @@ class SegmentSum(nn.Module):
             length_BT = length_BC.gather(1, rank_BT.clamp(max=length_BC.shape[1] - 1))
             offset_BT = F.pad(tail_lengths(written_BT, chunk.valid_BT)[:, :-1], (1, 0))
             part_BTD = self.parts(news_BTD, chunk.ids_BT, offset_BT, length_BT, codes)
-            mean_BCD, _ = pack.pool(part_BTD, weight_BT, written_BT)
+            mean_BCD, _ = pack.pool(part_BTD, weight_BT)
             return self.finish(mean_BCD * length_BC.unsqueeze(-1), length_BC, codes, more_BCD)
 
     def parts(self, news: Tensor, ids: Tensor, offset: Tensor, length: Tensor, codes) -> Tensor:
