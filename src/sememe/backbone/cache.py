@@ -66,8 +66,7 @@ class SliceCache:
         """
         device, before = self.position.device, self.used
         concepts = self.length if concepts is None else concepts
-        self.rows = slice(None) if lanes.rows is None else lanes.rows
-        self.several = slot.shape[1] > 1
+        self.rows, self.several = lanes.rows, slot.shape[1] > 1
         if self.several:
             key = self._keys(self.length, concepts).then(lanes.query)
             lanes = lanes._replace(key=key, plain=lanes.plain and before == 0)
@@ -101,9 +100,8 @@ class SliceCache:
         if kept is None:
             kept = new.new_zeros(2, len(self.position), new.shape[2], 0, new.shape[4])
         missing = self.capacity + 1 - kept.shape[3]
-        if (
-            missing > 0
-        ):  # the former last slot needs no clearing: none is in use before it is written
+        # The former last slot needs no clearing: none is in use before it is written.
+        if missing > 0:
             kept = self.states[layer] = F.pad(kept, (0, 0, 0, missing))
         met = torch.cat([kept[:, :, :, : self.before], new], 3) if self.several else None
         kept[:, self.row_b1, :, self.slot] = new.permute(1, 3, 0, 2, 4).to(kept.dtype)

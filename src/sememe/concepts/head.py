@@ -23,15 +23,16 @@ class JointHead(nn.Module):
     def score(self, x: Tensor, previous: Tensor) -> Tensor:
         """(…,) log-odds of writing a concept. `previous` is the state one position earlier (unused
         here)."""
-        linear = self.logits[0]
-        logits = F.linear(x, linear.weight.float(), linear.bias.float())
+        logits = self._linear(x, 0)
         return logits[..., :-1].logsumexp(-1) - logits[..., -1]
 
     def code_logits(self, r: Tensor, table_KD: Tensor, g: int = 0) -> Tensor:
         """(…, K) logits of the digits of stage g, given that a concept is written."""
+        return self._linear(r, g)[..., : len(table_KD)]
+
+    def _linear(self, x: Tensor, g: int) -> Tensor:
         linear = self.logits[g]
-        count = len(table_KD)
-        return F.linear(r, linear.weight[:count].float(), linear.bias[:count].float())
+        return F.linear(x, linear.weight.float(), linear.bias.float())
 
     @torch.no_grad()
     def start(self, g: int, table_KD: Tensor, sharpness: Tensor) -> None:

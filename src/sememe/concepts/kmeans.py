@@ -14,8 +14,8 @@ def kmeans(
     """Lloyd's k-means: (N, D) points → (k, D) centroids and (N,) assignments. Empty clusters
     restart at far points.
 
-    With fewer points than k the remaining centroids repeat points. Six iterations leave 0.5 % more variance than fifteen (docs/log.md), in half the time; nearly all of
-    it is `assign`."""
+    With fewer points than k the remaining centroids repeat points. Six iterations leave 0.5 % more
+    variance than fifteen (docs/log.md), in half the time; nearly all of it is `assign`."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     count = len(x_ND)
     pick = torch.randperm(count, generator=generator).repeat(-(-k // count))[:k]

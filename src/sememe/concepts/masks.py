@@ -45,13 +45,13 @@ class Lanes(NamedTuple):
 
     `plain`: the kernel's own causal attention does it, or one query sees all keys. `recent`: keys
     are seen for that many places only, but for the first of the text. `rows`: those of the batch
-    that take part; None for all."""
+    that take part."""
 
     query: Lane
     key: Lane
     plain: bool
     recent: int | None = None
-    rows: Tensor | None = None
+    rows: slice | Tensor = slice(None)
 
     def masks(self, attention: str, dtype: torch.dtype) -> Callable[[int | None], Any]:
         """The mask for each sliding window that layers have, in the form of the kernel

@@ -140,9 +140,9 @@ class OnlineForCausalLM(AdaptedModel):
         if not decision.written.any():
             return e_BCD
         lanes = cache.middle(chunk, decision)
-        x_bCD = e_BCD if lanes.rows is None else e_BCD[lanes.rows]
+        x_bCD, rows = e_BCD[lanes.rows], lanes.rows
         c_bCD = self._run(1, x_bCD, self.spine.rope(x_bCD, lanes.query.position), lanes, cache)
-        return c_bCD if lanes.rows is None else e_BCD.index_copy(0, lanes.rows, c_bCD)
+        return c_bCD if isinstance(rows, slice) else e_BCD.index_copy(0, rows, c_bCD)
 
     def _run(self, number: int, x_BnD: Tensor, rope: Rope, lanes: Lanes, cache: NoCache) -> Tensor:
         """Slice `number` of the layers."""
@@ -244,9 +244,8 @@ class OnlineForCausalLM(AdaptedModel):
     def written_inputs(self, ids_NT: Tensor) -> Tensor:
         """(n, D) normalised states that the codes stand for where the gate writes."""
         batches = self._shallow_batches(ids_NT)
-        return torch.cat(
-            [self.writer.inputs(self.writer.decide(h, text))[0] for text, h in batches]
-        )
+        decisions = (self.writer.decide(h_BTD, text) for text, h_BTD in batches)
+        return torch.cat([self.writer.inputs(decision)[0] for decision in decisions])
 
     def _code_states(self, ids_NT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(n, D) states that codes stand for, and the embeddings that an anchor reads: at every
@@ -264,18 +263,14 @@ class OnlineForCausalLM(AdaptedModel):
         that the base itself would enter the deep slice with. Concepts are continuous here; LoRA is
         still zero, so the base is the teacher."""
         parts = []
-        for text, h_BTD in self._shallow_batches(
-            ids_NT[: max(1, BRIDGE_TOKENS // ids_NT.shape[1])]
-        ):
-            cache, decision = (
-                self.new_cache(len(h_BTD), keeps=False),
-                self.writer.decide(h_BTD, text),
-            )
+        blocks_NT = ids_NT[: max(1, BRIDGE_TOKENS // ids_NT.shape[1])]
+        for text, h_BTD in self._shallow_batches(blocks_NT):
+            cache = self.new_cache(len(h_BTD), keeps=False)
+            decision = self.writer.decide(h_BTD, text)
             written_BT = decision.written_BT
             c_BCD = self._middle(decision.h_BCD, text, decision, cache)
             last_BTD, _ = decision.pack.before(c_BCD, cache.last_concept_BD)
-            lanes = cache.shallow(text, None)
-            target_BTD = self._run(1, h_BTD, text.rope, lanes, cache)
+            target_BTD = self._run(1, h_BTD, text.rope, cache.shallow(text, None), cache)
             # After the sink alone there is no concept to read.
             tail_BT = ~written_BT & (written_BT.cumsum(1) > 1)
             parts.append([x_BTD[tail_BT].float() for x_BTD in (h_BTD, last_BTD, target_BTD)])
