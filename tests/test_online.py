@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from families import FAMILIES, positions, stepwise, text, tiny_base, tiny_online
+from families import FAMILIES, left_padded, positions, stepwise, text, tiny_base, tiny_online
 from reference import per_step_logits
 from sememe.backbone.split import self_check
 from sememe.errors import BaseError, RecipeError, SememeError
@@ -103,40 +103,6 @@ def test_fast_forward_is_the_specification(settings):
     torch.testing.assert_close(grads, want_grads, atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "ends", [range(1, 21), [7, 8, 9, 14, 15, 16, 17, 18, 20], [3, 10, 20], [19, 20]], ids=str
-)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_cached_is_parallel(ends, padded, batch):
-    model, ids = tiny_online(), text(batch)
-    mask = torch.ones_like(ids)
-    for row in range(batch):
-        mask[row, : padded * (2 + 2 * (row % 3))] = 0
-    whole = model(ids, attention_mask=mask)
-    logits, _, cache = stepwise(model, ids, ends, mask)
-    torch.testing.assert_close(logits[mask.bool()], whole.logits[mask.bool()], **CLOSE)
-    assert torch.equal(cache.concept_ids, whole.concept_ids)
-
-
-@pytest.mark.parametrize("settings", [{}, {"shallow_window": 4, "split": (2, 1, 1)}], ids=str)
-def test_a_long_prompt_is_read_in_chunks(settings):
-    """Same logits and ids, whole or the last ones, ragged rows padded on the left by more than a
-    chunk; then decoding."""
-    model, ids = tiny_online(**settings), text(3, 33)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = mask[2, :17] = 0
-    want, real = model(ids, attention_mask=mask), mask[:, :30].bool()
-    for size in (1, 5, 16):
-        model.config.prefill_chunk = size
-        logits, written, cache = stepwise(model, ids, [30], mask)
-        torch.testing.assert_close(logits[real], want.logits[:, :30][real], **CLOSE)
-        assert torch.equal(written, want.concept_ids[:, :30])
-        out = model(ids[:, 30:], attention_mask=mask, cache=cache, logits_to_keep=2)
-        torch.testing.assert_close(out.logits, want.logits[:, -2:], **CLOSE)
-        assert torch.equal(cache.concept_ids, want.concept_ids)
-
-
 @torch.no_grad()
 def test_a_window_bounds_the_shallow_cache():
     model, ids = tiny_online(shallow_window=4, split=(2, 1, 1)), text(2, 90)
@@ -169,24 +135,13 @@ def test_a_window_bounds_the_shallow_cache():
     ids=str,
 )
 def test_cached_is_parallel_in_every_family_and_boundary(settings):
-    model, ids = tiny_online(**settings), text(2)
+    model = tiny_online(**settings)
+    ids, mask = left_padded([text(1, 20), text(1, 14, seed=1)])
+    whole, real = model(ids, attention_mask=mask), mask.bool()
     for ends in (range(1, 21), [7, 8, 9, 14, 20]):
-        logits, *_ = stepwise(model, ids, ends)
-        torch.testing.assert_close(logits, model(ids).logits, **CLOSE)
-
-
-def test_batch_is_singles_and_padding_changes_nothing():
-    model, ids = tiny_online(), text(4)
-    together = model(ids).logits
-    for row in range(4):
-        torch.testing.assert_close(model(ids[row : row + 1]).logits[0], together[row], **CLOSE)
-    short = ids[:1, 4:]
-    for mask, padded in (
-        (LEFT_PAD[:1], ids[:1]),
-        (LEFT_PAD[:1].flip(1), torch.cat([short, ids[:1, :4]], 1)),
-    ):
-        got = model(padded, attention_mask=mask).logits[mask.bool()]
-        torch.testing.assert_close(got, model(short).logits[0], **CLOSE)
+        logits, written, _ = stepwise(model, ids, ends, mask)
+        torch.testing.assert_close(logits[real], whole.logits[real], **CLOSE)
+        assert torch.equal(written, whole.concept_ids)
 
 
 @pytest.mark.parametrize(
@@ -223,13 +178,6 @@ def test_causality_by_perturbation(settings):
         assert not torch.allclose(after.logits[:, t:], before.logits[:, t:], atol=1e-3), (
             "a change must be felt from t on"
         )
-
-
-def test_tail_is_bounded_in_prefill_and_decoding():
-    model, ids = tiny_online(rate=0.2, max_tail=4), text(2, 40)
-    model.writer.gate.quantiles += 100  # a gate that never wants to write
-    for written in (model(ids).concept_ids, stepwise(model, ids, range(5, 41))[1]):
-        assert (written[0] != -1).nonzero().flatten().tolist() == list(range(0, 40, 5))
 
 
 def test_the_first_real_token_is_an_unquantised_concept():

@@ -199,7 +199,7 @@ class Writing(System):
     def start(self, run: Run) -> None:
         """Sets the frame of the codes, the gate and the bridge from states of the base."""
         with calibrating():
-            shares = run.model.start_frame(run.batches.calibration_NT, run.recipe.rate)
+            shares = run.model.start_frame(run.batches.calibration_NT)
         _say_explained(run.say, shares)
 
     def meter(self, run: Run) -> ConceptMeter:

@@ -96,27 +96,27 @@ class SliceCache:
     def update(self, layer: int, new: Tensor) -> Tensor:
         """Writes (2, b, heads, n, head_dim) keys and values; returns those that their queries
         meet."""
-        kept = self.states.get(layer)
-        if kept is None:
-            kept = new.new_zeros(2, len(self.position), new.shape[2], 0, new.shape[4])
-        missing = self.capacity + 1 - kept.shape[3]
+        stored = self.states.get(layer)
+        if stored is None:
+            stored = new.new_zeros(2, len(self.position), new.shape[2], 0, new.shape[4])
+        missing = self.capacity + 1 - stored.shape[3]
         # The former last slot needs no clearing: none is in use before it is written.
         if missing > 0:
-            kept = self.states[layer] = F.pad(kept, (0, 0, 0, missing))
-        met = torch.cat([kept[:, :, :, : self.before], new], 3) if self.several else None
-        kept[:, self.row_b1, :, self.slot] = new.permute(1, 3, 0, 2, 4).to(kept.dtype)
-        return met if self.several else kept[:, self.rows, :, : self.used]
+            stored = self.states[layer] = F.pad(stored, (0, 0, 0, missing))
+        met = torch.cat([stored[:, :, :, : self.before], new], 3) if self.several else None
+        stored[:, self.row_b1, :, self.slot] = new.permute(1, 3, 0, 2, 4).to(stored.dtype)
+        return met if self.several else stored[:, self.rows, :, : self.used]
 
     def take_rows(self, rows: Tensor) -> None:
         self.length, self.position = self.length[rows.cpu()], self.position[rows]
-        self.states = {layer: kept[:, rows] for layer, kept in self.states.items()}
+        self.states = {layer: stored[:, rows] for layer, stored in self.states.items()}
 
 
 class NoCache:
     """A forward whose keys are its own entries alone. `memory`, `last_concept_BD`: what rows start
     with."""
 
-    kept: Cache | None = None
+    for_layers: Cache | None = None
 
     def __init__(self, memory: Memory, last_concept_BD: Tensor):
         self.memory = memory
@@ -161,7 +161,7 @@ class ConceptCache(NoCache, Cache):
         self.concept_ids = torch.empty(batch, 0, dtype=torch.long, device=device)
 
     @property
-    def kept(self) -> Cache:
+    def for_layers(self) -> Cache:
         """What layers and outputs are handed."""
         return self
 
@@ -182,10 +182,10 @@ class ConceptCache(NoCache, Cache):
         total = self.tokens + chunk.real.sum(1)
         # With a window only the first token of a text and the last ones are kept, in a ring.
         ring = window or int(total.max(initial=1))
-        kept = chunk.real & ((place == 0) | (place >= total[:, None] - ring))
+        stays = chunk.real & ((place == 0) | (place >= total[:, None] - ring))
         slot = np.where(place == 0, 0, 1 + (place - 1) % ring)
         return self.slices[0].plan(
-            super().shallow(chunk, window), np.where(kept, slot, -1), np.minimum(total, ring + 1)
+            super().shallow(chunk, window), np.where(stays, slot, -1), np.minimum(total, ring + 1)
         )
 
     def middle(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
@@ -231,7 +231,7 @@ class ConceptCache(NoCache, Cache):
 
     def bytes(self) -> int:
         """Bytes of all keys and values, summed from the tensors."""
-        return sum(kept.nbytes for part in self.slices for kept in part.states.values())
+        return sum(x.nbytes for part in self.slices for x in part.states.values())
 
     # ---- what `generate` asks of a cache ----
 

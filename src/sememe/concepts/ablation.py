@@ -57,7 +57,11 @@ def next_row(ids_BC: Tensor, coded_BC: Tensor) -> Tensor:
     """(B, C) ids: a row's k-th coded concept gets the k-th of the next row, from its start again
     where that one is shorter. The last row takes from the first; a row stays as it is beside one
     without coded concepts, or alone."""
-    packed_BC = ids_BC.gather(1, torch.argsort(coded_BC.int(), dim=1, descending=True, stable=True))
-    count_B1 = coded_BC.sum(1, keepdim=True).roll(-1, 0)
-    rank_BC = (coded_BC.cumsum(1) - 1) % count_B1.clamp(min=1)
-    return torch.where(coded_BC & (count_B1 > 0), packed_BC.roll(-1, 0).gather(1, rank_BC), ids_BC)
+    out_BC = ids_BC.clone()
+    for row, coded_C in enumerate(coded_BC):
+        other = (row + 1) % len(ids_BC)
+        theirs_n = ids_BC[other, coded_BC[other]]
+        if len(theirs_n) > 0:
+            rank_n = torch.arange(int(coded_C.sum()), device=ids_BC.device)
+            out_BC[row, coded_C] = theirs_n[rank_n % len(theirs_n)]
+    return out_BC

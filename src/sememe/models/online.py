@@ -99,17 +99,19 @@ class OnlineForCausalLM(AdaptedModel):
         embed_BTD = self.spine.embed(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(take_cache(cache, kwargs), embed_BTD, kwargs.get("use_cache"))
         text = self._text(embed_BTD, attention_mask, cache, kwargs)
-        whole = self.training or cache.kept is None or not self.config.prefill_chunk
+        whole = self.training or cache.for_layers is None or not self.config.prefill_chunk
         chunks = [text] if whole else text.split(self.config.prefill_chunk)
         parts = [self._slices(chunk, cache, ablation) for chunk in chunks]
         d_BTD, ids_BT = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         # slice(-0, None): all
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.spine.logits(d_BTD[:, kept])
+        last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.spine.logits(d_BTD[:, last])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return OnlineOutput(loss=loss, logits=logits, concept_ids=ids_BT, **{CACHE: cache.kept})
+        return OnlineOutput(
+            loss=loss, logits=logits, concept_ids=ids_BT, **{CACHE: cache.for_layers}
+        )
 
     def _slices(self, chunk: Chunk, cache: NoCache, ablation: str | None) -> tuple[Tensor, Tensor]:
         """(B, T, D) last states of consecutive tokens, and the (B, T) ids that they write."""
@@ -148,7 +150,9 @@ class OnlineForCausalLM(AdaptedModel):
         """Slice `number` of the layers."""
         first, last = sum(self.config.split[:number]), sum(self.config.split[: number + 1])
         masks = lanes.masks(self.backbone.config._attn_implementation, self.dtype)
-        return self.spine.run(first, last, x_BnD, lanes.query.position, rope, masks, cache.kept)
+        return self.spine.run(
+            first, last, x_BnD, lanes.query.position, rope, masks, cache.for_layers
+        )
 
     def _teach_gate(self, c_BCD: Tensor, tail_BTD: Tensor, decision: WriteDecision) -> Tensor:
         """The same concepts, with gradient for the gate. Interpolated after the middle layers so
@@ -213,15 +217,12 @@ class OnlineForCausalLM(AdaptedModel):
     # ---- start, from (N, T) blocks of training text, without gradient ----
 
     @torch.no_grad()
-    def start_frame(self, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
+    def start_frame(self, ids_NT: Tensor) -> dict[str, float]:
         """Sets the frame of the codes, the gate's scores and threshold, and the bridge as it fits
-        `rate`. Returns shares of variance explained."""
+        the dial's rate. Returns shares of variance explained."""
         targets_nT = boundary_targets(self, ids_NT)
         shares = self.writer.start_frame(self.shallow_states(ids_NT), targets_nT)
-        if self.bridge.fitted:
-            with self.dial.at(rate=rate or self.dial.rate):
-                shares |= self._start_bridge(ids_NT)
-        return shares
+        return shares | self._start_bridge(ids_NT) if self.bridge.fitted else shares
 
     @torch.no_grad()
     def start_codes(self, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
