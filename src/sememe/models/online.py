@@ -14,6 +14,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -206,7 +207,12 @@ class OnlineForCausalLM(AdaptedModel):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, *args
     ):
-        # transformers refuses what goes with no such cache: others, and taking tokens back.
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "assisted decoding takes tokens back, and tails that a concept closed cannot come "
+                "back. try: generate without assistant_model, prompt_lookup_num_tokens and "
+                "assistant_early_exit"
+            )
         if name_cache(model_kwargs) is None and generation_config.use_cache is not False:
             beams, texts = generation_config.num_beams, generation_config.num_return_sequences
             model_kwargs[CACHE] = self.new_cache(batch_size * max(beams or 1, texts or 1))
