@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, left_padded, positions, stepwise, text, tiny_base, tiny_online
 from reference import per_step_logits
 from sememe.backbone.split import self_check
-from sememe.errors import BaseError, RecipeError, SememeError
+from sememe.errors import BaseError, CheckpointError, RecipeError
 from sememe.models import OnlineConfig, OnlineForCausalLM
 
 # Logits here are of order 10. fp32 rounding through 4 layers was 1e-5 at worst (ragged shapes
@@ -209,5 +209,5 @@ def test_configurations_that_cannot_run_are_refused(changes, said):
 
 def test_options_that_are_no_more_load_where_they_did_nothing():
     assert not hasattr(OnlineConfig(overlap=False, estimator="soft"), "overlap")
-    with pytest.raises(SememeError, match=r"overlap = True, .* need False, .*try: "):
+    with pytest.raises(CheckpointError, match=r"overlap = True .* need False, .*try: "):
         OnlineConfig(overlap=True)
