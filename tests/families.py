@@ -19,6 +19,7 @@ COMMON = {
     "pad_token_id": 0,
     "initializer_range": 0.2,
 }
+ONLINE = {"split": (1, 2, 1), "rate": 0.4, "max_tail": 5, "num_concepts": 16, "lora_rank": 4}
 # A window of 6 places is shorter than every text in the tests, so a wrong window mask cannot hide.
 FAMILIES = {
     "llama": {},
@@ -42,20 +43,12 @@ def tiny_base(family: str = "llama", seed: int = 0, attention: str = "sdpa", **c
 
 
 def tiny_online(
-    family: str = "llama", seed: int = 0, attention: str = "sdpa", **changes
+    family: str = "llama", seed: int = 0, attention: str = "sdpa", tied: bool = False, **changes
 ) -> OnlineForCausalLM:
     """An online model over a tiny base, with LoRA, codes and gate off their starting points so that
     nothing is 0."""
-    base = tiny_base(family, seed, attention)
-    settings = {
-        "split": (1, 2, 1),
-        "rate": 0.4,
-        "max_tail": 5,
-        "num_concepts": 16,
-        "base": "tiny",
-        "lora_rank": 4,
-    }
-    config = OnlineConfig(text_config=base.config, **{**settings, **changes})
+    base = tiny_base(family, seed, attention, tie_word_embeddings=tied)
+    config = OnlineConfig(text_config=base.config, **{**ONLINE, "base": "tiny", **changes})
     config._attn_implementation = attention
     model = OnlineForCausalLM(config, base)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -70,8 +63,8 @@ def tiny_online(
 def online_over(folder, ids_NT: torch.Tensor, **changes) -> OnlineForCausalLM:
     """The same over a saved base, its codes and gate started from `ids_NT`."""
     torch.manual_seed(0)
-    settings = {"split": (1, 2, 1), "rate": 0.4, "max_tail": 5, "num_concepts": 16, "lora_rank": 4}
-    model = OnlineForCausalLM.from_base(OnlineConfig(base=str(folder), **{**settings, **changes}))
+    config = OnlineConfig(base=str(folder), **{**ONLINE, **changes})
+    model = OnlineForCausalLM.from_base(config)
     move(model, torch.Generator().manual_seed(0))
     model.start_frame(ids_NT)
     model.start_codes(ids_NT)
@@ -128,6 +121,17 @@ def left_padded(rows: list[torch.Tensor], pad: int = 0) -> tuple[torch.Tensor, t
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Places in the text, counted from the first real token."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def stepwise(model, ids, ends, mask=None):
+    """Logits and concept ids of a cached forward over chunks that end there, and the cache."""
+    cache, outs, start = model.new_cache(len(ids)), [], 0
+    for end in ends:
+        part = None if mask is None else mask[:, :end]
+        outs.append(model(ids[:, start:end], attention_mask=part, cache=cache))
+        start = end
+    logits, written = ([getattr(out, name) for out in outs] for name in ("logits", "concept_ids"))
+    return torch.cat(logits, 1), torch.cat(written, 1), cache
 
 
 def uncached_greedy(model, ids: torch.Tensor, steps: int = 12) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import torch
 
 from families import text, tiny_online
-from sememe.backbone.cache import NoCache
 from sememe.concepts.bridge import TailBridge
 
 
@@ -38,7 +37,8 @@ def test_online_bridge_comes_closer_to_the_base_on_other_text():
     decision = model.writer.decide(h, chunk)
     written = decision.written_BT
     full = model.spine.run(1, 3, h, chunk.position_BT, chunk.rope, lambda window: None)
-    c = model._middle(model.spine, decision.h_BCD, chunk, decision, NoCache())
-    bridged, _ = model.bridge.tails(h, c, decision, model.bridge.first(h))
+    cache = model.new_cache(8, keeps=False)
+    c = model._middle(decision.h_BCD, chunk, decision, cache)
+    bridged, _ = model.bridge.tails(h, c, decision, cache.last_concept_BD)
     tail = ~written & (written.cumsum(1) > 1)
     assert (bridged - full)[tail].square().mean() < 0.97 * (h - full)[tail].square().mean()

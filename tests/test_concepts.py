@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference import naive_decisions, naive_segment_rule
-from sememe.concepts.gate import GateState, RateGate, decide
+from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
 from sememe.concepts.kmeans import assign, kmeans
 from sememe.concepts.masks import Lane, allow, segment_mask
@@ -18,7 +18,14 @@ from sememe.concepts.segments import packing, tail_lengths
 
 def lane(written: torch.Tensor, valid: torch.Tensor | None = None) -> Lane:
     valid = torch.ones_like(written) if valid is None else valid
-    return Lane(valid.cumsum(1) - 1, written.cumsum(1), written, valid)
+    position = valid.cumsum(1) - 1
+    return Lane(position, (position * written).cummax(1).values, written, valid)
+
+
+def decide(gate, scores, rate, max_tail) -> np.ndarray:
+    """What a gate decides of texts without padding."""
+    real = np.ones(scores.shape, bool)
+    return gate(scores, real, rate, max_tail, GateState.start(len(scores)))[0]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=24))
@@ -53,9 +60,7 @@ def test_pack_and_unpack_are_inverse(rows):
         want = x[b][written[b]]
         assert torch.equal(pack.pack(x)[b, : len(want)], want)
         assert int(pack.valid_BC[b].sum()) == len(want)
-    assert torch.equal(
-        pack.unpack(pack.pack(x) * 2, written, x), torch.where(written[..., None], 2 * x, x)
-    )
+    assert torch.equal(pack.unpack(pack.pack(x) * 2, x), torch.where(written[..., None], 2 * x, x))
 
 
 def test_tail_lengths_count_since_the_last_concept():
@@ -69,15 +74,9 @@ def test_tail_lengths_count_since_the_last_concept():
 def test_gate_is_the_naive_gate(stride, extra, threshold, seed):
     rate, max_tail = 1 / stride, stride + extra
     scores = np.random.default_rng(seed).normal(size=(1, 40)).astype(np.float32)
-    written, _ = decide(
-        scores,
-        np.ones((1, 40), bool),
-        rate=rate,
-        max_tail=max_tail,
-        threshold=threshold,
-        gain=0.1,
-        state=GateState.start(1),
-    )
+    gate = RateGate("null", 8)
+    gate.threshold = lambda rate: (threshold, 0.1)
+    written = decide(gate, torch.from_numpy(scores), rate, max_tail)
     assert written[0].tolist() == naive_decisions(
         scores[0].tolist(), rate, max_tail, threshold, 0.1
     )
@@ -92,28 +91,28 @@ def test_gate_realises_the_rate_and_bounds_the_tail(rate):
     gate.calibrate(torch.randn(50_000))
     real = np.ones((8, 1024), bool)
     for shift in (0.0, 0.5):
-        written, _, _ = gate(torch.randn(8, 1024) + shift, real, rate=rate, max_tail=int(4 / rate))
+        written = decide(gate, torch.randn(8, 1024) + shift, rate, int(4 / rate))
         assert abs(written.mean() / rate - 1) < 0.05, (rate, shift)
         assert int(tail_lengths(torch.from_numpy(written), torch.from_numpy(real)).max()) <= int(
             4 / rate
         )
-    written, _, _ = gate(torch.full((1, 64), -100.0), real[:1, :64], rate=0.1, max_tail=9)
+    written = decide(gate, torch.full((1, 64), -100.0), 0.1, 9)
     assert written[0].nonzero()[0].tolist() == list(range(0, 64, 10)), "forced after max_tail NULLs"
 
 
 def test_gate_without_score_is_a_fixed_stride():
     gate, x = RateGate("fixed", 8), torch.randn(2, 33, 8)
     score = gate.boundary.score(HEADS["nearest"](8, 5), x, x.roll(1, 1))
-    written, _, _ = gate(score, np.ones((2, 33), bool), rate=0.25, max_tail=16)
+    written = decide(gate, score, 0.25, 16)
     assert written[1].nonzero()[0].tolist() == list(range(0, 33, 4))
 
 
 def test_gate_goes_on_from_its_state():
     gate = RateGate("null", 8)
     scores, valid = torch.randn(3, 40), np.ones((3, 40), bool)
-    whole, _, _ = gate(scores, valid, rate=0.3, max_tail=8)
-    first, state, _ = gate(scores[:, :13], valid[:, :13], rate=0.3, max_tail=8)
-    second, _, _ = gate(scores[:, 13:], valid[:, 13:], rate=0.3, max_tail=8, state=state)
+    whole = decide(gate, scores, 0.3, 8)
+    first, state, _ = gate(scores[:, :13], valid[:, :13], 0.3, 8, GateState.start(3))
+    second, _, _ = gate(scores[:, 13:], valid[:, 13:], 0.3, 8, state)
     assert (whole == np.concatenate([first, second], 1)).all()
 
 

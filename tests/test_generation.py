@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-import sememe.backbone.cache as cache_module
 from families import left_padded, text, tiny_online, uncached_greedy
+from sememe.backbone.cache import GROWTH
 from sememe.backbone.calling import CACHE
 
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -78,7 +78,7 @@ def test_cache_holds_what_the_formula_says(model):
     reserve."""
     cache = model.new_cache(1)
     model(text(1, 100), cache=cache)
-    concepts, tail = int(cache.concepts[0]), int(cache.tail[0])
+    concepts, tail = int(cache.concepts[0]), int(cache.memory.gate.tail[0])
     assert tuple(one.used for one in cache.slices) == (
         100,
         concepts,
@@ -92,19 +92,12 @@ def test_cache_holds_what_the_formula_says(model):
 
 
 @pytest.mark.parametrize("window", [None, 24])
-def test_chunks_of_a_prompt_find_their_room_made(window, monkeypatch):
-    """Keys and values are put in place once: a prompt in chunks does not copy its cache with each
-    of them."""
-    grown, model = [], tiny_online(prefill_chunk=16, shallow_window=window)
-    monkeypatch.setattr(
-        cache_module,
-        "_grow",
-        lambda x, size, grow=cache_module._grow: grown.append(x.dim()) or grow(x, size),
-    )
+def test_chunks_of_a_prompt_find_their_room_made(window):
+    """A prompt in chunks does not copy its cache with each of them."""
+    model = tiny_online(prefill_chunk=16, shallow_window=window)
     cache = model.new_cache(1)
     model(text(1, 100), cache=cache)
-    assert grown and 4 not in grown, "positions grow once for each slice, its layers never"
-    assert cache.slices[0].capacity == (window + 1 if window else 100)
-    assert cache.slices[1].capacity == cache.slices[2].capacity == 40 + cache_module.GROWTH
+    shallow, middle, deep = (part.capacity for part in cache.slices)
+    assert (shallow, middle, deep) == (window + 1 if window else 100, 40 + GROWTH, 40 + GROWTH)
     model(text(1, 100), cache=cache)
     assert cache.concepts[0] > 60 and cache.get_seq_length() == 200

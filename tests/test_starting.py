@@ -9,7 +9,6 @@ from families import text, tiny_online
 from sememe.concepts.boundary import Entropy
 from sememe.concepts.codebook import vocabulary_blocks
 from sememe.concepts.readout import TokenAnchor
-from sememe.concepts.segments import Chunk
 
 
 def test_the_codebook_sees_every_token_of_the_vocabulary():
@@ -63,7 +62,7 @@ def test_it_is_fitted_to_what_the_base_makes_of_the_text(kind):
     model, ids = tiny_online(boundary=kind, lora_rank=0), text(100, 24, seed=3)
     assert model.start_frame(ids)[f"{kind}_explains"] > 0.03
     h = model.shallow_states(ids)
-    score = model.writer.scores(h, Chunk.of(h))[:, 1:].flatten()
+    score = model.writer.scores(h).flatten()
     log_p = F.log_softmax(model.backbone(ids).logits, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)[:, 1:].flatten()
     surprise = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).flatten()
@@ -91,7 +90,7 @@ def test_with_an_anchor_the_codes_say_the_rest():
         model = tiny_online(anchor=anchored, lora_rank=0)
         model.start_frame(ids)
         found = model.start_codes(ids)
-        h, token = model._code_states(other)
+        h, token = next(model._code_states(other))
         x = model.writer.codes.normalise(h) - model.writer.readout.anchor(token)
         left[anchored] = float((x - model.writer.quantise(x, soft=False).hard_nD).square().mean())
     assert found["anchor_explains"] > 0.03

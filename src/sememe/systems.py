@@ -203,7 +203,7 @@ class Writing(System):
 
     def start(self, run: Run) -> Figures:
         """Sets the frame of the codes, the gate and the bridge from states of the base."""
-        return run.model.start_frame(run.batches.calibration_NT, run.recipe.rate)
+        return run.model.start_frame(run.batches.calibration_NT)
 
     def meter(self, config: AdaptedConfig) -> ConceptMeter:
         return ConceptMeter(config.num_concepts, config.codes_per_concept)

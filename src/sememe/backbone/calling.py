@@ -112,8 +112,8 @@ def check_forward(
     batch, length = shape[:2]
     if output_attentions:
         raise ValueError(
-            "output_attentions: the slices attend over different lists of keys, and there is no "
-            "(T, T) table of weights to return. try: output_hidden_states, or concept_ids"
+            "output_attentions, output_hidden_states: the slices work on different lists of "
+            "positions, and there is no (T, T) table of weights to return. try: concept_ids"
         )
     if length == 0:
         raise ValueError(

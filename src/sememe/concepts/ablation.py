@@ -4,11 +4,14 @@ worth.
 What is written where never changes: the gate has decided before, and the sink, which has no code,
 stays."""
 
+import re
+
 import torch
 from torch import Tensor
 
 ABLATIONS = ("zero", "shuffle", "random")  # those of every evaluation
-KINDS = (*ABLATIONS, "swap", "drop")
+SHARE = r"0|0?\.\d+|1(\.0*)?"
+SPEC = re.compile(rf"(zero|shuffle|random|swap|drop:(?P<share>{SHARE}))(@(?P<seed>\d+))?")
 
 
 def parse(spec: str) -> tuple[str, float, int]:
@@ -16,18 +19,13 @@ def parse(spec: str) -> tuple[str, float, int]:
     ValueError.
 
     The share, of concepts to drop, is for `drop` alone; the seed is 0 where none is named."""
-    words, _, seed = spec.partition("@")
-    kind, _, share = words.partition(":")
-    try:
-        parsed = kind, float(share or 1), int(seed or 0)
-    except ValueError:
-        parsed = "", 0.0, 0
-    if parsed[0] not in KINDS or bool(share) != (kind == "drop") or not 0 <= parsed[1] <= 1:
+    match = SPEC.fullmatch(spec)
+    if match is None:
         raise ValueError(
-            f"ablation = {spec!r}: need one of {', '.join(KINDS)}; drop as drop:SHARE, a share "
-            "from 0 to 1"
+            f"ablation = {spec!r}: need one of zero, shuffle, random, swap, drop; drop as "
+            "drop:SHARE, a share from 0 to 1"
         )
-    return parsed
+    return match[1].partition(":")[0], float(match["share"] or 1), int(match["seed"] or 0)
 
 
 def ablate(ids_BC: Tensor, coded_BC: Tensor, spec: str, num_ids: int) -> tuple[Tensor, Tensor]:
@@ -38,27 +36,32 @@ def ablate(ids_BC: Tensor, coded_BC: Tensor, spec: str, num_ids: int) -> tuple[T
     of the next row. `zero`: all dropped. `drop:SHARE`: that share dropped; of one seed, a larger
     share drops the same ones and more."""
     kind, share, seed = parse(spec)
+    dropped_BC = torch.zeros_like(coded_BC)
+    if kind == "swap":
+        return next_row(ids_BC, coded_BC), dropped_BC
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    out, dropped_BC, count = ids_BC.clone(), torch.zeros_like(coded_BC), int(coded_BC.sum())
+    out_BC, coded_n = ids_BC.clone(), ids_BC[coded_BC]
+    if kind == "random":
+        drawn_n = torch.randint(num_ids, coded_n.shape, generator=generator)
+        out_BC[coded_BC] = drawn_n.to(ids_BC.device)
+        return out_BC, dropped_BC
+    order_n = torch.randperm(len(coded_n), generator=generator).to(ids_BC.device)
     if kind == "shuffle":
-        out[coded_BC] = ids_BC[coded_BC][
-            torch.randperm(count, generator=generator).to(ids_BC.device)
-        ]
-    elif kind == "random":
-        out[coded_BC] = torch.randint(num_ids, (count,), generator=generator).to(ids_BC.device)
-    elif kind == "swap":
-        out = next_row(ids_BC, coded_BC)
+        out_BC[coded_BC] = coded_n[order_n]
     else:
-        order = torch.randperm(count, generator=generator).to(ids_BC.device)
-        dropped_BC[coded_BC] = order < round(share * count)
-    return out, dropped_BC
+        dropped_BC[coded_BC] = order_n < round(share * len(coded_n))
+    return out_BC, dropped_BC
 
 
 def next_row(ids_BC: Tensor, coded_BC: Tensor) -> Tensor:
     """(B, C) ids: a row's k-th coded concept gets the k-th of the next row, from its start again
     where that one is shorter. The last row takes from the first; a row stays as it is beside one
     without coded concepts, or alone."""
-    packed_BC = ids_BC.gather(1, torch.argsort(coded_BC.int(), dim=1, descending=True, stable=True))
-    count_B1 = coded_BC.sum(1, keepdim=True).roll(-1, 0)
-    rank_BC = (coded_BC.cumsum(1) - 1) % count_B1.clamp(min=1)
-    return torch.where(coded_BC & (count_B1 > 0), packed_BC.roll(-1, 0).gather(1, rank_BC), ids_BC)
+    out_BC = ids_BC.clone()
+    for row, coded_C in enumerate(coded_BC):
+        other = (row + 1) % len(ids_BC)
+        theirs_n = ids_BC[other, coded_BC[other]]
+        if len(theirs_n) > 0:
+            rank_n = torch.arange(int(coded_C.sum()), device=ids_BC.device)
+            out_BC[row, coded_C] = theirs_n[rank_n % len(theirs_n)]
+    return out_BC

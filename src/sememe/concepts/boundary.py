@@ -29,12 +29,11 @@ class Boundary(nn.Module):
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
         """(…,) fp32: the higher, the sooner a concept is written. `previous` is the state one
         position earlier."""
-        raise NotImplementedError
+        return head.score(x, previous)
 
     def threshold(self, quantiles: np.ndarray, rate: float, feedback: float) -> tuple[float, float]:
         """(threshold, its shift per concept owed), from equally spaced quantiles of the scores."""
-        grid = np.linspace(0, 1, len(quantiles))
-        threshold, low, high = np.interp([1.0 - rate, 0.16, 0.84], grid, quantiles)
+        threshold, low, high = np.quantile(quantiles, [1.0 - rate, 0.16, 0.84])
         return float(threshold), feedback * max(float(high - low) / 2, 1e-6)
 
 
@@ -42,9 +41,6 @@ class Null(Boundary):
     """The head's own decision for or against NULL: log-odds of writing."""
 
     learned = True
-
-    def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
-        return head.score(x, previous)
 
 
 class Threshold(Boundary):
@@ -55,7 +51,7 @@ class Threshold(Boundary):
     accumulates = True
 
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
-        return F.softplus(head.score(x, previous))
+        return F.softplus(super().score(head, x, previous))
 
     def threshold(self, quantiles: np.ndarray, rate: float, feedback: float) -> tuple[float, float]:
         """The mean score of 1 / rate tokens; half a concept's worth of it per concept owed."""
@@ -70,7 +66,7 @@ class Fixed(Boundary):
     scored = False
 
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
-        return torch.zeros(x.shape[:-1], device=x.device)
+        return torch.zeros_like(x[..., 0])
 
     def threshold(self, quantiles: np.ndarray, rate: float, feedback: float) -> tuple[float, float]:
         """Just below 0, to absorb the rounding of rate · tokens; one concept owed outweighs it by

@@ -11,7 +11,7 @@ writes a concept it is not used, so the identity at birth stands."""
 import torch
 from torch import Tensor, nn
 
-from sememe.concepts.fit import explained, linear_fit
+from sememe.concepts.fit import explained, linear_fit, set_frame
 from sememe.concepts.writer import WriteDecision
 
 
@@ -20,20 +20,16 @@ class NoBridge(nn.Module):
 
     fitted = False
 
-    def first(self, like_BTD: Tensor) -> Tensor:
+    def first(self, like_BD: Tensor) -> Tensor:
         """(B, D) what stands for the last concept ahead of a text."""
-        return like_BTD.new_zeros(like_BTD.shape[0], like_BTD.shape[-1])
+        return torch.zeros_like(like_BD)
 
     def tails(
         self, h_BTD: Tensor, c_BCD: Tensor, decision: WriteDecision, last_BD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, D) states of tail positions, and (B, D) the last concept's for the next chunk.
-        `last_BD`: that of the chunk before."""
+        """(B, T, D) states that each position has as one of a tail, and (B, D) the last concept's
+        for the next chunk. `last_BD`: that of the chunk before."""
         return h_BTD, last_BD
-
-    def at_concepts(self, h_BTD: Tensor, c_BCD: Tensor, decision: WriteDecision) -> Tensor:
-        """(B, C, D) states that the writing positions would have had as tail positions."""
-        return decision.pack.pack(h_BTD)
 
 
 class TailBridge(NoBridge):
@@ -56,27 +52,23 @@ class TailBridge(NoBridge):
     def forward(self, h_BTD: Tensor, last_BTD: Tensor) -> Tensor:
         """(B, T, D). `last_BTD` is the middle state of the last concept; `concept_mean` stands for
         "none but the sink", whose state is an attention sink's and says nothing about the text."""
-        x = ((h_BTD.float() - self.shallow_mean) / self.shallow_scale).to(h_BTD.dtype)
-        y = ((last_BTD.float() - self.concept_mean) / self.concept_scale).to(h_BTD.dtype)
+        x, y = (part.to(h_BTD.dtype) for part in self._normalised(h_BTD, last_BTD))
         return h_BTD + (self.shallow(x) + self.concept(y)) * self.scale.to(h_BTD.dtype)
 
-    def first(self, like_BTD: Tensor) -> Tensor:
-        return self.concept_mean.expand(like_BTD.shape[0], -1)
+    def _normalised(self, h: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            (h.float() - self.shallow_mean) / self.shallow_scale,
+            (last.float() - self.concept_mean) / self.concept_scale,
+        )
 
-    def _without_sink(self, c_BCD: Tensor, decision: WriteDecision) -> Tensor:
-        sink_BC1 = (decision.pack.valid_BC & ~decision.coded_BC).unsqueeze(-1)
-        return torch.where(sink_BC1, self.concept_mean.to(c_BCD.dtype), c_BCD)
+    def first(self, like_BD: Tensor) -> Tensor:
+        return self.concept_mean.expand_as(like_BD)
 
     def tails(self, h_BTD, c_BCD, decision, last_BD):
-        c_BCD = self._without_sink(c_BCD, decision)
-        last_BTD = decision.pack.last(c_BCD, decision.written_BT, last_BD)
-        return self(h_BTD, last_BTD), last_BTD[:, -1].detach()
-
-    def at_concepts(self, h_BTD, c_BCD, decision):
-        c_BCD = self._without_sink(c_BCD, decision)
-        first_B1D = self.first(h_BTD).unsqueeze(1).to(c_BCD)
-        before_BCD = torch.cat([first_B1D, c_BCD[:, :-1]], 1)  # past the concept before its own
-        return self(decision.pack.pack(h_BTD), before_BCD)
+        sink_BC1 = (decision.pack.valid_BC & ~decision.coded_BC).unsqueeze(-1)
+        c_BCD = torch.where(sink_BC1, self.concept_mean.to(c_BCD.dtype), c_BCD)
+        before_BTD, last_BD = decision.pack.before(c_BCD, last_BD)
+        return self(h_BTD, before_BTD), last_BD.detach()
 
     @torch.no_grad()
     def start(
@@ -85,23 +77,14 @@ class TailBridge(NoBridge):
         """Least squares with a ridge: what is missing, `target - h`, from (N, D) states. Returns
         the share explained of the variance of `target`. `penalty`: of the mean variance of a
         normalised coordinate; N may be below 2 D."""
-        missing_ND = target_ND.double() - h_ND.double()
-        spread = (missing_ND - missing_ND.mean(0)).square().mean().sqrt()
-        self.scale.copy_(spread.clamp(min=1e-6))  # 0: no middle layers
-        features = []
-        for mean, scale, states in (
-            (self.shallow_mean, self.shallow_scale, h_ND.double()),
-            (self.concept_mean, self.concept_scale, last_ND.double()),
-        ):
-            mean.copy_(states.mean(0))
-            scale.copy_((states - mean.double()).square().mean().sqrt().clamp(min=1e-6))
-            features.append((states - mean.double()) / scale.double())
-        weight_2DD, bias_D, left_ND = linear_fit(
-            torch.cat(features, 1), missing_ND / self.scale.double(), penalty
-        )
-        for linear, weight_DD in zip(
-            (self.shallow, self.concept), weight_2DD.chunk(2), strict=True
-        ):
-            linear.weight.copy_(weight_DD.T)
+        missing_ND = target_ND - h_ND
+        set_frame(torch.zeros_like(h_ND[0]), self.scale, missing_ND)
+        set_frame(self.shallow_mean, self.shallow_scale, h_ND)
+        set_frame(self.concept_mean, self.concept_scale, last_ND)
+        x_N2 = torch.cat(self._normalised(h_ND, last_ND), 1)
+        weight_2D, bias_D, left_ND = linear_fit(x_N2, missing_ND / self.scale, penalty)
+        shallow_DD, concept_DD = weight_2D.chunk(2)
+        self.shallow.weight.copy_(shallow_DD.T)
+        self.concept.weight.copy_(concept_DD.T)
         self.shallow.bias.copy_(bias_D)
-        return explained(left_ND * self.scale.double(), target_ND)
+        return explained(left_ND * self.scale, target_ND)

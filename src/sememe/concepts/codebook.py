@@ -5,11 +5,11 @@ Codes live in normalised coordinates, `state = mean + scale · Σ_g table_g[digi
 learning rate fits every base. A concept is one integer in mixed radix, `id = Σ_g digit_g · K^g`;
 the first stage is digit 0."""
 
-from collections.abc import Callable
-
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sememe.concepts.fit import set_frame
 from sememe.concepts.kmeans import kmeans
 
 # Logits start as log-likelihoods of equal Gaussians: they differ by half the difference of squared
@@ -20,17 +20,15 @@ SHARPNESS = 20.0
 
 def digits(ids: Tensor, num_concepts: int, codes_per_concept: int) -> Tensor:
     """(…,) ids ≥ 0 → (…, G) digits, each below K."""
-    return torch.stack(
-        [ids // num_concepts**g % num_concepts for g in range(codes_per_concept)], -1
-    )
+    base_G = num_concepts ** torch.arange(codes_per_concept, device=ids.device)
+    return ids.unsqueeze(-1) // base_G % num_concepts
 
 
 def count_digits(ids_n: Tensor, num_concepts: int, codes_per_concept: int) -> Tensor:
     """(n,) ids ≥ 0 → (G, K) fp32: how often each digit occurs in each stage."""
     digit_nG = digits(ids_n, num_concepts, codes_per_concept)
-    return torch.stack(
-        [torch.bincount(digit_n, minlength=num_concepts) for digit_n in digit_nG.unbind(-1)]
-    ).float()
+    counts = [torch.bincount(digit_n, minlength=num_concepts) for digit_n in digit_nG.unbind(-1)]
+    return torch.stack(counts).float()
 
 
 class ConceptEmbedding(nn.Module):
@@ -44,11 +42,9 @@ class ConceptEmbedding(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(()))
 
-    @torch.no_grad()
     def start_frame(self, h_ND: Tensor) -> None:
         """Sets mean and scale to those of (N, D) states."""
-        self.mean.copy_(h_ND.float().mean(0))
-        self.scale.copy_((h_ND.float() - self.mean).square().mean().sqrt())
+        set_frame(self.mean, self.scale, h_ND)
 
     def normalise(self, h: Tensor) -> Tensor:
         """(…, D) hidden states → (…, D) fp32 coordinates in which codes and heads work."""
@@ -68,43 +64,35 @@ class ConceptEmbedding(nn.Module):
 
     def combine(self, digits: Tensor) -> Tensor:
         """(…, G) digits → (…,) int64 ids."""
-        return sum(
-            digits[..., g].long() * self.num_concepts**g for g in range(self.codes_per_concept)
-        )
+        return sum(x.long() * self.num_concepts**g for g, x in enumerate(digits.unbind(-1)))
 
     def forward(self, ids: Tensor) -> Tensor:
         """(…,) ids → (…, D) fp32 states."""
-        digit = self.digits(ids)
-        stages = range(self.codes_per_concept)
-        return self.to_states(sum(self.weight[g, digit[..., g]].float() for g in stages))
+        digits = self.digits(ids).unbind(-1)
+        return self.to_states(sum(self.table(g)[digit] for g, digit in enumerate(digits)))
 
 
 @torch.no_grad()
 def start_from_states(
-    codes: ConceptEmbedding,
-    head: nn.Module,
-    x_ND: Tensor,
-    seed: int = 0,
-    tick: Callable[[], None] = lambda: None,
+    codes: ConceptEmbedding, head: nn.Module, x_ND: Tensor, seed: int = 0
 ) -> dict[str, float | list[float]]:
     """Codebook and head from (N, D) normalised states, stage by stage: k-means of what the stages
     before have left, and its nearest-centroid classifier.
 
     Returns the number of states used and the share of their variance that the codes leave, at the
     end and by stage."""
-    variance, left_by_stage = x_ND.square().sum(1).mean(), []
-    r_ND = x_ND
+    r_ND, spread, shares = x_ND, x_ND.square().sum(1).mean(), []
     for g in range(codes.codes_per_concept):
-        centroid_KD, nearest_N = kmeans(r_ND, codes.num_concepts, seed=seed + g, tick=tick)
+        centroid_KD, nearest_N = kmeans(r_ND, codes.num_concepts, seed=seed + g)
         codes.weight[g] = centroid_KD
         r_ND = r_ND - centroid_KD[nearest_N]
         left = r_ND.square().sum(1).mean()
         head.start(g, centroid_KD, SHARPNESS / left.clamp(min=1e-6))
-        left_by_stage.append(float(left / variance))
+        shares.append(float(left / spread))
     return {
         "states": float(len(x_ND)),
-        "variance_left": left_by_stage[-1],
-        "variance_left_by_stage": left_by_stage,
+        "variance_left": shares[-1],
+        "variance_left_by_stage": shares,
     }
 
 
@@ -113,8 +101,8 @@ def vocabulary_blocks(ids_NT: Tensor, vocab: int, seed: int) -> Tensor:
     once, in random order; of a vocabulary that is larger than 1.5 times the text, a part."""
     length = ids_NT.shape[1] - 1
     token_V = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))
-    token_V = token_V[: max(length, ids_NT.numel() * 3 // 2)]
-    count = max(1, len(token_V) // length)
-    token_nT = token_V.repeat(-(-length // len(token_V)))[: count * length].view(-1, length)
-    first_n = ids_NT[torch.arange(count) % len(ids_NT), 0].cpu()
-    return torch.cat([first_n[:, None], token_nT], 1)
+    count = min(max(vocab, length), max(length, ids_NT.numel() * 3 // 2)) // length
+    # Repeats what is too short, and cuts what is too long.
+    token_nT = np.resize(token_V, (count, length))
+    first_n1 = np.resize(ids_NT[:, 0].cpu(), (count, 1))
+    return torch.from_numpy(np.concatenate([first_n1, token_nT], 1))

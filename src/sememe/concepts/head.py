@@ -2,8 +2,8 @@
 digits a stage.
 
 `joint` is one softmax over K + 1, the last one NULL; `nearest` puts *whether* (a boundary score)
-apart from *which*, a code's logit being its distance. Inputs are normalised states, and from the second stage on what the stages
-before left; all math is fp32."""
+apart from *which*, a code's logit being its distance. Inputs are normalised states, and from the
+second stage on what the stages before left; all math is fp32."""
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +23,25 @@ class JointHead(nn.Module):
     def score(self, x: Tensor, previous: Tensor) -> Tensor:
         """(…,) log-odds of writing a concept. `previous` is the state one position earlier (unused
         here)."""
-        logits = F.linear(x, self.logits[0].weight.float(), self.logits[0].bias.float())
+        logits = self._linear(x, 0)
         return logits[..., :-1].logsumexp(-1) - logits[..., -1]
 
     def code_logits(self, r: Tensor, table_KD: Tensor, g: int = 0) -> Tensor:
         """(…, K) logits of the digits of stage g, given that a concept is written."""
+        return self._linear(r, g)[..., : len(table_KD)]
+
+    def _linear(self, x: Tensor, g: int) -> Tensor:
         linear = self.logits[g]
-        count = len(table_KD)
-        return F.linear(r, linear.weight[:count].float(), linear.bias[:count].float())
+        return F.linear(x, linear.weight.float(), linear.bias.float())
 
     @torch.no_grad()
     def start(self, g: int, table_KD: Tensor, sharpness: Tensor) -> None:
         """Stage g begins as a nearest-centroid classifier. NULL's logit is flat at the start, and
         the rate gate shifts it to any rate."""
         linear = self.logits[g]
-        count = len(table_KD)
-        linear.weight[count:] = 0.0
-        linear.bias[count:] = 0.0
-        linear.weight[:count] = sharpness * table_KD
-        linear.bias[:count] = -0.5 * sharpness * table_KD.square().sum(1)
+        null = (0, len(linear.bias) - len(table_KD))
+        linear.weight.copy_(F.pad(sharpness * table_KD, (0, 0, *null)))
+        linear.bias.copy_(F.pad(-0.5 * sharpness * table_KD.square().sum(1), null))
 
 
 class NearestHead(nn.Module):

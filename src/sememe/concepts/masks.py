@@ -21,18 +21,22 @@ class Lane(NamedTuple):
     """What the rule needs to know of a row of queries or keys. All fields are (B, n)."""
 
     position: Tensor  # place in the text, counted from the first real token
-    written: Tensor  # number of concepts written at or before this place
+    start: Tensor  # place of the last concept at or before this one; of keys nobody asks it
     concept: Tensor  # bool: is this entry a concept
     valid: Tensor  # bool: False on padding and on empty cache slots
 
     @classmethod
     def causal(cls, position: Tensor, valid: Tensor) -> "Lane":
         """One on which the rule is plain causal attention: every entry is a concept. What it says
-        of invalid ones nobody asks, nor of `written`."""
+        of invalid ones nobody asks."""
         return cls(position, position, valid, valid)
 
+    def __getitem__(self, index) -> "Lane":
+        """That part of each field."""
+        return Lane(*(x[index] for x in self))
+
     def then(self, other: "Lane") -> "Lane":
-        """These entries and the other's behind them."""
+        """These entries and the other's after them."""
         return Lane(*(torch.cat(pair, 1) for pair in zip(self, other, strict=True)))
 
 
@@ -41,13 +45,13 @@ class Lanes(NamedTuple):
 
     `plain`: the kernel's own causal attention does it, or one query sees all keys. `recent`: keys
     are seen for that many places only, but for the first of the text. `rows`: those of the batch
-    that take part; None for all."""
+    that take part."""
 
     query: Lane
     key: Lane
     plain: bool
     recent: int | None = None
-    rows: Tensor | None = None
+    rows: slice | Tensor = slice(None)
 
     def masks(self, attention: str, dtype: torch.dtype) -> Callable[[int | None], Any]:
         """The mask for each sliding window that layers have, in the form of the kernel
@@ -55,14 +59,14 @@ class Lanes(NamedTuple):
         check_device(attention, self.query.position.device)
 
         def mask(window: int | None) -> Tensor | BlockMask | None:
-            narrowest = min((w for w in (window, self.recent) if w is not None), default=None)
-            if self.plain and attention == "sdpa":
-                if narrowest is None or int(self.key.position.max()) < narrowest:
-                    return None
+            windows = [w for w in (window, self.recent) if w is not None]
+            plain = self.plain and attention == "sdpa"
+            if plain and (not windows or int(self.key.position.max()) < min(windows)):
+                return None
+            rule = self.query, self.key, window, self.recent
             if attention == FLEX and self.query.position.shape[1] > 1:
-                return segment_blocks(self.query, self.key, window, self.recent)
-            allowed = segment_mask(self.query, self.key, window, self.recent)
-            return allow(allowed, dtype, attention)
+                return segment_blocks(*rule)
+            return allow(segment_mask(*rule), dtype, attention)
 
         return mask
 
@@ -76,19 +80,17 @@ def segment_mask(
     and Gemma have it. `recent` is one that never shuts out the first place of the text, the
     attention sink (StreamingLLM, arXiv 2309.17453). A query on padding sees everything: its output
     is never used, and a row without any key would give NaN."""
-    return _seen(
-        Lane(*(x[:, :, None] for x in query)), Lane(*(x[:, None, :] for x in key)), window, recent
-    ).unsqueeze(1)
+    return _seen(query[:, None, :, None], key[:, None, None, :], window, recent)
 
 
 def segment_blocks(
     query: Lane, key: Lane, window: int | None = None, recent: int | None = None
 ) -> BlockMask:
-    """The same for FlexAttention, (B, 1, Q, S): which blocks hold anything, and the rule for those
-    that hold some."""
+    """The same for FlexAttention: which blocks hold anything, and the rule for those that hold
+    some."""
 
     def seen(b, h, i, j):
-        return _seen(Lane(*(x[b, i] for x in query)), Lane(*(x[b, j] for x in key)), window, recent)
+        return _seen(query[b, i], key[b, j], window, recent)
 
     batch, queries = query.position.shape
     device = key.position.device
@@ -109,9 +111,7 @@ def check_device(attn_implementation: str, device: torch.device) -> None:
 def _seen(query: Lane, key: Lane, window: int | None, recent: int | None) -> Tensor:
     """The rule, for queries and keys of shapes that go together."""
     i, j = query.position, key.position
-    allowed = (
-        (j <= i) & key.valid & (key.concept | ((query.written == key.written) & ~query.concept))
-    )
+    allowed = (j <= i) & key.valid & (key.concept | (j >= query.start))
     if window is not None:
         allowed = allowed & (i - j < window)
     if recent is not None:
@@ -119,10 +119,9 @@ def _seen(query: Lane, key: Lane, window: int | None, recent: int | None) -> Ten
     return allowed | ~query.valid
 
 
-def allow(mask: Tensor | None, dtype: torch.dtype, attn_implementation: str) -> Tensor | None:
+def allow(mask: Tensor, dtype: torch.dtype, attn_implementation: str) -> Tensor:
     """The mask in the form that the attention kernel takes: bool for sdpa, additive for eager."""
-    if mask is None or attn_implementation == "sdpa":
+    if attn_implementation == "sdpa":
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-        ~mask, torch.finfo(dtype).min
-    )
+    floor = torch.finfo(dtype).min
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, floor)

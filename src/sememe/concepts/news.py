@@ -85,7 +85,7 @@ class SegmentSum(nn.Module):
                 part_BTD = rotate(news_BTD, offset_BT)
             else:
                 part_BTD = codes.scale.float() * self.bins(chunk.ids_BT, offset_BT, length_BT)
-            mean_BCD, _ = pack.pool(part_BTD, weight_BT, written_BT)
+            mean_BCD, _ = pack.pool(part_BTD, weight_BT)
             x_BCD = codes.normalise(mean_BCD * length_BC.unsqueeze(-1)) + more_BCD
             return codes.to_states(self.mark(x_BCD, length_BC))
 

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sememe.concepts.fit import explained, linear_fit
+from sememe.concepts.fit import fit
 from sememe.concepts.segments import Chunk, Packing
 
 # untrained SmolLM2, R=2: best of 0, 0.3 and 0.6; from zero the map is not found in 10⁵ tokens
 # (docs/log.md)
 SHARE = 0.3
-
-Open = tuple[Tensor, Tensor]  # (B, n) sums and (B,) weights of the segments that are still open
 
 
 class NoAnchor(nn.Module):
@@ -53,10 +51,7 @@ class TokenAnchor(nn.Module):
     def start(self, embedding_ND: Tensor, x_ND: Tensor) -> dict[str, float]:
         """Fits (N, D) normalised states. Returns the share of their variance explained."""
         self.scale.copy_(embedding_ND.float().square().mean().sqrt().clamp(min=1e-6))
-        weight_DD, bias_D, left_ND = linear_fit(embedding_ND.double() / self.scale.double(), x_ND)
-        self.token.weight.copy_(weight_DD.T)
-        self.token.bias.copy_(bias_D)
-        return {"anchor_explains": explained(left_ND, x_ND)}
+        return {"anchor_explains": fit(self.token, embedding_ND / self.scale, x_ND)}
 
 
 class Readout(nn.Module):
@@ -79,11 +74,11 @@ class Readout(nn.Module):
         pack: Packing,
         written_BT: Tensor,
         score_BT: Tensor,
-        open_segment: Open | None,
+        open_segment: Tensor,
         codes: nn.Module,
-    ) -> tuple[Tensor, Tensor, Open | None]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, D) states for the codes, (B, C, tokens · D) embeddings for the anchor, and what
-        is left open."""
+        is left open, as `Packing.pool` has it."""
         return pack.pack(h_BTD), pack.pack(chunk.embed_BTD), open_segment
 
 
@@ -94,7 +89,7 @@ class WeightedSegment(Readout):
 
     def forward(self, h_BTD, chunk, pack, written_BT, score_BT, open_segment, codes):
         weight_BT = score_BT * chunk.valid_BT
-        h_BCD, open_segment = pack.pool(h_BTD, weight_BT, written_BT, open_segment)
+        h_BCD, open_segment = pack.pool(h_BTD, weight_BT, before=open_segment)
         return h_BCD.to(h_BTD.dtype), pack.pack(chunk.embed_BTD), open_segment
 
 
@@ -112,9 +107,8 @@ class TailPool(Readout):
     def forward(self, h_BTD, chunk, pack, written_BT, score_BT, open_segment, codes):
         embed_BTD = chunk.embed_BTD
         both_BT2 = torch.cat([codes.normalise(h_BTD), embed_BTD.float()], -1)
-        tail_BC2, open_segment = pack.pool(
-            both_BT2, chunk.valid_BT & ~written_BT, written_BT, open_segment
-        )
+        weight_BT = chunk.valid_BT & ~written_BT
+        tail_BC2, open_segment = pack.pool(both_BT2, weight_BT, before=open_segment)
         tail_BCD, words_BCD = tail_BC2.chunk(2, -1)
         h_BCD = pack.pack(h_BTD) + codes.scale.float() * (tail_BCD @ self.pool.float())
         token_BC2 = torch.cat([pack.pack(embed_BTD), words_BCD.to(embed_BTD.dtype)], -1)

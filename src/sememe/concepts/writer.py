@@ -9,8 +9,8 @@ segments end (`boundary: autoregressive`) makes the `WriteDecision` itself and c
 
 Suffixes as in `concepts`; n counts the coded concepts of a batch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,21 +29,17 @@ from sememe.concepts.segments import Chunk, Packing, packing
 NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K^G - 1
 
 
-@dataclass
-class Memory:
+class Memory(NamedTuple):
     """What rows remember between chunks: the gate's counters, the last state, and what their open
     segments have summed up."""
 
     gate: GateState
     last_BD: Tensor
-    open_segment: tuple[Tensor, Tensor]
+    open_segment: Tensor
 
     def select(self, rows: Tensor) -> "Memory":
-        return Memory(
-            self.gate.select(rows.cpu().numpy()),
-            self.last_BD[rows],
-            tuple(x[rows] for x in self.open_segment),
-        )
+        gate = GateState(*(x[rows.cpu()] for x in self.gate))
+        return Memory(gate, self.last_BD[rows], self.open_segment[rows])
 
 
 @dataclass
@@ -95,32 +91,28 @@ class ConceptWriter(nn.Module):
 
     def memory(self, batch: int) -> Memory:
         """That of `batch` rows ahead of their texts."""
-        width, device = self.codes.mean.shape[0], self.codes.mean.device
-        summed = torch.zeros(batch, self.readout.summed * width, device=device)
-        return Memory(
-            GateState.start(batch),
-            torch.zeros(batch, width, device=device),
-            (summed, torch.zeros(batch, device=device)),
-        )
+        width, device = len(self.codes.mean), self.codes.mean.device
+        open_segment = torch.zeros(batch, self.readout.summed * width + 1, device=device)
+        last_BD = torch.zeros(batch, width, device=device)
+        return Memory(GateState.start(batch), last_BD, open_segment)
 
     # ---- where ----
 
-    def scores(self, h_BTD: Tensor, chunk: Chunk, memory: Memory | None = None) -> Tensor:
-        """(B, T) fp32: the higher, the sooner a concept is written."""
-        with torch.autocast(h_BTD.device.type, enabled=False):
-            x_BTD = self.codes.normalise(h_BTD)
-            ahead_BD = None if memory is None else self.codes.normalise(memory.last_BD)
-            before_BTD = chunk.from_left(x_BTD, ahead_BD)[:, :-1]
-            return self.gate.boundary.score(self.head, x_BTD, before_BTD)
+    def scores(self, h_BSD: Tensor) -> Tensor:
+        """(B, S - 1) fp32 of all states but the first, each beside the one to its left: the higher,
+        the sooner a concept is written."""
+        with torch.autocast(h_BSD.device.type, enabled=False):
+            x_BSD = self.codes.normalise(h_BSD)
+            return self.gate.boundary.score(self.head, x_BSD[:, 1:], x_BSD[:, :-1])
 
     def decide(self, h_BTD: Tensor, chunk: Chunk, memory: Memory | None = None) -> WriteDecision:
         """Which positions write, at the dial's rate, and the states that their codes stand for.
         Training folds the scores into the gate's distribution."""
-        score_BT = self.scores(h_BTD, chunk, memory)
-        state = GateState.start(len(h_BTD)) if memory is None else memory.gate
-        first = chunk.real & (state.tokens[:, None] + chunk.real.cumsum(1) == 1)
-        written, state, threshold = self.gate(
-            score_BT, chunk.real, rate=self.dial.rate, max_tail=self.config.max_tail, state=state
+        memory = memory or self.memory(len(h_BTD))
+        h_BSD = chunk.from_left(h_BTD, memory.last_BD)
+        score_BT = self.scores(h_BSD)
+        written, gate, threshold = self.gate(
+            score_BT, chunk.real, self.dial.rate, self.config.max_tail, memory.gate
         )
         if self.closes_last:
             written |= chunk.real & (chunk.real[:, ::-1].cumsum(1)[:, ::-1] == 1)
@@ -128,24 +120,21 @@ class ConceptWriter(nn.Module):
             self.gate.track(score_BT[chunk.valid_BT & (chunk.position_BT > 0)])
         written_BT = torch.from_numpy(written).to(h_BTD.device)
         pack = packing(written_BT)
-        first_BT = torch.from_numpy(first).to(h_BTD.device)
-        open_segment = None if memory is None else memory.open_segment
+        # A row's first concept is an attention sink.
+        number = memory.gate.concepts[:, None] + np.arange(pack.index_BC.shape[1])
         h_BCD, token_BCF, open_segment = self.readout(
-            h_BTD, chunk, pack, written_BT, score_BT, open_segment, self.codes
+            h_BTD, chunk, pack, written_BT, score_BT, memory.open_segment, self.codes
         )
-        if memory is not None:
-            last_BD = chunk.from_left(h_BTD, memory.last_BD)[:, -1].detach()
-            memory = Memory(state, last_BD, open_segment)
         return WriteDecision(
-            written=written,
-            written_BT=written_BT,
-            pack=pack,
-            coded_BC=pack.valid_BC & ~pack.pack(first_BT),
+            written,
+            written_BT,
+            pack,
+            coded_BC=pack.valid_BC & torch.from_numpy(number > 0).to(h_BTD.device),
             h_BCD=h_BCD,
             token_BCF=token_BCF,
             score_BT=score_BT,
             threshold=threshold,
-            memory=memory,
+            memory=Memory(gate, h_BSD[:, -1].detach(), open_segment),
         )
 
     def confidence(self, c_BCD: Tensor, tail_BCD: Tensor, decision: WriteDecision) -> Tensor:
@@ -175,30 +164,28 @@ class ConceptWriter(nn.Module):
     def write(self, decision: WriteDecision, ablation: str | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, D) concept states and (B, C) ids. The sink, and everything while the dial's
         `quantise` is 0, stays a state."""
+        config, codes, share = self.config, self.codes, self.dial.quantise
         h_BCD, coded_BC = decision.h_BCD, decision.coded_BC
         ids_BC = torch.full_like(decision.pack.index_BC, UNQUANTISED)
-        share = self.dial.quantise
         if share == 0:
             return h_BCD, ids_BC
         with torch.autocast(h_BCD.device.type, enabled=False):
             x_nD, anchor_nD = self.inputs(decision)
-            quantised = self.quantise(
-                x_nD, soft=self.training, gumbel=self.config.gumbel if self.training else 0.0
-            )
+            gumbel = config.gumbel if self.training else 0.0
+            quantised = self.quantise(x_nD, self.training, gumbel)
             ids_BC[coded_BC] = quantised.ids_n
-            e_nD = self.codes.to_states(quantised.state_nD + anchor_nD)
+            e_nD = codes.to_states(quantised.state_nD + anchor_nD)
             if ablation is not None:
-                num_ids = self.config.num_concepts**self.config.codes_per_concept
+                num_ids = config.num_concepts**config.codes_per_concept
                 ids_BC, dropped_BC = ablate(ids_BC, coded_BC, ablation, num_ids)
-                e_nD = self.codes(ids_BC[coded_BC]) + self.codes.scale.float() * anchor_nD
+                e_nD = codes(ids_BC[coded_BC]) + codes.scale.float() * anchor_nD
                 e_nD = e_nD.masked_fill(dropped_BC[coded_BC].unsqueeze(-1), 0.0)
         e_nD = e_nD.to(h_BCD.dtype)
         if share < 1:
-            h_nD = h_BCD[coded_BC]
-            e_nD = h_nD + share * (e_nD - h_nD)
-        if self.training and self.config.concept_dropout > 0:
-            lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < self.config.concept_dropout
-            e_nD = torch.where(lost_n1, self.codes.mean.to(e_nD.dtype), e_nD)
+            e_nD = h_BCD[coded_BC].lerp(e_nD, share)
+        if self.training and config.concept_dropout > 0:
+            lost_n1 = torch.rand(len(e_nD), 1, device=e_nD.device) < config.concept_dropout
+            e_nD = torch.where(lost_n1, codes.mean.to(e_nD.dtype), e_nD)
         return h_BCD.masked_scatter(coded_BC.unsqueeze(-1), e_nD), ids_BC
 
     # ---- start, from states of (N, T) blocks of text ----
@@ -221,24 +208,18 @@ class ConceptWriter(nn.Module):
     def start_gate(self, h_NTD: Tensor) -> None:
         """Sets the gate's score distribution to that of these states."""
         if self.gate.boundary.scored:
-            scores = [self.scores(h_BTD, Chunk.of(h_BTD))[:, 1:] for h_BTD in h_NTD.split(64)]
+            scores = [self.scores(h_BTD) for h_BTD in h_NTD.split(64)]
             self.gate.calibrate(torch.cat(scores).flatten())
 
     @torch.no_grad()
-    def start_codes(
-        self,
-        h_ND: Tensor,
-        token_NF: Tensor,
-        seed: int = 0,
-        tick: Callable[[], None] = lambda: None,
-    ) -> dict[str, float]:
+    def start_codes(self, h_ND: Tensor, token_NF: Tensor, seed: int = 0) -> dict[str, float]:
         """Anchor by least squares, codebook and head by k-means of (N, D) states, in the frame as
         it is. To be called when quantisation begins: LoRA moves the states, and a codebook of the
         untouched base would not fit them any more (docs/log.md)."""
         x_ND = self.codes.normalise(h_ND)
         shares = self.readout.anchor.start(token_NF, x_ND)
         x_ND = x_ND - self.readout.anchor(token_NF)
-        return shares | start_from_states(self.codes, self.head, x_ND, seed=seed, tick=tick)
+        return shares | start_from_states(self.codes, self.head, x_ND, seed=seed)
 
 
 def inner(x_NTD: Tensor) -> Tensor:
