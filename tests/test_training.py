@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ctrl_c, launch, metrics, run
+from conftest import ctrl_c, launch, metrics, run, sememe
 from sememe.errors import DataError, Interrupted, RecipeError, TrainingError
 from sememe.training.checkpoints import last_checkpoint
 from sememe.training.trainer import ConceptTrainer
@@ -161,3 +161,18 @@ def test_ctrl_c_leaves_a_run_that_resumes(recipe_values, tmp_path):
     assert process.returncode == 130, said[-2000:]
     assert "the same command goes on from there" in said and "Traceback" not in said
     assert last_checkpoint(tmp_path / "r" / "checkpoints") is not None
+
+
+def test_a_finished_run_is_made_longer(recipe_values, tmp_path):
+    folder = tmp_path / "r"
+    run(recipe_values, folder)
+    sememe("evaluate", folder, "--tokens", 64)
+    for steps in (6, 16):  # back, or so far that codes would become states again
+        with pytest.raises(RecipeError, match=f"with steps = 8, not {steps}"):
+            run(recipe_values | {"steps": steps}, folder)
+    lines = run(recipe_values | {"steps": 12}, folder)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(line["quantise"] == 1 for line in lines[8:])
+    assert (folder / "model-8" / "evaluate.json").is_file()
+    assert not (folder / "evaluate.json").exists()
+    assert (folder / "model").is_dir()

@@ -16,10 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from sememe import storage
+from sememe.concepts.dial import evaluating
 from sememe.data import check_text, encoder, read_texts, token_windows
 from sememe.errors import CheckpointError, CodesError
 from sememe.models import CompressorForCausalLM
-from sememe.models.compressor.encode import evaluating
 from sememe.models.loading import (
     check_length,
     check_rate,

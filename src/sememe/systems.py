@@ -87,6 +87,8 @@ class System:
 
     name = "base"
     measures = measures.TEXT
+    lengthens = True
+    """Whether a run can be trained on to more steps than it was begun with."""
     shifts_labels = True
     """Whether position t predicts label t + 1, as usual; a planner predicts label 0 as well."""
     refuses: tuple[str, ...] = ("distil", "pairs of data", "lora.rank = 0")
@@ -257,6 +259,7 @@ class Planner(System):
 
     name = "planner"
     measures = measures.PLANNER
+    lengthens = False  # its plans are of the pairs that its steps see
     shifts_labels = False
     baselines = ("control",)
     refuses = ("distil", "lora.rank = 0", "gradient_checkpointing", "several processes")

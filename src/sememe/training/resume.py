@@ -10,6 +10,8 @@ from sememe.keys import known_keys
 from sememe.options import Recipe, load_recipe
 from sememe.paths import usable
 from sememe.report.files import dig
+from sememe.systems import SYSTEMS
+from sememe.training.checkpoints import last_checkpoint, step_of
 
 
 def is_finished(run: Path) -> bool:
@@ -17,8 +19,8 @@ def is_finished(run: Path) -> bool:
 
 
 def same_run(recipe: Recipe, run: Path) -> bool:
-    """True where `run` is a finished run of this recipe; False where it is new or unfinished. The
-    same weights and texts at another place are the same recipe.
+    """True where `run` is a finished run of this recipe; False where it is new, unfinished, or to
+    be made longer. The same weights and texts at another place are the same recipe.
 
     Raises RecipeError where it holds another recipe, SememeError where it cannot be a path."""
     run = usable(run)
@@ -34,13 +36,25 @@ def same_run(recipe: Recipe, run: Path) -> bool:
     now = record(run, fingerprint(resolve(recipe.base)), recipe)
     before, after = _identity(held, recorded(run)), _identity(recipe, now)
     for key in (key for key in before if before[key] != after[key]):
+        if key == "steps" and _can_grow(held, recipe, run):
+            continue
         old, new = map(attrgetter(key), (held, recipe))
         wanted = "what it holds now" if old == new else new
         raise RecipeError(
             f"{run} holds a run with {key} = {old}, not {wanted}: need the same recipe, and base "
             "and texts of the same content, to resume. try: another --out"
         )
-    return is_finished(run)
+    return is_finished(run) and held.steps == recipe.steps
+
+
+def _can_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:
+    """Whether a run can be trained on to more steps, from its last checkpoint. Not where codes
+    would be taken back to states, or where the plans are of the pairs that its steps see."""
+    system, checkpoint = SYSTEMS[recipe.system], last_checkpoint(run / "checkpoints")
+    if checkpoint is None or recipe.steps < held.steps or not system.lengthens:
+        return False
+    all_codes = 0.0 if "quantise" in system.unread else recipe.quantise[1]
+    return all_codes * (recipe.steps - 1) <= step_of(checkpoint)
 
 
 def _identity(recipe: Recipe, inputs: dict) -> dict:

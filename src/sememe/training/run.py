@@ -19,8 +19,9 @@ from sememe.backbone.calling import set_checkpointing
 from sememe.errors import DataError, Interrupted, TrainingError
 from sememe.evaluation.inputs import INPUTS, record
 from sememe.evaluation.results import put
-from sememe.options import Recipe
+from sememe.options import Recipe, load_recipe
 from sememe.paths import source_sha256, usable
+from sememe.report.files import COMMANDS
 from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint, step_of
@@ -100,6 +101,13 @@ def _open(run: Run) -> None:
     """What a run folder holds from the start."""
     folder, recipe = run.folder, run.recipe
     folder.mkdir(parents=True, exist_ok=True)
+    if is_finished(folder):  # it is made longer: the model so far stays beside, with its figures
+        steps = load_recipe(folder / "recipe.yaml").steps
+        run.say(f"{folder} goes on from {steps} to {recipe.steps} steps; model-{steps} is kept")
+        os.replace(folder / "model", folder / f"model-{steps}")
+        for path in (folder / f"{name}.json" for name in COMMANDS):
+            if path.is_file():
+                os.replace(path, folder / f"model-{steps}" / path.name)
     put(folder / "env.json", _environment(recipe))
     put(folder / INPUTS, record(folder, run.model.config.base_sha256, recipe))
     storage.write(folder / "recipe.yaml", recipe.yaml().encode())

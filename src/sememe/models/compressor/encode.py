@@ -4,8 +4,6 @@ read from.
 Suffixes as in `concepts`; S = 1 + T counts the BOS, which is segment 0 of each row: it carries
 nothing and is not counted."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -14,23 +12,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sememe.backbone.adapters import adapter
+from sememe.concepts.dial import evaluating
 from sememe.concepts.segments import Chunk, Packing, packing
 from sememe.concepts.writer import WriteDecision
 from sememe.models.compressor.entries import run_entries
 from sememe.models.compressor.slots import Slots
 
 ADAPTER = "compressor"
-
-
-@contextmanager
-def evaluating(model) -> Iterator[None]:
-    """Eval mode inside, the former mode again afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def embed_text(model, ids_BT: Tensor, attention_mask: Tensor | None = None) -> Chunk:

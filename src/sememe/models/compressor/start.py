@@ -9,11 +9,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sememe.concepts.codebook import SHARPNESS, start_from_states
+from sememe.concepts.dial import evaluating
 from sememe.concepts.fit import linear_fit
 from sememe.concepts.lengths import REMEMBERED
 from sememe.concepts.segments import Chunk
 from sememe.models.adapted import boundary_targets
-from sememe.models.compressor.encode import decide, embed_text, evaluating, news, read_text
+from sememe.models.compressor.encode import decide, embed_text, news, read_text
 from sememe.models.losses import cross_entropy
 
 # Logits that votes may give the mean word's own news at first: the best is found by trial.
