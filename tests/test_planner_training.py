@@ -190,7 +190,6 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
         file.write_text("".join(lines))
         return {"train": str(file)}
 
-    refused(RecipeError, "pairs of data.fields or data.source_share with", system="online")
     refused(RecipeError, "gradient_checkpointing = true with system", gradient_checkpointing=True)
     refused(RecipeError, "distil = 0.5 with system = planner", distil=0.5)
     fields = {"fields": ["prompt", "response"]}

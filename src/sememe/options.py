@@ -31,6 +31,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: file missing or not YAML, an unknown key, a value out of range.
     """
     path = usable(path)
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}: need a YAML file. try: recipes/tiny-cpu.yaml")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)

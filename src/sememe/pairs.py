@@ -100,7 +100,7 @@ class PairForm:
     def of(cls, recipe: dict[str, Any]) -> PairForm | None:
         """That of a recipe's plain values; None where it trains on running text."""
         data = checked(Data, recipe["data"])
-        if not (data.fields or data.source_share or recipe["system"] == "planner"):
+        if not (data.fields or data.source_share or recipe.get("system") == "planner"):
             return None
         share = data.source_share or SOURCE_SHARE
         return cls(data.fields, share, recipe["source_length"], recipe["target_length"])

@@ -100,7 +100,8 @@ def online_nll(
     """(N, n) NLL of the tokens after `context`, and (N, context) whether a token of it wrote a
     concept. `bos` comes first, as for every reader: it is the sink, which tells nothing of the text
     and is not counted."""
-    nll_NT, concepts_NS = token_nll(online, F.pad(ids_NT, (1, 0), value=bos), rate=rate)
+    with online.dial.at(rate=rate):
+        nll_NT, concepts_NS = token_nll(online, F.pad(ids_NT, (1, 0), value=bos))
     return nll_NT[:, context:], concepts_NS[:, 1 : 1 + context] != NULL
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding
+from transformers.cache_utils import Cache
 
 from sememe.backbone.calling import CACHE, cache_argument
 from sememe.evaluation.reconstruction import coding_cost
@@ -99,6 +100,15 @@ def ceiling_decode(base: nn.Module, config, rate: float) -> float:
     return (macs + lm_head) / (config.layer_share(rate) * macs + lm_head + writing)
 
 
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values, the base's or our own."""
+    if hasattr(cache, "bytes"):
+        return cache.bytes()
+    # Layers that share the keys of others have none.
+    entries = (x for layer in cache.layers for x in (layer.keys, layer.values))
+    return sum(x.nbytes for x in entries if x is not None)
+
+
 @torch.no_grad()
 def benchmark_online(model, base, prompts: BatchEncoding, options: Options) -> Figures:
     """Prefill, greedy decoding, cache and memory of a (merged) online model beside its base.
@@ -125,12 +135,10 @@ def benchmark_online(model, base, prompts: BatchEncoding, options: Options) -> F
     for (name, figures), times in zip(sides.items(), seconds, strict=True):
         # A difference, which noise can drown.
         decoding = max(times["median"] - figures["prefill_seconds"]["median"], 1e-9)
-        entries = [x for layer in caches[name].layers for x in (layer.keys, layer.values)]
         figures |= {
             "decode_tokens_per_s": len(real_BT) * (new_tokens - 1) / decoding,
             "generate_seconds": times,
-            # Layers that share the keys of others have none.
-            "cache_bytes": sum(x.nbytes for x in entries if x is not None),
+            "cache_bytes": cache_bytes(caches[name]),
             "weight_bytes": weight_bytes(pair[name]),
         }
     cache = caches["concept"]
