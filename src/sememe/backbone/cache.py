@@ -143,6 +143,9 @@ class NoCache:
     def remember(self, memory: Memory, last_concept_BD: Tensor, ids_BT: Tensor) -> None:
         """Keeps what the next chunk needs beside keys and values."""
 
+    def reserve(self, tokens: int, concepts: int, window: int | None) -> None:
+        """Room for what comes next."""
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
