@@ -28,6 +28,10 @@ class Run:
     """The command that wrote it → its figures."""
 
     @property
+    def name(self) -> str:
+        return self.path.resolve().name  # that of "." too
+
+    @property
     def system(self) -> str:
         return self.recipe["system"]
 
@@ -43,10 +47,7 @@ def read_run(run: Path) -> Run:
             f"{run / 'recipe.yaml'} holds no readable recipe: need the file that `sememe train` "
             "wrote. try: copy it again"
         ) from error
-    # resolved, so that "." has a name
-    return Run(
-        run.resolve(), recipe, lines, {name: read_json(run / f"{name}.json") for name in COMMANDS}
-    )
+    return Run(run, recipe, lines, {name: read_json(run / f"{name}.json") for name in COMMANDS})
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

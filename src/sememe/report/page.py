@@ -47,7 +47,7 @@ def write_report(run: Path, *beside: Path) -> Path:
 
 def run_page(folders: list[Path]) -> dict[str, Any]:
     run, *others = (read_run(folder) for folder in folders if not is_sweep(folder))
-    sibling = run.path.with_name(f"{run.path.name}-control")
+    sibling = run.path.resolve().with_name(f"{run.name}-control")
     if (sibling / "metrics.jsonl").is_file():
         others.insert(0, read_run(sibling))
     words = WORDS["online"] | WORDS.get(run.system, WORDS["baseline"])
@@ -58,7 +58,7 @@ def run_page(folders: list[Path]) -> dict[str, Any]:
     drawn.append(plots.distortion_plot(run.json["reconstruct"]))
     comparison = _comparison(folders) if len(folders) > 1 else {}
     return comparison | {
-        "name": run.path.name,
+        "name": run.name,
         "run": run,
         "words": words,
         "facts": [run.system, f"step {last['step']:,}", f"{show(last.get('tokens'))} tokens"],

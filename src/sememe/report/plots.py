@@ -56,7 +56,7 @@ def training_plot(
     """A plot of page.toml: figures of the first run over its training, and `beside` of the
     others."""
     curves = [(figure(key).title, _over_training(runs[0], key), {}) for key in figures]
-    curves += [(run.path.name, _over_training(run, beside), {}) for run in runs[1:]]
+    curves += [(run.name, _over_training(run, beside), {}) for run in runs[1:]]
     return draw(curves, "tokens", y, title, caption)
 
 
