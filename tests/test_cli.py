@@ -100,13 +100,13 @@ def test_benchmark_gives_the_contract(runs):
     sememe("benchmark", runs / "r", *words)
     result = json.loads((runs / "b.json").read_text())
     for side in (result["concept"], result["base"]):
-        for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "train_tokens_per_s"):
-            assert side[key] > 0 and side["cache_bytes"] > 0, key
-        for key in ("prefill_peak_bytes", "train_peak_bytes"):  # None where nobody can tell
-            assert (side[key] or math.inf) >= side["weight_bytes"] > 0, key
-    for key in ("prefill", "decode", "ceiling_decode", "ragged_decode"):
-        assert result[f"{key}_speedup"] > 0, key
-    assert result["cache_reduction"] > 0 and result["train_step_ratio"] > 0
+        speeds = [side[f"{part}_tokens_per_s"] for part in ("prefill", "decode", "train")]
+        assert min(*speeds, side["cache_bytes"], side["weight_bytes"]) > 0
+        for part in ("prefill", "train"):  # None where nobody can tell
+            assert (side[f"{part}_peak_bytes"] or math.inf) >= side["weight_bytes"]
+    speedups = [result[f"{part}_speedup"] for part in ("prefill", "decode", "ceiling_decode")]
+    others = ("ragged_decode_speedup", "cache_reduction", "train_step_ratio")
+    assert min(*speedups, *(result[key] for key in others)) > 0
     assert {"prefill_memory_ratio", "train_memory_ratio"} < result.keys()
     assert 0.4 < result["realised_rate"] < 0.65
 

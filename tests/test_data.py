@@ -136,20 +136,16 @@ def test_blocks_have_the_bytes_of_the_source(kind, monkeypatch):
     assert set(cut.bytes_NT.flatten().tolist()) == {1} and cut.windows()[1] == MIXED.encode()[5:10]
 
 
-def test_a_limit_stops_the_tokenizer(monkeypatch):
-    seen, count = [], data.byte_counts
-    monkeypatch.setattr(data, "PIECE_CHARS", 100)
-    monkeypatch.setattr(data, "byte_counts", lambda *args: seen.append(1) or count(*args))
-    assert len(data.token_blocks([WORDS * 200], BYTE_LEVEL, 8, limit=50)) == 50 // 8
-    assert len(seen) <= data.BATCH
-
-
-def test_too_few_tokens_says_how_many():
-    have = len(BYTE_LEVEL.encode("lazy dogs"))
+def test_a_limit_stops_the_tokenizer_and_too_few_tokens_are_said(monkeypatch):
+    seen, count, have = [], data.byte_counts, len(BYTE_LEVEL.encode("lazy dogs"))
     assert data.token_blocks(["lazy dogs"], BYTE_LEVEL, have).shape == (1, have)
     for length, limit in ((have + 1, 99), (4, 3)):
         with pytest.raises(DataError, match=rf"has \d+ tokens: need at least {length}"):
             data.token_blocks(["lazy dogs"], BYTE_LEVEL, length, limit)
+    monkeypatch.setattr(data, "PIECE_CHARS", 100)
+    monkeypatch.setattr(data, "byte_counts", lambda *args: seen.append(1) or count(*args))
+    assert len(data.token_blocks([WORDS * 200], BYTE_LEVEL, 8, limit=50)) == 50 // 8
+    assert len(seen) <= data.BATCH
 
 
 def test_order_is_a_new_shuffle_each_epoch_and_the_same_for_a_seed():

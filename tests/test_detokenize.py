@@ -12,23 +12,19 @@ from sememe.evaluation.quality import sample
 TEXT = "日本語 déjà 🙂 ok , the\tcat\n\n  sat ."
 
 
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """Words that begin with a space, and bytes where there is no word; decoded as Llama's are."""
+def spelled(*texts: str) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """A tokenizer of words that begin with a space, and of bytes where there is no word, decoded as
+    Llama's are; and the ids of some texts."""
     words = ["<s>", "</s>", "▁", "▁the", "▁cat", "▁sat", ",", ".", "日"]
-    words += [f"<0x{byte:02X}>" for byte in range(256)]
-    vocab = {word: i for i, word in enumerate(words)}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    vocab = {word: i for i, word in enumerate([*words, *(f"<0x{n:02X}>" for n in range(256))])}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     spaces = decoders.Replace("▁", " "), decoders.ByteFallback()
-    made.decoder = decoders.Sequence([*spaces, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
-
-
-def spelled(*words: str) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    tokenizer, tokens = sentencepiece_tokenizer(), []
-    for word in words:
-        known = word in tokenizer.get_vocab()
-        tokens += [word] if known else [f"<0x{byte:02X}>" for byte in word.encode()]
-    return tokenizer, tokenizer.convert_tokens_to_ids(tokens)
+    raw.decoder = decoders.Sequence([*spaces, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokens = []
+    for text in texts:
+        tokens += [text] if text in vocab else [f"<0x{byte:02X}>" for byte in text.encode()]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    return tokenizer, [vocab[token] for token in tokens]
 
 
 CASES = {

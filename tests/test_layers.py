@@ -121,9 +121,9 @@ def test_text_files_are_utf_8_whatever_the_locale():
         name = getattr(getattr(node, "func", None), "attr", "")
         if name in ("read_text", "write_text", "open"):
             mode = node.args[0] if node.args else ast.Constant("r")
-            is_text = name != "open" or "b" not in str(getattr(mode, "value", "b"))
+            is_binary = name == "open" and "b" in str(getattr(mode, "value", "b"))
             named = any(keyword.arg == "encoding" for keyword in node.keywords)
-            assert named or not is_text, f"{path}:{node.lineno}: the locale's encoding"
+            assert named or is_binary, f"{path}:{node.lineno}: the locale's encoding"
 
 
 def test_no_registry_host_and_no_machine_path_in_the_tree():

@@ -39,9 +39,9 @@ def test_overrides_are_dotted_and_typed(path):
     assert recipe.lora.rank == 2 and recipe.lora.dropout == 0.1, "the rest of a group stays"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").iterdir()))
-def test_recipes_are_valid_and_read_back_equal_whole_or_short(name):
-    recipe = load_recipe(ROOT / "recipes" / name)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").iterdir()), ids=lambda path: path.name)
+def test_recipes_are_valid_and_read_back_equal_whole_or_short(path):
+    recipe = load_recipe(path)
     for whole in (True, False):
         assert check_recipe(yaml.safe_load(recipe.yaml(whole)), "saved") == recipe
 

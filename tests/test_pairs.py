@@ -40,10 +40,10 @@ def test_documents_are_cut_before_the_white_space_nearest_to_the_share():
 
 def test_long_documents_give_several_pairs():
     cut = cut_pairs([FOX], 0.25, 200)
-    assert len(cut) == -(-len(FOX) // 200)
-    assert "".join(pair.source + pair.target for pair in cut) == FOX
-    assert max(len(pair.source + pair.target) for pair in cut) < 210
-    assert all(0.15 < len(pair.source) / len(pair.source + pair.target) < 0.35 for pair in cut)
+    pieces = [pair.source + pair.target for pair in cut]
+    assert len(cut) == -(-len(FOX) // 200) and "".join(pieces) == FOX
+    for pair, piece in zip(cut, pieces, strict=True):
+        assert len(piece) < 210 and 0.15 < len(pair.source) / len(piece) < 0.35
 
 
 @given(st.text("ab \n\t", min_size=1, max_size=60), st.floats(0.01, 0.99))
