@@ -1,10 +1,8 @@
-"""Fixtures: a tiny saved base with a byte tokenizer, texts and a recipe to train on; and how tests
-train, stop and call the command line. Nothing is downloaded."""
+"""A tiny saved base, texts and a recipe; how tests train, stop and call the command line."""
 
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,12 +30,11 @@ torch.set_num_threads(1)
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
 
 
 @pytest.fixture(scope="session")
@@ -47,15 +44,6 @@ def base_folder(tmp_path_factory):
     torch.manual_seed(0)
     tiny_base(vocab_size=259, num_hidden_layers=4, initializer_range=0.1).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def long_base_folder(base_folder):
-    """The same with places for the prompt of the demo's benchmark."""
-    folder = shutil.copytree(base_folder, base_folder.with_name("long"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     return folder
 
 
@@ -73,24 +61,12 @@ def texts(tmp_path_factory):
 
 def tiny_recipe(base_folder: Path, texts: tuple[Path, Path]) -> dict:
     """A recipe that trains in about a second."""
-    return {
-        "system": "online",
-        "base": str(base_folder),
-        "data": {"train": str(texts[0]), "heldout": str(texts[1])},
-        "steps": 8,
-        "sequence_length": 32,
-        "batch_size": 2,
-        "rate": 0.5,
-        "max_tail": 6,
-        "split": [1, 2, 1],
-        "num_concepts": 32,
-        "precision": "fp32",
-        "lora": {"rank": 4, "dropout": 0.1},
-        "heldout_every": 4,
-        "heldout_tokens": 64,
-        "save_every": 4,
-        "calibration_tokens": 256,
-    }
+    data = {"train": str(texts[0]), "heldout": str(texts[1])}
+    concepts = {"rate": 0.5, "max_tail": 6, "split": [1, 2, 1], "num_concepts": 32}
+    training = {"steps": 8, "sequence_length": 32, "batch_size": 2, "precision": "fp32"}
+    heldout = {"heldout_every": 4, "heldout_tokens": 64, "save_every": 4}
+    values = {"system": "online", "base": str(base_folder), "data": data, "calibration_tokens": 256}
+    return values | concepts | training | heldout | {"lora": {"rank": 4, "dropout": 0.1}}
 
 
 @pytest.fixture
@@ -129,13 +105,9 @@ def launch(values: dict, folder: Path, processes: int = 1) -> subprocess.Popen:
     recipe.write_text(check_recipe(values, "test").yaml())
     several = f"-m torch.distributed.run --nproc-per-node {processes} --standalone"
     words = f"{several if processes > 1 else ''} -m sememe train {recipe} --out {folder}"
-    return subprocess.Popen(
-        [sys.executable, *words.split()],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    output = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *words.split()], env=environment, **output)
 
 
 def sememe(*words, code: int = 0) -> str:

@@ -1,5 +1,4 @@
-"""The command line as a user meets it: help, the whole path on a tiny base, and one sentence for
-bad input."""
+"""The command line: help, the whole path on a tiny base, and one sentence for bad input."""
 
 import json
 import math
@@ -20,17 +19,15 @@ from sememe import cli
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base_folder, texts):
-    """A finished online run and its control."""
+    """A finished online run, its control, and a copy that names another place of its text."""
     folder = tmp_path_factory.mktemp("runs")
     recipe = folder / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(tiny_recipe(base_folder, texts) | {"steps": 6}))
     sememe("train", recipe, "--out", folder / "r", "--json", folder / "train.json")
     sememe("train", recipe, "system=control", "--out", folder / "r-control")
     shutil.copy(texts[0], folder / "copy.txt")
-    # its training text is no longer where the recipe says
-    shutil.copytree(folder / "r", folder / "moved", symlinks=True)
-    moved = (folder / "moved" / "recipe.yaml").read_text().replace(str(texts[0]), "gone.txt")
-    (folder / "moved" / "recipe.yaml").write_text(moved)
+    moved = shutil.copytree(folder / "r", folder / "moved", symlinks=True) / "recipe.yaml"
+    moved.write_text(moved.read_text().replace(str(texts[0]), "gone.txt"))
     return folder
 
 
@@ -46,9 +43,8 @@ def test_help_teaches_few_parameters_and_only_those_are_advised():
 
 
 def test_help_and_report_start_without_torch():
-    program = (
-        "import sys, sememe.cli, sememe.report; print({'torch', 'transformers'} & {*sys.modules})"
-    )
+    heavy = "{'torch', 'transformers'} & {*sys.modules}"
+    program = f"import sys, sememe.cli, sememe.report; print({heavy})"
     assert subprocess.check_output([sys.executable, "-c", program]) == b"set()\n"
 
 
@@ -67,13 +63,13 @@ def test_evaluate_gives_the_contract(runs, texts):
         delta_nll_random code_perplexity codes_used largest_code_share"""
     for key in keys.split():
         assert isinstance(result[key], int | float) and key in printed, key
-    assert result["tokens"] == 16 * 31
-    assert result["concept_rate"] == pytest.approx(1 / result["compression_ratio"])
     assert json.loads((runs / "r" / "evaluate.json").read_text()) == result
+    rate = result["concept_rate"]
+    assert result["tokens"] == 16 * 31 and rate == pytest.approx(1 / result["compression_ratio"])
+    assert result["layer_share"] == pytest.approx((2 + 2 * rate) / 4)
     sememe("evaluate", runs / "r-control", *words)
     alone = json.loads((runs / "e.json").read_text())
     assert alone["concept_rate"] is None and alone["layer_share"] == 1.0
-    assert result["layer_share"] == pytest.approx((2 + 2 * result["concept_rate"]) / 4)
     assert result["delta_nll_control"] == pytest.approx(result["nll"] - alone["nll"], abs=1e-5)
 
 
@@ -93,12 +89,8 @@ def test_generate_streams_and_marks_concepts(runs):
 def test_text_and_paths_are_printed_as_they_are(runs):
     prompt, odd = "ratio a:b:c [/b] then :key: and\ttab, 日本 🙂", runs / "r[v2]" / ":key:[" / "b]"
     shutil.copytree(runs / "r", odd)
-    words = ("generate", odd, "--prompt", prompt, "--max-new-tokens", 4)
-    printed = sememe(*words, "--json", runs / "odd.json")
-    text = json.loads((runs / "odd.json").read_text(encoding="utf-8"))["text"]
-    assert printed == f"{prompt}{text}\n"
-    marked = sememe(*words, "--show-concepts")
-    assert re.sub("⟨[^⟩]*⟩", "", marked).startswith(prompt)
+    printed = sememe("generate", odd, "--prompt", prompt, "--max-new-tokens", 4, "--show-concepts")
+    assert re.sub("⟨[^⟩]*⟩", "", printed).startswith(prompt)
     assert f"report: {odd / 'report.html'}\n" in sememe("report", odd)
     assert str(odd) in sememe("export", odd, "--out", odd / "merged")
 
@@ -108,61 +100,46 @@ def test_benchmark_gives_the_contract(runs):
     sememe("benchmark", runs / "r", *words)
     result = json.loads((runs / "b.json").read_text())
     for side in (result["concept"], result["base"]):
-        for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "train_tokens_per_s"):
-            assert side[key] > 0 and side["cache_bytes"] > 0, key
-        for key in ("prefill_peak_bytes", "train_peak_bytes"):  # None where nobody can tell
-            assert (side[key] or math.inf) >= side["weight_bytes"] > 0, key
-    keys = """prefill_speedup decode_speedup cache_reduction ceiling_decode_speedup
-        train_step_ratio ragged_decode_speedup"""
-    for key in keys.split():
-        assert result[key] > 0, key
+        speeds = [side[f"{part}_tokens_per_s"] for part in ("prefill", "decode", "train")]
+        assert min(*speeds, side["cache_bytes"], side["weight_bytes"]) > 0
+        for part in ("prefill", "train"):  # None where nobody can tell
+            assert (side[f"{part}_peak_bytes"] or math.inf) >= side["weight_bytes"]
+    speedups = [result[f"{part}_speedup"] for part in ("prefill", "decode", "ceiling_decode")]
+    others = ("ragged_decode_speedup", "cache_reduction", "train_step_ratio")
+    assert min(*speedups, *(result[key] for key in others)) > 0
     assert {"prefill_memory_ratio", "train_memory_ratio"} < result.keys()
     assert 0.4 < result["realised_rate"] < 0.65
 
 
 def test_bits_per_byte_are_of_the_text(runs, tmp_path):
-    # Three bytes, three tokens, and one for the eos.
+    # Three bytes, three tokens, and an eos without bytes between two texts.
     (tmp_path / "short.jsonl").write_text('{"text": "gö"}\n' * 300)
     words = ("--data", tmp_path / "short.jsonl", "--tokens", 320, "--json", tmp_path / "e.json")
     sememe("evaluate", runs / "r", *words)
     figures = json.loads((tmp_path / "e.json").read_text())
-    stream = [1, 1, 1] + [0, 1, 1, 1] * 299  # the first text has no eos before it
+    stream = [1, 1, 1] + [0, 1, 1, 1] * 299
     num_bytes = sum(sum(stream[start + 1 : start + 32]) for start in range(0, 320, 32))
-    assert figures["tokens"] == 310
-    nats = figures["nll"] * 310
-    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes)
-
-
-LONG = "x" * 300
+    bits = figures["nll"] * 310 / math.log(2)
+    assert figures["tokens"] == 310 and figures["bits_per_byte"] == pytest.approx(bits / num_bytes)
 
 
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("train missing.yaml", "no recipe at missing.yaml"),
         ("evaluate RUNS/r --data missing.txt", "missing.txt"),
-        ("evaluate RUNS/r --data TRAIN", "is what .* was trained on"),
         ("evaluate RUNS/r --data RUNS/copy.txt", "is what .* was trained on"),
         ("ablate RUNS/r --data RUNS/copy.txt#text", "is what .* was trained on"),
         ("evaluate RUNS/moved --data RUNS/copy.txt", "is what .* was trained on"),
-        (f"evaluate RUNS/r --data '{'once ' * 102}'", r"\(510 characters\) does not exist"),
-        (f"generate {LONG} --prompt cat", r"\(300 characters\)' is neither a known base"),
+        ("generate LONG --prompt cat", r"\(300 characters\)' is neither a known base"),
         ("generate RUNS/r --prompt caf\udce9", "the prompt has half of a character"),
-        (f"train {LONG}", "cannot be used as a path"),
-        (f"train RUNS/tiny.yaml --out {LONG}", "cannot be used as a path"),
-        (f"sweep RUNS/tiny.yaml --out {LONG}", "cannot be used as a path"),
-        (f"report {LONG}", "cannot be used as a path"),
-        (f"doctor {LONG}", "cannot be used as a path"),
-        (f"export RUNS/r --out {LONG}", "cannot be used as a path"),
-        (
-            "train RUNS/tiny.yaml sequence_length=300 --out RUNS/long",
-            "300 tokens .* 256.*sequence_length=256",
-        ),
-        (
-            "benchmark RUNS/r --prompt-tokens 200",
-            "200 tokens of text and 64 beside them.*--prompt-tokens 192",
-        ),
-        ("evaluate RUNS/nowhere/at/all --data HELD", "neither a known base"),
+        ("train LONG", "cannot be used as a path"),
+        ("train RUNS/tiny.yaml --out LONG", "cannot be used as a path"),
+        ("sweep RUNS/tiny.yaml --out LONG", "cannot be used as a path"),
+        ("report LONG", "cannot be used as a path"),
+        ("doctor LONG", "cannot be used as a path"),
+        ("export RUNS/r --out LONG", "cannot be used as a path"),
+        ("train RUNS/tiny.yaml sequence_length=300 --out RUNS/long", "300 tokens .*length=256"),
+        ("benchmark RUNS/r --prompt-tokens 200", "200 tokens .* 64 .*--prompt-tokens 192"),
         ("evaluate RUNS/r --data HELD --control RUNS", "holds no model"),
         ("evaluate smollm2-135m-online", "got no --data"),
         ("generate RUNS/r --prompt '  '", "the prompt is empty"),
@@ -171,24 +148,19 @@ LONG = "x" * 300
         ("generate RUNS/r-control --prompt cat --show-concepts", "has no concepts"),
         ("benchmark RUNS/r-control", "has no concepts"),
         ("benchmark RUNS/r --dtype float8", "need one of float32"),
-        ("report RUNS/nowhere", "nowhere"),
-        ("pull smollm", "smollm2-135m"),
         ("export RUNS/r --out RUNS", "ot empty"),
-        ("evaluate RUNS/r --data HELD --json RUNS/no/such/e.json", "could not write"),
     ],
 )
 def test_bad_input_is_one_sentence(runs, texts, command, message):
-    known = {"RUNS": runs, "TRAIN": texts[0], "HELD": texts[1]}
-    for word, path in known.items():
+    for word, path in {"RUNS": runs, "HELD": texts[1], "LONG": "x" * 300}.items():
         command = command.replace(word, str(path))
     printed = sememe(*shlex.split(command), code=1)
-    assert re.search(message, printed), printed
-    assert "try: " in printed and "\n" not in printed
+    assert re.search(message, printed) and "try: " in printed and "\n" not in printed, printed
     assert not (runs / "long").exists(), "nothing is begun"
 
 
 def test_a_fault_ends_with_one_line_and_code_1(tmp_path):
     words = [sys.executable, "-m", "sememe", "train", "nowhere.yaml"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: no recipe at") and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: no recipe at nowhere.yaml")

@@ -17,57 +17,40 @@ from test_layers import FILES
 ODD = "a:b:c :key: [bold]b[/bold] [/x] \x1b[31m\t|\a\x0b end"
 
 
-@pytest.mark.parametrize("style", ["", "red"])
-def test_text_is_printed_as_it_is(capsys, style):
-    terminal.write(ODD * 40, style)
-    terminal.say(ODD, style)
-    assert capsys.readouterr().out == ODD * 40 + ODD + "\n"
-
-
-def test_styles_stand_around_the_text(monkeypatch):
+def test_text_is_printed_as_it_is_and_styles_stand_around_it(monkeypatch):
     file = io.StringIO()
     options = {"force_terminal": True, "color_system": "standard", "no_color": False}
     monkeypatch.setattr(terminal, "out", terminal.new_console(file=file, **options))
-    terminal.write(ODD, "red")
-    assert file.getvalue() == f"\x1b[31m{ODD}\x1b[0m"
+    terminal.write(ODD * 40, "red")
+    terminal.say(ODD)
+    assert file.getvalue() == f"\x1b[31m{ODD * 40}\x1b[0m{ODD}\n"
 
 
 def test_tables_and_diagnoses_take_no_markup(capsys):
     terminal.table([("out[/b]", "[red]:key:")], "runs/run[v2]", ("[bold]measure", "value"))
     printed = capsys.readouterr().out
-    for word in ("out[/b]", "[red]:key:", "runs/run[v2]", "[bold]measure"):
-        assert word in printed
-    diagnosis = {
-        "run": "run[/v2]",
-        "step": 3,
-        "findings": [],
-        "passed": ["[b]"],
-        "unchecked": [{"rule": "a", "because": "[/c]"}],
-    }
-    rest = "\nnothing found by: [b]\nnot checked: a ([/c])\n"
-    terminal.show_diagnosis(diagnosis)
-    assert capsys.readouterr().out == f"run[/v2]: healthy at step 3\n{rest}"
+    assert all(x in printed for x in ("out[/b]", "[red]:key:", "runs/run[v2]", "[bold]measure"))
+    unchecked = [{"rule": "a", "because": "[/c]"}]
+    diagnosis = {"run": "run[/v2]", "step": 3, "passed": ["[b]"], "unchecked": unchecked}
     finding = {"rule": "x", "advice": "[/a]", "sign": "s", "evidence": {"k": 0.5}, "try": ["[/b]"]}
-    terminal.show_diagnosis(diagnosis | {"findings": [finding]})
-    seen = "\nX: [/a]\n  s, k 0.5\n  try one of: [/b]\n"
-    assert capsys.readouterr().out == f"run[/v2]: 1 findings at step 3\n{seen}{rest}"
+    shown = "1 findings at step 3\n\nX: [/a]\n  s, k 0.5\n  try one of: [/b]\n"
+    for findings, want in (([], "healthy at step 3\n"), ([finding], shown)):
+        terminal.show_diagnosis(diagnosis | {"findings": findings})
+        rest = "\nnothing found by: [b]\nnot checked: a ([/c])\n"
+        assert capsys.readouterr().out == f"run[/v2]: {want}{rest}"
 
 
 def streamed(monkeypatch, text: str, read: list[int] | None, extra: tuple[int, ...] = ()) -> str:
-    """What is printed of a prompt and a text that comes token by token; each step has read what
-    came before."""
-    tokenizer = byte_tokenizer()
-    out = io.StringIO()
+    """What is printed of a prompt and a text that comes token by token; each step has the concepts
+    of the tokens before it in `read`: -2 the sink, -1 none."""
+    tokenizer, out, prompt = byte_tokenizer(), io.StringIO(), "日 :key:\t["
     monkeypatch.setattr(terminal, "out", terminal.new_console(file=out, width=40))
-    # the concept of each token that was read: -2 the sink, -1 none
-    cache = None if read is None else SimpleNamespace(concept_ids=torch.zeros(1, 0))
-    prompt = "日 :key:\t["
     ids = tokenizer(prompt).input_ids
-    streamer = terminal.ConceptStreamer(tokenizer, prompt, cache)
+    cache = SimpleNamespace(concept_ids=torch.zeros(1, 0))
+    streamer = terminal.ConceptStreamer(tokenizer, prompt, None if read is None else cache)
     streamer.put(torch.tensor([ids]))
     for count, token in enumerate([*tokenizer(text).input_ids, *extra]):
-        if read is not None:
-            cache.concept_ids = torch.tensor([read[: len(ids) + count]])
+        cache.concept_ids = torch.tensor([(read or [])[: len(ids) + count]])
         streamer.put(torch.tensor([token]))
     streamer.end()
     return out.getvalue()
@@ -86,11 +69,6 @@ def test_segments_are_whole_characters(monkeypatch):
     assert streamed(monkeypatch, "é🙂x", read) == "⟨sink⟩⟨5⟩日 :⟨6⟩key:\t[é⟨7⟩⟨8⟩⟨9⟩🙂x\n"
 
 
-def test_a_plan_is_one_line(capsys):
-    terminal.show_plan([[3, 17], [], [5]], [[3, 2], [], [5]])
-    assert capsys.readouterr().out == "type 0 ⟨3⟩⟨17⟩  type 1 –  type 2 ⟨5⟩\n"
-
-
 @pytest.mark.parametrize(("encoding", "printed"), [("cp1252", "?3? é\n"), ("utf-8", "⟨3⟩ é\n")])
 def test_what_a_terminal_has_not_is_replaced(monkeypatch, encoding, printed):
     raw = io.BytesIO()
@@ -102,24 +80,20 @@ def test_what_a_terminal_has_not_is_replaced(monkeypatch, encoding, printed):
     assert raw.getvalue().decode(encoding).replace("\r\n", "\n") == printed
 
 
-PRINTERS = {"Console", "Progress", "get_console", "from_markup", "echo", "secho"}
-
-
 def test_nothing_is_printed_elsewhere():
     """rich's own console and print take `[b]` for markup; click's echo drops control characters in
-    pipes."""
-    for path in FILES:
+    pipes. A file that writes a page of docs/ when it is run as a program prints that page."""
+    printers = {"Console", "Progress", "get_console", "from_markup", "echo", "secho"}
+    ways = {"markup", "emoji", "highlight"}
+    for path in (path for path in FILES if path.name != "terminal.py"):
         body = ast.parse(path.read_text(encoding="utf-8")).body
-        # A file that writes a page of docs/ when it is run as a program prints that page.
         library = [part for part in body if not ast.unparse(part).startswith("if __name__ ==")]
         for node in (node for part in library for node in ast.walk(part)):
-            if isinstance(node, ast.Call) and path.name != "terminal.py":
-                name = ast.unparse(node.func).rpartition(".")[2]
+            if isinstance(node, ast.Call):
+                name, where = ast.unparse(node.func).rpartition(".")[2], f"{path}:{node.lineno}"
                 options = {word.arg for word in node.keywords}
-                assert name not in PRINTERS and not options & {"markup", "emoji", "highlight"}, (
-                    f"{path}:{node.lineno}: {name} is for terminal.py"
-                )
-                assert name != "print" or "file" in options, f"{path}:{node.lineno}: print"
+                assert name not in printers and not options & ways, where
+                assert name != "print" or "file" in options, where
 
 
 def test_json_is_written_before_figures_are_printed_and_figures_without_it(tmp_path, monkeypatch):

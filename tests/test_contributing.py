@@ -7,20 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from families import tiny_online
+from families import text, tiny_online
 from sememe import figures
 from sememe.concepts import boundary, head
 
 CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.S)
 KINDS = ("boundary", "code", "instrument", "figure", "rule")
-
-
-def forward(**changes) -> torch.Tensor:
-    """The concept ids that a tiny model writes."""
-    ids_BT = torch.arange(40).view(2, 20) % 90 + 3
-    with torch.no_grad():
-        return tiny_online(**changes)(ids_BT).concept_ids
 
 
 @pytest.mark.parametrize(("kind", "example"), zip(KINDS, EXAMPLES, strict=True))
@@ -32,13 +25,12 @@ def test_examples_work(kind, example, monkeypatch):
     assert len(example.strip().splitlines()) <= 15
     names: dict = {}
     exec(example, names)
-    if kind == "boundary":
-        # Under a name that keys.py has: a new one is a line there.
+    if kind == "boundary":  # under a name that keys.py has: a new one is a line there
         monkeypatch.setitem(boundary.BOUNDARIES, "null", boundary.BOUNDARIES["norm"])
-        assert (forward(boundary="null") >= 0).any()
+        assert (tiny_online(boundary="null")(text()).concept_ids >= 0).any()
     elif kind == "code":
         monkeypatch.setitem(head.HEADS, "nearest", head.HEADS["cosine"])
-        assert (forward(head="nearest") >= 0).any()
+        assert (tiny_online(head="nearest")(text()).concept_ids >= 0).any()
     elif kind == "instrument":
         meter = names["SinkMeter"](16, 2)
         meter.see(SimpleNamespace(concept_ids=torch.tensor([[-2, 3, -1, 7]])), None)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from conftest import tiny_recipe
 from families import text, tiny_base
 from sememe.backbone.calling import CACHE
 from sememe.errors import RecipeError
@@ -11,7 +10,6 @@ from sememe.models import ControlConfig, ControlForCausalLM
 from sememe.options import check_recipe
 from sememe.systems import SYSTEMS
 
-LAYERS = 4
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
@@ -24,23 +22,18 @@ def control(attention="sdpa", family="llama", **settings):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("window", [1, 2, 3, 20])
 def test_a_token_reaches_as_far_as_the_windows_of_all_layers(attention, window):
     model, ids = control(attention, window=window), text(1, 20)
     want = model(ids).logits[0]
+    if window == 20:  # as long as the text: the base
+        torch.testing.assert_close(want, model.backbone(ids).logits[0], atol=1e-6, rtol=1e-6)
     for position in (0, 1, 4):
         other = ids.clone()
         other[0, position] = (ids[0, position] + 1) % 32
         changed = (model(other).logits[0] != want).any(-1).nonzero()[:, 0].tolist()
-        last = 19 if position == 0 else min(19, position + LAYERS * (window - 1))
+        last = 19 if position == 0 else min(19, position + 4 * (window - 1))
         assert changed == list(range(position, last + 1)), "all of them for the first, the sink"
-
-
-@torch.no_grad()
-def test_a_window_as_long_as_the_text_is_the_base():
-    model, ids, longer = control(window=12), text(2, 12), text(2, 16)
-    torch.testing.assert_close(model(ids).logits, model.backbone(ids).logits, atol=1e-6, rtol=1e-6)
-    assert (model(longer).logits - model.backbone(longer).logits).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -53,12 +46,12 @@ def test_cached_is_parallel_and_padding_is_not_seen(family, settings):
     if model.bridge is not None:
         model.bridge.shallow.weight.normal_(std=0.1)
     want = model(ids).logits
-    out = model(ids[:, :5], use_cache=True)
-    parts = [out.logits]
-    for start, end in ((5, 6), (6, 9), (9, 14)):
+    cache, parts = None, []
+    for start, end in ((0, 5), (5, 6), (6, 9), (9, 14)):
         mask = torch.ones(1, end, dtype=torch.long)
-        cached = {"attention_mask": mask, "cache": out[CACHE], "use_cache": True}
-        parts.append(model(ids[:, start:end], **cached).logits)
+        out = model(ids[:, start:end], attention_mask=mask, cache=cache, use_cache=True)
+        cache = out[CACHE]
+        parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
     padded, mask = (torch.nn.functional.pad(x, (4, 0)) for x in (ids, torch.ones_like(ids)))
     position = (mask.cumsum(1) - 1).clamp(min=0)
@@ -93,17 +86,12 @@ def test_a_base_with_its_own_window_is_refused(family):
         control(family=family, window=3)
 
 
-@pytest.mark.parametrize(
-    ("layers", "changes", "want"),
-    [
-        (30, {"split": [4, 22, 4]}, round(256 * (4 + 26 * 0.25) / 30) - 1),
-        (30, {"split": [4, 22, 4], "shallow_window": 7}, 7),
-        (64, {"split": [1, 62, 1], "sequence_length": 8, "rate": 0.01}, 1),
-    ],
-)
-def test_the_window_of_a_recipe_is_the_cache_of_its_concepts(
-    base_folder, texts, layers, changes, want
-):
-    values = tiny_recipe(base_folder, texts)
-    values |= {"system": "window", "rate": 0.25, "sequence_length": 256, **changes}
-    assert SYSTEMS["window"].config(check_recipe(values, "test"), layers).window == want
+def test_the_window_of_a_recipe_is_the_cache_of_its_concepts(recipe_values):
+    recipe = recipe_values | {"system": "window", "rate": 0.25, "sequence_length": 256}
+    for layers, window, changes in (
+        (30, round(256 * (4 + 26 * 0.25) / 30) - 1, {"split": [4, 22, 4]}),
+        (30, 7, {"split": [4, 22, 4], "shallow_window": 7}),
+        (64, 1, {"split": [1, 62, 1], "sequence_length": 8, "rate": 0.01}),
+    ):
+        config = SYSTEMS["window"].config(check_recipe(recipe | changes, "test"), layers)
+        assert config.window == window

@@ -12,24 +12,19 @@ from sememe.evaluation.quality import sample
 TEXT = "日本語 déjà 🙂 ok , the\tcat\n\n  sat ."
 
 
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """Words that begin with a space, and bytes where there is no word; decoded as Llama's are."""
+def spelled(*texts: str) -> tuple[PreTrainedTokenizerFast, list[int]]:
+    """A tokenizer of words that begin with a space, and of bytes where there is no word, decoded as
+    Llama's are; and the ids of some texts."""
     words = ["<s>", "</s>", "▁", "▁the", "▁cat", "▁sat", ",", ".", "日"]
-    words += [f"<0x{byte:02X}>" for byte in range(256)]
-    vocab = {word: i for i, word in enumerate(words)}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    vocab = {word: i for i, word in enumerate([*words, *(f"<0x{n:02X}>" for n in range(256))])}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     spaces = decoders.Replace("▁", " "), decoders.ByteFallback()
-    made.decoder = decoders.Sequence([*spaces, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
-
-
-def spelled(*words: str) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    tokenizer = sentencepiece_tokenizer()
+    raw.decoder = decoders.Sequence([*spaces, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokens = []
-    for word in words:
-        known = word in tokenizer.get_vocab()
-        tokens += [word] if known else [f"<0x{byte:02X}>" for byte in word.encode()]
-    return tokenizer, tokenizer.convert_tokens_to_ids(tokens)
+    for text in texts:
+        tokens += [text] if text in vocab else [f"<0x{byte:02X}>" for byte in text.encode()]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    return tokenizer, [vocab[token] for token in tokens]
 
 
 CASES = {
@@ -41,26 +36,16 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_pieces_are_the_text_and_whole_characters(kind):
     tokenizer, ids = CASES[kind]
-    whole = decode(tokenizer, ids)
-    cut = pieces(tokenizer, ids)
+    whole, cut, stream = decode(tokenizer, ids), pieces(tokenizer, ids), Detokenizer(tokenizer)
     assert whole == (TEXT if kind == "bytes" else "the cat 本日🙂 sat .\t the")
     assert len(cut) == len(ids) and "".join(cut) == whole and INCOMPLETE not in whole
-    stream = Detokenizer(tokenizer)
     assert [stream.add(token) for token in ids] == cut and stream.rest() == ""
 
 
 @pytest.mark.parametrize("kind", CASES)
 def test_half_a_character_is_held_back_and_not_lost(kind):
     cut = pieces(*spelled("▁the", "▁cat", "🙂", "▁sat"))
-    assert cut == [
-        "the",
-        " cat",
-        "",
-        "",
-        "",
-        "🙂",
-        " sat",
-    ]
+    assert cut == ["the", " cat", *[""] * 3, "🙂", " sat"]
     tokenizer, ids = CASES[kind]
     half = tokenizer.convert_tokens_to_ids("ð" if kind == "bytes" else "<0xF0>")
     stream = Detokenizer(tokenizer, skip_special_tokens=True)
@@ -72,11 +57,8 @@ def test_half_a_character_is_held_back_and_not_lost(kind):
 def test_samples_are_cut_between_characters():
     """A block begins and ends inside a character; what is left of those is no text."""
     tokenizer, ids = CASES["bytes"]
-    block = torch.tensor(ids[1:5])  # two bytes of the first character, two of the second
-    rows = sample(block, torch.full((4,), 7), tokenizer)["pieces"]
-    assert not any(piece["text"] for piece in rows)
-    block = torch.tensor(ids[1:7])
-    rows = sample(block, torch.tensor([-2, -1, 3, -1, 4, -1]), tokenizer)["pieces"]
+    concepts = torch.tensor([-2, -1, 3, -1, 4, -1])
+    rows = sample(torch.tensor(ids[1:7]), concepts, tokenizer)["pieces"]
     assert [piece["text"] for piece in rows] == ["", "", "", "", "本", ""]
     assert [piece["concept"] for piece in rows] == [None, None, 3, None, 4, None]
     assert [piece["sink"] for piece in rows] == [True] + [False] * 5

@@ -3,22 +3,17 @@
 import math
 from pathlib import Path
 
-import pytest
-
 from sememe import figures
 from sememe.figures import concept_name, figure, rows, show, table
 
 
 def test_the_document_is_made_of_the_table():
-    page = Path(__file__).parents[1] / "docs" / "figures.md"
-    assert page.read_text(encoding="utf-8") == figures.document(), (
-        "run: python -m sememe.figures > docs/figures.md"
-    )
+    page = (Path(__file__).parents[1] / "docs" / "figures.md").read_text(encoding="utf-8")
+    assert page == figures.document(), "run: python -m sememe.figures > docs/figures.md"
 
 
-@pytest.mark.parametrize(
-    ("value", "unit", "shown"),
-    [
+def test_a_value_is_shown_by_its_unit():
+    for value, unit, shown in (
         (2.5, "nats", "2.5000"),
         (-0.1, "delta", "−0.1000"),
         (0.251, "share", "25.1 %"),
@@ -29,14 +24,10 @@ def test_the_document_is_made_of_the_table():
         (65536, "count", "65,536"),
         ([21.123456, None], "", "21.12 · –"),
         (math.nan, "nats", "–"),
-        (None, "", "–"),
-        (True, "count", "yes"),
         ({"median": 2.0, "min": 1.5, "max": 4.0}, "time", "2.0 s (1.5 s–4.0 s)"),
         ("text", "nats", "text"),
-    ],
-)
-def test_a_value_is_shown_by_its_unit(value, unit, shown):
-    assert show(value, unit) == shown
+    ):
+        assert show(value, unit) == shown
 
 
 def test_rows_and_tables_of_json():

@@ -1,15 +1,13 @@
-"""Files as users have them: links, pipes, what may not be written to, what was moved, and what is
-not ours."""
+"""Files as users have them: links, pipes, read-only, moved, and what is not ours."""
 
 import errno
 import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
@@ -19,19 +17,8 @@ from sememe import cli, storage
 from sememe.errors import Interrupted, RecipeError, SememeError
 from sememe.evaluation.inputs import run_recipe
 from sememe.generate import Request
-from sememe.options import check_recipe
 from sememe.paths import existing, shown, usable
 from sememe.training.checkpoints import last_checkpoint
-from sememe.training.run import train
-
-NO_PATHS = ("once upon a time " * 30, "x" * 300, "nul\0", "~nobody-of-that-name/x")
-
-
-def raising(error):
-    def fail(*args, **kwargs):
-        raise error
-
-    return fail
 
 
 def test_paths(tmp_path, monkeypatch):
@@ -41,11 +28,12 @@ def test_paths(tmp_path, monkeypatch):
     for name in ("not", "not/there", "here/below"):
         assert existing(tmp_path / name) is None and usable(f"~/{name}") == tmp_path / name
     assert shown("a" * 80) == "a" * 80 and shown("a" * 81) == "a" * 80 + "… (81 characters)"
-    for name in NO_PATHS:
+    for name in ("once upon a time " * 30, "x" * 300, "nul\0", "~nobody-of-that-name/x"):
         assert existing(name) is None
         with pytest.raises(SememeError, match=r"cannot be used as a path .*need .*try: "):
             usable(name)
-    monkeypatch.setattr(Path, "stat", raising(PermissionError(errno.EACCES, "Permission denied")))
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Path, "stat", Mock(side_effect=denied))
     with pytest.raises(SememeError, match="Permission denied"):  # which is not missing
         existing(tmp_path / "closed" / "x")
 
@@ -62,52 +50,46 @@ def test_pipes_and_links_are_written_into(tmp_path):
     for path in (pipe, link):
         sememe("pull", "--json", path)
     reader.join(20)
-    assert stat.S_ISFIFO(pipe.stat().st_mode) and link.is_symlink()
     assert read == [target.read_text()] and json.loads(read[0])
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and link.is_symlink()
     assert stat.S_IMODE(target.stat().st_mode) == 0o600, "what was private stays private"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
     (tmp_path / "x.json").write_text("old, and longer than the new")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(OSError, match="No space left"):
-            storage.write(tmp_path / "x.json", b"new")
-    assert (tmp_path / "x.json").read_text() == "old, and longer than the new"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", Mock(side_effect=full))
+        storage.write(tmp_path / "x.json", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert (tmp_path / "x.json").read_text() == "old, and longer than the new"
     storage.write(tmp_path / ("n" * 250), b"")
 
 
-@pytest.mark.parametrize("place", [".", "no/such/e.json", "n" * 300])
-def test_a_bad_place_for_json_is_refused_before_the_work(tmp_path, place):
-    said = sememe("evaluate", "anything", "--data", "a.txt", "--json", tmp_path / place, code=1)
-    assert "could not write" in said and "try: " in said
-    assert not list(tmp_path.iterdir())
-
-
-def test_json_on_stdout_stands_alone(tmp_path):
+def test_json_on_stdout_stands_alone_and_a_bad_place_is_refused_before_the_work(tmp_path):
     result = CliRunner().invoke(cli.app, ["pull", "--json", "-"])
     assert json.loads(result.stdout)[0]["name"] == "smollm2-135m" and "known bases" in result.stderr
-    command = [sys.executable, "-m", "sememe", "pull", "--json", "/dev/fd/1"]
-    with (tmp_path / "out").open("w") as out:  # what /dev/stdout leads to
-        subprocess.run(command, stdout=out, stderr=subprocess.PIPE, check=True)
-    assert json.loads((tmp_path / "out").read_text()) and not Path("-").exists()
+    assert not Path("-").exists()
+    for place in (".", "no/such/e.json", "n" * 300):
+        words = ("--data", "a.txt", "--json", tmp_path / place)
+        assert "could not write" in sememe("evaluate", "anything", *words, code=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_may_only_be_read_is_evaluated(recipe_values, tmp_path, monkeypatch):
     run(recipe_values, tmp_path / "r")
-    real = os.replace
+    replace = os.replace
 
-    def replace(source, target):
+    def denied(source, target):
         if tmp_path / "r" in Path(target).parents:
             raise PermissionError(errno.EACCES, "Permission denied")
-        real(source, target)
+        replace(source, target)
 
-    monkeypatch.setattr(os, "replace", replace)
-    out = tmp_path / "e.json"
-    assert "nll" in sememe("evaluate", tmp_path / "r", "--tokens", 64, "--json", out)
-    assert json.loads(out.read_text())["nll"] > 0
+    monkeypatch.setattr(os, "replace", denied)
+    words = ("--tokens", 64, "--json", tmp_path / "e.json")
+    assert "nll" in sememe("evaluate", tmp_path / "r", *words)
+    assert json.loads((tmp_path / "e.json").read_text())["nll"] > 0
 
 
 def test_what_else_lies_beside_checkpoints_stays(recipe_values, tmp_path):
@@ -116,36 +98,30 @@ def test_what_else_lies_beside_checkpoints_stays(recipe_values, tmp_path):
         run(values, tmp_path / "r")
     folder = tmp_path / "r" / "checkpoints"
     mine = [folder / f"checkpoint-{name}" for name in ("best", "4.tar.gz", "1-mine", "99-mine")]
-    for path in (*mine, folder / "checkpoint-7"):
+    for path in mine:
         path.mkdir()
         (path / "notes.txt").write_text("mine")
     assert len(run(values, tmp_path / "r")) == 8
-    assert all((path / "notes.txt").exists() for path in (*mine, folder / "checkpoint-7"))
+    assert all((path / "notes.txt").exists() for path in mine)
     # Of its own ones, the last two stay.
-    own = {path.name for path in folder.iterdir() if path not in mine}
-    assert own == {"checkpoint-7", "checkpoint-8"}
+    assert {*folder.iterdir()} - {*mine} == {folder / "checkpoint-7", folder / "checkpoint-8"}
     (folder / "checkpoint-8" / "seal.json").unlink()
     assert last_checkpoint(folder).name == "checkpoint-7"
 
 
 def test_a_thread_trains(recipe_values, tmp_path):
-    recipe = check_recipe(recipe_values, "test")
-    said = []
-    worker = threading.Thread(target=train, args=(recipe, tmp_path / "r", said.append, False))
+    worker = threading.Thread(target=run, args=(recipe_values, tmp_path / "r"))
     worker.start()
     worker.join()
-    assert (tmp_path / "r" / "model" / "manifest.json").is_file(), said
+    assert (tmp_path / "r" / "model" / "manifest.json").is_file()
 
 
 @pytest.fixture
 def project(base_folder, texts, recipe_values, tmp_path, monkeypatch):
-    """A folder with base and texts, its recipe's values (relative paths), and a run that was
-    stopped at step 5 of 8."""
+    """A folder with base and texts, a recipe of relative paths, and its run, stopped at step 5."""
     folder = tmp_path / "old"
     shutil.copytree(base_folder, folder / "base")
-    data = {"train": "train.txt", "heldout": "heldout.txt"}
-    for name, path in zip(data.values(), texts, strict=True):
-        shutil.copy(path, folder / name)
+    data = {path.stem: Path(shutil.copy(path, folder)).name for path in texts}
     values = recipe_values | {"base": "base", "data": data}
     monkeypatch.chdir(folder)
     with ctrl_c(5), pytest.raises(Interrupted):
@@ -157,16 +133,15 @@ def test_a_moved_run_goes_on_and_finds_its_texts(project, tmp_path, monkeypatch)
     folder, values = project
     monkeypatch.chdir(tmp_path)
     (tmp_path / "heldout.txt").write_text("of another project")
-    there = run_recipe(folder / "run")["data"]
-    assert there["heldout"] == str(folder / "heldout.txt")
+    assert run_recipe(folder / "run")["data"]["heldout"] == str(folder / "heldout.txt")
     folder.rename(tmp_path / "new")
-    there = run_recipe(tmp_path / "new" / "run")["data"]
-    assert there["train"] == str(tmp_path / "new" / "train.txt")
+    found = run_recipe(tmp_path / "new" / "run")["data"]["train"]
+    assert found == str(tmp_path / "new" / "train.txt")
     values |= {"base": "new/base", "data": {"train": "new/train.txt", "heldout": "new/heldout.txt"}}
     said = []
-    lines = run(values, tmp_path / "new" / "run", said.append)
-    assert [line["step"] for line in lines] == list(range(1, 9))
-    run(values, tmp_path / "new" / "run", said.append)
+    for _ in range(2):
+        lines = run(values, tmp_path / "new" / "run", said.append)
+        assert [line["step"] for line in lines] == list(range(1, 9))
     assert "nothing to train" in said[-1]
 
 
@@ -174,12 +149,12 @@ def test_other_content_under_the_same_name_is_refused(project):
     _, values = project
     with Path("train.txt").open("a") as file:
         file.write("more")
-    said = r"data.train = train.txt, not what it holds now.*try: "
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=r"data.train = train.txt, not what it holds now.*try: "):
         run(values, Path("run"))
     os.rename("train.txt", "other.txt")
+    values["data"]["train"] = "other.txt"
     with pytest.raises(RecipeError, match=r"data.train = train.txt, not other.txt"):
-        run(values | {"data": {"train": "other.txt", "heldout": "heldout.txt"}}, Path("run"))
+        run(values, Path("run"))
 
 
 def test_a_temperature_near_zero_is_greedy():

@@ -1,5 +1,4 @@
-"""Options of a recipe: each is defined once, and every fault is one sentence with got, need,
-try."""
+"""Options of a recipe: each is defined once, and every fault is one sentence."""
 
 from pathlib import Path
 from typing import get_args
@@ -25,38 +24,35 @@ def path(tmp_path, recipe_values):
     return file
 
 
-def test_the_page_is_printed_from_the_options():
+def test_the_page_is_printed_from_the_options_and_names_are_those_that_there_are():
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     assert page == options.page(), "run: python -m sememe.options > docs/options.md"
-    assert len(known_keys()) <= 60
-    assert all(f"| `{key}` |" in page for key in known_keys())
+    assert len(known_keys()) <= 60 and all(f"| `{key}` |" in page for key in known_keys())
+    assert set(PROPOSERS) == set(get_args(keys.Proposer))
+    for key, known in (("head", HEADS), ("boundary", BOUNDARIES)):
+        assert set(get_args(Concepts.model_fields[key].annotation)) == set(known), key
 
 
 def test_overrides_are_dotted_and_typed(path):
-    words = ["rate=0.25", "split=[1,1,2]", "boundary=null", "lora.rank=2"]
-    recipe = load_recipe(path, words)
+    recipe = load_recipe(path, ["rate=0.25", "split=[1,1,2]", "boundary=null", "lora.rank=2"])
     assert (recipe.rate, recipe.split, recipe.boundary) == (0.25, (1, 1, 2), "null")
     assert recipe.lora.rank == 2 and recipe.lora.dropout == 0.1, "the rest of a group stays"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").iterdir()))
-def test_recipes_are_valid_and_read_back_equal_whole_or_short(name):
-    recipe = load_recipe(ROOT / "recipes" / name)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").iterdir()), ids=lambda path: path.name)
+def test_recipes_are_valid_and_read_back_equal_whole_or_short(path):
+    recipe = load_recipe(path)
     for whole in (True, False):
         assert check_recipe(yaml.safe_load(recipe.yaml(whole)), "saved") == recipe
 
 
 @pytest.mark.parametrize(
-    "override, said",
+    ("override", "match"),
     [
         ("ratio=0.5", "unknown key 'ratio'.*try: rate"),
         ("lora.rang=3", "unknown key 'lora.rang'.*try: lora.rank"),
-        ("shared_map=true", "unknown key 'shared_map'"),
-        ("rate=1.5", "rate = 1.5: .*less than or equal to 1"),
         ("rate=0", "rate = 0: .*greater than 0"),
-        ("rate=fast", "rate = 'fast'"),
         ("head=both", "head = 'both': Input should be 'nearest' or 'joint'"),
-        ("boundary=stride", "boundary = 'stride': Input should be 'null'"),
         ("steps", "steps = None"),
         ("quantise=[0.5,0.1]", "quantise.*need start ≤ end"),
         ("num_concepts=65536 codes_per_concept=4", "need at most 48 bits"),
@@ -66,43 +62,28 @@ def test_recipes_are_valid_and_read_back_equal_whole_or_short(name):
         ("em.proposers.guess=2", "'guess': Input should be 'beam'"),
     ],
 )
-def test_bad_values_are_one_sentence(path, override, said):
-    with pytest.raises(RecipeError, match=said) as caught:
+def test_bad_values_are_one_sentence(path, override, match):
+    with pytest.raises(RecipeError, match=match) as caught:
         load_recipe(path, override.split())
     assert "\n" not in str(caught.value) and "try: " in str(caught.value)
 
 
-def test_missing_and_unreadable_files(tmp_path, recipe_values):
-    with pytest.raises(RecipeError, match=r"recipy.yaml cannot be read as a recipe .*try: "):
-        load_recipe(tmp_path / "recipy.yaml")
-    for text in ("a: [1,", "- 1"):
-        (tmp_path / "broken.yaml").write_text(text)
-        with pytest.raises(RecipeError, match=r"broken.yaml.*try: "):
-            load_recipe(tmp_path / "broken.yaml")
+def test_what_is_no_recipe_is_one_sentence(path, recipe_values):
+    for content in ("a: [1,", "- 1"):
+        path.write_text(content)
+        with pytest.raises(RecipeError, match=r"recipe\.yaml.*try: "):
+            load_recipe(path)
     recipe_values["data"].pop("heldout")
     with pytest.raises(RecipeError, match=r"key 'data.heldout' is missing"):
         check_recipe(recipe_values, "r")
 
 
-@pytest.mark.parametrize(
-    "split, want",
-    [
-        (None, (4, 22, 4)),
-        ((6, None, 4), (6, 20, 4)),
-        ((None, 18, 8), (4, 18, 8)),
-        ((10, 12, 8), (10, 12, 8)),
-        ((1, 2, 3), None),
-        ((None, 28, 2), None),
-        ((1, None, None), None),
-    ],
-)
-def test_split_is_filled_to_the_base(split, want):
-    if want:
+def test_split_is_filled_to_the_base():
+    for split, want in ((None, (4, 22, 4)), ((6, None, 4), (6, 20, 4)), ((9, 13, 8), (9, 13, 8))):
         assert split_layers(split, 30) == want
-        return
-    said = r"split .*need at least 1 shallow .* and 30 in all.*try: split=\[1,null,1\]"
-    with pytest.raises(RecipeError, match=said):
-        split_layers(split, 30)
+    for split in ((1, 2, 3), (None, 28, 2), (1, None, None)):
+        with pytest.raises(RecipeError, match=r"split .*30 in all.*try: split=\[1,null,1\]"):
+            split_layers(split, 30)
 
 
 def test_short_targets_come_first(recipe_values):
@@ -110,9 +91,3 @@ def test_short_targets_come_first(recipe_values):
     recipe = check_recipe({**values, "curriculum": [16, 0.5]}, "r")
     assert [recipe.target_tokens(step) for step in (0, 25, 50, 99)] == [16, 56, 96, 96]
     assert check_recipe(values, "r").target_tokens(0) == 96
-
-
-def test_names_are_those_that_there_are():
-    assert set(PROPOSERS) == set(get_args(keys.Proposer))
-    for key, known in (("head", HEADS), ("boundary", BOUNDARIES)):
-        assert set(get_args(Concepts.model_fields[key].annotation)) == set(known), key

@@ -1,5 +1,6 @@
 """The README and the scripts of runs/: every command runs, on a tiny base."""
 
+import json
 import os
 import re
 import shlex
@@ -50,23 +51,24 @@ def test_commands_of_the_scripts_are_as_the_program_takes_them():
 
 
 @pytest.fixture
-def workplace(long_base_folder, texts, tmp_path, monkeypatch):
+def workplace(base_folder, texts, tmp_path, monkeypatch):
     """A folder with the recipes and texts of the repository, made tiny."""
     monkeypatch.chdir(tmp_path)
-    tiny = {"base": str(long_base_folder), "sequence_length": 32, "steps": 4}
-    tiny |= {"num_concepts": 32, "calibration_tokens": 256}
-    for folder in ("data", "recipes"):
-        Path(folder).mkdir()
+    config = shutil.copytree(base_folder, Path("long")) / "config.json"
+    long = {"max_position_embeddings": 512}  # for the prompt of the demo's benchmark
+    config.write_text(json.dumps(json.loads(config.read_text()) | long))
+    tiny = {"base": "long", "sequence_length": 32, "num_concepts": 32, "calibration_tokens": 256}
+    Path("data").mkdir()
     for text in texts:
         shutil.copy(text, "data")
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        values = yaml.safe_load(path.read_text()) | tiny
+    for path in shutil.copytree(ROOT / "recipes", Path("recipes")).iterdir():
+        values = yaml.safe_load(path.read_text()) | tiny | {"steps": 4}
         split = {"split": [1, 2, 1]} if values["system"] == "online" else {}
-        Path("recipes", path.name).write_text(yaml.safe_dump(values | split))
+        path.write_text(yaml.safe_dump(values | split))
 
 
-FEW = {"sweep": "--tokens 128", "evaluate": "--tokens 512", "ablate": "--tokens 128"}
-FEW |= {"reconstruct": "--tokens 128", "benchmark": "--new-tokens 4 --repeats 1"}
+FEW = {word: "--tokens 128" for word in ("sweep", "ablate", "reconstruct")}
+FEW |= {"evaluate": "--tokens 512", "benchmark": "--new-tokens 4 --repeats 1"}
 
 
 def play(line: str) -> str:
@@ -98,16 +100,15 @@ def test_every_command_of_the_readme(workplace):
 
 def test_demo_repeats_nothing_that_is_finished(tmp_path):
     """The script itself, with a program in place of sememe that only tells how it was called."""
-    program = tmp_path / "bin" / "sememe"
-    program.parent.mkdir()
-    program.write_text('#!/bin/sh\necho "$1"\n')
+    program = tmp_path / "sememe"
+    program.write_text('#!/bin/sh\necho "called $1"\n')
     program.chmod(0o755)
-    env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
     def called() -> list[str]:
         script = ["sh", ROOT / "runs" / "demo.sh"]
         printed = subprocess.check_output(script, cwd=tmp_path, env=env, text=True)
-        return [line for line in printed.splitlines() if line and not line.startswith("==")]
+        return re.findall("^called (.*)", printed, re.M)
 
     stages = ["pull", "train", "train", "evaluate", "benchmark", "generate", "report"]
     assert called() == stages
