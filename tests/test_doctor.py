@@ -36,9 +36,8 @@ EM = {"every": 4, "stages": [0.1, 0.2], "batch": 16}
 
 def chain(length: int, seed: int) -> str:
     """Text in which most characters are followed by their one successor."""
-    draw, successor = random.Random(seed), list(range(len(ALPHABET)))
-    random.Random(0).shuffle(successor)
-    places = [0]
+    draw, places = random.Random(seed), [0]
+    successor = random.Random(0).sample(range(len(ALPHABET)), len(ALPHABET))
     for _ in range(length - 1):
         is_chained = draw.random() < 0.85
         places.append(successor[places[-1]] if is_chained else draw.randrange(len(ALPHABET)))

@@ -19,22 +19,18 @@ from sememe.systems import SYSTEMS
 SHORT = {"steps": 4, "save_every": 2, "quantise": [0.3, 0.6]}
 
 
-@pytest.fixture
-def recipe(recipe_values, tmp_path) -> Path:
-    return written(recipe_values, tmp_path)
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, base_folder, texts) -> Path:
+    path = tmp_path_factory.mktemp("sweep") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(base_folder, texts) | SHORT))
+    return path
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, base_folder, texts):
-    """A finished sweep over two rates with its baselines: (recipe, folder, what was returned)."""
-    recipe = written(tiny_recipe(base_folder, texts), tmp_path_factory.mktemp("sweep"))
+def done(recipe):
+    """A finished sweep over two rates with its baselines: (folder, what was returned)."""
     out = recipe.with_name("runs")
-    return recipe, out, go(recipe, ["rate=0.5,0.25"], out, control=True)
-
-
-def written(values: dict, folder: Path) -> Path:
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(values | SHORT))
-    return folder / "tiny.yaml"
+    return out, go(recipe, ["rate=0.5,0.25"], out, control=True)
 
 
 def go(recipe, words, out, **more):
@@ -110,7 +106,7 @@ def test_no_key_that_a_baseline_reads_is_taken_from_it(system):
 
 
 def test_sweep_trains_measures_and_compares(done):
-    _, out, found = done
+    out, found = done
     assert read(out / "sweep.json") == found
     runs = {run["name"]: run for run in found["runs"]}
     assert list(runs) == ["control", "skip", *WINDOWS.split(), "rate-0.5", "rate-0.25"]
@@ -131,8 +127,8 @@ def test_sweep_trains_measures_and_compares(done):
     assert figures["rate-0.25"]["concept_rate"] != 0.25, "the share follows the realised rate"
 
 
-def test_what_is_finished_is_read_under_any_name(done):
-    recipe, out, found = done
+def test_what_is_finished_is_read_under_any_name(recipe, done):
+    out, found = done
     models, measured = stamps(out, "model/model.safetensors"), stamps(out, "evaluate.json")
     assert go(recipe, ["rate=0.5,0.25"], out, control=True) == found
     assert stamps(out, "evaluate.json") == measured
@@ -197,8 +193,8 @@ def test_seeds_become_one_point_with_a_spread(recipe, tmp_path):
     assert mended["mean"]["delta_nll_zero"] == two["delta_nll_zero"], "over the seeds that have it"
 
 
-def test_the_command_prints_a_table_and_names_its_files(done, monkeypatch):
-    recipe, out, _ = done
+def test_the_command_prints_a_table_and_names_its_files(recipe, done, monkeypatch):
+    out, _ = done
     monkeypatch.setattr(terminal.out, "width", 160)  # or titles of two words are broken
     printed = sememe("sweep", recipe, "rate=0.5,0.25", "--control", "--out", out, "--tokens", 256)
     for word in ("control", "skip", "rate-0.5", "Δ control", "layers", "sweep.json", "sweep.html"):
