@@ -25,24 +25,31 @@ def questions() -> list:
 
 def distance(question, start: int, end: int) -> int | None:
     level, steps, seen = {start}, 0, set()
-    while level:
-        if end in level:
-            return steps
+    while level and end not in level:
         seen |= level
         level, steps = {b for a, b in question.edges if a in level} - seen, steps + 1
-    return None
+    return steps if level else None
 
 
-def test_each_question_has_one_answer_and_steps_of_the_shortest_length(questions):
-    for question in questions:
+SIZES = ((3, 6), (17, 28), False), ((3, 6), (17, 28), True), (1, 4, False), (2, (6, 8), True)
+
+
+@pytest.mark.parametrize(("hops", "nodes", "even"), SIZES)
+def test_each_question_has_one_answer_and_steps_of_the_shortest_length(hops, nodes, even):
+    low, high = (hops, hops) if isinstance(hops, int) else hops
+    for question in prosqa.generate(10, 1, hops, nodes, even):
         prosqa.check(question)
-        assert distance(question, question.root, question.target) == len(question.steps)
-        assert distance(question, question.root, question.neg_target) is None
+        names, root, reached = question.idx_to_symbol, question.root, question.reached()
+        assert distance(question, root, question.target) == len(question.steps)
+        assert low <= len(question.steps) <= high
+        assert distance(question, root, question.neg_target) is None
         assert not {question.target, question.neg_target} & {a for a, _ in question.edges}
-        names, nodes = question.idx_to_symbol, question.reached()
-        near = [distance(question, question.root, names.index(name)) for name in nodes]
+        near = [distance(question, root, names.index(name)) for name in reached]
         assert near == sorted(near), "breadth first"
-        assert nodes[-1] == names[question.target]
+        assert reached[-1] == names[question.target]
+        people = [n for n, word in enumerate(names) if word.istitle()]
+        away = [distance(question, n, question.neg_target) for n in people]
+        assert not even or min(filter(None, away)) == len(question.steps), "distance tells nothing"
 
 
 def test_sizes_are_those_of_prosqa_and_words_are_known(questions):
@@ -62,49 +69,33 @@ def test_sizes_are_those_of_prosqa_and_words_are_known(questions):
     assert other[:20] != questions[:20] and words[0] == words[1]
 
 
-@pytest.mark.parametrize(("hops", "nodes"), [(1, 4), (2, (6, 8)), ((3, 6), (17, 28))])
-def test_sizes_hold_and_even_questions_tell_nothing_by_distance(hops, nodes):
-    for even in (False, True):
-        for question in prosqa.generate(10, 1, hops, nodes, even):
-            prosqa.check(question)
-            low, high = (hops, hops) if isinstance(hops, int) else hops
-            assert low <= len(question.steps) <= high
-            people = [n for n, word in enumerate(question.idx_to_symbol) if word.istitle()]
-            away = [distance(question, n, question.neg_target) for n in people]
-            assert not even or min(filter(None, away)) == len(question.steps)
-
-
-@pytest.mark.parametrize(
-    ("hops", "nodes", "even", "words"),
-    [(0, 20, False, "hops = 0"), (3, 3, False, "nodes = 3"), (4, (9, 20), True, "at least 10")],
-)
-def test_what_no_graph_fits_is_refused(hops, nodes, even, words):
-    with pytest.raises(DataError, match=words):
-        prosqa.generate(1, 0, hops, nodes, even)
+def test_what_no_graph_fits_is_refused():
+    for said, *asked in (("hops = 0", 0, 20), ("nodes = 3", 3, 3), ("10 nodes", 4, (9, 20), True)):
+        with pytest.raises(DataError, match=said):
+            prosqa.generate(1, 0, *asked)
 
 
 def test_check_finds_each_fault(questions):
-    question = questions[0]
-    symbols, root = question.idx_to_symbol, question.root
-    faults = {
-        "right answer cannot": {"edges": [x for x in question.edges if x[1] != question.target]},
-        "wrong answer can": {"edges": [*question.edges, (root, question.neg_target)]},
-        "a person is called": {"question": question.question.replace("Every ", "", 1)},
-        "answer is not its target": {"answer": f"{symbols[root]} is a {symbols[0]}."},
-        "steps are no chain": {"steps": question.steps[1:]},
-        "outside its": {"target": len(symbols)},
-    }
-    for words, change in faults.items():
-        with pytest.raises(DataError, match=words):
-            prosqa.check(replace(question, **change))
+    it = questions[0]
+    root, words = it.idx_to_symbol[it.root], it.idx_to_symbol
+    for said, change in (
+        ("right answer cannot", {"edges": [x for x in it.edges if x[1] != it.target]}),
+        ("wrong answer can", {"edges": [*it.edges, (it.root, it.neg_target)]}),
+        ("a person is called", {"question": it.question.replace("Every ", "", 1)}),
+        ("answer is not its target", {"answer": f"{root} is a {words[0]}."}),
+        ("steps are no chain", {"steps": it.steps[1:]}),
+        ("outside its", {"target": len(words)}),
+    ):
+        with pytest.raises(DataError, match=said):
+            prosqa.check(replace(it, **change))
 
 
 def test_the_script_writes_pairs_and_converts(tmp_path, questions):
     def script(*words) -> None:
-        prosqa.main(prosqa.parser.parse_args([str(word) for word in words]))
+        prosqa.main(prosqa.parser.parse_args(list(map(str, words))))
 
     def pairs(name: str) -> list:
-        return read_pairs(str(tmp_path / "out" / f"{name}.jsonl"), ("instruction", "response"))
+        return read_pairs(str(out / f"{name}.jsonl"), ("instruction", "response"))
 
     out, real = tmp_path / "out", tmp_path / "real.json"
     script(out, "--count", 30, "--heldout", 10, "--hops", 1, 2, "--nodes", 5, 6, "--even")
