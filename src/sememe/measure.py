@@ -87,12 +87,12 @@ def reconstruct(model: str, data: str | None = None, options: Options = DEFAULTS
     return _keep(subject, "reconstruct", about | figures)
 
 
-def _measured(command: str, subject: Subject, *given) -> Figures:
+def _measured(command: str, subject: Subject, *inputs) -> Figures:
     """Raises CheckpointError for a model whose system has no such measure."""
     measures = system_of(subject.model.config).measures
     if command not in measures:
         raise CheckpointError(f"{subject.name} {REFUSED[command]}")
-    return measures[command](subject, *given)
+    return measures[command](subject, *inputs)
 
 
 def _heldout(subject: Subject) -> str:
