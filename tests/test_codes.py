@@ -85,11 +85,3 @@ def test_a_quantised_value_is_the_sum_of_codes_and_its_gradient_that_of_the_mixt
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)  # of order 10
     assert float(quantised.entropy) == pytest.approx(float(sum(entropies)) / 30, abs=1e-4)
     assert float(quantised.max_prob) == pytest.approx(sum(sure) / len(sure), abs=1e-5)
-
-
-def test_no_states_give_no_codes_and_no_gradient():
-    codes, head, x, _ = started(stages=2)
-    quantised = quantise(codes, head, x[:0].requires_grad_())
-    assert quantised.ids_n.shape == (0,) and quantised.state_nD.shape == (0, 8)
-    quantised.state_nD.sum().backward()
-    assert all(not p.grad.any() for p in codes.parameters())
