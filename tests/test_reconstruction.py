@@ -1,7 +1,7 @@
-"""Reconstruct: scores against hand-made pairs, every id counted, shuffling destroys, the same
-tokens after each context, an online model at the same rate, errors are one sentence."""
+"""Reconstruct: known scores, every id counted, the same tokens after each context, bad input."""
 
 import json
+import lzma
 import math
 import re
 import sys
@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+import zstandard
 
 from conftest import byte_tokenizer, sememe
-from families import compressor_over, online_over, tiny_base
-from sememe.concepts.dial import Dial
+from families import compressor_over, online_over, stepwise, tiny_base
 from sememe.concepts.writer import NULL
 from sememe.data import TextBlocks, token_blocks
 from sememe.evaluation import reconstruction
@@ -60,7 +60,8 @@ def base(base_folder):
 def saved(tmp_path_factory, base_folder, blocks, model, online, texts):
     """Folders by name: runs of both models, and online models that do not go with the
     compressor."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, words = tmp_path_factory.mktemp("runs"), byte_tokenizer()
+    words.add_tokens(["cat"])
     other_base = folder / "other-base"
     tiny_base(seed=7, vocab_size=259).save_pretrained(other_base)
     TOKENIZER.save_pretrained(other_base)
@@ -70,42 +71,19 @@ def saved(tmp_path_factory, base_folder, blocks, model, online, texts):
         "ONLINE": online,
         "OTHER": online_over(other_base, blocks),
         "DENSE": online_over(base_folder, blocks, max_tail=1, rate=0.6),
+        "WORDS": online,
     }
     data = {"train": str(texts[0]), "heldout": str(texts[1])}
+    recipe = yaml.safe_dump({"system": "compressor", "data": data, "sequence_length": 32})
     for name, one in models.items():
         one.save_pretrained(folder / name / "model")
-        TOKENIZER.save_pretrained(folder / name / "model")
+        (words if name == "WORDS" else TOKENIZER).save_pretrained(folder / name / "model")
         (folder / name / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-        recipe = yaml.safe_dump({"system": "compressor", "data": data, "sequence_length": 32})
         (folder / name / "recipe.yaml").write_text(recipe)
-    words = byte_tokenizer()
-    words.add_tokens(["cat"])
-    online.save_pretrained(folder / "WORDS")
-    words.save_pretrained(folder / "WORDS")
     load_model(folder / "ONLINE")[0].save_pretrained(folder / "MERGED")
     TOKENIZER.save_pretrained(folder / "MERGED")
-    named = {name: folder / name for name in (*models, "WORDS", "MERGED")}
+    named = {name: folder / name for name in (*models, "MERGED")}
     return named | {"BASE": base_folder, "TRAIN": texts[0], "HELD": texts[1]}
-
-
-class Perfect:
-    """Stands for a model whose ids are the tokens themselves, and that reads them all."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, lose: int = 0):
-        self.config = CompressorConfig(num_concepts=512, rate=1.0, codes_per_concept=1)
-        self.dial, self.lose = Dial(rate=1.0), lose
-
-    def compress(self, ids_BT):
-        return ids_BT.tolist()
-
-    def decompress(self, concepts):
-        return [ids[self.lose :] for ids in concepts]
-
-    def __call__(self, input_ids, **kwargs):
-        logits = 100.0 * F.one_hot(input_ids.roll(-1, 1), 512).float()
-        return type("Out", (), {"logits": logits, "concept_ids": None})()
 
 
 def test_scores_of_known_strings():
@@ -120,14 +98,13 @@ def test_scores_of_known_strings():
     assert rouge_l("", "") == 1 and rouge_l("...", "word") == 0
     assert rouge_l("снег идёт", "снег") == pytest.approx(2 / 3)
     ids = TOKENIZER(["the cat sat on the mat today", "a dog"]).input_ids
-    whole = scores(ids, ids, TOKENIZER)
-    ones = ("token_accuracy", "exact_match", "rouge_l", "length_ratio")
-    assert [whole[key] for key in ones] == [1] * 4
-    assert whole["bleu"] == pytest.approx(100) and whole["chrf"] == pytest.approx(100)
+    best = {"token_accuracy": 1, "exact_match": 1, "bleu": 100, "chrf": 100, "rouge_l": 1}
+    assert scores(ids, ids, TOKENIZER) == pytest.approx(best | {"length_ratio": 1})
     # "the cat sat on the mat": 8 words of 9, all n-grams right.
     half = scores(ids, [ids[0][:22], ids[1]], TOKENIZER)
     assert half["bleu"] == pytest.approx(100 * math.exp(1 - 9 / 8)) and half["exact_match"] == 0.5
     assert half["rouge_l"] == pytest.approx((12 / 13 + 1) / 2) and half["chrf"] < 100
+    assert half["length_ratio"] == 27 / 33
 
 
 def test_every_id_counts_and_shuffling_keeps_ids_and_lengths():
@@ -136,8 +113,9 @@ def test_every_id_counts_and_shuffling_keeps_ids_and_lengths():
     cost = coding_cost([[0, 17], [5]], 12, config)
     assert cost["concept_rate"] == 3 / 12 and cost["ids_per_token"] == 6 / 12
     assert cost["compression_ratio"] == 2 and cost["bits_per_token"] == 6 * 4 / 12
-    used = math.log2(3) + (math.log2(3) - 2 / 3)  # digits 0 1 5, and 0 1 0
-    assert cost["bits_per_token_used"] == pytest.approx(3 * used / 12)
+    used = [math.log2(3), math.log2(3) - 2 / 3]  # digits 0 1 5, and 0 1 0
+    assert cost["code_perplexity_by_stage"] == pytest.approx([2**bits for bits in used])
+    assert cost["bits_per_token_used"] == pytest.approx(3 * sum(used) / 12)
     assert coding_cost([[], []], 12, config)["bits_per_token_used"] == 0
     lists = [[1, 2, 3], [], [4], [5, 6, 7, 8]]
     mixed = shuffled(lists)
@@ -145,37 +123,22 @@ def test_every_id_counts_and_shuffling_keeps_ids_and_lengths():
     assert sorted(i for ids in mixed for i in ids) == [*range(1, 9)]
 
 
-def test_a_perfect_model_gives_everything_back_and_shuffling_destroys_it(blocks):
-    ids = blocks[:6]
-    figures, concepts, rebuilt = reconstruct(Perfect(), TOKENIZER, ids)
-    assert figures["token_accuracy"] == figures["exact_match"] == 1
-    assert figures["nll"] == pytest.approx(0, abs=1e-6) and figures["bits_per_token"] == 9
-    assert rebuilt == ids.tolist()
-    mixed = scores(ids.tolist(), shuffled(concepts), TOKENIZER)
-    assert mixed["token_accuracy"] < 0.3 and mixed["exact_match"] == 0 and mixed["bleu"] < 20
-    late = reconstruct(Perfect(lose=1), TOKENIZER, ids)[0]
-    assert late["token_accuracy"] < 0.3 < 0.9 < late["rouge_l"] and late["length_ratio"] == 31 / 32
-
-
 def test_figures_are_those_of_the_models_own_calls(model, blocks):
     ids = blocks[:3, :16]
     figures, concepts, rebuilt = reconstruct(model, TOKENIZER, ids)
     assert concepts == model.compress(ids) and rebuilt == model.decompress(concepts)
     nll = float(F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-    assert figures["nll"] == pytest.approx(nll, rel=1e-5)
-    count = sum(map(len, concepts))
-    assert figures["compression_ratio"] == ids.numel() / (2 * count)
-    bits = 8 * count / ids.numel()
-    assert figures["bits_per_token"] == bits > figures["bits_per_token_used"]
-    whole = bits + nll / math.log(2)
-    assert figures["bits_per_token_lossless"] == pytest.approx(whole, rel=1e-5)
+    bits = 8 * sum(map(len, concepts)) / ids.numel()
+    own = {"nll": nll, "bits_per_token": bits, "bits_per_token_lossless": bits + nll / math.log(2)}
+    own |= scores(ids.tolist(), rebuilt, TOKENIZER) | coding_cost(concepts, 48, model.config)
+    for key, want in own.items():
+        assert figures[key] == pytest.approx(want, rel=1e-5), key
+    mixed = scores(ids.tolist(), model.decompress(shuffled(concepts)), TOKENIZER)
+    whole = reconstruction.reconstruction_figures(model, TOKENIZER, ids)
+    assert whole["shuffled"].items() >= mixed.items()
 
 
 def test_lossless_costs(model, base, blocks, monkeypatch):
-    import lzma
-
-    import zstandard
-
     ids, text = blocks[:5], b"the cat sat on the mat and saw the dog. " * 50
     nll = base_nll(base, model.bos, ids)
     logits = base(F.pad(ids, (1, 0), value=model.bos)).logits[:, :-1]
@@ -189,35 +152,36 @@ def test_lossless_costs(model, base, blocks, monkeypatch):
     assert lines[0]["bits_per_token"] == pytest.approx(float(nll.mean()) / math.log(2))
     assert lines[1]["bits_per_token"] == 8 * reconstruction.zstd(b"ab" * 80) / ids.numel()
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    lines = reconstruction.lossless(base, model.bos, some)
-    assert lines[1]["bits_per_token"] is None and "pip install" in lines[1]["fault"]
+    line = reconstruction.lossless(base, model.bos, some)[1]
+    assert line["bits_per_token"] is None and "pip install" in line["fault"]
 
 
 def test_continuation_predicts_the_same_tokens_from_each_context(model, base, ids, monkeypatch):
     ids = ids[:5, :24]
+    read, following = ids[:, :16], ids[:, 16:]
     monkeypatch.setattr(model.dial, "rate", 0.25)  # of the 16 tokens about half as many ids
     figures = continuation(model, base, ids, 16)
     given = {(line["reader"], line["given"]): line for line in figures["given"]}
     assert figures["predicted"] == 8 * len(ids) and len(given) == 8
-    concepts = model.compress(ids[:, :16])
-    again, counts = model.decompress(concepts), [len(row) for row in concepts]
-    logits = model.continuation_logits(model.encode(ids[:, :16]), ids[:, 16:])
-    coded = F.cross_entropy(logits.flatten(0, 1), ids[:, 16:].flatten())
-    rows = [torch.tensor([*x[-16:], *y[16:].tolist()]) for x, y in zip(again, ids, strict=True)]
-    rewritten = torch.cat([base_nll(base, model.bos, row[None])[:, -8:] for row in rows])
+    concepts = model.compress(read)
+    logits = model.continuation_logits(model.encode(read), following)
+    rows = [torch.tensor(row[-16:]) for row in model.decompress(concepts)]
+    rows = [torch.cat(pair)[None] for pair in zip(rows, following, strict=True)]
+    rewritten = [base_nll(base, model.bos, row)[:, -8:] for row in rows]
     nll = {
-        ("base", "whole context"): base_nll(base, model.bos, ids)[:, 16:].mean(),
-        ("base", "the decompressed text"): rewritten.mean(),
-        ("model", "its codes"): coded,
-        ("model", "nothing"): model_nll(model, ids[:, 16:], 0, "nothing")[0].mean(),
+        ("base", "whole context"): base_nll(base, model.bos, ids)[:, 16:],
+        ("base", "the decompressed text"): torch.cat(rewritten),
+        ("model", "its codes"): F.cross_entropy(logits.flatten(0, 1), following.flatten()),
+        ("model", "nothing"): model_nll(model, following, 0, "nothing")[0],
     }
     for key, want in nll.items():
-        assert given[key]["nll"] == pytest.approx(float(want), rel=1e-5), key
+        assert given[key]["nll"] == pytest.approx(float(want.mean()), rel=1e-5), key
     assert len({line["nll"] for line in figures["given"]}) == 8
     assert given["base", "whole context"]["percent_over_whole"] == 0
-    ids_read = sum(min(16, 2 * n) for n in counts) / len(counts)
+    counts = torch.tensor([2.0 * len(row) for row in concepts])
+    ids_read = float(counts.clamp(max=16).mean())
     assert given["base", "its last tokens"]["length"] == pytest.approx(ids_read) and ids_read < 14
-    assert given["model", "its codes"]["length"] == 2 * sum(counts) / len(counts)
+    assert given["model", "its codes"]["length"] == pytest.approx(float(counts.mean()))
 
 
 @pytest.mark.parametrize("letters, want", [(1000, (7, 128)), (100, (1, 64)), (3, (1, 2))])
@@ -229,19 +193,16 @@ def test_the_longest_context_that_fits(saved, tmp_path, letters, want):
     assert ids.shape == want and context == want[1] // 2
 
 
+@torch.no_grad()
 def test_the_context_is_read_online_and_the_same_tokens_are_predicted(online, ids):
     """Against the cache: the context first, then token by token what follows it."""
     nll, wrote = online_nll(online, 1, ids[:3], CONTEXT, online.dial.rate)
     assert nll.shape == (3, 16) and wrote.shape == (3, CONTEXT)
-    for row, row_nll, row_wrote in zip(ids[:3], nll, wrote, strict=True):
-        cache = online.new_cache(1)
-        with torch.no_grad():
-            out = online(input_ids=F.pad(row[None, :CONTEXT], (1, 0), value=1), cache=cache)
-            assert torch.equal(out.concept_ids[0, 1:] != NULL, row_wrote)
-            for token, want in zip(row[CONTEXT:], row_nll, strict=True):
-                nll_1 = F.cross_entropy(out.logits[:, -1], token[None])
-                torch.testing.assert_close(nll_1, want, atol=1e-4, rtol=1e-4)
-                out = online(input_ids=token[None, None], cache=cache)
+    with_bos = F.pad(ids[:3], (1, 0), value=1)
+    logits, written, _ = stepwise(online, with_bos, [CONTEXT + 1, *range(CONTEXT + 2, 81)])
+    assert torch.equal(written[:, 1 : CONTEXT + 1] != NULL, wrote)
+    want = F.cross_entropy(logits[:, CONTEXT:].mT, ids[:3, CONTEXT:], reduction="none")
+    torch.testing.assert_close(nll, want, atol=1e-4, rtol=1e-4)
 
 
 def test_both_are_at_one_rate_after_the_same_contexts(model, online, base, ids):
@@ -249,8 +210,8 @@ def test_both_are_at_one_rate_after_the_same_contexts(model, online, base, ids):
     continued = continuation(model, base, ids, CONTEXT)
     gap = online_gap(online, model.bos, ids, continued)
     assert online.dial.rate == own, "the own rate is put back"
-    counts = [len(row) for row in model.compress(ids[:, :CONTEXT])]
-    assert gap["target_rate"] == pytest.approx(sum(counts) / len(counts) / CONTEXT)
+    count = sum(map(len, model.compress(ids[:, :CONTEXT]))) / len(ids)
+    assert gap["target_rate"] == pytest.approx(count / CONTEXT)
     assert gap["concept_rate"] == pytest.approx(gap["target_rate"], abs=0.06)
     whole, codes, line, nothing = gap["given"]
     assert all(row in continued["given"] for row in (whole, codes, nothing))
@@ -270,7 +231,7 @@ def test_reconstruct_prints_keeps_and_is_drawn(saved, tmp_path):
     assert json.loads((run / "reconstruct.json").read_text()) == figures
     assert figures["windows"] == 5 and figures["window"] == 32
     assert [row["target_rate"] for row in figures["curve"]] == [0.25, 0.5]
-    assert {key: figures[key] for key in figures["curve"][1]} == figures["curve"][1]
+    assert figures.items() >= figures["curve"][1].items()
     assert figures["shuffled"]["nll"] != figures["nll"]
     assert figures["continuation"]["context"] == 64 == figures["online"]["context"]
     assert figures["continuation"]["trained_context"] is None
@@ -297,7 +258,6 @@ def test_reconstruct_prints_keeps_and_is_drawn(saved, tmp_path):
         ("RUN --data HELD --online MERGED", "need the same base for both"),
         ("RUN --data HELD --online WORDS", "has another tokenizer than"),
         ("RUN --data HELD --online RUN", "is no online model that writes codes"),
-        ("RUN --data HELD --online BASE", "is no online model that writes codes"),
         ("SPARSE --data HELD --online DENSE", "rate = 0.3: need from 0.5 to 1"),
     ],
 )

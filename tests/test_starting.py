@@ -1,5 +1,4 @@
-"""What an online model starts from: vocabulary coverage, the entropy estimate, LoRA that spares the
-shallow slice."""
+"""What an online model starts from: the vocabulary, fits to what the base makes of a text, LoRA."""
 
 import pytest
 import torch
@@ -7,6 +6,7 @@ import torch.nn.functional as F
 
 from families import text, tiny_online
 from sememe.concepts.boundary import Entropy
+from sememe.concepts.bridge import TailBridge
 from sememe.concepts.codebook import vocabulary_blocks
 from sememe.concepts.readout import TokenAnchor
 
@@ -14,29 +14,17 @@ from sememe.concepts.readout import TokenAnchor
 def test_the_codebook_sees_every_token_of_the_vocabulary():
     ids = text(4, 60)
     blocks = vocabulary_blocks(ids, 97, seed=0)
-    assert blocks.shape[1] == 60 and torch.equal(blocks[:, 0], ids[: len(blocks), 0]), (
-        "each opens as a text does"
-    )
-    seen = blocks[:, 1:].flatten().tolist()
-    assert len(set(seen)) == len(seen) == len(blocks) * 59, "no token twice"
-    assert len(set(vocabulary_blocks(text(4, 20), 97, seed=0)[:, 1:].flatten().tolist())) == 95, (
-        "whole blocks, of 97 tokens"
-    )
+    assert torch.equal(blocks[:, 0], ids[: len(blocks), 0]), "each opens as a text does"
+    assert len(blocks[:, 1:].unique()) == len(blocks) * 59 == blocks[:, 1:].numel(), "none twice"
     assert not torch.equal(blocks, vocabulary_blocks(ids, 97, seed=1))
-
-
-def test_a_text_longer_than_the_vocabulary_repeats_it():
-    assert vocabulary_blocks(text(2, 300), 97, seed=0).shape == (1, 300)
+    assert len(vocabulary_blocks(ids[:, :20], 97, seed=0)[:, 1:].unique()) == 95, "whole blocks"
+    assert vocabulary_blocks(text(2, 300), 97, seed=0).shape == (1, 300), "repeated in a long text"
 
 
 def test_lora_may_spare_the_shallow_slice():
     model, ids = tiny_online(split=(2, 1, 1), lora_first=2), text(2)
-    layers = {
-        int(name.split("layers.")[1].split(".")[0])
-        for name, _ in model.named_parameters()
-        if "lora_" in name
-    }
-    assert layers == {2, 3}
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == {2, 3}
     before = model.shallow_states(ids)
     model.train()
     model(ids, labels=ids).loss.backward()
@@ -44,42 +32,45 @@ def test_lora_may_spare_the_shallow_slice():
     torch.testing.assert_close(model.shallow_states(ids), before, rtol=0, atol=0)
 
 
-def test_the_entropy_estimate_is_the_least_squares_fit():
+def test_least_squares_finds_a_linear_map():
+    """Of the gate's estimate, the token's anchor and the bridge; on other states too."""
     generator = torch.Generator().manual_seed(0)
-    x, previous = torch.randn(2, 2000, 8, generator=generator)
-    wanted = 2 + x @ torch.arange(8.0) - previous[:, 0]
+    x, last = 3 + 5 * torch.randn(2, 2000, 8, generator=generator)
+    a, b = torch.randn(2, 8, 8, generator=generator)
+    entropy = 2 + x @ a[0] - last[:, 0]
     boundary = Entropy(8)
-    assert boundary.start(x[:1000], previous[:1000], wanted[:1000])["entropy_explains"] > 0.99
-    score = boundary.score(None, x[1000:], previous[1000:])
-    assert torch.corrcoef(torch.stack([score, wanted[1000:]]))[0, 1] > 0.99, "on other states"
+    assert boundary.start(x[:1000], last[:1000], entropy[:1000])["entropy_explains"] > 0.99
+    score = boundary.score(None, x[1000:], last[1000:])
+    assert torch.corrcoef(torch.stack([score, entropy[1000:]]))[0, 1] > 0.99
+
+    embedding, anchor = x / 50, TokenAnchor(8)
+    assert anchor(embedding).abs().max() == 0, "nothing at birth"
+    target = 10 * embedding @ a + 3
+    assert anchor.start(embedding[:300], target[:300])["anchor_explains"] > 0.99
+    torch.testing.assert_close(anchor(embedding[300:]), target[300:], atol=0.3, rtol=0.1)
+
+    target, bridge, shrunk = x @ a + last @ b + 2, TailBridge(8), TailBridge(8)
+    torch.testing.assert_close(bridge(x, last), x)  # zero at birth
+    assert bridge.start(x[:400], last[:400], target[:400], penalty=1e-9) > 0.99999
+    torch.testing.assert_close(bridge(x, last), target, atol=1e-2, rtol=1e-3)
+    shrunk.start(x[:12], last[:12], target[:12], penalty=10.0)  # fewer states than features
+    assert shrunk.shallow.weight.norm() < 0.5 * bridge.shallow.weight.norm()
 
 
 @pytest.mark.parametrize("kind", ["entropy", "surprise"])
 @torch.no_grad()
-def test_it_is_fitted_to_what_the_base_makes_of_the_text(kind):
+def test_a_gate_is_fitted_to_what_the_base_makes_of_the_text(kind):
     """On the text it was fitted to, it follows the base's own values; a random base gives a weak
     but real relation."""
     model, ids = tiny_online(boundary=kind, lora_rank=0), text(100, 24, seed=3)
     assert model.start_frame(ids)[f"{kind}_explains"] > 0.03
-    h = model.shallow_states(ids)
-    score = model.writer.scores(h).flatten()
+    score = model.writer.scores(model.shallow_states(ids)).flatten()
     log_p = F.log_softmax(model.backbone(ids).logits, -1)
-    entropy = -(log_p.exp() * log_p).sum(-1)[:, 1:].flatten()
-    surprise = -log_p[:, :-1].gather(-1, ids[:, 1:, None]).flatten()
-    assert (
-        torch.corrcoef(torch.stack([score, entropy if kind == "entropy" else surprise]))[0, 1]
-        > 0.15
-    )
-
-
-def test_the_anchor_is_the_least_squares_fit_of_the_token():
-    generator = torch.Generator().manual_seed(0)
-    embedding = 0.1 * torch.randn(500, 8, generator=generator)
-    x = 10 * embedding @ torch.randn(8, 8, generator=generator) + 3
-    anchor = TokenAnchor(8)
-    assert anchor(embedding).abs().max() == 0, "nothing at birth"
-    assert anchor.start(embedding[:300], x[:300])["anchor_explains"] > 0.99
-    torch.testing.assert_close(anchor(embedding[300:]), x[300:], atol=0.3, rtol=0.1)
+    value = {
+        "entropy": torch.special.entr(log_p.exp()).sum(-1)[:, 1:],
+        "surprise": -log_p[:, :-1].gather(-1, ids[:, 1:, None]),
+    }[kind]
+    assert torch.corrcoef(torch.stack([score, value.flatten()]))[0, 1] > 0.15
 
 
 @torch.no_grad()
@@ -95,3 +86,18 @@ def test_with_an_anchor_the_codes_say_the_rest():
         left[anchored] = float((x - model.writer.quantise(x, soft=False).hard_nD).square().mean())
     assert found["anchor_explains"] > 0.03
     assert left[True] < left[False], "on other text"
+
+
+@torch.no_grad()
+def test_a_bridge_comes_closer_to_the_base_on_other_text():
+    """States entering the deep slice at tail positions, against those of the base itself."""
+    model, other = tiny_online(bridge=True, lora_rank=0, quantise=0.0), text(8, 24, seed=5)
+    assert 0.05 < model.start_frame(text(600, 24, seed=3))["bridge_explains"] < 1
+    chunk, h = next(model._shallow_batches(other, tokens=8 * 24))
+    decision = model.writer.decide(h, chunk)
+    full = model.spine.run(1, 3, h, chunk.position_BT, chunk.rope, lambda window: None)
+    cache = model.new_cache(8, keeps=False)
+    c = model._middle(decision.h_BCD, chunk, decision, cache)
+    bridged, _ = model.bridge.tails(h, c, decision, cache.last_concept_BD)
+    tail = ~decision.written_BT & (decision.written_BT.cumsum(1) > 1)
+    assert (bridged - full)[tail].square().mean() < 0.97 * (h - full)[tail].square().mean()
