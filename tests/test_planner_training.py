@@ -42,9 +42,8 @@ def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path):
     values["plan"] |= {"straight_through": True, "multi_token": 2, "signals": 0.5}
     values["plan"] |= {"sizes": [2, 6], "begins": "words", "dropout": 0.3}
     file = Path(values["data"]["train"])
-    content = file.read_text().replace("the cat sat on a mat", "a cat sat")
-    content = content.replace("dogs dig up old bones", "the dog sat")
-    file.write_text(content.replace("we sail at", "a dog ran"))
+    content = file.read_text().replace("the cat sat on a mat", "a cat sat")  # words in common
+    file.write_text(content.replace("dogs dig", "the dog sat").replace("we sail at", "a dog ran"))
     whole = run(values, tmp_path / "whole")
     with ctrl_c(5), pytest.raises(Interrupted, match="stopped at step 5 of 8"):
         run(values, tmp_path / "parts")
@@ -101,20 +100,19 @@ def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_sou
     real = ConceptTrainer.compute_loss
 
     def spy(self, model, inputs, *args, **kwargs):
-        rows = []
-        masks = inputs["attention_mask"].bool()
-        for ids, mask, labels in zip(inputs["input_ids"], masks, inputs["labels"], strict=True):
-            y, u = labels[labels != IGNORED].tolist(), ids[mask].tolist()
-            if self.run.recipe.system == "control":
+        names, system, rows = ("input_ids", "attention_mask", "labels"), self.run.recipe.system, []
+        for ids, mask, labels in zip(*map(inputs.get, names), strict=True):
+            y, u = labels[labels != IGNORED].tolist(), ids[mask.bool()].tolist()
+            if system == "control":
                 assert u[0] == 1 and u[len(u) - len(y) :] == y, "BOS, u, y; the loss on y alone"
                 u = u[1 : len(u) - len(y)]
             rows.append((u, y))
-        seen[self.run.recipe.system].append(rows)
+        seen[system].append(rows)
         return real(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(ConceptTrainer, "compute_loss", spy)
-    values = values | {"curriculum": [4, 0.5]}
-    planner, control = (run({**values, "system": x}, tmp_path / x) for x in seen)
+    values["curriculum"] = [4, 0.5]
+    planner, control = (run(values | {"system": x}, tmp_path / x) for x in seen)
     assert seen["planner"] == seen["control"] and len(seen["control"]) == 8
     longest = [max(len(y) for _, y in rows) for rows in seen["planner"]]
     assert longest[:3] == [4, 9, 14], "short texts first"
@@ -156,58 +154,41 @@ def test_plain_text_is_cut_and_bf16_trains(base_folder, texts, tmp_path):
     pairs = pairs_of(values).pairs
     there_NY = pairs.target_NY != IGNORED
     assert len(pairs) == 16 and float(there_NY.sum(1).float().mean()) > 18
-    source, target = (
-        pairs.source_NU[0, pairs.source_mask_NU[0] > 0],
-        pairs.target_NY[0, there_NY[0]],
-    )
+    source, target = pairs.source_NU[0], pairs.target_NY[0, there_NY[0]]
     text = byte_tokenizer().decode(torch.cat([source, target]), skip_special_tokens=True)
     assert texts[0].read_text().startswith(text)
 
 
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"system": "online"}, "system = online cannot have pairs of data"),
-        ({"gradient_checkpointing": True}, "system = planner cannot have gradient_checkpointing"),
-        ({"distil": 0.5}, "system = planner cannot have distil"),
-    ],
-)
-def test_options_that_a_system_cannot_have_are_one_sentence(values, tmp_path, changes, said):
-    with pytest.raises(RecipeError, match=said) as caught:
-        run(values | changes, tmp_path / "r")
-    assert "\n" not in str(caught.value) and not (tmp_path / "r").exists()
-
-
 def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypatch):
-    def refused(error, match: str, data: dict | None = None, **changes) -> None:
-        changed = values | {"data": values["data"] | (data or {})} | changes
-        with pytest.raises(error, match=match):
-            run(changed, tmp_path / "r")
-
-    def rows(*pairs: tuple[str, str]) -> dict:
-        file = tmp_path / "other.jsonl"
+    def rows(name: str, *pairs: tuple[str, str]) -> dict:
+        file = tmp_path / f"{name}.jsonl"
         lines = (json.dumps({"instruction": u, "response": y}) + "\n" for u, y in pairs)
         file.write_text("".join(lines))
         return {"train": str(file)}
 
-    refused(RecipeError, "pairs of data.fields or data.source_share with", system="online")
-    refused(RecipeError, "gradient_checkpointing = true with system", gradient_checkpointing=True)
-    refused(RecipeError, "distil = 0.5 with system = planner", distil=0.5)
-    fields = {"fields": ["prompt", "response"]}
-    refused(DataError, "line 1 has no field 'prompt'", fields)
     (tmp_path / "copy.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
-    refused(DataError, "holds the same bytes", {"heldout": str(tmp_path / "copy.jsonl")})
-    same = rows(*((f"say {n}", "the same") for n in range(8)))
-    refused(DataError, "all get the same plan", same)
-    refused(DataError, "need more words", same, plan=values["plan"] | {"begins": "words"})
-    limits = {"source_length": 200, "target_length": 100, "system": "control"}
-    match = r"got 200 tokens of text and 100 beside them, .* positions for 255.*source_length=155"
-    refused(DataError, match, rows(("x" * 200, "y" * 100)), **limits)
-    match = r"255 tokens of text .*try: target_length="
-    refused(DataError, match, rows(("x", "y" * 255)), target_length=255)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(RecipeError, r"system = planner cannot have several processes")
-    monkeypatch.delenv("WORLD_SIZE")
+    copy, fields = {"heldout": str(tmp_path / "copy.jsonl")}, {"fields": ["prompt", "response"]}
+    same = rows("same", *((f"say {n}", "the same") for n in range(8)))
+    words = {"plan": values["plan"] | {"begins": "words"}}
+    long, longer = rows("long", ("x" * 200, "y" * 100)), rows("longer", ("x", "y" * 255))
+    both = {"source_length": 200, "target_length": 100, "system": "control"}
+    no_room = r"got 200 tokens of text and 100 beside them, .* positions for 255.*source_length=155"
+    for error, match, data, changes in (
+        (RecipeError, "system = online cannot have pairs of data", {}, {"system": "online"}),
+        (RecipeError, "cannot have gradient_checkpointing", {}, {"gradient_checkpointing": True}),
+        (RecipeError, "system = planner cannot have distil", {}, {"distil": 0.5}),
+        (DataError, "line 1 has no field 'prompt'", fields, {}),
+        (DataError, "holds the same bytes", copy, {}),
+        (DataError, "all get the same plan", same, {}),
+        (DataError, "need more words", same, words),
+        (DataError, no_room, long, both),
+        (DataError, "255 tokens of text .*try: target_length=", longer, {"target_length": 255}),
+        (RecipeError, "system = planner cannot have several processes", {}, {}),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", "2" if "processes" in match else "1")
+        with pytest.raises(error, match=match) as caught:
+            run(values | {"data": values["data"] | data} | changes, tmp_path / "r")
+        assert "\n" not in str(caught.value)
     assert not (tmp_path / "r").exists(), "nothing is written for a run that cannot start"
 
 
@@ -218,12 +199,11 @@ def test_a_sweep_compares_planners_with_their_control(values, tmp_path):
     runs = {entry["name"]: entry for entry in json.loads((out / "sweep.json").read_text())["runs"]}
     assert list(runs) == ["control", "planner_em.every-0", "planner_em.every-2"]
     for name, trained in runs.items():
-        figures = trained["figures"]
         assert trained["trained_tokens"] == metrics(out / name)[-1]["tokens"]
-        if name == "control":
-            continue
-        difference = figures["nll"] - figures["control_nll"]
-        assert figures["delta_nll_control"] == pytest.approx(difference, abs=1e-5)
+        figures = trained["figures"]
+        if name != "control":
+            difference = figures["nll"] - figures["control_nll"]
+            assert figures["delta_nll_control"] == pytest.approx(difference, abs=1e-5)
 
 
 def test_the_meter_counts_first_and_divides_once():
