@@ -4,6 +4,8 @@ sentences, the target is it."""
 import json
 from pathlib import Path
 
+from conftest import tiny_recipe
+
 SAID = {
     "aa": "the cat sat on a mat",
     "bb": "dogs dig up old bones",
@@ -27,21 +29,10 @@ def write_pairs(folder: Path) -> tuple[Path, Path]:
 
 def planner_recipe(base: Path, files: tuple[Path, Path]) -> dict:
     """A few seconds of training."""
-    train, heldout = map(str, files)
-    proposers = {"beam": 2, "sample": 1, "edit": 2}
-    return {
-        "system": "planner",
-        "base": str(base),
-        "steps": 8,
-        "batch_size": 4,
-        "source_length": 12,
-        "target_length": 24,
-        "data": {"train": train, "heldout": heldout, "fields": ["instruction", "response"]},
-        "plan": {"sizes": [4, 6], "lengths": [1, 2]},
-        "em": {"every": 2, "proposers": proposers, "stages": [0.25, 0.5], "batch": 16},
-        "precision": "fp32",
-        "lora": {"rank": 4, "dropout": 0.1},
-        "heldout_every": 4,
-        "heldout_tokens": 64,
-        "save_every": 4,
-    }
+    values = tiny_recipe(base, files) | {"system": "planner", "batch_size": 4}
+    values |= {"source_length": 12, "target_length": 24}
+    values["data"]["fields"] = ["instruction", "response"]
+    values["plan"] = {"sizes": [4, 6], "lengths": [1, 2]}
+    values["em"] = {"every": 2, "stages": [0.25, 0.5], "batch": 16}
+    values["em"]["proposers"] = {"beam": 2, "sample": 1, "edit": 2}
+    return values

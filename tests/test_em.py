@@ -3,12 +3,15 @@ its figures, first plans."""
 
 import itertools
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch.nn.functional import pad, rms_norm
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
 
 from families import text
 from sememe.concepts.plan import PlanShape
@@ -217,24 +220,16 @@ def test_equal_texts_start_with_equal_plans_and_other_kinds_with_others(family):
     assert changed == {"plans.weight"}
 
 
-class Words:
-    """A tokenizer of whole words."""
-
-    words = ["the", "cat", "sat", "dog", "runs", ".", "123", "bird"]
-
-    def __call__(self, texts, **options):
-        return SimpleNamespace(input_ids=[[self.words.index(text.strip())] for text in texts])
-
-    def batch_decode(self, rows, **options):
-        return [" ".join(self.words[n] for n in row) for row in rows]
-
-
 def test_key_words_are_the_rarest_in_their_order_and_begin_as_their_embeddings():
     rows = [[0, 1, 2, 5, 7], [0, 4, 1, 5], [3, 4, 0, 6, 5], [6, 0, 3, 2, 5], [0, 1, 5]]
+    words = ["the", "cat", "sat", "dog", "runs", ".", "123", "bird"]
+    of_words = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}))
+    of_words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=of_words)
     y = pad_sequence([torch.tensor(ids) for ids in rows], True, -100)
     model = tiny_planner(shape=PlanShape((2, 8), (1, 2)))
     before = model.plans.weight.clone()
-    plan = model.plans.shape.unpack(key_word_plans(model, pairs_of(y), Words()))
+    plan = model.plans.shape.unpack(key_word_plans(model, pairs_of(y), tokenizer))
     # By texts · rarity²: 123 and dog (type 0), runs, sat, cat, and "the", which is everywhere;
     # "bird" stands in one text alone.
     assert plan == [[[], [2, 1]], [[], [0, 2]], [[1], [0, 3]], [[0], [3, 1]], [[], [3, 2]]]
@@ -243,7 +238,7 @@ def test_key_words_are_the_rarest_in_their_order_and_begin_as_their_embeddings()
         before[model.plans.row_IM[i, : len(words)]] = rms_norm(want, want.shape[-1:], eps=1e-6)
     torch.testing.assert_close(model.plans.weight, before)
     with pytest.raises(DataError, match=r"type 1 of .* gets none.*try: more pairs"):
-        key_word_plans(model, pairs_of(torch.tensor([[0, 1], [1, 0]])), Words())
+        key_word_plans(model, pairs_of(torch.tensor([[0, 1], [1, 0]])), tokenizer)
 
 
 def test_short_texts_have_fewer_concepts_and_few_texts_fewer_ids():

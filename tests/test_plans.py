@@ -33,6 +33,7 @@ def runs(tmp_path_factory, base_folder, texts):
     values = planner_recipe(base_folder, write_pairs(folder)) | {"steps": 40, "batch_size": 8}
     values |= {"heldout_every": 40, "save_every": 40, "heldout_tokens": 160, "lora": {"rank": 8}}
     values |= {"learning_rate": 2e-2, "concept_learning_rate": 2e-2}
+    values["plan"] |= {"parallel": True, "multi_token": 2, "straight_through": True}
     values["em"] |= {"every": 10}
     run(values, folder / "r")
     run(values | {"system": "control", "steps": 12}, folder / "r-control")
@@ -89,9 +90,8 @@ def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded):
     printed = sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
     result = json.loads((runs / "e.json").read_text())
     assert json.loads((runs / "r" / "evaluate.json").read_text()) == result
-    names = ["planner", "posterior", "shuffle", "random", "empty", "source (control)"]
     given = {line["given"]: line for line in result["given"]}
-    assert [*given] == names
+    assert [*given] == ["planner", "posterior", "shuffle", "random", "empty", "source (control)"]
     assert given["planner"]["nll"] == result["nll"] < given["empty"]["nll"] - 0.2
     assert given["shuffle"]["delta_nll"] > 0.2
     assert result["nll_posterior"] == given["posterior"]["nll"]
@@ -108,21 +108,15 @@ def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded):
     alone = sememe("evaluate", runs / "r-control", *words)
     control = json.loads((runs / "e.json").read_text())
     assert control["nll"] == pytest.approx(result["control_nll"]) and "source" in alone
-    assert "posterior" in printed and "plan_ids_used" in printed
+    assert "posterior" in printed and "report:" in sememe("report", runs / "r")
+    sememe("evaluate", runs / "r" / "model", "--data", runs / "heldout.jsonl", "--tokens", 40)
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("Every bim is a dol. Velko is a dol.", "velko is dol"),
-        ("So it is 3 + 4.\n#### 7\n", "7"),
-        ("Yes! No", "no"),
-        ("", ""),
-        ("It cost 3.50. He paid 3.50", "he paid 350"),
-    ],
-)
-def test_an_answer_is_the_final_sentence(text, words):
-    assert final_sentence(text) == words.split()
+def test_an_answer_is_the_final_sentence():
+    assert final_sentence("Every bim is a dol. Velko is a dol.") == ["velko", "is", "dol"]
+    assert final_sentence("It cost 3.50. He paid 3.50") == ["he", "paid", "350"]
+    assert final_sentence("So it is 3 + 4.\n#### 7\n") == ["7"]
+    assert final_sentence("Yes! No") == ["no"] and final_sentence("") == []
 
 
 def test_right_answers_are_counted(runs, loaded):
@@ -189,8 +183,7 @@ def test_the_budget_bounds_plans(runs):
 
 def test_ablate_drops_and_swaps(runs, monkeypatch):
     monkeypatch.setattr(ablation, "SHARES", (0.0, 0.5))
-    options = Options(tokens=160)
-    result = ablate(str(runs / "r"), str(runs / "heldout.jsonl"), options)
+    result = ablate(str(runs / "r"), str(runs / "heldout.jsonl"), Options(tokens=160))
     assert json.loads((runs / "r" / "ablate.json").read_text()) == result
     drop = {point["share"]: point["delta_nll"] for point in result["drop"]}
     assert drop[0.0] == 0.0 < drop[0.5] < result["zero"]["delta_nll"]
@@ -253,8 +246,3 @@ def test_what_says_nothing_about_a_planner_is_one_sentence(runs, texts, tmp_path
     known["ONE"].write_text((runs / "heldout.jsonl").read_text().splitlines()[0])
     printed = sememe(*(known.get(word, word) for word in words.split()), code=1)
     assert re.search(message, printed) and "try: " in printed and "\n" not in printed, printed
-
-
-def test_a_planner_by_its_model_folder_and_its_page(runs):
-    sememe("evaluate", runs / "r" / "model", "--data", runs / "heldout.jsonl", "--tokens", 40)
-    assert "report:" in sememe("report", runs / "r")
