@@ -22,18 +22,7 @@ from sememe.models.planner.em import best_of, e_step, score
 from sememe.models.planner.first_plans import key_word_plans, piece_plans
 from sememe.models.planner.proposers import PROPOSERS, PairBatch, swap_gains
 from sememe.pairs import PairTensors
-from test_planner import (
-    CLOSE,
-    SEARCHED,
-    SHAPE,
-    every_plan,
-    plans,
-    seeded,
-    target_log_prob,
-    tiny_planner,
-)
-
-SMALL = PlanShape((4, 3), (1, 1))
+from test_planner import CLOSE, FEW, SHAPE, every_plan, plans, seeded, target_log_prob, tiny_planner
 
 
 def pairs_of(y: torch.Tensor) -> PairTensors:
@@ -121,7 +110,7 @@ def test_gradient_says_what_a_small_step_towards_another_concept_brings():
 
 
 def test_the_search_finds_the_best_of_all_plans():
-    model, some, everything = tiny_planner(shape=SEARCHED), pairs(3), every_plan(SEARCHED)
+    model, some, everything = tiny_planner(shape=FEW), pairs(3), every_plan(FEW)
     total = score(model, PairBatch.of(model, some), everything.expand(3, -1, -1), 0.7)[0]
     top, index = total.topk(2, dim=1)
     plan_NP = everything[:3].int()
@@ -135,12 +124,10 @@ def test_the_search_finds_the_best_of_all_plans():
     assert figures["em_candidates"] == len(everything) and figures["em_by_beam"] == 1.0
 
 
-@pytest.mark.parametrize(
-    "proposers", [{"edit": 12}, {"edit": 4, "gradient": 4, "sample": 2, "diverse": 2}]
-)
-def test_steps_climb_to_the_best_plan_and_never_fall(proposers):
-    model, some = tiny_planner(shape=SMALL), pairs(5)
-    batch, everything = PairBatch.of(model, some), every_plan(SMALL).expand(5, -1, -1)
+def test_steps_climb_to_the_best_plan_and_never_fall():
+    model, some = tiny_planner(shape=PlanShape((4, 3), (1, 1))), pairs(5)
+    proposers = {"edit": 4, "gradient": 4, "sample": 2, "diverse": 2}
+    batch, everything = PairBatch.of(model, some), every_plan(model.plans.shape).expand(5, -1, -1)
     best, options = score(model, batch, everything)[0].amax(1), Em(proposers=proposers, batch=2)
     plan_NP = everything[:, 0].int().clone()
     before = score(model, batch, plan_NP.long().unsqueeze(1))[0, :, 0]
@@ -249,10 +236,8 @@ def test_short_texts_have_fewer_concepts_and_few_texts_fewer_ids():
     wide = pad(y, (0, 5), value=-100)
     assert torch.equal(piece_plans(model, pairs_of(wide)), plan), "padding is no text"
     model, y = tiny_planner(), text(2, 6)
-    before = model.plans.weight[8 + 4].clone()
     plan = piece_plans(model, pairs_of(y))
     assert plan[:, 3:5].unique().tolist() == [0, 1, 2, 3], "four pieces, four of five ids"
-    assert torch.equal(model.plans.weight[8 + 4], before), "nothing stands for the last"
     for same in (y[:1].expand(2, -1), y[:1]):
         with pytest.raises(DataError, match="1 different targets"):
             piece_plans(tiny_planner(shape=PlanShape((4,), (1,))), pairs_of(same))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import byte_tokenizer, ctrl_c, metrics, run, sememe
+from conftest import ctrl_c, metrics, run, sememe
 from plan_runs import planner_recipe, write_pairs
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.concepts.plan import PlanShape
@@ -66,7 +66,7 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     seen, weights, real = [], [], plans.HardEM.on_step_begin
 
     def fake(model, pairs, plan_NP, index_n, em, seed, tick):
-        seen.append((index_n.tolist(), seed, em))
+        seen.append((index_n.tolist(), seed))
         return {"em_flips": 0.0}
 
     def spy(self, args, state, control, model=None, **kwargs):
@@ -90,9 +90,7 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     assert load_model(tmp_path / "r")[0].config.plan_weight == 1.0
 
 
-def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_source(
-    values, tmp_path, monkeypatch
-):
+def test_the_control_trains_on_the_same_pairs_with_the_source(values, tmp_path, monkeypatch):
     seen: dict[str, list] = {"planner": [], "control": []}
     real = ConceptTrainer.compute_loss
 
@@ -134,26 +132,19 @@ def test_the_controls_nll_is_the_loss_of_the_target_alone(values, tmp_path):
 
 
 def test_gradient_accumulation_is_one_batch(values, tmp_path):
-    """Equal up to the order of sums: every target token counts once, the first of each too. Plans
-    weigh by part: few differ."""
+    """Every target token counts once, the first of each too. Plans weigh by part: few differ."""
     values |= {"steps": 2, "lora": {"rank": 4}, "em": {"stages": [1.0, 1], "every": 0}}
     whole, parts = (run({**values, "gradient_accumulation": n}, tmp_path / str(n)) for n in (1, 2))
     assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-5)
     assert whole[0]["loss"] == pytest.approx(whole[0]["target_nll"], abs=1e-5)
 
 
-def test_plain_text_is_cut_and_bf16_trains(base_folder, texts, tmp_path):
+def test_plain_text_and_bf16_train(base_folder, texts, tmp_path):
     values = planner_recipe(base_folder, texts) | {"precision": "bf16", "steps": 4}
     values["data"] = {"train": str(texts[0]), "heldout": str(texts[1]), "source_share": 0.25}
     lines = run(values, tmp_path / "r")
     assert any("em_score" in x for x in lines)
     assert metrics(tmp_path / "r")[-1]["heldout_nll_empty"] > 0
-    pairs = pairs_of(values).pairs
-    there_NY = pairs.target_NY != IGNORED
-    assert len(pairs) == 16 and float(there_NY.sum(1).float().mean()) > 18
-    source, target = pairs.source_NU[0], pairs.target_NY[0, there_NY[0]]
-    text = byte_tokenizer().decode(torch.cat([source, target]), skip_special_tokens=True)
-    assert texts[0].read_text().startswith(text)
 
 
 def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypatch):
@@ -163,8 +154,7 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
         file.write_text("".join(lines))
         return {"train": str(file)}
 
-    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
-    copy, fields = {"heldout": str(tmp_path / "copy.jsonl")}, {"fields": ["prompt", "response"]}
+    fields = {"fields": ["prompt", "response"]}
     same = rows("same", *((f"say {n}", "the same") for n in range(8)))
     words = {"plan": values["plan"] | {"begins": "words"}}
     long, longer = rows("long", ("x" * 200, "y" * 100)), rows("longer", ("x", "y" * 255))
@@ -175,7 +165,6 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypa
         (RecipeError, "cannot have gradient_checkpointing", {}, {"gradient_checkpointing": True}),
         (RecipeError, "system = planner cannot have distil", {}, {"distil": 0.5}),
         (DataError, "line 1 has no field 'prompt'", fields, {}),
-        (DataError, "holds the same bytes", copy, {}),
         (DataError, "all get the same plan", same, {}),
         (DataError, "need more words", same, words),
         (DataError, no_room, long, both),

@@ -1,5 +1,5 @@
-"""What plans are worth, on a planner that has learned a task by them: evaluate, ablate, and what
-they refuse."""
+"""What plans are worth, on a planner that has learned a task by them, with all that is harder than
+the default (test_doctor trains that): evaluate, ablate, and what they refuse."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import DataError
 from sememe.evaluation import ablation, plans
 from sememe.evaluation.answers import Answers, final_sentence
-from sememe.evaluation.plans import IGNORED, evaluate_plans, other_plans, signal_figures, target_nll
+from sememe.evaluation.plans import IGNORED, evaluate_plans, other_plans, signal_figures
 from sememe.evaluation.subject import Options, Subject
 from sememe.generate import edit_plan
 from sememe.measure import ablate
@@ -56,19 +56,6 @@ def test_the_task_is_solved_through_the_plan(runs):
     assert last["delta_nll_shuffle"] > 0.2 and last["delta_nll_random"] > 0.2
     assert last["heldout_plan_ids_used"][0] == 4, "four sentences, four ids"
     assert last["target_nll"] < 2.0 and last["plan_nll"] < 0.5
-    for key in ("em_margin", "em_flips", "em_score", "plan_entropy", "soft_hard_cosine"):
-        assert math.isfinite(last[key]), key
-
-
-def test_nll_in_batches_is_that_of_all_pairs_at_once(loaded, monkeypatch):
-    model, pairs = loaded[0].model, loaded[1]
-    plan_NP = greedy_plans(model, pairs)
-    with torch.no_grad():
-        want_N = model.target_nll(plan_NP, pairs.target_NY).sum(1).tolist()
-    for batch in (1, 3):
-        monkeypatch.setattr(plans, "PAIRS", batch)
-        nll_N = target_nll(model, pairs, plan_NP).nansum(1).tolist()
-        assert nll_N == pytest.approx(want_N, rel=1e-4)
 
 
 def test_plans_that_lie():
@@ -85,7 +72,7 @@ def test_plans_that_lie():
     assert not torch.equal(other_plans(plan, SHAPE, "random", 1), random)
 
 
-def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded):
+def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded, monkeypatch):
     words = ("--tokens", 160, "--json", runs / "e.json")
     printed = sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
     result = json.loads((runs / "e.json").read_text())
@@ -104,7 +91,12 @@ def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded):
     num_bytes = 2 * sum(map(len, SAID.values()))
     assert result["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-6)
     assert len(result["samples"]) == 3 and result["samples"][0]["target"] == SAID["aa"]
-    assert "posterior" not in {line["given"] for line in evaluate_plans(*loaded, None)["given"]}
+    model, n_tokens = loaded[0].model, result["tokens"]
+    want = model.target_nll(greedy_plans(model, pairs), pairs.target_NY).sum() / n_tokens
+    monkeypatch.setattr(plans, "PAIRS", 3)
+    again = evaluate_plans(*loaded, None)
+    assert again["nll"] == pytest.approx(float(want), rel=1e-4) == result["nll"], "in any batches"
+    assert "posterior" not in {line["given"] for line in again["given"]}
     alone = sememe("evaluate", runs / "r-control", *words)
     control = json.loads((runs / "e.json").read_text())
     assert control["nll"] == pytest.approx(result["control_nll"]) and "source" in alone
@@ -137,12 +129,11 @@ def test_right_answers_are_counted(runs, loaded):
     with pytest.raises(DataError, match="longer target_length"):
         Answers(tokenizer, cut_short)
     words = ("--tokens", 160, "--answers", "--search", 0, "--json", runs / "n.json")
-    printed = sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
+    sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
     result = json.loads((runs / "n.json").read_text())
     right = {line["given"]: line["right"] for line in result["given"]}
     assert [*right] == ["planner", "shuffle", "random", "empty", "source (control)"]
     assert result["answers"] == 8 and right["planner"] >= 0.75 and right["empty"] <= 0.5
-    assert "answers right" in printed
 
 
 def test_probes_read_signals_off_the_plan_alone(runs, loaded):
@@ -225,9 +216,6 @@ def test_generate_shows_the_plan_and_edits_it(runs):
         ("evaluate RUN --control RUN", "is a planner: need a control"),
         ("evaluate RUN --control PLAIN", "was not trained on pairs as these are"),
         ("evaluate CONTROL --signals 40", "got --signals"),
-        ("evaluate CONTROL --rate 1", "no concepts to set a rate for"),
-        ("ablate CONTROL", "has no concepts to ablate"),
-        ("ablate RUN --data ONE", "make a single block or pair"),
         ("generate RUN --prompt aa --edit 0=1", "need TYPE:SLOT=ID"),
         ("generate RUN --prompt aa --edit 2:0=1", "types 0 to 1"),
         ("generate RUN --prompt aa --edit 0:0=4", "ids 0 to 3"),
@@ -242,7 +230,5 @@ def test_generate_shows_the_plan_and_edits_it(runs):
 def test_what_says_nothing_about_a_planner_is_one_sentence(runs, texts, tmp_path, words, message):
     known = {"RUN": runs / "r", "CONTROL": runs / "r-control", "PLAIN": runs / "plain"}
     known |= {"TRAIN": runs / "train.jsonl", "TEXT": texts[1], "NEW": tmp_path / "new"}
-    known["ONE"] = tmp_path / "one.jsonl"
-    known["ONE"].write_text((runs / "heldout.jsonl").read_text().splitlines()[0])
     printed = sememe(*(known.get(word, word) for word in words.split()), code=1)
     assert re.search(message, printed) and "try: " in printed and "\n" not in printed, printed
