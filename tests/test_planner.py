@@ -189,7 +189,6 @@ def test_planning_with_a_cache_is_planning_without(family, attention, parallel):
     context = model.encode_source(u, mask)
     for options in ({"do_sample": True, "generator": seeded(3)}, {"num_beams": 4}):
         plan, score = model.plan(u, mask, num_return=4, **options)
-        assert plan.shape == (3, 4, 9)
         flat = plan.flatten(0, 1)
         assert len(SHAPE.counts(flat).unique(dim=0)) > 2, "plans of many lengths"
         each = (x.repeat_interleave(4, 0) for x in (u, mask))
@@ -213,8 +212,7 @@ def test_writing_with_a_cache_is_writing_without(family, attention):
 
 @torch.no_grad()
 def greedy(model: PlannerForCausalLM, u: torch.Tensor) -> torch.Tensor:
-    """The specification of `plan`, one row: everything again for every step, with all concepts of a
-    step at once."""
+    """The specification of `plan`, one row: everything again for every step."""
     shape, plan = model.plans.shape, torch.full((1, model.plans.shape.slots), NULL)
     for i, length in enumerate(shape.lengths):
         count, first, ended = 0, int(shape.first_I[i]), False
@@ -300,9 +298,8 @@ def test_diverse_beams_differ_and_plans_keep_to_their_budget(parallel):
     for wrong in ([1, 1], [-1]):
         with pytest.raises(RecipeError, match=r"a budget of .* each of 3 types"):
             model.limit(wrong)
-    for budget, options in itertools.product(
-        ([1, 2, 2], [1], [0]), ({}, {"num_beams": 3}, {"do_sample": True})
-    ):
+    searches = ({}, {"num_beams": 3}, {"do_sample": True})
+    for budget, options in itertools.product(([1, 2, 2], [1], [0]), searches):
         model.limit(budget)
         counts = SHAPE.counts(model.plan(u, mask, **options)[0][:, 0])
         assert (counts <= torch.tensor(budget)).all()

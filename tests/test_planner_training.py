@@ -91,8 +91,7 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
 
 
 def test_the_control_trains_on_the_same_pairs_with_the_source(values, tmp_path, monkeypatch):
-    seen: dict[str, list] = {"planner": [], "control": []}
-    real = ConceptTrainer.compute_loss
+    seen, real = {"planner": [], "control": []}, ConceptTrainer.compute_loss
 
     def spy(self, model, inputs, *args, **kwargs):
         names, system, rows = ("input_ids", "attention_mask", "labels"), self.run.recipe.system, []

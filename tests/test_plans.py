@@ -48,7 +48,7 @@ def loaded(runs):
 
 
 def test_the_task_is_solved_through_the_plan(runs):
-    """Sources in words that were never trained on. 0.3 nats and more were seen at each place; a
+    """Sources in words that were never trained on. 0.8 nats and more were seen at each place; a
     planner that its executor ignores has 0.0."""
     lines = map(json.loads, (runs / "r" / "metrics.jsonl").read_text().splitlines())
     last = {key: value for line in lines for key, value in line.items()}
@@ -83,16 +83,14 @@ def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded, mon
     assert given["shuffle"]["delta_nll"] > 0.2
     assert result["nll_posterior"] == given["posterior"]["nll"]
     assert given["posterior"]["plan_nats_per_token"] > 0
-    pairs = loaded[1]
+    model, pairs = loaded[0].model, loaded[1]
     assert result["tokens"] == int((pairs.target_NY != IGNORED).sum()) and result["pairs"] == 8
     assert result["delta_nll_control"] == pytest.approx(result["nll"] - result["control_nll"])
-    assert result["data"] == str(runs / "heldout.jsonl") and result["system"] == "planner"
     bits = result["nll"] * result["tokens"] / math.log(2)
     num_bytes = 2 * sum(map(len, SAID.values()))
     assert result["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-6)
     assert len(result["samples"]) == 3 and result["samples"][0]["target"] == SAID["aa"]
-    model, n_tokens = loaded[0].model, result["tokens"]
-    want = model.target_nll(greedy_plans(model, pairs), pairs.target_NY).sum() / n_tokens
+    want = model.target_nll(greedy_plans(model, pairs), pairs.target_NY).sum() / result["tokens"]
     monkeypatch.setattr(plans, "PAIRS", 3)
     again = evaluate_plans(*loaded, None)
     assert again["nll"] == pytest.approx(float(want), rel=1e-4) == result["nll"], "in any batches"
