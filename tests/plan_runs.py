@@ -4,6 +4,8 @@ sentences, the target is it."""
 import json
 from pathlib import Path
 
+from conftest import tiny_recipe
+
 SAID = {
     "aa": "the cat sat on a mat",
     "bb": "dogs dig up old bones",
@@ -14,43 +16,23 @@ SAID = {
 
 def write_pairs(folder: Path) -> tuple[Path, Path]:
     """(train, heldout): the same four sentences, asked for in other words."""
-    for name, asked in (
-        ("train", ("say {}", "{}!", "now {}", "{} please", "give {}")),
-        ("heldout", ("I want {}", "{} now")),
-    ):
-        rows = [
-            {"instruction": form.format(key), "response": said}
-            for form in asked
-            for key, said in SAID.items()
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    forms = {
+        "train": ("say {}", "{}!", "now {}", "{} please", "give {}"),
+        "heldout": ("I want {}", "{} now"),
+    }
+    for name, asked in forms.items():
+        pairs = [(form.format(key), said) for form in asked for key, said in SAID.items()]
+        lines = (json.dumps({"instruction": u, "response": y}) + "\n" for u, y in pairs)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder / "train.jsonl", folder / "heldout.jsonl"
 
 
 def planner_recipe(base: Path, files: tuple[Path, Path]) -> dict:
     """A few seconds of training."""
-    return {
-        "system": "planner",
-        "base": str(base),
-        "steps": 8,
-        "batch_size": 4,
-        "source_length": 12,
-        "target_length": 24,
-        "data": {
-            "train": str(files[0]),
-            "heldout": str(files[1]),
-            "fields": ["instruction", "response"],
-        },
-        "plan": {"sizes": [4, 6], "lengths": [1, 2]},
-        "em": {
-            "every": 2,
-            "proposers": {"beam": 2, "sample": 1, "edit": 2},
-            "stages": [0.25, 0.5],
-            "batch": 16,
-        },
-        "precision": "fp32",
-        "lora": {"rank": 4, "dropout": 0.1},
-        "heldout_every": 4,
-        "heldout_tokens": 64,
-        "save_every": 4,
-    }
+    values = tiny_recipe(base, files) | {"system": "planner", "batch_size": 4}
+    values |= {"source_length": 12, "target_length": 24}
+    values["data"]["fields"] = ["instruction", "response"]
+    values["plan"] = {"sizes": [4, 6], "lengths": [1, 2]}
+    values["em"] = {"every": 2, "stages": [0.25, 0.5], "batch": 16}
+    values["em"]["proposers"] = {"beam": 2, "sample": 1, "edit": 2}
+    return values

@@ -15,40 +15,41 @@ from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import CheckpointError, RecipeError
 from sememe.models import MODELS, PlannerConfig, PlannerForCausalLM
 from sememe.models.planner.beam import PlanSearch
-from sememe.models.planner.executor import prefix
 from sememe.models.planner.signals import SignalReader
-from sememe.models.planner.slots import NEVER
 
 # Rows of other lengths, and a cache, make sums go another way: 4e-6 seen; one wrong mask entry or
 # position gives > 1e-2.
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 SHAPE = PlanShape((7, 5, 9), (3, 2, 4))
-SEARCHED = PlanShape((3, 3), (2, 2))
+FEW = PlanShape((3, 3), (2, 2))  # 169 plans
 both_ways = pytest.mark.parametrize("parallel", [False, True])
 every_family = pytest.mark.parametrize("family", FAMILIES)
+every_kernel = pytest.mark.parametrize(
+    "family, attention", [*((family, "sdpa") for family in FAMILIES), ("gemma3_text", "eager")]
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@torch.no_grad()
 def tiny_planner(
     family: str = "llama", attention: str = "sdpa", shape: PlanShape = SHAPE, **changes
 ) -> PlannerForCausalLM:
-    base = tiny_base(family, attention=attention, num_hidden_layers=changes.pop("layers", 4))
+    base = tiny_base(family, attention=attention)
     sizes = {"plan_sizes": shape.sizes, "plan_lengths": shape.lengths}
     settings = {"base": "tiny", "lora_rank": 4} | sizes | changes
     config = PlannerConfig(text_config=base.config, **settings)
     config._attn_implementation = attention
     model = PlannerForCausalLM(config, base)
     move(model, seeded(1))
-    with torch.no_grad():
-        model.plans.bias.copy_(0.3 * torch.randn(model.plans.bias.shape, generator=seeded(2)))
-        model.plans.bias[model.plans.row_IM[:, -1]] += 1.5  # plans of all lengths
+    model.plans.bias.copy_(0.3 * torch.randn(model.plans.bias.shape, generator=seeded(2)))
+    model.plans.bias[model.plans.row_IM[:, -1]] += 1.5  # plans of all lengths
     return model.eval()
 
 
-def plans(count: int, shape: PlanShape = SHAPE, seed: int = 0) -> torch.Tensor:
+def plans(count: int, seed: int = 0) -> torch.Tensor:
     """Random plans: empty types, full ones and all between."""
     generator = seeded(seed)
 
@@ -56,7 +57,7 @@ def plans(count: int, shape: PlanShape = SHAPE, seed: int = 0) -> torch.Tensor:
         length = int(torch.randint(longest + 1, (1,), generator=generator))
         return torch.randint(size, (length,), generator=generator).tolist()
 
-    return shape.pack([[*map(ids, shape.sizes, shape.lengths)] for _ in range(count)])
+    return SHAPE.pack([[*map(ids, SHAPE.sizes, SHAPE.lengths)] for _ in range(count)])
 
 
 def every_plan(shape: PlanShape) -> torch.Tensor:
@@ -83,9 +84,6 @@ def target_log_prob(model, *words: torch.Tensor) -> torch.Tensor:
     return -model.target_nll(*words).sum(1)
 
 
-# ---- plans as tensors ----
-
-
 def test_plans_are_packed_and_their_targets_are_the_next_ids():
     rows = [[[1, 2], [], [0, 1, 2, 8]], [[6, 0, 3], [4], []]]
     plan, no = SHAPE.pack(rows), -100
@@ -95,52 +93,44 @@ def test_plans_are_packed_and_their_targets_are_the_next_ids():
         [1, 2, 9, 9, no, 0, 1, 2, 8],
         [6, 0, 3, 4, 9, 9, no, no, no],
     ]
-    assert SHAPE.pack([]).shape == (0, 9) and len(every_plan(SEARCHED).unique(dim=0)) == 169
-    assert SHAPE.kind_C.tolist() == [0, 1, 2, 0, 0, 0, 1, 1, 2, 2, 2, 2]
-    assert SHAPE.order_C.tolist() == [0, 4, 7, 1, 2, 3, 5, 6, 8, 9, 10, 11]
-    assert SHAPE.position_C.tolist() == [0, 0, 0, 1, 2, 3, 1, 2, 1, 2, 3, 4]
-    assert SHAPE.order_C[SHAPE.input_P].tolist() == [0, 1, 2, 4, 5, 7, 8, 9, 10]
+    assert SHAPE.pack([]).shape == (0, 9) and len(every_plan(FEW).unique(dim=0)) == 169
 
 
 @pytest.mark.parametrize(
-    "slot, value, match",
+    "plan, match",
     [
-        (3, 5, "plan id 5 in slot 3: need ids from 0 to 4"),
-        (0, -2, "plan id -2 in slot 0: "),
-        (6, 1, "plan id 1 in slot 6: .*after a type's last one"),
+        ([0, -1, -1, 5, -1, -1, -1, -1, -1], "plan id 5 in slot 3: need ids from 0 to 4"),
+        ([-2, -1, -1, 0, -1, -1, -1, -1, -1], "plan id -2 in slot 0: "),
+        ([0, -1, -1, 0, -1, -1, 1, -1, -1], "plan id 1 in slot 6: .*after a type's last one"),
+        ([0, -1, -1, 0], r"need \(rows, 9\)"),
     ],
 )
-def test_wrong_plans_are_refused(slot, value, match):
-    model, plan, u = tiny_planner(), SHAPE.pack([[[0], [0], []]]), text(1, 3)
-    plan[0, slot] = value
-    for use in (
-        lambda: model.write(plan, 2),
-        lambda: model.executor_logits(plan, u),
-        lambda: model(u, plan_ids=plan),
-    ):
+def test_wrong_plans_are_refused(plan, match):
+    model, plan = tiny_planner(), torch.tensor([plan])
+    for use in (lambda: model.write(plan, 2), lambda: model(text(1, 3), plan_ids=plan)):
         with pytest.raises(CheckpointError, match=match):
             use()
-    with pytest.raises(CheckpointError, match=r"need \(rows, 9\)"):
-        model.write(plan[:, :4], 2)
     with pytest.raises(CheckpointError, match="3 types of at most"):
         SHAPE.pack([[[0] * 4, [], []]])
 
 
-# ---- who sees what ----
-
-
 @every_family
-def test_the_executor_never_sees_the_source(family):
-    model, plan, y = tiny_planner(family, straight_through=True), plans(3), text(3, 7, seed=9)
+def test_the_executor_sees_the_plan_and_the_text_so_far_and_never_the_source(family):
+    model, plan = tiny_planner(family, straight_through=True).train(), plans(3)
+    y, u = text(3, 9, seed=9), text(3, 8)
     a, *others = (
-        model.train()(u, plan_ids=plan, labels=y).logits
-        for u in (text(3, 8), text(3, 8, seed=5), text(3, 4, seed=6))
+        model(x, plan_ids=plan, labels=y).logits for x in (u, text(3, 8, seed=5), text(3, 4))
     )
     assert all(torch.equal(a, b) for b in others)
+    states, changed = model.plans(plan), y.clone()
+    changed[:, 4] = (y[:, 4] + 1) % 97
     with torch.no_grad():
-        again, other = (model(text(3, 8), plan_ids=z, labels=y).logits for z in (plan, plan - plan))
-    assert torch.equal(a, again), "the straight-through value is the concept's"
-    assert not torch.equal(a, other), "it does see the plan"
+        again, b = (model(u, plan_ids=plan, labels=x).logits for x in (y, changed))
+        assert torch.equal(a, again), "the straight-through value is the concept's"
+        assert torch.equal(a[:, :5], b[:, :5]) and not torch.equal(a[:, 5], b[:, 5])
+        assert not torch.equal(a, model.executor_logits(plan - plan, y)), "it does see the plan"
+        same = torch.where((plan == NULL)[..., None], torch.randn(states.shape), states)
+        assert torch.equal(a, model.executor_logits(plan, y, same)), "nobody sees an empty slot"
 
 
 @every_family
@@ -161,23 +151,6 @@ def test_the_planner_is_causal_and_types_in_parallel_are_apart(family, parallel)
 
 @every_family
 @torch.no_grad()
-def test_the_executor_is_causal_and_sees_no_empty_slot(family):
-    model, plan, y = tiny_planner(family), plans(2), text(2, 9)
-    changed = y.clone()
-    changed[:, 4] = (y[:, 4] + 1) % 97
-    a, b = model.executor_logits(plan, y), model.executor_logits(plan, changed)
-    assert torch.equal(a[:, :5], b[:, :5]) and not torch.equal(a[:, 5], b[:, 5])
-    states = model.plans(plan)
-    same = torch.where((plan == NULL)[..., None], torch.randn(states.shape), states)
-    assert torch.equal(a, model.executor_logits(plan, y, same)), "nobody sees an empty slot"
-    slots = prefix(model, SHAPE.pack([[[1, 2], [], [0, 1, 2, 8]]]))[1]
-    assert slots.position.tolist() == [[0, 0, 0, 0, 1, 2, 3, 1, 2, 1, 2, 3, 4, 4]]
-    order = slots.order.masked_fill(slots.order == NEVER, -1)
-    assert order.tolist() == [[0, 1, 5, 8, 2, 3, -1, -1, -1, 9, 10, 11, 12, 13]]
-
-
-@every_family
-@torch.no_grad()
 def test_a_source_is_read_as_the_base_reads_it(family):
     base, (u, mask) = tiny_base(family), sources()
     want = base(pad(u[1:2], (1, 0), value=1)).logits
@@ -185,26 +158,20 @@ def test_a_source_is_read_as_the_base_reads_it(family):
     source = model.source(u, mask)  # fresh LoRA changes nothing
     h = model.run(source.inputs_BnD, source.slots, source.slots)
     torch.testing.assert_close(Spine(model.backbone).logits(h)[1:2], want, **CLOSE)
-    assert source.slots.position[2, [0, -1]].tolist() == [0, 1]
-    assert (source.slots.order < NEVER).sum(1).tolist() == [4, 10, 2]
-
-
-# ---- rows and padding ----
 
 
 @every_family
 def test_a_row_is_what_it_is_alone(family):
     model, (u, mask), plan, y = tiny_planner(family), sources(), plans(3, seed=1), text(3, 6)
     y[1, 3:] = -100
-    together = log_prob(model, u, mask, plan), target_log_prob(model, plan, y)
-    for i in range(3):
-        row = plan[i : i + 1]
+    own, words = log_prob(model, u, mask, plan), target_log_prob(model, plan, y)
+    for i, row in enumerate(plan[:, None]):
         alone = log_prob(model, u[i : i + 1, mask[i] > 0], None, row)
-        torch.testing.assert_close(together[0][i : i + 1], alone, **CLOSE)
-        alone = target_log_prob(model, row, y[i : i + 1][:, y[i] >= 0])
-        torch.testing.assert_close(together[1][i : i + 1], alone, **CLOSE)
+        torch.testing.assert_close(own[i : i + 1], alone, **CLOSE)
+        alone = target_log_prob(model, row, y[i : i + 1, y[i] >= 0])
+        torch.testing.assert_close(words[i : i + 1], alone, **CLOSE)
     pads = torch.where(mask > 0, u, 5)
-    assert torch.equal(together[0], log_prob(model, pads, mask, plan)), "whatever id padding has"
+    assert torch.equal(own, log_prob(model, pads, mask, plan)), "whatever id padding has"
 
 
 def test_padding_may_stand_on_either_side_and_long_sources_keep_their_end():
@@ -215,22 +182,13 @@ def test_padding_may_stand_on_either_side_and_long_sources_keep_their_end():
     torch.testing.assert_close(log_prob(model, right, mask, plan), want, **CLOSE)
 
 
-# ---- cached = parallel ----
-
-
-@pytest.mark.parametrize(
-    "family, parallel, attention",
-    [
-        *((family, parallel, "sdpa") for family in FAMILIES for parallel in (False, True)),
-        ("mistral", False, "eager"),
-    ],
-)
-def test_planning_with_a_cache_is_planning_without(family, parallel, attention):
+@every_kernel
+@both_ways
+def test_planning_with_a_cache_is_planning_without(family, attention, parallel):
     model, (u, mask) = tiny_planner(family, attention, parallel=parallel), sources()
     context = model.encode_source(u, mask)
     for options in ({"do_sample": True, "generator": seeded(3)}, {"num_beams": 4}):
         plan, score = model.plan(u, mask, num_return=4, **options)
-        assert plan.shape == (3, 4, 9)
         flat = plan.flatten(0, 1)
         assert len(SHAPE.counts(flat).unique(dim=0)) > 2, "plans of many lengths"
         each = (x.repeat_interleave(4, 0) for x in (u, mask))
@@ -241,9 +199,7 @@ def test_planning_with_a_cache_is_planning_without(family, parallel, attention):
             torch.testing.assert_close(shared, want, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "family, attention", [*((family, "sdpa") for family in FAMILIES), ("gemma3_text", "eager")]
-)
+@every_kernel
 def test_writing_with_a_cache_is_writing_without(family, attention):
     model, plan = tiny_planner(family, attention), plans(3, seed=3)
     for i, ids in enumerate(model.write(plan, 6)):
@@ -256,23 +212,21 @@ def test_writing_with_a_cache_is_writing_without(family, attention):
 
 @torch.no_grad()
 def greedy(model: PlannerForCausalLM, u: torch.Tensor) -> torch.Tensor:
-    """The specification of `plan`, one row: everything again for every step, with all concepts of a
-    step at once."""
+    """The specification of `plan`, one row: everything again for every step."""
     shape, plan = model.plans.shape, torch.full((1, model.plans.shape.slots), NULL)
     for i, length in enumerate(shape.lengths):
         count, first, ended = 0, int(shape.first_I[i]), False
         while count < length and not ended:
-            anchor = shape.counts(plan) if model.probes is not None else None
+            anchor = None if model.probes is None else shape.counts(plan)
             h = model.plan_states(plan, model.source(u), anchor)
             logits = [model.slot_logits(h)[0, first + count]]
             if anchor is not None:
                 queries = h[0, shape.types + shape.slots :].unflatten(0, (shape.types, -1))
                 logits += model.plans.logits(model.normed(queries[i]), torch.tensor([i]))
-            for logits_M in logits[: length - count]:
-                ended = int(logits_M.argmax()) == shape.eos
-                if ended:
+            for concept in map(torch.argmax, logits[: length - count]):
+                if ended := int(concept) == shape.eos:
                     break
-                plan[0, first + count] = logits_M.argmax()
+                plan[0, first + count] = concept
                 count += 1
     return plan
 
@@ -292,28 +246,22 @@ def test_greedy_plans_are_those_of_the_specification(family, multi_token, parall
 
 @both_ways
 @torch.no_grad()
-def test_queries_are_seen_by_nobody_else(parallel):
+def test_queries_are_seen_by_nobody_else_and_see_nothing_after_their_concept(parallel):
     model, plan = tiny_planner(multi_token=3, parallel=parallel), plans(3, seed=1)
-    source, counts = model.source(*sources()), SHAPE.counts(plan)
-    h, with_queries = (model.plan_states(plan, source, x) for x in (None, counts // 2))
-    assert h.shape[1] == 12 and with_queries.shape[1] == 12 + 3 * 2
-    torch.testing.assert_close(h, with_queries[:, :12], **CLOSE)
+    source, anchor = model.source(*sources()), torch.zeros(3, 3, dtype=torch.long)
     changed = torch.cat([plan[:, :5], plans(3, seed=2)[:, 5:]], 1)  # type 2
-    a, b = (model.plan_states(x, source, counts * 0)[:, 12:] for x in (plan, changed))
-    assert torch.equal(a, b), "a query sees nothing after the concept that it stands at"
-
-
-# ---- search ----
+    a, b = (model.plan_states(x, source, anchor) for x in (plan, changed))
+    torch.testing.assert_close(a[:, :12], model.plan_states(plan, source), **CLOSE)
+    assert a.shape[1] == 12 + 3 * 2 and torch.equal(a[:, 12:], b[:, 12:])
 
 
 @both_ways
 def test_search_against_all_plans_there_are(parallel):
-    model, everything = tiny_planner(shape=SEARCHED, parallel=parallel), every_plan(SEARCHED)
+    model, everything = tiny_planner(shape=FEW, parallel=parallel), every_plan(FEW)
     context = model.encode_source(*left_padded([text(1, 4), text(1, 2, seed=1)]))
     score = model.plan_log_prob(everything.repeat(2, 1), context).view(2, -1).detach()
     torch.testing.assert_close(score.exp().sum(1), torch.ones(2), atol=1e-5, rtol=0)
-    best, order = score.sort(dim=1, descending=True)
-    count = len(everything)
+    (best, order), count = score.sort(dim=1, descending=True), len(everything)
     plan, scores = PlanSearch(num_beams=count, num_return=count)(model, context)
     torch.testing.assert_close(scores, best, **CLOSE)
     for i in range(2):
@@ -327,8 +275,8 @@ def test_search_against_all_plans_there_are(parallel):
 
 @both_ways
 def test_samples_come_as_often_as_the_model_says(parallel):
-    model, u = tiny_planner(shape=SEARCHED, parallel=parallel), text(1, 3)
-    everything = every_plan(SEARCHED)
+    model, u = tiny_planner(shape=FEW, parallel=parallel), text(1, 3)
+    everything = every_plan(FEW)
     draw = {"do_sample": True, "generator": seeded()}
     drawn, _ = model.plan(u, num_return=1000, **draw)
     p = model.plan_log_prob(everything, model.encode_source(u)).exp()
@@ -344,17 +292,17 @@ def test_diverse_beams_differ_and_plans_keep_to_their_budget(parallel):
     model, (u, mask) = tiny_planner(parallel=parallel), sources()
     for row in model.plan(u, mask, num_return=5, diversity=50.0)[0]:
         assert len(row[:, 0].unique()) == 5, "all begin with another concept or with none"
-    for budget, lengths in (([1, 2, 2], (1, 2, 2)), ([1], (1, 1, 1)), ([0], (0, 0, 0))):
-        model.limit(budget)
-        for options in ({}, {"num_beams": 3}, {"do_sample": True}):
-            counts = SHAPE.counts(model.plan(u, mask, **options)[0][:, 0])
-            assert (counts <= torch.tensor(lengths)).all()
-    for wrong in ([1, 1], [-1]):
-        with pytest.raises(RecipeError, match=r"a budget of .* each of 3 types"):
-            model.limit(wrong)
     for wrong in ({"temperature": 0.0}, {"num_beams": 0}, {"num_return": 0}, {"diversity": -1.0}):
         with pytest.raises(RecipeError, match="need above 0"):
             model.plan(u, mask, **wrong)
+    for wrong in ([1, 1], [-1]):
+        with pytest.raises(RecipeError, match=r"a budget of .* each of 3 types"):
+            model.limit(wrong)
+    searches = ({}, {"num_beams": 3}, {"do_sample": True})
+    for budget, options in itertools.product(([1, 2, 2], [1], [0]), searches):
+        model.limit(budget)
+        counts = SHAPE.counts(model.plan(u, mask, **options)[0][:, 0])
+        assert (counts <= torch.tensor(budget)).all()
 
 
 def test_generate_plans_and_then_writes():
@@ -368,17 +316,11 @@ def test_generate_plans_and_then_writes():
     assert a == b != c
 
 
-# ---- training ----
-
-
 def learned(model: PlannerForCausalLM) -> set[str]:
     """Which parts have a gradient that is not 0."""
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {
-        "planner" if ".planner." in n else "executor" if ".executor." in n else n
-        for n, grad in grads.items()
-        if grad.abs().sum() > 0
-    }
+    names = {n for n, grad in grads.items() if grad.any()}
+    return {next((part for part in ("planner", "executor") if f".{part}." in n), n) for n in names}
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
@@ -401,7 +343,7 @@ def test_gradients_reach_what_they_are_for(straight_through):
 
 
 @torch.no_grad()
-def test_losses_are_the_sums_they_say_and_each_adapter_is_its_own():
+def test_losses_are_the_sums_they_say():
     model, plan, u, y = tiny_planner(plan_weight=0.5), plans(3), text(3, 6), text(3, 5)
     y[0, 2:] = -100
     out, tokens = model(u, plan_ids=plan, labels=y), int((y >= 0).sum())
@@ -414,11 +356,6 @@ def test_losses_are_the_sums_they_say_and_each_adapter_is_its_own():
     torch.testing.assert_close(half, out.loss / 2)
     torch.testing.assert_close(model(u, plan_ids=plan).loss, out.plan_nll)
     assert torch.equal(model(u, labels=y).plan_ids, model.plan(u)[0][:, 0])
-    for n, p in model.named_parameters():
-        if ".executor." in n:
-            p.mul_(3)
-    assert torch.equal(log_prob(model, u, None, plan), before[0])
-    assert not torch.equal(target_log_prob(model, plan, y), before[1])
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
@@ -430,28 +367,18 @@ def test_probes_of_signals_are_a_term_of_the_loss_and_move_the_concepts(straight
     out, plain = (model(u, plan_ids=plan, labels=y, signals=x) for x in (labels, None))
     assert plain.signal_nll is None and torch.equal(out.logits, plain.logits), "nobody reads them"
     torch.testing.assert_close(out.loss, plain.loss + 0.5 * out.signal_nll)
-    means = [
-        codes.weight[codes.row_IM[i, ids]].mean(0) if ids else 0 * codes.mean
-        for row in SHAPE.unpack(plan)
-        for i, ids in enumerate(row)
-    ]
-    means = torch.stack(means).view(3, -1)
-    torch.testing.assert_close(out.signal_nll, sum(model.signals(means, labels).values()))
+    rows = [codes.row_IM[i, ids] for row in SHAPE.unpack(plan) for i, ids in enumerate(row)]
+    means = torch.stack([codes.weight[x].sum(0) / max(len(x), 1) for x in rows])
+    nll = model.signals(means.view(3, -1), labels).values()
+    torch.testing.assert_close(out.signal_nll, sum(nll))
     out.signal_nll.backward()
-    assert {"signals.linear.weight", "plans.weight"} <= learned(model)
-    assert "executor" not in learned(model)
-    assert ("planner" in learned(model)) == straight_through
-    read = {x for row in SHAPE.unpack(plan) for x in row[0]}
-    changed = {int(x) for x in codes.weight.grad[:7].abs().sum(1).nonzero()}
-    assert changed == (set(range(7)) if straight_through else read), "what is read, or may be"
+    reached = learned(model)
+    assert {"signals.linear.weight", "plans.weight"} <= reached and "executor" not in reached
+    assert ("planner" in reached) == straight_through
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"parallel": True, "multi_token": 2, "plan_weight": 0.3, "plan_dropout": 0.4}],
-    ids=str,
-)
-def test_the_planners_gradients_are_taken_early_and_nothing_is_kept(changes, monkeypatch):
+def test_the_planners_gradients_are_taken_early_and_nothing_is_kept(monkeypatch):
+    changes = {"parallel": True, "multi_token": 2, "plan_weight": 0.3, "plan_dropout": 0.4}
     (u, mask), y = sources(), text(3, 6, seed=2)
 
     def gradients() -> tuple[dict[str, torch.Tensor], int]:
@@ -476,33 +403,8 @@ def test_the_planners_gradients_are_taken_early_and_nothing_is_kept(changes, mon
         torch.testing.assert_close(early[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"parallel": True, "multi_token": 2, "straight_through": True}], ids=str
-)
-def test_texts_come_back_through_plans_and_not_through_others(changes):
-    """A tiny model learns to plan a few sources and to write their texts, and writes another's text
-    from another's plan."""
-    torch.manual_seed(0)
-    model = tiny_planner(lora_rank=8, layers=2, **changes).train()
-    plan, u, y = plans(5, seed=5), text(5, 5), text(5, 6, seed=1)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(u, plan_ids=plan, labels=y).loss.backward()
-        optimizer.step()
-    model.eval()
-    # Queries, which learn at random positions, are less sure: 0.96 seen after 60 steps, 0.2 before.
-    assert (model.plan(u)[0][:, 0] == plan).float().mean() > (0.8 if changes else 0.999)
-    for by in (0, 1):
-        assert model.write(plan.roll(by, 0), 6) == y.roll(by, 0).tolist()
-
-
-# ---- saving ----
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention):
-    torch.manual_seed(0)
     sizes = {"plan_sizes": SHAPE.sizes, "plan_lengths": SHAPE.lengths}
     config = PlannerConfig(base=str(base_folder), multi_token=2, seed=3, plan_signals=0.1, **sizes)
     model = PlannerForCausalLM.from_base(config, attention=attention).eval()
@@ -510,18 +412,15 @@ def test_saved_and_loaded_it_is_the_same(base_folder, tmp_path, attention):
     with torch.no_grad():
         model.signals.linear.weight.fill_(0.25)
         model.plans.weight[:7].mul_(1.5)
-    model.save_pretrained(tmp_path / "m")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation=attention)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
     assert type(again) is PlannerForCausalLM is MODELS["planner"] and again.plans.shape == SHAPE
-    state, other = model.own_state(), again.own_state()
-    assert state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
+    other = again.own_state()
+    assert all(torch.equal(value, other[key]) for key, value in model.own_state().items())
     u, plan = text(2, 6), plans(2)
     assert torch.equal(model.plan(u)[0], again.plan(u)[0])
     assert model.write(plan, 4) == again.write(plan, 4)
-    small = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
-    size = (tmp_path / "m" / "model.safetensors").stat().st_size
-    assert size < small * 1.2 + 20_000, "own weights only"
-    half = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.plans.weight.dtype == torch.float32
     assert half.plan_logits(plan, half.source(u)).dtype == torch.float32
     assert half.generate(u, max_new_tokens=2).shape[0] == 2

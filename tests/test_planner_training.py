@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import byte_tokenizer, ctrl_c, metrics, run, sememe
+from conftest import ctrl_c, metrics, run, sememe
 from plan_runs import planner_recipe, write_pairs
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.concepts.plan import PlanShape
@@ -42,9 +42,8 @@ def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path):
     values["plan"] |= {"straight_through": True, "multi_token": 2, "signals": 0.5}
     values["plan"] |= {"sizes": [2, 6], "begins": "words", "dropout": 0.3}
     file = Path(values["data"]["train"])
-    content = file.read_text().replace("the cat sat on a mat", "a cat sat")
-    content = content.replace("dogs dig up old bones", "the dog sat")
-    file.write_text(content.replace("we sail at", "a dog ran"))
+    content = file.read_text().replace("the cat sat on a mat", "a cat sat")  # words in common
+    file.write_text(content.replace("dogs dig", "the dog sat").replace("we sail at", "a dog ran"))
     whole = run(values, tmp_path / "whole")
     with ctrl_c(5), pytest.raises(Interrupted, match="stopped at step 5 of 8"):
         run(values, tmp_path / "parts")
@@ -64,13 +63,11 @@ def test_resume_is_uninterrupted_and_so_are_the_plans(values, tmp_path):
 def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     """In the warm-up the planner stands still; then it learns; then E-steps, over the pairs that
     come next."""
-    seen, weights = [], []
+    seen, weights, real = [], [], plans.HardEM.on_step_begin
 
     def fake(model, pairs, plan_NP, index_n, em, seed, tick):
-        seen.append((index_n.tolist(), seed, em))
+        seen.append((index_n.tolist(), seed))
         return {"em_flips": 0.0}
-
-    real = plans.HardEM.on_step_begin
 
     def spy(self, args, state, control, model=None, **kwargs):
         real(self, args, state, control, model=model, **kwargs)
@@ -84,37 +81,32 @@ def test_stages_and_when_plans_are_searched_for(values, tmp_path, monkeypatch):
     order = pairs_of(values).order_n.tolist()
     next_pairs = [list(dict.fromkeys(order[start : start + 8]))[:3] for start in (16, 24)]
     assert [x[0] for x in seen] == next_pairs and seen[0][1] != seen[1][1]
-    assert seen[0][2] == check_recipe(values, "test").em
     assert [x for x, _ in weights] == [0.0, 0.0, *[1.0] * 6]
     before, warm, later = (weights[step][1] for step in (0, 2, 4))
-    planner = [n for n in before if ".planner." in n]
+    planner, executor = ([n for n in before if part in n] for part in (".planner.", ".executor."))
     assert planner and all(torch.equal(before[n], warm[n]) for n in planner)
-    assert not all(torch.equal(warm[n], later[n]) for n in planner)
-    assert not all(torch.equal(before[n], warm[n]) for n in before if ".executor." in n)
+    assert not any(torch.equal(warm[n], later[n]) for n in planner if "lora_B" in n)
+    assert not all(torch.equal(before[n], warm[n]) for n in executor)
     assert load_model(tmp_path / "r")[0].config.plan_weight == 1.0
 
 
-def test_the_control_trains_on_the_same_pairs_in_the_same_order_and_sees_the_source(
-    values, tmp_path, monkeypatch
-):
-    seen: dict[str, list] = {"planner": [], "control": []}
-    real = ConceptTrainer.compute_loss
+def test_the_control_trains_on_the_same_pairs_with_the_source(values, tmp_path, monkeypatch):
+    seen, real = {"planner": [], "control": []}, ConceptTrainer.compute_loss
 
     def spy(self, model, inputs, *args, **kwargs):
-        rows = []
-        masks = inputs["attention_mask"].bool()
-        for ids, mask, labels in zip(inputs["input_ids"], masks, inputs["labels"], strict=True):
-            y, u = labels[labels != IGNORED].tolist(), ids[mask].tolist()
-            if self.run.recipe.system == "control":
+        names, system, rows = ("input_ids", "attention_mask", "labels"), self.run.recipe.system, []
+        for ids, mask, labels in zip(*map(inputs.get, names), strict=True):
+            y, u = labels[labels != IGNORED].tolist(), ids[mask.bool()].tolist()
+            if system == "control":
                 assert u[0] == 1 and u[len(u) - len(y) :] == y, "BOS, u, y; the loss on y alone"
                 u = u[1 : len(u) - len(y)]
             rows.append((u, y))
-        seen[self.run.recipe.system].append(rows)
+        seen[system].append(rows)
         return real(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(ConceptTrainer, "compute_loss", spy)
-    values = values | {"curriculum": [4, 0.5]}
-    planner, control = (run({**values, "system": x}, tmp_path / x) for x in seen)
+    values["curriculum"] = [4, 0.5]
+    planner, control = (run(values | {"system": x}, tmp_path / x) for x in seen)
     assert seen["planner"] == seen["control"] and len(seen["control"]) == 8
     longest = [max(len(y) for _, y in rows) for rows in seen["planner"]]
     assert longest[:3] == [4, 9, 14], "short texts first"
@@ -139,74 +131,49 @@ def test_the_controls_nll_is_the_loss_of_the_target_alone(values, tmp_path):
 
 
 def test_gradient_accumulation_is_one_batch(values, tmp_path):
-    """Equal up to the order of sums: every target token counts once, the first of each too. Plans
-    weigh by part: few differ."""
+    """Every target token counts once, the first of each too. Plans weigh by part: few differ."""
     values |= {"steps": 2, "lora": {"rank": 4}, "em": {"stages": [1.0, 1], "every": 0}}
     whole, parts = (run({**values, "gradient_accumulation": n}, tmp_path / str(n)) for n in (1, 2))
     assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], abs=1e-5)
     assert whole[0]["loss"] == pytest.approx(whole[0]["target_nll"], abs=1e-5)
 
 
-def test_plain_text_is_cut_and_bf16_trains(base_folder, texts, tmp_path):
+def test_plain_text_and_bf16_train(base_folder, texts, tmp_path):
     values = planner_recipe(base_folder, texts) | {"precision": "bf16", "steps": 4}
     values["data"] = {"train": str(texts[0]), "heldout": str(texts[1]), "source_share": 0.25}
     lines = run(values, tmp_path / "r")
     assert any("em_score" in x for x in lines)
     assert metrics(tmp_path / "r")[-1]["heldout_nll_empty"] > 0
-    pairs = pairs_of(values).pairs
-    there_NY = pairs.target_NY != IGNORED
-    assert len(pairs) == 16 and float(there_NY.sum(1).float().mean()) > 18
-    source, target = (
-        pairs.source_NU[0, pairs.source_mask_NU[0] > 0],
-        pairs.target_NY[0, there_NY[0]],
-    )
-    text = byte_tokenizer().decode(torch.cat([source, target]), skip_special_tokens=True)
-    assert texts[0].read_text().startswith(text)
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"system": "online"}, "system = online cannot have pairs of data"),
-        ({"gradient_checkpointing": True}, "system = planner cannot have gradient_checkpointing"),
-        ({"distil": 0.5}, "system = planner cannot have distil"),
-    ],
-)
-def test_options_that_a_system_cannot_have_are_one_sentence(values, tmp_path, changes, said):
-    with pytest.raises(RecipeError, match=said) as caught:
-        run(values | changes, tmp_path / "r")
-    assert "\n" not in str(caught.value) and not (tmp_path / "r").exists()
 
 
 def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path, monkeypatch):
-    def refused(error, match: str, data: dict | None = None, **changes) -> None:
-        changed = values | {"data": values["data"] | (data or {})} | changes
-        with pytest.raises(error, match=match):
-            run(changed, tmp_path / "r")
-
-    def rows(*pairs: tuple[str, str]) -> dict:
-        file = tmp_path / "other.jsonl"
+    def rows(name: str, *pairs: tuple[str, str]) -> dict:
+        file = tmp_path / f"{name}.jsonl"
         lines = (json.dumps({"instruction": u, "response": y}) + "\n" for u, y in pairs)
         file.write_text("".join(lines))
         return {"train": str(file)}
 
-    refused(RecipeError, "gradient_checkpointing = true with system", gradient_checkpointing=True)
-    refused(RecipeError, "distil = 0.5 with system = planner", distil=0.5)
     fields = {"fields": ["prompt", "response"]}
-    refused(DataError, "line 1 has no field 'prompt'", fields)
-    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
-    refused(DataError, "holds the same bytes", {"heldout": str(tmp_path / "copy.jsonl")})
-    same = rows(*((f"say {n}", "the same") for n in range(8)))
-    refused(DataError, "all get the same plan", same)
-    refused(DataError, "need more words", same, plan=values["plan"] | {"begins": "words"})
-    limits = {"source_length": 200, "target_length": 100, "system": "control"}
-    match = r"got 200 tokens of text and 100 beside them, .* positions for 255.*source_length=155"
-    refused(DataError, match, rows(("x" * 200, "y" * 100)), **limits)
-    match = r"255 tokens of text .*try: target_length="
-    refused(DataError, match, rows(("x", "y" * 255)), target_length=255)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(RecipeError, r"system = planner cannot have several processes")
-    monkeypatch.delenv("WORLD_SIZE")
+    same = rows("same", *((f"say {n}", "the same") for n in range(8)))
+    words = {"plan": values["plan"] | {"begins": "words"}}
+    long, longer = rows("long", ("x" * 200, "y" * 100)), rows("longer", ("x", "y" * 255))
+    both = {"source_length": 200, "target_length": 100, "system": "control"}
+    no_room = r"got 200 tokens of text and 100 beside them, .* positions for 255.*source_length=155"
+    for error, match, data, changes in (
+        (RecipeError, "system = online cannot have pairs of data", {}, {"system": "online"}),
+        (RecipeError, "cannot have gradient_checkpointing", {}, {"gradient_checkpointing": True}),
+        (RecipeError, "system = planner cannot have distil", {}, {"distil": 0.5}),
+        (DataError, "line 1 has no field 'prompt'", fields, {}),
+        (DataError, "all get the same plan", same, {}),
+        (DataError, "need more words", same, words),
+        (DataError, no_room, long, both),
+        (DataError, "255 tokens of text .*try: target_length=", longer, {"target_length": 255}),
+        (RecipeError, "system = planner cannot have several processes", {}, {}),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", "2" if "processes" in match else "1")
+        with pytest.raises(error, match=match) as caught:
+            run(values | {"data": values["data"] | data} | changes, tmp_path / "r")
+        assert "\n" not in str(caught.value)
     assert not (tmp_path / "r").exists(), "nothing is written for a run that cannot start"
 
 
@@ -214,22 +181,19 @@ def test_a_sweep_compares_planners_with_their_control(values, tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "s"
     recipe.write_text(check_recipe(values, "test").yaml())
     sememe("sweep", recipe, "em.every=0,2", "--control", "--out", out, "--tokens", 64)
-    runs = {entry["name"]: entry for entry in json.loads((out / "sweep.json").read_text())["runs"]}
-    assert list(runs) == ["control", "planner_em.every-0", "planner_em.every-2"]
-    for name, trained in runs.items():
-        figures = trained["figures"]
-        assert trained["trained_tokens"] == metrics(out / name)[-1]["tokens"]
-        if name == "control":
-            continue
-        difference = figures["nll"] - figures["control_nll"]
-        assert figures["delta_nll_control"] == pytest.approx(difference, abs=1e-5)
+    control, *planners = json.loads((out / "sweep.json").read_text())["runs"]
+    names = ["control", "planner_em.every-0", "planner_em.every-2"]
+    assert [entry["name"] for entry in (control, *planners)] == names
+    for entry in planners:
+        assert entry["trained_tokens"] == control["trained_tokens"]
+        figures, nll = entry["figures"], control["figures"]["nll"]
+        assert figures["delta_nll_control"] == pytest.approx(figures["nll"] - nll, abs=1e-5)
 
 
 def test_the_meter_counts_first_and_divides_once():
     """Two batches in one interval, all ids of a type alike to the planner; a type that ends early
     asks for its `<EOS>`, and for nothing after it."""
-    shape = PlanShape((3, 5), (1, 2))
-    meter = plans.PlanMeter(shape)
+    meter = plans.PlanMeter(shape := PlanShape((3, 5), (1, 2)))
     for plan_BP in (shape.pack([[[0], [4]], [[2], [1, 3]]]), shape.pack([[[0], []]])):
         logits = torch.zeros(len(plan_BP), 3, 6)
         logits[:, 0, 3:5] = -torch.inf  # type 0 has three ids
@@ -237,13 +201,15 @@ def test_the_meter_counts_first_and_divides_once():
         out = PlannerOutput(plan_logits=logits, plan_ids=plan_BP, **losses)
         meter.see(out, torch.zeros(len(plan_BP), 4, dtype=torch.long))
     figures = meter.read()
-    entropy = [math.log(4), math.log(6), math.log(6)]
-    assert figures["plan_entropy_by_slot"] == pytest.approx(entropy)
-    assert figures["plan_max_prob_by_slot"] == pytest.approx([1 / 4, 1 / 6, 1 / 6])
-    assert figures["plan_match"] == 2 / 8, "the first id is the first choice: type 0 of two plans"
-    assert figures["target_nll"] == 1 and figures["plan_nll"] == 2
-    assert figures["plan_ids_used"] == [2, 3]
-    assert figures["plan_largest_share"] == pytest.approx([2 / 3, 1 / 3])
-    two_of_three = math.exp(math.log(3) - 2 / 3 * math.log(2))
-    assert figures["plan_perplexity"] == pytest.approx([two_of_three, 3.0])
+    for name, want in {
+        "plan_entropy_by_slot": [math.log(4), math.log(6), math.log(6)],
+        "plan_max_prob_by_slot": [1 / 4, 1 / 6, 1 / 6],
+        "plan_match": 2 / 8,  # the first id is the first choice: type 0 of two plans
+        "target_nll": 1,
+        "plan_nll": 2,
+        "plan_ids_used": [2, 3],
+        "plan_largest_share": [2 / 3, 1 / 3],
+        "plan_perplexity": [3 / 2 ** (2 / 3), 3.0],
+    }.items():
+        assert figures[name] == pytest.approx(want), name
     assert meter.read() == {}, "an interval is read once"

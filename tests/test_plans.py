@@ -1,9 +1,10 @@
-"""What plans are worth, on a planner that has learned a task by them: evaluate, ablate, and what
-they refuse."""
+"""What plans are worth, on a planner that has learned a task by them, with all that is harder than
+the default (test_doctor trains that): evaluate, ablate, and what they refuse."""
 
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,16 +13,10 @@ import torch
 from conftest import run, sememe, tiny_recipe
 from plan_runs import SAID, planner_recipe, write_pairs
 from sememe.concepts.plan import NULL, PlanShape
-from sememe.errors import DataError, SememeError
+from sememe.errors import DataError
 from sememe.evaluation import ablation, plans
 from sememe.evaluation.answers import Answers, final_sentence
-from sememe.evaluation.plans import (
-    IGNORED,
-    evaluate_plans,
-    other_plans,
-    signal_figures,
-    target_nll,
-)
+from sememe.evaluation.plans import IGNORED, evaluate_plans, other_plans, signal_figures
 from sememe.evaluation.subject import Options, Subject
 from sememe.generate import edit_plan
 from sememe.measure import ablate
@@ -32,22 +27,17 @@ SHAPE = PlanShape((4, 6), (1, 2))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, base_folder):
-    """A planner that has learned, and the control on the same pairs."""
+def runs(tmp_path_factory, base_folder, texts):
+    """A planner that has learned, the control on the same pairs, and one on plain text."""
     folder = tmp_path_factory.mktemp("plans")
-    values = planner_recipe(base_folder, write_pairs(folder)) | {
-        "steps": 40,
-        "batch_size": 8,
-        "learning_rate": 2e-2,
-        "concept_learning_rate": 2e-2,
-        "lora": {"rank": 8},
-        "heldout_every": 40,
-        "save_every": 40,
-        "heldout_tokens": 160,
-    }
+    values = planner_recipe(base_folder, write_pairs(folder)) | {"steps": 40, "batch_size": 8}
+    values |= {"heldout_every": 40, "save_every": 40, "heldout_tokens": 160, "lora": {"rank": 8}}
+    values |= {"learning_rate": 2e-2, "concept_learning_rate": 2e-2}
+    values["plan"] |= {"parallel": True, "multi_token": 2, "straight_through": True}
     values["em"] |= {"every": 10}
     run(values, folder / "r")
     run(values | {"system": "control", "steps": 12}, folder / "r-control")
+    run(tiny_recipe(base_folder, texts) | {"system": "control", "steps": 1}, folder / "plain")
     return folder
 
 
@@ -58,7 +48,7 @@ def loaded(runs):
 
 
 def test_the_task_is_solved_through_the_plan(runs):
-    """Sources in words that were never trained on. 0.3 nats and more were seen at each place; a
+    """Sources in words that were never trained on. 0.8 nats and more were seen at each place; a
     planner that its executor ignores has 0.0."""
     lines = map(json.loads, (runs / "r" / "metrics.jsonl").read_text().splitlines())
     last = {key: value for line in lines for key, value in line.items()}
@@ -66,86 +56,57 @@ def test_the_task_is_solved_through_the_plan(runs):
     assert last["delta_nll_shuffle"] > 0.2 and last["delta_nll_random"] > 0.2
     assert last["heldout_plan_ids_used"][0] == 4, "four sentences, four ids"
     assert last["target_nll"] < 2.0 and last["plan_nll"] < 0.5
-    for key in ("em_margin", "em_flips", "em_score", "plan_entropy", "soft_hard_cosine"):
-        assert math.isfinite(last[key]), key
-
-
-def test_the_executor_sees_the_plan_and_not_the_source(loaded, monkeypatch):
-    model, pairs = loaded[0].model, loaded[1]
-    plan_NP = greedy_plans(model, pairs)
-    source_NU, mask_NU = pairs.source_NU.roll(1, 0), pairs.source_mask_NU.roll(1, 0)
-    other = PairTensors(source_NU, mask_NU, pairs.target_NY)
-    assert not torch.equal(plan_NP, greedy_plans(model, other))
-    own_NY = target_nll(model, pairs, plan_NP)
-    same_NY, other_NY = (
-        target_nll(model, other, plan_NP),
-        target_nll(model, pairs, plan_NP.roll(1, 0)),
-    )
-    assert torch.equal(own_NY.nan_to_num(), same_NY.nan_to_num()), "u changed, z held"
-    assert not torch.equal(own_NY.nan_to_num(), other_NY.nan_to_num())
-    with torch.no_grad():
-        want_N = model.target_nll(plan_NP, pairs.target_NY).sum(1)
-    for batch in (1, 3):
-        monkeypatch.setattr(plans, "PAIRS", batch)
-        nll_NY = target_nll(model, pairs, plan_NP)
-        assert nll_NY.nansum(1).tolist() == pytest.approx(want_N.tolist(), rel=1e-4)
 
 
 def test_plans_that_lie():
     plan = SHAPE.pack([[[0], [1, 2]], [[3], []], [[1], [5]], [[], [4, 4]]])
-    kinds = ("shuffle", "random", "empty")
-    shuffled, random, empty = (other_plans(plan, SHAPE, kind) for kind in kinds)
+    shuffled, random = (other_plans(plan, SHAPE, kind) for kind in ("shuffle", "random"))
     for other in (shuffled, random):
         assert torch.equal(other == NULL, plan == NULL), "lengths stay"
         SHAPE.check(other)
     for i in range(2):
         ids = (x.split(SHAPE.lengths, 1)[i].flatten().sort().values for x in (shuffled, plan))
         assert torch.equal(*ids), "within a type"
-    assert bool((empty == NULL).all())
+    assert bool((other_plans(plan, SHAPE, "empty") == NULL).all())
     assert torch.equal(other_plans(plan, SHAPE, "swap"), plan[[1, 2, 3, 0]])
     assert not torch.equal(other_plans(plan, SHAPE, "random", 1), random)
 
 
-def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded):
+def test_evaluate_gives_all_figures_together_over_equal_tokens(runs, loaded, monkeypatch):
     words = ("--tokens", 160, "--json", runs / "e.json")
     printed = sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
     result = json.loads((runs / "e.json").read_text())
     assert json.loads((runs / "r" / "evaluate.json").read_text()) == result
-    names = ["planner", "posterior", "shuffle", "random", "empty", "source (control)"]
     given = {line["given"]: line for line in result["given"]}
-    assert [*given] == names
+    assert [*given] == ["planner", "posterior", "shuffle", "random", "empty", "source (control)"]
     assert given["planner"]["nll"] == result["nll"] < given["empty"]["nll"] - 0.2
     assert given["shuffle"]["delta_nll"] > 0.2
     assert result["nll_posterior"] == given["posterior"]["nll"]
     assert given["posterior"]["plan_nats_per_token"] > 0
-    pairs = loaded[1]
+    model, pairs = loaded[0].model, loaded[1]
     assert result["tokens"] == int((pairs.target_NY != IGNORED).sum()) and result["pairs"] == 8
     assert result["delta_nll_control"] == pytest.approx(result["nll"] - result["control_nll"])
-    assert result["data"] == str(runs / "heldout.jsonl") and result["system"] == "planner"
     bits = result["nll"] * result["tokens"] / math.log(2)
     num_bytes = 2 * sum(map(len, SAID.values()))
     assert result["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-6)
     assert len(result["samples"]) == 3 and result["samples"][0]["target"] == SAID["aa"]
-    assert "posterior" not in {line["given"] for line in evaluate_plans(*loaded, None)["given"]}
-    for word in ("planner", "posterior", "empty", "plan_ids_used"):
-        assert word in printed
+    want = model.target_nll(greedy_plans(model, pairs), pairs.target_NY).sum() / result["tokens"]
+    monkeypatch.setattr(plans, "PAIRS", 3)
+    again = evaluate_plans(*loaded, None)
+    assert again["nll"] == pytest.approx(float(want), rel=1e-4) == result["nll"], "in any batches"
+    assert "posterior" not in {line["given"] for line in again["given"]}
     alone = sememe("evaluate", runs / "r-control", *words)
     control = json.loads((runs / "e.json").read_text())
     assert control["nll"] == pytest.approx(result["control_nll"]) and "source" in alone
+    assert "posterior" in printed and "report:" in sememe("report", runs / "r")
+    sememe("evaluate", runs / "r" / "model", "--data", runs / "heldout.jsonl", "--tokens", 40)
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("Every bim is a dol. Velko is a dol.", ["velko", "is", "dol"]),
-        ("So it is 3 + 4.\n#### 7\n", ["7"]),
-        ("Yes! No", ["no"]),
-        ("", []),
-        ("It cost 3.50. He paid 3.50", ["he", "paid", "350"]),
-    ],
-)
-def test_an_answer_is_the_final_sentence(text, words):
-    assert final_sentence(text) == words
+def test_an_answer_is_the_final_sentence():
+    assert final_sentence("Every bim is a dol. Velko is a dol.") == ["velko", "is", "dol"]
+    assert final_sentence("It cost 3.50. He paid 3.50") == ["he", "paid", "350"]
+    assert final_sentence("So it is 3 + 4.\n#### 7\n") == ["7"]
+    assert final_sentence("Yes! No") == ["no"] and final_sentence("") == []
 
 
 def test_right_answers_are_counted(runs, loaded):
@@ -161,36 +122,23 @@ def test_right_answers_are_counted(runs, loaded):
     others = [*texts[:6], "the cat", "The fish in this lake!"]
     assert answers.right(partial(written, others)) == 0.75
     width = int((pairs.target_NY != IGNORED).sum(1).min())
-    cut = PairTensors(pairs.source_NU, pairs.source_mask_NU, pairs.target_NY[:, :width])
+    cut, cut_short = (replace(pairs, target_NY=pairs.target_NY[:, :n]) for n in (width, 3))
     assert 0 < len(Answers(tokenizer, cut).answers) < 8, "what was cut has lost its answer"
     with pytest.raises(DataError, match="longer target_length"):
-        Answers(tokenizer, PairTensors(cut.source_NU, cut.source_mask_NU, cut.target_NY[:, :3]))
+        Answers(tokenizer, cut_short)
     words = ("--tokens", 160, "--answers", "--search", 0, "--json", runs / "n.json")
-    printed = sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
+    sememe("evaluate", runs / "r", *words, "--control", runs / "r-control")
     result = json.loads((runs / "n.json").read_text())
     right = {line["given"]: line["right"] for line in result["given"]}
     assert [*right] == ["planner", "shuffle", "random", "empty", "source (control)"]
     assert result["answers"] == 8 and right["planner"] >= 0.75 and right["empty"] <= 0.5
-    assert "answers right" in printed
 
 
 def test_probes_read_signals_off_the_plan_alone(runs, loaded):
     model, tokenizer = loaded[0].model, loaded[0].tokenizer
-    plan = SHAPE.pack([[[0], [1, 2]], [[3], []], [[], [5]]])
-    weight = model.plans.weight.detach()
-    a_KD, b_KD = weight[:5], weight[5:]  # each with its <EOS>
-    zero_D = torch.zeros_like(a_KD[0])
-    rows = ((a_KD[0], b_KD[[1, 2]].mean(0)), (a_KD[3], zero_D), (zero_D, b_KD[5]))
-    want = torch.stack([torch.cat(row) for row in rows])
-    means = model.plans.means(plan, model.plans(plan))
-    torch.testing.assert_close(means, want, atol=1e-5, rtol=1e-5)
     # The plan says which sentence it is; here other texts, which have signals, stand for the four.
-    texts = {
-        "aa": "It was 1969.",
-        "bb": "We met Anna there.",
-        "cc": "Why is it so?",
-        "dd": "so it goes",
-    }
+    others = ("It was 1969.", "We met Anna there.", "Why is it so?", "so it goes")
+    texts = dict(zip(SAID, others, strict=True))
 
     def pairs(name: str) -> PairTensors:
         lines = (runs / f"{name}.jsonl").read_text().splitlines()
@@ -204,8 +152,7 @@ def test_probes_read_signals_off_the_plan_alone(runs, loaded):
         signal = signals[name]
         assert signal["accuracy"] >= 0.875 and signal["base_accuracy"] == 0.75, name
         assert signal["loss"] < 0.7 * signal["base_loss"], name
-    source_NU, mask_NU = heldout.source_NU.roll(1, 0), heldout.source_mask_NU.roll(1, 0)
-    moved = PairTensors(source_NU, mask_NU, heldout.target_NY)
+    moved = replace(heldout, target_NY=heldout.target_NY.roll(1, 0))
     assert signal_figures(model, tokenizer, train, moved)["number"]["accuracy"] <= 0.75
     with pytest.raises(DataError, match="at least 20"):
         signal_figures(model, tokenizer, heldout, heldout)
@@ -225,8 +172,7 @@ def test_the_budget_bounds_plans(runs):
 
 def test_ablate_drops_and_swaps(runs, monkeypatch):
     monkeypatch.setattr(ablation, "SHARES", (0.0, 0.5))
-    options = Options(tokens=160)
-    result = ablate(str(runs / "r"), str(runs / "heldout.jsonl"), options)
+    result = ablate(str(runs / "r"), str(runs / "heldout.jsonl"), Options(tokens=160))
     assert json.loads((runs / "r" / "ablate.json").read_text()) == result
     drop = {point["share"]: point["delta_nll"] for point in result["drop"]}
     assert drop[0.0] == 0.0 < drop[0.5] < result["zero"]["delta_nll"]
@@ -255,53 +201,32 @@ def test_generate_shows_the_plan_and_edits_it(runs):
     a, b = (generated("say aa", "--temperature", 1, "--seed", 3) for _ in range(2))
     assert a == b
     assert generated("say aa", "--rate", "0,2")[1]["plan"][0] == []
+    assert edit_plan([[], [2]], ["0:0=3", "1:1=5"], SHAPE) == [[3], [2, 5]], "or longer"
 
 
-def test_edits_of_a_plan():
-    assert edit_plan([[1], [2]], ["0:0=3", "1:1=5"], SHAPE) == [[3], [2, 5]]
-    assert edit_plan([[], []], ["1:0=5"], SHAPE) == [[], [5]]
-    for word, message in (
-        ("0=1", "need TYPE:SLOT=ID"),
-        ("2:0=1", "types 0 to 1"),
-        ("0:0=4", "ids 0 to 3"),
-        ("1:2=0", "slots 0 to 1"),
-    ):
-        with pytest.raises(SememeError, match=message):
-            edit_plan([[1], [2]], [word], SHAPE)
-
-
-def test_what_says_nothing_about_a_planner_is_one_sentence(runs, base_folder, texts, tmp_path):
-    planner, control, data = runs / "r", runs / "r-control", runs / "heldout.jsonl"
-    (tmp_path / "one.jsonl").write_text(data.read_text().splitlines()[0])
-    plain = tmp_path / "plain"
-    run(tiny_recipe(base_folder, texts) | {"system": "control", "steps": 1}, plain)
-    for words, message in (
-        (("evaluate", planner, "--rate", 0.5), "whole numbers"),
-        (("evaluate", plain, "--answers"), "got --answers"),
-        (("evaluate", control, "--signals", 40), "got --signals"),
-        (("evaluate", control, "--rate", "1"), "no concepts to set a rate for"),
-        (("evaluate", planner, "--rate", "1,2,3"), "one for each of 2 types.*try: --rate 1,2"),
-        (("evaluate", planner, "--data", runs / "train.jsonl"), "is what .* was trained on"),
-        (("evaluate", planner, "--data", texts[1]), "has no field 'instruction'"),
-        (("evaluate", planner, "--control", planner), "is a planner: need a control"),
-        (("evaluate", planner, "--control", plain), "was not trained on pairs as these are"),
-        (("evaluate", base_folder), "got no --data"),
-        (("ablate", control), "has no concepts to ablate"),
-        (("ablate", planner, "--data", tmp_path / "one.jsonl"), "make a single block or pair"),
-        (("generate", planner, "--prompt", "say aa", "--edit", "5:0=1"), "types 0 to 1"),
-        (
-            ("generate", planner, "--prompt", "say aa", "--max-new-tokens", 400),
-            "positions for 256",
-        ),
-        (("export", planner, "--out", tmp_path / "x"), "cannot be folded"),
-        (("benchmark", planner), "has no concepts to decode with"),
-        (("reconstruct", planner, "--data", texts[1]), "cannot write a text again from codes"),
-        (("compress", planner, texts[1], "--out", tmp_path / "c"), "is no compressor"),
-    ):
-        printed = sememe(*words, code=1)
-        assert re.search(message, printed) and "try: " in printed and "\n" not in printed, printed
-
-
-def test_a_planner_by_its_model_folder_and_its_page(runs):
-    sememe("evaluate", runs / "r" / "model", "--data", runs / "heldout.jsonl", "--tokens", 40)
-    assert "report:" in sememe("report", runs / "r")
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("evaluate RUN --rate 0.5", "whole numbers"),
+        ("evaluate RUN --rate 1,2,3", "one for each of 2 types.*try: --rate 1,2"),
+        ("evaluate RUN --data TRAIN", "is what .* was trained on"),
+        ("evaluate RUN --data TEXT", "has no field 'instruction'"),
+        ("evaluate RUN --control RUN", "is a planner: need a control"),
+        ("evaluate RUN --control PLAIN", "was not trained on pairs as these are"),
+        ("evaluate CONTROL --signals 40", "got --signals"),
+        ("generate RUN --prompt aa --edit 0=1", "need TYPE:SLOT=ID"),
+        ("generate RUN --prompt aa --edit 2:0=1", "types 0 to 1"),
+        ("generate RUN --prompt aa --edit 0:0=4", "ids 0 to 3"),
+        ("generate RUN --prompt aa --edit 0:1=0", "slots 0 to 0"),
+        ("generate RUN --prompt aa --max-new-tokens 400", "positions for 256"),
+        ("export RUN --out NEW", "cannot be folded"),
+        ("benchmark RUN", "has no concepts to decode with"),
+        ("reconstruct RUN --data TEXT", "cannot write a text again from codes"),
+        ("compress RUN TEXT --out NEW", "is no compressor"),
+    ],
+)
+def test_what_says_nothing_about_a_planner_is_one_sentence(runs, texts, tmp_path, words, message):
+    known = {"RUN": runs / "r", "CONTROL": runs / "r-control", "PLAIN": runs / "plain"}
+    known |= {"TRAIN": runs / "train.jsonl", "TEXT": texts[1], "NEW": tmp_path / "new"}
+    printed = sememe(*(known.get(word, word) for word in words.split()), code=1)
+    assert re.search(message, printed) and "try: " in printed and "\n" not in printed, printed
