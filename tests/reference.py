@@ -33,14 +33,7 @@ def causal_mask(position_ids: Tensor, window: int | None, recent: int | None, ke
     return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
 
 
-def naive_decisions(
-    scores: list[float],
-    rate: float,
-    max_tail: int,
-    threshold: float,
-    gain: float,
-    accumulates: bool = False,
-) -> list[bool]:
+def naive_decisions(scores, rate, max_tail, threshold, gain, accumulates=False) -> list[bool]:
     """The rate gate as one would say it."""
     written: list[bool] = []
     total, tail = 0.0, 0

@@ -1,38 +1,18 @@
 """Calls between transformers and the models: the cache under every name, and what would be ignored
 is refused."""
 
-import json
-import logging
-import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
-from torch import nn
-from transformers import BitsAndBytesConfig, DynamicCache, Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, DynamicCache
 
-from families import left_padded, online_over, text, tiny_base, tiny_online, uncached_greedy
-from sememe.backbone.calling import CACHE, CACHE_NAMES, cache_argument
-from sememe.backbone.split import self_check
-from sememe.errors import BaseError
+from families import online_over, refused, text, tiny_base, tiny_online
+from sememe.backbone.calling import CACHE, CACHE_NAMES
 from sememe.models import ControlConfig, ControlForCausalLM, OnlineForCausalLM
-from sememe.options import check_recipe
 
-
-def length(tokens: int) -> dict:
-    return {"max_new_tokens": tokens, "min_new_tokens": tokens}
-
-
-GREEDY = length(8) | {"do_sample": False, "pad_token_id": 0}
-FAMILIES = ["llama", "qwen3", "gemma3_text", "mistral"]
-WAYS = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "sampling": {"do_sample": True, "top_k": 20},
-    "returned": {"num_beams": 2, "num_return_sequences": 2},
-}
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module")
@@ -42,52 +22,8 @@ def model():
 
 def control(**settings) -> ControlForCausalLM:
     base = tiny_base()
-    return ControlForCausalLM(
-        ControlConfig(text_config=base.config, base="tiny", lora_rank=4, **settings), base
-    ).eval()
-
-
-def generated(model, ids, **named):
-    """`generate`, or None where transformers refuses a name. Its own warning of an old name is the
-    caller's, not ours."""
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            return model.generate(ids, **named)
-        except ValueError as error:
-            assert "not used by the model" in str(error), error
-            return None
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("way", WAYS)
-def test_generate_uses_a_cache_of_any_name_or_refuses_it(family, way):
-    model, settings = tiny_online(family), GREEDY | WAYS[way]
-    ids, mask = left_padded([text(1, n, seed=n) for n in (5, 9)])
-    rows = 2 * settings.get("num_beams", 1)
-    want = generated(model, ids, attention_mask=mask, use_cache=False, **settings)
-    assert torch.equal(generated(model, ids, attention_mask=mask, **settings), want)
-    used = []
-    for name in CACHE_NAMES:
-        cache = model.new_cache(rows)
-        got = generated(model, ids, attention_mask=mask, **{name: cache}, **settings)
-        if got is not None:
-            assert torch.equal(got, want) and cache.get_seq_length() == 9 + 7, name
-            used.append(name)
-    assert {"cache", CACHE} <= set(used)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_going_on_from_a_cache_of_any_name(family):
-    model, ids = tiny_online(family), text(1, 9)
-    want = uncached_greedy(model, ids, 8)
-    for name in CACHE_NAMES:
-        cache = model.new_cache(1)
-        first = model.generate(ids, cache=cache, **GREEDY | length(3))
-        named = {"attention_mask": torch.ones_like(first), name: cache}
-        got = generated(model, first, **named, **GREEDY | length(5))
-        assert got is None or torch.equal(got, want), name
+    config = ControlConfig(text_config=base.config, base="tiny", lora_rank=4, **settings)
+    return ControlForCausalLM(config, base).eval()
 
 
 @torch.no_grad()
@@ -107,31 +43,33 @@ def test_forward_uses_a_cache_of_any_name(model, kind, name):
 
 IDS = text(2, 6)
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
+IGNORED = [
+    ({"past_states": IDS}, "got past_states, which it does not know"),
+    ({"label": IDS}, "got label, .* try: labels=…"),
+    ({"attention_mask": torch.ones(2, 8)}, r"shape \(2, 8\): need \(2, past \+ 6\) with 0"),
+    ({"position_ids": torch.arange(3, 9)[None]}, "begin at more than 0 and there is no cache"),
+    ({"position_ids": PACKED}, "start again within a row, as in packed texts"),
+    ({"input_ids": IDS[:, :0]}, "no new token"),
+]
+UNFIT = [
+    ({"cu_seq_lens_q": torch.tensor([0, 6])}, "got cu_seq_lens_q"),
+    ({"input_ids": None}, "either input_ids or inputs_embeds"),
+    ({"inputs_embeds": torch.zeros(2, 6, 64)}, "either input_ids or inputs_embeds"),
+    ({"attention_mask": torch.ones(2, 1, 6, 6)}, r"has shape \(2, 1, 6, 6\)"),
+    ({"cache": DynamicCache()}, "is a DynamicCache .*need this model's own"),
+    ({"output_attentions": True}, "no .* table of weights"),
+    ({"output_hidden_states": True}, "hidden"),
+]
 
 
 @pytest.mark.parametrize(
-    "named, said",
-    [
-        ({"past_states": IDS}, "got past_states, which it does not know"),
-        ({"label": IDS}, "got label, .* try: labels=…"),
-        ({"cu_seq_lens_q": torch.tensor([0, 6])}, "got cu_seq_lens_q"),
-        (
-            {"attention_mask": torch.ones(2, 8)},
-            r"shape \(2, 8\): need \(2, past \+ 6\) with 0",
-        ),
-        ({"position_ids": torch.arange(3, 9)[None]}, "begin at more than 0 and there is no cache"),
-        ({"position_ids": PACKED}, "start again within a row, as in packed texts"),
-        ({"input_ids": IDS[:, :0]}, "no new token"),
-    ],
+    "kind, named, said",
+    [("online", *case) for case in IGNORED + UNFIT] + [("window", *case) for case in IGNORED],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["online", "window"])
 def test_what_would_be_ignored_is_refused_in_one_sentence(model, kind, named, said):
-    if kind == "window" and "cu_seq" in said:
-        pytest.skip("an argument of the base's own")
-    with pytest.raises(ValueError, match=said) as refused:
-        (model if kind == "online" else control(window=3))(**{"input_ids": IDS} | named)
-    assert "try:" in str(refused.value) and "\n" not in str(refused.value)
+    model = model if kind == "online" else control(window=3)
+    refused(lambda: model(**{"input_ids": IDS} | named), said)
 
 
 def test_caches_that_do_not_fit_are_refused(model):
@@ -147,79 +85,13 @@ def test_caches_that_do_not_fit_are_refused(model):
         model.generate(text(1, 4), cache=used, **GREEDY)
 
 
-def test_padding_on_either_side_is_no_packed_text(model):
-    ids, mask = left_padded([text(1, n, seed=n) for n in (5, 9)])
-    for side in (0, 1):
-        ids, mask = (x.flip(1) if side else x for x in (ids, mask))
-        position = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as `generate` numbers them
-        model(ids, attention_mask=mask, position_ids=position)
-
-
-class Forgetful(nn.Module):
-    """A layer as those of 5.40: what is not called by its name is swallowed."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
-        return self.layer(
-            hidden_states, **{k: v for k, v in kwargs.items() if k not in CACHE_NAMES}
-        )
-
-
-class Nameless(Forgetful):
-    def forward(self, hidden_states, **kwargs):
-        return super().forward(hidden_states, **kwargs)
-
-
-def test_the_self_check_decodes_and_notices_layers_that_forget_their_cache():
-    base = tiny_base()
-    assert self_check(base) < 1e-5
-    for kind, said in ((Forgetful, "differs from the loop"), (Nameless, "names no cache")):
-        base = tiny_base()
-        base.model.layers[2] = kind(base.model.layers[2])
-        with pytest.raises(BaseError, match=said):
-            self_check(base)
-    assert cache_argument(base, None) == {} and set(cache_argument(base, 1)) == {CACHE}
-
-
-def test_users_read_no_announcement_of_a_library(recipe_values, tmp_path):
-    """The commands in a process of their own, FutureWarnings as errors: transformers announces what
-    it will take away."""
-    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(
-        check_recipe(recipe_values | {"gradient_checkpointing": True, "steps": 2}, "test").yaml()
-    )
-    words = [
-        ["train", recipe, "--out", run],
-        ["generate", run, "--prompt", "the cat", "--max-new-tokens", "4"],
-        ["benchmark", run, "--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1"],
-        ["evaluate", run, "--tokens", "64"],
-    ]
-    program = "import json, sys; from sememe import cli; "
-    program += "[cli.app(w, standalone_mode=False) for w in json.loads(sys.argv[1])]"
-    python = [sys.executable, "-W", "error::FutureWarning", "-c", program]
-    done = subprocess.run(
-        [*python, json.dumps(words, default=str)],
-        text=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and "deprecated" not in said.lower(), said
-
-
 # ---- loading and saving ----
 
 
 @pytest.fixture(scope="module")
 def saved(base_folder, tmp_path_factory):
-    one = online_over(
-        base_folder, torch.randint(3, 259, (16, 24), generator=torch.Generator().manual_seed(0))
-    )
     folder = tmp_path_factory.mktemp("saved")
-    one.save_pretrained(folder)
+    online_over(base_folder, text(16, 24)).save_pretrained(folder)
     return folder
 
 
@@ -258,24 +130,3 @@ def test_options_that_ask_for_nothing_are_taken_and_saving_ignores_none(saved, t
         one.save_pretrained(tmp_path / "m", push_to_hub=True)
     assert not (tmp_path / "m").exists()
     one.save_pretrained(tmp_path / "m", push_to_hub=False, max_shard_size="1GB")
-
-
-def test_the_trainer_resumes_without_a_word_about_weights_of_the_base(saved, tmp_path, caplog):
-    one = OnlineForCausalLM.from_pretrained(saved)
-    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 259, (8, 16))]
-    for steps in (2, 3):
-        options = TrainingArguments(
-            str(tmp_path),
-            max_steps=steps,
-            save_steps=2,
-            per_device_train_batch_size=2,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(one, options, train_dataset=rows)
-        with caplog.at_level(logging.WARNING, "transformers"):
-            logging.getLogger("transformers").propagate = True
-            trainer.train(resume_from_checkpoint=steps == 3)
-            logging.getLogger("transformers").propagate = False
-    assert trainer.state.global_step == 3 and "missing keys" not in caplog.text

@@ -7,6 +7,7 @@ import torch
 
 from families import FAMILIES, left_padded, positions, stepwise, text, tiny_base, tiny_online
 from reference import per_step_logits
+from sememe.backbone.calling import CACHE_NAMES
 from sememe.backbone.split import self_check
 from sememe.errors import BaseError, CheckpointError, RecipeError
 from sememe.models import OnlineConfig, OnlineForCausalLM
@@ -15,6 +16,31 @@ from sememe.models import OnlineConfig, OnlineForCausalLM
 # change the order of sums); a wrong mask, position or slot changed logits by 0.1 and more.
 CLOSE = {"atol": 2e-4, "rtol": 0}
 LEFT_PAD = torch.tensor([[0] * 4 + [1] * 16, [1] * 20])
+SETTINGS = [
+    *({"family": family} for family in FAMILIES),
+    {"attention": "eager"},
+    {"rate": 1.0},
+    {"quantise": 0.0},
+    {"split": (1, 0, 3)},
+    {"bridge": True, "codes_per_concept": 3},
+    {"anchor": True, "codes_per_concept": 2, "head": "nearest", "bridge": True, "quantise": 0.5},
+    {"head": "joint"},
+    {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5},
+    {"head": "nearest", "codes_per_concept": 2},
+    {"boundary": "fixed", "rate": 0.25},
+    {"boundary": "fixed", "bridge": True, "anchor": True, "family": "gemma3_text"},
+    {"boundary": "threshold"},
+    {"boundary": "threshold", "bridge": True, "quantise": 0.0},
+    {"boundary": "threshold", "bridge": True, "codes_per_concept": 2},
+    {"boundary": "entropy", "bridge": True, "anchor": True},
+    {"boundary": "surprise", "bridge": True},
+    {"shallow_window": 4, "split": (2, 1, 1), "family": "mistral"},
+    {"shallow_window": 1},
+    {"shallow_window": 3, "family": "gemma3_text", "bridge": True},
+    {"pool": True, "bridge": True, "quantise": 0.0},
+    {"pool": True, "anchor": True, "head": "nearest", "boundary": "fixed"},
+]
+each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -33,57 +59,40 @@ def test_identity_at_birth(family, attention):
     torch.testing.assert_close(logits[real], padded[real], **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_self_check_accepts_the_families(family):
-    assert self_check(tiny_base(family)) < 1e-5
+class Forgetful(torch.nn.Module):
+    """A layer as those of 5.40: what is not called by its name is swallowed."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, past_key_values=None, **named):
+        return self.layer(x, **{key: named[key] for key in named if key not in CACHE_NAMES})
 
 
-def test_self_check_refuses_what_it_cannot_split():
+class Nameless(Forgetful):
+    def forward(self, x, **named):
+        return super().forward(x, **named)
+
+
+def test_self_check_accepts_the_families_and_refuses_what_it_cannot_split():
+    assert max(self_check(tiny_base(family)) for family in FAMILIES) < 1e-5
+    unlike, nameless = "differs from the loop", "names no cache"
+    for kind, said in ((Forgetful, unlike), (Nameless, nameless)):
+        base = tiny_base()
+        base.model.layers[2] = kind(base.model.layers[2])
+        with pytest.raises(BaseError, match=said):
+            self_check(base)
     base = tiny_base()
-    base.model.register_forward_hook(lambda m, a, k, out: type(out)(out[0] * 1.5), with_kwargs=True)
-    with pytest.raises(BaseError, match="differs from the loop"):
+    base.model.register_forward_hook(lambda m, a, out: type(out)(out[0] * 1.5))
+    with pytest.raises(BaseError, match=unlike):
         self_check(base)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"head": "joint"},
-        {"boundary": "fixed", "rate": 0.25},
-        {"quantise": 0.5},
-        {"quantise": 0.0},
-        {"rate": 1.0},
-        {"family": "gemma3_text"},
-        {"family": "mistral", "split": (2, 1, 1)},
-        {"attention": "eager"},
-        {"split": (1, 0, 3)},
-        {"bridge": True},
-        {"anchor": True},
-        {"boundary": "threshold"},
-        {"boundary": "surprise", "bridge": True},
-        {"boundary": "threshold", "bridge": True, "quantise": 0.0},
-        {"codes_per_concept": 2},
-        {
-            "anchor": True,
-            "codes_per_concept": 2,
-            "head": "nearest",
-            "bridge": True,
-            "quantise": 0.5,
-        },
-        {"head": "nearest"},
-        {"head": "joint", "codes_per_concept": 3, "code_temperature": 0.5},
-        {"head": "nearest", "codes_per_concept": 2, "quantise": 0.5},
-        {"shallow_window": 4, "split": (2, 1, 1)},
-        {"pool": True, "bridge": True, "quantise": 0.0},
-        {"pool": True, "anchor": True, "head": "nearest", "boundary": "fixed"},
-    ],
-    ids=str,
-)
+@each_setting
 def test_fast_forward_is_the_specification(settings):
-    """Logits, ids and gradients of the fast path against the per-step reading, on ragged rows of T
-    = 20."""
-    model, ids = tiny_online(**settings), text(3)
+    """Logits, ids and gradients against the per-step reading, on ragged rows."""
+    model, ids = tiny_online(**settings), text(3, seed=1)
     out = model(ids)
     for row in range(3):
         want, want_ids = per_step_logits(model, ids[row])
@@ -103,38 +112,10 @@ def test_fast_forward_is_the_specification(settings):
     torch.testing.assert_close(grads, want_grads, atol=2e-5, rtol=1e-3)
 
 
-@torch.no_grad()
-def test_a_window_bounds_the_shallow_cache():
-    model, ids = tiny_online(shallow_window=4, split=(2, 1, 1)), text(2, 90)
-    *_, cache = stepwise(model, ids, [3, 40, 41, 42, 43, 90])
-    assert cache.slices[0].used == 5, "the first token and the last 4"
-    assert cache.slices[0].capacity <= 5 + 32
-    other = ids.clone()
-    other[:, 50] = (ids[:, 50] + 1) % 90
-    moved = (model.shallow_states(ids) - model.shallow_states(other)).abs().sum((0, 2)) > 0
-    assert moved.nonzero().flatten().tolist() == list(range(50, 57)), (
-        "two layers of 4 tokens reach back 6"
-    )
-
-
 @pytest.mark.parametrize(
-    "settings",
-    [{"family": family} for family in FAMILIES]
-    + [
-        {"boundary": "threshold"},
-        {"boundary": "threshold", "bridge": True},
-        {"boundary": "entropy", "bridge": True, "anchor": True},
-        {"codes_per_concept": 3, "num_concepts": 4096},
-        {"head": "nearest", "codes_per_concept": 2},
-        {"shallow_window": 4, "split": (2, 1, 1)},
-        {"shallow_window": 1},
-        {"shallow_window": 3, "family": "gemma3_text", "bridge": True},
-        {"pool": True, "bridge": True, "anchor": True},
-        {"bridge": True, "boundary": "fixed", "family": "gemma3_text"},
-    ],
-    ids=str,
+    "settings", [*SETTINGS, {"codes_per_concept": 3, "num_concepts": 4096}], ids=str
 )
-def test_cached_is_parallel_in_every_family_and_boundary(settings):
+def test_cached_is_parallel(settings):
     model = tiny_online(**settings)
     ids, mask = left_padded([text(1, 20), text(1, 14, seed=1)])
     whole, real = model(ids, attention_mask=mask), mask.bool()
@@ -144,22 +125,7 @@ def test_cached_is_parallel_in_every_family_and_boundary(settings):
         assert torch.equal(written, whole.concept_ids)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"family": "gemma3_text"},
-        {"head": "joint"},
-        {"bridge": True},
-        {"boundary": "threshold", "bridge": True, "codes_per_concept": 2},
-        {"boundary": "entropy"},
-        {"boundary": "fixed", "bridge": True, "anchor": True},
-        {"head": "nearest", "codes_per_concept": 2},
-        {"shallow_window": 4, "split": (2, 1, 1)},
-        {"pool": True},
-    ],
-    ids=str,
-)
+@each_setting
 def test_causality_by_perturbation(settings):
     """Change any token: the ids before it are the same, and so are the logits but for the last bit
     (a changed number of concepts changes the shape of the packed matmuls: 4e-6 seen; a leak of one
@@ -175,17 +141,8 @@ def test_causality_by_perturbation(settings):
         after = model(changed)
         assert torch.equal(after.concept_ids[:, :t], before.concept_ids[:, :t])
         torch.testing.assert_close(after.logits[:, :t], before.logits[:, :t], atol=2e-5, rtol=0)
-        assert not torch.allclose(after.logits[:, t:], before.logits[:, t:], atol=1e-3), (
-            "a change must be felt from t on"
-        )
-
-
-def test_the_first_real_token_is_an_unquantised_concept():
-    model, ids = tiny_online(), text(2)
-    written = model(ids, attention_mask=LEFT_PAD).concept_ids
-    assert written[0].tolist()[:5] == [-1, -1, -1, -1, -2]
-    assert int(written[1, 0]) == -2
-    assert (written[:, 5:] != -2).all()
+        felt = (after.logits[:, t:] - before.logits[:, t:]).abs().max()
+        assert felt > 1e-3, "a change must be felt from t on"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +156,6 @@ def test_the_first_real_token_is_an_unquantised_concept():
         ({"num_concepts": 1}, "num_concepts = 1"),
         ({"num_concepts": 65536, "codes_per_concept": 4}, "at most 48 bits"),
         ({"codes_per_concept": 0}, "codes_per_concept = 0"),
-        ({"head": "factored"}, "head = 'factored'"),
     ],
 )
 def test_configurations_that_cannot_run_are_refused(changes, said):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sememe  # noqa: F401
 from families import online_over, tiny_base
@@ -39,15 +39,12 @@ def saved(model, base_folder, folder):
 def test_auto_classes_load_the_same_model(model, folder):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(loaded, OnlineForCausalLM) and not loaded.training
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    assert torch.equal(loaded(IDS).concept_ids, model(IDS).concept_ids)
+    out, want = loaded(IDS), model(IDS)
+    assert torch.equal(out.logits, want.logits) and torch.equal(out.concept_ids, want.concept_ids)
     config = json.loads((folder / "config.json").read_text())
     assert not config["text_config"].get("_name_or_path"), "a folder of this machine"
     small = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4
     assert (folder / "model.safetensors").stat().st_size < small * 1.2 + 20_000, "own weights only"
-    pipe = pipeline("text-generation", loaded, tokenizer=AutoTokenizer.from_pretrained(folder))
-    (made,) = pipe("the cat", max_new_tokens=4, do_sample=False)
-    assert made["generated_text"].startswith("the cat")
 
 
 @pytest.mark.parametrize("head", ["nearest", "joint"])
@@ -80,10 +77,6 @@ def test_baselines_round_trip(base_folder, tmp_path, settings):
     model = ControlForCausalLM.from_base(ControlConfig(base=str(base_folder), **settings)).eval()
     loaded = AutoModelForCausalLM.from_pretrained(saved(model, base_folder, tmp_path / "c"))
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    for beams in (1, 3):
-        greedy = {"num_beams": beams, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-        uncached = model.generate(IDS, **greedy, use_cache=False)
-        assert torch.equal(loaded.generate(IDS, **greedy), uncached)
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     assert torch.equal(model(IDS).logits, base(IDS).logits) == (not settings), "LoRA starts at zero"
 
@@ -97,28 +90,21 @@ def test_wrong_base_is_refused(base_folder, folder, tmp_path, monkeypatch):
         load_model(folder)
 
 
-def flip_a_bit(folder):
-    raw = bytearray((folder / "model.safetensors").read_bytes())
-    raw[-3] ^= 1
-    (folder / "model.safetensors").write_bytes(raw)
-
-
-def change_the_configuration(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_concepts": 20}))
-
-
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    "name, change, said",
     [
-        (flip_a_bit, "is corrupt"),
-        (change_the_configuration, "does not fit its configuration"),
-        (lambda folder: (folder / "manifest.json").unlink(), "holds no finished model"),
-        (lambda folder: (folder / "config.json").unlink(), "holds no model"),
+        ("model.safetensors", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "is corrupt"),
+        ("config.json", lambda raw: raw.replace(b": 16,", b": 20,"), "not fit its configuration"),
+        ("manifest.json", None, "holds no finished model"),
+        ("config.json", None, "holds no model"),
     ],
 )
-def test_a_harmed_model_is_refused(folder, harm, said):
-    harm(folder)
+def test_a_harmed_model_is_refused(folder, name, change, said):
+    raw = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if change:
+        assert change(raw) != raw
+        (folder / name).write_bytes(change(raw))
     with pytest.raises(CheckpointError, match=said):
         load_model(folder)
 
