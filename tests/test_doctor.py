@@ -212,21 +212,6 @@ def test_the_finished_model_goes_before_its_training(
     assert {*findings(tmp_path)} == {*rules, "unfinished"}
 
 
-UNMEASURED = {"online": "codes collapsed", "planner": "search undecided"}
-
-
-@pytest.mark.parametrize("run", UNMEASURED)
-def test_what_was_not_measured_is_said(request, tmp_path, run):
-    """Logs of before the newer keys."""
-    folder = copy(request.getfixturevalue(run), tmp_path, {})
-    newer = ("delta_nll", "code_", "soft_hard", "grad_norm_", "heldout_nll_by", "em_", "plan_")
-    lines = metrics(folder)
-    log(folder, [{k: x for k, x in line.items() if not k.startswith(newer)} for line in lines])
-    diagnosis = examine(read_run(folder))
-    assert [finding["rule"] for finding in diagnosis["findings"]] == ["unfinished"]
-    assert UNMEASURED[run] in {rule["rule"] for rule in diagnosis["unchecked"]}
-
-
 def test_the_document_is_made_of_the_rules():
     page = (Path(__file__).parents[1] / "docs" / "doctor.md").read_text(encoding="utf-8")
     assert page == doctor.document(), "run: python -m sememe.report.doctor > docs/doctor.md"

@@ -2,7 +2,6 @@
 caches of any name, going on."""
 
 import copy
-import functools
 import warnings
 
 import pytest
@@ -12,7 +11,6 @@ from transformers import DynamicCache, pipeline
 
 from conftest import byte_tokenizer
 from families import left_padded, refused, stepwise, text, tiny_base, tiny_online, uncached_greedy
-from sememe.backbone.cache import GROWTH
 from sememe.backbone.calling import CACHE, CACHE_NAMES
 from test_conformance import CLOSE, GREEDY, SETTINGS, SOME, batch, each_family, made
 
@@ -53,18 +51,6 @@ def test_cache_holds_what_the_formula_says():
     assert cache.bytes() == (101 + 2 * (concepts + 1) + concepts + tail + 1) * 2 * 1 * 32 * 4
 
 
-@pytest.mark.parametrize("window", [None, 24])
-def test_chunks_of_a_prompt_find_their_room_made(window):
-    """A prompt in chunks does not copy its cache with each of them."""
-    model = tiny_online(prefill_chunk=16, shallow_window=window)
-    cache = model.new_cache(1)
-    model(text(1, 100), cache=cache)
-    room = [window + 1 if window else 100, 40 + GROWTH, 40 + GROWTH]
-    assert [one.capacity for one in cache.slices] == room
-    model(text(1, 100), cache=cache)
-    assert cache.concepts[0] > 60 and cache.get_seq_length() == 200
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -98,17 +84,6 @@ def test_a_row_does_not_depend_on_its_neighbours(settings):
     alone = [continued(i)[0] for i in range(5)]
     for which in ((3, 2), range(5), range(4, -1, -1)):
         assert continued(*which) == [alone[i] for i in which]
-
-
-def test_rows_that_end_early_do_not_disturb_the_others():
-    model, ids = made(), text(5)
-    ends = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
-    ends["eos_token_id"] = list(range(20, 28))
-    together = model.generate(ids, **ends)
-    alone = [model.generate(ids[i : i + 1], **ends)[0] for i in range(5)]
-    assert len({len(row) for row in alone}) > 2, "rows must end at different places"
-    for row, want in zip(together, alone, strict=True):
-        assert torch.equal(row[: len(want)], want) and not row[len(want) :].any()
 
 
 def generated(model, ids, **named):
@@ -220,8 +195,3 @@ def test_generating_from_nothing_and_in_pipelines():
 )
 def test_decoding_that_cannot_work_is_refused(settings, said):
     refused(lambda: made().generate(text(1), **{**GREEDY, **settings}), said)
-
-
-def test_it_is_refused_as_an_assistant():
-    assisted = functools.partial(tiny_base().generate, text(1), assistant_model=made(), **GREEDY)
-    refused(assisted, r"try: generate without assistant_model")

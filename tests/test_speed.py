@@ -131,18 +131,6 @@ def test_benchmark_prints_keeps_and_is_drawn(model, texts, tmp_path):
     assert "need 1 to 255. try: --prompt-tokens 255" in refused
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_an_untrained_model_leaves_the_base_as_it_is(family):
-    base = tiny_base(family)
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    with torch.no_grad():
-        model = speed_grid.untrained(base, "1/2/1", 0.25)
-        cache = model.new_cache(2)
-        model(text(2, 40), cache=cache, use_cache=True)
-    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
-    assert list(cache.concepts) == [10, 10], "one concept in four tokens"
-
-
 def test_points_are_written_as_they_come_and_not_timed_again(
     base_folder, tmp_path, monkeypatch, capsys
 ):
