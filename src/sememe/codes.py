@@ -125,7 +125,7 @@ def loaded(model: str | Path | CompressorForCausalLM) -> CompressorForCausalLM:
     """The compressor of a folder, or one in memory. Raises CheckpointError for anything else."""
     if isinstance(model, str | Path):
         model, _ = load_model(model)
-    if not isinstance(model, CompressorForCausalLM):
+    if not hasattr(model, "decompress"):
         raise CheckpointError(
             f"{type(model).__name__} is no compressor: need a run of system: compressor, or its "
             "saved model. try: sememe train RECIPE system=compressor --out runs/compressor"
