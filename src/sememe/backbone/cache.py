@@ -228,7 +228,8 @@ class ConceptCache(NoCache, Cache):
         copied as often, and leave holes of its former sizes in the heap. `window`: the shallow
         slice's."""
         shallow, *others = self.slices
-        shallow.reserve = min(shallow.used + tokens, window + 1 if window else tokens * 2**31)
+        total = shallow.used + tokens
+        shallow.reserve = min(total, window + 1) if window else total
         for part in others:  # the deep tail, too, is in the reserve
             part.reserve = part.used + concepts + GROWTH
 

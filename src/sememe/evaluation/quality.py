@@ -43,8 +43,8 @@ def token_nll(model, ids_NT: Tensor, batch: int = BATCH, **options) -> tuple[Ten
         ids_BT = ids_BT.to(model.device)
         out = model(input_ids=ids_BT, use_cache=False, **options)
         nll_BT = cross_entropy(out.logits[:, :-1], ids_BT[:, 1:])
-        ids_BT = getattr(out, "concept_ids", None)
-        return (nll_BT,) if ids_BT is None else (nll_BT, ids_BT)
+        concepts_BT = getattr(out, "concept_ids", None)
+        return (nll_BT,) if concepts_BT is None else (nll_BT, concepts_BT)
 
     nll_NT, *concepts = batched(nll, ids_NT, batch)
     return nll_NT, concepts[0] if concepts else None
