@@ -193,9 +193,9 @@ class Plan(Options):
     """Ids of each type of concept; types may be levels, coarse ones first."""
     lengths: list[PositiveInt] = [2, 8]
     """Concepts of each type at most."""
-    begins: Literal["pieces", "words"] = "pieces"
+    begins: Literal["pieces", "words", "random"] = "pieces"
     """What ids stand for at first: `words`, key words of the target; `pieces`, clusters of the
-    words in its pieces."""
+    words in its pieces; `random`, nothing: plans are drawn."""
     dropout: Dropout = 0.0
     """Share of the targets that the executor learns to write without a plan."""
     parallel: bool = False
@@ -266,6 +266,9 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     targets are whole, as `[32, 0.3]`. None: whole from the start."""
     quantise: Ramp = (0.3, 0.6)
     """The code's share in a concept's state rises from 0 to 1 between these shares of the run."""
+    fitted_codes: bool = True
+    """Codes, head and anchor start as they fit states of training text, by k-means and least
+    squares; else they are drawn."""
     lora: Lora = Lora()
     learning_rate: PositiveFloat = 1e-3
     """Of LoRA; warmed up over the first 5 % of the steps, then cosine to 10 %."""

@@ -39,7 +39,14 @@ from sememe.training.plans import PLANS, HardEM, PairExamples, PlanMeter
 from sememe.training.trainer import Blocks
 
 OF_CONCEPTS = frozenset(
-    ("quantise", "distil", "lora.shallow", "concept_learning_rate", "calibration_tokens")
+    (
+        "quantise",
+        "fitted_codes",
+        "distil",
+        "lora.shallow",
+        "concept_learning_rate",
+        "calibration_tokens",
+    )
 ).union(
     OnlineOptions.model_fields,
     CompressorOptions.model_fields,
