@@ -119,7 +119,6 @@ class System:
             "gradient_checkpointing": recipe.gradient_checkpointing,
             "pairs of data": recipe.on_pairs,
             "lora.rank = 0": recipe.lora.rank == 0,
-            "several processes": processes > 1,
         }
         for name in filter(holds.get, self.refuses):
             raise RecipeError(
@@ -261,15 +260,14 @@ class Compressor(Writing):
 
 
 class Planner(System):
-    """Source → plan of concepts → text, by hard EM over pairs. E-steps are not shared out over
-    processes."""
+    """Source → plan of concepts → text, by hard EM over pairs."""
 
     name = "planner"
     measures = measures.PLANNER
     lengthens = False  # its plans are of the pairs that its steps see
     shifts_labels = False
     baselines = ("control",)
-    refuses = ("distil", "lora.rank = 0", "gradient_checkpointing", "several processes")
+    refuses = ("distil", "lora.rank = 0", "gradient_checkpointing")
 
     def options(self, recipe: Recipe, layers: int) -> dict:
         return {
