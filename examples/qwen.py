@@ -15,7 +15,7 @@ from sememe.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [f"data.{name}={ROOT / 'data' / name}.txt" for name in ("train", "heldout")]
-TINY = "steps=12 batch_size=4 sequence_length=64 heldout_every=6 heldout_tokens=512".split()
+TINY = ["steps=12", "batch_size=4", "sequence_length=64", "heldout_every=6", "heldout_tokens=512"]
 """A minute on one CPU core."""
 FEW = ["num_concepts=64"], ["plan.sizes=[8,32]", "source_length=16", "target_length=48"]
 """Fewer codes, or plans of fewer ids, than 12 steps could tell apart."""
