@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from sememe.backbone.split import OTHERS, Spine
+from sememe.backbone.split import Spine
 from sememe.concepts.masks import Lane, Lanes
 from sememe.errors import BaseError
 
@@ -97,6 +97,6 @@ def check_keys(base: nn.Module) -> None:
 
 def _unlike(config, why) -> str:
     return (
-        f"segment = 'both' over a base of type {config.model_type}, whose keys and values cannot be "
-        f"made apart from its layers ({why}): need {OTHERS.removeprefix('try: ')}. try: segment=deep"
+        f"segment = both over a base of type {config.model_type}, whose keys and values cannot be "
+        f"made apart from its layers ({why}): need another base. try: segment=deep"
     )
