@@ -23,7 +23,7 @@ LIGHT = "errors figures paths storage keys options report terminal arguments"
 # The size of src/sememe in nodes of its syntax tree, which line breaks do not change. Whoever adds
 # a capability raises it in the same commit and says why.
 # 94,600, and heads that propose the next tokens (boundary: entropy)
-NODES = 96_100
+NODES = 96_200
 FILE_LINES = 400
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 0

@@ -118,7 +118,9 @@ class Surprise(Boundary):
 
 
 class Entropy(Boundary):
-    """Where the next token is open: the entropy of what is proposed for it (`proposals.py`)."""
+    """Where the next tokens are open: the entropies of what is proposed for them, summed
+    (`proposals.py`). Untrained, the sum places concepts better than the first alone or its jump
+    against the tokens before (docs/log.md)."""
 
     fitted = True
 
@@ -134,12 +136,12 @@ class Entropy(Boundary):
 
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
         x_nf = torch.cat([x, previous], -1).flatten(0, -2)
-        return self.proposals.entropy(self.proposals(x_nf, 1)[0]).view(x.shape[:-1])
+        return self.proposals.entropy(self.proposals(x_nf)).sum(0).view(x.shape[:-1])
 
     @torch.no_grad()
     def start(self, x_NTf: Tensor, target_NTW: Tensor) -> dict[str, float]:
         self.proposals.start(x_NTf, target_NTW)
-        log_p_nW = self.proposals(x_NTf.flatten(0, 1), 1)[0]
+        log_p_nW = self.proposals(x_NTf.flatten(0, 1))[0]
         known_n = self.proposals.entropy(target_NTW.clamp(min=1e-9).log()).flatten()
         both_2n = torch.stack([self.proposals.entropy(log_p_nW), known_n])
         return {"entropy_explains": float(torch.corrcoef(both_2n)[0, 1]) ** 2}

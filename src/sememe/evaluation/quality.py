@@ -172,10 +172,10 @@ def proposal_nll(model, ids_NT: Tensor) -> list[float] | None:
         x_BTD = model.writer.codes.normalise(model.shallow_states(ids_BT))
         x_BTf = torch.cat([x_BTD[:, 1:], x_BTD[:, :-1]], -1)
         log_p_kBTW = proposals(x_BTf.flatten(0, 1)).unflatten(1, x_BTf.shape[:2])
-        places, heads = ids_BT.shape[1] - 1 - len(log_p_kBTW), enumerate(log_p_kBTW, start=2)
+        count, heads = ids_BT.shape[1] - 1 - len(log_p_kBTW), enumerate(log_p_kBTW, start=2)
         parts = [
-            proposals.nll(log_p_BTW[:, :places], ids_BT[:, at : at + places])
-            for at, log_p_BTW in heads
+            proposals.nll(log_p_BTW[:, :count], ids_BT[:, first : first + count])
+            for first, log_p_BTW in heads
         ]
         return (torch.stack(parts, -1),)
 
