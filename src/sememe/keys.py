@@ -102,7 +102,7 @@ class Concepts(Options):
         BeforeValidator(lambda name: name or "null"),  # `boundary: null` is None in YAML
     ] = "null"
     """How segments close. `null`: the head's score; `threshold`: integrate and fire; `fixed`: every
-    1 / rate tokens; `entropy`: where the base is unsure of the next token; `surprise`: at tokens
+    1 / rate tokens; `entropy`: where what is proposed next is open; `surprise`: at tokens
     that it did not predict; `autoregressive`, of a `compressor`: each concept says how many tokens
     it covers."""
     num_concepts: int = Field(4096, ge=2)
@@ -293,8 +293,8 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     save_every: PositiveInt = 50
     """Steps between checkpoints; the last two are kept."""
     calibration_tokens: int = Field(32768, ge=64)
-    """Training tokens whose states start the codebook, the gate, the bridge and the entropy
-    estimate."""
+    """Training tokens whose states start the codebook, the gate, the bridge and what a boundary
+    estimates or proposes."""
 
     def target_tokens(self, step: int) -> int:
         """Tokens of a target that step number `step` trains on at most: those of the curriculum."""

@@ -160,6 +160,28 @@ def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = Non
     return figures
 
 
+def proposal_nll(model, ids_NT: Tensor) -> list[float] | None:
+    """NLL, over the whole vocabulary, of the token 1, 2, … places on under what a gate proposes
+    for it, at the same places; None for a gate that proposes nothing."""
+    proposals = getattr(model.writer.gate.boundary, "proposals", None)
+    if proposals is None:
+        return None
+
+    def nll(ids_BT: Tensor) -> tuple[Tensor]:
+        ids_BT = ids_BT.to(model.device)
+        x_BTD = model.writer.codes.normalise(model.shallow_states(ids_BT))
+        x_BTf = torch.cat([x_BTD[:, 1:], x_BTD[:, :-1]], -1)
+        log_p_kBTW = proposals(x_BTf.flatten(0, 1)).unflatten(1, x_BTf.shape[:2])
+        count, heads = ids_BT.shape[1] - 1 - len(log_p_kBTW), enumerate(log_p_kBTW, start=2)
+        parts = [
+            proposals.nll(log_p_BTW[:, :count], ids_BT[:, first : first + count])
+            for first, log_p_BTW in heads
+        ]
+        return (torch.stack(parts, -1),)
+
+    return batched(nll, ids_NT)[0].flatten(0, 1).mean(0).tolist()
+
+
 def concept_figures(
     subject: Subject, blocks: TextBlocks, nll_NT: Tensor, concepts_NT: Tensor
 ) -> Figures:
@@ -176,6 +198,7 @@ def concept_figures(
         "longest_tail": longest_tail(written_NT),
         **code_use(count_digits(concepts_NT[concepts_NT >= 0], **sizes)),
         **sizes,
+        "proposal_nll": proposal_nll(model, blocks.ids_NT),
         "nll_at_concepts": float(nll_NT[just_NT].mean()),
         "nll_in_tail": None if just_NT.all() else float(nll_NT[~just_NT].mean()),
         "samples": [sample(*text, subject.tokenizer) for text in texts],

@@ -16,6 +16,7 @@ from transformers import BatchEncoding
 from transformers.cache_utils import Cache
 
 from sememe.backbone.calling import CACHE, cache_argument
+from sememe.concepts.proposals import OFFSETS, RANK, WORDS
 from sememe.evaluation.reconstruction import coding_cost
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Options, Subject
@@ -99,6 +100,8 @@ def ceiling_decode(base: nn.Module, config, rate: float) -> float:
     writing = config.num_concepts * width * lookups + 2 * width**2 * config.bridge
     if config.segment == "both":
         writing += width**2 * config.bridge * (1 - rate)
+    if config.boundary == "entropy":
+        writing += OFFSETS * RANK * (2 * width + WORDS)
     return (macs + lm_head) / (config.layer_share(rate) * macs + lm_head + writing)
 
 

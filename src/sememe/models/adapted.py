@@ -332,17 +332,19 @@ def fitted_blocks(ids_NT: Tensor) -> Tensor:
 
 
 def boundary_targets(model: "AdaptedModel", ids_NT: Tensor) -> Tensor | None:
-    """(n, T - 1) what a fitted boundary is to estimate: what the base itself makes of the text
+    """(n, T - 1, …) what a fitted boundary is to estimate: what the base itself makes of the text
     (LoRA is still zero)."""
     boundary = model.writer.gate.boundary
-    if boundary.fitted is None:
+    if not boundary.fitted:
         return None
+    ids_nT = fitted_blocks(ids_NT).to(model.device)
+    boundary.see(ids_nT)
 
     def target(ids_BT: Tensor) -> Tensor:
         logits_BTV = model.backbone(input_ids=ids_BT, use_cache=False).logits
         return boundary.target(logits_BTV.float().log_softmax(-1), ids_BT)
 
-    return torch.cat([target(ids_BT) for ids_BT in fitted_blocks(ids_NT).to(model.device).split(4)])
+    return torch.cat([target(ids_BT) for ids_BT in ids_nT.split(4)])
 
 
 def _refuse_unused(named: dict, known: Iterable[str], what: str) -> None:
