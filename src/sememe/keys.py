@@ -64,12 +64,16 @@ class Data(Options):
 class Task(Options):
     """What is trained on what"""
 
-    system: Literal["online", "compressor", "planner", "control", "skip", "window"]
+    system: Literal["online", "compressor", "planner", "control", "skip", "window", "prune"]
     """`online`; `compressor` (text → concepts → text); `planner` (source → plan → text); or a
-    baseline on the same batches: `control` (same LoRA, no concepts), `skip` (no middle slice),
-    `window` (the last tokens and the first one are all it sees)."""
+    baseline on the same batches: `control` (same LoRA, no concepts), `prune` (without some layers,
+    a linear map in each gap), `skip` (that without the middle slice), `window` (the last tokens and
+    the first one are all it sees)."""
     base: str
     """Known base (`sememe pull` lists them), local folder, or Hub id."""
+    leave_out: PositiveInt | list[NonNegativeInt] | None = None
+    """Of `prune`: how many layers are left out for every token, chosen by a scan of training text;
+    or which, as `[3, 4, 7]`."""
     data: Data
     steps: PositiveInt
     """Optimizer steps."""

@@ -2,6 +2,7 @@
 
 Everything else (trainer, sweep, command line) is the same for all of them and asks here."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, TrainerCallback
 
+from sememe.backbone.bases import resolve
+from sememe.backbone.split import Spine
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
@@ -28,10 +31,11 @@ from sememe.keys import (
 )
 from sememe.models import MODELS
 from sememe.models.adapted import AdaptedModel
-from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
+from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, OnlineConfig, sink_id
 from sememe.models.loading import check_length, longest_text
 from sememe.models.planner.first_plans import first_plans
 from sememe.models.planner.signals import SignalReader
+from sememe.models.pruning import Scan, removable, show
 from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule
 from sememe.training.meters import ConceptMeter, heldout_figures
@@ -46,6 +50,8 @@ OF_CONCEPTS = frozenset(
     (key for key in known_keys() if key.startswith(("plan.", "em."))),
 )
 """Keys that are about concepts alone."""
+UNREAD = OF_CONCEPTS | {"leave_out"}
+"""What a baseline does not read of a recipe, but for its own."""
 
 
 @dataclass
@@ -96,7 +102,7 @@ class System:
     alone, and have nothing to train but LoRA."""
     baselines: tuple[str, ...] = ()
     """Systems without concepts that a sweep trains beside it."""
-    unread: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset({"leave_out"})
     """Recipe keys that it does not read. One that is missing here costs a sweep a baseline for each
     of its values; one too many would make the comparison unequal."""
 
@@ -143,6 +149,10 @@ class System:
         torch.manual_seed(recipe.seed)
         return MODELS[self.name].from_base(self.config(recipe, layers), folder=folder)
 
+    def beside(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """What its runs as baselines of a sweep's point change in the recipe of that point."""
+        return [{}]
+
     def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
         """(steps · batch_size, T) training blocks in their order, (N, T) held-out blocks, and the
         first training blocks for calibration; or pairs. Raises DataError: missing, empty or too
@@ -174,6 +184,9 @@ class System:
         """Sets what is set before the first step of a fresh run; returns what share of a variance
         each new module explains."""
         return {}
+
+    def resume(self, run: Run) -> None:
+        """Sets from its checkpoint what `start` set and no state of the trainer holds."""
 
     def meter(self, config: AdaptedConfig):
         """That of a run; None for a system of which the loss says all."""
@@ -229,7 +242,7 @@ class Online(Writing):
 
     name = "online"
     refuses = ("pairs of data",)
-    baselines = ("control", "skip", "window")
+    baselines = ("control", "prune", "window")
     measures = measures.ONLINE
 
     def options(self, recipe: Recipe, layers: int) -> dict:
@@ -292,14 +305,14 @@ class Planner(System):
         run.say(f"start: plans of {len(examples.pairs)} pairs, {different} of them different")
         return {}
 
+    def resume(self, run: Run) -> None:
+        run.batches.examples.plan_NP = load_file(run.checkpoint / PLANS)["plans"]
+
     def meter(self, config: AdaptedConfig) -> PlanMeter:
         return PlanMeter(config.plan_shape)
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
-        examples = run.batches.examples
-        if run.checkpoint is not None:
-            examples.plan_NP = load_file(run.checkpoint / PLANS)["plans"]
-        return [HardEM(run.recipe, examples, run.meter, run.show)]
+        return [HardEM(run.recipe, run.batches.examples, run.meter, run.show)]
 
     def heldout(self, run: Run) -> Figures:
         return pair_figures(run.model, run.batches.heldout)
@@ -310,7 +323,7 @@ class Control(System):
 
     name = "control"
     refuses = ("distil", "lora.rank = 0")
-    unread = OF_CONCEPTS
+    unread = UNREAD
     measures = measures.CONTROL
 
     def pair_examples(self, recipe: Recipe, pairs: PairTensors, tokenizer, base_config):
@@ -329,7 +342,7 @@ class Skip(Control):
 
     name = "skip"
     refuses = System.refuses
-    unread = OF_CONCEPTS - {"split", "bridge", "concept_learning_rate", "calibration_tokens"}
+    unread = UNREAD - {"split", "bridge", "concept_learning_rate", "calibration_tokens"}
 
     def options(self, recipe: Recipe, layers: int) -> dict:
         shallow, middle, _ = split_layers(recipe.split, layers)
@@ -339,25 +352,67 @@ class Skip(Control):
         return run.model.start_bridge(run.batches.calibration_NT) if run.recipe.bridge else {}
 
 
+class Prune(Control):
+    """A baseline without some layers, wherever they are, and with a linear map in each gap: what
+    the same compute gives without concepts."""
+
+    name = "prune"
+    refuses = System.refuses
+    unread = UNREAD - {"leave_out", "concept_learning_rate", "calibration_tokens"}
+
+    def check(self, recipe: Recipe, processes: int) -> None:
+        super().check(recipe, processes)
+        if not recipe.leave_out:
+            raise RecipeError(
+                f"leave_out = {recipe.leave_out}: need how many layers system = prune leaves out, "
+                "or which. try: leave_out=2"
+            )
+
+    def beside(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """The numbers of layers on both sides of what the recipe's model runs for a token."""
+        base = AutoConfig.from_pretrained(resolve(recipe.base)).get_text_config()
+        layers = base.num_hidden_layers
+        config = SYSTEMS[recipe.system].config(recipe, layers)
+        config.adopt(base)
+        config.check()
+        less = round(layers * (1 - config.layer_share()), 6)
+        return [{"leave_out": n} for n in sorted({math.ceil(less), math.floor(less)} - {0})]
+
+    def start(self, run: Run) -> Figures:
+        """Chooses the layers, where the recipe says only how many, and starts the maps."""
+        text_NT, wanted = run.batches.calibration_NT, run.recipe.leave_out
+        removable(Spine(run.model.backbone), wanted)
+        scan = Scan(run.model.backbone, text_NT)
+        chosen = wanted if isinstance(wanted, list) else scan.choose(wanted, run.say, run.show)
+        run.model.leave_out(chosen)
+        run.say(
+            f"start: layers {show(chosen)} left out; before any training that takes the loss on "
+            f"training text from {scan.loss([]):.3f} to {scan.loss(chosen):.3f}"
+        )
+        return run.model.start_bridge(text_NT)
+
+    def resume(self, run: Run) -> None:
+        run.model.leave_out(self.config_class.from_pretrained(run.checkpoint).left_out)
+
+
 class Window(Control):
     """A baseline that sees the last tokens and the first one, with as much cache as `online`."""
 
     name = "window"
     refuses = System.refuses
-    unread = OF_CONCEPTS - {"rate", "split", "shallow_window"}
+    unread = UNREAD - {"rate", "split", "shallow_window"}
 
     def options(self, recipe: Recipe, layers: int) -> dict:
-        shallow = split_layers(recipe.split, layers)[0]
-        middle_deep = (layers - shallow) * recipe.rate
         # As many tokens as the caches of `online` have rows for at the end of a sequence; the first
         # token, which is always seen, takes one of them.
-        rows = (shallow + middle_deep) * recipe.sequence_length / layers
+        online = OnlineConfig(split=split_layers(recipe.split, layers), rate=recipe.rate)
+        rows = online.cache_share(recipe.sequence_length) * recipe.sequence_length
         return {"window": recipe.shallow_window or max(1, round(rows) - 1)}
 
 
 SYSTEMS: dict[str, System] = {
     system.name: system
-    for system in (Control(), Skip(), Window(), Online(), Compressor(), Planner())
+    for system in (Control(), Skip(), Prune(), Window(), Online(), Compressor(), Planner())
 }
 
 
