@@ -22,7 +22,7 @@ LIGHT = "errors figures paths storage keys options report terminal arguments"
 
 # The size of src/sememe in nodes of its syntax tree, which line breaks do not change. Whoever adds
 # a capability raises it in the same commit and says why.
-NODES = 93_000
+NODES = 97_400  # 93,000; concepts that see the tail they close; pruning, its scan, the cache front
 FILE_LINES = 400
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 0

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoConfig, TrainerCallback
 
 from sememe.backbone.bases import resolve
-from sememe.backbone.split import Spine
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
@@ -35,23 +34,21 @@ from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, OnlineConfig, 
 from sememe.models.loading import check_length, longest_text
 from sememe.models.planner.first_plans import first_plans
 from sememe.models.planner.signals import SignalReader
-from sememe.models.pruning import Scan, removable, show
 from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule
 from sememe.training.meters import ConceptMeter, heldout_figures
 from sememe.training.plans import PLANS, HardEM, PairExamples, PlanMeter
 from sememe.training.trainer import Blocks
 
-OF_CONCEPTS = frozenset(
-    ("quantise", "distil", "lora.shallow", "concept_learning_rate", "calibration_tokens")
+UNREAD = frozenset(
+    ("quantise", "distil", "leave_out", "lora.shallow", "concept_learning_rate")
 ).union(
+    ("calibration_tokens",),
     OnlineOptions.model_fields,
     CompressorOptions.model_fields,
     (key for key in known_keys() if key.startswith(("plan.", "em."))),
 )
-"""Keys that are about concepts alone."""
-UNREAD = OF_CONCEPTS | {"leave_out"}
-"""What a baseline does not read of a recipe, but for its own."""
+"""Keys that a baseline does not read, but for those it names: nearly all are about concepts."""
 
 
 @dataclass
@@ -192,7 +189,7 @@ class System:
         """That of a run; None for a system of which the loss says all."""
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
-        """Callbacks of its own; they come before all others."""
+        """Of its own; they come before all others."""
         return []
 
     def heldout(self, run: Run) -> Figures:
@@ -360,36 +357,18 @@ class Prune(Control):
     refuses = System.refuses
     unread = UNREAD - {"leave_out", "concept_learning_rate", "calibration_tokens"}
 
-    def check(self, recipe: Recipe, processes: int) -> None:
-        super().check(recipe, processes)
-        if not recipe.leave_out:
-            raise RecipeError(
-                f"leave_out = {recipe.leave_out}: need how many layers system = prune leaves out, "
-                "or which. try: leave_out=2"
-            )
-
     def beside(self, recipe: Recipe) -> list[dict[str, Any]]:
         """The numbers of layers on both sides of what the recipe's model runs for a token."""
         base = AutoConfig.from_pretrained(resolve(recipe.base)).get_text_config()
-        layers = base.num_hidden_layers
-        config = SYSTEMS[recipe.system].config(recipe, layers)
+        config = SYSTEMS[recipe.system].config(recipe, base.num_hidden_layers)
         config.adopt(base)
         config.check()
-        less = round(layers * (1 - config.layer_share()), 6)
+        less = round(base.num_hidden_layers * (1 - config.layer_share()), 6)
         return [{"leave_out": n} for n in sorted({math.ceil(less), math.floor(less)} - {0})]
 
     def start(self, run: Run) -> Figures:
-        """Chooses the layers, where the recipe says only how many, and starts the maps."""
-        text_NT, wanted = run.batches.calibration_NT, run.recipe.leave_out
-        removable(Spine(run.model.backbone), wanted)
-        scan = Scan(run.model.backbone, text_NT)
-        chosen = wanted if isinstance(wanted, list) else scan.choose(wanted, run.say, run.show)
-        run.model.leave_out(chosen)
-        run.say(
-            f"start: layers {show(chosen)} left out; before any training that takes the loss on "
-            f"training text from {scan.loss([]):.3f} to {scan.loss(chosen):.3f}"
-        )
-        return run.model.start_bridge(text_NT)
+        text_NT = run.batches.calibration_NT
+        return run.model.prune(text_NT, run.recipe.leave_out, run.say, run.show)
 
     def resume(self, run: Run) -> None:
         run.model.leave_out(self.config_class.from_pretrained(run.checkpoint).left_out)

@@ -1,7 +1,7 @@
 """The control: (B, T) ids → (B, T, V) logits of the base with LoRA alone, on the base's own
 forward."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from sememe.concepts.masks import Lane, Lanes
 from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel, fitted_blocks
 from sememe.models.configuration import ControlConfig
-from sememe.models.pruning import GapMap, entering, removable, runs, show
+from sememe.models.pruning import GapMap, Scan, entering, removable, runs, show
 
 
 class SkippedLayer(nn.Module):
@@ -55,6 +55,25 @@ class ControlForCausalLM(AdaptedModel):
         self._whole = (self.backbone.get_decoder().layers,)  # in a tuple: not saved
         self._leave_out(config.missing_layers)
         self.finish()
+
+    def prune(
+        self,
+        ids_NT: Tensor,
+        wanted: list[int] | int,
+        say: Callable[[str], None],
+        progress: bool,
+    ) -> dict[str, float]:
+        """Leaves out the `wanted` layers, or so many as a scan of (N, T) blocks of training text
+        chooses, and starts the maps. What that costs is said."""
+        removable(Spine(self.backbone), wanted)
+        scan = Scan(self.backbone, ids_NT)
+        chosen = wanted if isinstance(wanted, list) else scan.choose(wanted, say, progress)
+        say(
+            f"start: layers {show(chosen)} left out; before any training that takes the loss on "
+            f"training text from {scan.loss([]):.3f} to {scan.loss(chosen):.3f}"
+        )
+        self.leave_out(chosen)
+        return self.start_bridge(ids_NT)
 
     def leave_out(self, layers: Iterable[int]) -> None:
         """Takes these layers out of a whole model. Raises RecipeError where one cannot go."""
