@@ -37,6 +37,7 @@ compressor-news: {system: compressor, content: news, boundary: autoregressive, m
                   continuation_share: 0.3}
 control: {system: control}
 skip: {system: skip}
+prune: {system: prune, leave_out: 2}
 window: {system: window, shallow_window: 8}
 """
 PLANS = """

@@ -64,12 +64,16 @@ class Data(Options):
 class Task(Options):
     """What is trained on what"""
 
-    system: Literal["online", "compressor", "planner", "control", "skip", "window"]
+    system: Literal["online", "compressor", "planner", "control", "skip", "window", "prune"]
     """`online`; `compressor` (text → concepts → text); `planner` (source → plan → text); or a
-    baseline on the same batches: `control` (same LoRA, no concepts), `skip` (no middle slice),
-    `window` (the last tokens and the first one are all it sees)."""
+    baseline on the same batches: `control` (same LoRA, no concepts), `prune` (without some layers,
+    a linear map in each gap), `skip` (that without the middle slice), `window` (the last tokens and
+    the first one are all it sees)."""
     base: str
     """Known base (`sememe pull` lists them), local folder, or Hub id."""
+    leave_out: PositiveInt | list[NonNegativeInt] | None = None
+    """Of `prune`: how many layers are left out for every token, chosen by a scan of training text;
+    or which, as `[3, 4, 7]`."""
     data: Data
     steps: PositiveInt
     """Optimizer steps."""
@@ -85,6 +89,12 @@ class Task(Options):
     """Parts that `batch_size` is computed in."""
     seed: NonNegativeInt = 0
     """Of the order of the data, of new weights and of all that is drawn."""
+
+    @model_validator(mode="after")
+    def _layers_named(self):
+        if self.system == "prune" and not self.leave_out:
+            raise ValueError("system: prune: need leave_out, how many layers go or which, as 2")
+        return self
 
 
 class Concepts(Options):

@@ -137,7 +137,6 @@ def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = Non
     readings = {name: job() for name, job in shown}
     own_NT, concepts_NT = readings["own"]
     nll = {name: float(nll_NT.mean()) for name, (nll_NT, _) in readings.items()}
-    share = getattr(model.config, "layer_share", None)
     written = {} if concepts_NT is None else concept_figures(subject, blocks, own_NT, concepts_NT)
     figures = {
         "tokens": own_NT.numel(),
@@ -146,7 +145,7 @@ def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = Non
         "boundary": getattr(model.config, "boundary", None),
         "nll_by_position": by_position(own_NT, readings.get("control", [None])[0]),
         "sequence_length": ids_NT.shape[1],
-        "layer_share": share(written.get("concept_rate")) if share else 1.0,
+        **shares(model.config, ids_NT.shape[1], written.get("concept_rate")),
         **{f"delta_nll_{kind}": nll[kind] - nll["own"] for kind in ablations},
         **written,
     }
@@ -180,6 +179,14 @@ def proposal_nll(model, ids_NT: Tensor) -> list[float] | None:
         return (torch.stack(parts, -1),)
 
     return batched(nll, ids_NT)[0].flatten(0, 1).mean(0).tolist()
+
+
+def shares(config, length: int, rate: float | None) -> Figures:
+    """Of the base's compute and cache, at a realised rate and at the end of so many tokens."""
+    if not hasattr(config, "layer_share"):
+        return {"layer_share": 1.0, "cache_share": 1.0}
+    cache = config.cache_share(length, rate) if hasattr(config, "cache_share") else None
+    return {"layer_share": config.layer_share(rate), "cache_share": cache}
 
 
 def concept_figures(

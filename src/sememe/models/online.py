@@ -181,12 +181,12 @@ class OnlineForCausalLM(AdaptedModel):
         first, last = self._layers(1)
         step_BnD = (self.bridge.alone(h_BnD) - h_BnD) / (last - first)
 
-        def made(layer: int) -> KeysValues:
+        def of_layer(layer: int) -> KeysValues:
             x_BnD = h_BnD + (layer - first) * step_BnD
             kind = self.spine.kinds[layer]
             return keys_values(self.spine.decoder.layers[layer], x_BnD, rope[kind])
 
-        return made
+        return of_layer
 
     def _layers(self, number: int) -> tuple[int, int]:
         """[first, last) layer of a slice."""
