@@ -44,7 +44,7 @@ def main(name: str) -> None:
     add("changes", nargs="*", default=[], metavar="key=value", help="other options of the recipe")
     add("--out", type=Path, default=Path("runs") / f"qwen-{name}", help="run folder")
     add("--tiny", action="store_true", help="a Qwen3 with random weights, and a minute of training")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.tiny and "=" in given.base:  # there is no base to be named
         given.changes.insert(0, given.base)
     base = tiny_base(given.out.with_name(f"{given.out.name}-base")) if given.tiny else given.base
