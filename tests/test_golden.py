@@ -31,9 +31,9 @@ online-literal: {head: joint, codes_per_concept: 1, gumbel: 1.0, bridge: false}
 online-threshold: {boundary: threshold}
 online-entropy: {boundary: entropy, distil: 0.5}
 online-fixed: {boundary: fixed}
-compressor: {system: compressor}
-compressor-news: {system: compressor, content: news, boundary: autoregressive, max_tail: 3,
-                  continuation_share: 0.3}
+compressor: {system: compressor, content: bins}
+compressor-learned: {system: compressor, boundary: autoregressive, max_tail: 3,
+                     continuation_share: 0.3}
 control: {system: control}
 skip: {system: skip}
 window: {system: window, shallow_window: 8}
