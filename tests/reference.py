@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 
-def naive_segment_rule(written_T: list[bool]) -> list[list[bool]]:
-    """The specification: the rule as a double loop over one text without padding."""
+def naive_segment_rule(written_T: list[bool], segment: bool = False) -> list[list[bool]]:
+    """The specification: the rule as a double loop over one text without padding. `segment`: a
+    concept also sees the tail that it closes."""
     length = range(len(written_T))
     return [
-        [j <= i and (written_T[j] or not any(written_T[j + 1 : i + 1])) for j in length]
+        [j <= i and (written_T[j] or not any(written_T[j + 1 : i + 1 - segment])) for j in length]
         for i in length
     ]
 
@@ -97,7 +98,10 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
     out = []
     for t in everything:
         z = [j for j in range(t + 1) if written[j]]
-        c = run(shallow, shallow + middle, [concepts[j] for j in z], z)
+        if config.segment == "both":
+            c = segment_middle(model, h[: t + 1], concepts, written[: t + 1])
+        else:
+            c = run(shallow, shallow + middle, [concepts[j] for j in z], z)
         # The sink says nothing.
         last = {j: None if j == 0 else state for j, state in zip(z, c, strict=True)}
         if model.training and dial.rate < 1 and config.boundary == "null":
@@ -105,11 +109,54 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
                 p = torch.sigmoid(scores[j] - threshold)
                 without = tail_state(model, h[j], last[z[k - 1]])
                 c[k] = c[k] + (p - p.detach()) * (c[k] - without).detach()
-        tail = list(range(z[-1] + 1, t + 1))
-        tails = [tail_state(model, h[j], last[z[-1]]) for j in tail]
-        d = run(shallow + middle, shallow + middle + deep, c + tails, z + tail)
+        if config.segment == "none":
+            tail = list(range(z[-1] + 1, t + 1))
+            tails = [tail_state(model, h[j], last[z[-1]]) for j in tail]
+            d = run(shallow + middle, shallow + middle + deep, c + tails, z + tail)
+        else:  # what earlier concepts saw is in their states
+            x, latest = [], None
+            for j in range(t + 1):
+                if written[j]:
+                    x.append(c[z.index(j)])
+                    latest = last[j]
+                else:
+                    x.append(tail_state(model, h[j], latest))
+            rule = naive_segment_rule(written[: t + 1], segment=True)
+            d = ruled(model, shallow + middle, shallow + middle + deep, x, rule)
         out.append(spine.logits(d[-1][None, None])[0, 0])
     return torch.stack(out), ids
+
+
+def ruled(model, first: int, last: int, states: list[Tensor], rule) -> list[Tensor]:
+    """Layers first … last-1 over states of successive places, each attending by `rule`."""
+    h, position_ids = torch.stack(states)[None], torch.arange(len(states))[None]
+    kernel = model.backbone.config._attn_implementation
+
+    def mask(window):
+        allowed = torch.tensor(rule)[None, None] & causal_mask(position_ids, window, None, "sdpa")
+        if kernel == "sdpa":
+            return allowed
+        floor = torch.finfo(torch.float32).min
+        return torch.zeros(allowed.shape).masked_fill(~allowed, floor)
+
+    rope = model.spine.rope(h, position_ids)
+    return list(model.spine.run(first, last, h, position_ids, rope, mask)[0])
+
+
+def segment_middle(model, h, concepts, written) -> list[Tensor]:
+    """Middle states of the concepts, each of which also sees the tail that it closes: on entering
+    the n-th of M layers a token of it has gone n / M of its way to its bridged state. Whole layers
+    run over all of it, and what they make of the tails is thrown away."""
+    first, middle, _ = model.config.split
+    places = range(len(written))
+    rule = naive_segment_rule(written, segment=True)
+    bridged = [tail_state(model, state, None) for state in h]
+    c = {j: concepts[j] for j in places if written[j]}
+    for n in range(middle):
+        x = [c[j] if written[j] else h[j] + n / middle * (bridged[j] - h[j]) for j in places]
+        out = ruled(model, first + n, first + n + 1, x, rule)
+        c = {j: out[j] for j in c}
+    return list(c.values())
 
 
 def quantised(model, state_D: Tensor, word_F: Tensor) -> tuple[int, Tensor]:

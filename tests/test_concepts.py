@@ -27,6 +27,9 @@ def test_mask_rule_is_the_double_loop(written):
     position = torch.arange(len(written))[None]
     lane = Lane(position, (position * row).cummax(1).values, row, torch.ones_like(row))
     assert segment_mask(lane, lane)[0, 0].tolist() == naive_segment_rule(written)
+    before = torch.nn.functional.pad((position * row)[:, :-1], (1, 0)).cummax(1).values
+    lane = lane._replace(start=before)
+    assert segment_mask(lane, lane)[0, 0].tolist() == naive_segment_rule(written, segment=True)
 
 
 @settings(deadline=None)

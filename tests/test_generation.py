@@ -39,16 +39,21 @@ def test_streamer_and_concept_ids():
     assert torch.equal(cache.concept_ids, model(new[:, :-1]).concept_ids), "written while decoding"
 
 
-def test_cache_holds_what_the_formula_says():
+@pytest.mark.parametrize("segment", ["none", "deep", "both"])
+def test_cache_holds_what_the_formula_says(segment):
     """S·T + M·concepts + D·(concepts + tail) rows of keys and values, and in each layer a slot that
-    takes what is not kept."""
-    model = tiny_online()
+    takes what is not kept; whether concepts see their segments or not."""
+    model = tiny_online(segment=segment)
     cache = model.new_cache(1)
     model(text(1, 100), cache=cache)
     concepts, tail = int(cache.concepts[0]), int(cache.memory.gate.tail[0])
     assert [one.used for one in cache.slices] == [100, concepts, concepts + tail]
     assert concepts < 60 and tail <= model.config.max_tail
     assert cache.bytes() == (101 + 2 * (concepts + 1) + concepts + tail + 1) * 2 * 1 * 32 * 4
+    for token in text(1, 40)[0]:
+        model(token[None, None], cache=cache)
+    concepts, tail = int(cache.concepts[0]), int(cache.memory.gate.tail[0])
+    assert [one.used for one in cache.slices] == [140, concepts, concepts + tail]
 
 
 @pytest.mark.parametrize(

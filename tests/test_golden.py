@@ -24,13 +24,14 @@ from sememe.backbone.calling import CACHE
 FOLDER = Path(__file__).parent / "golden"
 PROMPT = "the cat sat on a mat and saw the dog on a mat"
 CASES = """
-online: {}
-online-surprise: {boundary: surprise, anchor: true, pool: true, shallow_window: 12,
+online: {segment: none}
+online-segment: {max_tail: 4, rate: 0.4}
+online-surprise: {segment: none, boundary: surprise, anchor: true, pool: true, shallow_window: 12,
                   concept_dropout: 0.1}
-online-literal: {head: joint, codes_per_concept: 1, gumbel: 1.0, bridge: false}
-online-threshold: {boundary: threshold}
-online-entropy: {boundary: entropy, distil: 0.5}
-online-fixed: {boundary: fixed}
+online-literal: {segment: none, head: joint, codes_per_concept: 1, gumbel: 1.0, bridge: false}
+online-threshold: {segment: none, boundary: threshold}
+online-entropy: {segment: none, boundary: entropy, distil: 0.5}
+online-fixed: {segment: none, boundary: fixed}
 compressor: {system: compressor, content: bins}
 compressor-learned: {system: compressor, boundary: autoregressive, max_tail: 3,
                      continuation_share: 0.3}

@@ -22,7 +22,7 @@ LIGHT = "errors figures paths storage keys options report terminal arguments"
 
 # The size of src/sememe in nodes of its syntax tree, which line breaks do not change. Whoever adds
 # a capability raises it in the same commit and says why.
-NODES = 93_000
+NODES = 94_600  # 93,000, and concepts that see the tail they close, in every forward and cache
 FILE_LINES = 400
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 0

@@ -1,6 +1,7 @@
 """The online model: identity at birth, fast = specification, cached = parallel, causality."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from families import FAMILIES, left_padded, positions, stepwise, text, tiny_base
 from reference import per_step_logits
 from sememe.backbone.calling import CACHE_NAMES
 from sememe.backbone.split import self_check
+from sememe.backbone.tails import check_keys
 from sememe.errors import BaseError, CheckpointError, RecipeError
 from sememe.models import OnlineConfig, OnlineForCausalLM
 
@@ -18,6 +20,10 @@ CLOSE = {"atol": 2e-4, "rtol": 0}
 LEFT_PAD = torch.tensor([[0] * 4 + [1] * 16, [1] * 20])
 SETTINGS = [
     *({"family": family} for family in FAMILIES),
+    {"segment": "none"},
+    {"segment": "none", "pool": True, "anchor": True, "family": "gemma3_text"},
+    {"segment": "deep", "family": "mistral"},
+    {"bridge": False},
     {"attention": "eager"},
     {"rate": 1.0},
     {"quantise": 0.0},
@@ -161,6 +167,36 @@ def test_causality_by_perturbation(settings):
 def test_configurations_that_cannot_run_are_refused(changes, said):
     with pytest.raises(RecipeError, match=said):
         tiny_online(**changes)
+
+
+def test_a_model_that_was_saved_before_an_option_came_has_it_as_it_was(tmp_path):
+    config, saved = tiny_online().config, tmp_path / "config.json"
+    config.architectures = ["OnlineForCausalLM"]
+    config.save_pretrained(tmp_path)
+    assert OnlineConfig.from_pretrained(tmp_path).segment == "both"
+    values = json.loads(saved.read_text())
+    del values["segment"]
+    saved.write_text(json.dumps(values))
+    assert OnlineConfig.from_pretrained(tmp_path).segment == "none"
+
+
+def test_keys_that_cannot_be_made_apart_from_the_layer_are_refused():
+    base = tiny_base("qwen3")
+    check_keys(base)
+    base.model.layers[2].self_attn.v_proj.register_forward_hook(counted := Counted())
+    with pytest.raises(BaseError, match=r"type qwen3, whose keys .*try: segment=deep"):
+        check_keys(base)
+    assert counted.calls == 2
+
+
+class Counted:
+    """Another result at each call."""
+
+    calls = 0
+
+    def __call__(self, module, arguments, out):
+        self.calls += 1
+        return out * self.calls
 
 
 def test_options_that_are_no_more_load_where_they_did_nothing():

@@ -40,6 +40,7 @@ def models(draw):
         "boundary": st.sampled_from([name for name in BOUNDARIES if not BOUNDARIES[name].offline]),
         "head": st.sampled_from(list(HEADS)),
         "bridge": st.booleans(),
+        "segment": st.sampled_from(["both", "both", "deep", "none"]),
         "anchor": st.booleans(),
         "codes_per_concept": st.sampled_from([1, 2]),
     }

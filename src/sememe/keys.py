@@ -142,6 +142,10 @@ class OnlineOptions(Concepts):
     split: tuple[int | None, int | None, int | None] | None = None
     """Layers in the shallow, middle and deep slice, as `[4, 22, 4]`; one of them may be left open,
     as `[4, null, 4]`. None: 2/15 shallow, 2/15 deep, a thick middle."""
+    segment: Literal["none", "deep", "both"] = "both"
+    """Where a concept sees the tail that it closes, once, before the tail is gone. `deep`: in the
+    deep slice, for nothing; `both`: in the middle slice too, by keys and values of its tokens that
+    are made for it; `none`: nowhere."""
     shallow_window: PositiveInt | None = None
     """Tokens that a token sees in the shallow slice, with the first one beside them; none: all. Its
     cache stops growing. Of `window`: in every layer; none: as many as the caches of `rate` and

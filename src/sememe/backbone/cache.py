@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sememe.concepts.masks import Lane, Lanes
-from sememe.concepts.segments import Chunk
+from sememe.concepts.segments import Chunk, Tails
 from sememe.concepts.writer import Memory, WriteDecision
 
 GROWTH = 32  # slots added when a buffer is full: one copy in 32 tokens, and few slots in reserve
@@ -83,6 +83,19 @@ class SliceCache:
         plain = bool((length[slot[:, 0] >= 0] == self.used).all())
         return lanes._replace(key=self._keys(length, length), plain=plain, recent=None)
 
+    def settle(self, length: np.ndarray) -> None:
+        """Rows that have more than `length` entries get that many: the last one, a concept that has
+        seen its tail, takes the place of the tail's first."""
+        rows = np.flatnonzero(length < self.length)
+        if len(rows):
+            stay, came, row_r = (
+                torch.from_numpy(x[rows]).to(self.position.device)
+                for x in (length - 1, self.length - 1, np.arange(len(length)))
+            )
+            for stored in (*self.states.values(), self.position[None, :, None, :, None]):
+                stored[:, row_r, :, stay] = stored[:, row_r, :, came]
+            self.length = length
+
     def _keys(self, length: np.ndarray, concepts: np.ndarray) -> Lane:
         """What is in the slots."""
         position = self.position[self.rows, : int(length.max(initial=0))]
@@ -113,14 +126,16 @@ class SliceCache:
 
 
 class NoCache:
-    """A forward whose keys are its own entries alone. `memory`, `last_concept_BD`: what rows start
-    with."""
+    """A forward whose keys are its own entries alone. `memory`, `last_concept_BD`, `tails`: what
+    rows start with; `segment`: whether a concept sees the tail that it closes in the deep slice."""
 
     for_layers: Cache | None = None
 
-    def __init__(self, memory: Memory, last_concept_BD: Tensor):
+    def __init__(self, memory: Memory, last_concept_BD: Tensor, tails: Tails, segment: bool):
         self.memory = memory
         self.last_concept_BD = last_concept_BD
+        self.tails = tails
+        self.segment = segment
 
     def shallow(self, chunk: Chunk, window: int | None) -> Lanes:
         """All tokens, causal; with a `window` each sees that many, itself among them, and the first
@@ -131,16 +146,24 @@ class NoCache:
     def middle(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
         """Concepts, causal, each at its own place in the text. Padding comes after all of them."""
         lane = Lane.causal(decision.pack.pack(chunk.position_BT), decision.pack.valid_BC)
+        # If they see tails, then that behind the concept before.
+        lane = lane._replace(start=F.pad(lane.position[:, :-1], (1, 0)))
         return Lanes(lane, lane, plain=True)
 
     def deep(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
-        """Each token sees the concepts up to it, and the tail that it lies in."""
+        """Each token sees the concepts up to it, and the tail that it lies in; a concept the one
+        that it closes, if it sees its segment."""
         # What is left of an earlier chunk's tail is still open: it is seen until a concept comes.
-        start_BT = (chunk.position_BT * decision.written_BT).cummax(1).values
+        place_BT = chunk.position_BT * decision.written_BT
+        if self.segment:
+            place_BT = F.pad(place_BT[:, :-1], (1, 0))
+        start_BT = place_BT.cummax(1).values
         lane = Lane(chunk.position_BT, start_BT, decision.written_BT, chunk.valid_BT)
         return Lanes(lane, lane, bool(decision.written.all()))
 
-    def remember(self, memory: Memory, last_concept_BD: Tensor, ids_BT: Tensor) -> None:
+    def remember(
+        self, memory: Memory, last_concept_BD: Tensor, tails: Tails, ids_BT: Tensor
+    ) -> None:
         """Keeps what the next chunk needs beside keys and values."""
 
     def reserve(self, tokens: int, concepts: int, window: int | None) -> None:
@@ -153,10 +176,12 @@ class NoCache:
 class ConceptCache(NoCache, Cache):
     """The online model's cache. What decides about the next token lives here too, so that beams,
     batches and continued generation carry it along: the writer's memory, the last concept's state,
-    the ids written so far, (B, tokens and padding)."""
+    the states of the open tail, if a concept is to see them, the ids written so far, (B, tokens and
+    padding)."""
 
-    def __init__(self, memory: Memory, last_concept_BD: Tensor, split: tuple[int, int, int]):
-        NoCache.__init__(self, memory, last_concept_BD)
+    def __init__(self, split: tuple[int, int, int], *start):
+        NoCache.__init__(self, *start)
+        last_concept_BD = self.last_concept_BD
         batch, device = len(last_concept_BD), last_concept_BD.device
         self.slices = [SliceCache(batch, device) for _ in split]
         parts = zip(self.slices, split, strict=True)
@@ -209,6 +234,11 @@ class ConceptCache(NoCache, Cache):
         tail = np.where(chunk.real & (left <= gate.tail[:, None]), length[:, None] - left, -1)
         rank = self.concepts[:, None] + decision.written.cumsum(1) - 1
         slot = np.where(decision.written, rank, tail)
+        if self.segment and slot.shape[1] == 1:
+            # One that writes meets its tail, so it stands behind it until `remember`.
+            behind = self.concepts + self.memory.gate.tail
+            length = np.where(decision.written[:, 0], behind + 1, length)
+            slot = np.where(decision.written, behind[:, None], slot)
         return self.slices[2].plan(super().deep(chunk, decision), slot, length, self.concepts)
 
     def update(
@@ -218,9 +248,13 @@ class ConceptCache(NoCache, Cache):
         new = torch.stack([key_states, value_states])
         return self.layers[layer_idx].update(layer_idx, new).unbind(0)
 
-    def remember(self, memory: Memory, last_concept_BD: Tensor, ids_BT: Tensor) -> None:
+    def remember(
+        self, memory: Memory, last_concept_BD: Tensor, tails: Tails, ids_BT: Tensor
+    ) -> None:
+        self.slices[2].settle(memory.gate.concepts + memory.gate.tail)
         self.memory = memory
         self.last_concept_BD = last_concept_BD
+        self.tails = tails
         self.concept_ids = torch.cat([self.concept_ids, ids_BT], 1)
 
     def reserve(self, tokens: int, concepts: int, window: int | None) -> None:
@@ -250,6 +284,7 @@ class ConceptCache(NoCache, Cache):
         for part in self.slices:
             part.take_rows(rows)
         self.memory = self.memory.select(rows)
+        self.tails = self.tails[rows]
         self.concept_ids = self.concept_ids[rows]
         self.last_concept_BD = self.last_concept_BD[rows]
 

@@ -5,9 +5,12 @@ a family does differently (embedding scale, logit caps, hybrid layers, …) is c
 the base against this loop."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from sememe.backbone.calling import cache_argument, parameters
@@ -17,6 +20,14 @@ from sememe.errors import BaseError
 
 OTHERS = "try: a Llama, Qwen2/3, Mistral, OLMo2, Gemma3 or SmolLM base"
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def split_rope(rope: Rope, length: int) -> tuple[Rope, Rope]:
+    """Of the first positions, and of those behind them."""
+    return (
+        {kind: tuple(x[..., :length, :] for x in pair) for kind, pair in rope.items()},
+        {kind: tuple(x[..., length:, :] for x in pair) for kind, pair in rope.items()},
+    )
 
 
 class Spine:
@@ -69,11 +80,12 @@ class Spine:
         """Layers first … last-1 over (B, n, D). `mask(window)` gives each kind of layer its
         mask."""
         masks: dict[str, Tensor | None] = {}
+        again = getattr(cache, "again", False)
         layers = zip(self.kinds[first:last], self.decoder.layers[first:last], strict=True)
         for kind, layer in layers:
             if kind not in masks:
                 masks[kind] = mask(self.window if kind == SLIDING else None)
-            out = layer(
+            out = (partial(_checkpointed, layer) if again else layer)(
                 h,
                 attention_mask=masks[kind],
                 position_ids=position_ids,
@@ -87,6 +99,22 @@ class Spine:
     def logits(self, h: Tensor) -> Tensor:
         """(B, n, D) → (B, n, V)."""
         return self.base.lm_head(self.decoder.norm(h))
+
+
+def _checkpointed(layer: nn.Module, h: Tensor, **named: Any) -> Any:
+    """A layer that may be computed again in the backward pass. Under its own checkpointing it would
+    be handed no cache, since a cache must not be written twice."""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return layer(h, **named)
+
+    def once(h: Tensor) -> Any:
+        layer.gradient_checkpointing = False
+        try:
+            return layer(h, **named)
+        finally:
+            layer.gradient_checkpointing = True
+
+    return checkpoint(once, h, use_reentrant=False)
 
 
 @torch.no_grad()

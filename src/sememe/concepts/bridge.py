@@ -24,6 +24,10 @@ class NoBridge(nn.Module):
         """(B, D) what stands for the last concept ahead of a text."""
         return torch.zeros_like(like_BD)
 
+    def alone(self, h_BnD: Tensor) -> Tensor:
+        """What tails become by their own states alone."""
+        return h_BnD
+
     def tails(
         self, h_BTD: Tensor, c_BCD: Tensor, decision: WriteDecision, last_BD: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -63,6 +67,9 @@ class TailBridge(NoBridge):
 
     def first(self, like_BD: Tensor) -> Tensor:
         return self.concept_mean.expand_as(like_BD)
+
+    def alone(self, h_BnD: Tensor) -> Tensor:
+        return self(h_BnD, self.concept_mean.to(h_BnD.dtype))
 
     def tails(self, h_BTD, c_BCD, decision, last_BD):
         sink_BC1 = (decision.pack.valid_BC & ~decision.coded_BC).unsqueeze(-1)

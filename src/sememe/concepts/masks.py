@@ -2,11 +2,13 @@
 `(j, i]`.
 
 That one rule is concept→concept causal, tail→concept, tail→tail causal, concept→tail never. With
-every position a concept it is plain causal attention; with none it is too."""
+every position a concept it is plain causal attention; with none it is too. Where a concept sees its
+segment (`segment`), no concept may lie in `(j, i)`: the tail that it closes is seen once more."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -21,7 +23,7 @@ class Lane(NamedTuple):
     """What the rule needs to know of a row of queries or keys. All fields are (B, n)."""
 
     position: Tensor  # place in the text, counted from the first real token
-    start: Tensor  # place of the last concept at or before this one; of keys nobody asks it
+    start: Tensor  # place of the last concept that hides what is before; of keys nobody asks it
     concept: Tensor  # bool: is this entry a concept
     valid: Tensor  # bool: False on padding and on empty cache slots
 
@@ -30,6 +32,11 @@ class Lane(NamedTuple):
         """One on which the rule is plain causal attention: every entry is a concept. What it says
         of invalid ones nobody asks."""
         return cls(position, position, valid, valid)
+
+    @classmethod
+    def tail(cls, position: Tensor, valid: Tensor) -> "Lane":
+        """One of normal tokens."""
+        return cls(position, position, torch.zeros_like(valid), valid)
 
     def __getitem__(self, index) -> "Lane":
         """That part of each field."""
@@ -52,6 +59,13 @@ class Lanes(NamedTuple):
     plain: bool
     recent: int | None = None
     rows: slice | Tensor = slice(None)
+
+    def beside(self, position: Tensor, real: np.ndarray) -> "Lanes":
+        """With (b, n) normal tokens behind the keys, `real` on the host. A single query closes
+        them all."""
+        plain = self.plain and self.query.position.shape[1] == 1 and bool(real.all())
+        valid = torch.from_numpy(real).to(position.device)
+        return self._replace(key=self.key.then(Lane.tail(position, valid)), plain=plain)
 
     def masks(self, attention: str, dtype: torch.dtype) -> Callable[[int | None], Any]:
         """The mask for each sliding window that layers have, in the form of the kernel

@@ -70,6 +70,55 @@ class Chunk:
         return x_BSD.take_along_dim(index_BS.unsqueeze(-1), 1)
 
 
+class Tails(NamedTuple):
+    """Normal tokens of a batch that no concept has closed yet, in their order: their shallow
+    states, places in the texts, and which entries are such tokens (on the host)."""
+
+    h_BnD: Tensor
+    position_Bn: Tensor
+    real: np.ndarray
+
+    @classmethod
+    def none(cls, like_BD: Tensor) -> "Tails":
+        """Those of `B` rows ahead of their texts."""
+        h_BnD = like_BD[:, None][:, :0]
+        position_Bn = torch.zeros(h_BnD.shape[:2], dtype=torch.long, device=like_BD.device)
+        return cls(h_BnD, position_Bn, np.zeros(h_BnD.shape[:2], bool))
+
+    def then(self, h_BTD: Tensor, chunk: Chunk, written: np.ndarray) -> tuple["Tails", "Tails"]:
+        """With a chunk's tokens behind them: those that its concepts close, and those that stay
+        open."""
+        both = Tails(
+            torch.cat([self.h_BnD.to(h_BTD), h_BTD], 1),
+            torch.cat([self.position_Bn, chunk.position_BT], 1),
+            np.concatenate([self.real, chunk.real & ~written], 1),
+        )
+        closes = np.pad(written, ((0, 0), (self.real.shape[1], 0)))
+        closed = closes[:, ::-1].cumsum(1)[:, ::-1] > 0
+        return both.keep(closed), both.keep(~closed)
+
+    def keep(self, kept: np.ndarray) -> "Tails":
+        """The (B, n) entries that are kept, packed to the left."""
+        kept = kept & self.real
+        if kept.all():
+            return self
+        if not kept.any():
+            return Tails(*(x[:, :0] for x in self))
+        longest = int(kept.sum(1).max(initial=0))
+        order = np.argsort(~kept, axis=1, kind="stable")[:, :longest]
+        index_Bn = torch.from_numpy(order).to(self.h_BnD.device)
+        return Tails(
+            self.h_BnD.take_along_dim(index_Bn.unsqueeze(-1), 1),
+            self.position_Bn.take_along_dim(index_Bn, 1),
+            np.take_along_axis(kept, order, 1),
+        )
+
+    def __getitem__(self, rows) -> "Tails":
+        """Those rows: a tensor of indices or a slice."""
+        on_host = rows if isinstance(rows, slice) else rows.cpu().numpy()
+        return Tails(self.h_BnD[rows], self.position_Bn[rows], self.real[on_host])
+
+
 class Packing(NamedTuple):
     """Where the packed concepts come from. `index_BC` are token positions, `valid_BC` is False on
     the padding; `rank_BT`: how many concepts were written before each position."""

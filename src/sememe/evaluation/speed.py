@@ -97,6 +97,8 @@ def ceiling_decode(base: nn.Module, config, rate: float) -> float:
     # A joint head scores all codes at every token: its first stage is the gate too.
     lookups = config.codes_per_concept * rate + (1 - rate) * (config.head == "joint")
     writing = config.num_concepts * width * lookups + 2 * width**2 * config.bridge
+    if config.segment == "both":
+        writing += width**2 * config.bridge * (1 - rate)
     return (macs + lm_head) / (config.layer_share(rate) * macs + lm_head + writing)
 
 

@@ -181,12 +181,17 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             )
         checked = "sdpa" if attention == FLEX else attention  # flex has no CPU to check the base on
         backbone = load_base(folder, dtype=dtype, attn_implementation=checked)
-        self_check(backbone)
+        cls.check_base(backbone, config)
         backbone.set_attn_implementation(attention)
         config.adopt(backbone.config)
         config.base_sha256 = sha256
         config._attn_implementation = attention
         return cls(config, backbone)
+
+    @classmethod
+    def check_base(cls, backbone, config) -> None:
+        """Raises BaseError where the model cannot be built over this base."""
+        self_check(backbone)
 
     def own_state(self) -> dict[str, Tensor]:
         """What is not the base's: LoRA, new modules and their buffers."""

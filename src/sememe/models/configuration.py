@@ -46,6 +46,7 @@ class AdaptedConfig(PreTrainedConfig):
     opens_with_bos = False  # a BOS ahead of each text takes one position
     options = Options  # the group of recipe keys that its own are among, and are checked by
     names = {}  # option of that group → its name in the configuration
+    before = {}  # options that came later, and what models saved before them are
     defaults = {
         "base": None,
         "base_sha256": None,
@@ -62,6 +63,8 @@ class AdaptedConfig(PreTrainedConfig):
                     f"{key} = {value!r} in the configuration of this model: need {neutral!r}, the "
                     "option is no more. try: an earlier release of sememe, or train it again"
                 )
+        if "architectures" in options:  # as in saved ones alone
+            options = self.before | options
         own = {key: options.pop(name) for key, name in self.names.items() if name in options}
         values = checked(self.options, own).model_dump(mode="json")
         for key, name in self.names.items():
@@ -115,12 +118,23 @@ class OnlineConfig(ConceptConfig):
     names = {key: key for key in OnlineOptions.model_fields}
     defaults = ConceptConfig.defaults | {"prefill_chunk": 1024}
     __init__ = ConceptConfig.__init__
+    before = {"segment": "none"}
 
     def layer_share(self, rate: float | None = None) -> float:
-        """Layer applications per token over the base's, at a realised rate."""
+        """Layer applications per token over the base's, at a realised rate. Keys and values of the
+        tails that concepts see in the middle slice count by their share of a layer's weights."""
         rate = rate or self.rate
         shallow, middle, deep = self.split
-        return (shallow + middle * rate + deep) / sum(self.split)
+        seen = (1 - rate) * self._keys_share() if self.segment == "both" else 0.0
+        return (shallow + middle * (rate + seen) + deep) / sum(self.split)
+
+    def _keys_share(self) -> float:
+        """What of a layer makes keys and values."""
+        base = self.text_config
+        heads = base.num_attention_heads
+        head_dim = getattr(base, "head_dim", None) or base.hidden_size // heads
+        keys_values = 2 * head_dim * getattr(base, "num_key_value_heads", heads)
+        return keys_values / (keys_values + 2 * head_dim * heads + 3 * base.intermediate_size)
 
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""

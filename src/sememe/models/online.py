@@ -7,25 +7,27 @@
 One forward serves training, prefill, chunks and decoding; without a cache it costs T shallow, T ·
 rate middle and T deep layer applications. Suffixes as in `concepts`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.cache import ConceptCache, NoCache
 from sememe.backbone.calling import CACHE, check_forward, name_cache, take_cache
-from sememe.backbone.split import Rope, Spine
+from sememe.backbone.split import Rope, Spine, split_rope
+from sememe.backbone.tails import KeysValues, TailKeys, check_keys, keys_values
 from sememe.concepts.bridge import NoBridge, TailBridge
 from sememe.concepts.codebook import vocabulary_blocks
 from sememe.concepts.dial import Dial, evaluating
 from sememe.concepts.masks import FLEX, Lanes
-from sememe.concepts.segments import Chunk
+from sememe.concepts.segments import Chunk, Tails
 from sememe.concepts.writer import NULL, ConceptWriter, WriteDecision, inner
 from sememe.models.adapted import AdaptedModel, boundary_targets
 from sememe.models.configuration import OnlineConfig
@@ -60,6 +62,12 @@ class OnlineForCausalLM(AdaptedModel):
         self.writer = ConceptWriter(config, width, self.dial)
         self.bridge = TailBridge(width) if config.bridge else NoBridge()
         self.finish()
+
+    @classmethod
+    def check_base(cls, backbone, config) -> None:
+        super().check_base(backbone, config)
+        if config.segment == "both":
+            check_keys(backbone)
 
     # ---- forward ----
 
@@ -121,39 +129,70 @@ class OnlineForCausalLM(AdaptedModel):
 
         decision = self.writer.decide(h_BTD, chunk, cache.memory)
         e_BCD, ids_BC = self.writer.write(decision, ablation)
-        c_BCD = self._middle(e_BCD, chunk, decision, cache)
+        closed = tails = cache.tails
+        if self.config.segment == "both":
+            closed, tails = tails.then(h_BTD, chunk, decision.written)
+        c_BCD = self._middle(e_BCD, chunk, decision, cache, closed)
 
         tail_BTD, last_BD = self.bridge.tails(h_BTD, c_BCD, decision, cache.last_concept_BD)
         if self.training:
             c_BCD = self._teach_gate(c_BCD, tail_BTD, decision)
         x_BTD = decision.pack.unpack(c_BCD, tail_BTD)
-        d_BTD = self._run(2, x_BTD, chunk.rope, cache.deep(chunk, decision), cache)
+        lanes = cache.deep(chunk, decision)
+        d_BTD = self._run(2, x_BTD, chunk.rope, lanes, cache.for_layers)
 
         ids_BT = decision.pack.unpack(ids_BC, torch.full_like(chunk.position_BT, NULL))
-        cache.remember(decision.memory, last_BD, ids_BT)
+        cache.remember(decision.memory, last_BD, tails, ids_BT)
         return d_BTD, ids_BT
 
     def _shallow(self, chunk: Chunk, cache: NoCache) -> Tensor:
         lanes = cache.shallow(chunk, self.config.shallow_window)
-        return self._run(0, chunk.embed_BTD, chunk.rope, lanes, cache)
+        return self._run(0, chunk.embed_BTD, chunk.rope, lanes, cache.for_layers)
 
     def _middle(
-        self, e_BCD: Tensor, chunk: Chunk, decision: WriteDecision, cache: NoCache
+        self, e_BCD: Tensor, chunk: Chunk, decision: WriteDecision, cache: NoCache, closed: Tails
     ) -> Tensor:
+        """`closed`: tails that concepts of the chunk see; of `segment: both`."""
         if not decision.written.any():
             return e_BCD
-        lanes = cache.middle(chunk, decision)
+        lanes, for_layers = cache.middle(chunk, decision), cache.for_layers
         x_bCD, rows = e_BCD[lanes.rows], lanes.rows
-        c_bCD = self._run(1, x_bCD, self.spine.rope(x_bCD, lanes.query.position), lanes, cache)
+        position_bn = lanes.query.position
+        if closed.real.any():
+            closed = closed[rows]
+            position_bn = torch.cat([position_bn, closed.position_Bn], 1)
+        # Together: dynamic rope goes by the largest position that it is shown.
+        rope, tail_rope = split_rope(self.spine.rope(x_bCD, position_bn), x_bCD.shape[1])
+        if closed.real.any():
+            lanes = lanes.beside(closed.position_Bn, closed.real)
+            for_layers = TailKeys(for_layers, self._tail_keys(closed.h_BnD, tail_rope))
+        c_bCD = self._run(1, x_bCD, rope, lanes, for_layers)
         return c_bCD if isinstance(rows, slice) else e_BCD.index_copy(0, rows, c_bCD)
 
-    def _run(self, number: int, x_BnD: Tensor, rope: Rope, lanes: Lanes, cache: NoCache) -> Tensor:
+    def _tail_keys(self, h_BnD: Tensor, rope: Rope) -> Callable[[int], KeysValues]:
+        """For each middle layer, keys and values of tail tokens with these shallow states. On their
+        way through the slice the states are taken to move straight to the bridged ones."""
+        first, last = self._layers(1)
+        step_BnD = (self.bridge.alone(h_BnD) - h_BnD) / (last - first)
+
+        def made(layer: int) -> KeysValues:
+            x_BnD = h_BnD + (layer - first) * step_BnD
+            kind = self.spine.kinds[layer]
+            return keys_values(self.spine.decoder.layers[layer], x_BnD, rope[kind])
+
+        return made
+
+    def _layers(self, number: int) -> tuple[int, int]:
+        """[first, last) layer of a slice."""
+        return sum(self.config.split[:number]), sum(self.config.split[: number + 1])
+
+    def _run(
+        self, number: int, x_BnD: Tensor, rope: Rope, lanes: Lanes, for_layers: Cache | None
+    ) -> Tensor:
         """Slice `number` of the layers."""
-        first, last = sum(self.config.split[:number]), sum(self.config.split[: number + 1])
+        first, last = self._layers(number)
         masks = lanes.masks(self.backbone.config._attn_implementation, self.dtype)
-        return self.spine.run(
-            first, last, x_BnD, lanes.query.position, rope, masks, cache.for_layers
-        )
+        return self.spine.run(first, last, x_BnD, lanes.query.position, rope, masks, for_layers)
 
     def _teach_gate(self, c_BCD: Tensor, tail_BTD: Tensor, decision: WriteDecision) -> Tensor:
         """The same concepts, with gradient for the gate. Interpolated after the middle layers so
@@ -181,8 +220,9 @@ class OnlineForCausalLM(AdaptedModel):
     def new_cache(self, batch: int, keeps: bool = True) -> ConceptCache | NoCache:
         """An empty cache for `batch` rows, or one that keeps nothing."""
         memory = self.writer.memory(batch)
-        start = memory, self.bridge.first(memory.last_BD)
-        return ConceptCache(*start, self.config.split) if keeps else NoCache(*start)
+        tails, segment = Tails.none(memory.last_BD), self.config.segment != "none"
+        start = memory, self.bridge.first(memory.last_BD), tails, segment
+        return ConceptCache(self.config.split, *start) if keeps else NoCache(*start)
 
     def _cache(self, cache, embed_BTD: Tensor, use_cache: bool | None) -> NoCache:
         """The one that is given, with room for these tokens, or a new one. Raises ValueError where
@@ -275,9 +315,12 @@ class OnlineForCausalLM(AdaptedModel):
             cache = self.new_cache(len(h_BTD), keeps=False)
             decision = self.writer.decide(h_BTD, text)
             written_BT = decision.written_BT
-            c_BCD = self._middle(decision.h_BCD, text, decision, cache)
+            closed, _ = cache.tails.then(h_BTD, text, decision.written)
+            if self.config.segment != "both":
+                closed = cache.tails
+            c_BCD = self._middle(decision.h_BCD, text, decision, cache, closed)
             last_BTD, _ = decision.pack.before(c_BCD, cache.last_concept_BD)
-            target_BTD = self._run(1, h_BTD, text.rope, cache.shallow(text, None), cache)
+            target_BTD = self._run(1, h_BTD, text.rope, cache.shallow(text, None), None)
             # After the sink alone there is no concept to read.
             tail_BT = ~written_BT & (written_BT.cumsum(1) > 1)
             parts.append([x_BTD[tail_BT].float() for x_BTD in (h_BTD, last_BTD, target_BTD)])
