@@ -37,7 +37,7 @@ def test_mask_rule_is_the_double_loop(written):
 def test_gate_is_the_naive_gate(stride, extra, threshold, seed):
     rate, max_tail = 1 / stride, stride + extra
     scores = np.random.default_rng(seed).normal(size=(1, 40)).astype(np.float32)
-    gate = RateGate("null", 8)
+    gate = RateGate("null", 8, 16)
     gate.threshold = lambda rate: (threshold, 0.1)
     written = decide(gate, torch.from_numpy(scores), rate, max_tail)[0].tolist()
     assert written == naive_decisions(scores[0].tolist(), rate, max_tail, threshold, 0.1)
@@ -48,7 +48,7 @@ def test_gate_realises_the_rate_and_bounds_the_tail(rate):
     """Within 5 % relative on unseen scores, also when they are shifted by half a standard
     deviation."""
     torch.manual_seed(0)
-    gate, longest = RateGate("null", 8), int(4 / rate)
+    gate, longest = RateGate("null", 8, 16), int(4 / rate)
     gate.calibrate(torch.randn(50_000))
     for shift in (0.0, 0.5):
         written = torch.from_numpy(decide(gate, torch.randn(8, 1024) + shift, rate, longest))

@@ -1,14 +1,22 @@
-"""The baselines without concepts: who sees whom in a window, skipped layers, and their bridge."""
+"""The baselines without concepts: who sees whom in a window, layers that are left out, the maps in
+their gaps, and the scan that chooses them."""
 
 import pytest
 import torch
 
+from conftest import ctrl_c, run
 from families import text, tiny_base
 from sememe.backbone.calling import CACHE
-from sememe.errors import RecipeError
-from sememe.models import ControlConfig, ControlForCausalLM
+from sememe.backbone.split import Spine
+from sememe.errors import Interrupted, RecipeError
+from sememe.evaluation.speed import cache_bytes
+from sememe.measure import Options, benchmark
+from sememe.models import ControlConfig, ControlForCausalLM, OnlineConfig
+from sememe.models.loading import load_model
+from sememe.models.pruning import Scan, removable, runs
 from sememe.options import check_recipe
 from sememe.systems import SYSTEMS
+from sememe.training.run import train
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
@@ -36,15 +44,18 @@ def test_a_token_reaches_as_far_as_the_windows_of_all_layers(attention, window):
         assert changed == list(range(position, last + 1)), "all of them for the first, the sink"
 
 
+SETTINGS = {"window": 3}, {"skipped": (1, 3)}, {"left_out": [1, 3], "bridge": True}
+CACHED = [(family, each) for family in ("llama", "qwen3", "olmo2") for each in SETTINGS]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "settings", [{"window": 3}, {"skipped": (1, 3)}, {"skipped": (1, 3), "bridge": True}], ids=str
+    "family, settings", [*CACHED, ("gemma3_text", {"left_out": [2, 3], "bridge": True})], ids=str
 )
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
 def test_cached_is_parallel_and_padding_is_not_seen(family, settings):
     model, ids = control(family=family, **settings), text(1, 14)
-    if model.bridge is not None:
-        model.bridge.shallow.weight.normal_(std=0.1)
+    for bridge in model.bridge:
+        bridge.shallow.weight.normal_(std=0.1)
     want = model(ids).logits
     cache, parts = None, []
     for start, end in ((0, 5), (5, 6), (6, 9), (9, 14)):
@@ -53,6 +64,9 @@ def test_cached_is_parallel_and_padding_is_not_seen(family, settings):
         cache = out[CACHE]
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
+    if family == "llama" and "window" not in settings:  # all of its layers keep as much
+        whole = cache_bytes(tiny_base()(ids, use_cache=True)[CACHE])
+        assert cache_bytes(cache) == whole * model.config.cache_share(14) == whole / 2
     padded, mask = (torch.nn.functional.pad(x, (4, 0)) for x in (ids, torch.ones_like(ids)))
     position = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(padded, attention_mask=mask, position_ids=position).logits[:, 4:]
@@ -72,12 +86,114 @@ def test_skipping_is_the_base_without_those_layers_and_a_bridge_stands_for_them(
     with torch.no_grad():
         skipped = model(ids).logits
         torch.testing.assert_close(skipped, base(ids, use_cache=False).logits, atol=1e-6, rtol=1e-6)
-        assert model.start_bridge(text(64, 24, seed=3))["bridge_explains"] > 0.05
+        (share,) = model.start_bridge(text(64, 24, seed=3)).values()
         logits = model(ids).logits
-    assert not torch.allclose(logits, skipped, atol=1e-2)
+    assert share > 0.05 and not torch.allclose(logits, skipped, atol=1e-2)
     torch.testing.assert_close(logits[:, 0], skipped[:, 0])  # the first token keeps its state
     model(ids, labels=ids).loss.backward()
-    assert model.bridge.shallow.weight.grad.abs().sum() > 0
+    assert model.bridge[0].shallow.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_pruned_is_the_loop_without_those_layers_and_with_maps_instead(family):
+    """The last layer too, whose states are those before the final norm."""
+    base, ids = tiny_base(family, num_hidden_layers=5), text(2, 12)
+    model = pruned(tiny_base(family, num_hidden_layers=5), [4, 1])
+    shares = model.start_bridge(text(64, 24, seed=3))
+    assert model.config.left_out == [1, 4] and (model.config.layer_share() == 0.6)
+    assert list(shares) == ["map over layers 1 explains", "map over layers 4 explains"]
+    assert all(0.05 < share < 1 for share in shares.values())
+    position = torch.arange(12).expand(2, 12)
+    seen = position[:1, None, :, None] >= position[:1, None, None, :]
+    if family == "mistral":
+        seen &= position[:1, None, :, None] < position[:1, None, None, :] + 6
+    h = base.model.embed_tokens(ids)
+    rope = base.model.rotary_emb(h, position)
+    maps = dict(zip((1, 4), model.bridge, strict=True))
+    for number, layer in enumerate(base.model.layers):
+        if number in maps:
+            linear, x = maps[number].shallow, (h - maps[number].shallow_mean)
+            mapped = h + maps[number].scale * linear(x / maps[number].shallow_scale)
+            h = torch.cat([h[:, :1], mapped[:, 1:]], 1)
+        else:
+            h = layer(h, attention_mask=seen, position_ids=position, position_embeddings=rope)
+    want = base.lm_head(base.model.norm(h))
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def pruned(base, layers):
+    model = ControlForCausalLM(ControlConfig(text_config=base.config, lora_rank=0), base).eval()
+    model.leave_out(layers)
+    return model
+
+
+@torch.no_grad()
+def test_a_scan_says_what_pruning_costs_and_leaves_out_what_does_nothing():
+    base, ids, lines = tiny_base(num_hidden_layers=5), text(64, 24, seed=3), []
+    idle = base.model.layers[3]
+    for linear in (idle.self_attn.o_proj, idle.mlp.down_proj):
+        linear.weight.zero_()
+    scan = Scan(base, ids)
+    assert scan.loss([3]) == pytest.approx(scan.loss([]), abs=1e-5)
+    assert scan.choose(1, lines.append, progress=False) == [3] and "(+0.000)" in lines[0]
+    # As tried one by one; a trial is the forward of the model that it stands for.
+    chosen = scan.choose(2, lines.append, progress=False)
+    costs = {layer: scan.loss([layer, 3]) for layer in (1, 2, 4)}
+    assert chosen == sorted([3, min(costs, key=costs.get)])
+    model = pruned(base, chosen)
+    for bridge, gap in zip(model.bridge, runs(chosen), strict=True):
+        bridge.load_state_dict(scan.map_over(gap).state_dict())
+    loss = model(scan.ids_BT, labels=scan.ids_BT).loss
+    assert scan.loss(chosen) == pytest.approx(float(loss), abs=1e-4)
+
+
+@pytest.mark.parametrize("layers", [[0, 2], [4], [], 4, 0])
+def test_layers_that_cannot_be_left_out_are_refused(layers):
+    with pytest.raises(RecipeError, match=r"leave_out = .*of the layers 1–3, .*of these 3"):
+        removable(Spine(tiny_base()), layers)
+    with pytest.raises(RecipeError, match=r"of the layers 2–3"):  # one of each kind stays
+        removable(Spine(tiny_base("gemma3_text")), [1])
+
+
+def test_a_run_is_resumed_with_the_layers_of_its_scan(recipe_values, tmp_path, monkeypatch):
+    values = recipe_values | {"system": "prune", "leave_out": 2, "save_every": 2}
+    run(values, tmp_path / "whole")
+    lines = []
+    with ctrl_c(3), pytest.raises(Interrupted):
+        run(values, tmp_path / "r")
+    monkeypatch.setattr(Scan, "choose", None)
+    train(check_recipe(values, "test"), tmp_path / "r", say=lines.append, show=False)
+    assert "resuming from step 3 of 8" in lines
+    models = [load_model(tmp_path / name)[0] for name in ("whole", "r")]
+    (one, two), ids = models, text(1, 12)
+    assert one.config.left_out == two.config.left_out and len(one.config.left_out) == 2
+    assert one.config.system == "prune" and one.config.layer_share() == 0.5
+    assert torch.equal(one(ids).logits, two(ids).logits)
+    figures = benchmark(str(tmp_path / "r"), 32, options=Options(new_tokens=4, repeats=1, batch=2))
+    assert figures["cache_reduction"] == 2 and figures["realised_rate"] is None
+    assert 1.5 < figures["ceiling_decode_speedup"] < 2
+    with pytest.raises(RecipeError, match="system: prune: need leave_out"):
+        run(recipe_values | {"system": "prune"}, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "config, share",
+    [
+        (ControlConfig(), 1.0),
+        (ControlConfig(skipped=(8, 24)), 0.5),
+        (ControlConfig(left_out=[3, 5, 6, 9, 20, 30, 31, 12]), 0.75),
+        (ControlConfig(window=63), 64 / 256),
+        (ControlConfig(window=500), 1.0),
+        (OnlineConfig(split=(4, 22, 6), rate=0.5), 18 / 32),
+        (OnlineConfig(split=(8, 16, 8), rate=0.25, shallow_window=31), (1 + 6) / 32),
+    ],
+    ids=lambda x: "",
+)
+def test_cache_share_is_what_the_end_of_a_text_needs(config, share):
+    assert config.cache_share(256) == share
+    if config.writes_concepts:  # at the realised rate
+        assert config.cache_share(256, 1.0) > share
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])

@@ -37,6 +37,7 @@ compressor-learned: {system: compressor, boundary: autoregressive, max_tail: 3,
                      continuation_share: 0.3}
 control: {system: control}
 skip: {system: skip}
+prune: {system: prune, leave_out: 2}
 window: {system: window, shallow_window: 8}
 """
 PLANS = """

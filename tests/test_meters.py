@@ -77,7 +77,7 @@ def test_meter_is_the_naive_count_over_all_ranks(codes, monkeypatch):
     )
 
     def gather(ranks, own):
-        ranks[:] = [own, torch.cat(there)]
+        ranks[:] = [own, [torch.cat(there)]]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

@@ -220,7 +220,7 @@ def test_generate_shows_the_plan_and_edits_it(runs):
         ("generate RUN --prompt aa --edit 0:1=0", "slots 0 to 0"),
         ("generate RUN --prompt aa --max-new-tokens 400", "positions for 256"),
         ("export RUN --out NEW", "cannot be folded"),
-        ("benchmark RUN", "has no concepts to decode with"),
+        ("benchmark RUN", "cannot be timed"),
         ("reconstruct RUN --data TEXT", "cannot write a text again from codes"),
         ("compress RUN TEXT --out NEW", "is no compressor"),
     ],

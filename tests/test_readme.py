@@ -61,7 +61,7 @@ def workplace(base_folder, texts, tmp_path, monkeypatch):
     Path("data").mkdir()
     for text in texts:
         shutil.copy(text, "data")
-    for path in shutil.copytree(ROOT / "recipes", Path("recipes")).iterdir():
+    for path in shutil.copytree(ROOT / "recipes", Path("recipes")).glob("*.yaml"):
         values = yaml.safe_load(path.read_text()) | tiny | {"steps": 4}
         split = {"split": [1, 2, 1]} if values["system"] == "online" else {}
         path.write_text(yaml.safe_dump(values | split))

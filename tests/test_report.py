@@ -51,12 +51,13 @@ BENCHMARK["base"] = {"decode_tokens_per_s": 5123.4, "cache_bytes": 3_703_701}
 ABLATE = {"zero": {"delta_nll": 1.7}, "drop": [{"share": 0.5, "delta_nll": 0.8}]}
 POINTS = [
     {"name": name, "system": name.split("-")[0], "boundary": boundary, "spread": {}}
-    | {"mean": {"nll": 3.0, "layer_share": share, "delta_nll_control": delta}}
-    for name, boundary, share, delta in (
-        ("control", None, None, None),
-        ("skip", None, 0.27, 2.0),
-        ("rate-0.5", "null", 0.63, 1.0),
-        ("rate-0.5_fixed", "fixed", 0.64, 1.2),
+    | {"mean": dict(nll=3.0, layer_share=share, cache_share=cache, delta_nll_control=delta)}
+    for name, boundary, share, cache, delta in (
+        ("control", None, None, None, None),
+        ("prune", None, 0.60, 0.60, 0.9),
+        ("rate-0.5", "null", 0.63, 0.55, 1.0),
+        ("rate-0.5_fixed", "fixed", 0.64, 0.56, 1.2),
+        ("window", None, 1.0, 0.55, 0.1),
     )
 ]
 POINTS[2] |= {"spread": {"delta_nll_control": 0.1}, "trained_tokens": 1000}
@@ -195,9 +196,18 @@ def test_what_is_no_run_is_one_sentence(run, tmp_path):
 def test_a_sweep_is_one_table_and_one_plot_and_runs_are_compared_with_it(run, tmp_path):
     folder = sweep(tmp_path / "a<b>", POINTS, {"name": "bad", "fault": HOSTILE})
     html = page(folder)
-    assert (folder / "sweep.html").is_file() and values(html, "alt") == ["Quality against compute"]
+    fronts = ["Quality against compute", "Quality against cache"]
+    assert (folder / "sweep.html").is_file() and values(html, "alt") == fronts
     holds(html, "+1.0000", "0.1000", "fixed stride", "63 %", "1,000", HOSTILE)
-    assert shown(html).count("front") == 4, "three points, and the column"
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in html.split("<tr>")[2:]]
+    best = {row[1]: row[-1] for row in cells[: len(POINTS)]}
+    assert best == {
+        "control": "compute, cache",
+        "prune": "compute",
+        "rate-0.5": "",
+        "rate-0.5_fixed": "",
+        "window": "cache",
+    }
     alone = page(sweep(tmp_path / "alone", [POINTS[2] | {"mean": {"nll": 3.0}}]))
     holds(alone, "No model is measured against a control")
     assert values(alone, "alt") == []

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sememe  # noqa: F401
@@ -15,7 +16,7 @@ from sememe.errors import CheckpointError, SememeError
 from sememe.models import ControlConfig, ControlForCausalLM, OnlineForCausalLM
 from sememe.models import adapted as adapted_module
 from sememe.models.loading import export_model, load_model, model_folder, shipped
-from sememe.storage import check_manifest
+from sememe.storage import check_manifest, write_manifest
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -71,7 +72,14 @@ def test_merged_model_needs_no_base(model, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"skipped": (1, 3)}, {"skipped": (1, 3), "bridge": True}, {"window": 3}]
+    "settings",
+    [
+        {},
+        {"skipped": (1, 3)},
+        {"skipped": (1, 3), "bridge": True},
+        {"left_out": [1, 3], "bridge": True},
+        {"window": 3},
+    ],
 )
 def test_baselines_round_trip(base_folder, tmp_path, settings):
     model = ControlForCausalLM.from_base(ControlConfig(base=str(base_folder), **settings)).eval()
@@ -79,6 +87,21 @@ def test_baselines_round_trip(base_folder, tmp_path, settings):
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     assert torch.equal(model(IDS).logits, base(IDS).logits) == (not settings), "LoRA starts at zero"
+
+
+def test_a_skip_of_an_older_release_loads(base_folder, tmp_path):
+    """Its bridge was one of a concept model, whose part for concepts stayed 0."""
+    config = ControlConfig(base=str(base_folder), skipped=(1, 3), bridge=True)
+    model = ControlForCausalLM.from_base(config).eval()
+    model.bridge[0].shallow.weight.data.normal_(std=0.1)
+    folder = saved(model, base_folder, tmp_path / "old")
+    state = load_file(folder / "model.safetensors")
+    state = {name.replace("bridge.0.", "bridge."): value for name, value in state.items()}
+    state |= {f"bridge.concept{name}": torch.zeros(3) for name in (".weight", "_mean", "_scale")}
+    save_file(state, folder / "model.safetensors")
+    write_manifest(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_wrong_base_is_refused(base_folder, folder, tmp_path, monkeypatch):

@@ -1,13 +1,16 @@
 """What an online model starts from: the vocabulary, fits to what the base makes of a text, LoRA."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from families import text, tiny_online
-from sememe.concepts.boundary import Entropy
+from sememe.concepts.boundary import Surprise
 from sememe.concepts.bridge import TailBridge
 from sememe.concepts.codebook import vocabulary_blocks
+from sememe.concepts.proposals import Proposals
 from sememe.concepts.readout import TokenAnchor
 
 
@@ -37,11 +40,12 @@ def test_least_squares_finds_a_linear_map():
     generator = torch.Generator().manual_seed(0)
     x, last = 3 + 5 * torch.randn(2, 2000, 8, generator=generator)
     a, b = torch.randn(2, 8, 8, generator=generator)
-    entropy = 2 + x @ a[0] - last[:, 0]
-    boundary = Entropy(8)
-    assert boundary.start(x[:1000], last[:1000], entropy[:1000])["entropy_explains"] > 0.99
+    surprise, both = 2 + x @ a[0] - last[:, 0], torch.cat([x, last], 1)
+    boundary = Surprise(8, 16)
+    explains = boundary.start(both[:1000].view(5, 200, 16), surprise[:1000].view(5, 200))
+    assert explains["surprise_explains"] > 0.99
     score = boundary.score(None, x[1000:], last[1000:])
-    assert torch.corrcoef(torch.stack([score, entropy[1000:]]))[0, 1] > 0.99
+    assert torch.corrcoef(torch.stack([score, surprise[1000:]]))[0, 1] > 0.99
 
     embedding, anchor = x / 50, TokenAnchor(8)
     assert anchor(embedding).abs().max() == 0, "nothing at birth"
@@ -55,6 +59,31 @@ def test_least_squares_finds_a_linear_map():
     torch.testing.assert_close(bridge(x, last), target, atol=1e-2, rtol=1e-3)
     shrunk.start(x[:12], last[:12], target[:12], penalty=10.0)  # fewer states than features
     assert shrunk.shallow.weight.norm() < 0.5 * bridge.shallow.weight.norm()
+
+
+@torch.no_grad()
+def test_proposals_learn_what_follows_and_are_distributions(monkeypatch):
+    """A text that counts in threes modulo 7, over a vocabulary of 11 of which 6 are words: each
+    head knows its own token, and the seventh number is one of five others."""
+    monkeypatch.setattr("sememe.concepts.proposals.WORDS", 6)
+    generator = torch.Generator().manual_seed(0)
+    ids = (torch.randint(7, (40, 1), generator=generator) + 3 * torch.arange(20)) % 7
+    ids[ids == 6] = torch.where(torch.rand(ids.shape, generator=generator) < 0.5, 6, 0)[ids == 6]
+    proposals = Proposals(11, 11)
+    proposals.set_words(ids)
+    assert sorted(proposals.words.tolist()) == [0, 1, 2, 3, 4, 5]
+    x = F.one_hot(ids, 11).float()
+    p = F.one_hot(ids[:, 2:], 11).float()  # behind each token but the first and the last
+    proposals.start(torch.cat([x[:, 1:-1], x[:, :-2]], -1), proposals.classes((p + 1e-9).log()))
+    log_p = proposals(torch.cat([x[:, 1:-4], x[:, :-5]], -1).flatten(0, 1))
+    for j, log_p_nW in enumerate(log_p):
+        target = ids[:, 2 + j : 2 + j + 15].flatten()
+        nll = proposals.nll(log_p_nW, target)
+        assert nll[target < 6].mean() < 0.5 and nll[target == 6].min() > math.log(5), j
+    every = torch.arange(11).expand(*log_p.shape[:2], 11)
+    nll = proposals.nll(log_p.unsqueeze(2).expand(-1, -1, 11, -1), every)
+    torch.testing.assert_close(nll.neg().exp().sum(-1), torch.ones_like(nll[..., 0]))
+    torch.testing.assert_close(proposals.entropy(log_p), (nll * nll.neg().exp()).sum(-1))
 
 
 @pytest.mark.parametrize("kind", ["entropy", "surprise"])
@@ -82,7 +111,8 @@ def test_a_bridge_comes_closer_to_the_base_on_other_text():
     decision = model.writer.decide(h, chunk)
     full = model.spine.run(1, 3, h, chunk.position_BT, chunk.rope, lambda window: None)
     cache = model.new_cache(8, keeps=False)
-    c = model._middle(decision.h_BCD, chunk, decision, cache)
+    closed, _ = model._tails(h, chunk, decision, cache)
+    c = model._middle(decision.h_BCD, chunk, decision, cache, closed)
     bridged, _ = model.bridge.tails(h, c, decision, cache.last_concept_BD)
     tail = ~decision.written_BT & (decision.written_BT.cumsum(1) > 1)
     assert (bridged - full)[tail].square().mean() < 0.97 * (h - full)[tail].square().mean()

@@ -65,6 +65,8 @@ def test_a_grid_that_cannot_be_read_stops_before_anything_is_written(recipe, tmp
 
 
 WINDOWS = "window_rate-0.5 window_rate-0.25"
+PRUNED = "prune_leave_out-1 prune_leave_out-2"
+"""At rate 0.5 one of the four layers is saved; at 0.25 1.5 layers, so 1 and 2 stand beside."""
 
 
 PLANS = (
@@ -72,12 +74,13 @@ PLANS = (
     ("rate=0.5,0.25 steps=4", False, "rate-0.5 rate-0.25"),
     ("quantise=[0.1,0.2],[0.3,0.6]", False, "quantise-0.1-0.2 quantise-0.3-0.6"),
     ("rate=0.5 seed=0,1", False, "online_seed-0 online_seed-1"),
-    ("rate=0.5,0.25 boundary=null,fixed", True, f"control skip {WINDOWS}"),
-    ("shallow_window=4,8", True, "control skip window_shallow_window-4"),
-    ("split=[1,2,1],[1,1,2]", True, "control skip_split-1-2-1 skip_split-1-1-2"),
-    ("lora.rank=4,8 rate=0.5,0.25", True, "control_lora.rank-4 control_lora.rank-8 skip_lora"),
-    ("seed=0,1", True, "control_seed-0 control_seed-1 skip_seed-0 skip_seed-1 window_seed-0"),
-    ("system=online,control rate=0.5,0.25", True, f"control skip {WINDOWS} rate-0.5"),
+    ("rate=0.5,0.25 boundary=null,fixed", True, f"control {PRUNED} {WINDOWS}"),
+    ("shallow_window=4,8", True, "control prune_leave_out-1 window_shallow_window-4"),
+    ("split=[1,2,1],[1,1,2] rate=0.5", True, "control prune_leave_out-1 window_split-1-2-1"),
+    ("lora.rank=4,8 rate=0.5", True, "control_lora.rank-4 control_lora.rank-8 prune_lora.rank-4"),
+    ("seed=0,1", True, "control_seed-0 control_seed-1 prune_leave_out-1_seed-0"),
+    ("system=online,prune leave_out=1,[1,2]", False, f"{PRUNED[:-1]}1-2 online"),
+    ("system=online,control rate=0.5,0.25", True, f"control {PRUNED} {WINDOWS} rate-0.5"),
 )
 
 
@@ -94,7 +97,8 @@ def test_names_are_readable_and_a_baseline_is_trained_once_for_what_it_reads(
 
 READ = """system base data.train data.heldout steps sequence_length batch_size lora.alpha lora.rank
 lora.dropout gradient_accumulation learning_rate precision gradient_checkpointing seed"""
-ALSO = {"control": "", "skip": "split bridge concept_learning_rate calibration_tokens"}
+ALSO = {"control": "", "prune": "leave_out concept_learning_rate calibration_tokens"}
+ALSO |= {"skip": "split bridge concept_learning_rate calibration_tokens"}
 ALSO |= {"window": "split rate shallow_window"}
 
 
@@ -109,8 +113,9 @@ def test_sweep_trains_measures_and_compares(done):
     out, found = done
     assert read(out / "sweep.json") == found
     runs = {run["name"]: run for run in found["runs"]}
-    assert list(runs) == ["control", "skip", *WINDOWS.split(), "rate-0.5", "rate-0.25"]
-    assert [run["control"] for run in runs.values()] == [None, *["control"] * 5]
+    models = "rate-0.5 rate-0.25"
+    assert list(runs) == f"control {PRUNED} {WINDOWS} {models}".split()
+    assert [run["control"] for run in runs.values()] == [None, *["control"] * 6]
     assert all(run["fault"] is None for run in runs.values())
     figures = {name: run["figures"] for name, run in runs.items()}
     for name, each in figures.items():
@@ -119,11 +124,15 @@ def test_sweep_trains_measures_and_compares(done):
         if name != "control":
             difference = kept["nll"] - figures["control"]["nll"]
             assert kept["delta_nll_control"] == pytest.approx(difference, abs=1e-5)
-    share = {name: each["layer_share"] for name, each in figures.items()}
-    assert (share["control"], share["skip"], share["window_rate-0.5"]) == (1.0, 0.5, 1.0)
+    # Of four layers a token takes part in so many, and concepts in the others.
+    for key, window, layers in (("layer_share", 1, 2), ("cache_share", 0.625, 1)):
+        share = {name: each[key] for name, each in figures.items()}
+        baselines = [share[name] for name in ("control", *PRUNED.split(), "window_rate-0.5")]
+        assert baselines == [1.0, 0.75, 0.5, window]
+        for name in models.split():
+            want = layers + (4 - layers) * figures[name]["concept_rate"]
+            assert share[name] == pytest.approx(want / 4)
     assert len({figures[name]["nll"] for name in ("control", *WINDOWS.split())}) == 3
-    for name in ("rate-0.5", "rate-0.25"):
-        assert share[name] == pytest.approx((2 + 2 * figures[name]["concept_rate"]) / 4)
     assert figures["rate-0.25"]["concept_rate"] != 0.25, "the share follows the realised rate"
 
 
@@ -197,10 +206,19 @@ def test_the_command_prints_a_table_and_names_its_files(recipe, done, monkeypatc
     out, _ = done
     monkeypatch.setattr(terminal.out, "width", 160)  # or titles of two words are broken
     printed = sememe("sweep", recipe, "rate=0.5,0.25", "--control", "--out", out, "--tokens", 256)
-    for word in ("control", "skip", "rate-0.5", "Δ control", "layers", "sweep.json", "sweep.html"):
+    for word in (
+        "control",
+        "prune",
+        "rate-0.5",
+        "cache",
+        "Δ control",
+        "layers",
+        "sweep.json",
+        "sweep.html",
+    ):
         assert word in printed, word
     page = (out / "sweep.html").read_text()
-    assert page.count("data:image/svg") == 1, "two points and a control are enough to draw"
+    assert page.count("data:image/svg") == 2, "two points and a control are enough to draw"
     sememe("report", out / "rate-0.5", out, "--json", out.parent / "page.json")
     assert read(out.parent / "page.json") == {"report": str(out / "rate-0.5" / "report.html")}
     assert "Quality against compute" in (out / "rate-0.5" / "report.html").read_text()

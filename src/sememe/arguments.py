@@ -73,7 +73,7 @@ OutText = option(
     Path, "A new .jsonl, or text alone in any other. Default: the terminal.", metavar="TEXT"
 )
 OutModel = option(Path, "A new folder.", metavar="DIR")
-WithBaselines = option(bool, "Train control, skip and window too, to compare with.", "--control")
+WithBaselines = option(bool, "Train control, prune and window too, to compare with.", "--control")
 
 Data = option(
     str,

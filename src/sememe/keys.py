@@ -64,12 +64,16 @@ class Data(Options):
 class Task(Options):
     """What is trained on what"""
 
-    system: Literal["online", "compressor", "planner", "control", "skip", "window"]
+    system: Literal["online", "compressor", "planner", "control", "skip", "window", "prune"]
     """`online`; `compressor` (text → concepts → text); `planner` (source → plan → text); or a
-    baseline on the same batches: `control` (same LoRA, no concepts), `skip` (no middle slice),
-    `window` (the last tokens and the first one are all it sees)."""
+    baseline on the same batches: `control` (same LoRA, no concepts), `prune` (without some layers,
+    a linear map in each gap), `skip` (that without the middle slice), `window` (the last tokens and
+    the first one are all it sees)."""
     base: str
     """Known base (`sememe pull` lists them), local folder, or Hub id."""
+    leave_out: PositiveInt | list[NonNegativeInt] | None = None
+    """Of `prune`: how many layers are left out for every token, chosen by a scan of training text;
+    or which, as `[3, 4, 7]`."""
     data: Data
     steps: PositiveInt
     """Optimizer steps."""
@@ -85,6 +89,12 @@ class Task(Options):
     """Parts that `batch_size` is computed in."""
     seed: NonNegativeInt = 0
     """Of the order of the data, of new weights and of all that is drawn."""
+
+    @model_validator(mode="after")
+    def _layers_named(self):
+        if self.system == "prune" and not self.leave_out:
+            raise ValueError("system: prune: need leave_out, how many layers go or which, as 2")
+        return self
 
 
 class Concepts(Options):
@@ -102,7 +112,7 @@ class Concepts(Options):
         BeforeValidator(lambda name: name or "null"),  # `boundary: null` is None in YAML
     ] = "null"
     """How segments close. `null`: the head's score; `threshold`: integrate and fire; `fixed`: every
-    1 / rate tokens; `entropy`: where the base is unsure of the next token; `surprise`: at tokens
+    1 / rate tokens; `entropy`: where what is proposed next is open; `surprise`: at tokens
     that it did not predict; `autoregressive`, of a `compressor`: each concept says how many tokens
     it covers."""
     num_concepts: int = Field(4096, ge=2)
@@ -197,9 +207,9 @@ class Plan(Options):
     """Ids of each type of concept; types may be levels, coarse ones first."""
     lengths: list[PositiveInt] = [2, 8]
     """Concepts of each type at most."""
-    begins: Literal["pieces", "words"] = "pieces"
+    begins: Literal["pieces", "words", "random"] = "pieces"
     """What ids stand for at first: `words`, key words of the target; `pieces`, clusters of the
-    words in its pieces."""
+    words in its pieces; `random`, nothing: plans are drawn."""
     dropout: Dropout = 0.0
     """Share of the targets that the executor learns to write without a plan."""
     parallel: bool = False
@@ -270,6 +280,9 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     targets are whole, as `[32, 0.3]`. None: whole from the start."""
     quantise: Ramp = (0.3, 0.6)
     """The code's share in a concept's state rises from 0 to 1 between these shares of the run."""
+    fitted_codes: bool = True
+    """Codes, head and anchor start as they fit states of training text, by k-means and least
+    squares; else they are drawn."""
     lora: Lora = Lora()
     learning_rate: PositiveFloat = 1e-3
     """Of LoRA; warmed up over the first 5 % of the steps, then cosine to 10 %."""
@@ -290,8 +303,8 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     save_every: PositiveInt = 50
     """Steps between checkpoints; the last two are kept."""
     calibration_tokens: int = Field(32768, ge=64)
-    """Training tokens whose states start the codebook, the gate, the bridge and the entropy
-    estimate."""
+    """Training tokens whose states start the codebook, the gate, the bridge and what a boundary
+    estimates or proposes."""
 
     def target_tokens(self, step: int) -> int:
         """Tokens of a target that step number `step` trains on at most: those of the curriculum."""

@@ -8,6 +8,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sememe.errors import Interrupted, RecipeError, SememeError, reason
@@ -25,6 +26,7 @@ SHOWN = (
     "nll",
     "delta_nll_control",
     "layer_share",
+    "cache_share",
     "compression_ratio",
     "delta_nll_zero",
     "delta_nll_shuffle",
@@ -112,15 +114,17 @@ def plan(path: Path, grid: Grid, varied: list[str], control: bool) -> list[tuple
         words = dict(zip(grid, values, strict=True))
         try:
             recipe = load_recipe(path, [f"{key}={value}" for key, value in words.items()])
-            system = SYSTEMS[recipe.system]
-            system.check(recipe, processes=1)
+            SYSTEMS[recipe.system].check(recipe, processes=1)
+            beside = _baselines(recipe) if control else []
         except SememeError as error:
             entry = _entry("online", words, varied) | {"fault": str(error)}
             runs.setdefault(entry["name"], (entry, None))
             continue
-        for name in (*(system.baselines if control else ()), recipe.system):
-            run = baseline(recipe, name)
-            entry = _entry(name, words, varied) | {"seed": run.seed, "data": run.data.heldout}
+        for name, changes in [*beside, (recipe.system, {})]:
+            run = baseline(recipe, name, changes)
+            changed = words | {key: str(value) for key, value in changes.items()}
+            entry = _entry(name, changed, [*varied, *changes])
+            entry |= {"seed": run.seed, "data": run.data.heldout}
             if "seed" in varied:
                 entry["name"] += f"_seed-{run.seed}"
             if "boundary" not in SYSTEMS[name].unread:
@@ -132,14 +136,21 @@ def plan(path: Path, grid: Grid, varied: list[str], control: bool) -> list[tuple
     return points
 
 
-def baseline(recipe: Recipe, system: str) -> Recipe:
-    """The run of another system beside `recipe`: the same base, batches and LoRA. Keys that it does
-    not read go back to their defaults, so that points of a grid share it."""
-    values = recipe.model_dump() | {"system": system}
+def baseline(recipe: Recipe, system: str, changes: Entry = MappingProxyType({})) -> Recipe:
+    """The run of another system beside `recipe`: the same base, batches and LoRA, and what it
+    changes. Keys that it does not read go back to their defaults, so that points of a grid share
+    it."""
+    values = recipe.model_dump() | {"system": system, **changes}
     for key in SYSTEMS[system].unread:
         group, _, name = key.rpartition(".")
         del (values[group] if group else values)[name]
     return check_recipe(values, f"the {system} of this point")
+
+
+def _baselines(recipe: Recipe) -> list[tuple[str, Entry]]:
+    """Systems to train beside a recipe, and what each run of them changes in it."""
+    names = SYSTEMS[recipe.system].baselines
+    return [(name, changes) for name in names for changes in SYSTEMS[name].beside(recipe)]
 
 
 def _entry(system: str, words: dict[str, str], varied: list[str]) -> Entry:

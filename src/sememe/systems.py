@@ -2,6 +2,7 @@
 
 Everything else (trainer, sweep, command line) is the same for all of them and asks here."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, TrainerCallback
 
+from sememe.backbone.bases import resolve
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
@@ -28,7 +30,7 @@ from sememe.keys import (
 )
 from sememe.models import MODELS
 from sememe.models.adapted import AdaptedModel
-from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, sink_id
+from sememe.models.configuration import PLAN_KEYS, AdaptedConfig, OnlineConfig, sink_id
 from sememe.models.loading import check_length, longest_text
 from sememe.models.planner.first_plans import first_plans
 from sememe.models.planner.signals import SignalReader
@@ -38,14 +40,15 @@ from sememe.training.meters import ConceptMeter, heldout_figures
 from sememe.training.plans import PLANS, HardEM, PairExamples, PlanMeter
 from sememe.training.trainer import Blocks
 
-OF_CONCEPTS = frozenset(
-    ("quantise", "distil", "lora.shallow", "concept_learning_rate", "calibration_tokens")
+UNREAD = frozenset(
+    ("quantise", "distil", "leave_out", "lora.shallow", "concept_learning_rate", "fitted_codes")
 ).union(
+    ("calibration_tokens",),
     OnlineOptions.model_fields,
     CompressorOptions.model_fields,
     (key for key in known_keys() if key.startswith(("plan.", "em."))),
 )
-"""Keys that are about concepts alone."""
+"""Keys that a baseline does not read, but for those it names: nearly all are about concepts."""
 
 
 @dataclass
@@ -96,7 +99,7 @@ class System:
     alone, and have nothing to train but LoRA."""
     baselines: tuple[str, ...] = ()
     """Systems without concepts that a sweep trains beside it."""
-    unread: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset({"leave_out"})
     """Recipe keys that it does not read. One that is missing here costs a sweep a baseline for each
     of its values; one too many would make the comparison unequal."""
 
@@ -112,7 +115,6 @@ class System:
             "gradient_checkpointing": recipe.gradient_checkpointing,
             "pairs of data": recipe.on_pairs,
             "lora.rank = 0": recipe.lora.rank == 0,
-            "several processes": processes > 1,
         }
         for name in filter(holds.get, self.refuses):
             raise RecipeError(
@@ -142,6 +144,10 @@ class System:
         layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
         torch.manual_seed(recipe.seed)
         return MODELS[self.name].from_base(self.config(recipe, layers), folder=folder)
+
+    def beside(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """What its runs as baselines of a sweep's point change in the recipe of that point."""
+        return [{}]
 
     def batches(self, recipe: Recipe, tokenizer, folder: Path, say) -> Batches:
         """(steps · batch_size, T) training blocks in their order, (N, T) held-out blocks, and the
@@ -175,11 +181,14 @@ class System:
         each new module explains."""
         return {}
 
+    def resume(self, run: Run) -> None:
+        """Sets from its checkpoint what `start` set and no state of the trainer holds."""
+
     def meter(self, config: AdaptedConfig):
         """That of a run; None for a system of which the loss says all."""
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
-        """Callbacks of its own; they come before all others."""
+        """Of its own; they come before all others."""
         return []
 
     def heldout(self, run: Run) -> Figures:
@@ -229,7 +238,7 @@ class Online(Writing):
 
     name = "online"
     refuses = ("pairs of data",)
-    baselines = ("control", "skip", "window")
+    baselines = ("control", "prune", "window")
     measures = measures.ONLINE
 
     def options(self, recipe: Recipe, layers: int) -> dict:
@@ -254,15 +263,14 @@ class Compressor(Writing):
 
 
 class Planner(System):
-    """Source → plan of concepts → text, by hard EM over pairs. E-steps are not shared out over
-    processes."""
+    """Source → plan of concepts → text, by hard EM over pairs."""
 
     name = "planner"
     measures = measures.PLANNER
     lengthens = False  # its plans are of the pairs that its steps see
     shifts_labels = False
     baselines = ("control",)
-    refuses = ("distil", "lora.rank = 0", "gradient_checkpointing", "several processes")
+    refuses = ("distil", "lora.rank = 0", "gradient_checkpointing")
 
     def options(self, recipe: Recipe, layers: int) -> dict:
         return {
@@ -292,14 +300,14 @@ class Planner(System):
         run.say(f"start: plans of {len(examples.pairs)} pairs, {different} of them different")
         return {}
 
+    def resume(self, run: Run) -> None:
+        run.batches.examples.plan_NP = load_file(run.checkpoint / PLANS)["plans"]
+
     def meter(self, config: AdaptedConfig) -> PlanMeter:
         return PlanMeter(config.plan_shape)
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
-        examples = run.batches.examples
-        if run.checkpoint is not None:
-            examples.plan_NP = load_file(run.checkpoint / PLANS)["plans"]
-        return [HardEM(run.recipe, examples, run.meter, run.show)]
+        return [HardEM(run.recipe, run.batches.examples, run.meter, run.show)]
 
     def heldout(self, run: Run) -> Figures:
         return pair_figures(run.model, run.batches.heldout)
@@ -310,7 +318,7 @@ class Control(System):
 
     name = "control"
     refuses = ("distil", "lora.rank = 0")
-    unread = OF_CONCEPTS
+    unread = UNREAD
     measures = measures.CONTROL
 
     def pair_examples(self, recipe: Recipe, pairs: PairTensors, tokenizer, base_config):
@@ -329,7 +337,7 @@ class Skip(Control):
 
     name = "skip"
     refuses = System.refuses
-    unread = OF_CONCEPTS - {"split", "bridge", "concept_learning_rate", "calibration_tokens"}
+    unread = UNREAD - {"split", "bridge", "concept_learning_rate", "calibration_tokens"}
 
     def options(self, recipe: Recipe, layers: int) -> dict:
         shallow, middle, _ = split_layers(recipe.split, layers)
@@ -339,25 +347,49 @@ class Skip(Control):
         return run.model.start_bridge(run.batches.calibration_NT) if run.recipe.bridge else {}
 
 
+class Prune(Control):
+    """A baseline without some layers, wherever they are, and with a linear map in each gap: what
+    the same compute gives without concepts."""
+
+    name = "prune"
+    refuses = System.refuses
+    unread = UNREAD - {"leave_out", "concept_learning_rate", "calibration_tokens"}
+
+    def beside(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """The numbers of layers on both sides of what the recipe's model runs for a token."""
+        base = AutoConfig.from_pretrained(resolve(recipe.base)).get_text_config()
+        config = SYSTEMS[recipe.system].config(recipe, base.num_hidden_layers)
+        config.adopt(base)
+        config.check()
+        less = round(base.num_hidden_layers * (1 - config.layer_share()), 6)
+        return [{"leave_out": n} for n in sorted({math.ceil(less), math.floor(less)} - {0})]
+
+    def start(self, run: Run) -> Figures:
+        text_NT = run.batches.calibration_NT
+        return run.model.prune(text_NT, run.recipe.leave_out, run.say, run.show)
+
+    def resume(self, run: Run) -> None:
+        run.model.leave_out(self.config_class.from_pretrained(run.checkpoint).left_out)
+
+
 class Window(Control):
     """A baseline that sees the last tokens and the first one, with as much cache as `online`."""
 
     name = "window"
     refuses = System.refuses
-    unread = OF_CONCEPTS - {"rate", "split", "shallow_window"}
+    unread = UNREAD - {"rate", "split", "shallow_window"}
 
     def options(self, recipe: Recipe, layers: int) -> dict:
-        shallow = split_layers(recipe.split, layers)[0]
-        middle_deep = (layers - shallow) * recipe.rate
         # As many tokens as the caches of `online` have rows for at the end of a sequence; the first
         # token, which is always seen, takes one of them.
-        rows = (shallow + middle_deep) * recipe.sequence_length / layers
+        online = OnlineConfig(split=split_layers(recipe.split, layers), rate=recipe.rate)
+        rows = online.cache_share(recipe.sequence_length) * recipe.sequence_length
         return {"window": recipe.shallow_window or max(1, round(rows) - 1)}
 
 
 SYSTEMS: dict[str, System] = {
     system.name: system
-    for system in (Control(), Skip(), Window(), Online(), Compressor(), Planner())
+    for system in (Control(), Skip(), Prune(), Window(), Online(), Compressor(), Planner())
 }
 
 

@@ -236,9 +236,9 @@ class ConceptCache(NoCache, Cache):
         slot = np.where(decision.written, rank, tail)
         if self.segment and slot.shape[1] == 1:
             # One that writes meets its tail, so it stands behind it until `remember`.
-            behind = self.concepts + self.memory.gate.tail
-            length = np.where(decision.written[:, 0], behind + 1, length)
-            slot = np.where(decision.written, behind[:, None], slot)
+            end = self.concepts + self.memory.gate.tail
+            length = np.where(decision.written[:, 0], end + 1, length)
+            slot = np.where(decision.written, end[:, None], slot)
         return self.slices[2].plan(super().deep(chunk, decision), slot, length, self.concepts)
 
     def update(

@@ -3,10 +3,10 @@
 A strategy is a module with `score` and `threshold`, and its line in BOUNDARIES. It says of itself:
 `learned`: the written concepts teach the score, through a straight-through confidence.
 `accumulates`: scores are summed since the last concept, and the concept is read from the states so
-weighted. `fitted`: what of the base's next-token distributions `start` needs, if anything: their
-`entropy`, or the `surprise` at the token. `scored`: its scores differ, and their distribution is
-tracked. `offline`: the model itself says where segments end, from all of the text; the gate's
-decisions are not asked for."""
+weighted. `fitted`: `start` fits it to the base's own next-token distributions, of which `target`
+keeps what it needs. `scored`: its scores differ, and their distribution is tracked. `offline`: the
+model itself says where segments end, from all of the text; the gate's decisions are not asked
+for."""
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sememe.concepts.fit import explained, linear_fit
+from sememe.concepts.proposals import Proposals
 
 
 class Boundary(nn.Module):
@@ -21,15 +22,28 @@ class Boundary(nn.Module):
 
     learned = accumulates = offline = False
     scored = True
-    fitted: str | None = None
+    fitted = False
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, vocabulary: int):
         super().__init__()
 
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
         """(…,) fp32: the higher, the sooner a concept is written. `previous` is the state one
         position earlier."""
         return head.score(x, previous)
+
+    def see(self, ids_NT: Tensor) -> None:
+        """The text that it is to be fitted on, ahead of `target`."""
+
+    def target(self, log_p_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+        """(B, T - 1, …) what is fitted at all tokens but the first, of the base's distributions of
+        the next token."""
+        raise NotImplementedError
+
+    def start(self, x_NTf: Tensor, target: Tensor) -> dict[str, float]:
+        """Fits the targets, from the states at the same tokens, each beside the one to its left.
+        Returns the share of the variance of the boundary's quantity explained."""
+        raise NotImplementedError
 
     def threshold(self, quantiles: np.ndarray, rate: float, feedback: float) -> tuple[float, float]:
         """(threshold, its shift per concept owed), from equally spaced quantiles of the scores."""
@@ -74,47 +88,63 @@ class Fixed(Boundary):
         return -1e-6, 1.0
 
 
-class Entropy(Boundary):
-    """Where the next token is hard: a linear estimate of the base's next-token entropy, fitted once
-    and never trained.
+class Surprise(Boundary):
+    """Where a token was hard to foresee: a linear estimate of minus the log-probability that the
+    base gave it, fitted once and never trained. A concept is then written by the very token that it
+    is needed for.
 
     The estimate reads the shallow states at t and t-1, so it is causal and costs 2 D
     multiplications; a shallow exit through the base's own lm_head would cost a fifth of all of
     SmolLM2's multiplications."""
 
-    fitted = "entropy"
+    fitted = True
 
-    @staticmethod
-    def target(log_p_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-        """(B, T - 1) what is estimated at all tokens but the first, of the base's own
-        distributions of the next token."""
-        return -(log_p_BTV.exp() * log_p_BTV).sum(-1)[:, 1:]
-
-    def __init__(self, width: int):
-        super().__init__(width)
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__(width, vocabulary)
         self.register_buffer("weight", torch.zeros(2 * width))
+
+    def target(self, log_p_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+        return -log_p_BTV[:, :-1].gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
 
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
         return torch.cat([x, previous], -1) @ self.weight.float()
 
     @torch.no_grad()
-    def start(self, x_ND: Tensor, previous_ND: Tensor, target_N: Tensor) -> dict[str, float]:
-        """Fits (N,) values in nats. Returns the share of their variance explained."""
-        target_N1 = target_N.unsqueeze(1)
-        weight_F1, _, left_N1 = linear_fit(torch.cat([x_ND, previous_ND], -1), target_N1, 0.03)
-        self.weight.copy_(weight_F1.squeeze(1))
-        return {f"{self.fitted}_explains": explained(left_N1, target_N1)}
+    def start(self, x_NTf: Tensor, target_NT: Tensor) -> dict[str, float]:
+        target_n1 = target_NT.reshape(-1, 1)
+        weight_f1, _, left_n1 = linear_fit(x_NTf.flatten(0, 1), target_n1, 0.03)
+        self.weight.copy_(weight_f1.squeeze(1))
+        return {"surprise_explains": explained(left_n1, target_n1)}
 
 
-class Surprise(Entropy):
-    """Where a token was hard to foresee: the same estimate of minus the log-probability that the
-    base gave it. A concept is then written by the very token that it is needed for."""
+class Entropy(Boundary):
+    """Where the next tokens are open: the entropies of what is proposed for them, summed
+    (`proposals.py`). Untrained, the sum places concepts better than the first alone or its jump
+    against the tokens before (docs/log.md)."""
 
-    fitted = "surprise"
+    fitted = True
 
-    @staticmethod
-    def target(log_p_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-        return -log_p_BTV[:, :-1].gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__(width, vocabulary)
+        self.proposals = Proposals(width, vocabulary)
+
+    def see(self, ids_NT: Tensor) -> None:
+        self.proposals.set_words(ids_NT)
+
+    def target(self, log_p_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+        return self.proposals.classes(log_p_BTV[:, 1:])
+
+    def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
+        x_nf = torch.cat([x, previous], -1).flatten(0, -2)
+        return self.proposals.entropy(self.proposals(x_nf)).sum(0).view(x.shape[:-1])
+
+    @torch.no_grad()
+    def start(self, x_NTf: Tensor, target_NTW: Tensor) -> dict[str, float]:
+        self.proposals.start(x_NTf, target_NTW)
+        log_p_nW = self.proposals(x_NTf.flatten(0, 1))[0]
+        known_n = self.proposals.entropy(target_NTW.clamp(min=1e-9).log()).flatten()
+        both_2n = torch.stack([self.proposals.entropy(log_p_nW), known_n])
+        return {"entropy_explains": float(torch.corrcoef(both_2n)[0, 1]) ** 2}
 
 
 class Autoregressive(Fixed):

@@ -40,9 +40,9 @@ class RateGate(nn.Module):
     """Turns scores into decisions and tracks their distribution, so that one dial `rate` serves
     every setting."""
 
-    def __init__(self, boundary: str, width: int):
+    def __init__(self, boundary: str, width: int, vocabulary: int):
         super().__init__()
-        self.boundary = BOUNDARIES[boundary](width)
+        self.boundary = BOUNDARIES[boundary](width, vocabulary)
         self.feedback = FEEDBACK
         self.register_buffer("quantiles", torch.linspace(-1, 1, GRID))
 

@@ -97,20 +97,20 @@ class Tails(NamedTuple):
         closed = closes[:, ::-1].cumsum(1)[:, ::-1] > 0
         return both.keep(closed), both.keep(~closed)
 
-    def keep(self, kept: np.ndarray) -> "Tails":
-        """The (B, n) entries that are kept, packed to the left."""
-        kept = kept & self.real
-        if kept.all():
+    def keep(self, selected: np.ndarray) -> "Tails":
+        """The (B, n) selected entries, packed to the left."""
+        selected = selected & self.real
+        if selected.all():
             return self
-        if not kept.any():
+        if not selected.any():
             return Tails(*(x[:, :0] for x in self))
-        longest = int(kept.sum(1).max(initial=0))
-        order = np.argsort(~kept, axis=1, kind="stable")[:, :longest]
+        longest = int(selected.sum(1).max(initial=0))
+        order = np.argsort(~selected, axis=1, kind="stable")[:, :longest]
         index_Bn = torch.from_numpy(order).to(self.h_BnD.device)
         return Tails(
             self.h_BnD.take_along_dim(index_Bn.unsqueeze(-1), 1),
             self.position_Bn.take_along_dim(index_Bn, 1),
-            np.take_along_axis(kept, order, 1),
+            np.take_along_axis(selected, order, 1),
         )
 
     def __getitem__(self, rows) -> "Tails":

@@ -82,7 +82,7 @@ class ConceptWriter(nn.Module):
         self.closes_last = closes_last
         self.head = HEADS[config.head](width, config.num_concepts, config.codes_per_concept)
         self.codes = ConceptEmbedding(config.num_concepts, width, config.codes_per_concept)
-        self.gate = RateGate(config.boundary, width)
+        self.gate = RateGate(config.boundary, width, config.text_config.vocab_size)
         if readout is None:
             accumulates = BOUNDARIES[config.boundary].accumulates
             kind = WeightedSegment if accumulates else TailPool if config.pool else Readout
@@ -199,8 +199,8 @@ class ConceptWriter(nn.Module):
         shares = {}
         if target_nT is not None:
             x_nTD = self.codes.normalise(h_NTD[: len(target_nT)])
-            before_nD = x_nTD[:, :-1].flatten(0, 1)
-            shares = self.gate.boundary.start(inner(x_nTD), before_nD, target_nT.flatten())
+            both_nTf = torch.cat([x_nTD[:, 1:], x_nTD[:, :-1]], -1)
+            shares = self.gate.boundary.start(both_nTf, target_nT)
         self.start_gate(h_NTD)
         return shares
 

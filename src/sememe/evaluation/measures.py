@@ -12,8 +12,8 @@ from sememe.evaluation.subject import Subject
 REFUSED = {
     "ablate": "has no concepts to ablate: need a run of system: online, compressor or planner. "
     "try: runs/demo",
-    "benchmark": "has no concepts to decode with: need a run of system: online or compressor. try: "
-    "runs/demo",
+    "benchmark": "cannot be timed: need a run of system: online or compressor, or of a baseline. "
+    "try: runs/demo",
     "reconstruct": "cannot write a text again from codes: need a finished run of system: "
     "compressor. try: sememe evaluate, which takes any model",
 }
@@ -27,7 +27,7 @@ def _evaluate_control(subject: Subject, heldout, control: Subject | None) -> Fig
 
 
 TEXT = {"evaluate": evaluate}
-CONTROL = {"evaluate": _evaluate_control}
+CONTROL = {"evaluate": _evaluate_control, "benchmark": benchmark_saved_online}
 ONLINE = {
     **TEXT,
     "ablate": ablate_text,

@@ -216,7 +216,10 @@ def signal_figures(
 def evaluate_sources(subject: Subject, pairs: PairTensors, control: Subject | None) -> Figures:
     """Held-out figures of a language model on pairs."""
     subject.refuse("signals", "a run of system: planner, which makes plans")
-    return _compare(subject, pairs, {"source": None}, control) | {"layer_share": 1.0}
+    return _compare(subject, pairs, {"source": None}, control) | {
+        "layer_share": 1.0,
+        "cache_share": 1.0,
+    }
 
 
 def evaluate_plans(subject: Subject, pairs: PairTensors, control: Subject | None) -> Figures:

@@ -137,7 +137,6 @@ def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = Non
     readings = {name: job() for name, job in shown}
     own_NT, concepts_NT = readings["own"]
     nll = {name: float(nll_NT.mean()) for name, (nll_NT, _) in readings.items()}
-    share = getattr(model.config, "layer_share", None)
     written = {} if concepts_NT is None else concept_figures(subject, blocks, own_NT, concepts_NT)
     figures = {
         "tokens": own_NT.numel(),
@@ -146,7 +145,7 @@ def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = Non
         "boundary": getattr(model.config, "boundary", None),
         "nll_by_position": by_position(own_NT, readings.get("control", [None])[0]),
         "sequence_length": ids_NT.shape[1],
-        "layer_share": share(written.get("concept_rate")) if share else 1.0,
+        **shares(model.config, ids_NT.shape[1], written.get("concept_rate")),
         **{f"delta_nll_{kind}": nll[kind] - nll["own"] for kind in ablations},
         **written,
     }
@@ -158,6 +157,36 @@ def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = Non
         for line in (figures, *dial):
             line["delta_nll_control"] = line["nll"] - nll["control"]
     return figures
+
+
+def proposal_nll(model, ids_NT: Tensor) -> list[float] | None:
+    """NLL, over the whole vocabulary, of the token 1, 2, … places on under what a gate proposes
+    for it, at the same places; None for a gate that proposes nothing."""
+    proposals = getattr(model.writer.gate.boundary, "proposals", None)
+    if proposals is None:
+        return None
+
+    def nll(ids_BT: Tensor) -> tuple[Tensor]:
+        ids_BT = ids_BT.to(model.device)
+        x_BTD = model.writer.codes.normalise(model.shallow_states(ids_BT))
+        x_BTf = torch.cat([x_BTD[:, 1:], x_BTD[:, :-1]], -1)
+        log_p_kBTW = proposals(x_BTf.flatten(0, 1)).unflatten(1, x_BTf.shape[:2])
+        count, heads = ids_BT.shape[1] - 1 - len(log_p_kBTW), enumerate(log_p_kBTW, start=2)
+        parts = [
+            proposals.nll(log_p_BTW[:, :count], ids_BT[:, first : first + count])
+            for first, log_p_BTW in heads
+        ]
+        return (torch.stack(parts, -1),)
+
+    return batched(nll, ids_NT)[0].flatten(0, 1).mean(0).tolist()
+
+
+def shares(config, length: int, rate: float | None) -> Figures:
+    """Of the base's compute and cache, at a realised rate and at the end of so many tokens."""
+    if not hasattr(config, "layer_share"):
+        return {"layer_share": 1.0, "cache_share": 1.0}
+    cache = config.cache_share(length, rate) if hasattr(config, "cache_share") else None
+    return {"layer_share": config.layer_share(rate), "cache_share": cache}
 
 
 def concept_figures(
@@ -176,6 +205,7 @@ def concept_figures(
         "longest_tail": longest_tail(written_NT),
         **code_use(count_digits(concepts_NT[concepts_NT >= 0], **sizes)),
         **sizes,
+        "proposal_nll": proposal_nll(model, blocks.ids_NT),
         "nll_at_concepts": float(nll_NT[just_NT].mean()),
         "nll_in_tail": None if just_NT.all() else float(nll_NT[~just_NT].mean()),
         "samples": [sample(*text, subject.tokenizer) for text in texts],

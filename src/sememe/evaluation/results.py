@@ -23,6 +23,7 @@ CONTRACT = (
     "concept_rate",
     "compression_ratio",
     "layer_share",
+    "cache_share",
     "nll_at_concepts",
     "nll_in_tail",
     "longest_tail",

@@ -16,12 +16,14 @@ from transformers import BatchEncoding
 from transformers.cache_utils import Cache
 
 from sememe.backbone.calling import CACHE, cache_argument
+from sememe.concepts.proposals import OFFSETS, RANK, WORDS
 from sememe.evaluation.reconstruction import coding_cost
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Options, Subject
 from sememe.models.configuration import ControlConfig
 from sememe.models.control import ControlForCausalLM
 from sememe.models.loading import check_length, longest_text
+from sememe.models.pruning import runs
 from sememe.progress import bar
 
 ROWS = 4  # of the ragged batch that is timed beside a single prompt
@@ -88,18 +90,23 @@ def race(
     }
 
 
-def ceiling_decode(base: nn.Module, config, rate: float) -> float:
-    """Decode speed-up that the layer arithmetic allows at a realised rate, in multiply-accumulates
-    per token of the weights; attention and overheads left out."""
+def ceiling_decode(base: nn.Module, config, rate: float | None) -> float:
+    """Decode speed-up that the layer arithmetic allows at a realised rate, None of a baseline, in
+    multiply-accumulates per token of the weights; attention and overheads left out."""
     layers, lm_head = base.get_decoder().layers, base.lm_head.weight.numel()
     macs = sum(p.numel() for p in layers.parameters())
     width = config.text_config.hidden_size
-    # A joint head scores all codes at every token: its first stage is the gate too.
-    lookups = config.codes_per_concept * rate + (1 - rate) * (config.head == "joint")
-    writing = config.num_concepts * width * lookups + 2 * width**2 * config.bridge
-    if config.segment == "both":
-        writing += width**2 * config.bridge * (1 - rate)
-    return (macs + lm_head) / (config.layer_share(rate) * macs + lm_head + writing)
+    if rate is None:
+        own = width**2 * len(runs(config.missing_layers)) * config.bridge
+    else:
+        # A joint head scores all codes at every token: its first stage is the gate too.
+        lookups = config.codes_per_concept * rate + (1 - rate) * (config.head == "joint")
+        own = config.num_concepts * width * lookups + 2 * width**2 * config.bridge
+        if config.segment == "both":
+            own += width**2 * config.bridge * (1 - rate)
+        if config.boundary == "entropy":
+            own += OFFSETS * RANK * (2 * width + WORDS)
+    return (macs + lm_head) / (config.layer_share(rate) * macs + lm_head + own)
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -113,8 +120,8 @@ def cache_bytes(cache: Cache) -> int:
 
 @torch.no_grad()
 def benchmark_online(model, base, prompts: BatchEncoding, options: Options) -> Figures:
-    """Prefill, greedy decoding, cache and memory of a (merged) online model beside its base.
-    `prompts`: (B, T) `input_ids` and their `attention_mask`."""
+    """Prefill, greedy decoding, cache and memory of a (merged) online model, or a baseline, beside
+    its base. `prompts`: (B, T) `input_ids` and their `attention_mask`."""
     real_BT, new_tokens = prompts["attention_mask"], options.new_tokens
     pair = {"concept": model, "base": base}
 
@@ -143,8 +150,9 @@ def benchmark_online(model, base, prompts: BatchEncoding, options: Options) -> F
             "cache_bytes": cache_bytes(caches[name]),
             "weight_bytes": weight_bytes(pair[name]),
         }
-    cache = caches["concept"]
-    rate = int(cache.concepts.sum()) / int(cache.tokens.sum())
+    cache, rate = caches["concept"], None
+    if hasattr(cache, "concepts"):
+        rate = int(cache.concepts.sum()) / int(cache.tokens.sum())
     return sides | {
         "prefill_speedup": ratio(sides, "prefill_tokens_per_s"),
         "decode_speedup": ratio(sides, "decode_tokens_per_s"),
@@ -189,14 +197,16 @@ def about(subject: Subject, data: str | None, **settings: int) -> Figures:
         "threads": torch.get_num_threads(),
         "device": str(subject.model.device),
         "prompts": "text" if data or subject.recipe else "random tokens",
-        "target_rate": subject.model.dial.rate,
     }
+    if hasattr(subject.model, "dial"):
+        settings["target_rate"] = subject.model.dial.rate
     return {"base_name": subject.base_name, "settings": settings}
 
 
 def benchmark_saved_online(subject: Subject, length: int | None, data: str | None) -> Figures:
-    """All figures of a saved model that was not merged yet, with a batch of prompts of the size
-    that the options ask for; or of one prompt, and the decoding of a ragged batch beside it."""
+    """All figures of a saved online model or baseline that was not merged yet, with a batch of
+    prompts of the size that the options ask for; or of one prompt, and the decoding of a ragged
+    batch beside it."""
     model, options = subject.model, subject.options
     length, batch, new_tokens = length or 512, options.batch or 1, options.new_tokens
     check_length(longest_text(model.config), length, "--prompt-tokens ", new_tokens)
@@ -204,7 +214,8 @@ def benchmark_saved_online(subject: Subject, length: int | None, data: str | Non
     base, prompts = subject.load_base(), subject.prompts(data, length, batch)
     trained = {"concept": {}, "base": {}}
     if model.config.base is not None:
-        trained = benchmark_training(subject, prompts["input_ids"])
+        if model.config.writes_concepts:
+            trained = benchmark_training(subject, prompts["input_ids"])
         model.merged()
     used = benchmark_online(model, base, prompts, options)
     for name in ("concept", "base"):

@@ -15,6 +15,7 @@ MODELS = {
     "control": ControlForCausalLM,
     "skip": ControlForCausalLM,
     "window": ControlForCausalLM,
+    "prune": ControlForCausalLM,
 }
 
 for _model in (OnlineForCausalLM, CompressorForCausalLM, PlannerForCausalLM, ControlForCausalLM):

@@ -20,11 +20,6 @@ from sememe.errors import CheckpointError
 from sememe.models.configuration import sink_id
 from sememe.storage import WEIGHTS, check_manifest, replacing, unwritable, write_manifest
 
-OLD_NAMES = {  # of weights, in models that older releases saved
-    r"^(head|codes|gate)\.": r"writer.\1.",
-    r"^anchor\.": "writer.readout.anchor.",
-    r"^pool\.weight$": "writer.readout.pool",
-}
 # Options of transformers that are used, or that say nothing about a local folder of adapters; and
 # those that ask for nothing with the value that transformers gives them.
 LOADING = [
@@ -74,6 +69,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     kernels = ("sdpa", "eager")
+    old_names = {  # of weights, in models that older releases saved; "" for those that went
+        r"^(head|codes|gate)\.": r"writer.\1.",
+        r"^anchor\.": "writer.readout.anchor.",
+        r"^pool\.weight$": "writer.readout.pool",
+        r"^writer\.codes\.use$": "",
+    }
     # The frame, the codes and whoever reads them, in whatever dtype the rest is loaded; the
     # bridge's weights multiply states.
     _keep_in_fp32_modules_strict = [r"^writer\.", "^bridge.+(mean|scale)$"]
@@ -257,7 +258,11 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         check_manifest(folder)
         if config.base is None:
             return super().from_pretrained(
-                folder, *args, config=config, key_mapping=OLD_NAMES, **kwargs
+                folder,
+                *args,
+                config=config,
+                key_mapping={old: new for old, new in cls.old_names.items() if new},
+                **kwargs,
             )
         _refuse_unused(kwargs, {*LOADING, *config.to_dict()}, f"{cls.__name__}.from_pretrained")
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
@@ -283,9 +288,9 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does
         not."""
         state = load_file(folder / WEIGHTS)
-        for old, new in OLD_NAMES.items():
+        for old, new in self.old_names.items():
             state = {re.sub(old, new, name): value for name, value in state.items()}
-        state.pop("writer.codes.use", None)  # counts that older releases saved
+        state.pop("", None)
         shapes, own = (
             {(name, value.shape) for name, value in some.items()}
             for some in (state, self.own_state())
@@ -332,17 +337,19 @@ def fitted_blocks(ids_NT: Tensor) -> Tensor:
 
 
 def boundary_targets(model: "AdaptedModel", ids_NT: Tensor) -> Tensor | None:
-    """(n, T - 1) what a fitted boundary is to estimate: what the base itself makes of the text
+    """(n, T - 1, …) what a fitted boundary is to estimate: what the base itself makes of the text
     (LoRA is still zero)."""
     boundary = model.writer.gate.boundary
-    if boundary.fitted is None:
+    if not boundary.fitted:
         return None
+    ids_nT = fitted_blocks(ids_NT).to(model.device)
+    boundary.see(ids_nT)
 
     def target(ids_BT: Tensor) -> Tensor:
         logits_BTV = model.backbone(input_ids=ids_BT, use_cache=False).logits
         return boundary.target(logits_BTV.float().log_softmax(-1), ids_BT)
 
-    return torch.cat([target(ids_BT) for ids_BT in fitted_blocks(ids_NT).to(model.device).split(4)])
+    return torch.cat([target(ids_BT) for ids_BT in ids_nT.split(4)])
 
 
 def _refuse_unused(named: dict, known: Iterable[str], what: str) -> None:

@@ -136,6 +136,14 @@ class OnlineConfig(ConceptConfig):
         keys_values = 2 * head_dim * getattr(base, "num_key_value_heads", heads)
         return keys_values / (keys_values + 2 * head_dim * heads + 3 * base.intermediate_size)
 
+    def cache_share(self, length: int, rate: float | None = None) -> float:
+        """Keys and values at the end of a text of so many tokens over the base's, at a realised
+        rate; the open tail, of at most `max_tail` tokens in the deep slice, left out."""
+        rate = rate or self.rate
+        shallow, middle, deep = self.split
+        seen = min((self.shallow_window or length) + 1, length) / length
+        return (shallow * seen + (middle + deep) * rate) / sum(self.split)
+
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
         self.split = list(split_layers(self.split, self.text_config.num_hidden_layers))
@@ -231,28 +239,43 @@ class PlannerConfig(AdaptedConfig):
 
 
 class ControlConfig(AdaptedConfig):
-    """The control: the base with the same LoRA and no concepts; with `skipped`, without those
-    layers as well, with `window` with a short view.
+    """The control: the base with the same LoRA and no concepts; with `skipped` or `left_out`,
+    without those layers as well, with `window` with a short view.
 
     Args:
-        skipped: [first, last) layers taken out of the base ("skip the middle slice + LoRA"); empty
-            for the control.
-        bridge: a linear map in the place of those layers (`concepts/bridge.py`).
+        skipped: [first, last) of the middle slice, which `skip` leaves out; empty for the others.
+        left_out: layers that `prune` leaves out; empty for the others.
+        bridge: a linear map in each gap (`models/pruning.py`).
         window: tokens that a token sees in every layer, itself among them and the first one beside
             them; None for all."""
 
     model_type = "sememe-control"
-    defaults = AdaptedConfig.defaults | {"skipped": (), "bridge": False, "window": None}
+    defaults = AdaptedConfig.defaults | {
+        "skipped": (),
+        "left_out": (),
+        "bridge": False,
+        "window": None,
+    }
     __init__ = AdaptedConfig.__init__
 
     @property
     def system(self) -> str:
         """Which of the baselines it is."""
-        return "skip" if self.skipped else "control" if self.window is None else "window"
+        named = {"skip": self.skipped, "prune": self.left_out, "window": self.window}
+        return next((name for name, value in named.items() if value), "control")
+
+    @property
+    def missing_layers(self) -> list[int]:
+        """Those that are left out, by either name."""
+        return [*self.left_out, *range(*self.skipped or (0,))]
 
     def layer_share(self, rate: float | None = None) -> float:
         """Layer applications per token over the base's."""
-        return 1 - len(range(*self.skipped or (0,))) / self.text_config.num_hidden_layers
+        return 1 - len(self.missing_layers) / self.text_config.num_hidden_layers
+
+    def cache_share(self, length: int, rate: float | None = None) -> float:
+        """Keys and values that the end of a text of so many tokens needs, over the base's."""
+        return self.layer_share() * (min(self.window + 1, length) / length if self.window else 1)
 
 
 def sink_id(text_config) -> int:

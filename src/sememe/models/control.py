@@ -1,37 +1,36 @@
 """The control: (B, T) ids → (B, T, V) logits of the base with LoRA alone, on the base's own
 forward."""
 
+from collections.abc import Callable, Collection, Iterable
+
 import torch
 from torch import Tensor, nn
 
 from sememe.backbone.calling import cache_argument, check_forward, parameters, take_cache
 from sememe.backbone.split import SLIDING, Spine
-from sememe.concepts.bridge import TailBridge
 from sememe.concepts.masks import Lane, Lanes
 from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel, fitted_blocks
 from sememe.models.configuration import ControlConfig
+from sememe.models.pruning import GapMap, Scan, entering, removable, runs, show
 
 
 class SkippedLayer(nn.Module):
-    """In the place of a decoder layer: hands the states on, through the bridge if there is one. The
-    first token, an attention sink, stays as it is."""
+    """In the place of a decoder layer: hands the states on, through the gap's map if there is
+    one."""
 
-    def __init__(self, bridge: TailBridge | None):
+    def __init__(self, bridge: GapMap | None):
         super().__init__()
         self._bridge = (bridge,)  # in a tuple, since it is a sub-module of the model already
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
         (bridge,) = self._bridge
-        if bridge is None:
-            return hidden_states
-        bridged_BTD = bridge(hidden_states, bridge.concept_mean.to(hidden_states.dtype))
-        return bridged_BTD.where((position_ids != 0).unsqueeze(-1), hidden_states)
+        return hidden_states if bridge is None else bridge(hidden_states, position_ids)
 
 
 class ControlForCausalLM(AdaptedModel):
-    """The same base and LoRA without concepts; with `config.skipped`, without the middle layers
-    too, and with `config.bridge` a linear map in their place: the strongest baseline without
+    """The same base and LoRA without concepts; with `config.left_out` (or `skipped`), without those
+    layers too, and with `config.bridge` a linear map in each gap: the strongest baseline without
     concepts at that compute. With `config.window` every layer sees the last tokens and the first
     one alone (StreamingLLM, arXiv 2309.17453): the one at that cache.
 
@@ -39,6 +38,11 @@ class ControlForCausalLM(AdaptedModel):
     shuts out stays cached."""
 
     config_class = ControlConfig
+    # Of older releases' `skip`, whose one bridge had a part for concepts that was always 0.
+    old_names = AdaptedModel.old_names | {
+        r"^bridge\.concept.*": "",
+        r"^bridge\.(?=[a-z])": "bridge.0.",
+    }
 
     def __init__(self, config: ControlConfig, backbone=None):
         super().__init__(config, backbone)
@@ -48,33 +52,58 @@ class ControlForCausalLM(AdaptedModel):
                 f"system = window over a base of type {text_config.model_type}, which has a "
                 "sliding window of its own: need one that sees everything. try: system=control"
             )
-        skipped = range(*(config.skipped or (0,)))
-        self.bridge = TailBridge(text_config.hidden_size) if skipped and config.bridge else None
-        decoder = self.backbone.get_decoder()
-        self._whole = (decoder.layers,)  # in a tuple: not saved
-        layers = list(decoder.layers)
-        for index in skipped:
-            layers[index] = SkippedLayer(self.bridge if index == skipped[0] else None)
-        decoder.layers = nn.ModuleList(layers)
+        self._whole = (self.backbone.get_decoder().layers,)  # in a tuple: not saved
+        self._leave_out(config.missing_layers)
         self.finish()
+
+    def prune(
+        self,
+        ids_NT: Tensor,
+        wanted: list[int] | int,
+        say: Callable[[str], None],
+        progress: bool,
+    ) -> dict[str, float]:
+        """Leaves out the `wanted` layers, or so many as a scan of (N, T) blocks of training text
+        chooses, and starts the maps. What that costs is said."""
+        removable(Spine(self.backbone), wanted)
+        scan = Scan(self.backbone, ids_NT)
+        chosen = wanted if isinstance(wanted, list) else scan.choose(wanted, say, progress)
+        say(
+            f"start: layers {show(chosen)} left out; before any training that takes the loss on "
+            f"training text from {scan.loss([]):.3f} to {scan.loss(chosen):.3f}"
+        )
+        self.leave_out(chosen)
+        return self.start_bridge(ids_NT)
+
+    def leave_out(self, layers: Iterable[int]) -> None:
+        """Takes these layers out of a whole model. Raises RecipeError where one cannot go."""
+        removable(Spine(self.backbone), layers)
+        self.config.left_out, self.config.bridge = sorted(layers), True
+        self._leave_out(layers)
+
+    def _leave_out(self, missing: Collection[int]) -> None:
+        layers, gaps = list(self._whole[0]), runs(missing)
+        width = self.config.text_config.hidden_size
+        self.bridge = nn.ModuleList(GapMap(width) for _ in gaps if self.config.bridge)
+        for number, (first, last) in enumerate(gaps):
+            for index in range(first, last):
+                maps = self.bridge if index == first else ()
+                layers[index] = SkippedLayer(maps[number] if maps else None)
+        self.backbone.get_decoder().layers = nn.ModuleList(layers)
 
     @torch.no_grad()
     def start_bridge(self, ids_NT: Tensor) -> dict[str, float]:
-        """Least squares from the shallow states of (N, T) blocks of text to those that the skipped
-        layers made of them."""
-        decoder = self.backbone.get_decoder()
-
-        def before_and_after(ids_BT: Tensor) -> Tensor:  # (2, n, D), without the sinks
-            out = decoder(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
-            states = torch.stack([out.hidden_states[layer] for layer in self.config.skipped])
-            return states[:, :, 1:].flatten(1, 2).float()
-
-        skipping = decoder.layers
-        decoder.layers = self._whole[0].to(self.device)
+        """Least squares from the states that enter each gap, of (N, T) blocks of text, to those
+        that the base's own layers made of them."""
+        decoder, gaps = self.backbone.get_decoder(), runs(self.config.missing_layers)
+        pruned, decoder.layers = decoder.layers, self._whole[0].to(self.device)
         blocks_NT = fitted_blocks(ids_NT).to(self.device)
-        h_ND, target_ND = torch.cat([before_and_after(ids) for ids in blocks_NT.split(4)], 1)
-        decoder.layers = skipping
-        return {"bridge_explains": self.bridge.start(h_ND, torch.zeros_like(h_ND), target_ND)}
+        states = entering(self.backbone, blocks_NT, {edge for gap in gaps for edge in gap})
+        decoder.layers = pruned
+        return {
+            f"map over layers {show(range(*gap))} explains": bridge.start(*map(states.get, gap))
+            for bridge, gap in zip(self.bridge, gaps, strict=True)
+        }
 
     def forward(
         self,

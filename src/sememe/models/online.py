@@ -129,9 +129,7 @@ class OnlineForCausalLM(AdaptedModel):
 
         decision = self.writer.decide(h_BTD, chunk, cache.memory)
         e_BCD, ids_BC = self.writer.write(decision, ablation)
-        closed = tails = cache.tails
-        if self.config.segment == "both":
-            closed, tails = tails.then(h_BTD, chunk, decision.written)
+        closed, tails = self._tails(h_BTD, chunk, decision, cache)
         c_BCD = self._middle(e_BCD, chunk, decision, cache, closed)
 
         tail_BTD, last_BD = self.bridge.tails(h_BTD, c_BCD, decision, cache.last_concept_BD)
@@ -149,10 +147,18 @@ class OnlineForCausalLM(AdaptedModel):
         lanes = cache.shallow(chunk, self.config.shallow_window)
         return self._run(0, chunk.embed_BTD, chunk.rope, lanes, cache.for_layers)
 
+    def _tails(
+        self, h_BTD: Tensor, chunk: Chunk, decision: WriteDecision, cache: NoCache
+    ) -> tuple[Tails, Tails]:
+        """Those that concepts of the chunk see in the middle slice, and those that stay open; none
+        unless `segment: both`."""
+        if self.config.segment != "both":
+            return cache.tails, cache.tails
+        return cache.tails.then(h_BTD, chunk, decision.written)
+
     def _middle(
         self, e_BCD: Tensor, chunk: Chunk, decision: WriteDecision, cache: NoCache, closed: Tails
     ) -> Tensor:
-        """`closed`: tails that concepts of the chunk see; of `segment: both`."""
         if not decision.written.any():
             return e_BCD
         lanes, for_layers = cache.middle(chunk, decision), cache.for_layers
@@ -175,12 +181,12 @@ class OnlineForCausalLM(AdaptedModel):
         first, last = self._layers(1)
         step_BnD = (self.bridge.alone(h_BnD) - h_BnD) / (last - first)
 
-        def made(layer: int) -> KeysValues:
+        def of_layer(layer: int) -> KeysValues:
             x_BnD = h_BnD + (layer - first) * step_BnD
             kind = self.spine.kinds[layer]
             return keys_values(self.spine.decoder.layers[layer], x_BnD, rope[kind])
 
-        return made
+        return of_layer
 
     def _layers(self, number: int) -> tuple[int, int]:
         """[first, last) layer of a slice."""
@@ -315,9 +321,7 @@ class OnlineForCausalLM(AdaptedModel):
             cache = self.new_cache(len(h_BTD), keeps=False)
             decision = self.writer.decide(h_BTD, text)
             written_BT = decision.written_BT
-            closed, _ = cache.tails.then(h_BTD, text, decision.written)
-            if self.config.segment != "both":
-                closed = cache.tails
+            closed, _ = self._tails(h_BTD, text, decision, cache)
             c_BCD = self._middle(decision.h_BCD, text, decision, cache, closed)
             last_BTD, _ = decision.pack.before(c_BCD, cache.last_concept_BD)
             target_BTD = self._run(1, h_BTD, text.rope, cache.shallow(text, None), None)

@@ -13,7 +13,7 @@ import yaml
 from sememe.errors import CheckpointError, RecipeError
 from sememe.paths import usable
 
-BASELINES = ("control", "skip", "window")
+BASELINES = ("control", "prune", "skip", "window")
 COMMANDS = ("evaluate", "ablate", "reconstruct", "benchmark")
 """Their figures lie beside a run, as COMMAND.json."""
 
@@ -94,7 +94,7 @@ def _point(entry: dict[str, Any]) -> dict[str, Any]:
         "trained_tokens": entry.get("trained_tokens"),
     }
     if system == "control":  # which the others are measured against
-        point |= {"layer_share": 1.0, "delta_nll_control": 0.0}
+        point |= {"layer_share": 1.0, "cache_share": 1.0, "delta_nll_control": 0.0}
     return point
 
 

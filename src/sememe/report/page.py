@@ -84,14 +84,18 @@ def sweep_page(folders: list[Path]) -> dict[str, Any]:
 
 
 def _comparison(folders: list[Path]) -> dict[str, Any]:
-    """Plot and table of the points of all folders."""
+    """Plots and table of the points of all folders."""
     points = [point for folder in folders for point in read_points(folder)]
-    front = plots.pareto_front(points)
+    fronts = {x: plots.pareto_front(points, x) for x in plots.PARETO}
     for row, point in enumerate(points, 1):
-        is_best = {*plots.pairs([point], *plots.PARETO)} & {*front}
-        point |= {"": row, "front": "front" if is_best else ""}
+        on = [
+            plots.PARETO[x][0]
+            for x, front in fronts.items()
+            if {*plots.pairs([point], x, plots.DELTA)} & {*front}
+        ]
+        point |= {"": row, "front": ", ".join(on)}
     return {
-        "pareto": plots.pareto_plot(points),
+        "pareto": [plot for x in plots.PARETO if (plot := plots.pareto_plot(points, x))],
         "comparison": table(points, WORDS["sweep"]["columns"]),
     }
 

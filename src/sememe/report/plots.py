@@ -12,8 +12,20 @@ from sememe.report.files import Run
 
 MAX_POINTS = 400
 """Of a curve: a plot of 374 units width shows no more."""
-PARETO = ("layer_share", "delta_nll_control")
-MARKERS = {"concepts": "o", "fixed stride": "s", "skip": "D", "window": "v", "control": "*"}
+PARETO = {
+    "layer_share": ("compute", "share of the layers run per token"),
+    "cache_share": ("cache", "share of the keys and values at the end of a block"),
+}
+"""What quality is drawn against: a short name, and what its axis says."""
+DELTA = "delta_nll_control"
+MARKERS = {
+    "concepts": "o",
+    "fixed stride": "s",
+    "prune": "P",
+    "skip": "D",
+    "window": "v",
+    "control": "*",
+}
 """What a point of a sweep is → its mark. All but the first need no learned boundary: they are there
 to be beaten."""
 Points = list[tuple[float, float]]
@@ -88,27 +100,27 @@ def distortion_plot(result: dict[str, Any]) -> Plot | None:
     return draw(curves, "bits per token", "share of the tokens", "Rate and distortion", caption)
 
 
-def pareto_front(points: Iterable[dict[str, Any]]) -> Points:
-    """What nothing beats in both layers and ΔNLL, by rising layers."""
+def pareto_front(points: Iterable[dict[str, Any]], x: str) -> Points:
+    """What nothing beats in both `x`, a key of PARETO, and ΔNLL, by rising `x`."""
     best: Points = []
-    for point in sorted(pairs(points, *PARETO)):
+    for point in sorted(pairs(points, x, DELTA)):
         if not best or point[1] < best[-1][1]:
             best.append(point)
     return best
 
 
-def pareto_plot(points: list[dict[str, Any]]) -> Plot | None:
-    """Quality against compute; numbers are the rows of the table beside it, from 1."""
+def pareto_plot(points: list[dict[str, Any]], x: str) -> Plot | None:
+    """Quality against a key of PARETO; numbers are the rows of the table beside it, from 1."""
     front = {"color": "0.6", "linestyle": "--", "drawstyle": "steps-post", "marker": ""}
-    curves = [("front", pareto_front(points), front)]
+    curves = [("front", pareto_front(points, x), front)]
     for kind, marker in MARKERS.items():
-        of_kind = pairs((x for x in points if x["kind"] == kind), *PARETO)
+        of_kind = pairs((point for point in points if point["kind"] == kind), x, DELTA)
         curves.append((kind, of_kind, {"marker": marker, "linestyle": ""}))
-    rows = [(row, at) for row, point in enumerate(points, 1) for at in pairs([point], *PARETO)]
+    rows = [(row, at) for row, point in enumerate(points, 1) for at in pairs([point], x, DELTA)]
+    name, axis = PARETO[x]
     caption = (
-        "Each mark is a trained model: NLL above its control (up) against the share of the base's "
-        "layers it runs per token (right). Down and left is better; nothing beats the dashed line "
-        "in both. Numbers are rows of the table."
+        f"Each mark is a trained model: NLL above its control (up) against the {axis}, the "
+        "base's being 1 (right). Down and left is better; nothing beats the dashed line in both. "
+        "Numbers are rows of the table."
     )
-    axes = ("share of the layers run per token", "NLL minus control (nats)")
-    return draw(curves, *axes, "Quality against compute", caption, rows)
+    return draw(curves, axis, "NLL minus control (nats)", f"Quality against {name}", caption, rows)

@@ -12,7 +12,7 @@ WORTH = 0.1
 """Nats per token that z* must be worth before we ask whether the planner comes near it."""
 CONCEPTS = ("online", "compressor")
 PLANNER = ("planner",)
-TEXT = (*CONCEPTS, "control", "skip", "window")
+TEXT = (*CONCEPTS, "control", "prune", "skip", "window")
 EVERY = (*TEXT, *PLANNER)
 
 

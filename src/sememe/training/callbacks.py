@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 class Schedule(TrainerCallback):
     """Sets the share of the codes before each step; in the end it is 1. The codebook starts with
-    the first step that is quantised, from the states as they are then."""
+    the first step that is quantised, from the states as they are then, unless it stays as it was
+    drawn."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -37,7 +38,8 @@ class Schedule(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
         model.dial.quantise = self._share(step)
-        if model.dial.quantise == 0 or self._share(step - 1) > 0:
+        is_first = model.dial.quantise > 0 and self._share(step - 1) == 0
+        if not (is_first and self.run.recipe.fitted_codes):
             return
         figures = model.start_codes(self.run.batches.calibration_NT, self.run.recipe.seed)
         shown = [f"{key} {x:.3g}" for key, x in figures.items() if isinstance(x, float)]

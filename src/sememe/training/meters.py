@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from sememe.backbone.processes import gathered
 from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.writer import NULL
@@ -35,12 +36,8 @@ class ConceptMeter:
 
     def read(self) -> Figures:
         """Figures since the last read, of all ranks where there are several."""
-        parts = [torch.cat(self.ids)]
+        ids_NT = torch.cat(gathered([torch.cat(self.ids)]))
         self.ids = []
-        if torch.distributed.is_initialized():
-            parts *= torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, parts[0])
-        ids_NT = torch.cat(parts)
         figures = written_figures(ids_NT) | {"longest_tail": longest_tail(ids_NT != NULL)}
         use = code_use(count_digits(ids_NT[ids_NT >= 0], *self.shape))
         return figures | ({key: use[key] for key in USE} if use["codes_used"] else {})

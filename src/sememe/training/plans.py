@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from sememe import storage
+from sememe.backbone.processes import from_first, gathered
 from sememe.concepts.plan import PlanShape
 from sememe.data import block_order
 from sememe.evaluation.plans import mean_nll, other_plans, plan_use, target_nll
@@ -44,6 +45,7 @@ class PairExamples(Dataset):
     def __init__(self, recipe: Recipe, pairs: PairTensors, bos: int | None = None):
         """With `bos`, source and target are one text after it."""
         self.batch = recipe.batch_size
+        self.shape = PlanShape(tuple(recipe.plan.sizes), tuple(recipe.plan.lengths))
         self.pairs = pairs
         self.order_n = block_order(len(pairs), recipe.steps, self.batch, recipe.seed)
         self.joined = bos is not None
@@ -68,6 +70,7 @@ class PairExamples(Dataset):
             "attention_mask": mask_T * ~after_Y if self.joined else mask_T,
             "labels": labels_Y.masked_fill(after_Y, IGNORED),
             "pair": n,
+            "step": i // self.batch,
         }
 
     def tokens(self, step: int) -> int:
@@ -77,13 +80,17 @@ class PairExamples(Dataset):
     def upcoming(self, step: int, steps: int) -> Tensor:
         """(n,) the pairs of `steps` steps from number `step` on, in the order in which they are
         first met."""
-        pairs = self.order_n[step * self.batch : (step + steps) * self.batch].tolist()
+        pairs = self.of_steps(step, steps).tolist()
         return torch.tensor(list(dict.fromkeys(pairs)), dtype=torch.long)
+
+    def of_steps(self, step: int, steps: int = 1) -> Tensor:
+        """(n,) the pairs of `steps` steps from number `step` on."""
+        return self.order_n[step * self.batch : (step + steps) * self.batch]
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch without positions that are padding in every row, and with its plans as they are
         now."""
-        ids_BT, mask_BT, labels_BY, pair_B = inputs.values()
+        ids_BT, mask_BT, labels_BY, pair_B, step_B = inputs.values()
         some_T = mask_BT.bool().any(0)
         some_Y = some_T if self.joined else (labels_BY != IGNORED).any(0)
         batch = {
@@ -95,6 +102,9 @@ class PairExamples(Dataset):
             return batch
         chosen, device = pair_B.cpu(), pair_B.device
         batch["plan_ids"] = self.plan_NP[chosen].long().to(device)
+        # Of all parts of the step's batch, in whatever process they are.
+        written_bP = self.shape.targets(self.plan_NP[self.of_steps(int(step_B[0]))]) != IGNORED
+        batch["concepts_in_batch"] = written_bP.sum().to(device)
         batch["signals"] = {name: x_N[chosen].to(device) for name, x_N in self.signals.items()}
         return batch
 
@@ -111,6 +121,10 @@ class HardEM(TrainerCallback):
         self.examples = examples
         self.meter = meter
         self.show = show
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Equal in all processes on equal machines; made sure of on others.
+        self.examples.plan_NP = from_first(self.examples.plan_NP)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         em, step = self.recipe.em, state.global_step
@@ -133,7 +147,7 @@ class HardEM(TrainerCallback):
         started = time.monotonic()
         name = f"E-step at step {step}"
         with tqdm(total=len(index_n), desc=name, leave=False, disable=not self.show) as bar:
-            figures = e_step(model, pairs, plan_NP, index_n, em, seed, bar.update)
+            figures = e_step(model, pairs, plan_NP, index_n, em, seed, bar.update, shared=True)
         figures["em_seconds"] = round(time.monotonic() - started, 2)
         # Whether the planner's own plans do for training pairs what their z* do.
         some, z_NP = pairs.rows(index_n[:FEW]), plan_NP[index_n[:FEW]].long()
@@ -146,8 +160,9 @@ class HardEM(TrainerCallback):
         return figures | nll
 
     def on_save(self, args, state, control, **kwargs):
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        storage.write(checkpoint / PLANS, save({"plans": self.examples.plan_NP}))
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            storage.write(checkpoint / PLANS, save({"plans": self.examples.plan_NP}))
 
 
 class PlanMeter:
@@ -188,13 +203,17 @@ class PlanMeter:
                 self.sums[key] += torch.tensor([float(nats) * count, count])
 
     def read(self) -> dict[str, float | list]:
-        """Figures since the last read."""
+        """Figures since the last read, of all processes."""
         figures = self.figures
-        if self.plans:
-            plan_NP = torch.cat(self.plans)
-            written_P, entropy_P, max_P, right_P = self.slots_4P
+        parts = gathered([(self.plans, self.slots_4P, dict(self.sums))])
+        plans = [plan_BP for plans, _, _ in parts for plan_BP in plans]
+        if plans:
+            plan_NP = torch.cat(plans)
+            written_P, entropy_P, max_P, right_P = sum(slots_4P for _, slots_4P, _ in parts)
             largest = [x_K.max() / x_K.sum() for x_K in self.shape.id_counts(plan_NP)]
-            figures |= {key: float(nats / count) for key, (nats, count) in self.sums.items()}
+            for key in parts[0][2]:
+                nats, count = sum(sums[key] for _, _, sums in parts)
+                figures[key] = float(nats / count)
             figures |= plan_use(plan_NP, self.shape) | {
                 "plan_largest_share": _known(torch.stack(largest)),
                 "plan_match": float(right_P.sum() / written_P.sum()),

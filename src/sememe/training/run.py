@@ -91,7 +91,9 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
     checkpoint = last_checkpoint(folder / "checkpoints")
     meter = system.meter(model.config)
     run = Run(system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter)
-    if checkpoint is None:
+    if checkpoint is not None:
+        system.resume(run)
+    else:
         for name, share in system.start(run).items():
             say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
     return run

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sememe.backbone.processes import gathered, process_count, rank_of_process
 from sememe.errors import TrainingError
 from sememe.keys import Em
 from sememe.models.planner.losses import in_chunks
@@ -66,15 +67,18 @@ def e_step(
     em: Em,
     seed: int,
     tick: Tick = lambda n: None,
+    shared: bool = False,
 ) -> dict[str, float]:
     """Puts better plans of the pairs `index_n` into `plan_NP`, in place, a batch at a time, and
-    returns the mean of each figure of `best_of`. `tick` is given the size of each batch.
+    returns the mean of each figure of `best_of`. `tick` is given the size of each batch. `shared`:
+    every process takes this E-step with the same arguments, and searches its share of the batches.
 
     Raises:
         TrainingError: a score is not finite."""
     base = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
-    figures: list[dict[str, Tensor]] = []
-    for index_B in index_n.split(em.batch):
+    rank, processes = (rank_of_process(), process_count()) if shared else (0, 1)
+    results: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    for index_B in index_n.split(em.batch)[rank::processes]:
         # A batch draws for itself: what the others drew makes no difference.
         generator = torch.Generator().manual_seed(base + 2**31 * int(index_B[0]))
         batch = PairBatch.of(model, pairs.rows(index_B))
@@ -87,9 +91,12 @@ def e_step(
         plan_BnP = torch.cat(plans, 1)
         score_3Bn = score(model, batch, plan_BnP, em.planner_weight)
         best_BP, figures_B = best_of(plan_BnP, score_3Bn, origin_n)
-        plan_NP[index_B] = best_BP.to(plan_NP)
-        figures.append(figures_B)
+        results.append((index_B, best_BP.to(plan_NP), figures_B))
         tick(len(index_B))
+    results = gathered(results) if shared else results
+    for index_B, best_BP, _ in results:
+        plan_NP[index_B] = best_BP
+    figures = [figures_B for _, _, figures_B in results]
     all_n = {key: torch.cat([x[key] for x in figures]).double() for key in figures[0]}
     return {key: float(x_n.nanmean()) for key, x_n in all_n.items() if not x_n.isnan().all()}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sememe.concepts.kmeans import assign, kmeans
-from sememe.concepts.plan import NULL
+from sememe.concepts.plan import NULL, PlanShape
 from sememe.errors import DataError
 from sememe.keys import Recipe
 from sememe.models.planner.losses import in_chunks
@@ -33,13 +33,22 @@ STARTS = 4
 
 
 def first_plans(recipe: Recipe, model: PlannerForCausalLM, pairs: PairTensors, tokenizer) -> Tensor:
-    """(N, P) int32 plans that a run begins with, read off the targets; the model's vocabularies
-    begin as what they mean.
+    """(N, P) int32 plans that a run begins with. Read off the targets, unless they are drawn; the
+    model's vocabularies begin as what they mean.
 
     Raises DataError where the targets do not tell pairs apart, or have no words in common."""
     if recipe.plan.begins == "words":
         return key_word_plans(model, pairs, tokenizer).int()
+    if recipe.plan.begins == "random":
+        return random_plans(model.plans.shape, len(pairs), recipe.seed).int()
     return piece_plans(model, pairs, recipe.seed).int()
+
+
+def random_plans(shape: PlanShape, count: int, seed: int = 0) -> Tensor:
+    """(N, P) full plans of ids that are all as likely."""
+    size_P = torch.tensor(shape.sizes)[shape.kind_P]
+    share_NP = torch.rand(count, shape.slots, generator=torch.Generator().manual_seed(seed))
+    return (share_NP * size_P).long()
 
 
 # ---- plans of key words ----

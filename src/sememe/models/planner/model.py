@@ -242,6 +242,7 @@ class PlannerForCausalLM(AdaptedModel):
         plan_ids: Tensor | None = None,
         labels: Tensor | None = None,
         signals: dict[str, Tensor] | None = None,
+        concepts_in_batch: Tensor | None = None,
         **kwargs,
     ) -> PlannerOutput:
         """The plan from the source and the text from the plan, both teacher forced. `loss`: nats
@@ -252,7 +253,9 @@ class PlannerForCausalLM(AdaptedModel):
             input_ids, attention_mask: (B, U) the source, and 0 on its padding.
             plan_ids: (B, P); None for the planner's own, greedy.
             labels: (B, Y) the text, -100 after its end; None for the plan's part alone.
-            signals: of the texts, `SignalReader`'s labels; None to leave them out."""
+            signals: of the texts, `SignalReader`'s labels; None to leave them out.
+            concepts_in_batch: where this is one part of a batch, concepts and `<EOS>` of all of it,
+                as `num_items_in_batch` has its target tokens."""
         self.refuse_unknown(kwargs)
         config, dial = self.config, self.dial
         if plan_ids is None:
@@ -269,6 +272,9 @@ class PlannerForCausalLM(AdaptedModel):
         if signals:
             out.signal_nll = sum(self.signals(self.plans.means(plan_ids, e_BPD), signals).values())
             extra = extra + config.plan_signals * out.signal_nll
+        if concepts_in_batch is not None:
+            own = (self.plans.shape.targets(plan_ids) != IGNORED).sum()
+            extra = extra * (own / concepts_in_batch)
         if self.training and config.plan_dropout > 0:
             lost_B1 = torch.rand(len(plan_ids), 1, device=plan_ids.device) < config.plan_dropout
             plan_ids = plan_ids.masked_fill(lost_B1, NULL)
@@ -278,7 +284,7 @@ class PlannerForCausalLM(AdaptedModel):
         out.target_nll = total / tokens
         # Of a batch in several parts the Trainer says how many tokens all of them have.
         count = kwargs.get("num_items_in_batch")
-        out.loss = (total + extra * tokens) / (tokens if count is None else count)
+        out.loss = total / (tokens if count is None else count) + extra
         if self.training:
             # Nothing is left without a gradient, so that Adam counts the same steps for all.
             trained = (p.float().sum() for p in self.parameters() if p.requires_grad)
