@@ -12,7 +12,8 @@ rm -f runs/compressor/codes.json runs/compressor/back.txt
 sememe compress runs/compressor runs/compressor/short.txt --out runs/compressor/codes.json
 sememe decompress runs/compressor runs/compressor/codes.json --out runs/compressor/back.txt
 
-# How much comes back and for how many bits, at three inference-time concept rates.
+# How much comes back and for how many bits, at three inference-time concept rates; and what the ids are
+# worth to go on from. `--bins RUN`: beside a run of recipes/smollm2-135m-compressor-bins.yaml.
 sememe reconstruct runs/compressor --data data/heldout.txt --tokens 1024 --rate 0.25,0.33,0.5
 sememe benchmark runs/compressor
 sememe report runs/compressor

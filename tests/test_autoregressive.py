@@ -64,7 +64,7 @@ def test_codes_depend_on_what_is_to_come_and_slots_on_earlier_ones_only():
     assert not torch.equal(before[1][:, middle:], after[1][:, middle:])
 
 
-def test_untrained_it_writes_news_at_the_rate():
+def test_untrained_it_writes_at_the_rate():
     """At the start lengths are the same everywhere, and what slots add is nothing."""
     base, settings = tiny_base(), {"num_concepts": 32, "boundary": "autoregressive"}
     model = CompressorForCausalLM(CompressorConfig(text_config=base.config, **settings), base)

@@ -32,9 +32,9 @@ online-literal: {segment: none, head: joint, codes_per_concept: 1, gumbel: 1.0, 
 online-threshold: {segment: none, boundary: threshold}
 online-entropy: {segment: none, boundary: entropy, distil: 0.5}
 online-fixed: {segment: none, boundary: fixed}
-compressor: {system: compressor}
-compressor-news: {system: compressor, content: news, boundary: autoregressive, max_tail: 3,
-                  continuation_share: 0.3}
+compressor: {system: compressor, content: bins}
+compressor-learned: {system: compressor, boundary: autoregressive, max_tail: 3,
+                     continuation_share: 0.3}
 control: {system: control}
 skip: {system: skip}
 prune: {system: prune, leave_out: 2}

@@ -68,6 +68,7 @@ def saved(tmp_path_factory, base_folder, blocks, model, online, texts):
     models = {
         "RUN": model,
         "SPARSE": compressor_over(base_folder, blocks, rate=0.3),
+        "BINS": compressor_over(base_folder, blocks, content="bins"),
         "ONLINE": online,
         "OTHER": online_over(other_base, blocks),
         "DENSE": online_over(base_folder, blocks, max_tail=1, rate=0.6),
@@ -152,6 +153,7 @@ def test_lossless_costs(model, base, blocks, monkeypatch):
     assert lines[0]["bits_per_token"] == pytest.approx(float(nll.mean()) / math.log(2))
     assert lines[1]["bits_per_token"] == 8 * reconstruction.zstd(b"ab" * 80) / ids.numel()
     monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert {line["token_accuracy"] for line in lines} == {1.0}
     line = reconstruction.lossless(base, model.bos, some)[1]
     assert line["bits_per_token"] is None and "pip install" in line["fault"]
 
@@ -226,6 +228,7 @@ def test_both_are_at_one_rate_after_the_same_contexts(model, online, base, ids):
 def test_reconstruct_prints_keeps_and_is_drawn(saved, tmp_path):
     run, to = saved["RUN"], tmp_path / "r.json"
     words = ("--tokens", 160, "--rate", "0.25,0.5", "--json", to, "--online", saved["ONLINE"])
+    words += ("--bins", saved["BINS"])
     printed = sememe("reconstruct", run, "--data", saved["HELD"], *words)
     figures = json.loads(to.read_text())
     assert json.loads((run / "reconstruct.json").read_text()) == figures
@@ -239,6 +242,11 @@ def test_reconstruct_prints_keeps_and_is_drawn(saved, tmp_path):
     for word in ("token_accuracy", "curve", "zstd", "its concepts"):
         assert word in printed, word
     assert "Online against offline" in write_report(run).read_text()
+    row, ids = figures["coders"][-1], token_blocks([saved["HELD"].read_text()], TOKENIZER, 32, 160)
+    bins, _ = load_model(saved["BINS"])
+    assert row["name"] == "bins" and row["bits_per_token"] == pytest.approx(4, abs=0.3)
+    back = bins.decompress(bins.compress(ids))
+    assert row["token_accuracy"] == reconstruction.token_accuracy(ids.tolist(), back)
     plain = measure(str(run / "model"), str(saved["HELD"]), Options(tokens=64))
     assert plain["windows"] == 2 and plain["curve"] == [] and plain["online"] is None
     assert json.loads((run / "reconstruct.json").read_text()) == figures, "only a run keeps figures"
@@ -258,6 +266,7 @@ def test_reconstruct_prints_keeps_and_is_drawn(saved, tmp_path):
         ("RUN --data HELD --online MERGED", "need the same base for both"),
         ("RUN --data HELD --online WORDS", "has another tokenizer than"),
         ("RUN --data HELD --online RUN", "is no online model that writes codes"),
+        ("RUN --data HELD --bins SPARSE", "has no codes of bins"),
         ("SPARSE --data HELD --online DENSE", "rate = 0.3: need from 0.5 to 1"),
     ],
 )

@@ -121,6 +121,11 @@ Online = option(
     "An online model over the same base: the online vs offline gap, at equal rate.",
     metavar="MODEL2",
 )
+Bins = option(
+    str,
+    "A compressor with content: bins over the same base, for the table of other coders.",
+    metavar="MODEL2",
+)
 Beams = option(int, "Hypotheses of the beam search; 1 is the fastest. Default: 16.", min=1)
 
 PromptTokens = option(int, "Default: 512; of a compressor those of a window.", min=2)

@@ -305,6 +305,7 @@ def reconstruct(
     tokens: arguments.Tokens = 4096,
     rate: arguments.Rates = None,
     online: arguments.Online = None,
+    bins: arguments.Bins = None,
     beams: arguments.Beams = None,
 ):
     """How much of a text comes back from its concept ids alone, and for how many bits.
@@ -312,7 +313,7 @@ def reconstruct(
     Example: `sememe reconstruct runs/compressor --data data/heldout.txt --rate 0.25,0.33,0.5`"""
     from sememe import measure
 
-    options = measure.Options(tokens=tokens, rate=rate, online=online, beams=beams)
+    options = measure.Options(tokens=tokens, rate=rate, online=online, bins=bins, beams=beams)
     result = measure.reconstruct(model, data, options)
     yield result
     show_figures(result, model)

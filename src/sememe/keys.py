@@ -189,10 +189,10 @@ def split_layers(split: Sequence[int | None] | None, layers: int) -> tuple[int, 
 class CompressorOptions(Concepts):
     """Only for `compressor`"""
 
-    content: Literal["bins", "news"] = "bins"
-    """What codes stand for. `bins`: which of the words that the base takes for one another it is,
-    to write a text again; `news`: what words add to what was predicted, words that mean alike
-    together."""
+    content: Literal["learned", "bins"] = "learned"
+    """What codes say. `learned`: what the layers read, so that a text can go on from them; `bins`:
+    which of the words that the base takes for one another it is, to write a text again, a
+    baseline."""
     depth: PositiveInt | None = None
     """Layers that read a text; none: all."""
     continuation_share: Share = 0.0

@@ -1,4 +1,4 @@
-"""All figures of a saved compressor on a text: reconstruction, lossless coding cost, and what its
+"""All figures of a saved compressor on a text: reconstruction, what other coders need, and what its
 codes are worth as a context."""
 
 from torch import Tensor
@@ -7,7 +7,7 @@ from sememe.data import read_texts, token_blocks
 from sememe.errors import CheckpointError
 from sememe.evaluation.context import continuation, online_gap
 from sememe.evaluation.inputs import refuse_trained
-from sememe.evaluation.reconstruction import lossless, reconstruction_figures
+from sememe.evaluation.reconstruction import bins_line, lossless, reconstruction_figures
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.models.loading import check_rate, longest_text
@@ -27,9 +27,11 @@ def evaluate_compressor(subject: Subject, data: str) -> Figures:
     blocks = subject.heldout(data, min_rows=2)
     ids_NT, context = continuation_blocks(subject, data)
     online = online_model(subject, data) if options.online else None
+    bins = bins_model(subject, data) if options.bins else None
     base = subject.load_base()
     figures = reconstruction_figures(model, subject.tokenizer, blocks.ids_NT, subject.rates)
-    figures["lossless"] = lossless(base, model.bos, blocks)
+    figures["coders"] = lossless(base, model.bos, blocks)
+    figures["coders"] += [bins_line(bins, blocks.ids_NT)] if bins else []
     continued = continuation(model, base, ids_NT, context, blocks.ids_NT.shape[1])
     is_trained = subject.recipe and model.config.continuation_share > 0
     continued["trained_context"] = subject.recipe["sequence_length"] // 2 if is_trained else None
@@ -50,6 +52,21 @@ def continuation_blocks(subject: Subject, data: str) -> tuple[Tensor, int]:
     length = context + min(NEXT, context)
     limit = max(subject.options.tokens, length)
     return token_blocks(texts, tokenizer, length, limit=limit), context
+
+
+def bins_model(subject: Subject, data: str):
+    """The compressor with bins of words that one is compared with. Raises CheckpointError for
+    another model."""
+    name = subject.options.bins
+    refuse_trained(name, data)
+    model = subject.load_other(name).model
+    if getattr(model.config, "content", None) != "bins":
+        raise CheckpointError(
+            f"--bins {name} has no codes of bins: need a finished run of system: compressor with "
+            "them. try: sememe train RECIPE content=bins"
+        )
+    model.config.beams = subject.options.beams or model.config.beams
+    return model
 
 
 def online_model(subject: Subject, data: str):

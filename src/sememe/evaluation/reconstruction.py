@@ -1,5 +1,5 @@
-"""Text → concept ids → text, free-running: how much comes back, for how many bits, and what
-lossless coders need for the same text (RUN/reconstruct.json)."""
+"""Text → concept ids → text, free-running: how much comes back, for how many bits, and what other
+coders need for the same text (RUN/reconstruct.json)."""
 
 import itertools
 import lzma
@@ -148,10 +148,10 @@ def base_nll(base, bos: int, ids_NT: Tensor) -> Tensor:
 
 
 def lossless(base, bos: int, blocks: TextBlocks) -> list[Figures]:
-    """Lossless coding cost of (N, T) windows in bits per token, as {name, of, bits_per_token,
-    fault}: the base with an arithmetic coder, which reads each window alone, zstd and xz."""
+    """Lossless coding cost of (N, T) windows in bits per token: the base with an arithmetic coder,
+    which reads each window alone, zstd and xz."""
     bits = float(base_nll(base, bos, blocks.ids_NT).mean()) / math.log(2)
-    lines = [{"name": "base", "of": "each window", "bits_per_token": bits, "fault": None}]
+    lines = [coder_line("base", "each window", bits)]
     parts = {"whole text": [blocks.text], "each window": blocks.windows()}
     for coder, of in itertools.product((zstd, xz), parts):
         bits = fault = None
@@ -159,5 +159,20 @@ def lossless(base, bos: int, blocks: TextBlocks) -> list[Figures]:
             bits = 8 * sum(map(coder, parts[of])) / blocks.ids_NT.numel()
         except ImportError:
             fault = "zstandard is not installed. try: pip install 'sememe[zstd]'"
-        lines.append({"name": coder.__name__, "of": of, "bits_per_token": bits, "fault": fault})
+        lines.append(coder_line(coder.__name__, of, bits, fault))
     return lines
+
+
+def coder_line(name: str, of: str, bits, fault=None, accuracy: float = 1.0) -> Figures:
+    """A line of the table of other coders. `of`: what was coded; `bits`: per token; `accuracy`:
+    share of the tokens that come back."""
+    figures = {"name": name, "of": of, "bits_per_token": bits, "token_accuracy": accuracy}
+    return figures | {"fault": fault}
+
+
+def bins_line(model, ids_NT: Tensor) -> Figures:
+    """Of a compressor whose codes are bins of words, on the same (N, T) windows."""
+    concepts = model.compress(ids_NT)
+    bits = coding_cost(concepts, ids_NT.numel(), model.config)["bits_per_token"]
+    accuracy = token_accuracy(ids_NT.tolist(), model.decompress(concepts))
+    return coder_line("bins", "each window", bits, accuracy=accuracy)

@@ -48,6 +48,8 @@ class Options:
     repeats: int = 5
     online: str | None = None
     """Online model that a compressor is compared with."""
+    bins: str | None = None
+    """Compressor with bins of words that a compressor is compared with."""
     beams: int | None = None
     """Texts kept beside each other while a compressor decompresses."""
 

@@ -79,18 +79,22 @@ def _over_training(run: Run, key: str) -> Points:
 
 
 def distortion_plot(result: dict[str, Any]) -> Plot | None:
-    """Of reconstruct.json: tokens that come back over the bits of the ids, beside what lossless
+    """Of reconstruct.json: tokens that come back over the bits of the ids, beside what other
     coders take."""
     rates = pairs(result.get("curve") or [result], "bits_per_token", "token_accuracy")
     curves = [("concept ids", sorted(rates), {})]
     curves += [
-        (f"{coder['name']}, {coder['of']}", [(coder["bits_per_token"], 1.0)], {"marker": "D"})
-        for coder in result.get("lossless", ())
+        (
+            f"{coder['name']}, {coder['of']}",
+            [(coder["bits_per_token"], coder["token_accuracy"])],
+            {"marker": "D"},
+        )
+        for coder in result.get("coders", ())
         if coder["bits_per_token"]
     ]
     caption = (
-        "Tokens that come back against the bits that the ids take, at each rate. The diamonds lose "
-        "nothing: the base with an arithmetic coder, zstd, xz. Left of the cheapest of them "
+        "Tokens that come back against the bits that the ids take, at each rate. The diamonds at 1 "
+        "lose nothing: the base with an arithmetic coder, zstd, xz. Left of the cheapest of them "
         "something must be lost."
     )
     return draw(curves, "bits per token", "share of the tokens", "Rate and distortion", caption)

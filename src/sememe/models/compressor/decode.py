@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from sememe.backbone.adapters import adapter
 from sememe.backbone.split import Spine
 from sememe.concepts.bins import rotate
-from sememe.concepts.news import SegmentSum
+from sememe.concepts.segment_sum import SegmentSum
 from sememe.concepts.segments import Chunk
 from sememe.models.compressor.beams import beam_search
 from sememe.models.compressor.entries import run_entries
@@ -36,12 +36,13 @@ class Decompressor(nn.Module):
         # Not as a submodule: its weights are the writer's.
         object.__setattr__(self, "segments", segments)
         self.state = nn.Linear(width, width)
+        self.prefix = nn.Linear(width, width)
         self.place = nn.Embedding(lengths, width)
         self.vote = nn.Linear(width, width, bias=False)
         # Of the embeddings: one learning rate fits every base.
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("gain", torch.zeros(()))
-        for p in (self.state.bias, self.place.weight, self.vote.weight):
+        for p in (*self.prefix.parameters(), self.state.bias, self.place.weight, self.vote.weight):
             nn.init.zeros_(p)
 
     @torch.no_grad()
@@ -59,14 +60,14 @@ class Decompressor(nn.Module):
         return embed + (self.scale * added).to(embed.dtype)
 
     def votes(self, x: Tensor, offset: Tensor) -> Tensor:
-        """(…, D) the token's news as the segment has it, for the words that are like it; with bins
-        their vectors."""
+        """(…, D) the token's vector as the segment has it: for the words that are like it, or with
+        bins for those that lie in its bin."""
         x = x.to(self.vote.weight.dtype)
         return self.gain * self.vote(rotate(self.segments.content(x), -offset))
 
     def scores(self, h: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor | float]:
         """(…, V) logits from last states (…, D) in two parts: the language model's, and the votes
-        of bins. Votes of news are part of what lm_head reads."""
+        of bins. Votes of what was read are part of what lm_head reads."""
         vote, h, bins = self.votes(x, offset), self.spine.decoder.norm(h), self.segments.bins
         if bins is None:
             return self.spine.base.lm_head(h + vote.to(h.dtype)), 0.0
@@ -91,7 +92,8 @@ class Decompressor(nn.Module):
         and the concepts of what came before them, each where the rate puts it."""
         embed_BTD = self.spine.embed(ids_BS[:, :-1])
         count_B1 = coded_BC.sum(1, keepdim=True)
-        c_BCD = self.inputs(embed_BTD.new_zeros(()), x_BCD, torch.zeros_like(count_B1))
+        c_BCD = self.prefix(x_BCD.to(self.prefix.weight.dtype))
+        c_BCD = (self.scale * c_BCD).to(embed_BTD.dtype)
         # The BOS stays first, an attention sink; the concepts follow it, and the new words them.
         inputs_BKD = torch.cat([embed_BTD[:, :1], c_BCD, embed_BTD[:, 1:]], 1)
         valid_BK = F.pad(coded_BC, (1, embed_BTD.shape[1] - 1), value=True)

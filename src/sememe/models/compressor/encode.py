@@ -42,56 +42,57 @@ def read_text(model, text: Chunk, cache: DynamicCache | None = None) -> Tensor:
         return read_entries(model, text.embed_BTD, text.position_BT, text.valid_BT, cache)
 
 
-def news(model, text: Chunk) -> Tensor:
-    """(B, S, D) what each token adds to what those before it predict."""
-    if not model.reads_states:
-        return text.embed_BTD.float()
-    return model.next_embedding.news(text.embed_BTD, read_text(model, text))
+def token_states(model, text: Chunk) -> Tensor:
+    """(B, S, D) what the gate and the codes read: the states of the text, or its embeddings where
+    neither asks for states: of codes the untrained ones, before a step has moved their map."""
+    tokens = model.writer.readout.tokens
+    codes_read = tokens is not None and (torch.is_grad_enabled() or tokens.context.any())
+    return read_text(model, text) if model.gate_reads or codes_read else text.embed_BTD.float()
 
 
 def decide(model, text: Chunk) -> tuple[WriteDecision, Slots | None]:
     """Segments that end where the gate says, or as long as the compressor chooses, in slots."""
     if model.segmenter is None:
-        return model.writer.decide(news(model, text), text), None
+        return model.writer.decide(token_states(model, text), text), None
     draws = model.training or model.generator is not None
     with adapter(model.backbone, ADAPTER):
         with evaluating(model):
-            news_BSD, slots = step_by_step(model, text, draws)
+            h_BSD, slots = step_by_step(model, text, draws)
         if torch.is_grad_enabled():
             # Or weights cast above, without gradient, would serve this pass too (pytorch 112583).
             torch.clear_autocast_cache()
-            news_BSD, slots.state_BCD = at_once(model, text, slots)
+            h_BSD, slots.state_BCD = at_once(model, text, slots)
     last_BC = torch.where(slots.rest_BC > 0, slots.cursor_BC + slots.length_BC - 1, 0)
     # The BOS, segment 0, has no slot.
     written_BS = torch.zeros_like(text.valid_BT).scatter(1, F.pad(last_BC, (1, 0)), True)
     state_BCD = F.pad(slots.state_BCD, (0, 0, 1, 0))
-    pack, h_BCD = segments(model, news_BSD, text, written_BS, state_BCD)
+    pack, h_BCD = segments(model, h_BSD, text, written_BS, state_BCD)
     coded_BC = pack.valid_BC & (pack.index_BC > 0)
     return WriteDecision(None, written_BS, pack, coded_BC, h_BCD, token_BCF=h_BCD), slots
 
 
 def segments(
-    model, news_BSD: Tensor, text: Chunk, written_BS: Tensor, state_BCD: Tensor
+    model, h_BSD: Tensor, text: Chunk, written_BS: Tensor, state_BCD: Tensor
 ) -> tuple[Packing, Tensor]:
     """The packing and the (B, C, D) states of segments that were written from slots."""
     pack, writer = packing(written_BS), model.writer
-    with torch.autocast(news_BSD.device.type, enabled=False):
+    with torch.autocast(h_BSD.device.type, enabled=False):
         more_BCD = F.linear(state_BCD[:, : pack.index_BC.shape[1]], model.segmenter.more.float())
         return pack, writer.readout.states(
-            news_BSD, text, pack, written_BS, text.valid_BT, writer.codes, more_BCD
+            h_BSD, text, pack, written_BS, text.valid_BT, writer.codes, more_BCD
         )
 
 
 @torch.no_grad()
 def step_by_step(model, text: Chunk, draws: bool) -> tuple[Tensor, Slots]:
-    """(B, S, D) news of a text, and slot after slot, with a cache, until all of it is covered.
+    """(B, S, D) states of a text, and slot after slot, with a cache, until all of it is covered.
     Lengths are drawn, or the likeliest with which the dial's rate is held."""
     lengths, rate = model.segmenter.lengths, model.dial.rate
     cache = DynamicCache()
-    news_BSD = model.next_embedding.news(text.embed_BTD, read_text(model, text, cache))
+    h_BSD = read_text(model, text, cache)
     total_B = text.valid_BT.sum(1) - 1
     cursor_B = torch.ones_like(total_B)
-    code_BD = torch.zeros_like(news_BSD[:, 0])
+    code_BD = torch.zeros_like(h_BSD[:, 0])
     position_BK, valid_BK = text.position_BT, text.valid_BT
     tilt = 0.0 if draws else lengths.tilt(rate)
     steps: list[tuple[Tensor, ...]] = []
@@ -110,29 +111,32 @@ def step_by_step(model, text: Chunk, draws: bool) -> tuple[Tensor, Slots]:
             else:
                 length_B = lengths.choose(log_p_BN, rest_B, total_B, len(steps), rate, tilt)
             steps.append((cursor_B, rest_B, length_B, code_BD, state_BD))
-            code_BD = segment_code(model, text, news_BSD, cursor_B, length_B, state_BD)
+            code_BD = segment_code(model, text, h_BSD, cursor_B, length_B, state_BD)
         cursor_B = cursor_B + length_B
-    return news_BSD, Slots(*(torch.stack(x, 1) for x in zip(*steps, strict=True)))
+    return h_BSD, Slots(*(torch.stack(x, 1) for x in zip(*steps, strict=True)))
 
 
-def segment_code(model, text: Chunk, news_BSD, first_B, length_B, state_BD) -> Tensor:
+def segment_code(model, text: Chunk, h_BSD, first_B, length_B, state_BD) -> Tensor:
     """(B, D) what the decompressor would read of one segment of each row, normalised."""
-    offset_N = torch.arange(model.config.max_tail + 1, device=news_BSD.device)
-    index_BN = (first_B[:, None] + offset_N).clamp(max=news_BSD.shape[1] - 1)
+    offset_N = torch.arange(model.config.max_tail + 1, device=h_BSD.device)
+    index_BN = (first_B[:, None] + offset_N).clamp(max=h_BSD.shape[1] - 1)
     part = replace(
-        text, ids_BT=text.ids_BT.gather(1, index_BN), valid_BT=offset_N < length_B[:, None]
+        text,
+        ids_BT=text.ids_BT.gather(1, index_BN),
+        embed_BTD=text.embed_BTD.take_along_dim(index_BN.unsqueeze(-1), 1),
+        valid_BT=offset_N < length_B[:, None],
     )
-    news_BND = news_BSD.take_along_dim(index_BN.unsqueeze(-1), 1)
+    h_BND = h_BSD.take_along_dim(index_BN.unsqueeze(-1), 1)
     written_BN = offset_N == length_B[:, None] - 1
-    _, h_B1D = segments(model, news_BND, part, written_BN, state_BD[:, None])
+    _, h_B1D = segments(model, h_BND, part, written_BN, state_BD[:, None])
     x_BD = model.writer.codes.normalise(h_B1D[:, 0])
     hard_BD = model.writer.quantise(x_BD, soft=False).hard_nD
     return x_BD.lerp(hard_BD, model.dial.quantise)
 
 
 def at_once(model, text: Chunk, slots: Slots) -> tuple[Tensor, Tensor]:
-    """(B, S, D) news of the text and (B, C, D) states of its slots, given their codes: one forward,
-    with gradient."""
+    """(B, S, D) states of the text and (B, C, D) states of its slots, given their codes: one
+    forward, with gradient."""
     x_BCD, position_BC = model.segmenter.inputs(text, slots.cursor_BC, slots.code_BCD)
     h_BKD = read_entries(
         model,
@@ -141,4 +145,4 @@ def at_once(model, text: Chunk, slots: Slots) -> tuple[Tensor, Tensor]:
         torch.cat([text.valid_BT, slots.rest_BC > 0], 1),
     )
     h_BSD, h_BCD = h_BKD.split([text.ids_BT.shape[1], x_BCD.shape[1]], 1)
-    return model.next_embedding.news(text.embed_BTD, h_BSD), F.normalize(h_BCD, dim=-1)
+    return h_BSD, F.normalize(h_BCD, dim=-1)

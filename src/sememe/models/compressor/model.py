@@ -26,7 +26,7 @@ from sememe.backbone.split import Spine
 from sememe.concepts.bins import WordBins
 from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.dial import Dial
-from sememe.concepts.news import NextEmbedding, SegmentSum
+from sememe.concepts.segment_sum import SegmentSum
 from sememe.concepts.segments import Chunk, tail_lengths
 from sememe.concepts.writer import NULL, ConceptWriter, WriteDecision
 from sememe.errors import CheckpointError
@@ -101,15 +101,14 @@ class CompressorForCausalLM(AdaptedModel):
             bins = WordBins(config, width, vocab, even=not boundary.scored)
         segments = SegmentSum(width, lengths, bins, weighted=boundary.accumulates)
         self.writer = ConceptWriter(config, width, self.dial, segments, closes_last=True)
-        self.next_embedding = NextEmbedding(width)
         self.segmenter = Segmenter(width, lengths, config.rate) if boundary.offline else None
         self.decompressor = Decompressor(self.spine, width, lengths, segments)
-        # Codes that spell bins of segments with fixed ends do not depend on the base's states.
-        self.reads_states = bins is None or boundary.scored or boundary.offline
+        self.gate_reads = boundary.scored or boundary.offline
         self.finish()
 
     def add_adapters(self) -> None:
-        if self.reads_states:
+        # Bins of segments with fixed ends do not depend on the base's states.
+        if self.gate_reads or self.writer.readout.tokens is not None:
             add_lora(self.backbone, self.config, encode.ADAPTER, self.config.depth)
         add_lora(self.backbone, self.config, decode.ADAPTER)
 

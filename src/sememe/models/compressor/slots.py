@@ -1,7 +1,7 @@
 """Segments of any length: a compressor that writes concepts one after another, each as long as it
 likes (boundary: autoregressive).
 
-    BOS x ─ adapter "compressor" ─┬─ news of each token ─────────(+)─ code ─ e
+    BOS x ─ adapter "compressor" ─┬─ what each token says ───────(+)─ code ─ e
                                   └─ [slot 1, slot 2, …] ─ state ─┴─ log p(n): tokens it covers
 
 A slot comes after the text, at the position of the first token that no concept covers yet, and is

@@ -10,14 +10,14 @@ from tqdm.auto import tqdm
 
 from sememe.concepts.codebook import SHARPNESS, start_from_states
 from sememe.concepts.dial import evaluating
-from sememe.concepts.fit import linear_fit
+from sememe.concepts.fit import fit, linear_fit, set_frame
 from sememe.concepts.lengths import REMEMBERED
 from sememe.concepts.segments import Chunk
-from sememe.models.adapted import boundary_targets
-from sememe.models.compressor.encode import decide, embed_text, news, read_text
+from sememe.models.adapted import boundary_targets, fitted_blocks
+from sememe.models.compressor.encode import decide, embed_text, token_states
 from sememe.models.losses import cross_entropy
 
-# Logits that votes may give the mean word's own news at first: the best is found by trial.
+# Logits that votes may give the mean word's own vector at first: the best is found by trial.
 VOTES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TOKENS_AT_ONCE = 1024
 
@@ -51,26 +51,43 @@ def predictions(model, ids_NT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def start_frame(model, ids_NT: Tensor, rate: float | None = None) -> dict[str, float]:
-    """Word bins, the prediction of the next embedding, the frame of the codes, and the boundary.
-    Returns shares of variance explained."""
-    if model.writer.readout.bins is not None:
-        model.writer.readout.bins.start(predictions(model, ids_NT))
-    text = embed_text(model, ids_NT.to(model.device))
-    news_NSD, shares = text.embed_BTD.float(), {}
-    embed_nD = news_NSD[:, 1:].flatten(0, 1)
+    """Word bins or the frame of the embeddings, that of the codes, the boundary, and what concepts
+    are as inputs. Returns shares of variance explained."""
+    segments, text = model.writer.readout, embed_text(model, ids_NT.to(model.device))
+    embed_nD = text.embed_BTD[:, 1:].flatten(0, 1).float()
+    if segments.bins is not None:
+        segments.bins.start(predictions(model, ids_NT))
+    else:
+        set_frame(segments.tokens.mean, segments.tokens.scale, embed_nD)
     model.decompressor.start(float(embed_nD.square().mean().sqrt()))
-    if model.reads_states:
-        h_NSD = torch.cat([read_text(model, part) for part in texts(model, ids_NT)])
-        shares = model.next_embedding.start(h_NSD[:, :-1].flatten(0, 1), embed_nD)
-        news_NSD = model.next_embedding.news(news_NSD, h_NSD)
-    return shares | model.writer.start_frame(news_NSD, boundary_targets(model, text.ids_BT))
+    h_NSD = torch.cat([token_states(model, part) for part in texts(model, ids_NT)])
+    shares = model.writer.start_frame(h_NSD, boundary_targets(model, text.ids_BT))
+    return shares | start_prefix(model, ids_NT)
+
+
+@torch.no_grad()
+def start_prefix(model, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
+    """Concepts before a text begin as what the base can read, the mean of their words' embeddings.
+    Returns the share of its variance explained."""
+    x_nD, words_nD = [], []
+    with drawing(model, seed):
+        for text in texts(model, fitted_blocks(ids_NT)):
+            decision, _ = decide(model, text)
+            x_nD.append(model.writer.inputs(decision)[0])
+            words_BCD, _ = decision.pack.pool(text.embed_BTD, text.valid_BT)
+            words_nD.append(words_BCD[decision.coded_BC])
+    decompressor = model.decompressor
+    share = fit(decompressor.prefix, torch.cat(x_nD), torch.cat(words_nD) / decompressor.scale)
+    return {"words_read": share}
 
 
 @torch.no_grad()
 def calibrate_gate(model, ids_NT: Tensor) -> None:
     """The gate's score distribution, or the lengths that are remembered, are those of a text."""
     if model.writer.gate.boundary.scored:
-        model.writer.start_gate(torch.cat([news(model, text) for text in texts(model, ids_NT)]))
+        model.writer.start_gate(
+            torch.cat([token_states(model, text) for text in texts(model, ids_NT)])
+        )
     if model.segmenter is not None:
         lengths = model.segmenter.lengths
         blocks = 1 + int(REMEMBERED / model.dial.rate) // ids_NT.shape[1]
@@ -108,11 +125,8 @@ def spell_bins(writer) -> dict[str, float]:
     codes.weight.zero_()
     for g, table_KD in enumerate(codes.weight):
         for length, part_nD in enumerate(table_KD[: sum(counts)].split(counts), 1):
-            x_nD = segments.bins.codes(g, length)
-            if g > 0:
-                x_nD = segments.content(x_nD)
-            else:
-                x_nD = codes.normalise(codes.scale.float() * x_nD)
+            x_nD = segments.content(segments.bins.codes(g, length))
+            if g == 0:
                 x_nD = segments.mark(x_nD, torch.tensor(length))
             part_nD[: len(x_nD)] = x_nD
         sharpness = torch.tensor(SHARPNESS / table_KD.shape[1], device=table_KD.device)
@@ -125,10 +139,11 @@ def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
     decompressor = model.decompressor
     embed_VD, out_VD = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     map_DD, unit = torch.eye(embed_VD.shape[1]), 1.0
-    if decompressor.segments.bins is None:
-        unit = 1 / float(out_VD.float().square().mean().sqrt() * len(map_DD))
+    if (tokens := decompressor.segments.tokens) is not None:
+        size = out_VD.float().square().mean().sqrt()
+        unit = 1 / float(size * len(map_DD))
         if out_VD is not embed_VD:
-            map_DD = linear_fit(embed_VD, out_VD, 1e-4)[0].T
+            map_DD = linear_fit(tokens.normalise(embed_VD), out_VD / size, 1e-4)[0].T
     decompressor.vote.weight.copy_(map_DD)
     encoded = model.encode(ids_BT)
     covering = model.covering(encoded)
