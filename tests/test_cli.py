@@ -15,6 +15,7 @@ import yaml
 
 from conftest import sememe, tiny_recipe
 from sememe import cli
+from sememe.models.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,12 @@ def test_evaluate_gives_the_contract(runs, texts):
     assert json.loads((runs / "r" / "evaluate.json").read_text()) == result
     rate = result["concept_rate"]
     assert result["tokens"] == 16 * 31 and rate == pytest.approx(1 / result["compression_ratio"])
-    assert result["layer_share"] == pytest.approx((2 + 2 * rate) / 4)
+    model, _ = load_model(runs / "r")
+    sizes = {name: p.numel() for name, p in model.backbone.model.layers[1].named_parameters()}
+    all_of_it = sum(size for name, size in sizes.items() if "proj" in name)
+    seen = sum(size for name, size in sizes.items() if "k_proj" in name or "v_proj" in name)
+    share = (1 - rate) * seen / all_of_it  # of tails that concepts see in the middle slice
+    assert result["layer_share"] == pytest.approx((2 + 2 * (rate + share)) / 4)
     sememe("evaluate", runs / "r-control", *words)
     alone = json.loads((runs / "e.json").read_text())
     assert alone["concept_rate"] is None and alone["layer_share"] == 1.0
