@@ -352,8 +352,8 @@ def test_losses_are_the_sums_they_say():
     torch.testing.assert_close(out.target_nll, -before[1].sum() / tokens)
     torch.testing.assert_close(out.plan_nll, -before[0].sum() / concepts)
     torch.testing.assert_close(out.loss, out.target_nll + 0.5 * out.plan_nll)
-    half = model(u, plan_ids=plan, labels=y, num_items_in_batch=2 * tokens).loss
-    torch.testing.assert_close(half, out.loss / 2)
+    of_both = {"num_items_in_batch": 2 * tokens, "concepts_in_batch": 2 * concepts}
+    torch.testing.assert_close(model(u, plan_ids=plan, labels=y, **of_both).loss, out.loss / 2)
     torch.testing.assert_close(model(u, plan_ids=plan).loss, out.plan_nll)
     assert torch.equal(model(u, labels=y).plan_ids, model.plan(u)[0][:, 0])
 

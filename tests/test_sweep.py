@@ -124,13 +124,15 @@ def test_sweep_trains_measures_and_compares(done):
         if name != "control":
             difference = kept["nll"] - figures["control"]["nll"]
             assert kept["delta_nll_control"] == pytest.approx(difference, abs=1e-5)
-    # Of four layers a token takes part in so many, and concepts in the others.
-    for key, window, layers in (("layer_share", 1, 2), ("cache_share", 0.625, 1)):
+    # Of four layers a token takes part in so many, and concepts in the others; keys and values,
+    # 2 / 15 of a layer, are made of tails in two.
+    for key, window, layers, made in (("layer_share", 1, 2, 4 / 15), ("cache_share", 0.625, 1, 0)):
         share = {name: each[key] for name, each in figures.items()}
         baselines = [share[name] for name in ("control", *PRUNED.split(), "window_rate-0.5")]
         assert baselines == [1.0, 0.75, 0.5, window]
         for name in models.split():
-            want = layers + (4 - layers) * figures[name]["concept_rate"]
+            rate = figures[name]["concept_rate"]
+            want = layers + (4 - layers) * rate + made * (1 - rate)
             assert share[name] == pytest.approx(want / 4)
     assert len({figures[name]["nll"] for name in ("control", *WINDOWS.split())}) == 3
     assert figures["rate-0.25"]["concept_rate"] != 0.25, "the share follows the realised rate"

@@ -135,7 +135,7 @@ class Entropy(Boundary):
         return self.proposals.classes(log_p_BTV[:, 1:])
 
     def score(self, head: nn.Module, x: Tensor, previous: Tensor) -> Tensor:
-        x_nf = torch.cat([x, previous], -1).flatten(0, -2)
+        x_nf = torch.cat([x, previous], -1).reshape(-1, 2 * x.shape[-1])
         return self.proposals.entropy(self.proposals(x_nf)).sum(0).view(x.shape[:-1])
 
     @torch.no_grad()
