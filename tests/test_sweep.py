@@ -135,7 +135,7 @@ def test_sweep_trains_measures_and_compares(done):
             want = layers + (4 - layers) * rate + made * (1 - rate)
             assert share[name] == pytest.approx(want / 4)
     assert len({figures[name]["nll"] for name in ("control", *WINDOWS.split())}) == 3
-    assert figures["rate-0.25"]["concept_rate"] != 0.25, "the share follows the realised rate"
+    assert figures["rate-0.5"]["concept_rate"] != 0.5, "the share follows the realised rate"
 
 
 def test_what_is_finished_is_read_under_any_name(recipe, done):
