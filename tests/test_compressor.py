@@ -150,17 +150,22 @@ def test_all_of_it_learns_and_each_adapter_is_its_own(boundary, precision):
     assert model.compress(ids) == concepts and model.decompress(concepts) != words
 
 
-def test_texts_come_back_from_their_concepts_and_not_from_others():
-    """A tiny model learns a few texts by their concepts alone, and writes another where it reads
-    another's."""
-    ids = text(8, 12)
-    model = tiny_compressor(boundary="fixed", num_concepts=256, lora_rank=8).train()
+def learn(model, ids: torch.Tensor) -> None:
+    """Sixty steps on the same texts; the last gradients are left."""
     torch.manual_seed(0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
     for _ in range(60):
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()
         optimizer.step()
+
+
+def test_texts_come_back_from_their_concepts_and_not_from_others():
+    """A tiny model learns a few texts by their concepts alone, and writes another where it reads
+    another's."""
+    ids = text(8, 12)
+    model = tiny_compressor(boundary="fixed", num_concepts=256, lora_rank=8).train()
+    learn(model, ids)
     concepts = model.eval().compress(ids)
 
     def right(rows: list[list[int]]) -> float:
@@ -175,12 +180,7 @@ def test_a_text_goes_on_from_its_own_concepts_and_not_from_others():
     going on is trained, and through the codes it reaches the layers that read."""
     ids = text(8, 6).repeat(1, 2)
     model = tiny_compressor(boundary="fixed", num_concepts=64, continuation_share=1.0).train()
-    torch.manual_seed(0)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
+    learn(model, ids)
     reads = [p.grad for name, p in model.named_parameters() if ".compressor." in name]
     assert all(grad.any() for grad in reads)
     model.eval()
