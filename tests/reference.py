@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 
-def naive_segment_rule(written_T: list[bool], segment: bool = False) -> list[list[bool]]:
-    """The specification: the rule as a double loop over one text without padding. `segment`: a
-    concept also sees the tail that it closes."""
+def naive_rule(written_T: list[bool], max_tail: int | None = None) -> list[list[bool]]:
+    """The specification: the rule as a double loop over one text without padding. A key is a
+    concept, or one of the last `max_tail` normal tokens; None, the strict rule: no concept stands
+    behind it up to the query."""
+
+    def seen(i: int, j: int) -> bool:
+        behind = written_T[j + 1 : i + 1]
+        return written_T[j] or (
+            not any(behind) if max_tail is None else sum(not w for w in behind) < max_tail
+        )
+
     length = range(len(written_T))
-    return [
-        [j <= i and (written_T[j] or not any(written_T[j + 1 : i + 1 - segment])) for j in length]
-        for i in length
-    ]
+    return [[j <= i and seen(i, j) for j in length] for i in length]
 
 
 def causal_mask(position_ids: Tensor, window: int | None, recent: int | None, kernel: str):
@@ -113,7 +118,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
             tail = list(range(z[-1] + 1, t + 1))
             tails = [tail_state(model, h[j], last[z[-1]]) for j in tail]
             d = run(shallow + middle, shallow + middle + deep, c + tails, z + tail)
-        else:  # what earlier concepts saw is in their states
+        else:  # what earlier tokens saw is in their states
             x, latest = [], None
             for j in range(t + 1):
                 if written[j]:
@@ -121,7 +126,7 @@ def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:
                     latest = last[j]
                 else:
                     x.append(tail_state(model, h[j], latest))
-            rule = naive_segment_rule(written[: t + 1], segment=True)
+            rule = naive_rule(written[: t + 1], config.max_tail)
             d = ruled(model, shallow + middle, shallow + middle + deep, x, rule)
         out.append(spine.logits(d[-1][None, None])[0, 0])
     return torch.stack(out), ids
@@ -144,12 +149,12 @@ def ruled(model, first: int, last: int, states: list[Tensor], rule) -> list[Tens
 
 
 def segment_middle(model, h, concepts, written) -> list[Tensor]:
-    """Middle states of the concepts, each of which also sees the tail that it closes: on entering
-    the n-th of M layers a token of it has gone n / M of its way to its bridged state. Whole layers
+    """Middle states of the concepts, each of which also sees the last normal tokens: on entering
+    the n-th of M layers such a token has gone n / M of its way to its bridged state. Whole layers
     run over all of it, and what they make of the tails is thrown away."""
     first, middle, _ = model.config.split
     places = range(len(written))
-    rule = naive_segment_rule(written, segment=True)
+    rule = naive_rule(written, model.config.max_tail)
     bridged = [tail_state(model, state, None) for state in h]
     c = {j: concepts[j] for j in places if written[j]}
     for n in range(middle):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import naive_decisions, naive_segment_rule
+from reference import naive_decisions, naive_rule
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
 from sememe.concepts.kmeans import kmeans
@@ -21,15 +21,14 @@ def decide(gate, scores, rate, max_tail) -> np.ndarray:
     return gate(scores, real, rate, max_tail, GateState.start(len(scores)))[0]
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=24))
-def test_mask_rule_is_the_double_loop(written):
+@given(st.lists(st.booleans(), min_size=1, max_size=24), st.none() | st.integers(0, 24))
+def test_mask_rule_is_the_double_loop(written, max_tail):
     row = torch.tensor([written])
     position = torch.arange(len(written))[None]
-    lane = Lane(position, (position * row).cummax(1).values, row, torch.ones_like(row))
-    assert segment_mask(lane, lane)[0, 0].tolist() == naive_segment_rule(written)
-    before = torch.nn.functional.pad((position * row)[:, :-1], (1, 0)).cummax(1).values
-    lane = lane._replace(start=before)
-    assert segment_mask(lane, lane)[0, 0].tolist() == naive_segment_rule(written, segment=True)
+    count = (~row).cumsum(1)
+    first = (count * row).cummax(1).values if max_tail is None else count - max_tail
+    lane = Lane(position, count - 1, first, row, torch.ones_like(row))
+    assert segment_mask(lane, lane)[0, 0].tolist() == naive_rule(written, max_tail)
 
 
 @settings(deadline=None)

@@ -185,8 +185,8 @@ def test_a_run_is_resumed_with_the_layers_of_its_scan(recipe_values, tmp_path, m
         (ControlConfig(left_out=[3, 5, 6, 9, 20, 30, 31, 12]), 0.75),
         (ControlConfig(window=63), 64 / 256),
         (ControlConfig(window=500), 1.0),
-        (OnlineConfig(split=(4, 22, 6), rate=0.5), 18 / 32),
-        (OnlineConfig(split=(8, 16, 8), rate=0.25, shallow_window=31), (1 + 6) / 32),
+        (OnlineConfig(split=(4, 22, 6), rate=0.5, max_tail=8), (18 + 28 / 32) / 32),
+        (OnlineConfig(split=(8, 16, 8), rate=0.25, shallow_window=31), (1 + 6 + 24 / 16) / 32),
     ],
     ids=lambda x: "",
 )
@@ -205,9 +205,9 @@ def test_a_base_with_its_own_window_is_refused(family):
 def test_the_window_of_a_recipe_is_the_cache_of_its_concepts(recipe_values):
     recipe = recipe_values | {"system": "window", "rate": 0.25, "sequence_length": 256}
     for layers, window, changes in (
-        (30, round(256 * (4 + 26 * 0.25) / 30) - 1, {"split": [4, 22, 4]}),
+        (30, round(256 * (4 + 26 * (0.25 + 1 / 16)) / 30) - 1, {"split": [4, 22, 4]}),
         (30, 7, {"split": [4, 22, 4], "shallow_window": 7}),
-        (64, 1, {"split": [1, 62, 1], "sequence_length": 8, "rate": 0.01}),
+        (64, 1, {"split": [1, 62, 1], "sequence_length": 8, "rate": 0.01, "max_tail": 0}),
     ):
         config = SYSTEMS["window"].config(check_recipe(recipe | changes, "test"), layers)
         assert config.window == window

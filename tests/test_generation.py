@@ -41,19 +41,21 @@ def test_streamer_and_concept_ids():
 
 @pytest.mark.parametrize("segment", ["none", "deep", "both"])
 def test_cache_holds_what_the_formula_says(segment):
-    """S·T + M·concepts + D·(concepts + tail) rows of keys and values, and in each layer a slot that
-    takes what is not kept; whether concepts see their segments or not."""
+    """Rows of keys and values: S·T in the shallow slice, M·concepts and D·concepts, and in each
+    layer a slot that takes what is not kept. Beside them `max_tail` slots for normal tokens where
+    they are seen, however long the text."""
     model = tiny_online(segment=segment)
-    cache = model.new_cache(1)
+    cache, tails = model.new_cache(1), model.config.max_tail
     model(text(1, 100), cache=cache)
-    concepts, tail = int(cache.concepts[0]), int(cache.memory.gate.tail[0])
-    assert [one.used for one in cache.slices] == [100, concepts, concepts + tail]
-    assert concepts < 60 and tail <= model.config.max_tail
-    assert cache.bytes() == (101 + 2 * (concepts + 1) + concepts + tail + 1) * 2 * 1 * 32 * 4
+    concepts, ring = int(cache.concepts[0]), tails * (segment == "both")
+    assert concepts < 60
+    assert [one.used for one in cache.slices] == [100, ring + concepts, tails + concepts]
+    rows = 101 + 2 * (ring + concepts + 1) + tails + concepts + 1
+    assert cache.bytes() == rows * 2 * 1 * 32 * 4
     for token in text(1, 40)[0]:
         model(token[None, None], cache=cache)
-    concepts, tail = int(cache.concepts[0]), int(cache.memory.gate.tail[0])
-    assert [one.used for one in cache.slices] == [140, concepts, concepts + tail]
+    concepts = int(cache.concepts[0])
+    assert [one.used for one in cache.slices] == [140, ring + concepts, tails + concepts]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ class Concepts(Options):
     rate: PositiveShare = 0.25
     """Concepts per normal token; the compression ratio R is 1 / rate."""
     max_tail: NonNegativeInt = 16
-    """Longest run of normal tokens; then a concept is forced."""
+    """Longest run of normal tokens; then a concept is forced. So many of the last ones stay in the
+    cache (`segment`)."""
     head: Literal["nearest", "joint"] = "nearest"
     """Which code a concept is: `nearest`, by distance, whether one is written apart; `joint`, one
     softmax over all codes and "none"."""
@@ -153,9 +154,9 @@ class OnlineOptions(Concepts):
     """Layers in the shallow, middle and deep slice, as `[4, 22, 4]`; one of them may be left open,
     as `[4, null, 4]`. None: 2/15 shallow, 2/15 deep, a thick middle."""
     segment: Literal["none", "deep", "both"] = "both"
-    """Where a concept sees the tail that it closes, once, before the tail is gone. `deep`: in the
-    deep slice, for nothing; `both`: in the middle slice too, by keys and values of its tokens that
-    are made for it; `none`: nowhere."""
+    """Where the last `max_tail` normal tokens are seen, those of a concept's own segment among
+    them. `deep`: in the deep slice, for nothing; `both`: in the middle slice too, by keys and
+    values that are made of them; `none`: nowhere, a token sees its open tail alone."""
     shallow_window: PositiveInt | None = None
     """Tokens that a token sees in the shallow slice, with the first one beside them; none: all. Its
     cache stops growing. Of `window`: in every layer; none: as many as the caches of `rate` and

@@ -1,10 +1,10 @@
-"""A transformers Cache whose layers keep all tokens (shallow), concepts (middle), concepts + tail
-(deep).
+"""A transformers Cache whose layers keep all tokens (shallow), or concepts and the last `max_tail`
+normal tokens (middle, deep).
 
 Keys and values are written at (row, slot) of preallocated buffers. Slots are counted in each row by
 itself, so padding and rows of other lengths leave no holes: in the shallow slice by token, in the
-middle by concept, in the deep `[concepts…, tail…]`: a new concept takes the first tail slot and the
-tail's length falls to 0, so dropping a tail moves no memory.
+others `[ring…, concepts…]`: the n-th normal token stands at slot n modulo the ring's size, in the
+place of one that nobody sees any more, so dropping a tail moves no memory.
 
 For each slice of a forward the cache says where its entries go and which keys its queries meet
 (`shallow`, `middle`, `deep`). `NoCache` says the same where nothing is kept."""
@@ -26,13 +26,19 @@ class SliceCache:
     """Keys and values of the layers of one slice, (2, B, heads, capacity + 1, head_dim); the last
     slot takes what is not kept.
 
-    `length`: (B,) slots that each row uses. `reserve`: slots to have at least when it grows next.
-    """
+    `length`: (B,) slots behind the ring that each row uses. `tails`: (B,) normal tokens that the
+    ring has been given. `reserve`: slots to have at least when it grows next.
+
+    Args:
+        ring: slots for normal tokens.
+        strict: some that the ring still holds are hidden from the queries."""
 
     is_compileable = is_croppable = is_sliding = False
 
-    def __init__(self, batch: int, device: torch.device):
-        self.length = np.zeros(batch, np.int64)
+    def __init__(self, batch: int, device: torch.device, ring: int = 0, strict: bool = False):
+        self.ring = ring
+        self.strict = strict
+        self.length, self.tails = np.zeros((2, batch), np.int64)
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.states: dict[int, Tensor] = {}  # of each layer
         self.reserve = 0
@@ -40,71 +46,63 @@ class SliceCache:
     @property
     def used(self) -> int:
         """Slots that some row uses."""
-        return int(self.length.max(initial=0))
+        longest = int(self.length.max(initial=0))
+        return longest and self.ring + longest
 
     @property
     def capacity(self) -> int:
         return self.position.shape[1] - 1
 
-    def plan(
-        self,
-        lanes: Lanes,
-        slot: np.ndarray,
-        length: np.ndarray,
-        concepts: np.ndarray | None = None,
-    ) -> Lanes:
-        """Sets where the next (b, n) entries go (slot -1: not kept), before the slice's layers run;
-        the lanes, with the keys that these entries meet.
+    def ring_slots(self, number: np.ndarray, real: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """Where normal tokens with those numbers go; -1 where they are none, or are no longer seen
+        when a row has had `total` of them."""
+        stays = real & (number >= total[:, None] - self.ring)
+        return np.where(stays, number % max(self.ring, 1), -1)
 
-        One entry a row meets the slots as they are afterwards, which takes no copy. Of several some
-        may be dropped before the last, so they meet the slots as they were, followed by each other.
+    def plan(
+        self, lanes: Lanes, slot: np.ndarray, length: np.ndarray, tails: np.ndarray | None = None
+    ) -> Lanes:
+        """Sets where the next (b, n) keys go (slot -1: not kept), before the slice's layers run;
+        the lanes, with all keys that the queries meet.
+
+        One query a row meets the slots as they are afterwards, which takes no copy. Of several some
+        may be dropped before the last, so they meet the slots as they were, followed by the new.
 
         Args:
-            lanes: the entries, as they meet each other where nothing was before them.
-            length: (B,) slots in use in each row from now on; what a dropped tail had is free.
-            concepts: (B,) slots of each row that are concepts until then; all of them by default.
-        """
-        device, before = self.position.device, self.used
-        concepts = self.length if concepts is None else concepts
-        self.rows, self.several = lanes.rows, slot.shape[1] > 1
+            lanes: the new entries, as they meet each other where nothing was before them.
+            length: (B,) slots behind the ring in use in each row from now on.
+            tails: (B,) normal tokens that the ring has been given by then."""
+        device, before, key = self.position.device, self.used, lanes.key
+        self.rows, self.several = lanes.rows, lanes.query.position.shape[1] > 1
         if self.several:
-            key = self._keys(self.length, concepts).then(lanes.query)
-            lanes = lanes._replace(key=key, plain=lanes.plain and before == 0)
+            lanes = lanes._replace(key=self._keys().then(key), plain=lanes.plain and before == 0)
         self.before, self.length = before, length
+        self.tails = self.tails if tails is None else tails
         if self.used > self.capacity:
             size = max(self.used + GROWTH * bool(before), self.reserve)
             self.position = F.pad(self.position, (0, size - self.capacity))
         self.row_b1 = torch.arange(len(length), device=device)[self.rows, None]
         self.slot = torch.from_numpy(np.where(slot < 0, self.capacity, slot)).to(device)[self.rows]
-        self.position[self.row_b1, self.slot] = lanes.query.position
+        self.position[self.row_b1, self.slot] = key.position
         if self.several:
             return lanes
         # Nobody looks at a slot that is empty in its row: all of them are as long as the longest.
-        plain = bool((length[slot[:, 0] >= 0] == self.used).all())
-        return lanes._replace(key=self._keys(length, length), plain=plain, recent=None)
+        full = (length == length.max(initial=0)) & (self.tails >= self.ring)
+        plain = not self.strict and bool(full[slot[:, 0] >= 0].all())
+        return lanes._replace(key=self._keys(), plain=plain, recent=None)
 
-    def settle(self, length: np.ndarray) -> None:
-        """Rows that have more than `length` entries get that many: the last one, a concept that has
-        seen its tail, takes the place of the tail's first."""
-        rows = np.flatnonzero(length < self.length)
-        if len(rows):
-            stay, came, row_r = (
-                torch.from_numpy(x[rows]).to(self.position.device)
-                for x in (length - 1, self.length - 1, np.arange(len(length)))
-            )
-            for stored in (*self.states.values(), self.position[None, :, None, :, None]):
-                stored[:, row_r, :, stay] = stored[:, row_r, :, came]
-            self.length = length
-
-    def _keys(self, length: np.ndarray, concepts: np.ndarray) -> Lane:
+    def _keys(self) -> Lane:
         """What is in the slots."""
-        position = self.position[self.rows, : int(length.max(initial=0))]
+        position = self.position[self.rows, : self.used]
         slot_S = torch.arange(position.shape[1], device=position.device)
-        valid, concept = (
-            slot_S < torch.from_numpy(count).to(position.device)[self.rows, None]
-            for count in (length, concepts)
+        length_b1, latest_b1 = (
+            torch.from_numpy(x).to(position.device)[self.rows, None]
+            for x in (self.length, self.tails - 1)
         )
-        return Lane(position, position, concept, valid)
+        number = latest_b1 - (latest_b1 - slot_S) % max(self.ring, 1)
+        concept = (slot_S >= self.ring).expand_as(position)
+        valid = torch.where(concept, slot_S - self.ring < length_b1, number >= 0)
+        return Lane(position, number, number, concept, valid)
 
     def update(self, layer: int, new: Tensor) -> Tensor:
         """Writes (2, b, heads, n, head_dim) keys and values; returns those that their queries
@@ -121,20 +119,24 @@ class SliceCache:
         return met if self.several else stored[:, self.rows, :, : self.used]
 
     def take_rows(self, rows: Tensor) -> None:
-        self.length, self.position = self.length[rows.cpu()], self.position[rows]
+        self.length, self.tails = self.length[rows.cpu()], self.tails[rows.cpu()]
+        self.position = self.position[rows]
         self.states = {layer: stored[:, rows] for layer, stored in self.states.items()}
 
 
 class NoCache:
     """A forward whose keys are its own entries alone. `memory`, `last_concept_BD`, `tails`: what
-    rows start with; `segment`: whether a concept sees the tail that it closes in the deep slice."""
+    rows start with; `max_tail`, `segment`: as configured, which normal tokens are seen."""
 
     for_layers: Cache | None = None
 
-    def __init__(self, memory: Memory, last_concept_BD: Tensor, tails: Tails, segment: bool):
+    def __init__(
+        self, memory: Memory, last_concept_BD: Tensor, tails: Tails, max_tail: int, segment: str
+    ):
         self.memory = memory
         self.last_concept_BD = last_concept_BD
         self.tails = tails
+        self.max_tail = max_tail
         self.segment = segment
 
     def shallow(self, chunk: Chunk, window: int | None) -> Lanes:
@@ -143,23 +145,41 @@ class NoCache:
         lane = Lane.causal(chunk.position_BT, chunk.valid_BT)
         return Lanes(lane, lane, not chunk.padded, window)
 
-    def middle(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
-        """Concepts, causal, each at its own place in the text. Padding comes after all of them."""
-        lane = Lane.causal(decision.pack.pack(chunk.position_BT), decision.pack.valid_BC)
-        # If they see tails, then that behind the concept before.
-        lane = lane._replace(start=F.pad(lane.position[:, :-1], (1, 0)))
-        return Lanes(lane, lane, plain=True)
+    def middle(self, chunk: Chunk, decision: WriteDecision, closed: Tails) -> Lanes:
+        """Concepts, causal, each at its own place in the text, and keys of the tails that they
+        close. Padding comes after all of the concepts."""
+        pack, device = decision.pack, chunk.position_BT.device
+        query = Lane.causal(pack.pack(chunk.position_BT), pack.valid_BC)
+        first_BT = torch.from_numpy(self.numbers(chunk, decision)[1]).to(device)
+        query = query._replace(first=pack.pack(first_BT))
+        number, real = (torch.from_numpy(x).to(device) for x in (self.closed(closed), closed.real))
+        key = query.then(Lane.tail(closed.position_Bn, number, real))
+        return Lanes(query, key, plain=not closed.real.any())
 
     def deep(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
-        """Each token sees the concepts up to it, and the tail that it lies in; a concept the one
-        that it closes, if it sees its segment."""
-        # What is left of an earlier chunk's tail is still open: it is seen until a concept comes.
-        place_BT = chunk.position_BT * decision.written_BT
-        if self.segment:
-            place_BT = F.pad(place_BT[:, :-1], (1, 0))
-        start_BT = place_BT.cummax(1).values
-        lane = Lane(chunk.position_BT, start_BT, decision.written_BT, chunk.valid_BT)
+        """Each token sees the concepts up to it, and the last normal tokens."""
+        number, first = (
+            torch.from_numpy(x).to(chunk.position_BT.device) for x in self.numbers(chunk, decision)
+        )
+        lane = Lane(chunk.position_BT, number, first, decision.written_BT, chunk.valid_BT)
         return Lanes(lane, lane, bool(decision.written.all()))
+
+    def numbers(self, chunk: Chunk, decision: WriteDecision) -> tuple[np.ndarray, np.ndarray]:
+        """(B, T) numbers of the chunk's normal tokens in their texts, of a concept that of the last
+        one before it; and of the first one that each sees."""
+        gate = self.memory.gate
+        before_B1 = (gate.tokens - gate.concepts)[:, None]
+        count = before_B1 + (chunk.real & ~decision.written).cumsum(1)
+        if self.segment != "none":
+            return count - 1, count - self.max_tail
+        closed = np.where(decision.written, count, before_B1 - gate.tail[:, None])
+        return count - 1, np.maximum.accumulate(closed, 1)
+
+    def closed(self, tails: Tails) -> np.ndarray:
+        """(B, n) numbers of tails that the chunk's first concepts close."""
+        gate = self.memory.gate
+        first_B = gate.tokens - gate.concepts - gate.tail
+        return first_B[:, None] + np.arange(tails.real.shape[1])
 
     def remember(
         self, memory: Memory, last_concept_BD: Tensor, tails: Tails, ids_BT: Tensor
@@ -183,7 +203,12 @@ class ConceptCache(NoCache, Cache):
         NoCache.__init__(self, *start)
         last_concept_BD = self.last_concept_BD
         batch, device = len(last_concept_BD), last_concept_BD.device
-        self.slices = [SliceCache(batch, device) for _ in split]
+        strict, ring = self.segment == "none", self.max_tail * (self.segment == "both")
+        self.slices = [
+            SliceCache(batch, device),
+            SliceCache(batch, device, ring),
+            SliceCache(batch, device, self.max_tail, strict),
+        ]
         parts = zip(self.slices, split, strict=True)
         Cache.__init__(self, layers=[part for part, layers in parts for _ in range(layers)])
         self.concept_ids = torch.empty(batch, 0, dtype=torch.long, device=device)
@@ -216,30 +241,25 @@ class ConceptCache(NoCache, Cache):
             super().shallow(chunk, window), np.where(stays, slot, -1), np.minimum(total, ring + 1)
         )
 
-    def middle(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
-        length = decision.memory.gate.concepts
-        slot = self.concepts[:, None] + np.arange(decision.pack.index_BC.shape[1])
-        slot = np.where(slot < length[:, None], slot, -1)
-        lanes, writes = super().middle(chunk, decision), slot[:, 0] >= 0
+    def middle(self, chunk: Chunk, decision: WriteDecision, closed: Tails) -> Lanes:
+        part, gate = self.slices[1], decision.memory.gate
+        rank = self.concepts[:, None] + np.arange(decision.pack.index_BC.shape[1])
+        slot = np.where(rank < gate.concepts[:, None], part.ring + rank, -1)
+        lanes, writes = super().middle(chunk, decision, closed), slot[:, 0] >= 0
         if slot.shape[1] == 1 and not writes.all():  # only the rows that write take part
             rows = torch.from_numpy(writes.nonzero()[0]).to(chunk.position_BT.device)
-            lanes = lanes._replace(query=lanes.query[rows], rows=rows)
-        return self.slices[1].plan(lanes, slot, length)
+            lanes = lanes._replace(query=lanes.query[rows], key=lanes.key[rows], rows=rows)
+        tails = gate.tokens - gate.concepts - gate.tail
+        ring = part.ring_slots(self.closed(closed), closed.real, tails)
+        return part.plan(lanes, np.concatenate([slot, ring], 1), gate.concepts, tails)
 
     def deep(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
-        gate = decision.memory.gate
-        length = gate.concepts + gate.tail
-        # Tokens from each to the chunk's end, itself among them: those of the open tail stay.
-        left = chunk.real[:, ::-1].cumsum(1)[:, ::-1]
-        tail = np.where(chunk.real & (left <= gate.tail[:, None]), length[:, None] - left, -1)
-        rank = self.concepts[:, None] + decision.written.cumsum(1) - 1
-        slot = np.where(decision.written, rank, tail)
-        if self.segment and slot.shape[1] == 1:
-            # One that writes meets its tail, so it stands behind it until `remember`.
-            end = self.concepts + self.memory.gate.tail
-            length = np.where(decision.written[:, 0], end + 1, length)
-            slot = np.where(decision.written, end[:, None], slot)
-        return self.slices[2].plan(super().deep(chunk, decision), slot, length, self.concepts)
+        part, gate, written = self.slices[2], decision.memory.gate, decision.written
+        tails = gate.tokens - gate.concepts
+        ring = part.ring_slots(self.numbers(chunk, decision)[0], chunk.real & ~written, tails)
+        rank = self.concepts[:, None] + written.cumsum(1) - 1
+        slot = np.where(written, part.ring + rank, ring)
+        return part.plan(super().deep(chunk, decision), slot, gate.concepts, tails)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
@@ -251,7 +271,6 @@ class ConceptCache(NoCache, Cache):
     def remember(
         self, memory: Memory, last_concept_BD: Tensor, tails: Tails, ids_BT: Tensor
     ) -> None:
-        self.slices[2].settle(memory.gate.concepts + memory.gate.tail)
         self.memory = memory
         self.last_concept_BD = last_concept_BD
         self.tails = tails
@@ -264,8 +283,8 @@ class ConceptCache(NoCache, Cache):
         shallow, *others = self.slices
         total = shallow.used + tokens
         shallow.reserve = min(total, window + 1) if window else total
-        for part in others:  # the deep tail, too, is in the reserve
-            part.reserve = part.used + concepts + GROWTH
+        for part in others:
+            part.reserve = max(part.used, part.ring) + concepts + GROWTH
 
     def bytes(self) -> int:
         """Bytes of all keys and values, summed from the tensors."""

@@ -1,9 +1,8 @@
 """Keys and values that the middle layers make of tails which never run through them, so that a
-concept sees the segment that it closes (`segment: both`).
+concept sees the last normal tokens, those of its segment among them (`segment: both`).
 
 A tail token's state on its way through the middle slice is guessed on the line from its shallow
-state to the bridged one. Of a layer only the two projections are run: no query, no MLP, and nothing
-is cached."""
+state to the bridged one. Of a layer only the two projections are run: no query, no MLP."""
 
 import sys
 from collections.abc import Callable
@@ -20,8 +19,8 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class TailKeys:
-    """Stands in for the cache of the middle layers: their queries meet what `cache` gives them, if
-    there is one, followed by the tails' keys and values.
+    """Stands in for the cache of the middle layers, or for none: behind the keys and values of
+    their own entries it is given those of tails.
 
     Args:
         keys_values: layer index → (b, heads, n, head_dim) keys and values of the tails."""
@@ -35,14 +34,13 @@ class TailKeys:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> KeysValues:
         """What a layer's attention calls."""
-        met = key_states, value_states
-        if self.cache is not None:
-            met = self.cache.update(*met, layer_idx, *args, **kwargs)
         keys, values = (
             torch.cat([x, tail.to(x.dtype)], 2)
-            for x, tail in zip(met, self.keys_values(layer_idx), strict=True)
+            for x, tail in zip((key_states, value_states), self.keys_values(layer_idx), strict=True)
         )
-        return keys, values
+        if self.cache is None:
+            return keys, values
+        return self.cache.update(keys, values, layer_idx, *args, **kwargs)
 
 
 def keys_values(layer: nn.Module, x_BnD: Tensor, rope: tuple[Tensor, Tensor]) -> KeysValues:

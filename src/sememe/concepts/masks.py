@@ -1,14 +1,12 @@
-"""Who may see whom: query `i` attends to key `j ≤ i` iff `j` is a concept or no concept lies in
-`(j, i]`.
+"""Who may see whom: query `i` attends to key `j ≤ i` iff `j` is a concept or a normal token that is
+not too long ago: one of the last so many, or, by the strict rule, one of the open tail.
 
-That one rule is concept→concept causal, tail→concept, tail→tail causal, concept→tail never. With
-every position a concept it is plain causal attention; with none it is too. Where a concept sees its
-segment (`segment`), no concept may lie in `(j, i)`: the tail that it closes is seen once more."""
+Normal tokens are numbered in each text, and a query names the first of them that it sees. With
+every position a concept the rule is plain causal attention."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -23,7 +21,8 @@ class Lane(NamedTuple):
     """What the rule needs to know of a row of queries or keys. All fields are (B, n)."""
 
     position: Tensor  # place in the text, counted from the first real token
-    start: Tensor  # place of the last concept that hides what is before; of keys nobody asks it
+    number: Tensor  # of a key that is a normal token: how many of them came before it
+    first: Tensor  # of a query: the number of the first one that it sees
     concept: Tensor  # bool: is this entry a concept
     valid: Tensor  # bool: False on padding and on empty cache slots
 
@@ -31,12 +30,12 @@ class Lane(NamedTuple):
     def causal(cls, position: Tensor, valid: Tensor) -> "Lane":
         """One on which the rule is plain causal attention: every entry is a concept. What it says
         of invalid ones nobody asks."""
-        return cls(position, position, valid, valid)
+        return cls(position, position, position, valid, valid)
 
     @classmethod
-    def tail(cls, position: Tensor, valid: Tensor) -> "Lane":
-        """One of normal tokens."""
-        return cls(position, position, torch.zeros_like(valid), valid)
+    def tail(cls, position: Tensor, number: Tensor, valid: Tensor) -> "Lane":
+        """Keys of normal tokens."""
+        return cls(position, number, number, torch.zeros_like(valid), valid)
 
     def __getitem__(self, index) -> "Lane":
         """That part of each field."""
@@ -59,13 +58,6 @@ class Lanes(NamedTuple):
     plain: bool
     recent: int | None = None
     rows: slice | Tensor = slice(None)
-
-    def beside(self, position: Tensor, real: np.ndarray) -> "Lanes":
-        """With (b, n) normal tokens behind the keys, `real` on the host. A single query closes
-        them all."""
-        plain = self.plain and self.query.position.shape[1] == 1 and bool(real.all())
-        valid = torch.from_numpy(real).to(position.device)
-        return self._replace(key=self.key.then(Lane.tail(position, valid)), plain=plain)
 
     def masks(self, attention: str, dtype: torch.dtype) -> Callable[[int | None], Any]:
         """The mask for each sliding window that layers have, in the form of the kernel
@@ -125,7 +117,7 @@ def check_device(attn_implementation: str, device: torch.device) -> None:
 def _seen(query: Lane, key: Lane, window: int | None, recent: int | None) -> Tensor:
     """The rule, for queries and keys of shapes that go together."""
     i, j = query.position, key.position
-    allowed = (j <= i) & key.valid & (key.concept | (j >= query.start))
+    allowed = (j <= i) & key.valid & (key.concept | (key.number >= query.first))
     if window is not None:
         allowed = allowed & (i - j < window)
     if recent is not None:

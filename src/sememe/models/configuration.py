@@ -138,11 +138,12 @@ class OnlineConfig(ConceptConfig):
 
     def cache_share(self, length: int, rate: float | None = None) -> float:
         """Keys and values at the end of a text of so many tokens over the base's, at a realised
-        rate; the open tail, of at most `max_tail` tokens in the deep slice, left out."""
+        rate."""
         rate = rate or self.rate
         shallow, middle, deep = self.split
         seen = min((self.shallow_window or length) + 1, length) / length
-        return (shallow * seen + (middle + deep) * rate) / sum(self.split)
+        tails = min(self.max_tail / length, 1 - rate) * (deep + middle * (self.segment == "both"))
+        return (shallow * seen + (middle + deep) * rate + tails) / sum(self.split)
 
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""

@@ -161,16 +161,12 @@ class OnlineForCausalLM(AdaptedModel):
     ) -> Tensor:
         if not decision.written.any():
             return e_BCD
-        lanes, for_layers = cache.middle(chunk, decision), cache.for_layers
-        x_bCD, rows = e_BCD[lanes.rows], lanes.rows
-        position_bn = lanes.query.position
-        if closed.real.any():
-            closed = closed[rows]
-            position_bn = torch.cat([position_bn, closed.position_Bn], 1)
+        lanes, for_layers = cache.middle(chunk, decision, closed), cache.for_layers
+        x_bCD, rows, closed = e_BCD[lanes.rows], lanes.rows, closed[lanes.rows]
         # Together: dynamic rope goes by the largest position that it is shown.
+        position_bn = torch.cat([lanes.query.position, closed.position_Bn], 1)
         rope, tail_rope = split_rope(self.spine.rope(x_bCD, position_bn), x_bCD.shape[1])
         if closed.real.any():
-            lanes = lanes.beside(closed.position_Bn, closed.real)
             for_layers = TailKeys(for_layers, self._tail_keys(closed.h_BnD, tail_rope))
         c_bCD = self._run(1, x_bCD, rope, lanes, for_layers)
         return c_bCD if isinstance(rows, slice) else e_BCD.index_copy(0, rows, c_bCD)
@@ -226,8 +222,8 @@ class OnlineForCausalLM(AdaptedModel):
     def new_cache(self, batch: int, keeps: bool = True) -> ConceptCache | NoCache:
         """An empty cache for `batch` rows, or one that keeps nothing."""
         memory = self.writer.memory(batch)
-        tails, segment = Tails.none(memory.last_BD), self.config.segment != "none"
-        start = memory, self.bridge.first(memory.last_BD), tails, segment
+        first_BD, tails = self.bridge.first(memory.last_BD), Tails.none(memory.last_BD)
+        start = memory, first_BD, tails, self.config.max_tail, self.config.segment
         return ConceptCache(self.config.split, *start) if keeps else NoCache(*start)
 
     def _cache(self, cache, embed_BTD: Tensor, use_cache: bool | None) -> NoCache:
