@@ -377,12 +377,14 @@ class Window(Control):
 
     name = "window"
     refuses = System.refuses
-    unread = UNREAD - {"rate", "split", "shallow_window"}
+    reads = {"rate", "split", "max_tail", "segment"}
+    unread = UNREAD - reads - {"shallow_window"}
 
     def options(self, recipe: Recipe, layers: int) -> dict:
         # As many tokens as the caches of `online` have rows for at the end of a sequence; the first
         # token, which is always seen, takes one of them.
-        online = OnlineConfig(split=split_layers(recipe.split, layers), rate=recipe.rate)
+        named = {key: getattr(recipe, key) for key in self.reads}
+        online = OnlineConfig(**named | {"split": split_layers(recipe.split, layers)})
         rows = online.cache_share(recipe.sequence_length) * recipe.sequence_length
         return {"window": recipe.shallow_window or max(1, round(rows) - 1)}
 
