@@ -191,16 +191,19 @@ def test_a_text_goes_on_from_its_own_concepts_and_not_from_others():
 
 
 @torch.no_grad()
-def test_untrained_a_concept_is_read_as_the_mean_of_its_words():
-    config = CompressorConfig(text_config=tiny_base().config, **{**TINY, "boundary": "fixed"})
-    model = CompressorForCausalLM(config, tiny_base())
-    assert model.start_frame(text(64, 24, seed=2))["words_read"] > 0.5
-    model.dial.quantise, ids = 0.0, text(4, 24)
-    encoded = model.encode(ids)
-    x_BCD = model.writer.codes.normalise(encoded.e_BCD[:, 1:])
-    read_BCD = model.decompressor.prefix(x_BCD) * model.decompressor.scale
-    words_BCD = model.get_input_embeddings()(ids).unflatten(1, (12, 2)).mean(2)
-    assert (read_BCD - words_BCD).square().mean() < 0.5 * words_BCD.var()
+def test_untrained_codes_are_words_and_read_as_their_embeddings():
+    """The first code of a pair is for its first word, the second for the other: with a code for
+    each word of the vocabulary, of that very word."""
+    changes = {"boundary": "fixed", "num_concepts": 97, "codes_per_concept": 2, "max_tail": 1}
+    config = CompressorConfig(text_config=tiny_base().config, **TINY | changes)
+    model, blocks = CompressorForCausalLM(config, tiny_base()), text(64, 24, seed=2)
+    assert model.start_frame(blocks)["words_read"] > 0.9
+    model.start_codes(blocks)
+    table_VD, ids = model.get_input_embeddings().weight, text(4, 24)
+    code_BCGD = model.writer.codes.by_stage(model.encode(ids).ids_BC[:, 1:])
+    read_BTD = model.decompressor.read_codes(code_BCGD).flatten(1, 2)
+    nearest_BT = torch.cdist(read_BTD, table_VD).argmin(-1)
+    assert (nearest_BT == ids).float().mean() > 0.7
 
 
 @torch.no_grad()

@@ -5,12 +5,15 @@ Codes live in normalised coordinates, `state = mean + scale · Σ_g table_g[digi
 learning rate fits every base. A concept is one integer in mixed radix, `id = Σ_g digit_g · K^g`;
 the first stage is digit 0."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sememe.concepts.fit import set_frame
-from sememe.concepts.kmeans import kmeans
+from sememe.concepts.kmeans import assign, kmeans
 
 # Logits start as log-likelihoods of equal Gaussians: they differ by half the difference of squared
 # distances, in units of what a stage leaves of a state. At this sharpness neighbouring codes still
@@ -62,28 +65,40 @@ class ConceptEmbedding(nn.Module):
         """(…,) ids ≥ 0 → (…, G) digits."""
         return digits(ids, self.num_concepts, self.codes_per_concept)
 
+    def by_stage(self, ids: Tensor) -> Tensor:
+        """(…,) ids ≥ 0 → (…, G, D) fp32 codes of each stage, normalised."""
+        digits = self.digits(ids).unbind(-1)
+        return torch.stack([self.table(g)[digit] for g, digit in enumerate(digits)], -2)
+
     def combine(self, digits: Tensor) -> Tensor:
         """(…, G) digits → (…,) int64 ids."""
         return sum(x.long() * self.num_concepts**g for g, x in enumerate(digits.unbind(-1)))
 
     def forward(self, ids: Tensor) -> Tensor:
         """(…,) ids → (…, D) fp32 states."""
-        digits = self.digits(ids).unbind(-1)
-        return self.to_states(sum(self.table(g)[digit] for g, digit in enumerate(digits)))
+        return self.to_states(self.by_stage(ids).sum(-2))
 
 
 @torch.no_grad()
 def start_from_states(
-    codes: ConceptEmbedding, head: nn.Module, x_ND: Tensor, seed: int = 0
+    codes: ConceptEmbedding,
+    head: nn.Module,
+    x_ND: Tensor,
+    seed: int = 0,
+    tables: Sequence[Tensor | None] = (),
 ) -> dict[str, float | list[float]]:
     """Codebook and head from (N, D) normalised states, stage by stage: k-means of what the stages
-    before have left, and its nearest-centroid classifier.
+    before have left, or the (K, D) table that is given for a stage, and its nearest-centroid
+    classifier.
 
     Returns the number of states used and the share of their variance that the codes leave, at the
     end and by stage."""
     r_ND, spread, shares = x_ND, x_ND.square().sum(1).mean(), []
-    for g in range(codes.codes_per_concept):
-        centroid_KD, nearest_N = kmeans(r_ND, codes.num_concepts, seed=seed + g)
+    for g, table_KD in itertools.zip_longest(range(codes.codes_per_concept), tables):
+        if table_KD is None:
+            centroid_KD, nearest_N = kmeans(r_ND, codes.num_concepts, seed=seed + g)
+        else:
+            centroid_KD, nearest_N = table_KD, assign(r_ND, table_KD)[0]
         codes.weight[g] = centroid_KD
         r_ND = r_ND - centroid_KD[nearest_N]
         left = r_ND.square().sum(1).mean()

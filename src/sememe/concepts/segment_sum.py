@@ -70,19 +70,26 @@ class SegmentSum(nn.Module):
         """(B, C, D) states of segments: weighted, n times the mean of their tokens; with
         `more_BCD` added, in normalised coordinates."""
         with torch.autocast(h_BTD.device.type, enabled=False):
-            # Tokens of each segment, the one that ends it among them; for each token how many have
-            # ended before it.
-            length_BC = F.pad(pack.index_BC, (1, 0), value=-1).diff(dim=1)
-            rank_BT = written_BT.cumsum(1) - written_BT.long()
-            length_BT = length_BC.gather(1, rank_BT.clamp(max=length_BC.shape[1] - 1))
-            offset_BT = F.pad(tail_lengths(written_BT, chunk.valid_BT)[:, :-1], (1, 0))
-            if self.bins is None:
-                part_BTD = rotate(self.tokens(chunk.embed_BTD, h_BTD), offset_BT)
-            else:
-                part_BTD = self.bins(chunk.ids_BT, offset_BT, length_BT)
+            part_BTD, _, length_BC = self.parts(h_BTD, chunk, pack, written_BT)
             mean_BCD, _ = pack.pool(part_BTD, weight_BT)
             x_BCD = mean_BCD * length_BC.unsqueeze(-1) + more_BCD
             return codes.to_states(self.mark(x_BCD, length_BC))
+
+    def parts(
+        self, h_BTD, chunk: Chunk, pack: Packing, written_BT
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) what each token adds to its segment, rotated; (B, T) its offset there; and
+        (B, C) how many tokens each segment has, the one that ends it among them."""
+        length_BC = F.pad(pack.index_BC, (1, 0), value=-1).diff(dim=1)
+        offset_BT = F.pad(tail_lengths(written_BT, chunk.valid_BT)[:, :-1], (1, 0))
+        if self.bins is None:
+            part_BTD = rotate(self.tokens(chunk.embed_BTD, h_BTD), offset_BT)
+        else:
+            # For each token how many segments have ended before it.
+            rank_BT = written_BT.cumsum(1) - written_BT.long()
+            length_BT = length_BC.gather(1, rank_BT.clamp(max=length_BC.shape[1] - 1))
+            part_BTD = self.bins(chunk.ids_BT, offset_BT, length_BT)
+        return part_BTD, offset_BT, length_BC
 
     def mark(self, x: Tensor, length: Tensor) -> Tensor:
         """(…, D) normalised states and (…,) lengths → the same with the marks of their lengths."""

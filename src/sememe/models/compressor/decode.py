@@ -85,16 +85,24 @@ class Decompressor(nn.Module):
         with adapter(self.spine.base, ADAPTER):
             return self.run(inputs_BSD, text.position_BT, text.valid_BT)
 
+    def read_codes(self, x: Tensor) -> Tensor:
+        """(…, G, D) normalised codes of concepts → (…, G, D) embeddings that stand for them: of the
+        words that they are of, the g-th code of a concept of the g-th of its segment."""
+        stage_G = torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1])
+        word = rotate(self.segments.content(x.float()), -stage_G)
+        return self.scale * self.prefix(word.to(self.prefix.weight.dtype))
+
     def continuation_logits(
-        self, ids_BS: Tensor, x_BCD: Tensor, coded_BC: Tensor, rate: float
+        self, ids_BS: Tensor, x_BCGD: Tensor, coded_BC: Tensor, rate: float
     ) -> Tensor:
         """(B, T, V) logits of each token of (B, 1 + T) texts with their BOS, given those before it
-        and the concepts of what came before them, each where the rate puts it."""
-        embed_BTD = self.spine.embed(ids_BS[:, :-1])
+        and the codes of what came before them, each where the rate puts it."""
+        embed_BTD, stages = self.spine.embed(ids_BS[:, :-1]), x_BCGD.shape[2]
+        # From here on C counts codes.
+        c_BCD = self.read_codes(x_BCGD).flatten(1, 2).to(embed_BTD.dtype)
+        coded_BC, rate = coded_BC.repeat_interleave(stages, 1), rate * stages
         count_B1 = coded_BC.sum(1, keepdim=True)
-        c_BCD = self.prefix(x_BCD.to(self.prefix.weight.dtype))
-        c_BCD = (self.scale * c_BCD).to(embed_BTD.dtype)
-        # The BOS stays first, an attention sink; the concepts follow it, and the new words them.
+        # The BOS stays first, an attention sink; the codes follow it, and the new words them.
         inputs_BKD = torch.cat([embed_BTD[:, :1], c_BCD, embed_BTD[:, 1:]], 1)
         valid_BK = F.pad(coded_BC, (1, embed_BTD.shape[1] - 1), value=True)
         order_K = torch.arange(valid_BK.shape[1], device=valid_BK.device)
@@ -106,7 +114,7 @@ class Decompressor(nn.Module):
         ).long()
         with adapter(self.spine.base, ADAPTER):
             h_BKD = self.run(inputs_BKD, position_BK, valid_BK)
-        # The first new token is predicted where the concepts end.
+        # The first new token is predicted where the codes end.
         first_B1D = h_BKD.take_along_dim(count_B1.unsqueeze(-1), 1)
         return self.spine.logits(torch.cat([first_B1D, h_BKD[:, last + 1 :]], 1))
 

@@ -228,14 +228,17 @@ class CompressorForCausalLM(AdaptedModel):
         return [texts[n] for n in order_N.argsort()]
 
     def continuation_logits(self, encoded: Encoded, ids_BT: Tensor) -> Tensor:
-        """(B, T, V) logits of each of the (B, T) tokens, given those before it and the concepts of
+        """(B, T, V) logits of each of the (B, T) tokens, given those before it and the codes of
         what came before them."""
+        codes = self.writer.codes
+        # Without the BOS, concept 0.
+        ids_BC, x_BC1D = encoded.ids_BC[:, 1:], codes.normalise(encoded.e_BCD[:, 1:, None])
+        # The codes themselves, with the gradient that their sum has as well; not coded yet, a
+        # concept's state stands for each.
+        x_BCGD = codes.by_stage(ids_BC.clamp(min=0)) + (x_BC1D - x_BC1D.detach())
+        x_BCGD = torch.where((ids_BC < 0)[..., None, None], x_BC1D, x_BCGD)
         return self.decompressor.continuation_logits(
-            F.pad(ids_BT, (1, 0), value=self.bos),
-            # Without the BOS, concept 0.
-            self.writer.codes.normalise(encoded.e_BCD[:, 1:]),
-            encoded.coded_BC[:, 1:],
-            self.dial.rate,
+            F.pad(ids_BT, (1, 0), value=self.bos), x_BCGD, encoded.coded_BC[:, 1:], self.dial.rate
         )
 
     # ---- before training: see start.py ----

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sememe.concepts.bins import rotate
 from sememe.concepts.codebook import SHARPNESS, start_from_states
 from sememe.concepts.dial import evaluating
 from sememe.concepts.fit import fit, linear_fit, set_frame
+from sememe.concepts.kmeans import assign, kmeans
 from sememe.concepts.lengths import REMEMBERED
 from sememe.concepts.segments import Chunk
 from sememe.models.adapted import boundary_targets, fitted_blocks
@@ -65,20 +67,66 @@ def start_frame(model, ids_NT: Tensor, rate: float | None = None) -> dict[str, f
     return shares | start_prefix(model, ids_NT)
 
 
+def stage_parts(model, text: Chunk) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What each stage of codes is to say of a text's segments, the g-th of the g-th token, the last
+    of all that are left: (n, D) normalised states without marks, the (n, D) mean embedding of those
+    words, and the (n,) lengths of the segments."""
+    readout, (decision, _) = model.writer.readout, decide(model, text)
+    pack, stages = decision.pack, model.config.codes_per_concept
+    part_BTD, offset_BT, length_BC = readout.parts(
+        token_states(model, text), text, pack, decision.written_BT
+    )
+    parts = []
+    for g in range(stages):
+        mine_BT = (offset_BT == g) | ((offset_BT > g) & (g == stages - 1))
+        mean_BCD, _ = pack.pool(part_BTD * mine_BT.unsqueeze(-1), text.valid_BT)
+        words_BCD, _ = pack.pool(text.embed_BTD, text.valid_BT & mine_BT)
+        there_BC = decision.coded_BC & (length_BC > g)
+        x_BCD = readout.content(mean_BCD * length_BC.unsqueeze(-1))
+        parts.append((x_BCD[there_BC], words_BCD[there_BC], length_BC[there_BC]))
+    return parts
+
+
+def collected(model, ids_NT: Tensor) -> list[list[Tensor]]:
+    """`stage_parts` of all blocks, together."""
+    batches = [stage_parts(model, text) for text in texts(model, ids_NT)]
+    return [[torch.cat(x) for x in zip(*part, strict=True)] for part in zip(*batches, strict=True)]
+
+
 @torch.no_grad()
 def start_prefix(model, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
-    """Concepts before a text begin as what the base can read, the mean of their words' embeddings.
-    Returns the share of its variance explained."""
-    x_nD, words_nD = [], []
+    """Codes before a text begin as what the base can read, embeddings of their words. Returns the
+    share of the embeddings' variance explained."""
     with drawing(model, seed):
-        for text in texts(model, fitted_blocks(ids_NT)):
-            decision, _ = decide(model, text)
-            x_nD.append(model.writer.inputs(decision)[0])
-            words_BCD, _ = decision.pack.pool(text.embed_BTD, text.valid_BT)
-            words_nD.append(words_BCD[decision.coded_BC])
+        parts = collected(model, fitted_blocks(ids_NT))
+    stage_n = torch.cat([torch.full_like(length_n, g) for g, (_, _, length_n) in enumerate(parts)])
+    x_nD, words_nD = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     decompressor = model.decompressor
-    share = fit(decompressor.prefix, torch.cat(x_nD), torch.cat(words_nD) / decompressor.scale)
+    share = fit(decompressor.prefix, rotate(x_nD, -stage_n), words_nD / decompressor.scale)
     return {"words_read": share}
+
+
+@torch.no_grad()
+def word_codes(model, ids_NT: Tensor, seed: int) -> list[Tensor | None]:
+    """For each stage of codes a table by k-means of what it is to say. Where that is one word,
+    centroids become words: the base can read a word, and not the mean of several (docs/log.md)."""
+    readout, codes = model.writer.readout, model.writer.codes
+    word_VD = readout.content(readout.tokens.normalise(model.get_input_embeddings().weight))
+    tables, parts = [], collected(model, ids_NT)
+    for g, (x_nD, _, length_n) in enumerate(parts):
+        if not len(x_nD):
+            tables.append(None)
+            continue
+        marked_nD = x_nD if g else readout.mark(x_nD, length_n)
+        table_KD, _ = kmeans(marked_nD, codes.num_concepts, seed=seed + g)
+        length_K = readout.length(table_KD)
+        if g < len(parts) - 1 or int(length_n.max()) <= len(parts):
+            stage_K = torch.full_like(length_K, g)
+            nearest_K, _ = assign(rotate(readout.content(table_KD), -stage_K), word_VD)
+            table_KD = rotate(word_VD[nearest_K], stage_K)
+            table_KD = table_KD if g else readout.mark(table_KD, length_K)
+        tables.append(table_KD)
+    return tables
 
 
 @torch.no_grad()
@@ -102,7 +150,8 @@ def start_codes(model, ids_NT: Tensor, seed: int = 0) -> dict[str, float]:
     with drawing(model, seed):
         if writer.readout.bins is None:
             x_nD = segment_states(model, ids_NT)
-            figures = start_from_states(writer.codes, writer.head, x_nD, seed=seed)
+            tables = word_codes(model, ids_NT, seed)
+            figures = start_from_states(writer.codes, writer.head, x_nD, seed, tables)
         else:
             figures = spell_bins(writer)
         calibrate_gate(model, ids_NT)
