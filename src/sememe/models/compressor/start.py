@@ -117,8 +117,8 @@ def word_codes(model, ids_NT: Tensor, seed: int) -> list[Tensor | None]:
         if not len(x_nD):
             tables.append(None)
             continue
-        marked_nD = x_nD if g else readout.mark(x_nD, length_n)
-        table_KD, _ = kmeans(marked_nD, codes.num_concepts, seed=seed + g)
+        point_nD = x_nD if g else readout.mark(x_nD, length_n)
+        table_KD, _ = kmeans(point_nD, codes.num_concepts, seed=seed + g)
         length_K = readout.length(table_KD)
         if g < len(parts) - 1 or int(length_n.max()) <= len(parts):
             stage_K = torch.full_like(length_K, g)
