@@ -99,7 +99,7 @@ READ = """system base data.train data.heldout steps sequence_length batch_size l
 lora.dropout gradient_accumulation learning_rate precision gradient_checkpointing seed"""
 ALSO = {"control": "", "prune": "leave_out concept_learning_rate calibration_tokens"}
 ALSO |= {"skip": "split bridge concept_learning_rate calibration_tokens"}
-ALSO |= {"window": "split rate shallow_window"}
+ALSO |= {"window": "split rate max_tail segment shallow_window"}
 
 
 @pytest.mark.parametrize("system", ALSO)
@@ -125,14 +125,18 @@ def test_sweep_trains_measures_and_compares(done):
             difference = kept["nll"] - figures["control"]["nll"]
             assert kept["delta_nll_control"] == pytest.approx(difference, abs=1e-5)
     # Of four layers a token takes part in so many, and concepts in the others; keys and values,
-    # 2 / 15 of a layer, are made of tails in two.
-    for key, window, layers, made in (("layer_share", 1, 2, 4 / 15), ("cache_share", 0.625, 1, 0)):
+    # 2 / 15 of a layer, are made of tails in two. Of a block of 32, 6 normal tokens are cached.
+    tails = {
+        "layer_share": lambda rate: 4 / 15 * (1 - rate),
+        "cache_share": lambda rate: 3 * 6 / 32,
+    }
+    for key, window, layers in (("layer_share", 1, 2), ("cache_share", 0.75, 1)):
         share = {name: each[key] for name, each in figures.items()}
         baselines = [share[name] for name in ("control", *PRUNED.split(), "window_rate-0.5")]
         assert baselines == [1.0, 0.75, 0.5, window]
         for name in models.split():
             rate = figures[name]["concept_rate"]
-            want = layers + (4 - layers) * rate + made * (1 - rate)
+            want = layers + (4 - layers) * rate + tails[key](rate)
             assert share[name] == pytest.approx(want / 4)
     assert len({figures[name]["nll"] for name in ("control", *WINDOWS.split())}) == 3
     assert figures["rate-0.5"]["concept_rate"] != 0.5, "the share follows the realised rate"
