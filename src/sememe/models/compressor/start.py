@@ -122,7 +122,7 @@ def word_codes(model, ids_NT: Tensor, seed: int) -> list[Tensor | None]:
         length_K = readout.length(table_KD)
         if g < len(parts) - 1 or int(length_n.max()) <= len(parts):
             stage_K = torch.full_like(length_K, g)
-            nearest_K, _ = assign(rotate(readout.content(table_KD), -stage_K), word_VD)
+            nearest_K, _ = assign(rotate(readout.content(table_KD), -stage_K), word_VD, chunk=256)
             table_KD = rotate(word_VD[nearest_K], stage_K)
             table_KD = table_KD if g else readout.mark(table_KD, length_K)
         tables.append(table_KD)
