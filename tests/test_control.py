@@ -203,8 +203,8 @@ def test_a_base_with_its_own_window_is_refused(family):
 
 
 def test_the_window_of_a_recipe_is_the_cache_of_its_concepts(recipe_values):
-    recipe = recipe_values | {"system": "window", "rate": 0.25, "sequence_length": 256}
-    recipe |= {"max_tail": 8}
+    recipe = recipe_values | {"system": "window", "rate": 0.25, "max_tail": 8}
+    recipe |= {"sequence_length": 256}
     for layers, window, changes in (
         (30, round(256 * (4 + 26 * (0.25 + 1 / 32)) / 30) - 1, {"split": [4, 22, 4]}),
         (30, 7, {"split": [4, 22, 4], "shallow_window": 7}),

@@ -25,8 +25,8 @@ LIGHT = "errors figures paths storage keys options report terminal arguments"
 # 93,000; concepts that see the tail they close, in every forward and cache 1,600; planners in
 # several processes, and codes and plans that are drawn 600; heads that propose the next tokens
 # 1,600; pruning, its scan and the cache front 2,800; concepts that a text goes on from, and bins in
-# the table of other coders 600; the last normal tokens, in a ring of slots 300;
-# codes that start as words and are read one by one 900.
+# the table of other coders 600; the last normal tokens, in a ring of slots 300; codes
+# that start as words and are read one by one 900.
 NODES = 101_400
 FILE_LINES = 400
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5

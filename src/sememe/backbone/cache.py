@@ -168,18 +168,15 @@ class NoCache:
         """(B, T) numbers of the chunk's normal tokens in their texts, of a concept that of the last
         one before it; and of the first one that each sees."""
         gate = self.memory.gate
-        before_B1 = (gate.tokens - gate.concepts)[:, None]
-        count = before_B1 + (chunk.real & ~decision.written).cumsum(1)
+        count = gate.normal[:, None] + (chunk.real & ~decision.written).cumsum(1)
         if self.segment != "none":
             return count - 1, count - self.max_tail
-        closed = np.where(decision.written, count, before_B1 - gate.tail[:, None])
+        closed = np.where(decision.written, count, gate.closed[:, None])
         return count - 1, np.maximum.accumulate(closed, 1)
 
     def closed(self, tails: Tails) -> np.ndarray:
         """(B, n) numbers of tails that the chunk's first concepts close."""
-        gate = self.memory.gate
-        first_B = gate.tokens - gate.concepts - gate.tail
-        return first_B[:, None] + np.arange(tails.real.shape[1])
+        return self.memory.gate.closed[:, None] + np.arange(tails.real.shape[1])
 
     def remember(
         self, memory: Memory, last_concept_BD: Tensor, tails: Tails, ids_BT: Tensor
@@ -249,17 +246,16 @@ class ConceptCache(NoCache, Cache):
         if slot.shape[1] == 1 and not writes.all():  # only the rows that write take part
             rows = torch.from_numpy(writes.nonzero()[0]).to(chunk.position_BT.device)
             lanes = lanes._replace(query=lanes.query[rows], key=lanes.key[rows], rows=rows)
-        tails = gate.tokens - gate.concepts - gate.tail
-        ring = part.ring_slots(self.closed(closed), closed.real, tails)
-        return part.plan(lanes, np.concatenate([slot, ring], 1), gate.concepts, tails)
+        ring = part.ring_slots(self.closed(closed), closed.real, gate.closed)
+        return part.plan(lanes, np.concatenate([slot, ring], 1), gate.concepts, gate.closed)
 
     def deep(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
         part, gate, written = self.slices[2], decision.memory.gate, decision.written
-        tails = gate.tokens - gate.concepts
-        ring = part.ring_slots(self.numbers(chunk, decision)[0], chunk.real & ~written, tails)
+        number = self.numbers(chunk, decision)[0]
+        ring = part.ring_slots(number, chunk.real & ~written, gate.normal)
         rank = self.concepts[:, None] + written.cumsum(1) - 1
         slot = np.where(written, part.ring + rank, ring)
-        return part.plan(super().deep(chunk, decision), slot, gate.concepts, tails)
+        return part.plan(super().deep(chunk, decision), slot, gate.concepts, gate.normal)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs

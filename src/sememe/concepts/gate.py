@@ -35,6 +35,16 @@ class GateState(NamedTuple):
     def start(cls, batch: int) -> "GateState":
         return cls(*np.zeros((3, batch), np.int64), np.zeros(batch))
 
+    @property
+    def normal(self) -> np.ndarray:
+        """(B,) tokens that wrote no concept."""
+        return self.tokens - self.concepts
+
+    @property
+    def closed(self) -> np.ndarray:
+        """(B,) of them those that a concept has closed."""
+        return self.normal - self.tail
+
 
 class RateGate(nn.Module):
     """Turns scores into decisions and tracks their distribution, so that one dial `rate` serves
