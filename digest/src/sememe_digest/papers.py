@@ -145,6 +145,7 @@ class Day(BaseModel):
 
     date: str
     updated: str
+    settings: str = ""
     feeds: list[FeedState] = []
     counts: dict[str, Counts] = {}
     notes: list[str] = []
