@@ -13,49 +13,44 @@ from sememe_digest import __version__
 from sememe_digest.errors import DigestError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration.")]
-Out = Annotated[Path | None, typer.Option("--out", help="The site, in place of the file's `out`.")]
+Option = typer.Option
+ConfigFile = Annotated[Path, Option("--config", "-c", help="The configuration.")]
+Out = Annotated[Path | None, Option(help="The site, in place of `out` in the configuration.")]
+Feeds = Annotated[Path | None, Option(help="A folder of CLASS.xml(.gz), read in place of arXiv.")]
+WithSummaries = Annotated[bool, Option(help="Ask the language model, if its key is set.")]
+Now = Annotated[datetime | None, Option(help="The time of the run in UTC: 2026-02-17T06:40:00.")]
+Json = Annotated[Path | None, Option("--json", help="Counts and faults; `-` is stdout.")]
+Port = Annotated[int, Option(help="The port on this machine.")]
 
 
 def main() -> None:
     """Entry point: a fault of the input or the network is one sentence and an exit code."""
-    code, line = 2, ""
     try:
         app()
     except DigestError as error:
-        code, line = error.exit_code, f"error: {error}"
+        code, line = error.code, f"error: {error}"
     except KeyboardInterrupt:
         code, line = 130, "stopped: what is finished is kept, the same command goes on"
     except OSError as error:
         if error.errno is None:  # not of the operating system: a fault of the program
             raise
         need = "need a path that can be read or written. try: another path, or other permissions"
-        line = f"error: {error.filename} cannot be used ({error.strerror}): {need}"
+        code, line = 2, f"error: {error.filename} got {error.strerror}: {need}"
     print(line, file=sys.stderr)
     sys.exit(code)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"sememe-digest {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, Option("--version", help="Print the version.")] = False):
     """A daily digest of arXiv: what matches your words, ranked, with checked summaries.
 
     Start with `sememe-digest init`, edit digest.yaml, then `sememe-digest run`."""
+    if version:
+        print(f"sememe-digest {__version__}")
 
 
 @app.command()
-def init(
-    folder: Annotated[Path, typer.Argument(help="Where to write digest.yaml.")] = Path(),
-) -> None:
+def init(folder: Annotated[Path, typer.Argument(help="Where to write it.")] = Path()) -> None:
     """Write a commented digest.yaml."""
     path = folder / "digest.yaml"
     if path.exists():
@@ -67,20 +62,12 @@ def init(
 
 @app.command()
 def run(
-    config_file: ConfigFile = Path("digest.yaml"),
-    feeds: Annotated[
-        Path | None, typer.Option(help="A folder of CLASS.xml or .xml.gz, read in place of arXiv.")
-    ] = None,
+    config: ConfigFile = Path("digest.yaml"),
+    feeds: Feeds = None,
     out: Out = None,
-    summaries: Annotated[
-        bool, typer.Option(help="Ask the language model; without a key there are none anyway.")
-    ] = True,
-    now: Annotated[
-        datetime | None, typer.Option(help="The time of the run in UTC, as 2026-02-17T06:40:00.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write counts and states there; `-` is stdout.")
-    ] = None,
+    summaries: WithSummaries = True,
+    now: Now = None,
+    json_file: Json = None,
 ) -> None:
     """Read today's feeds, rank, summarise and write the site.
 
@@ -88,80 +75,84 @@ def run(
     nothing on a complete one. Exit codes: 0 written, or complete already; 2 usage or
     configuration; 3 nothing announced, nothing touched; 4 incomplete, run again; 5 nothing could
     be read, nothing written."""
-    from sememe_digest import daily, terminal
+    from sememe_digest.daily import Run
+    from sememe_digest.render import template
 
-    archive, config = _open(config_file, out)
+    settings, archive = _open(config, out)
     moment = (now or datetime.now(UTC)).replace(tzinfo=UTC)
-    task = daily.Run(config, archive, moment, feeds, summaries, terminal.progress)
-    code, day = daily.run(task)
-    if day and day.date in archive.days:
-        _render(archive, config, {day.date})
-    if str(json_file) != "-":
-        terminal.show(day, code, archive.site)
+    task = Run(
+        settings, archive, moment, feeds, summaries, lambda line: print(line, file=sys.stderr)
+    )
+    code, day = task.run()
+    if day:
+        _render(archive, settings, {day.date})
     if json_file:
-        shown = day.model_dump(include={"date", "feeds", "counts", "notes"}) if day else {}
-        text = json.dumps({"exit_code": code} | shown, indent=1)
+        shown = day.model_dump(include={"date", "feeds", "counts"}) if day else {}
+        text = json.dumps({"exit_code": code, "faults": task.faults, **shown}, indent=1)
         print(text) if str(json_file) == "-" else json_file.write_text(text, encoding="utf-8")
+    if str(json_file) != "-":
+        site = archive.site
+        print(template("report.txt.j2").render(day=day, code=code, faults=task.faults, site=site))
     raise typer.Exit(code)
 
 
-def _open(config_file: Path, out: Path | None) -> tuple[Any, Any]:
+def _open(config: Path, out: Path | None) -> tuple[Any, Any]:
     from sememe_digest.archive import Archive
     from sememe_digest.config import read_config
 
-    config = read_config(config_file)
-    return Archive(out or config.out), config
+    settings = read_config(config)
+    return settings, Archive(out or settings.out)
 
 
-def _render(archive: Any, config: Any, dates: set[str]) -> None:
-    """Writes what is new of the site: these dates, their neighbours, and pages that are missing."""
+def _render(archive: Any, settings: Any, dates: set[str]) -> None:
+    """Writes the pages of these dates, of their neighbours, and those that are missing."""
     from sememe_digest.archive import write
     from sememe_digest.render import render
 
-    order = sorted(archive.days)
-    near = {order[i + step] for i in range(len(order)) for step in (-1, 1) if order[i] in dates
-            and 0 <= i + step < len(order)}
-    absent = {d for d in order if not (archive.site / "archive" / f"{d}.html").exists()}
-    for name, text in render(archive.days, config, dates | near | absent).items():
+    order, folder = sorted(archive.days), archive.site / "archive"
+    near = {day for i, day in enumerate(order) if dates & {*order[max(0, i - 1) : i + 2]}}
+    missing = {day for day in order if not (folder / f"{day}.html").exists()}
+    for name, text in render(archive.days, settings, near | missing).items():
         write(archive.site / name, text)
 
 
 @app.command()
 def why(
-    identifier: Annotated[str, typer.Argument(metavar="ID", help="An arXiv id.")],
-    config_file: ConfigFile = Path("digest.yaml"),
+    paper: Annotated[str, typer.Argument(metavar="ID", help="An arXiv id or address.")],
+    config: ConfigFile = Path("digest.yaml"),
     out: Out = None,
 ) -> None:
     """Say why a paper is in the digest, or why it is not."""
-    from sememe_digest import terminal
+    from sememe_digest.feeds import IDENTIFIER
+    from sememe_digest.render import template
 
-    archive, _ = _open(config_file, out)
-    terminal.why(archive, identifier)
+    _, archive = _open(config, out)
+    match = IDENTIFIER.search(f"/abs/{paper.rpartition('abs/')[2].removeprefix('arXiv:')}")
+    days = [day for day in archive.days.values() if match and match[1] in day.announced]
+    if not days:
+        need = "need one that a monitored class announced. try: an id, as 2602.05191"
+        raise DigestError(f"{paper} is in no day of {archive.site}: {need}")
+    print(template("why.txt.j2").render(day=days[0], id=match[1]))
 
 
 @app.command()
-def render(config_file: ConfigFile = Path("digest.yaml"), out: Out = None) -> None:
+def render(config: ConfigFile = Path("digest.yaml"), out: Out = None) -> None:
     """Write all pages and feeds anew from the archive."""
-    archive, config = _open(config_file, out)
+    settings, archive = _open(config, out)
     if not archive.days:
-        need = "need a day. try: sememe-digest run"
-        raise DigestError(f"{archive.site} has no archive: {need}")
-    _render(archive, config, set(archive.days))
+        raise DigestError(f"{archive.site} has no day: need one. try: sememe-digest run")
+    _render(archive, settings, set(archive.days))
     print(f"page: {archive.site / 'index.html'}")
 
 
 @app.command()
-def serve(
-    config_file: ConfigFile = Path("digest.yaml"),
-    out: Out = None,
-    port: Annotated[int, typer.Option(help="The port on this machine.")] = 8000,
-) -> None:
+def serve(config: ConfigFile = Path("digest.yaml"), out: Out = None, port: Port = 8000) -> None:
     """Show the site in a browser of this machine; any web server does the same."""
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-    archive, _ = _open(config_file, out)
+    _, archive = _open(config, out)
     handler = partial(SimpleHTTPRequestHandler, directory=archive.site)
     with ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
-        print(f"http://127.0.0.1:{port}/ (Ctrl-C stops it)", flush=True)
+        print(f"http://127.0.0.1:{port}/ until Ctrl-C", flush=True)
         server.serve_forever()

@@ -6,144 +6,91 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from sememe_digest.errors import ConfigError
-
-CATEGORY = r"^[a-z]+(-[a-z]+)*(\.[A-Za-z-]+)?$"
+from sememe_digest.errors import DigestError
 
 
-class Term(BaseModel):
-    """A word, `prefix*` or "several words", and what a hit is worth."""
-
-    model_config = ConfigDict(extra="forbid")
-    text: str
-    weight: float = 1.0
-
-
-def as_terms(value: Any) -> Any:
-    """Terms as people write them: `- word`, or `- word: 2` for one that weighs 2."""
-    if isinstance(value, dict):
-        value = [{key: weight} for key, weight in value.items()]
-    if not isinstance(value, list):
-        return value
-    terms = []
-    for item in value:
-        weighted = isinstance(item, dict) and len(item) == 1 and "text" not in item
-        text, weight = next(iter(item.items())) if weighted else (item, 1.0)
-        terms.append(item if isinstance(text, dict) else {"text": str(text), "weight": weight})
-    for term in terms:
-        if not re.search(r"\w", str(term.get("text", ""))):
-            raise ValueError("a term needs a letter or a digit")
-    return terms
+def _as_terms(value: Any) -> Any:
+    """Terms as people write them, `- word` or `- word: 2`, with what a hit of each is worth."""
+    terms: dict[Any, Any] = {}
+    for item in value if isinstance(value, list) else [value]:
+        terms |= item if isinstance(item, dict) else {str(item): 1.0}
+    wordless = [term for term in terms if not re.search(r"[^\W_]", str(term))]
+    if wordless:
+        raise ValueError(f"{wordless[0]!r} has neither a letter nor a digit")
+    return {str(term): weight for term, weight in terms.items()}
 
 
-Terms = Annotated[list[Term], BeforeValidator(as_terms)]
+Terms = Annotated[dict[str, float], BeforeValidator(_as_terms)]
+Category = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*(\.[A-Za-z-]+)?$")]
 
 
-class Section(BaseModel):
-    """Part of the configuration: a key that it does not know is refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Arxiv(Section):
-    """Where feeds, listing pages and PDFs are fetched from; another value is for a mirror."""
-
-    feeds: str = "https://rss.arxiv.org"
-    pages: str = "https://arxiv.org"
-
-
-class Summaries(Section):
+class Summaries(BaseModel, extra="forbid"):
     """A model behind any `/v1/chat/completions`; without `model` there are no summaries."""
 
     model: str = ""
     base_url: str = "https://api.openai.com/v1"
     api_key_env: str = "OPENAI_API_KEY"
     count: int = Field(15, ge=0)
-    workers: int = Field(3, ge=1, le=8)
+    workers: int = Field(3, ge=1, le=16)
     language: str = "English"
     prompt: Path | None = None
     max_characters: int = Field(120_000, ge=2000)
     timeout: float = Field(300, gt=0)
 
 
-class Config(Section):
+class Config(BaseModel, extra="forbid"):
     """One digest."""
 
     title: str = "arXiv digest"
     url: str = ""
     contact: str = ""
-    categories: list[Annotated[str, Field(pattern=CATEGORY)]] = Field(min_length=1)
-    types: set[Literal["new", "cross"]] = {"new"}
-    terms: Terms = []
+    categories: list[Category] = Field(min_length=1)
+    types: list[Literal["new", "cross"]] = ["new"]
+    terms: Terms = {}
     match: Literal["word", "substring"] = "word"
-    exclude: Terms = []
+    exclude: Terms = {}
     exclude_in: Literal["title", "title+abstract"] = "title"
     interests: str = ""
-    min_score: float | None = None
+    # With terms alone a paper without a hit is noise; with interests it may still be near.
+    min_score: float = Field(default_factory=lambda data: 0.0 if data.get("interests") else 1.0)
     limit: int = Field(30, ge=1, le=500)
     out: Path = Path("site")
     summaries: Summaries = Summaries()
-    arxiv: Arxiv = Arxiv()
+    feeds_url: str = "https://rss.arxiv.org/rss"  # another one is a mirror
+    pages_url: str = "https://arxiv.org"
 
     @model_validator(mode="after")
-    def check(self) -> "Config":
+    def _has_a_subject(self) -> "Config":
         if not self.terms and not self.interests.strip():
-            raise ValueError("terms or interests are needed: nothing else says what to look for")
-        if self.min_score is None:
-            # With terms alone a paper without a hit is noise; with interests it may still be near.
-            self.min_score = 0.0 if self.interests.strip() else 1.0
+            raise ValueError("terms or interests are needed: they say what to look for")
         return self
 
-    @property
-    def prompt_text(self) -> str:
+    def prompt(self) -> str:
         """The instructions for the language model, the user's own or those of the package."""
-        own = self.summaries.prompt
-        path = own if own else files("sememe_digest") / "templates" / "prompt.txt"
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            need = "need a text file. try: summaries.prompt without a value"
-            raise ConfigError(f"prompt {own} cannot be read ({error}): {need}") from error
-        return text.replace("{language}", self.summaries.language)
+        path = self.summaries.prompt or files("sememe_digest") / "templates" / "prompt.txt"
+        return path.read_text(encoding="utf-8").replace("{language}", self.summaries.language)
 
-    def monitors(self, category: str) -> bool:
-        """Whether a primary class is asked for, itself or its whole archive (`cs`)."""
-        return category in self.categories or category.split(".")[0] in self.categories
+    def home(self, category: str) -> str:
+        """The monitored class, or the archive (`cs`), of a primary class; else "other"."""
+        names = (category, category.split(".")[0])
+        return next((name for name in names if name in self.categories), "other")
 
 
 def read_config(path: Path) -> Config:
     """The configuration in a YAML file; paths in it are relative to the working directory."""
     try:
-        # The C loader is there in all wheels and ten times as fast.
-        values = yaml.load(
-            path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        need = "need a digest.yaml. try: sememe-digest init"
-        raise ConfigError(f"{path} cannot be read ({error}): {need}") from error
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        message = f"{path} is no YAML ({where:.200}): need keys and values. try: sememe-digest init"
-        raise ConfigError(message) from error
-    if not isinstance(values, dict):
-        need = "need keys such as categories and terms. try: sememe-digest init"
-        raise ConfigError(f"{path} holds no keys: {need}")
-    try:
-        return Config.model_validate(values)
+        # The C loader is in all wheels and ten times as fast.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        return Config.model_validate(yaml.load(path.read_text(encoding="utf-8"), loader))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first(error)}") from error
-
-
-def _first(error: ValidationError) -> str:
-    """The first fault of a configuration in one sentence."""
-    fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"]) or "the file"
-    if fault["type"] == "extra_forbidden":
-        owner = Config.model_fields.get(str(fault["loc"][0]))
-        inner = owner.annotation if owner and len(fault["loc"]) > 1 else Config
-        known = ", ".join(getattr(inner, "model_fields", Config.model_fields))
-        return f"{key} is no key of a digest. try: one of {known}"
-    got = "" if fault["type"] in ("missing", "value_error") else f", got {fault['input']!r:.80}"
-    return f"{key}: {fault['msg']}{got}. try: see the comments that `sememe-digest init` writes"
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"])) or "the file"
+        got = f"{key}: {fault['msg']}, got {fault['input']!r:.60}"
+        if fault["type"] == "extra_forbidden":
+            got = f"{key} is no key of a digest"
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        got = " ".join(str(error).split())
+    need = "need the keys that `sememe-digest init` writes. try: its comments say what each is"
+    raise DigestError(f"{path}: {got}: {need}")

@@ -2,8 +2,7 @@
 
 import gzip
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import date, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -12,214 +11,148 @@ from sememe_digest import latex
 from sememe_digest.archive import Archive
 from sememe_digest.client import Client
 from sememe_digest.config import Config
-from sememe_digest.errors import DigestError, NothingRead, Unreadable, reason
+from sememe_digest.errors import DigestError, Unread, reason
 from sememe_digest.feeds import NEW_YORK, Feed, read_feed, stale_since, union
 from sememe_digest.listing import read_listing
-from sememe_digest.papers import Counts, Day, Entry, FeedState, Paper, Verdict
-from sememe_digest.ranking import Cut, Ranked, cut, rank
-from sememe_digest.summaries import Summariser, summary_key
+from sememe_digest.papers import Day, Paper
+from sememe_digest.ranking import rank
+from sememe_digest.summaries import Summariser
 
 WRITTEN, NOTHING, INCOMPLETE = 0, 3, 4
+STAGES = ("announced", "new", "matching", "shown", "summarised")
+NOT_RANKING = {"title", "url", "contact", "out", "summaries", "feeds_url", "pages_url"}
 
 
-@dataclass
 class Run:
-    """The inputs of a run beside its configuration."""
+    """One run of a digest; `folder` holds feeds as files, which are then read in place of arXiv."""
 
-    config: Config
-    archive: Archive
-    now: datetime
-    folder: Path | None = None  # feeds as files, instead of from arXiv
-    summaries: bool = True
-    progress: Callable[[str], None] = print
+    def __init__(
+        self, config: Config, archive: Archive, folder: Path | None, progress: Callable[[str], None]
+    ):
+        self.config, self.archive, self.folder = config, archive, folder
+        self.progress, self.client = progress, Client(config.contact)
+        self.settings = sha256(config.model_dump_json(exclude=NOT_RANKING).encode()).hexdigest()
+        self.feeds: dict[str, Feed] = {}
+        self.states: dict[str, str] = {}
+        self.faults: list[str] = []
 
+    def run(self, now: datetime, with_summaries: bool) -> tuple[int, Day | None]:
+        """The exit code, and the day that was written or was complete already."""
+        day = self.archive.days.get(f"{now.astimezone(NEW_YORK):%Y-%m-%d}")
+        # A complete day is not asked for again, unless other papers are wanted.
+        if self.folder or not day or not day.is_complete() or day.settings != self.settings:
+            day = self._read_day(f"{now:%Y-%m-%d %H:%M:%S} UTC")
+            if day is None:
+                return INCOMPLETE if self.faults else NOTHING, None
+        summariser = Summariser(self.config, self.archive)
+        missing = summariser.missing(day.entries) if with_summaries else []
+        if missing:
+            self.archive.save(day)  # what is known is safe before the long part begins
+            summariser.run(missing, self.client, self.progress)
+        self._count(day, "summarised", [entry for entry in day.entries if entry.summary])
+        self.archive.save(day)
+        self.archive.prune()
+        failed = any(entry.failure for entry in day.entries)
+        return INCOMPLETE if failed or not day.is_complete() else WRITTEN, day
 
-def run(task: Run) -> tuple[int, Day | None]:
-    """The exit code and the day that was written, or that was complete already."""
-    today = task.archive.days.get(task.now.astimezone(NEW_YORK).date().isoformat())
-    client = Client(task.config.contact)
-    if task.folder or today is None or not feeds_complete(today, task.config):
-        day = read_day(task, client)
-        if day is None:
-            return NOTHING, None
-        if not day.announced:
-            return INCOMPLETE, day
-    else:
-        day = today.model_copy(deep=True)
-    missing = missing_summaries(task, day)
-    if missing:
-        # What is known so far is safe before the long part begins.
-        task.archive.save(day)
-        Summariser(task.config, client, task.archive).run(missing, task.progress)
-    for counts in day.counts.values():
-        counts.summarised = 0
-    for entry in day.entries:
-        if entry.summary:
-            day.counts[home(entry, task.config)].summarised += 1
-    task.archive.save(day)
-    task.archive.prune()
-    failed = any(entry.failure for entry in day.entries)
-    return (WRITTEN if day.feeds_complete and not failed else INCOMPLETE), day
+    def _read_day(self, updated: str) -> Day | None:
+        """The day that the feeds announce, or none if they announce nothing new."""
+        for category in self.config.categories:
+            self.progress(f"reading {category}")
+            try:
+                self.feeds[category] = read_feed(self._fetch(category), category)
+                self.states[category] = "read"
+            except DigestError as error:
+                self.states[category] = "failed"
+                self.faults.append(reason(error))
+        if not self.feeds:
+            raise Unread(f"no feed could be read: {'; '.join(self.faults)}")
+        today = max(feed.date for feed in self.feeds.values())
+        old = self.archive.days.get(f"{today}")
+        elsewhere = self.archive.announced(but=f"{today}")
+        for category in self.config.categories:
+            self._check(category, today, {p: d for p, d in elsewhere.items() if d < f"{today}"})
+            if old and self.states[category] == "failed":  # an earlier run of the day read it
+                self.states[category] = old.feeds.get(category, "failed")
+        papers = union(self.feeds.values(), today, self.config)
+        known = {paper.id for paper in papers} | elsewhere.keys()
+        fresh = [paper for paper in papers if paper.id not in elsewhere]
+        fresh += [Paper(**dict(e)) for e in (old.entries if old else []) if e.id not in known]
+        return self._assemble(f"{today}", updated, fresh, old) if fresh else None
 
+    def _fetch(self, category: str) -> bytes:
+        if self.folder:
+            for path in (self.folder / f"{category}.xml", self.folder / f"{category}.xml.gz"):
+                if path.is_file():
+                    body = path.read_bytes()
+                    return gzip.decompress(body) if path.suffix == ".gz" else body
+            raise Unread(f"{self.folder} has no {category}.xml: need one. try: another --feeds")
+        etag, body = self.archive.cached("feeds", category) or ("", "")
+        answer = self.client.get(f"{self.config.feeds_url}/{category}", etag)
+        if answer.status_code == 200:
+            self.archive.keep("feeds", category, [answer.headers["ETag"], answer.text])
+        return body.encode() if answer.status_code == 304 else answer.content
 
-def ranking_settings(config: Config) -> str:
-    """What decides the papers of a day: another value asks for it anew."""
-    keys = {"categories", "types", "terms", "match", "exclude", "exclude_in", "interests"}
-    text = config.model_dump_json(include=keys | {"min_score", "limit"})
-    return sha256(text.encode()).hexdigest()[:20]
-
-
-def feeds_complete(day: Day, config: Config) -> bool:
-    return day.feeds_complete and day.settings == ranking_settings(config)
-
-
-def missing_summaries(task: Run, day: Day) -> list[Entry]:
-    """The first entries that have no summary by this model and prompt, here or in the cache."""
-    settings = task.config.summaries
-    missing = []
-    for index, entry in enumerate(day.entries):
-        entry.failure = None
-        if not (task.summaries and settings.model and index < settings.count):
-            continue
-        key = summary_key(entry, task.config)
-        if entry.summary is None or entry.summary.key != key:
-            entry.summary = task.archive.summary(key)
-            missing += [entry] if entry.summary is None else []
-    return missing
-
-
-def read_day(task: Run, client: Client) -> Day | None:
-    """The day that the feeds announce, without summaries that it had no time for; none where
-    nothing is announced."""
-    config, archive = task.config, task.archive
-    feeds: dict[str, Feed] = {}
-    states = {c: FeedState(category=c, state="failed") for c in config.categories}
-    for category, state in states.items():
+    def _check(self, category: str, today: date, earlier: dict[str, str]) -> None:
+        """Notes a stale feed, and takes the listing page in place of one that cannot be used."""
+        if feed := self.feeds.get(category):
+            self.faults += feed.faults
+            since = stale_since(feed, earlier) or (feed.date < today and f"{feed.date}")
+            if not since:
+                return
+            self.states[category] = "stale"
+            self.faults.append(f"{category} is stale: its feed is the list of {since}")
+        if self.folder:
+            return
         try:
-            task.progress(f"reading {category}")
-            body = fetch(task, client, category, listing=False)
-            feeds[category] = read_feed(body, category)
-            state.state = "read" if feeds[category].papers else "empty"
+            url = f"{self.config.pages_url}/list/{category}/new?skip=0&show=2000"
+            listing = read_listing(self.client.get(url).content, category)
+            if listing.date == today and not stale_since(listing, earlier):
+                self.feeds[category], self.states[category] = listing, "listing"
+                self.faults.append(f"{category} was filled from its listing page")
         except DigestError as error:
-            state.note = reason(error)
-    if not feeds:
-        faults = "; ".join(state.note for state in states.values())
-        raise NothingRead(f"no feed could be read: {faults}")
-    day = max(feed.date for feed in feeds.values())
-    elsewhere = archive.announced_elsewhere(day.isoformat())
-    earlier = {key: value for key, value in elsewhere.items() if value < day.isoformat()}
-    for category, state in states.items():
-        feed = feeds.get(category)
-        since = feed and (stale_since(feed, earlier) or (feed.date < day and f"{feed.date}"))
-        if since:
-            state.state, state.note = "stale", f"{category} is stale: its list is of {since}"
-        if since or (feed is None and "need a feed" in state.note):
-            fill_from_listing(task, client, state, feeds, day, earlier)
-        if category in feeds:
-            state.announced = len(feeds[category].new_ids())
-    old = archive.days.get(day.isoformat())
-    papers = union(feeds.values(), day, config)
-    known = {paper.id for paper in papers}
-    if old:  # what an earlier run of the day saw and a feed that now fails does not show
-        papers += [as_paper(entry) for entry in old.entries if entry.id not in known]
-        for state in old.feeds:
-            if state.category in states and states[state.category].state == "failed":
-                states[state.category] = state
-    fresh = [paper for paper in papers if paper.id not in elsewhere]
-    if not fresh and all(state.state in ("read", "empty") for state in states.values()):
-        return None
-    ranked = rank(fresh, config)
-    return assemble(task, day, list(states.values()), ranked, cut(ranked, config), feeds, old)
+            self.faults.append(reason(error))
 
-
-def fetch(task: Run, client: Client, category: str, listing: bool) -> bytes:
-    """A feed, or the listing page beside it, from a folder or from arXiv."""
-    if task.folder:
-        return from_folder(task.folder, f"{category}.{'html' if listing else 'xml'}")
-    if listing:
-        page = f"{task.config.arxiv.pages}/list/{category}/new?skip=0&show=2000"
-        return client.get(page).body
-    etag, body = task.archive.feed(category)
-    answer = client.get(f"{task.config.arxiv.feeds}/rss/{category}", etag)
-    if answer.status == 304:
-        return body
-    if answer.status == 200:
-        task.archive.keep_feed(category, answer.etag, answer.body)
-    return answer.body
-
-
-def from_folder(folder: Path, name: str) -> bytes:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            data = path.read_bytes()
-            return gzip.decompress(data) if path.suffix == ".gz" else data
-    raise Unreadable(f"{folder / name} is missing: need a file for each class. try: --feeds FOLDER")
-
-
-def fill_from_listing(task, client, state, feeds, day: date, earlier: dict[str, str]) -> None:
-    """Takes the papers of a stale class from its listing page, if that is of the day."""
-    try:
-        page = read_listing(fetch(task, client, state.category, listing=True), state.category)
-    except DigestError as error:
-        state.note += f"; its listing page did not help ({reason(error)})"
-        return
-    if page.date == day and not stale_since(page, earlier):
-        feeds[state.category] = page
-        state.state = "listing"
-        state.note += ", filled from the listing page"
-
-
-def as_paper(entry: Entry) -> Paper:
-    return Paper(**entry.model_dump(include=set(Paper.model_fields)))
-
-
-def home(paper: Paper, config: Config) -> str:
-    """The monitored class or archive that a paper counts for; "cross" where it is in none."""
-    names = (paper.primary, paper.primary.split(".")[0])
-    return next((name for name in names if name in config.categories), "cross")
-
-
-def assemble(task, day: date, states, ranked: list[Ranked], cut: Cut, feeds, old) -> Day:
-    config = task.config
-    counts = {state.category: Counts(announced=state.announced) for state in states}
-    for name, papers in (("new", ranked), ("matching", cut.matching), ("shown", cut.shown)):
-        for category, number in Counter(home(item.paper, config) for item in papers).items():
-            setattr(counts.setdefault(category, Counts()), name, number)
-    summaries = {entry.id: (entry.version, entry.summary) for entry in old.entries} if old else {}
-    entries = []
-    for number, item in enumerate(cut.shown, 1):
-        paper = item.paper
-        version, summary = summaries.get(paper.id, (0, None))
-        entries.append(
-            Entry(
-                **paper.model_dump(),
-                rank=number,
-                score=item.score,
-                similarity=item.similarity,
-                hits=item.hits,
-                title_text=latex.to_text(paper.title),
-                abstract_text=latex.to_text(paper.abstract),
-                authors=latex.authors(paper.creator),
-                summary=summary if version == paper.version else None,
-            )
+    def _assemble(self, today: str, updated: str, papers: list[Paper], old: Day | None) -> Day:
+        """Ranks, cuts at `min_score` and `limit`, and keeps summaries of an earlier run."""
+        ranked = rank(papers, self.config)
+        least = self.config.min_score
+        matching = [(w, e) for w, e in ranked if e.excluded is None and e.score >= least]
+        entries = [entry for _, entry in matching]
+        shown, beyond = entries[: self.config.limit], matching[self.config.limit :]
+        kept = {entry.versioned_id: entry.summary for entry in old.entries} if old else {}
+        for number, entry in enumerate(shown, 1):
+            entry.rank, entry.summary = number, kept.get(entry.versioned_id)
+            entry.title_text = latex.to_text(entry.title)
+            entry.abstract_text = latex.to_text(entry.abstract)
+            entry.authors = latex.authors(entry.creator)
+        announced = dict(old.announced) if old else {}
+        for _, entry in ranked:
+            verdict = {"category": entry.primary, "terms": [hit.term for hit in entry.hits]}
+            announced[entry.id] = verdict | entry.model_dump(include={"score", "excluded"})
+        day = Day(
+            date=today,
+            updated=updated,
+            settings=self.settings,
+            feeds=self.states,
+            faults=self.faults,
+            cut_score=shown[-1].score if shown else None,
+            tied_out=sum(worth == matching[len(shown) - 1][0] for worth, _ in beyond),
+            entries=shown,
+            announced=announced,
         )
-    verdicts = dict(old.announced) if old else {}
-    for item in ranked:
-        verdicts[item.paper.id] = Verdict(
-            category=item.paper.primary,
-            score=item.score,
-            terms=[hit.term for hit in item.hits],
-            excluded=item.excluded,
-        )
-    return Day(
-        date=day.isoformat(),
-        updated=task.now.strftime("%Y-%m-%d %H:%M:%S UTC"),
-        settings=ranking_settings(config),
-        feeds=states,
-        counts=counts,
-        notes=[note for feed in feeds.values() for note in feed.notes],
-        cut_score=cut.score,
-        tied_out=cut.tied_out,
-        entries=entries,
-        announced=verdicts,
-    )
+        for stage, papers in (
+            ("new", [e for _, e in ranked]),
+            ("matching", entries),
+            ("shown", shown),
+        ):
+            self._count(day, stage, papers)
+        for category, feed in self.feeds.items():  # arXiv's own count, whatever is new to us
+            day.counts[category]["announced"] = len(feed.new_ids())
+        return day
+
+    def _count(self, day: Day, stage: str, papers: Iterable[Paper]) -> None:
+        numbers = Counter(self.config.home(paper.primary) for paper in papers)
+        for category in (*self.config.categories, *numbers):
+            counts = day.counts.setdefault(category, dict.fromkeys(STAGES, 0))
+            counts[stage] = numbers[category]

@@ -2,77 +2,60 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-STRENGTH = {"new": 4, "cross": 3, "replace": 2, "replace-cross": 1, "": 0}
-"""Announce types from the strongest to none. A paper has the strongest over all feeds."""
-
+# The structure of a summary: four sections of three fields, each a list of claims.
 SECTIONS = {
     "Contribution": ("problem", "method", "advantage"),
     "Experiments": ("data", "settings", "baselines"),
     "Results": ("key_results", "comparison", "ablation"),
     "Conclusions": ("findings", "limits", "future"),
 }
-"""The structure of a summary: four sections of three fields, each a list of claims."""
-
-
-class Author(BaseModel):
-    """A name and, where the feed has one, an affiliation."""
-
-    name: str
-    affiliation: str = ""
 
 
 class Paper(BaseModel):
-    """One item of a feed: title, abstract and names in TeX, as arXiv sends them."""
+    """One item of a feed; title, abstract and names are TeX, as arXiv sends them."""
 
     id: str
     version: int = 1
     title: str
     abstract: str
     creator: str = ""
-    categories: list[str] = []
+    categories: list[str] = []  # the primary class first
     type: str = ""
-    license: str = ""
-    doi: str = ""
-    journal_reference: str = ""
 
     @property
     def primary(self) -> str:
-        """The primary class, which arXiv lists first."""
         return self.categories[0] if self.categories else ""
 
     @property
     def versioned_id(self) -> str:
         return f"{self.id}v{self.version}"
 
-    @property
-    def url(self) -> str:
-        return f"https://arxiv.org/abs/{self.id}"
-
 
 class Hit(BaseModel):
-    """A term that a paper matches, and whether its title does."""
+    """A term that a paper matches."""
 
     term: str
-    weight: float = 1.0
-    in_title: bool = False
+    weight: float
+    in_title: bool
 
 
 class NumberCheck(BaseModel):
-    """A number of a claim: on the page that the claim names, on another one, or nowhere."""
+    """A number of a claim: found on the page that the claim names, on another one, or nowhere."""
 
     text: str
     state: Literal["found", "elsewhere", "missing"]
-    page: int | None = None
+    page: int | None
 
 
 class Claim(BaseModel):
     """One statement of a summary, with the page and the words that it rests on."""
 
+    field: str  # one of SECTIONS, or "sentence"
     text: str
-    page: int | None = None
-    quote: str = ""
+    page: int | None
+    quote: str
     quote_found: bool = False
     numbers: list[NumberCheck] = []
 
@@ -80,64 +63,30 @@ class Claim(BaseModel):
 class Summary(BaseModel):
     """A language model's summary after its check against the text of the paper."""
 
-    key: str
-    model: str
-    sentence: Claim
-    sections: dict[str, dict[str, list[Claim]]]
+    key: str = ""
+    model: str = ""
+    claims: list[Claim] = []
     missing_headlines: list[str] = []
     removed: list[str] = []
 
-    def claims(self) -> list[Claim]:
-        fields = [field for section in self.sections.values() for field in section.values()]
-        return [self.sentence, *(claim for field in fields for claim in field)]
-
-    def count(self, *states: str) -> int:
-        """Numbers in these states; all of them without one."""
-        numbers = [number for claim in self.claims() for number in claim.numbers]
-        return sum(number.state in states for number in numbers) if states else len(numbers)
+    def numbers(self, *states: str) -> list[str]:
+        """The numbers of all claims that are in one of these states."""
+        return [n.text for claim in self.claims for n in claim.numbers if n.state in states]
 
 
 class Entry(Paper):
-    """A paper of a digest: its rank, why it is there, and text without TeX."""
+    """A ranked paper: what it is worth and why, and where it is shown, text without TeX."""
 
     rank: int = 0
     score: float
     similarity: float | None = None
-    hits: list[Hit] = []
+    hits: list[Hit]
+    excluded: str | None
     title_text: str = ""
     abstract_text: str = ""
-    authors: list[Author] = []
+    authors: list[dict[str, str]] = []  # name and affiliation
     summary: Summary | None = None
     failure: str | None = None
-
-
-class Verdict(BaseModel):
-    """What became of an announced paper: for `why`, and so that no later day shows it again."""
-
-    category: str
-    score: float = 0
-    terms: list[str] = []
-    excluded: str | None = None
-
-
-class FeedState(BaseModel):
-    """How the reading of one class went: `announced` is arXiv's own count of its new papers."""
-
-    category: str
-    state: Literal["read", "empty", "stale", "listing", "failed"]
-    note: str = ""
-    announced: int = 0
-    etag: str = ""
-
-
-class Counts(BaseModel):
-    """Papers of one primary class, from announced to summarised."""
-
-    announced: int = 0
-    new: int = 0
-    matching: int = 0
-    shown: int = 0
-    summarised: int = 0
 
 
 class Day(BaseModel):
@@ -145,15 +94,14 @@ class Day(BaseModel):
 
     date: str
     updated: str
-    settings: str = ""
-    feeds: list[FeedState] = []
-    counts: dict[str, Counts] = {}
-    notes: list[str] = []
-    cut_score: float | None = None
-    tied_out: int = 0
-    entries: list[Entry] = []
-    announced: dict[str, Verdict] = Field(default={}, repr=False)
+    settings: str  # a hash of what decides the papers
+    feeds: dict[str, str]  # by class: read, listing, stale or failed
+    faults: list[str]  # of feeds, in one sentence each
+    counts: dict[str, dict[str, int]] = {}
+    cut_score: float | None
+    tied_out: int  # papers that are worth as much as the last one and are not shown
+    entries: list[Entry]
+    announced: dict[str, dict]  # every paper by id: class, score, terms, excluded
 
-    @property
-    def feeds_complete(self) -> bool:
-        return all(feed.state in ("read", "empty", "listing") for feed in self.feeds)
+    def is_complete(self) -> bool:
+        return not {"stale", "failed"} & {*self.feeds.values()}

@@ -2,111 +2,77 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass
 from functools import cache
 from math import log, sqrt
 from statistics import fmean, pstdev
 
-from sememe_digest.config import Config, Term
-from sememe_digest.papers import Hit, Paper
+from sememe_digest.config import Config
+from sememe_digest.papers import Entry, Hit, Paper
 
 TITLE_BONUS = 0.5  # of a term's weight, on top, where the title has it
-# What endings of words are cut off, so that compress, compressed and compression are one.
+# What is cut off words for `interests`, so that compress, compressed and compression are one.
 ENDINGS = ("ations", "ation", "ions", "ion", "ings", "ing", "ers", "er", "ed", "es", "s", "e")
 SHORTEST_STEM = 4
 
 
-@dataclass
-class Ranked:
-    """A paper with its score, the terms that gave it, and what orders it."""
-
-    paper: Paper
-    score: float
-    hits: list[Hit]
-    excluded: str | None = None
-    similarity: float | None = None
-    order: float = 0.0
-
-
-@dataclass
-class Cut:
-    """The papers to show, those that match at all, and how many lost to a tie at the limit."""
-
-    shown: list[Ranked]
-    matching: list[Ranked]
-    score: float | None
-    tied_out: int
-
-
 def normalise(text: str) -> str:
     """Words in lower case between single blanks, so that a whole word is found by `in`."""
-    words = " ".join(re.findall(r"[^\W_]+", text.lower()))
-    return f" {words} "
+    return " ".join(["", *re.findall(r"[^\W_]+", text.lower()), ""])
 
 
 @cache
 def needles(term: str, match: str) -> tuple[str, ...]:
-    """The strings of which one must occur in a text."""
+    """The strings of which one must occur in a prepared text."""
     if match == "substring":
         return (term.lower(),)
     words = normalise(term).rstrip()
-    if term.rstrip('" ').endswith("*"):
+    if term.rstrip(' "').endswith("*"):
         return (words,)
-    plurals = (f"{words}s ", f"{words}es ")
-    return (f"{words} ", *plurals, *((f"{words[:-1]}ies ",) if words.endswith("y") else ()))
+    plural_of_y = f"{words[:-1]}ies " if words.endswith("y") else f"{words}es "
+    return (f"{words} ", f"{words}s ", plural_of_y)
 
 
-def first_hit(terms: list[Term], text: str, match: str) -> str | None:
-    """The first of some terms that occurs in a prepared text."""
-    return next((t.text for t in terms if any(n in text for n in needles(t.text, match))), None)
-
-
-def rank(papers: list[Paper], config: Config) -> list[Ranked]:
-    """All papers, best first; papers of equal worth stay in the order of the feeds."""
+def rank(papers: list[Paper], config: Config) -> list[tuple[float, Entry]]:
+    """All papers, best first, each behind the worth that orders it; papers of equal worth stay in
+    the order of the feeds."""
     prepare = str.lower if config.match == "substring" else normalise
-    ranked = []
+
+    def occurs(term: str, text: str) -> bool:
+        return any(needle in text for needle in needles(term, config.match))
+
+    entries = []
     for paper in papers:
         title = prepare(paper.title)
         text = f"{title} {prepare(paper.abstract)}"
-        hits = []
-        for term in config.terms:
-            strings = needles(term.text, config.match)
-            if any(string in text for string in strings):
-                in_title = any(string in title for string in strings)
-                hits.append(Hit(term=term.text, weight=term.weight, in_title=in_title))
-        score = sum(hit.weight * (1 + TITLE_BONUS * hit.in_title) for hit in hits)
-        excluded = first_hit(
-            config.exclude, title if config.exclude_in == "title" else text, config.match
-        )
-        ranked.append(Ranked(paper, round(score, 4), hits, excluded, order=score))
+        hits = [
+            Hit(term=term, weight=weight, in_title=occurs(term, title))
+            for term, weight in config.terms.items()
+            if occurs(term, text)
+        ]
+        score = round(sum(hit.weight * (1 + TITLE_BONUS * hit.in_title) for hit in hits), 4)
+        where = title if config.exclude_in == "title" else text
+        excluded = next((term for term in config.exclude if occurs(term, where)), None)
+        entries.append(Entry(**dict(paper), score=score, hits=hits, excluded=excluded))
+    worth = [entry.score for entry in entries]
     if config.interests.strip():
-        _order_by_interests(ranked, config.interests)
-    return sorted(ranked, key=lambda item: -item.order)
-
-
-def _order_by_interests(ranked: list[Ranked], interests: str) -> None:
-    """Order by z(score) + z(similarity): neither has a scale of its own that means anything."""
-    texts = [f"{item.paper.title} {item.paper.abstract}" for item in ranked]
-    near = similarities(interests, texts)
-    scores = z_scores([item.score for item in ranked])
-    for item, similarity, score, nearness in zip(ranked, near, scores, z_scores(near), strict=True):
-        item.similarity = round(similarity, 4)
-        item.order = score + nearness
+        # Neither score nor similarity has a scale of its own: both count in standard deviations.
+        near = similarities(config.interests, [f"{p.title} {p.abstract}" for p in papers])
+        for entry, similarity in zip(entries, near, strict=True):
+            entry.similarity = round(similarity, 4)
+        worth = [sum(z) for z in zip(z_scores(worth), z_scores(near), strict=True)]
+    return sorted(zip(worth, entries, strict=True), key=lambda pair: -pair[0])
 
 
 def z_scores(values: list[float]) -> list[float]:
     """Values in standard deviations from their mean; zeros where all are equal."""
-    spread = pstdev(values) if len(values) > 1 else 0
-    mean = fmean(values) if values else 0
+    spread, mean = (pstdev(values), fmean(values)) if values else (0, 0)
     return [(value - mean) / spread if spread else 0.0 for value in values]
 
 
 @cache
 def stem(word: str) -> str:
-    for ending in ENDINGS:
-        if word.endswith(ending) and len(word) - len(ending) >= SHORTEST_STEM:
-            return word.removesuffix(ending)
-    return word
+    fits = (end for end in ENDINGS if word.endswith(end) and len(word) >= len(end) + SHORTEST_STEM)
+    return word.removesuffix(next(fits, ""))
 
 
 def similarities(query: str, texts: list[str]) -> list[float]:
@@ -116,19 +82,9 @@ def similarities(query: str, texts: list[str]) -> list[float]:
     idf = {word: log(len(texts) / number) for word, number in frequency.items()}
 
     def vector(count: Counter[str]) -> dict[str, float]:
-        weights = {w: (1 + log(n)) * idf[w] for w, n in count.items() if idf.get(w)}
-        length = sqrt(sum(weight**2 for weight in weights.values()))
+        weights = {word: (1 + log(n)) * idf.get(word, 0) for word, n in count.items()}
+        length = sqrt(sum(weight**2 for weight in weights.values())) or 1
         return {word: weight / length for word, weight in weights.items()}
 
     wanted = vector(Counter(map(stem, normalise(query).split())))
     return [sum(v * wanted.get(w, 0) for w, v in vector(count).items()) for count in counts]
-
-
-def cut(ranked: list[Ranked], config: Config) -> Cut:
-    """What is shown: not excluded, of at least `min_score`, and no more than `limit`."""
-    assert config.min_score is not None
-    matching = [r for r in ranked if r.excluded is None and r.score >= config.min_score]
-    shown = matching[: config.limit]
-    last = shown[-1] if shown else None
-    tied_out = sum(item.order == last.order for item in matching[config.limit :]) if last else 0
-    return Cut(shown, matching, last.score if last else None, tied_out)
