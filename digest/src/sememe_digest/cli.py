@@ -79,20 +79,17 @@ def run(
     from sememe_digest.render import template
 
     settings, archive = _open(config, out)
-    moment = (now or datetime.now(UTC)).replace(tzinfo=UTC)
-    task = Run(
-        settings, archive, moment, feeds, summaries, lambda line: print(line, file=sys.stderr)
-    )
-    code, day = task.run()
+    task = Run(settings, archive, feeds, lambda line: print(line, file=sys.stderr, flush=True))
+    code, day = task.run((now or datetime.now(UTC)).replace(tzinfo=UTC), summaries)
     if day:
         _render(archive, settings, {day.date})
+    facts = {"day": day, "exit_code": code, "faults": day.faults if day else task.faults}
     if json_file:
         shown = day.model_dump(include={"date", "feeds", "counts"}) if day else {}
-        text = json.dumps({"exit_code": code, "faults": task.faults, **shown}, indent=1)
+        text = json.dumps(facts | {"day": shown}, indent=1)
         print(text) if str(json_file) == "-" else json_file.write_text(text, encoding="utf-8")
     if str(json_file) != "-":
-        site = archive.site
-        print(template("report.txt.j2").render(day=day, code=code, faults=task.faults, site=site))
+        print(template("report.txt.j2").render(site=archive.site, **facts))
     raise typer.Exit(code)
 
 

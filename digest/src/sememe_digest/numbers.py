@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from decimal import Decimal
+from functools import lru_cache
 
 from sememe_digest.papers import Claim, NumberCheck
 
@@ -44,6 +45,7 @@ def find_numbers(text: str) -> list[tuple[re.Match[str], Decimal]]:
     return numbers
 
 
+@lru_cache(500)
 def values(text: str) -> set[Decimal]:
     """Every value that a text can be read to have: `a - 5` is a difference or minus five, and a
     number at a line end may go on in the next line."""

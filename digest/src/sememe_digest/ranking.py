@@ -71,6 +71,8 @@ def z_scores(values: list[float]) -> list[float]:
 
 @cache
 def stem(word: str) -> str:
+    if word.endswith("ss"):
+        return word
     fits = (end for end in ENDINGS if word.endswith(end) and len(word) >= len(end) + SHORTEST_STEM)
     return word.removesuffix(next(fits, ""))
 

@@ -49,8 +49,7 @@ def rfc822(day: str) -> str:
 
 
 @cache
-def template(name: str) -> Any:
-    """A template, with escaping where its output is HTML or XML."""
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("sememe_digest"),
         autoescape=lambda name: "html" in str(name) or "xml" in str(name),
@@ -62,11 +61,16 @@ def template(name: str) -> Any:
     environment.filters |= {"claim": claim_html, "inert": inert, "prefix": prefix, "rfc822": rfc822}
     environment.globals["sections"] = SECTIONS
     # The page's policy allows these two inline texts by their hashes, and nothing else.
-    for kind, file in {"style": "style.css", "script": "script.js"}.items():
-        text = (files("sememe_digest") / "templates" / file).read_text(encoding="utf-8")
+    for kind, name in {"style": "style.css", "script": "script.js"}.items():
+        text = (files("sememe_digest") / "templates" / name).read_text(encoding="utf-8")
         hashed = b64encode(sha256(text.encode()).digest()).decode()
         environment.globals |= {kind: Markup(text), f"{kind}_hash": f"'sha256-{hashed}'"}
-    return environment.get_template(name)
+    return environment
+
+
+def template(name: str) -> Any:
+    """A template, with escaping where its output is HTML or XML."""
+    return _environment().get_template(name)
 
 
 def render(days: dict[str, Day], config: Config, dates: set[str]) -> dict[str, str]:
