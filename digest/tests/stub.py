@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -39,7 +39,8 @@ def feed_xml(items: list[dict], day: str = "Tue, 17 Feb 2026", category: str = "
             f"<description>arXiv:{name} Announce Type: {kind} \nAbstract: "
             f"{escape(item.get('abstract', 'We train a model.'))}</description>"
             f'<guid isPermaLink="false">oai:arXiv.org:{name}</guid>{classes}'
-            f"<arxiv:announce_type>{kind}</arxiv:announce_type><dc:creator>A. Bee</dc:creator></item>"
+            f"<arxiv:announce_type>{kind}</arxiv:announce_type>"
+            "<dc:creator>A. Bee</dc:creator></item>"
         )
     return (
         '<rss xmlns:arxiv="http://arxiv.org/schemas/atom" '
@@ -57,11 +58,11 @@ def pdf(pages: list[str], hidden: str = "", **options) -> bytes:
     for text in pages:
         document.add_page()
         document.set_font("Helvetica", size=11)
-        document.multi_cell(0, 6, text)
+        document.multi_cell(0, 6, text, new_x="LMARGIN", new_y="NEXT")
         if hidden:
             document.set_font("Helvetica", size=1)
             document.set_text_color(255, 255, 255)
-            document.multi_cell(0, 2, hidden)
+            document.multi_cell(0, 2, hidden, new_x="LMARGIN", new_y="NEXT")
             document.set_text_color(0, 0, 0)
             hidden = ""
     return bytes(document.output())
@@ -115,7 +116,8 @@ def respond(handler: BaseHTTPRequestHandler, value: object) -> None:
         handler.send_header(key, text)
     handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()
-    handler.wfile.write(body)
+    with suppress(ConnectionError):  # whoever asked has seen enough
+        handler.wfile.write(body)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -166,7 +167,10 @@ def test_an_empty_day_touches_nothing(site, tmp_path, monkeypatch):
 
 def test_a_paper_whose_own_feed_is_missing_is_kept(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, "edge", cs_LG=(DATA / "edge_cs.LG.xml").read_bytes())
-    keys = {"categories": ["cs.LG", "cs.CL"], "terms": ["LLM", "training", "kernel", "quantization"]}
+    keys = {
+        "categories": ["cs.LG", "cs.CL"],
+        "terms": ["LLM", "training", "kernel", "quantization"],
+    }
     for types, kept in ((["new"], {"90001", "90002", "90007"}), (["new", "cross"], {"90003"})):
         site = tmp_path / f"site{len(types)}"
         config = write_config(tmp_path, types=types, **keys)
@@ -191,7 +195,8 @@ def test_a_listing_page_stands_in_for_a_stale_feed(tmp_path, monkeypatch):
         assert digest(monkeypatch, *command, NOW)[0] == 4  # no listing page either
         page = "".join(
             f"<dt><a href ='/abs/2602.{n:05}'>x</a></dt><dd>"
-            "<div class='list-title mathjax'><span class='descriptor'>Title:</span>On training</div>"
+            "<div class='list-title mathjax'>"
+            "<span class='descriptor'>Title:</span>On training</div>"
             "<div class='list-subjects'>Machine Learning (cs.LG)</div>"
             "<p class='mathjax'>We train.</p></dd>"
             for n in range(100, 103)
@@ -249,7 +254,9 @@ BUSY = (429, {"Retry-After": "7"}, b"")
         ((400, {}, (DATA / "error_cs.XX.xml").read_bytes()), "Bad subject class"),
     ],
 )
-def test_a_feed_that_fails_is_one_sentence_and_the_rest_goes_on(tmp_path, monkeypatch, value, words):
+def test_a_feed_that_fails_is_one_sentence_and_the_rest_goes_on(
+    tmp_path, monkeypatch, value, words
+):
     clock = FakeClock(monkeypatch)
     with serve() as stub:
         stub.feeds = {"cs.LG": feed_xml(ids(0, 3)), "cs.AI": value}
@@ -300,7 +307,7 @@ def test_requests_are_polite(tmp_path, monkeypatch):
         assert digest(monkeypatch, *command)[0] == 4
         times = [time for _, time in stub.seen]
         assert len(times) == 6  # three attempts at cs.CL, and its listing page
-        assert all(later - sooner >= 3 for sooner, later in zip(times, times[1:], strict=False))
+        assert all(later - sooner >= 3 for sooner, later in pairwise(times))
         for headers in stub.headers:
             assert "application/xml" in headers["Accept"]
             assert re.fullmatch(r"sememe-digest/\S+ \(me@example.org\)", headers["User-Agent"])
@@ -354,7 +361,9 @@ def test_a_damaged_archive_and_a_path_that_cannot_be_used(tmp_path, monkeypatch)
     code, text = digest(monkeypatch, "run", "-c", config, "--feeds", DAY, "--out", site)
     assert code == 2 and "2026-02-16.json got damaged" in text
     (tmp_path / "file").write_text("", encoding="utf-8")
-    code, text = digest(monkeypatch, "run", "-c", config, "--feeds", DAY, "--out", tmp_path / "file")
+    code, text = digest(
+        monkeypatch, "run", "-c", config, "--feeds", DAY, "--out", tmp_path / "file"
+    )
     assert code == 2 and "cannot be" not in text and "need a path" in text
     assert "Traceback" not in text
 

@@ -16,23 +16,19 @@ CACHE_SECONDS = 14 * 86_400  # PDFs are kept for own use, not stored
 
 def write(path: Path, text: str) -> None:
     """Writes a file whole or not at all; one that has this text already is not touched."""
-    if path.exists() and path.read_bytes() == text.encode():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    if not path.exists() or path.read_bytes() != text.encode():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         part.write_bytes(text.encode())
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Archive:
     """Days in `SITE/archive/DATE.json`. The cache beside the site may be deleted at any time."""
 
     def __init__(self, site: Path):
-        self.site = site
-        self.cache = site.resolve().parent / ".cache" / site.resolve().name
+        self.site, whole = site, site.resolve()
+        self.cache = whole.parent / ".cache" / whole.name
         self.days: dict[str, Day] = {}
         for path in sorted((site / "archive").glob("????-??-??.json")):
             try:
@@ -55,9 +51,10 @@ class Archive:
         write(self.site / "archive" / f"{day.date}.json", day.model_dump_json(indent=1) + "\n")
 
     def cached(self, kind: str, key: str) -> Any:
-        """What was kept under a key, or nothing: no part of it is needed to go on."""
+        """What was kept under a key, or nothing: no part of the cache is needed to go on."""
+        path = self.cache / kind / f"{key}.json"
         try:
-            return json.loads((self.cache / kind / f"{key}.json").read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -65,7 +62,6 @@ class Archive:
         write(self.cache / kind / f"{key}.json", json.dumps(value))
 
     def prune(self) -> None:
-        old = time.time() - CACHE_SECONDS
-        for path in self.cache.rglob("*"):
-            if path.is_file() and path.stat().st_mtime < old:
+        for path in self.cache.rglob("*.*"):
+            if path.stat().st_mtime < time.time() - CACHE_SECONDS:
                 path.unlink()

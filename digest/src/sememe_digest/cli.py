@@ -1,19 +1,19 @@
 """The command line. A command imports what it needs when it runs, so that `--help` is instant."""
 
 import json
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option, Typer
 
 from sememe_digest import __version__
 from sememe_digest.errors import DigestError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-Option = typer.Option
+app = Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 ConfigFile = Annotated[Path, Option("--config", "-c", help="The configuration.")]
 Out = Annotated[Path | None, Option(help="The site, in place of `out` in the configuration.")]
 Feeds = Annotated[Path | None, Option(help="A folder of CLASS.xml(.gz), read in place of arXiv.")]
@@ -21,6 +21,7 @@ WithSummaries = Annotated[bool, Option(help="Ask the language model, if its key 
 Now = Annotated[datetime | None, Option(help="The time of the run in UTC: 2026-02-17T06:40:00.")]
 Json = Annotated[Path | None, Option("--json", help="Counts and faults; `-` is stdout.")]
 Port = Annotated[int, Option(help="The port on this machine.")]
+YAML = Path("digest.yaml")
 
 
 def main() -> None:
@@ -32,8 +33,6 @@ def main() -> None:
     except KeyboardInterrupt:
         code, line = 130, "stopped: what is finished is kept, the same command goes on"
     except OSError as error:
-        if error.errno is None:  # not of the operating system: a fault of the program
-            raise
         need = "need a path that can be read or written. try: another path, or other permissions"
         code, line = 2, f"error: {error.filename} got {error.strerror}: {need}"
     print(line, file=sys.stderr)
@@ -50,9 +49,9 @@ def options(version: Annotated[bool, Option("--version", help="Print the version
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(help="Where to write it.")] = Path()) -> None:
+def init(folder: Annotated[Path, Argument(help="Where to write it.")] = Path()) -> None:
     """Write a commented digest.yaml."""
-    path = folder / "digest.yaml"
+    path = folder / YAML
     if path.exists():
         raise DigestError(f"{path} is there already: need a new file. try: edit it, or move it")
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +61,7 @@ def init(folder: Annotated[Path, typer.Argument(help="Where to write it.")] = Pa
 
 @app.command()
 def run(
-    config: ConfigFile = Path("digest.yaml"),
+    config: ConfigFile = YAML,
     feeds: Feeds = None,
     out: Out = None,
     summaries: WithSummaries = True,
@@ -76,21 +75,22 @@ def run(
     configuration; 3 nothing announced, nothing touched; 4 incomplete, run again; 5 nothing could
     be read, nothing written."""
     from sememe_digest.daily import Run
-    from sememe_digest.render import template
+    from sememe_digest.render import publish, template
 
     settings, archive = _open(config, out)
     task = Run(settings, archive, feeds, lambda line: print(line, file=sys.stderr, flush=True))
     code, day = task.run((now or datetime.now(UTC)).replace(tzinfo=UTC), summaries)
     if day:
-        _render(archive, settings, {day.date})
-    facts = {"day": day, "exit_code": code, "faults": day.faults if day else task.faults}
+        publish(archive, settings, {day.date})
+    faults = day.faults if day else task.faults
     if json_file:
-        shown = day.model_dump(include={"date", "feeds", "counts"}) if day else {}
-        text = json.dumps(facts | {"day": shown}, indent=1)
-        print(text) if str(json_file) == "-" else json_file.write_text(text, encoding="utf-8")
-    if str(json_file) != "-":
-        print(template("report.txt.j2").render(site=archive.site, **facts))
-    raise typer.Exit(code)
+        facts = day.model_dump(include={"date", "feeds", "counts"}) if day else None
+        text = json.dumps({"exit_code": code, "faults": faults, "day": facts}, indent=1)
+        print(text) if f"{json_file}" == "-" else json_file.write_text(text, encoding="utf-8")
+    if f"{json_file}" != "-":
+        facts = {"day": day, "exit_code": code, "faults": faults, "site": archive.site}
+        print(template("report.txt.j2").render(facts))
+    raise Exit(code)
 
 
 def _open(config: Path, out: Path | None) -> tuple[Any, Any]:
@@ -101,22 +101,10 @@ def _open(config: Path, out: Path | None) -> tuple[Any, Any]:
     return settings, Archive(out or settings.out)
 
 
-def _render(archive: Any, settings: Any, dates: set[str]) -> None:
-    """Writes the pages of these dates, of their neighbours, and those that are missing."""
-    from sememe_digest.archive import write
-    from sememe_digest.render import render
-
-    order, folder = sorted(archive.days), archive.site / "archive"
-    near = {day for i, day in enumerate(order) if dates & {*order[max(0, i - 1) : i + 2]}}
-    missing = {day for day in order if not (folder / f"{day}.html").exists()}
-    for name, text in render(archive.days, settings, near | missing).items():
-        write(archive.site / name, text)
-
-
 @app.command()
 def why(
-    paper: Annotated[str, typer.Argument(metavar="ID", help="An arXiv id or address.")],
-    config: ConfigFile = Path("digest.yaml"),
+    paper: Annotated[str, Argument(metavar="ID", help="An arXiv id or address.")],
+    config: ConfigFile = YAML,
     out: Out = None,
 ) -> None:
     """Say why a paper is in the digest, or why it is not."""
@@ -133,23 +121,17 @@ def why(
 
 
 @app.command()
-def render(config: ConfigFile = Path("digest.yaml"), out: Out = None) -> None:
+def render(config: ConfigFile = YAML, out: Out = None) -> None:
     """Write all pages and feeds anew from the archive."""
+    from sememe_digest.render import publish
+
     settings, archive = _open(config, out)
-    if not archive.days:
-        raise DigestError(f"{archive.site} has no day: need one. try: sememe-digest run")
-    _render(archive, settings, set(archive.days))
-    print(f"page: {archive.site / 'index.html'}")
+    publish(archive, settings, set(archive.days))
+    print(f"page: {archive.site}/index.html")
 
 
 @app.command()
-def serve(config: ConfigFile = Path("digest.yaml"), out: Out = None, port: Port = 8000) -> None:
+def serve(config: ConfigFile = YAML, out: Out = None, port: Port = 8000) -> None:
     """Show the site in a browser of this machine; any web server does the same."""
-    from functools import partial
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
-    _, archive = _open(config, out)
-    handler = partial(SimpleHTTPRequestHandler, directory=archive.site)
-    with ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
-        print(f"http://127.0.0.1:{port}/ until Ctrl-C", flush=True)
-        server.serve_forever()
+    words = ["http.server", f"{port}", "--bind", "127.0.0.1", "--directory"]
+    subprocess.run([sys.executable, "-m", *words, f"{_open(config, out)[1].site}"], check=False)

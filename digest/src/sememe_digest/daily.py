@@ -2,9 +2,10 @@
 
 import gzip
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import date, datetime
 from hashlib import sha256
+from itertools import compress
 from pathlib import Path
 
 from sememe_digest import latex
@@ -14,21 +15,20 @@ from sememe_digest.config import Config
 from sememe_digest.errors import DigestError, Unread, reason
 from sememe_digest.feeds import NEW_YORK, Feed, read_feed, stale_since, union
 from sememe_digest.listing import read_listing
-from sememe_digest.papers import Day, Paper
+from sememe_digest.papers import Day, Entry, Paper
 from sememe_digest.ranking import rank
 from sememe_digest.summaries import Summariser
 
 WRITTEN, NOTHING, INCOMPLETE = 0, 3, 4
 STAGES = ("announced", "new", "matching", "shown", "summarised")
+Progress = Callable[[str], None]
 NOT_RANKING = {"title", "url", "contact", "out", "summaries", "feeds_url", "pages_url"}
 
 
 class Run:
     """One run of a digest; `folder` holds feeds as files, which are then read in place of arXiv."""
 
-    def __init__(
-        self, config: Config, archive: Archive, folder: Path | None, progress: Callable[[str], None]
-    ):
+    def __init__(self, config: Config, archive: Archive, folder: Path | None, progress: Progress):
         self.config, self.archive, self.folder = config, archive, folder
         self.progress, self.client = progress, Client(config.contact)
         self.settings = sha256(config.model_dump_json(exclude=NOT_RANKING).encode()).hexdigest()
@@ -45,8 +45,7 @@ class Run:
             if day is None:
                 return INCOMPLETE if self.faults else NOTHING, None
         summariser = Summariser(self.config, self.archive)
-        missing = summariser.missing(day.entries) if with_summaries else []
-        if missing:
+        if with_summaries and (missing := summariser.missing(day.entries)):
             self.archive.save(day)  # what is known is safe before the long part begins
             summariser.run(missing, self.client, self.progress)
         self._count(day, "summarised", [entry for entry in day.entries if entry.summary])
@@ -82,11 +81,12 @@ class Run:
 
     def _fetch(self, category: str) -> bytes:
         if self.folder:
-            for path in (self.folder / f"{category}.xml", self.folder / f"{category}.xml.gz"):
-                if path.is_file():
-                    body = path.read_bytes()
-                    return gzip.decompress(body) if path.suffix == ".gz" else body
-            raise Unread(f"{self.folder} has no {category}.xml: need one. try: another --feeds")
+            path = self.folder / f"{category}.xml"
+            if (packed := path.with_name(f"{path.name}.gz")).is_file():
+                return gzip.decompress(packed.read_bytes())
+            if path.is_file():
+                return path.read_bytes()
+            raise Unread(f"{self.folder} has no {path.name}: need one. try: another --feeds")
         etag, body = self.archive.cached("feeds", category) or ("", "")
         answer = self.client.get(f"{self.config.feeds_url}/{category}", etag)
         if answer.status_code == 200:
@@ -116,19 +116,18 @@ class Run:
     def _assemble(self, today: str, updated: str, papers: list[Paper], old: Day | None) -> Day:
         """Ranks, cuts at `min_score` and `limit`, and keeps summaries of an earlier run."""
         ranked = rank(papers, self.config)
-        least = self.config.min_score
-        matching = [(w, e) for w, e in ranked if e.excluded is None and e.score >= least]
-        entries = [entry for _, entry in matching]
-        shown, beyond = entries[: self.config.limit], matching[self.config.limit :]
+        fits = [e.excluded is None and e.score >= self.config.min_score for _, e in ranked]
+        matching = list(compress(ranked, fits))
+        shown, beyond = matching[: self.config.limit], matching[self.config.limit :]
         kept = {entry.versioned_id: entry.summary for entry in old.entries} if old else {}
-        for number, entry in enumerate(shown, 1):
+        for number, (_, entry) in enumerate(shown, 1):
             entry.rank, entry.summary = number, kept.get(entry.versioned_id)
             entry.title_text = latex.to_text(entry.title)
             entry.abstract_text = latex.to_text(entry.abstract)
             entry.authors = latex.authors(entry.creator)
         announced = dict(old.announced) if old else {}
         for _, entry in ranked:
-            verdict = {"category": entry.primary, "terms": [hit.term for hit in entry.hits]}
+            verdict = {"category": entry.primary, "terms": [hit["term"] for hit in entry.hits]}
             announced[entry.id] = verdict | entry.model_dump(include={"score", "excluded"})
         day = Day(
             date=today,
@@ -136,22 +135,18 @@ class Run:
             settings=self.settings,
             feeds=self.states,
             faults=self.faults,
-            cut_score=shown[-1].score if shown else None,
-            tied_out=sum(worth == matching[len(shown) - 1][0] for worth, _ in beyond),
-            entries=shown,
+            cut_score=shown[-1][1].score if shown else None,
+            tied_out=sum(worth == shown[-1][0] for worth, _ in beyond),
+            entries=[entry for _, entry in shown],
             announced=announced,
         )
-        for stage, papers in (
-            ("new", [e for _, e in ranked]),
-            ("matching", entries),
-            ("shown", shown),
-        ):
-            self._count(day, stage, papers)
+        for stage, pairs in {"new": ranked, "matching": matching, "shown": shown}.items():
+            self._count(day, stage, [entry for _, entry in pairs])
         for category, feed in self.feeds.items():  # arXiv's own count, whatever is new to us
             day.counts[category]["announced"] = len(feed.new_ids())
         return day
 
-    def _count(self, day: Day, stage: str, papers: Iterable[Paper]) -> None:
+    def _count(self, day: Day, stage: str, papers: list[Entry]) -> None:
         numbers = Counter(self.config.home(paper.primary) for paper in papers)
         for category in (*self.config.categories, *numbers):
             counts = day.counts.setdefault(category, dict.fromkeys(STAGES, 0))

@@ -5,7 +5,7 @@ import unicodedata
 from decimal import Decimal
 from functools import lru_cache
 
-from sememe_digest.papers import Claim, NumberCheck
+from sememe_digest.papers import Claim
 
 # 1,234.5 · .46 · 1e-7, also behind a word as in Llama-3.1; the sign is apart.
 NUMBER = re.compile(
@@ -72,7 +72,7 @@ def check_claim(claim: Claim, pages: list[str]) -> None:
         page = claim.page if claim.page in pages_with_it else next(iter(pages_with_it), None)
         state = "missing" if page is None else "found" if page == claim.page else "elsewhere"
         written = "-" * (value < 0) + text[start : match.end()]
-        claim.numbers.append(NumberCheck(text=written, state=state, page=page))
+        claim.numbers.append({"text": written, "state": state, "page": page})
 
 
 def missing_headlines(abstract: str, claims: list[Claim]) -> list[str]:

@@ -1,6 +1,6 @@
 """Papers, entries of a digest and its days: the JSON schema of the archive."""
 
-from typing import Literal
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -33,31 +33,16 @@ class Paper(BaseModel):
         return f"{self.id}v{self.version}"
 
 
-class Hit(BaseModel):
-    """A term that a paper matches."""
-
-    term: str
-    weight: float
-    in_title: bool
-
-
-class NumberCheck(BaseModel):
-    """A number of a claim: found on the page that the claim names, on another one, or nowhere."""
-
-    text: str
-    state: Literal["found", "elsewhere", "missing"]
-    page: int | None
-
-
 class Claim(BaseModel):
     """One statement of a summary, with the page and the words that it rests on."""
 
     field: str  # one of SECTIONS, or "sentence"
     text: str
-    page: int | None
-    quote: str
+    page: int | None = None
+    quote: str = ""
     quote_found: bool = False
-    numbers: list[NumberCheck] = []
+    # Of each number its text, its state (found, elsewhere, missing) and a page that has it.
+    numbers: list[dict[str, Any]] = []
 
 
 class Summary(BaseModel):
@@ -71,7 +56,8 @@ class Summary(BaseModel):
 
     def numbers(self, *states: str) -> list[str]:
         """The numbers of all claims that are in one of these states."""
-        return [n.text for claim in self.claims for n in claim.numbers if n.state in states]
+        numbers = (number for claim in self.claims for number in claim.numbers)
+        return [number["text"] for number in numbers if number["state"] in states]
 
 
 class Entry(Paper):
@@ -80,7 +66,7 @@ class Entry(Paper):
     rank: int = 0
     score: float
     similarity: float | None = None
-    hits: list[Hit]
+    hits: list[dict[str, Any]]  # term, weight, in_title
     excluded: str | None
     title_text: str = ""
     abstract_text: str = ""

@@ -7,7 +7,7 @@ from math import log, sqrt
 from statistics import fmean, pstdev
 
 from sememe_digest.config import Config
-from sememe_digest.papers import Entry, Hit, Paper
+from sememe_digest.papers import Entry, Paper
 
 TITLE_BONUS = 0.5  # of a term's weight, on top, where the title has it
 # What is cut off words for `interests`, so that compress, compressed and compression are one.
@@ -45,11 +45,11 @@ def rank(papers: list[Paper], config: Config) -> list[tuple[float, Entry]]:
         title = prepare(paper.title)
         text = f"{title} {prepare(paper.abstract)}"
         hits = [
-            Hit(term=term, weight=weight, in_title=occurs(term, title))
+            {"term": term, "weight": weight, "in_title": occurs(term, title)}
             for term, weight in config.terms.items()
             if occurs(term, text)
         ]
-        score = round(sum(hit.weight * (1 + TITLE_BONUS * hit.in_title) for hit in hits), 4)
+        score = round(sum(h["weight"] * (1 + TITLE_BONUS * h["in_title"]) for h in hits), 4)
         where = title if config.exclude_in == "title" else text
         excluded = next((term for term in config.exclude if occurs(term, where)), None)
         entries.append(Entry(**dict(paper), score=score, hits=hits, excluded=excluded))

@@ -12,11 +12,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sememe_digest.archive import Archive, write
 from sememe_digest.config import Config
+from sememe_digest.errors import DigestError
 from sememe_digest.papers import SECTIONS, Day
 
 FEED_DAYS, FEED_ITEMS = 30, 100
-PREFIX_CHARACTERS = 300  # of an abstract in the README, as on the pages that it is modelled on
 
 
 @cache
@@ -35,17 +36,8 @@ def claim_html(text: str) -> Markup:
 
 def inert(text: str) -> str:
     """Text of a feed for Markdown: as it is, but for what would be HTML, a link or an image."""
-    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split()))
+    text = re.sub(r"<(?=[A-Za-z/!?][^<]*>)", "&lt;", " ".join(text.split()))
     return re.sub(r"^(?=[#>+*=~-])|[\[\]](?=.*\]|.*\()|\](?=\()", r"\\\g<0>", text)
-
-
-def prefix(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= PREFIX_CHARACTERS else f"{line[:PREFIX_CHARACTERS]}..."
-
-
-def rfc822(day: str) -> str:
-    return format_datetime(datetime.fromisoformat(f"{day}T00:00:00+00:00"))
 
 
 @cache
@@ -58,7 +50,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"claim": claim_html, "inert": inert, "prefix": prefix, "rfc822": rfc822}
+    midnight = "T00:00:00+00:00"
+    environment.filters |= {"claim": claim_html, "inert": inert}
+    environment.filters["rfc822"] = lambda d: format_datetime(datetime.fromisoformat(d + midnight))
     environment.globals["sections"] = SECTIONS
     # The page's policy allows these two inline texts by their hashes, and nothing else.
     for kind, name in {"style": "style.css", "script": "script.js"}.items():
@@ -71,6 +65,18 @@ def _environment() -> Environment:
 def template(name: str) -> Any:
     """A template, with escaping where its output is HTML or XML."""
     return _environment().get_template(name)
+
+
+def publish(archive: Archive, config: Config, dates: set[str]) -> None:
+    """Writes what is new of a site: of the pages of days those of these dates and of their
+    neighbours, which link to them, and those that are missing."""
+    order, pages = sorted(archive.days), archive.site / "archive"
+    if not order:
+        raise DigestError(f"{archive.site} has no day: need one. try: sememe-digest run")
+    near = {day for i, day in enumerate(order) if dates & {*order[max(0, i - 1) : i + 2]}}
+    missing = {day for day in order if not (pages / f"{day}.html").exists()}
+    for name, text in render(archive.days, config, near | missing).items():
+        write(archive.site / name, text)
 
 
 def render(days: dict[str, Day], config: Config, dates: set[str]) -> dict[str, str]:

@@ -51,67 +51,58 @@ class Summariser:
 
     def run(self, entries: list[Entry], client: Client, progress: Callable[[str], None]) -> None:
         """Each summary is kept as soon as it is there: a run that is stopped pays nothing twice."""
+        folder = self.archive.cache / "pdf"
+
+        def fail(entry: Entry, error: DigestError) -> None:
+            entry.failure = reason(error)
+            progress(f"{entry.id}: {entry.failure}")
 
         def summarise(entry: Entry, text: FullText) -> None:
             try:
                 summary = self._summarise(entry, text)
                 self.archive.keep("summaries", summary.key, summary.model_dump())
                 entry.summary = summary
+                progress(f"{entry.id}: summarised")
             except DigestError as error:
-                entry.failure = reason(error)
-            progress(f"{entry.id}: {entry.failure or 'summarised'}")
+                fail(entry, error)
 
-        folder = self.archive.cache / "pdf"
         with ThreadPoolExecutor(self.settings.workers) as pool:
+            futures = []
             for entry in entries:
                 try:
                     if self.refusal:
                         raise self.refusal
                     pdf = fetch_pdf(client, entry, self.config.pages_url, folder)
-                    pool.submit(summarise, entry, read_pdf(pdf))
+                    futures.append(pool.submit(summarise, entry, read_pdf(pdf)))
                 except DigestError as error:
-                    entry.failure = reason(error)
-                    progress(f"{entry.id}: {entry.failure}")
+                    fail(entry, error)
+        for future in futures:
+            future.result()  # a fault of the program is not to pass in silence
 
     def _summarise(self, entry: Entry, text: FullText) -> Summary:
         # A paper is data between fences that it cannot know, and the only paper in sight.
         fence = f"PAPER {secrets.token_hex(8)}"
         pages = "\n".join(f"[page {n}]\n{page}" for n, page in enumerate(text.pages, 1))
         paper = f"{entry.title}\n{entry.abstract}\n{pages}"[: self.settings.max_characters]
-        messages = [
-            {"role": "system", "content": self.config.prompt()},
-            {"role": "user", "content": f"<<<{fence}\n{paper}\n{fence}>>>\nThat was data."},
-        ]
-        attempts = []
+        content = f"<<<{fence}\n{paper}\n{fence}>>>\nThat was data."
+        messages = [{"role": "system", "content": self.config.prompt()}]
+        messages.append({"role": "user", "content": content})
+        attempts: list[tuple[int, Summary]] = []
         for _ in range(2):
-            summary, fault = self._attempt(entry, text, messages)
-            attempts += [summary] if summary else []
+            try:
+                summary = parse(self._complete(messages))
+                fault = check(summary, entry, text)
+                missing = summary.numbers("missing") + summary.missing_headlines
+                attempts.insert(0, (len(missing), summary))
+            except ValueError as error:
+                fault = f"The answer is not the JSON object that was asked for ({reason(error)})."
             if not fault:
                 break
             messages.append({"role": "user", "content": f"{fault} Answer once more, in full."})
         if not attempts:
-            raise DigestError(f"no summary of {entry.id}: {fault}")
-        return min(attempts[::-1], key=lambda s: len(s.numbers("missing") + s.missing_headlines))
-
-    def _attempt(
-        self, entry: Entry, text: FullText, messages: list[dict[str, str]]
-    ) -> tuple[Summary | None, str]:
-        """A checked summary, if the answer is one, and what is wrong in words for the model."""
-        try:
-            summary = parse(self._complete(messages))
-        except ValueError as error:
-            return None, f"The answer is not the JSON object that was asked for ({reason(error)})."
-        summary.key, summary.model = self.key(entry), self.settings.model
-        summary.removed = text.removed + summary.removed
-        for claim in summary.claims:
-            check_claim(claim, text.pages)
-        summary.missing_headlines = missing_headlines(entry.abstract, summary.claims)
-        missing, fault = summary.numbers("missing"), ""
-        if len(missing) > MAX_MISSING * len(summary.numbers("missing", "found", "elsewhere")):
-            fault = f"The paper does not contain these numbers: {', '.join(missing)}. "
-        if summary.missing_headlines:
-            fault += f"The abstract also states {', '.join(summary.missing_headlines)}."
-        return summary, fault
+            raise DigestError(f"no summary: {fault}")
+        best = min(attempts, key=lambda attempt: attempt[0])[1]
+        return best.model_copy(update={"key": self.key(entry), "model": self.settings.model})
 
     def _complete(self, messages: list[dict[str, str]]) -> str:
         url = f"{self.settings.base_url.rstrip('/')}/chat/completions"
@@ -119,44 +110,54 @@ class Summariser:
         try:
             for attempt in retries():
                 with attempt:
+                    if self.refusal:
+                        raise self.refusal
                     response = self.http.post(url, json=body)
                     if response.status_code == 429 or response.status_code >= 500:
                         raise Busy(response)
         except (Busy, httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unread(f"{url} gave no answer ({error}). try: again later") from error
-        if response.status_code >= 400:
+        if response.status_code in (401, 403, 404):  # every other request would meet it too
             got = f"{url} answered status {response.status_code} ({response.text:.200})"
-            error = DigestError(f"{got}: need a model that answers. try: the keys of summaries")
-            if response.status_code in (401, 403, 404):  # every other request would meet it too
-                self.refusal = error
-            raise error
+            self.refusal = DigestError(f"{got}: need a model. try: the keys of summaries")
+            raise self.refusal
         return response.text
 
 
+def check(summary: Summary, entry: Entry, text: FullText) -> str:
+    """Compares a summary with its paper; what is wrong, in words for the model."""
+    summary.removed = text.removed + summary.removed
+    for claim in summary.claims:
+        check_claim(claim, text.pages)
+    summary.missing_headlines = missing_headlines(entry.abstract, summary.claims)
+    missing, fault = summary.numbers("missing"), ""
+    if len(missing) > MAX_MISSING * len(summary.numbers("missing", "found", "elsewhere")):
+        fault = f"The paper does not contain these numbers: {', '.join(missing)}. "
+    if summary.missing_headlines:
+        fault += f"The abstract also states {', '.join(summary.missing_headlines)}."
+    return fault
+
+
 def parse(response: str) -> Summary:
-    """The claims of an answer, without what the model thought before it; however loosely they are
-    given, and but for those that obey a paper."""
+    """The claims of an answer, however loosely given, but for those that obey a paper."""
     try:
         content = str(json.loads(response)["choices"][0]["message"]["content"])
+        content = re.sub(r"<think>.*?</think>", "", content, flags=re.S)
+        answer = dict(json.loads(content[max(0, content.find("{")) : content.rfind("}") + 1]))
     except (LookupError, TypeError) as error:
-        raise ValueError(f"no message in it: {error}") from error
-    text = re.sub(r"<think>.*?</think>", "", content, flags=re.S)
-    answer = json.loads(text[text.find("{") : text.rfind("}") + 1])
-    summary = Summary(claims=[])
+        raise ValueError(f"no message in it: {response:.100}") from error
+    summary = Summary()
     for field in ("sentence", *(name for names in SECTIONS.values() for name in names)):
         values = answer.get(field)
         for value in values if isinstance(values, list) else [values]:
             given = value if isinstance(value, dict) else {"text": value}
-            text, page, quote = (
-                " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", str(given.get(key) or "")).split())
-                for key in ("text", "page", "quote")
-            )
+            texts = (str(given.get(key) or "")[:MAX_CLAIM] for key in ("text", "page", "quote"))
+            text, page, quote = (" ".join(re.sub(r"[\0-\x1f\x7f]", " ", t).split()) for t in texts)
             if INSTRUCTION.search(text):
                 summary.removed.append("a claim that obeys words to a language model")
             elif text:
-                claim = Claim(field=field, text=text[:MAX_CLAIM], quote=quote[:MAX_CLAIM])
-                claim.page = int(page) if page.isdecimal() else None
-                summary.claims.append(claim)
+                number = int(page) if page.isdecimal() else None
+                summary.claims.append(Claim(field=field, text=text, page=number, quote=quote))
     if not summary.claims:
         raise ValueError("no claims in it")
     return summary
