@@ -12,7 +12,7 @@ from pathlib import Path
 import feedparser
 import pytest
 
-from tests.stub import CHROMIUM_NAMES, DATA, NOW, DAY, digest, run, snapshot, write_config
+from tests.stub import CHROMIUM_NAMES, DATA, DAY, NOW, digest, run, snapshot, write_config
 
 CHROMIUM = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
 

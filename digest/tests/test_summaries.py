@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 
 from sememe_digest import fulltext
+from sememe_digest.claims import parse
 from sememe_digest.fulltext import read_pdf
 from sememe_digest.render import claim_html, inert
-from sememe_digest.summaries import parse
 from tests.stub import (
     NOW,
     PAPER,
@@ -261,10 +261,9 @@ def test_pages_end_at_the_references(tmp_path):
 def test_markdown_of_claims_and_feeds_is_inert():
     assert claim_html("*a* `b` <i>c</i>") == "<em>a</em> <code>b</code> &lt;i&gt;c&lt;/i&gt;"
     assert "href" not in claim_html("[x](data:text/html,x) <https://evil.example>")
-    trap = "a ](javascript:alert(1)) title ![x](http://t.example) </details> <b>x</b> $n<k$"
-    assert inert(trap) == (
-        "a \\](javascript:alert(1)) title !\\[x\\](http://t.example) &lt;/details> &lt;b>x&lt;/b> $n<k$"
-    )
+    trap = "a ](javascript:alert(1)) ![x](http://t.example) </details> <b>x</b> $n<k$"
+    safe = r"a \](javascript:alert(1)) !\[x\](http://t.example) &lt;/details> &lt;b>x&lt;/b> $n<k$"
+    assert inert(trap) == safe
     assert inert("# head") == "\\# head" and inert("A $x^2$ [0, 1) `b`") == "A $x^2$ [0, 1) `b`"
 
 

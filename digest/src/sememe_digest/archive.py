@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sememe_digest.errors import DigestError, reason
+from sememe_digest.errors import DigestError
 from sememe_digest.papers import Day
 
 CACHE_SECONDS = 14 * 86_400  # PDFs are kept for own use, not stored
@@ -35,7 +35,9 @@ class Archive:
                 self.days[path.stem] = Day.model_validate_json(path.read_bytes())
             except ValidationError as error:
                 need = "need a day as this program writes it. try: git checkout of that file"
-                raise DigestError(f"{path} got damaged ({reason(error)}): {need}") from error
+                raise DigestError(
+                    f"{path} got damaged ({error.errors()[0]['msg']}): {need}"
+                ) from error
 
     def announced(self, but: str) -> dict[str, str]:
         """The papers of all days but one, each with its first day."""

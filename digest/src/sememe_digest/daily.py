@@ -5,14 +5,13 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import date, datetime
 from hashlib import sha256
-from itertools import compress
 from pathlib import Path
 
 from sememe_digest import latex
 from sememe_digest.archive import Archive
 from sememe_digest.client import Client
 from sememe_digest.config import Config
-from sememe_digest.errors import DigestError, Unread, reason
+from sememe_digest.errors import DigestError, Unread
 from sememe_digest.feeds import NEW_YORK, Feed, read_feed, stale_since, union
 from sememe_digest.listing import read_listing
 from sememe_digest.papers import Day, Entry, Paper
@@ -33,8 +32,7 @@ class Run:
         self.progress, self.client = progress, Client(config.contact)
         self.settings = sha256(config.model_dump_json(exclude=NOT_RANKING).encode()).hexdigest()
         self.feeds: dict[str, Feed] = {}
-        self.states: dict[str, str] = {}
-        self.faults: list[str] = []
+        self.states, self.faults = dict[str, str](), list[str]()
 
     def run(self, now: datetime, with_summaries: bool) -> tuple[int, Day | None]:
         """The exit code, and the day that was written or was complete already."""
@@ -58,12 +56,12 @@ class Run:
         """The day that the feeds announce, or none if they announce nothing new."""
         for category in self.config.categories:
             self.progress(f"reading {category}")
+            self.states[category] = "failed"
             try:
                 self.feeds[category] = read_feed(self._fetch(category), category)
                 self.states[category] = "read"
             except DigestError as error:
-                self.states[category] = "failed"
-                self.faults.append(reason(error))
+                self.faults.append(f"{error}")
         if not self.feeds:
             raise Unread(f"no feed could be read: {'; '.join(self.faults)}")
         today = max(feed.date for feed in self.feeds.values())
@@ -111,13 +109,13 @@ class Run:
                 self.feeds[category], self.states[category] = listing, "listing"
                 self.faults.append(f"{category} was filled from its listing page")
         except DigestError as error:
-            self.faults.append(reason(error))
+            self.faults.append(f"{error}")
 
     def _assemble(self, today: str, updated: str, papers: list[Paper], old: Day | None) -> Day:
         """Ranks, cuts at `min_score` and `limit`, and keeps summaries of an earlier run."""
         ranked = rank(papers, self.config)
-        fits = [e.excluded is None and e.score >= self.config.min_score for _, e in ranked]
-        matching = list(compress(ranked, fits))
+        least = self.config.min_score
+        matching = [(w, e) for w, e in ranked if not e.excluded and e.score >= least]
         shown, beyond = matching[: self.config.limit], matching[self.config.limit :]
         kept = {entry.versioned_id: entry.summary for entry in old.entries} if old else {}
         for number, (_, entry) in enumerate(shown, 1):
@@ -149,5 +147,4 @@ class Run:
     def _count(self, day: Day, stage: str, papers: list[Entry]) -> None:
         numbers = Counter(self.config.home(paper.primary) for paper in papers)
         for category in (*self.config.categories, *numbers):
-            counts = day.counts.setdefault(category, dict.fromkeys(STAGES, 0))
-            counts[stage] = numbers[category]
+            day.counts.setdefault(category, dict.fromkeys(STAGES, 0))[stage] = numbers[category]

@@ -11,8 +11,3 @@ class Unread(DigestError):
     """Something that was not answered, or is not what was asked for."""
 
     code = 5
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its type when it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

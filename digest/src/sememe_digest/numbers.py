@@ -21,7 +21,7 @@ NAMED = re.compile(
     re.I,
 )
 LIST_ITEM = re.compile(r"^\s*\(?\d{1,2}[.)]\s")
-YEAR = re.compile(r"(?:19\d\d|20[0-3]\d)(?!\s?[%×x.,]\w*)")
+YEAR = re.compile(r"(?:19\d\d|20[0-3]\d)(?!\d|[.,]\d|\s?[%×x])")
 HEADLINE = re.compile(r"(?<![\w.])(?<![A-Za-z]-)-?(\d[\d,]*(\.\d+)?\s?(%|[×x](?!\w))|\d+\.\d+)")
 
 

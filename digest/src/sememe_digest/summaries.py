@@ -1,7 +1,6 @@
-"""Summaries by a language model: the request, its answer as claims, their check, one more try."""
+"""Summaries by a language model: PDFs, requests, one more try, and what is kept of them."""
 
 import json
-import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +10,12 @@ from os import environ
 import httpx
 
 from sememe_digest.archive import Archive
+from sememe_digest.claims import check, parse
 from sememe_digest.client import Busy, Client, retries
 from sememe_digest.config import Config
-from sememe_digest.errors import DigestError, Unread, reason
-from sememe_digest.fulltext import INSTRUCTION, FullText, fetch_pdf, read_pdf
-from sememe_digest.numbers import check_claim, missing_headlines
-from sememe_digest.papers import SECTIONS, Claim, Entry, Summary
-
-MAX_MISSING = 0.2  # of a summary's numbers, before it is asked for once more
-MAX_CLAIM = 800  # characters: a claim is a sentence or two
+from sememe_digest.errors import DigestError, Unread
+from sememe_digest.fulltext import FullText, fetch_pdf, read_pdf
+from sememe_digest.papers import Entry, Summary
 
 
 class Summariser:
@@ -51,10 +47,9 @@ class Summariser:
 
     def run(self, entries: list[Entry], client: Client, progress: Callable[[str], None]) -> None:
         """Each summary is kept as soon as it is there: a run that is stopped pays nothing twice."""
-        folder = self.archive.cache / "pdf"
 
         def fail(entry: Entry, error: DigestError) -> None:
-            entry.failure = reason(error)
+            entry.failure = f"{error}"
             progress(f"{entry.id}: {entry.failure}")
 
         def summarise(entry: Entry, text: FullText) -> None:
@@ -66,8 +61,8 @@ class Summariser:
             except DigestError as error:
                 fail(entry, error)
 
+        folder, futures = self.archive.cache / "pdf", []
         with ThreadPoolExecutor(self.settings.workers) as pool:
-            futures = []
             for entry in entries:
                 try:
                     if self.refusal:
@@ -95,7 +90,7 @@ class Summariser:
                 missing = summary.numbers("missing") + summary.missing_headlines
                 attempts.insert(0, (len(missing), summary))
             except ValueError as error:
-                fault = f"The answer is not the JSON object that was asked for ({reason(error)})."
+                fault = f"The answer is not the JSON object that was asked for ({error})."
             if not fault:
                 break
             messages.append({"role": "user", "content": f"{fault} Answer once more, in full."})
@@ -122,42 +117,3 @@ class Summariser:
             self.refusal = DigestError(f"{got}: need a model. try: the keys of summaries")
             raise self.refusal
         return response.text
-
-
-def check(summary: Summary, entry: Entry, text: FullText) -> str:
-    """Compares a summary with its paper; what is wrong, in words for the model."""
-    summary.removed = text.removed + summary.removed
-    for claim in summary.claims:
-        check_claim(claim, text.pages)
-    summary.missing_headlines = missing_headlines(entry.abstract, summary.claims)
-    missing, fault = summary.numbers("missing"), ""
-    if len(missing) > MAX_MISSING * len(summary.numbers("missing", "found", "elsewhere")):
-        fault = f"The paper does not contain these numbers: {', '.join(missing)}. "
-    if summary.missing_headlines:
-        fault += f"The abstract also states {', '.join(summary.missing_headlines)}."
-    return fault
-
-
-def parse(response: str) -> Summary:
-    """The claims of an answer, however loosely given, but for those that obey a paper."""
-    try:
-        content = str(json.loads(response)["choices"][0]["message"]["content"])
-        content = re.sub(r"<think>.*?</think>", "", content, flags=re.S)
-        answer = dict(json.loads(content[max(0, content.find("{")) : content.rfind("}") + 1]))
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"no message in it: {response:.100}") from error
-    summary = Summary()
-    for field in ("sentence", *(name for names in SECTIONS.values() for name in names)):
-        values = answer.get(field)
-        for value in values if isinstance(values, list) else [values]:
-            given = value if isinstance(value, dict) else {"text": value}
-            texts = (str(given.get(key) or "")[:MAX_CLAIM] for key in ("text", "page", "quote"))
-            text, page, quote = (" ".join(re.sub(r"[\0-\x1f\x7f]", " ", t).split()) for t in texts)
-            if INSTRUCTION.search(text):
-                summary.removed.append("a claim that obeys words to a language model")
-            elif text:
-                number = int(page) if page.isdecimal() else None
-                summary.claims.append(Claim(field=field, text=text, page=number, quote=quote))
-    if not summary.claims:
-        raise ValueError("no claims in it")
-    return summary
