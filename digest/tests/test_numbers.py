@@ -30,7 +30,7 @@ def planted(count: int, seed: int):
 def state(text: str, pages: list[str], page: int | None = 1) -> list[str]:
     claim = Claim(field="method", text=text, page=page, quote="")
     check_claim(claim, pages)
-    return [number.state for number in claim.numbers]
+    return [number["state"] for number in claim.numbers]
 
 
 def test_of_a_hundred_right_numbers_none_is_marked():

@@ -84,7 +84,7 @@ class Run:
                 return gzip.decompress(packed.read_bytes())
             if path.is_file():
                 return path.read_bytes()
-            raise Unread(f"{self.folder} has no {path.name}: need one. try: another --feeds")
+            raise Unread(f"--feeds has no {path.name}: need a file for each class. try: another")
         etag, body = self.archive.cached("feeds", category) or ("", "")
         answer = self.client.get(f"{self.config.feeds_url}/{category}", etag)
         if answer.status_code == 200:
