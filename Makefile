@@ -1,4 +1,5 @@
-# The two commands of a newcomer: make demo, make test. Everything they need goes into .venv, in the versions of constraints.txt.
+# The commands of a newcomer: make demo, make test. Everything they need goes into .venv, in the versions of constraints.txt.
+# make digest needs no torch and has an environment of its own, made in seconds.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -6,7 +7,7 @@ OLD_ENOUGH := import sys; v = sys.version_info[:2]; \
 	sys.exit(v < (3, 11) and "Python %d.%d: need 3.11 or newer. try: make PYTHON=python3.11" % v)
 # The models of the tests are tiny: one process a core, each with one thread.
 PYTEST := -m pytest --numprocesses logical --dist worksteal
-.PHONY: demo test test-newest test-oldest lock lint clean
+.PHONY: demo digest test test-newest test-oldest lock lint clean
 
 demo: .venv/.ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh runs/demo.sh
@@ -14,13 +15,17 @@ demo: .venv/.ready
 test: .venv/.ready
 	@$(BIN)/python $(PYTEST)
 
+digest: .venv-digest/.ready
+	@.venv-digest/bin/sememe-digest run --config digest/examples/seed.yaml --feeds digest/tests/data/2026-02-17 \
+		--no-summaries --out runs/digest/site
+
 # Before a release: the newest and the oldest libraries that pyproject.toml allows. Both take torch from constraints.txt, since
 # another one is gigabytes of CUDA on most machines; `make TORCH=torch test-newest` takes the newest of it too.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 test-newest:
 	@rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
 	@.venv-newest/bin/python $(PIP) $(TORCH)
-	@.venv-newest/bin/python $(PIP) --editable '.[dev]'
+	@.venv-newest/bin/python $(PIP) --editable '.[dev]' --editable './digest[dev]'
 	@.venv-newest/bin/python -m pip list --format=freeze | grep -iE '^(torch|transformers|peft|accelerate|datasets)=='
 	@.venv-newest/bin/python $(PYTEST)
 
@@ -28,6 +33,7 @@ test-oldest:
 	@rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python $(PIP) $(TORCH) uv
 	@.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct $(TORCH) --editable '.[dev]'
+	@.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --editable './digest[dev]'
 	@.venv-oldest/bin/python -m pip list --format=freeze | grep -iE '^(torch|transformers|peft|accelerate|datasets)=='
 	@.venv-oldest/bin/python $(PYTEST)
 
@@ -38,16 +44,22 @@ lock:
 	@mv .lock constraints.txt
 
 lint: .venv/.ready
-	@$(BIN)/ruff check src tests examples
+	@$(BIN)/ruff check src tests examples digest
 
 # torch comes first: on a machine without it, a bare "torch" would bring the newest build with all of CUDA.
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml digest/pyproject.toml constraints.txt
 	@$(PYTHON) -c '$(OLD_ENOUGH)'
 	@echo "setting up .venv: torch, transformers and what they need (a minute where packages are near; once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python $(PIP) --constraint constraints.txt torch
-	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev]' --editable './digest[dev]'
+	@touch $@
+
+.venv-digest/.ready: digest/pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(OLD_ENOUGH)'
+	@test -x .venv-digest/bin/python || $(PYTHON) -m venv .venv-digest
+	@.venv-digest/bin/python $(PIP) --constraint constraints.txt --editable ./digest
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest runs/*/
+	rm -rf .venv .venv-digest .venv-newest .venv-oldest runs/*/

@@ -135,7 +135,7 @@ def test_no_registry_host_and_no_machine_path_in_the_tree():
     hosts = r"pypi[.]org|pythonhosted[.]org|registry[.]npmjs[.]org|download[.]pytorch[.]org"
     pattern = re.compile(f"{hosts}|/work[/]")
     suffixes = {".py", ".md", ".yaml", ".toml", ".html", ".css", ".sh", ""}
-    folders = ("src", "tests", "docs", "recipes", "examples")
+    folders = ("src", "tests", "docs", "recipes", "examples", "digest")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     for path in [*paths, *ROOT.glob("*"), *ROOT.glob("runs/*.sh")]:
         if path.is_file() and path.suffix in suffixes and path.name != ".git":

@@ -1,0 +1,82 @@
+"""Numbers of a text, and whether a paper contains those that a summary states."""
+
+import re
+import unicodedata
+from decimal import Decimal
+from functools import lru_cache
+
+from sememe_digest.papers import Claim
+
+# 1,234.5 · .46 · 1e-7, also behind a word as in Llama-3.1; the sign is apart.
+NUMBER = re.compile(
+    r"(?<![\w.])(?:[A-Za-z]+-?)?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
+    r"(?:[eE](?P<exponent>[-+]?\d{1,3})\b)?"
+)
+POWER = re.compile(r"\s?[×x·]\s?10\s?(?:\^\s?\{?|(?=-))(-?\d{1,2})\}?")
+NEGATIVE = re.compile(r"(?:^|[\s(\[=,:~≈<>±])-\s?$")
+# What stands before a number that names something, which says nothing to check.
+NAMED = re.compile(
+    r"\b(tab(le)?|fig(ure)?|sec(tion)?|eq(uation)?|appendix|theorem|lemma|algorithm|chapter|page|"
+    r"step|arxiv)s?[.:]?\s*\(?$",
+    re.I,
+)
+LIST_ITEM = re.compile(r"^\s*\(?\d{1,2}[.)]\s")
+YEAR = re.compile(r"(?:19\d\d|20[0-3]\d)(?!\d|[.,]\d|\s?[%×x])")
+HEADLINE = re.compile(r"(?<![\w.])(?<![A-Za-z]-)-?(\d[\d,]*(\.\d+)?\s?(%|[×x](?!\w))|\d+\.\d+)")
+
+
+def plain(text: str) -> str:
+    """Text with one form of minus and of powers of ten, without TeX's signs and cut words."""
+    text = unicodedata.normalize("NFKC", re.sub("[−–‐‑‒—]", "-", text))
+    text = text.replace("\\%", "%").replace("\\times", "×").replace("$", "").replace("−", "-")
+    text = re.sub(r"\b10\^\{?(-?\d{1,2})\}?", r"1e\1", POWER.sub(r"e\1", text))
+    return re.sub(r"(?<=[^\W\d_])-\s*\n\s*(?=[^\W\d_])", "", text)
+
+
+def find_numbers(text: str) -> list[tuple[re.Match[str], Decimal]]:
+    """Numbers of a plain text; a minus counts where it is neither hyphen nor range."""
+    numbers = []
+    for match in NUMBER.finditer(text):
+        value = Decimal(match["digits"].replace(",", ""))
+        value = value.scaleb(int(match["exponent"] or 0))
+        start = match.start("digits")
+        negative = NEGATIVE.search(text[max(0, start - 3) : start])
+        numbers.append((match, (-value if negative else value).normalize()))
+    return numbers
+
+
+@lru_cache(500)
+def values(text: str) -> set[Decimal]:
+    """Every value that a text can be read to have: `a - 5` is a difference or minus five, and a
+    number at a line end may go on in the next line."""
+    joined = re.sub(r"(?<=\d)([.,]?)\s*\n\s*([.,]?)(?=\d)", r"\1\2", text)
+    found = {value for part in (text, joined) for _, value in find_numbers(plain(part))}
+    return found | {abs(value) for value in found}
+
+
+def _squeeze(text: str) -> str:
+    return "".join(re.findall(r"\w+", plain(text).lower()))
+
+
+def check_claim(claim: Claim, pages: list[str]) -> None:
+    """Fills in whether the quote and each number of a claim stand where it says."""
+    stated = dict(enumerate(pages, 1)).get(claim.page or 0, "")
+    claim.quote_found = bool(claim.quote) and _squeeze(claim.quote) in _squeeze(stated)
+    claim.numbers = []
+    text, found = LIST_ITEM.sub("", plain(claim.text)), [values(page) for page in pages]
+    for match, value in find_numbers(text):
+        start = match.start("digits")
+        if YEAR.match(text, start) or NAMED.search(text[:start]):
+            continue
+        pages_with_it = [number for number, page in enumerate(found, 1) if value in page]
+        page = claim.page if claim.page in pages_with_it else next(iter(pages_with_it), None)
+        state = "missing" if page is None else "found" if page == claim.page else "elsewhere"
+        written = "-" * (value < 0) + text[start : match.end()]
+        claim.numbers.append({"text": written, "state": state, "page": page})
+
+
+def missing_headlines(abstract: str, claims: list[Claim]) -> list[str]:
+    """Figures that make an abstract's point (x %, x×, decimals) and that no claim states."""
+    stated = {abs(value) for claim in claims for value in values(claim.text)}
+    headlines = [match.group().strip() for match in HEADLINE.finditer(plain(abstract))]
+    return [text for text in headlines if not {abs(value) for value in values(text)} <= stated]
