@@ -38,7 +38,7 @@ class Memory(NamedTuple):
     open_segment: Tensor
 
     def select(self, rows: Tensor) -> "Memory":
-        gate = GateState(*(x[rows.cpu()] for x in self.gate))
+        gate = GateState(*(x[rows.cpu().numpy()] for x in self.gate))
         return Memory(gate, self.last_BD[rows], self.open_segment[rows])
 
     def join(self, other: "Memory") -> "Memory":
