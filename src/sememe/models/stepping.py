@@ -6,6 +6,7 @@ writes a concept, `end` is the rest, up to the logits of the next token. Between
 writes may wait for others that write, so that the middle layers' weights are read once for all of
 them (as DREX does for early exits, arXiv 2512.15705). What a row says does not change by it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from sememe.concepts.segments import Chunk, packing
 from sememe.concepts.writer import NULL, WriteDecision
 from sememe.models.online import Begun, OnlineForCausalLM
 
+PATIENCE = 4  # steps that a row waits for others at most
+
 
 @dataclass
 class Stepped:
@@ -40,6 +43,14 @@ def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor
     ids = [torch.tensor(text, dtype=torch.long) for text in texts]
     masks = [torch.ones_like(row) for row in ids]
     return tuple(pad_sequence(x, True, padding_side="left").to(device) for x in (ids, masks))
+
+
+def slot_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the key and the value of one entry in one layer."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * heads * width * model.dtype.itemsize
 
 
 class TokenCache(Cache):
@@ -71,7 +82,11 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.cache.tokens)
 
-    def start(self, rates: Sequence[float]) -> TokenCache:
+    def bytes_of(self, tokens: int, rate: float | None) -> int:
+        """Of a row's keys and values, when it has come to so many tokens."""
+        return tokens * len(self.spine) * slot_bytes(self.model)
+
+    def start(self, rates: Sequence[float | None]) -> TokenCache:
         """A cache for texts that are read before their rows join; `read` fills it."""
         return TokenCache(len(self.spine), rates, self.model.device)
 
@@ -96,11 +111,13 @@ class TokenRows:
         """(…, D) last states → (…, V)."""
         return self.spine.logits(d)
 
+    @torch.inference_mode()
     def join(self, cache: TokenCache) -> None:
         """The rows of a cache behind these."""
         self.cache.slice.join(cache.slice)
         self.cache.tokens = np.concatenate([self.cache.tokens, cache.tokens])
 
+    @torch.inference_mode()
     def leave(self, row: int) -> None:
         """Drops that row; the last one takes its place."""
         self.cache.slice.leave(row)
@@ -129,16 +146,27 @@ class OnlineRows:
         self.rate_B = np.zeros(0)
         self.begun: Begun | None = None
         self.waiting = np.zeros(0, np.int64)
+        self.waited = 0  # steps, of the row that waits longest
 
     def __len__(self) -> int:
         return len(self.rate_B)
 
     # ---- rows that come and go ----
 
-    def start(self, rates: Sequence[float]) -> Any:
-        """A cache for texts that are read before their rows join; `read` fills it."""
+    def bytes_of(self, tokens: int, rate: float | None) -> int:
+        """Of a row's keys and values, when it has come to so many tokens; one concept more than
+        the rate says, since the gate may be early."""
+        config = self.model.config
+        concepts = 1 + math.ceil(tokens * (rate or self.model.dial.rate))
+        shallow, middle, deep = config.split
+        slots = shallow * tokens + (middle + deep) * (config.max_tail + concepts)
+        return slots * slot_bytes(self.model)
+
+    def start(self, rates: Sequence[float | None]) -> Any:
+        """A cache for texts that are read before their rows join; `read` fills it. Rates: None for
+        the model's own."""
         cache = self.model.new_cache(len(rates))
-        cache.rate_B = np.asarray(rates, float)
+        cache.rate_B = np.array([rate or self.model.dial.rate for rate in rates], float)
         return cache
 
     @torch.inference_mode()
@@ -151,17 +179,22 @@ class OnlineRows:
         with model.dial.at(rate=cache.rate_B):
             begun = model.begin(chunk, cache)
         d_BTD, written_BT = model.end(begun, cache)
-        return d_BTD, [row[len(row) - len(text) :] for row, text in zip(written_BT.tolist(), texts)]
+        return d_BTD, [
+            row[len(row) - len(text) :]
+            for row, text in zip(written_BT.tolist(), texts, strict=True)
+        ]
 
     def logits(self, d: Tensor) -> Tensor:
         """(…, D) last states → (…, V)."""
         return self.model.spine.logits(d)
 
+    @torch.inference_mode()
     def join(self, cache: Any) -> None:
         """The rows of a cache behind these."""
         self.cache.join(cache)
         self.rate_B = np.concatenate([self.rate_B, cache.rate_B])
 
+    @torch.inference_mode()
     def leave(self, row: int) -> None:
         """Drops that row; the last one takes its place."""
         last = len(self) - 1
@@ -181,27 +214,25 @@ class OnlineRows:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], hold: int = 1) -> Stepped:
-        """The `ready` rows read a token each. Rows that write wait until `hold` of them do, or no
-        other is left."""
+        """The `ready` rows read a token each. Rows that write wait until `hold` of them do, one has
+        waited for PATIENCE steps, or no other is left."""
         rows, model = self.ready, self.model
         if len(rows) == 0:
-            begun, rows = self.begun, self.waiting
-            self.begun, self.waiting = None, self.waiting[:0]
-            return self._end(begun, rows)
+            return self._end(*self._release())
         ids_b1 = torch.tensor(tokens, dtype=torch.long, device=model.device)[:, None]
         part = self._part(rows)
         chunk = Chunk.of(model.spine.embed(ids_b1), tokens=part.tokens)
         with model.dial.at(rate=self.rate_B[rows]):
             begun = model.begin(chunk, part)
         writes = begun.decision.written[:, 0]
-        if len(self.waiting) + writes.sum() >= hold or writes.all():
-            # None waits any longer.
-            begun, rows = self._together(begun, rows)
-            self.begun, self.waiting = None, self.waiting[:0]
-        elif writes.any():
-            held, waiting = self._together(self._select(begun, writes), rows[writes])
-            begun, rows = self._select(begun, ~writes), rows[~writes]
-            self.begun, self.waiting = held, waiting
+        enough = len(self.waiting) + writes.sum() >= hold or self.waited >= PATIENCE
+        if enough or writes.all():
+            begun, rows = self._release(begun, rows)
+        elif len(self.waiting) or writes.any():
+            self.waited += 1
+            if writes.any():
+                self._hold(self._select(begun, writes), rows[writes])
+                begun, rows = self._select(begun, ~writes), rows[~writes]
         return self._end(begun, rows)
 
     def _end(self, begun: Begun, rows: np.ndarray) -> Stepped:
@@ -218,11 +249,20 @@ class OnlineRows:
         self.begun = self._select(self.begun, selected) if selected.any() else None
         self.waiting = self.waiting[selected]
 
-    def _together(self, begun: Begun, rows: np.ndarray) -> tuple[Begun, np.ndarray]:
+    def _hold(self, begun: Begun, rows: np.ndarray) -> None:
+        self.begun = begun if self.begun is None else self._cat(self.begun, begun)
+        self.waiting = np.concatenate([self.waiting, rows])
+
+    def _release(
+        self, begun: Begun | None = None, rows: np.ndarray | None = None
+    ) -> tuple[Begun, np.ndarray]:
         """Those that wait, and these behind them."""
-        if self.begun is None:
-            return begun, rows
-        return self._cat(self.begun, begun), np.concatenate([self.waiting, rows])
+        if begun is not None and len(self.waiting):
+            self._hold(begun, rows)
+        if len(self.waiting):
+            begun, rows = self.begun, self.waiting
+        self.begun, self.waiting, self.waited = None, self.waiting[:0], 0
+        return begun, rows
 
     def _select(self, begun: Begun, selected: np.ndarray) -> Begun:
         rows = torch.from_numpy(selected.nonzero()[0]).to(begun.h_BTD.device)
