@@ -9,11 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sememe.engine.requests import Job, Progress, Request, TokenLogprob
+from sememe.engine.requests import Job, Progress, Request, TokenLogprob, Turn
 from sememe.engine.scheduler import Scheduler
 from sememe.engine.text import TextStream
 from sememe.errors import DataError, SememeError
 from sememe.models.loading import check_rate, longest_text
+from sememe.models.stepping import slot_bytes
 
 FAILURES = 3  # in a row, after which the engine gives up
 
@@ -111,6 +112,28 @@ class Engine:
             self.incoming.put(job)
         return job
 
+    def observe(self, on_turn: Callable[[Turn], None]) -> None:
+        """`on_turn` is called in the engine's thread after each turn."""
+        self.scheduler.on_turn = on_turn
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text of this model."""
+        ends = self.model.generation_config.eos_token_id
+        return frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and what is written may have together."""
+        return longest_text(self.model.config, bos=False)
+
+    def bytes_at(self, tokens: int, concepts: int) -> tuple[int, int]:
+        """Bytes of keys and values of a text of so many tokens and concepts, in this model and in
+        its base."""
+        layers = self.model.config.get_text_config().num_hidden_layers
+        own = self.scheduler.rows.bytes_at(tokens, concepts)
+        return own, tokens * layers * slot_bytes(self.model)
+
     def cancel(self, job: Job) -> None:
         """Its row is free within a step; `sink` still gets a last call."""
         job.cancelled = True
@@ -156,9 +179,7 @@ class Engine:
         return answers
 
     def _request(self, text: str, settings: dict[str, Any]) -> Request:
-        ends = self.model.generation_config.eos_token_id
-        ends = frozenset([ends] if isinstance(ends, int) else ends or ())
-        return Request(self.tokenizer(text).input_ids, **({"ends": ends} | settings))
+        return Request(self.tokenizer(text).input_ids, **({"ends": self.ends} | settings))
 
     # ---- the engine's thread ----
 
@@ -217,13 +238,23 @@ def collect(answer: Answer, stream: TextStream, progress: Progress) -> None:
 
 
 def check_request(model: PreTrainedModel, request: Request) -> None:
-    """Raises DataError for a prompt that is empty, of tokens that are none, or too long;
+    """Raises DataError for a prompt that is empty, of tokens that are none, or too long, or for a
+    bias of such tokens: one bad row would end those of all others.
     RecipeError or CheckpointError for a rate that cannot be had."""
     vocabulary = model.get_input_embeddings().num_embeddings
     if not request.prompt or not all(0 <= token < vocabulary for token in request.prompt):
         raise DataError(
             f"the prompt has {len(request.prompt)} tokens: need at least one, each from 0 to "
             f"{vocabulary - 1}. try: the model's own tokenizer"
+        )
+    if not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
+        raise DataError(
+            f"logit_bias names a token that is none: need ids from 0 to {vocabulary - 1}. "
+            "try: the model's own tokenizer"
+        )
+    if not 0 <= (request.logprobs or 0) <= vocabulary:
+        raise DataError(
+            f"got logprobs of {request.logprobs} tokens: need at most {vocabulary}. try: fewer"
         )
     longest = longest_text(model.config, bos=False)
     if len(request.prompt) + request.max_tokens > longest:

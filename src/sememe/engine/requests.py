@@ -69,13 +69,28 @@ class Progress:
     """Of each token that was read since, prompt first; NULL -1, the sink -2. The last token that a
     request writes is never read."""
     logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    """Of each new token, if they were asked for; before those of a prompt, of which the first has
-    none, those of the prompt."""
+    """Of each new token, if they were asked for, and of the token that ends the text; before them,
+    with `echo`, those of the prompt, of which the first has none."""
     finish: str | None = None
     """`stop`, `length`, `cancelled` or `error`; None while it goes on."""
     error: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    """At the end: `queue`, `prefill` and `decode`."""
+    """At the start, when nothing else is known yet: `queue`; at the end `prefill` and `decode`
+    too."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the engine has done in one turn, and how full it is after it."""
+
+    rows: int
+    waiting: int
+    cache_bytes: dict[str, int]
+    """Of all rows, by slice."""
+    seconds: dict[str, float]
+    """`prefill` and `decode`, those that took place."""
+    middle_rows: int = 0
+    """Rows that the middle layers ran for in this step."""
 
 
 NUMBERS = itertools.count()

@@ -6,16 +6,16 @@ it can come to at most fits, so none has to be thrown out again."""
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sememe.engine.requests import Job, Progress, TokenLogprob
+from sememe.engine.requests import Job, Progress, TokenLogprob, Turn
 from sememe.engine.sampling import choose, logprobs
-from sememe.models.stepping import rows_of
+from sememe.models.stepping import NULL, rows_of
 
 HOLD_FROM = 12  # rows: with fewer, those that write wait for too long (docs/log.md)
 
@@ -46,7 +46,7 @@ class Joining:
     """Prompts that are read together, in a cache of their own."""
 
     members: list[Running]
-    cache: object
+    cache: object = None
     done: int = 0
     last_11D: Tensor | None = None  # of a prompt whose tokens' probabilities are wanted
 
@@ -74,6 +74,7 @@ class Scheduler:
         self.cache_bytes = cache_bytes
         self.hold = hold
         self.queue: deque[tuple[Job, float]] = deque()
+        self.on_turn: Callable[[Turn], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -100,10 +101,17 @@ class Scheduler:
         self._drop_cancelled()
         if self.joining is None:
             self._admit()
+        seconds, middle_rows, start = {}, 0, time.perf_counter()
         if self.joining is not None:
             self._read()
+            seconds["prefill"] = time.perf_counter() - start
         if self.running:
-            self._step()
+            start = time.perf_counter()
+            middle_rows = self._step()
+            seconds["decode"] = time.perf_counter() - start
+        if self.on_turn is not None:
+            sizes = self.rows.slice_bytes()
+            self.on_turn(Turn(len(self.active), len(self.queue), sizes, seconds, middle_rows))
 
     # ---- jobs come and go ----
 
@@ -131,12 +139,15 @@ class Scheduler:
             self.queue.popleft()
             members.append(Running(job, size, since))
             members[-1].clock("queue")
+            job.sink(Progress(seconds=dict(members[-1].seconds)))
             tokens = length
             if request.echo:
                 break
         if members:
             rates = [x.job.request.rate for x in members]
-            self.joining = Joining(members, self.rows.start(rates))
+            # Known as joining first: should there be no memory for the cache, `fail` ends them.
+            self.joining = Joining(members)
+            self.joining.cache = self.rows.start(rates)
 
     def _leave(self, member: Running, finish: str, progress: Progress | None = None) -> None:
         """Ends a job that has a row; the last row takes its place."""
@@ -175,8 +186,9 @@ class Scheduler:
         if joining.done < max(map(len, prompts)):
             joining.members[0].job.sink(progress[0])
             return
-        self.joining = None
+        # Only then no longer joining: should it fail, `fail` ends them.
         self.rows.join(joining.cache)
+        self.joining = None
         self.running += joining.members
         for member in joining.members:
             member.clock("prefill")
@@ -191,13 +203,15 @@ class Scheduler:
         known: list[TokenLogprob | None] = [None] * (len(text) - len(tokens))
         return known + logprobs(self.rows.logits(states[0]), tokens, top) if tokens else known
 
-    def _step(self) -> None:
+    def _step(self) -> int:
+        """Returns how many rows have written a concept."""
         tokens = [self.running[row].next for row in self.rows.ready]
         count = len(self.running) // 2 if self.hold and len(self.running) >= HOLD_FROM else 1
         stepped = self.rows.step(tokens, count)
         members = [self.running[row] for row in stepped.rows]
         progress = [Progress(concept_ids=[concept]) for concept in stepped.concept_n]
         self._write(members, stepped.logits_nV, progress)
+        return sum(concept != NULL for concept in stepped.concept_n)
 
     def _write(self, members: list[Running], logits_nV: Tensor, progress: list[Progress]) -> None:
         """A token for each of these rows."""
@@ -207,14 +221,15 @@ class Scheduler:
             finish = None
             if len(member.new) == request.max_tokens:  # 0 of them are wanted
                 finish = "length"
-            elif token in request.ends:
-                finish = "stop"
             else:
-                member.new.append(token)
-                progress[n].tokens.append(token)
                 if request.logprobs is not None:
                     progress[n].logprobs += logprobs(logits_nV[n, None], [token], request.logprobs)
-                finish = "length" if len(member.new) == request.max_tokens else None
+                if token in request.ends:
+                    finish = "stop"
+                else:
+                    member.new.append(token)
+                    progress[n].tokens.append(token)
+                    finish = "length" if len(member.new) == request.max_tokens else None
             if member.job.cancelled:
                 finish = "cancelled"
             if finish is None:

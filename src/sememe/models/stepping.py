@@ -84,7 +84,15 @@ class TokenRows:
 
     def bytes_of(self, tokens: int, rate: float | None) -> int:
         """Of a row's keys and values, when it has come to so many tokens."""
+        return self.bytes_at(tokens, 0)
+
+    def bytes_at(self, tokens: int, concepts: int) -> int:
+        """The same at so many concepts, of which there are none."""
         return tokens * len(self.spine) * slot_bytes(self.model)
+
+    def slice_bytes(self) -> dict[str, int]:
+        """Bytes of all rows, by slice."""
+        return {"all": self.cache.bytes()}
 
     def start(self, rates: Sequence[float | None]) -> TokenCache:
         """A cache for texts that are read before their rows join; `read` fills it."""
@@ -156,11 +164,19 @@ class OnlineRows:
     def bytes_of(self, tokens: int, rate: float | None) -> int:
         """Of a row's keys and values, when it has come to so many tokens; one concept more than
         the rate says, since the gate may be early."""
+        return self.bytes_at(tokens, 1 + math.ceil(tokens * (rate or self.model.dial.rate)))
+
+    def bytes_at(self, tokens: int, concepts: int) -> int:
+        """The same at so many concepts."""
         config = self.model.config
-        concepts = 1 + math.ceil(tokens * (rate or self.model.dial.rate))
         shallow, middle, deep = config.split
         slots = shallow * tokens + (middle + deep) * (config.max_tail + concepts)
         return slots * slot_bytes(self.model)
+
+    def slice_bytes(self) -> dict[str, int]:
+        """Bytes of all rows, by slice."""
+        parts = zip(("shallow", "middle", "deep"), self.cache.slices, strict=True)
+        return {name: part.bytes() for name, part in parts}
 
     def start(self, rates: Sequence[float | None]) -> Any:
         """A cache for texts that are read before their rows join; `read` fills it. Rates: None for
