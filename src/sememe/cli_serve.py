@@ -72,7 +72,7 @@ def _server():
 def _expand() -> None:
     """What typer reads: each option by name, with the default that the settings have."""
     signature = inspect.signature(serve)
-    kind = inspect.Parameter.KEYWORD_ONLY
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     extra = [
         inspect.Parameter(name, kind, default=default, annotation=annotation)
         for name, (annotation, default) in OPTIONS.items()

@@ -3,15 +3,16 @@
 engine = Engine(model, tokenizer)
 texts = engine.generate(["Once upon a time", "The old detective"], max_tokens=32)"""
 
+from sememe.engine.by_name import describe, open_engine
 from sememe.engine.loop import Answer, Engine, EngineStopped, QueueFull
-from sememe.engine.opening import describe, open_engine
-from sememe.engine.requests import Job, Progress, Request, Sampling, TokenLogprob, Turn
+from sememe.engine.requests import Iteration, Job, Progress, Request, Sampling, TokenLogprob
 from sememe.engine.text import TextStream
 
 __all__ = [
     "Answer",
     "Engine",
     "EngineStopped",
+    "Iteration",
     "Job",
     "Progress",
     "QueueFull",
@@ -19,7 +20,6 @@ __all__ = [
     "Sampling",
     "TextStream",
     "TokenLogprob",
-    "Turn",
     "describe",
     "open_engine",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sememe.engine.requests import Job, Progress, Request, TokenLogprob, Turn
+from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.scheduler import Scheduler
 from sememe.engine.text import TextStream
 from sememe.errors import DataError, SememeError
@@ -112,9 +112,9 @@ class Engine:
             self.incoming.put(job)
         return job
 
-    def observe(self, on_turn: Callable[[Turn], None]) -> None:
-        """`on_turn` is called in the engine's thread after each turn."""
-        self.scheduler.on_turn = on_turn
+    def observe(self, on_iteration: Callable[[Iteration], None]) -> None:
+        """`on_iteration` is called in the engine's thread after each iteration."""
+        self.scheduler.on_iteration = on_iteration
 
     @property
     def ends(self) -> frozenset[int]:
@@ -157,9 +157,9 @@ class Engine:
         that are text."""
         answers = [Answer("") for _ in prompts]
         waiting = threading.Semaphore(0)
-        places = threading.Semaphore(self.max_waiting)
+        slots = threading.Semaphore(self.max_waiting)
         for prompt, answer in zip(prompts, answers, strict=True):
-            places.acquire()
+            slots.acquire()
             request = prompt if isinstance(prompt, Request) else self._request(prompt, settings)
             stream = TextStream(self.tokenizer, request.prompt, stops)
             jobs: list[Job] = []
@@ -170,7 +170,7 @@ class Engine:
                     for job in jobs:
                         job.cancelled = True
                 if progress.finish is not None:
-                    places.release()
+                    slots.release()
                     waiting.release()
 
             jobs.append(self.submit(request, sink))
@@ -200,7 +200,7 @@ class Engine:
                 continue
             start = time.perf_counter()
             try:
-                scheduler.turn()
+                scheduler.iterate()
                 self.failures = 0
             except Exception as error:  # whatever it is: those under way end, the others go on
                 self.failures += 1

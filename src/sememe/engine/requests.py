@@ -80,8 +80,8 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What the engine has done in one turn, and how full it is after it."""
+class Iteration:
+    """What the engine has done in one iteration, and how full it is after it."""
 
     rows: int
     waiting: int

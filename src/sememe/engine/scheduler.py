@@ -1,6 +1,6 @@
 """Which request is read or goes on next: rows of one model, and the jobs that wait for one.
 
-A turn reads one chunk of the prompts that are joining and takes one step of all rows that run, so
+An iteration reads one chunk of the prompts that are joining and takes one step of all rows that run, so
 neither starves the other. Jobs come in order; one is let in when a row is free and the cache that
 it can come to at most fits, so none has to be thrown out again."""
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sememe.engine.requests import Job, Progress, TokenLogprob, Turn
+from sememe.engine.requests import Iteration, Job, Progress, TokenLogprob
 from sememe.engine.sampling import choose, logprobs
 from sememe.models.stepping import NULL, rows_of
 
@@ -74,7 +74,7 @@ class Scheduler:
         self.cache_bytes = cache_bytes
         self.hold = hold
         self.queue: deque[tuple[Job, float]] = deque()
-        self.on_turn: Callable[[Turn], None] | None = None
+        self.on_iteration: Callable[[Iteration], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -96,7 +96,7 @@ class Scheduler:
         self.queue.append((job, time.perf_counter()))
 
     @torch.inference_mode()
-    def turn(self) -> None:
+    def iterate(self) -> None:
         """A chunk of prompts, and a step."""
         self._drop_cancelled()
         if self.joining is None:
@@ -109,9 +109,11 @@ class Scheduler:
             start = time.perf_counter()
             middle_rows = self._step()
             seconds["decode"] = time.perf_counter() - start
-        if self.on_turn is not None:
+        if self.on_iteration is not None:
             sizes = self.rows.slice_bytes()
-            self.on_turn(Turn(len(self.active), len(self.queue), sizes, seconds, middle_rows))
+            self.on_iteration(
+                Iteration(len(self.active), len(self.queue), sizes, seconds, middle_rows)
+            )
 
     # ---- jobs come and go ----
 

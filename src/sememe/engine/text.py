@@ -37,9 +37,9 @@ class TextStream:
 
     def _overlap(self) -> int:
         """Looks for stop strings; how many characters at the end may be the beginning of one."""
-        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            self.held, self.stopped = self.held[: min(found)], True
+        matches = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        if matches:
+            self.held, self.stopped = self.held[: min(matches)], True
             return 0
         return max((_shared(self.held, stop) for stop in self.stops), default=0)
 

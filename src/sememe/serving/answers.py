@@ -26,7 +26,7 @@ class Form(Protocol):
     def part(self, piece: Piece) -> dict[str, Any]:
         """What is new of one."""
 
-    def opening(self, choice: Choice) -> dict[str, Any] | None:
+    def first_part(self, choice: Choice) -> dict[str, Any] | None:
         """What a stream begins with for each choice, if anything."""
 
 
@@ -67,13 +67,13 @@ class Answer:
     async def events(self, first: Piece | None, rest: AsyncIterator) -> AsyncIterator[str]:
         """Server-sent events. After a fault there is no [DONE], so that nobody takes the text for
         whole."""
-        opened: set[int] = set()
+        begun: set[int] = set()
         try:
             async with aclosing(rest):
-                for line in self._lines(first, opened):
+                for line in self._lines(first, begun):
                     yield line
                 async for piece in rest:
-                    for line in self._lines(piece, opened):
+                    for line in self._lines(piece, begun):
                         yield line
         except ApiError as error:
             yield event(error.body)
@@ -83,17 +83,17 @@ class Answer:
             yield event(self.head(self.form.chunk_kind) | {"choices": []} | self.totals())
         yield "data: [DONE]\n\n"
 
-    def _lines(self, piece: Piece | None, opened: set[int]) -> list[str]:
+    def _lines(self, piece: Piece | None, begun: set[int]) -> list[str]:
         if piece is None:
             return [": still here\n\n"]
         lines, index = [], piece.choice.index
-        if index not in opened:
-            opened.add(index)
-            if (opening := self.form.opening(piece.choice)) is not None:
-                lines.append(self._chunk(index, opening))
+        if index not in begun:
+            begun.add(index)
+            if (first := self.form.first_part(piece.choice)) is not None:
+                lines.append(self._chunk(index, first))
         part = self.form.part(piece)
-        places = enumerate(piece.concept_ids, piece.place)
-        concepts = [[place, concept] for place, concept in places if concept != -1]
+        numbered = enumerate(piece.concept_ids, piece.place)
+        concepts = [[place, concept] for place, concept in numbered if concept != -1]
         if self.wants_concepts and concepts:
             part["sememe"] = {"concepts": concepts}
         elif not (piece.text or piece.logprobs or piece.finish):

@@ -31,7 +31,7 @@ class ChatForm:
         logprobs = self._logprobs(choice.logprobs[: len(choice.tokens)])
         return {"message": message, "logprobs": logprobs, "finish_reason": choice.finish}
 
-    def opening(self, choice: Choice) -> dict[str, Any]:
+    def first_part(self, choice: Choice) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
         return {"delta": delta, "logprobs": None, "finish_reason": None}
 

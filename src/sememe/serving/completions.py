@@ -39,7 +39,7 @@ class CompletionForm:
         text = (self.prompts[choice.index] if self.prompts else "") + choice.text
         return self._fields(choice, text, choice.logprobs, choice.finish)
 
-    def opening(self, choice: Choice) -> dict[str, Any] | None:
+    def first_part(self, choice: Choice) -> dict[str, Any] | None:
         """The prompt; the logprobs of its tokens come with the pieces."""
         if not self.prompts:
             return None

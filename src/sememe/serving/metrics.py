@@ -7,7 +7,7 @@ ROWS = (0, 1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """Of one server. `turn` is called in the engine's thread, all else in the event loop's."""
+    """Of one server. `iteration` is called in the engine's thread, all else in the event loop's."""
 
     def __init__(self):
         self.registry = registry = CollectorRegistry()
@@ -42,19 +42,19 @@ class Metrics:
             registry=registry,
             buckets=ROWS,
         )
-        self.last_turn = None
+        self.last_iteration = None
 
-    def turn(self, turn) -> None:
-        """What the engine has done, an `engine.Turn`."""
-        self.last_turn = turn
-        self.running.set(turn.rows)
-        self.waiting.set(turn.waiting)
-        for name, size in turn.cache_bytes.items():
+    def iteration(self, iteration) -> None:
+        """What the engine has done in one, an `engine.Iteration`."""
+        self.last_iteration = iteration
+        self.running.set(iteration.rows)
+        self.waiting.set(iteration.waiting)
+        for name, size in iteration.cache_bytes.items():
             self.cache.labels(name).set(size)
-        for phase, seconds in turn.seconds.items():
+        for phase, seconds in iteration.seconds.items():
             self.step.labels(phase).observe(seconds)
-        if "decode" in turn.seconds:
-            self.middle_rows.observe(turn.middle_rows)
+        if "decode" in iteration.seconds:
+            self.middle_rows.observe(iteration.middle_rows)
 
     def outcome(self, outcome: str) -> None:
         self.requests.labels(outcome).inc()

@@ -59,14 +59,14 @@ async def inspect(sent: InspectRequest, http: Request):
 async def stats(http: Request):
     """Figures of the moment, for a page that shows them."""
     service = service_of(http)
-    metrics, turn = service.metrics, service.metrics.last_turn
-    fields: dict[str, Any] = {"model": service.name, "places": service.settings.places}
+    metrics, last = service.metrics, service.metrics.last_iteration
+    fields: dict[str, Any] = {"model": service.name, "places": service.settings.capacity}
     fields["used_places"] = service.used
-    fields["rows"] = turn.rows if turn else 0
-    fields["waiting"] = turn.waiting if turn else 0
-    fields["cache_bytes"] = turn.cache_bytes if turn else {}
-    fields["middle_rows"] = turn.middle_rows if turn else 0
-    fields["step_seconds"] = turn.seconds if turn else {}
+    fields["rows"] = last.rows if last else 0
+    fields["waiting"] = last.waiting if last else 0
+    fields["cache_bytes"] = last.cache_bytes if last else {}
+    fields["middle_rows"] = last.middle_rows if last else 0
+    fields["step_seconds"] = last.seconds if last else {}
     for name in ("prompt_tokens", "generation_tokens", "read_tokens", "concepts"):
         fields[name] = int(metrics.value(f"sememe_{name}_total"))
     fields["concept_rate"] = metrics.value("sememe_concept_rate")

@@ -29,12 +29,13 @@ class Protocol(H11Protocol):
 
     head_timeout = 30.0
 
-    def connection_made(self, transport) -> None:
-        super().connection_made(transport)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.head_task = self.loop.call_later(self.head_timeout, self._close_if_silent)
 
     def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        silent = self.cycle is None and self.transport is not None
+        if silent and not self.transport.is_closing():
             self._refuse(ApiError(408, "head_timeout", "no request came: need one. try: again"))
 
     def connection_lost(self, exc) -> None:

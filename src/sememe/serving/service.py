@@ -47,7 +47,7 @@ class Service:
         from sememe.engine import describe
 
         self.facts = describe(engine)
-        engine.observe(self.metrics.turn)
+        engine.observe(self.metrics.iteration)
         self.engine = engine
 
     def close(self) -> None:
@@ -86,18 +86,18 @@ class Service:
 
         Raises:
             ApiError: 429; or 400 for more than there are at all."""
-        places = self.settings.places
-        if count > places:
+        capacity = self.settings.capacity
+        if count > capacity:
             raise bad(
                 "n",
-                f"got {count} texts to write in one request: need at most {places}. try: several "
+                f"got {count} texts to write in one request: need at most {capacity}. try: several "
                 "requests",
             )
-        if self.used + count > places:
+        if self.used + count > capacity:
             raise ApiError(
                 429,
                 "queue_full",
-                f"{self.used} of {places} places are taken: need {count}. try: again in a moment",
+                f"{self.used} of {capacity} places are taken: need {count}. try: again in a moment",
                 retry=1,
             )
         self.used += count

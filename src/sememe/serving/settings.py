@@ -47,7 +47,7 @@ class Settings:
         return self.host in LOOPBACK
 
     @property
-    def places(self) -> int:
+    def capacity(self) -> int:
         """Requests that run or wait at the same time."""
         return self.rows + self.queue
 
