@@ -11,6 +11,8 @@ from sememe.engine import Engine, QueueFull, Request, Sampling
 from sememe.engine.sampling import draw, logprobs
 from sememe.engine.text import TextStream
 from sememe.errors import DataError
+from sememe.models.configuration import ControlConfig
+from sememe.models.control import ControlForCausalLM
 
 
 class Letters:
@@ -70,6 +72,45 @@ def test_the_engine_says_what_generate_says():
             assert model.generate(ids, **options)[0, ids.shape[1] :].tolist() == answer.tokens
 
 
+@pytest.mark.parametrize("changes", [{}, {"skipped": (1, 3)}, {"left_out": [2], "bridge": True}])
+def test_baselines_say_what_generate_says(changes):
+    base = tiny_base()
+    config = ControlConfig(text_config=base.config, base="tiny", lora_rank=0, **changes)
+    model = ControlForCausalLM(config, base).eval()
+    for bridge in model.bridge:
+        torch.nn.init.normal_(bridge.shallow.weight, std=0.1)
+    with Engine(model, Letters(), max_rows=4, chunk=8) as engine:
+        (answer,) = engine.generate([Request(prompt(7), max_tokens=9)])
+    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
+    written = model.generate(torch.tensor([prompt(7)]), **options)[0, len(prompt(7)) :]
+    assert written.tolist() == answer.tokens
+
+
+def test_the_token_that_ends_a_text_has_a_probability():
+    model, ids = tiny_online(), prompt(9)
+    with Engine(model, Letters()) as engine:
+        request = Request(ids, max_tokens=5, logprobs=0, ends=frozenset(range(97)))
+        (answer,) = engine.generate([request])
+    assert answer.tokens == [] and answer.finish == "stop" and len(answer.logprobs) == 1
+
+
+@pytest.mark.parametrize("broken", ["start", "join"])
+def test_requests_that_fail_while_they_join_are_answered(broken, monkeypatch):
+    with Engine(tiny_online(), Letters()) as engine:
+        seen: list = []
+        engine.observe(seen.append)
+
+        def faulty(*args):
+            monkeypatch.undo()
+            raise MemoryError
+
+        monkeypatch.setattr(engine.scheduler.rows, broken, faulty)
+        first, second = (engine.generate([Request(prompt(3), max_tokens=5)])[0] for _ in range(2))
+        assert first.finish == "error" and second.finish == "length" and engine.pending == 0
+        assert sum(one.middle_rows for one in seen) > 0 and seen[-1].rows == 0
+        assert max(one.cache_bytes["deep"] for one in seen) > 0
+
+
 def test_echo_gives_the_probabilities_of_the_prompt():
     model, ids = tiny_online(), prompt(30)
     with Engine(model, Letters(), chunk=7) as engine:
@@ -122,7 +163,9 @@ def test_a_full_queue_and_bad_prompts_are_refused():
         engine.submit(Request(prompt(1), max_tokens=150), lambda progress: None)
         with pytest.raises(QueueFull, match="try"):
             engine.submit(Request(prompt(1)), lambda progress: None)
-        for bad in (Request([]), Request([97]), Request([5] * 250, max_tokens=7)):
+        wrong = [Request([]), Request([97]), Request([5] * 250, max_tokens=7)]
+        wrong += [Request([5], logprobs=98), Request([5], sampling=Sampling(logit_bias={97: 1.0}))]
+        for bad in wrong:
             with pytest.raises(DataError, match="try"):
                 engine.submit(bad, lambda progress: None)
 

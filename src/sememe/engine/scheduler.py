@@ -1,8 +1,8 @@
 """Which request is read or goes on next: rows of one model, and the jobs that wait for one.
 
-An iteration reads one chunk of the prompts that are joining and takes one step of all rows that run, so
-neither starves the other. Jobs come in order; one is let in when a row is free and the cache that
-it can come to at most fits, so none has to be thrown out again."""
+An iteration reads one chunk of the prompts that are joining and takes one step of all rows that
+run, so neither starves the other. Jobs come in order; one is let in when a row is free and the
+cache that it can come to at most fits, so none has to be thrown out again."""
 
 import time
 from collections import deque
