@@ -139,20 +139,28 @@ class Group:
         self.service.metrics.whole.observe(self.loop.time() - self.begin)
 
     async def _next(self) -> tuple[Choice, "Progress"] | None:
-        settings = self.service.settings
-        left = self.begin + settings.deadline - self.loop.time()
-        if left <= 0:
+        quiet = self.loop.time() + self.service.settings.keepalive
+        while True:
+            end = min(quiet, self._last_moment())
+            try:
+                async with asyncio.timeout_at(end):
+                    return await self.arrived.get()
+            except TimeoutError:
+                if end == quiet:
+                    return None
+
+    def _last_moment(self) -> float:
+        """When it is over unless something comes. Raises ApiError where it is over already."""
+        settings, now = self.service.settings, self.loop.time()
+        end = self.begin + settings.deadline
+        if end <= now:
             raise self._end(deadline(settings.deadline))
-        if not all(choice.started or choice.over for choice in self.choices):
-            queued = self.begin + settings.queue_timeout - self.loop.time()
-            if queued <= 0 and self.arrived.empty():
-                raise self._end(queue_timeout(settings.queue_timeout))
-            left = min(left, max(0.0, queued))
-        try:
-            async with asyncio.timeout(min(left, settings.keepalive)):
-                return await self.arrived.get()
-        except TimeoutError:
-            return None
+        if all(choice.started or choice.over for choice in self.choices):
+            return end
+        queued = self.begin + settings.queue_timeout
+        if queued <= now and self.arrived.empty():
+            raise self._end(queue_timeout(settings.queue_timeout))
+        return min(end, queued)
 
     def _end(self, reason: ApiError) -> ApiError:
         self.cancel(reason)
