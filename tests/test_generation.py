@@ -49,13 +49,13 @@ def test_cache_holds_what_the_formula_says(segment):
     model(text(1, 100), cache=cache)
     concepts, ring = int(cache.concepts[0]), tails * (segment == "both")
     assert concepts < 60
-    assert [one.used for one in cache.slices] == [100, ring + concepts, tails + concepts]
+    assert [one.used() for one in cache.slices] == [100, ring + concepts, tails + concepts]
     rows = 101 + 2 * (ring + concepts + 1) + tails + concepts + 1
     assert cache.bytes() == rows * 2 * 1 * 32 * 4
     for token in text(1, 40)[0]:
         model(token[None, None], cache=cache)
     concepts = int(cache.concepts[0])
-    assert [one.used for one in cache.slices] == [140, ring + concepts, tails + concepts]
+    assert [one.used() for one in cache.slices] == [140, ring + concepts, tails + concepts]
 
 
 @pytest.mark.parametrize(

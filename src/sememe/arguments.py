@@ -146,3 +146,23 @@ Edits = option(
     "Change a concept of the plan and print both texts; may be given several times.",
     metavar="TYPE:SLOT=ID",
 )
+
+Host = option(str, "Address to listen at; any but this machine's own needs a key.")
+Port = option(int, "0: one that is free.", min=0, max=65535)
+KeyFile = option(
+    Path,
+    "A file with the key that clients send. Default: that in SEMEME_API_KEY, or none.",
+    metavar="FILE",
+)
+NoKey = option(bool, "Serve other machines without a key.", "--no-key")
+Rows = option(int, "Requests that run at the same time.", min=1)
+Queue = option(int, "Requests that wait beside them; more are refused.", min=0)
+CacheMemory = option(
+    float,
+    "Keys and values of all rows, in GB at most. Default: a quarter of the memory that is free.",
+    min=0.001,
+    metavar="GB",
+)
+Deadline = option(float, "Seconds that an answer may take.", min=0.1)
+QueueTimeout = option(float, "Seconds that a request may wait for a row.", min=0.1)
+Drain = option(float, "Seconds that running requests have after Ctrl-C or SIGTERM.", min=0)

@@ -12,6 +12,7 @@ import typer
 
 import sememe
 from sememe import arguments
+from sememe.cli_serve import serve
 from sememe.errors import Interrupted, SememeError
 from sememe.terminal import (
     replace_unencodable,
@@ -387,3 +388,6 @@ def export(model: arguments.Model, out: arguments.OutModel):
     folder, size = export_model(model, out)
     yield {"folder": str(folder), "bytes": size}
     say(f"merged model: {folder} ({size / 1e6:.0f} MB)")
+
+
+command(serve)

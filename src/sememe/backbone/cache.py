@@ -1,127 +1,20 @@
 """A transformers Cache whose layers keep all tokens (shallow), or concepts and the last `max_tail`
 normal tokens (middle, deep).
 
-Keys and values are written at (row, slot) of preallocated buffers. Slots are counted in each row by
-itself, so padding and rows of other lengths leave no holes: in the shallow slice by token, in the
-others `[ring…, concepts…]`: the n-th normal token stands at slot n modulo the ring's size, in the
-place of one that nobody sees any more, so dropping a tail moves no memory.
-
 For each slice of a forward the cache says where its entries go and which keys its queries meet
 (`shallow`, `middle`, `deep`). `NoCache` says the same where nothing is kept."""
 
+import copy
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from sememe.backbone.slices import ALL, GROWTH, Rows, SliceCache
 from sememe.concepts.masks import Lane, Lanes
 from sememe.concepts.segments import Chunk, Tails
 from sememe.concepts.writer import Memory, WriteDecision
-
-GROWTH = 32  # slots added when a buffer is full: one copy in 32 tokens, and few slots in reserve
-
-
-class SliceCache:
-    """Keys and values of the layers of one slice, (2, B, heads, capacity + 1, head_dim); the last
-    slot takes what is not kept.
-
-    `length`: (B,) slots behind the ring that each row uses. `tails`: (B,) normal tokens that the
-    ring has been given. `reserve`: slots to have at least when it grows next.
-
-    Args:
-        ring: slots for normal tokens.
-        strict: some that the ring still holds are hidden from the queries."""
-
-    is_compileable = is_croppable = is_sliding = False
-
-    def __init__(self, batch: int, device: torch.device, ring: int = 0, strict: bool = False):
-        self.ring = ring
-        self.strict = strict
-        self.length, self.tails = np.zeros((2, batch), np.int64)
-        self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.states: dict[int, Tensor] = {}  # of each layer
-        self.reserve = 0
-
-    @property
-    def used(self) -> int:
-        """Slots that some row uses."""
-        longest = int(self.length.max(initial=0))
-        return longest and self.ring + longest
-
-    @property
-    def capacity(self) -> int:
-        return self.position.shape[1] - 1
-
-    def ring_slots(self, number: np.ndarray, real: np.ndarray, total: np.ndarray) -> np.ndarray:
-        """Where normal tokens with those numbers go; -1 where they are none, or are no longer seen
-        when a row has had `total` of them."""
-        stays = real & (number >= total[:, None] - self.ring)
-        return np.where(stays, number % max(self.ring, 1), -1)
-
-    def plan(
-        self, lanes: Lanes, slot: np.ndarray, length: np.ndarray, tails: np.ndarray | None = None
-    ) -> Lanes:
-        """Sets where the next (b, n) keys go (slot -1: not kept), before the slice's layers run;
-        the lanes, with all keys that the queries meet.
-
-        One query a row meets the slots as they are afterwards, which takes no copy. Of several some
-        may be dropped before the last, so they meet the slots as they were, followed by the new.
-
-        Args:
-            lanes: the new entries, as they meet each other where nothing was before them.
-            length: (B,) slots behind the ring in use in each row from now on.
-            tails: (B,) normal tokens that the ring has been given by then."""
-        device, before, key = self.position.device, self.used, lanes.key
-        self.rows, self.several = lanes.rows, lanes.query.position.shape[1] > 1
-        if self.several:
-            lanes = lanes._replace(key=self._keys().then(key), plain=lanes.plain and before == 0)
-        self.before, self.length = before, length
-        self.tails = self.tails if tails is None else tails
-        if self.used > self.capacity:
-            size = max(self.used + GROWTH * bool(before), self.reserve)
-            self.position = F.pad(self.position, (0, size - self.capacity))
-        self.row_b1 = torch.arange(len(length), device=device)[self.rows, None]
-        self.slot = torch.from_numpy(np.where(slot < 0, self.capacity, slot)).to(device)[self.rows]
-        self.position[self.row_b1, self.slot] = key.position
-        if self.several:
-            return lanes
-        # Nobody looks at a slot that is empty in its row: all of them are as long as the longest.
-        full = (length == length.max(initial=0)) & (self.tails >= self.ring)
-        plain = not self.strict and bool(full[slot[:, 0] >= 0].all())
-        return lanes._replace(key=self._keys(), plain=plain, recent=None)
-
-    def _keys(self) -> Lane:
-        """What is in the slots."""
-        position = self.position[self.rows, : self.used]
-        slot_S = torch.arange(position.shape[1], device=position.device)
-        length_b1, latest_b1 = (
-            torch.from_numpy(x).to(position.device)[self.rows, None]
-            for x in (self.length, self.tails - 1)
-        )
-        number = latest_b1 - (latest_b1 - slot_S) % max(self.ring, 1)
-        concept = (slot_S >= self.ring).expand_as(position)
-        valid = torch.where(concept, slot_S - self.ring < length_b1, number >= 0)
-        return Lane(position, number, number, concept, valid)
-
-    def update(self, layer: int, new: Tensor) -> Tensor:
-        """Writes (2, b, heads, n, head_dim) keys and values; returns those that their queries
-        meet."""
-        stored = self.states.get(layer)
-        if stored is None:
-            stored = new.new_zeros(2, len(self.position), new.shape[2], 0, new.shape[4])
-        missing = self.capacity + 1 - stored.shape[3]
-        # The former last slot needs no clearing: none is in use before it is written.
-        if missing > 0:
-            stored = self.states[layer] = F.pad(stored, (0, 0, 0, missing))
-        met = torch.cat([stored[:, :, :, : self.before], new], 3) if self.several else None
-        stored[:, self.row_b1, :, self.slot] = new.permute(1, 3, 0, 2, 4).to(stored.dtype)
-        return met if self.several else stored[:, self.rows, :, : self.used]
-
-    def take_rows(self, rows: Tensor) -> None:
-        self.length, self.tails = self.length[rows.cpu()], self.tails[rows.cpu()]
-        self.position = self.position[rows]
-        self.states = {layer: stored[:, rows] for layer, stored in self.states.items()}
 
 
 class NoCache:
@@ -196,6 +89,8 @@ class ConceptCache(NoCache, Cache):
     the states of the open tail, if a concept is to see them, the ids written so far, (B, tokens and
     padding)."""
 
+    rows: Rows = ALL
+
     def __init__(self, split: tuple[int, int, int], *start):
         NoCache.__init__(self, *start)
         last_concept_BD = self.last_concept_BD
@@ -228,15 +123,8 @@ class ConceptCache(NoCache, Cache):
     # ---- one forward ----
 
     def shallow(self, chunk: Chunk, window: int | None) -> Lanes:
-        place = self.tokens[:, None] + chunk.real.cumsum(1) - 1
-        total = self.tokens + chunk.real.sum(1)
-        # With a window only the first token of a text and the last ones are kept, in a ring.
-        ring = window or int(total.max(initial=1))
-        stays = chunk.real & ((place == 0) | (place >= total[:, None] - ring))
-        slot = np.where(place == 0, 0, 1 + (place - 1) % ring)
-        return self.slices[0].plan(
-            super().shallow(chunk, window), np.where(stays, slot, -1), np.minimum(total, ring + 1)
-        )
+        lanes = super().shallow(chunk, window)
+        return self.slices[0].plan_tokens(lanes, self.tokens, chunk.real, window, self.rows)
 
     def middle(self, chunk: Chunk, decision: WriteDecision, closed: Tails) -> Lanes:
         part, gate = self.slices[1], decision.memory.gate
@@ -247,7 +135,8 @@ class ConceptCache(NoCache, Cache):
             rows = torch.from_numpy(writes.nonzero()[0]).to(chunk.position_BT.device)
             lanes = lanes._replace(query=lanes.query[rows], key=lanes.key[rows], rows=rows)
         ring = part.ring_slots(self.closed(closed), closed.real, gate.closed)
-        return part.plan(lanes, np.concatenate([slot, ring], 1), gate.concepts, gate.closed)
+        slot = np.concatenate([slot, ring], 1)
+        return part.plan(lanes, slot, gate.concepts, gate.closed, self.rows)
 
     def deep(self, chunk: Chunk, decision: WriteDecision) -> Lanes:
         part, gate, written = self.slices[2], decision.memory.gate, decision.written
@@ -255,7 +144,8 @@ class ConceptCache(NoCache, Cache):
         ring = part.ring_slots(number, chunk.real & ~written, gate.normal)
         rank = self.concepts[:, None] + written.cumsum(1) - 1
         slot = np.where(written, part.ring + rank, ring)
-        return part.plan(super().deep(chunk, decision), slot, gate.concepts, gate.normal)
+        lanes = super().deep(chunk, decision)
+        return part.plan(lanes, slot, gate.concepts, gate.normal, self.rows)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
@@ -277,14 +167,61 @@ class ConceptCache(NoCache, Cache):
         copied as often, and leave holes of its former sizes in the heap. `window`: the shallow
         slice's."""
         shallow, *others = self.slices
-        total = shallow.used + tokens
+        total = shallow.used() + tokens
         shallow.reserve = min(total, window + 1) if window else total
         for part in others:
-            part.reserve = max(part.used, part.ring) + concepts + GROWTH
+            part.reserve = max(part.used(), part.ring) + concepts + GROWTH
 
     def bytes(self) -> int:
         """Bytes of all keys and values, summed from the tensors."""
-        return sum(x.nbytes for part in self.slices for x in part.states.values())
+        return sum(part.bytes() for part in self.slices)
+
+    # ---- rows that come and go (docs/serving.md) ----
+
+    def at(self, rows: np.ndarray) -> "ConceptCache":
+        """Some of the rows, for one forward: keys and values are those of this cache, in place; the
+        rest is put back by `put`."""
+        part = copy.copy(self)
+        index = torch.from_numpy(rows).to(self.last_concept_BD.device)
+        part.rows = rows
+        part._take(index)
+        return part
+
+    def put(self, part: "ConceptCache") -> None:
+        """What those rows remember by now."""
+        rows = part.rows
+        for own, new in zip(self.memory.gate, part.memory.gate, strict=True):
+            own[rows] = new
+        index = torch.from_numpy(rows).to(self.last_concept_BD.device)
+        names = ("last_BD", "open_segment")
+        for own, new in [(getattr(self.memory, n), getattr(part.memory, n)) for n in names]:
+            own[index] = new.to(own)
+        self.last_concept_BD[index] = part.last_concept_BD.to(self.last_concept_BD)
+        self.tails = self.tails.put(rows, part.tails)
+
+    def join(self, other: "ConceptCache") -> None:
+        """The other's rows behind these."""
+        for part, new in zip(self.slices, other.slices, strict=True):
+            part.join(new)
+        self.memory = self.memory.join(other.memory)
+        self.tails = self.tails.join(other.tails)
+        self.last_concept_BD = torch.cat([self.last_concept_BD, other.last_concept_BD])
+        # Ids are columns of a batch that began together: whoever joins rows keeps ids for himself.
+        self.concept_ids = self.concept_ids.new_empty(len(self.last_concept_BD), 0)
+
+    def leave(self, row: int) -> None:
+        """Drops that row; the last one takes its place."""
+        for part in self.slices:
+            part.leave(row)
+        order = np.arange(len(self.last_concept_BD))[:-1]
+        order[row:][:1] = len(order)
+        self._take(torch.from_numpy(order).to(self.last_concept_BD.device))
+
+    def _take(self, rows: Tensor) -> None:
+        self.memory = self.memory.select(rows)
+        self.tails = self.tails[rows]
+        self.concept_ids = self.concept_ids[rows]
+        self.last_concept_BD = self.last_concept_BD[rows]
 
     # ---- what `generate` asks of a cache ----
 
@@ -298,10 +235,7 @@ class ConceptCache(NoCache, Cache):
         rows = torch.as_tensor(indices).to(self.concept_ids.device)
         for part in self.slices:
             part.take_rows(rows)
-        self.memory = self.memory.select(rows)
-        self.tails = self.tails[rows]
-        self.concept_ids = self.concept_ids[rows]
-        self.last_concept_BD = self.last_concept_BD[rows]
+        self._take(rows)
 
     reorder_cache = batch_select_indices
 

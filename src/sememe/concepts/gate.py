@@ -22,6 +22,10 @@ MOMENTUM = 0.5
 FEEDBACK = 0.5
 
 
+Rate = float | np.ndarray
+"""Of all rows, or (B,)."""
+
+
 class GateState(NamedTuple):
     """What a row must remember between chunks; (B,) arrays on the host. `tail`: tokens since the
     last concept, `sum`: of their scores."""
@@ -73,16 +77,23 @@ class RateGate(nn.Module):
             self.quantiles /= torch.distributed.get_world_size()
         self.quantiles.lerp_(before, 1 - MOMENTUM)
 
-    def threshold(self, rate: float) -> tuple[float, float]:
-        """(threshold, gain) in units of the score, for a wanted concept rate."""
+    def threshold(self, rate: Rate) -> tuple[Rate, Rate]:
+        """(threshold, gain) in units of the score, for a wanted concept rate, or for that of each
+        row."""
         quantiles = self.quantiles.float().cpu().numpy()
-        return self.boundary.threshold(quantiles, rate, self.feedback)
+        if np.ndim(rate) == 0:
+            return self.boundary.threshold(quantiles, float(rate), self.feedback)
+        rates, row_B = np.unique(rate, return_inverse=True)
+        pairs = [self.boundary.threshold(quantiles, x, self.feedback) for x in rates.tolist()]
+        threshold_B, gain_B = np.array(pairs)[row_B].T
+        return threshold_B, gain_B
 
     def forward(
-        self, score_BT: Tensor, real_BT: np.ndarray, rate: float, max_tail: int, state: GateState
-    ) -> tuple[np.ndarray, GateState, float]:
+        self, score_BT: Tensor, real_BT: np.ndarray, rate: Rate, max_tail: int, state: GateState
+    ) -> tuple[np.ndarray, GateState, Rate]:
         """(B, T) bool decisions, on the host; the state to go on from; and the threshold. The loop
-        is sequential in T and costs microseconds a token. `real_BT`: False on padding.
+        is sequential in T and costs microseconds a token. `real_BT`: False on padding. `rate`: one
+        for all rows or (B,).
 
         A row that owes concepts (`rate · tokens > concepts`) gets a threshold lower by the gain per
         concept owed. Where scores accumulate, those since the last concept are summed, and what is

@@ -113,10 +113,33 @@ class Tails(NamedTuple):
             np.take_along_axis(selected, order, 1),
         )
 
+    def join(self, other: "Tails") -> "Tails":
+        """The other's rows behind these."""
+        return Tails(*(_cat_rows(*pair) for pair in zip(self, other, strict=True)))
+
+    def put(self, rows: np.ndarray, other: "Tails") -> "Tails":
+        """With those rows from the other."""
+        order = np.arange(len(self.real))
+        order[rows] = len(order) + np.arange(len(rows))
+        both = self.join(other)[torch.from_numpy(order).to(self.h_BnD.device)]
+        longest = int(both.real.sum(1).max(initial=0))
+        return Tails(*(x[:, :longest] for x in both))
+
     def __getitem__(self, rows) -> "Tails":
         """Those rows: a tensor of indices or a slice."""
         on_host = rows if isinstance(rows, slice) else rows.cpu().numpy()
         return Tails(self.h_BnD[rows], self.position_Bn[rows], self.real[on_host])
+
+
+def _cat_rows(first: Tensor | np.ndarray, second: Tensor | np.ndarray):
+    """(A, n, …) and (B, m, …) → (A + B, max(n, m), …), filled up with 0 at the end."""
+    length = max(first.shape[1], second.shape[1])
+    if isinstance(first, np.ndarray):
+        return np.concatenate(
+            [np.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in (first, second)]
+        )
+    ends = [[0, 0] * (x.dim() - 2) + [0, length - x.shape[1]] for x in (first, second)]
+    return torch.cat([F.pad(x, end) for x, end in zip((first, second), ends, strict=True)])
 
 
 class Packing(NamedTuple):

@@ -38,8 +38,17 @@ class Memory(NamedTuple):
     open_segment: Tensor
 
     def select(self, rows: Tensor) -> "Memory":
-        gate = GateState(*(x[rows.cpu()] for x in self.gate))
+        gate = GateState(*(x[rows.cpu().numpy()] for x in self.gate))
         return Memory(gate, self.last_BD[rows], self.open_segment[rows])
+
+    def join(self, other: "Memory") -> "Memory":
+        """The other's rows behind these."""
+        pairs = zip(self.gate, other.gate, strict=True)
+        return Memory(
+            GateState(*(np.concatenate(pair) for pair in pairs)),
+            torch.cat([self.last_BD, other.last_BD]),
+            torch.cat([self.open_segment, other.open_segment]),
+        )
 
 
 @dataclass

@@ -10,6 +10,7 @@ rate middle and T deep layer applications. Suffixes as in `concepts`."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,16 @@ class OnlineOutput(CausalLMOutputWithPast):
 
     if CACHE != "cache":  # before transformers 5.24
         cache = property(attrgetter(CACHE))
+
+
+class Begun(NamedTuple):
+    """Tokens that have passed the shallow slice: what the others go on from."""
+
+    chunk: Chunk
+    h_BTD: Tensor
+    decision: WriteDecision
+    e_BCD: Tensor
+    ids_BC: Tensor
 
 
 class OnlineForCausalLM(AdaptedModel):
@@ -110,7 +121,7 @@ class OnlineForCausalLM(AdaptedModel):
         text = self._text(embed_BTD, attention_mask, cache, kwargs)
         whole = self.training or cache.for_layers is None or not self.config.prefill_chunk
         chunks = [text] if whole else text.split(self.config.prefill_chunk)
-        parts = [self._slices(chunk, cache, ablation) for chunk in chunks]
+        parts = [self.end(self.begin(chunk, cache, ablation), cache) for chunk in chunks]
         d_BTD, ids_BT = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         # slice(-0, None): all
         last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -122,13 +133,17 @@ class OnlineForCausalLM(AdaptedModel):
             loss=loss, logits=logits, concept_ids=ids_BT, **{CACHE: cache.for_layers}
         )
 
-    def _slices(self, chunk: Chunk, cache: NoCache, ablation: str | None) -> tuple[Tensor, Tensor]:
-        """(B, T, D) last states of consecutive tokens, and the (B, T) ids that they write."""
+    def begin(self, chunk: Chunk, cache: NoCache, ablation: str | None = None) -> Begun:
+        """Consecutive tokens through the shallow slice and the writer."""
         chunk.rope = self.spine.rope(chunk.embed_BTD, chunk.position_BT)
         h_BTD = self._shallow(chunk, cache)
-
         decision = self.writer.decide(h_BTD, chunk, cache.memory)
-        e_BCD, ids_BC = self.writer.write(decision, ablation)
+        return Begun(chunk, h_BTD, decision, *self.writer.write(decision, ablation))
+
+    def end(self, begun: Begun, cache: NoCache) -> tuple[Tensor, Tensor]:
+        """Their way through the middle and the deep slice: (B, T, D) last states, and the (B, T)
+        ids that they write."""
+        chunk, h_BTD, decision, e_BCD, ids_BC = begun
         closed, tails = self._tails(h_BTD, chunk, decision, cache)
         c_BCD = self._middle(e_BCD, chunk, decision, cache, closed)
 

@@ -1,0 +1,240 @@
+"""Which request is read or goes on next: rows of one model, and the jobs that wait for one.
+
+An iteration reads one chunk of the prompts that are joining and takes one step of all rows that
+run, so neither starves the other. Jobs come in order; one is let in when a row is free and the
+cache that it can come to at most fits, so none has to be thrown out again."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sememe.engine.requests import Iteration, Job, Progress, TokenLogprob
+from sememe.engine.sampling import choose, logprobs
+from sememe.models.stepping import NULL, rows_of
+
+HOLD_FROM = 12  # rows: with fewer, those that write wait for too long (docs/log.md)
+
+
+@dataclass(eq=False)
+class Running:
+    """A job that has a row, or reads its prompt for one."""
+
+    job: Job
+    bytes: int
+    since: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    new: list[int] = field(default_factory=list)
+
+    @property
+    def next(self) -> int:
+        """The token that its row reads in the next step."""
+        return self.new[-1]
+
+    def clock(self, name: str) -> None:
+        """Counts the time since the last call as that of `name`."""
+        now = time.perf_counter()
+        self.seconds[name], self.since = now - self.since, now
+
+
+@dataclass(eq=False)
+class Joining:
+    """Prompts that are read together, in a cache of their own."""
+
+    members: list[Running]
+    cache: object = None
+    done: int = 0
+    last_11D: Tensor | None = None  # of a prompt whose tokens' probabilities are wanted
+
+
+class Scheduler:
+    """Not for several threads.
+
+    Args:
+        max_rows: that run at the same time.
+        chunk: tokens of prompts that are read between two steps.
+        cache_bytes: of all rows together at most.
+        hold: whether rows that write a concept wait for each other where that pays."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_rows: int,
+        chunk: int,
+        cache_bytes: float,
+        hold: bool = True,
+    ):
+        self.model = model
+        self.max_rows = max_rows
+        self.chunk = chunk
+        self.cache_bytes = cache_bytes
+        self.hold = hold
+        self.queue: deque[tuple[Job, float]] = deque()
+        self.on_iteration: Callable[[Iteration], None] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all rows."""
+        self.rows = rows_of(self.model)
+        self.running: list[Running] = []
+        self.joining: Joining | None = None
+
+    @property
+    def active(self) -> list[Running]:
+        """Jobs with a row, or reading."""
+        return self.running + (self.joining.members if self.joining else [])
+
+    @property
+    def idle(self) -> bool:
+        return not (self.queue or self.active)
+
+    def add(self, job: Job) -> None:
+        self.queue.append((job, time.perf_counter()))
+
+    @torch.inference_mode()
+    def iterate(self) -> None:
+        """A chunk of prompts, and a step."""
+        self._drop_cancelled()
+        if self.joining is None:
+            self._admit()
+        seconds, middle_rows, start = {}, 0, time.perf_counter()
+        if self.joining is not None:
+            self._read()
+            seconds["prefill"] = time.perf_counter() - start
+        if self.running:
+            start = time.perf_counter()
+            middle_rows = self._step()
+            seconds["decode"] = time.perf_counter() - start
+        if self.on_iteration is not None:
+            sizes = self.rows.slice_bytes()
+            self.on_iteration(
+                Iteration(len(self.active), len(self.queue), sizes, seconds, middle_rows)
+            )
+
+    # ---- jobs come and go ----
+
+    def _drop_cancelled(self) -> None:
+        for job, since in [pair for pair in self.queue if pair[0].cancelled]:
+            self.queue.remove((job, since))
+            job.sink(Progress(finish="cancelled"))
+        for member in [x for x in self.running if x.job.cancelled]:
+            self._leave(member, "cancelled")
+        # One that still reads goes when it is through: the others of its cache go on.
+
+    def _admit(self) -> None:
+        """The next jobs: a long prompt alone, or several that fit a chunk together."""
+        members, tokens = [], 0
+        while self.queue and len(self.running) + len(members) < self.max_rows:
+            job, since = self.queue[0]
+            request = job.request
+            length = max(tokens, len(request.prompt))
+            if members and (length * (len(members) + 1) > self.chunk or request.echo):
+                break
+            size = self.rows.bytes_of(len(request.prompt) + request.max_tokens, request.rate)
+            used = sum(x.bytes for x in self.running + members)
+            if used + size > self.cache_bytes and self.running + members:
+                break
+            self.queue.popleft()
+            members.append(Running(job, size, since))
+            members[-1].clock("queue")
+            job.sink(Progress(seconds=dict(members[-1].seconds)))
+            tokens = length
+            if request.echo:
+                break
+        if members:
+            rates = [x.job.request.rate for x in members]
+            # Known as joining first: should there be no memory for the cache, `fail` ends them.
+            self.joining = Joining(members)
+            self.joining.cache = self.rows.start(rates)
+
+    def _leave(self, member: Running, finish: str, progress: Progress | None = None) -> None:
+        """Ends a job that has a row; the last row takes its place."""
+        row = self.running.index(member)
+        self.rows.leave(row)
+        self.running[row] = self.running[-1]
+        self.running.pop()
+        self._finish(member, finish, progress or Progress())
+
+    @staticmethod
+    def _finish(member: Running, finish: str, progress: Progress) -> None:
+        member.clock("decode")
+        progress.finish, progress.seconds = finish, member.seconds
+        member.job.sink(progress)
+
+    def fail(self, error: str) -> None:
+        """Ends all jobs that are under way."""
+        active = self.active
+        self.reset()
+        for member in active:
+            self._finish(member, "error", Progress(error=error))
+
+    # ---- the model ----
+
+    def _read(self) -> None:
+        """The next chunk of the prompts that are joining; after the last one they have rows."""
+        joining = self.joining
+        prompts = [x.job.request.prompt for x in joining.members]
+        part = slice(joining.done, joining.done + self.chunk)
+        texts = prompts if len(prompts) > 1 else [prompts[0][part]]
+        d_BTD, concept_ids = self.rows.read(joining.cache, texts)
+        joining.done += d_BTD.shape[1]
+        progress = [Progress(concept_ids=ids) for ids in concept_ids]
+        if joining.members[0].job.request.echo:
+            progress[0].logprobs = self._echo(joining, texts[0], d_BTD)
+        if joining.done < max(map(len, prompts)):
+            joining.members[0].job.sink(progress[0])
+            return
+        # Only then no longer joining: should it fail, `fail` ends them.
+        self.rows.join(joining.cache)
+        self.joining = None
+        self.running += joining.members
+        for member in joining.members:
+            member.clock("prefill")
+        self._write(joining.members, self.rows.logits(d_BTD[:, -1]), progress)
+
+    def _echo(self, joining: Joining, text: Sequence[int], d_1TD: Tensor) -> list:
+        """Log-probabilities of a prompt's tokens; of the first of all there is none."""
+        before, joining.last_11D = joining.last_11D, d_1TD[:, -1:]
+        states = d_1TD[:, :-1] if before is None else torch.cat([before, d_1TD[:, :-1]], 1)
+        top = joining.members[0].job.request.logprobs or 0
+        tokens = text[1:] if before is None else text
+        known: list[TokenLogprob | None] = [None] * (len(text) - len(tokens))
+        return known + logprobs(self.rows.logits(states[0]), tokens, top) if tokens else known
+
+    def _step(self) -> int:
+        """Returns how many rows have written a concept."""
+        tokens = [self.running[row].next for row in self.rows.ready]
+        count = len(self.running) // 2 if self.hold and len(self.running) >= HOLD_FROM else 1
+        stepped = self.rows.step(tokens, count)
+        members = [self.running[row] for row in stepped.rows]
+        progress = [Progress(concept_ids=[concept]) for concept in stepped.concept_n]
+        self._write(members, stepped.logits_nV, progress)
+        return sum(concept != NULL for concept in stepped.concept_n)
+
+    def _write(self, members: list[Running], logits_nV: Tensor, progress: list[Progress]) -> None:
+        """A token for each of these rows."""
+        requests = [x.job.request for x in members]
+        tokens = choose(logits_nV, requests, [x.new for x in members])
+        for n, (member, request, token) in enumerate(zip(members, requests, tokens, strict=True)):
+            finish = None
+            if len(member.new) == request.max_tokens:  # 0 of them are wanted
+                finish = "length"
+            else:
+                if request.logprobs is not None:
+                    progress[n].logprobs += logprobs(logits_nV[n, None], [token], request.logprobs)
+                if token in request.ends:
+                    finish = "stop"
+                else:
+                    member.new.append(token)
+                    progress[n].tokens.append(token)
+                    finish = "length" if len(member.new) == request.max_tokens else None
+            if member.job.cancelled:
+                finish = "cancelled"
+            if finish is None:
+                member.job.sink(progress[n])
+            else:
+                self._leave(member, finish, progress[n])

@@ -1,0 +1,197 @@
+"""The engine: what a request gets does not depend on who else is there."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from families import text, tiny_base, tiny_online
+from sememe.engine import Engine, QueueFull, Request, Sampling
+from sememe.engine.sampling import draw, logprobs
+from sememe.engine.text import TextStream
+from sememe.errors import DataError
+from sememe.models.configuration import ControlConfig
+from sememe.models.control import ControlForCausalLM
+
+
+class Letters:
+    """One letter a token."""
+
+    def decode(self, ids, **options):
+        return "".join(chr(32 + int(i)) for i in ids)
+
+    def __call__(self, text):
+        return type("Encoded", (), {"input_ids": [ord(letter) - 32 for letter in text]})
+
+
+def prompt(number: int) -> list[int]:
+    return text(1, 2 + number % 40, number)[0].tolist()
+
+
+def requests(count: int, **settings) -> list[Request]:
+    rng = np.random.default_rng(1)
+    return [
+        Request(
+            prompt(n),
+            max_tokens=int(rng.integers(0, 20)),
+            sampling=Sampling(temperature=float(n % 2), seed=n, top_p=0.9, top_k=n % 5 * 7),
+            rate=[None, 0.3, 0.7, 1.0][n % 4],
+            logprobs=2,
+            **settings,
+        )
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_company_changes_no_answer(hold):
+    model = tiny_online(segment="both", bridge=True)
+    wanted = requests(40)
+    with Engine(model, Letters(), max_rows=14, chunk=16, hold=hold) as engine:
+        together = engine.generate(wanted)
+    with Engine(model, Letters(), max_rows=1) as engine:
+        alone = engine.generate(wanted)
+    for one, other, request in zip(together, alone, wanted, strict=True):
+        assert one.tokens == other.tokens and one.concept_ids == other.concept_ids
+        assert len(one.tokens) == request.max_tokens and one.finish == "length"
+        read = len(request.prompt) + max(0, request.max_tokens - 1)
+        assert len(one.concept_ids) == read
+        for a, b in zip(one.logprobs, other.logprobs, strict=True):
+            assert a.token == b.token and abs(a.logprob - b.logprob) < 1e-4
+
+
+def test_the_engine_says_what_generate_says():
+    for model in (tiny_online(), tiny_base()):
+        wanted = [Request(prompt(n), max_tokens=9) for n in range(6)]
+        with Engine(model, Letters(), max_rows=4, chunk=8) as engine:
+            answers = engine.generate(wanted)
+        for request, answer in zip(wanted, answers, strict=True):
+            ids = torch.tensor([request.prompt])
+            options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
+            assert model.generate(ids, **options)[0, ids.shape[1] :].tolist() == answer.tokens
+
+
+@pytest.mark.parametrize("changes", [{}, {"skipped": (1, 3)}, {"left_out": [2], "bridge": True}])
+def test_baselines_say_what_generate_says(changes):
+    base = tiny_base()
+    config = ControlConfig(text_config=base.config, base="tiny", lora_rank=0, **changes)
+    model = ControlForCausalLM(config, base).eval()
+    for bridge in model.bridge:
+        torch.nn.init.normal_(bridge.shallow.weight, std=0.1)
+    with Engine(model, Letters(), max_rows=4, chunk=8) as engine:
+        (answer,) = engine.generate([Request(prompt(7), max_tokens=9)])
+    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
+    written = model.generate(torch.tensor([prompt(7)]), **options)[0, len(prompt(7)) :]
+    assert written.tolist() == answer.tokens
+
+
+def test_the_token_that_ends_a_text_has_a_probability():
+    model, ids = tiny_online(), prompt(9)
+    with Engine(model, Letters()) as engine:
+        request = Request(ids, max_tokens=5, logprobs=0, ends=frozenset(range(97)))
+        (answer,) = engine.generate([request])
+    assert answer.tokens == [] and answer.finish == "stop" and len(answer.logprobs) == 1
+
+
+@pytest.mark.parametrize("broken", ["start", "join"])
+def test_requests_that_fail_while_they_join_are_answered(broken, monkeypatch):
+    with Engine(tiny_online(), Letters()) as engine:
+        seen: list = []
+        engine.observe(seen.append)
+
+        def faulty(*args):
+            monkeypatch.undo()
+            raise MemoryError
+
+        monkeypatch.setattr(engine.scheduler.rows, broken, faulty)
+        first, second = (engine.generate([Request(prompt(3), max_tokens=5)])[0] for _ in range(2))
+        assert first.finish == "error" and second.finish == "length" and engine.pending == 0
+        assert sum(one.middle_rows for one in seen) > 0 and seen[-1].rows == 0
+        assert max(one.cache_bytes["deep"] for one in seen) > 0
+
+
+def test_echo_gives_the_probabilities_of_the_prompt():
+    model, ids = tiny_online(), prompt(30)
+    with Engine(model, Letters(), chunk=7) as engine:
+        (answer,) = engine.generate([Request(ids, max_tokens=0, logprobs=3, echo=True)])
+    with torch.inference_mode():
+        wanted = logprobs(model(torch.tensor([ids])).logits[0, :-1], ids[1:], 3)
+    assert answer.logprobs[0] is None and answer.tokens == []
+    for one, other in zip(answer.logprobs[1:], wanted, strict=True):
+        assert one.token == other.token and abs(one.logprob - other.logprob) < 1e-4
+        assert [token for token, _ in one.top] == [token for token, _ in other.top]
+
+
+def test_rows_leave_when_they_are_cancelled_and_the_others_go_on():
+    model, ended = tiny_online(), threading.Event()
+    with Engine(model, Letters(), max_rows=3) as engine:
+        seen = []
+
+        def sink(progress):
+            seen.append(progress)
+            if len(seen) == 3:
+                engine.cancel(job)
+            if progress.finish:
+                ended.set()
+
+        job = engine.submit(Request(prompt(4), max_tokens=200), sink)
+        (answer,) = engine.generate([Request(prompt(5), max_tokens=12)])
+        assert ended.wait(30) and seen[-1].finish == "cancelled" and len(seen) < 10
+        assert len(answer.tokens) == 12
+        assert len(engine.scheduler.rows) == 0 and engine.pending == 0
+
+
+def test_a_fault_ends_those_under_way_and_the_next_are_served(monkeypatch):
+    model = tiny_online()
+    with Engine(model, Letters()) as engine:
+        step = engine.scheduler.rows.step
+
+        def faulty(*args):
+            monkeypatch.undo()
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(engine.scheduler.rows, "step", faulty)
+        first, second = (engine.generate([Request(prompt(3), max_tokens=5)])[0] for _ in range(2))
+        assert step and first.finish == "error" and second.finish == "length"
+        assert engine.alive
+
+
+def test_a_full_queue_and_bad_prompts_are_refused():
+    model = tiny_online()
+    with Engine(model, Letters(), max_rows=1, max_queue=0) as engine:
+        engine.submit(Request(prompt(1), max_tokens=150), lambda progress: None)
+        with pytest.raises(QueueFull, match="try"):
+            engine.submit(Request(prompt(1)), lambda progress: None)
+        wrong = [Request([]), Request([97]), Request([5] * 250, max_tokens=7)]
+        wrong += [Request([5], logprobs=98), Request([5], sampling=Sampling(logit_bias={97: 1.0}))]
+        for bad in wrong:
+            with pytest.raises(DataError, match="try"):
+                engine.submit(bad, lambda progress: None)
+
+
+def test_draws_follow_the_probabilities():
+    logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    wanted = logits_V.softmax(-1)
+    points = (torch.arange(4000) + 0.5) / 4000
+
+    def shares(sampling):
+        tokens = [draw(logits_V, sampling, float(u)) for u in points]
+        return torch.bincount(torch.tensor(tokens), minlength=4) / len(tokens)
+
+    assert (shares(Sampling(temperature=1.0)) - wanted).abs().max() < 1e-3
+    two = wanted[:2] / wanted[:2].sum()
+    for sampling in (Sampling(temperature=1.0, top_k=2), Sampling(temperature=1.0, top_p=0.7)):
+        assert (shares(sampling)[:2] - two).abs().max() < 1e-3
+    assert shares(Sampling(temperature=1.0, top_p=0.0))[0] == 1
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_nothing_of_a_stop_string_gets_out(cut):
+    ids = Letters()("one STOP two").input_ids
+    stream = TextStream(Letters(), [], ["STOP", "XX"])
+    said = stream.add(ids[:cut]) + stream.add(ids[cut:]) + stream.end()
+    assert said == "one " and stream.stopped
+    stream = TextStream(Letters(), [], ["STOP"])
+    said = "".join(stream.add([token]) for token in Letters()("S STO").input_ids)
+    assert said == "S " and stream.end() == "STO" and not stream.stopped
