@@ -352,8 +352,10 @@ def test_a_silent_stream_has_comments(model):
 
 
 @pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
+def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tiny"
+    model = served_online()
+    model.merged()  # which needs no base
     model.save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
     return folder
@@ -369,7 +371,9 @@ def start(folder, *words) -> subprocess.Popen:
 def test_sigterm_lets_streams_end_and_exits_0(saved):
     process = start(saved, "--drain", "20")
     try:
-        address = re.search(r"http://\S+", process.stdout.readline())[0]
+        line = process.stdout.readline()
+        assert "http://" in line, line + process.stderr.read()
+        address = re.search(r"http://\S+", line)[0]
         with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
 
             def stream(number: int) -> list[str]:
