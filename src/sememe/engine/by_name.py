@@ -6,15 +6,15 @@ from sememe.engine.loop import Engine
 from sememe.errors import CheckpointError
 from sememe.models.loading import load_model, model_folder, read_config, resolve
 
-SYSTEMS_SERVED = (None, "online", "control", "prune", "skip", "window")
-"""None: a plain base."""
+SYSTEMS_SERVED = (None, "online", "control")
+"""None: a plain base. Layers that are left out, and windows, are not in the engine's rows."""
 
 
 def open_engine(name: str, **options: Any) -> Engine:
     """An engine of that model. `options`: those of `Engine`.
 
     Raises:
-        CheckpointError: a compressor or a planner, which continue no text, or not a model.
+        CheckpointError: another system than these, or not a model.
         BaseError: neither a folder nor a base that can be had."""
     config = read_config(model_folder(name) or resolve(name))
     system = getattr(config, "system", None)
