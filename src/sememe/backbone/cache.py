@@ -193,11 +193,13 @@ class ConceptCache(NoCache, Cache):
         for own, new in zip(self.memory.gate, part.memory.gate, strict=True):
             own[rows] = new
         index = torch.from_numpy(rows).to(self.last_concept_BD.device)
-        names = ("last_BD", "open_segment")
-        for own, new in [(getattr(self.memory, n), getattr(part.memory, n)) for n in names]:
+        for own, new in zip(self._row_states, part._row_states, strict=True):
             own[index] = new.to(own)
-        self.last_concept_BD[index] = part.last_concept_BD.to(self.last_concept_BD)
         self.tails = self.tails.put(rows, part.tails)
+
+    @property
+    def _row_states(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.memory.last_BD, self.memory.open_segment, self.last_concept_BD
 
     def join(self, other: "ConceptCache") -> None:
         """The other's rows behind these."""

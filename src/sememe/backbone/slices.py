@@ -93,7 +93,9 @@ class SliceCache:
             rows: the b rows of the batch, which those of the lanes are among."""
         device, key = self.position.device, lanes.key
         of_batch = torch.arange(len(self.length), device=device)[rows]
-        whole = rows is ALL and isinstance(lanes.rows, slice)
+        # Of all rows in their order the attention reads a view, not a copy.
+        every = rows is ALL or np.array_equal(rows, np.arange(len(self.length)))
+        whole = every and isinstance(lanes.rows, slice)
         self.rows = slice(len(self.length)) if whole else of_batch[lanes.rows]
         self.several = lanes.query.position.shape[1] > 1
         self.met = before = self.used(rows)
@@ -140,8 +142,7 @@ class SliceCache:
         # The former last slot needs no clearing: none is in use before it is written.
         if missing > 0:
             stored = self.states[layer] = F.pad(stored, (0, 0, 0, missing))
-        before = stored[:, self.rows, :, : self.met]
-        met = torch.cat([before, new], 3) if self.several else None
+        met = torch.cat([stored[:, self.rows, :, : self.met], new], 3) if self.several else None
         stored[:, self.row_b1, :, self.slot] = new.permute(1, 3, 0, 2, 4).to(stored.dtype)
         return met if self.several else stored[:, self.rows, :, : self.met]
 

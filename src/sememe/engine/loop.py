@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +68,6 @@ class Engine:
         self.pending = 0
         self.lock = threading.Lock()
         self.failures = 0
-        self.busy = 0.0  # seconds of turns
         self.stopping = self.stopped = False
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
@@ -198,7 +196,6 @@ class Engine:
                 if self.stopping:
                     return
                 continue
-            start = time.perf_counter()
             try:
                 scheduler.iterate()
                 self.failures = 0
@@ -208,7 +205,6 @@ class Engine:
                 if self.failures >= FAILURES:
                     self._give_up()
                     return
-            self.busy += time.perf_counter() - start
 
     def _give_up(self) -> None:
         """Answers to all that still wait; `submit` takes no more."""

@@ -236,7 +236,7 @@ class OnlineRows:
         if len(rows) == 0:
             return self._end(*self._release())
         ids_b1 = torch.tensor(tokens, dtype=torch.long, device=model.device)[:, None]
-        part = self._part(rows)
+        part = self.cache.at(rows)
         chunk = Chunk.of(model.spine.embed(ids_b1), tokens=part.tokens)
         with model.dial.at(rate=self.rate_B[rows]):
             begun = model.begin(chunk, part)
@@ -252,13 +252,10 @@ class OnlineRows:
         return self._end(begun, rows)
 
     def _end(self, begun: Begun, rows: np.ndarray) -> Stepped:
-        part = self._part(rows)
+        part = self.cache.at(rows)
         d_b1D, ids_b1 = self.model.end(begun, part)
         self.cache.put(part)
         return Stepped(rows, self.logits(d_b1D[:, 0]), ids_b1[:, 0].tolist())
-
-    def _part(self, rows: np.ndarray):
-        return self.cache.at(rows)
 
     def _keep(self, selected: np.ndarray) -> None:
         """Of the rows that wait."""
