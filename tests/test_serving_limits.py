@@ -290,14 +290,11 @@ def test_more_than_there_is_room_for_is_429_at_once(model):
 
 
 def test_the_refused_are_not_tokenised(model, monkeypatch):
-    body = LONG | {"stream": True}
-    with (
-        running(model, rows=1, queue=0) as (service, client),
-        client.stream("POST", "/v1/completions", json=body) as stream,
-    ):
-        next(stream.iter_lines())
+    with running(model, rows=1, queue=0) as (service, client):
         monkeypatch.setattr(service, "tokens", lambda text: pytest.fail("tokenised"))
-        check_error(client.post("/v1/completions", json=LONG), 429)
+        with service.reserve(1):
+            check_error(client.post("/v1/completions", json=LONG), 429)
+        assert service.used == 1  # a group that was made inside gives them back itself
 
 
 def test_a_deadline_ends_answers(model):
