@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -20,6 +21,7 @@ from sememe.concepts.dial import evaluating
 from sememe.data import check_text, encoder, read_texts, token_windows
 from sememe.errors import CheckpointError, CodesError
 from sememe.models import CompressorForCausalLM
+from sememe.models.compressor.model import ROWS_AT_ONCE, batches
 from sememe.models.loading import (
     check_length,
     check_rate,
@@ -100,6 +102,26 @@ class Codes(Part):
         """Of all documents, in order."""
         return [window for document in self.documents for window in document.windows]
 
+    def written_by(self, writer: Writer) -> bool:
+        """Whether that model, wherever it lies, is the one that compressed."""
+        hashes = attrgetter("weights_sha256", "base_sha256")
+        return hashes(self.model) == hashes(writer)
+
+    def check_windows(self, config) -> None:
+        """Raises CodesError for ids that no code of the model stands for, or for windows longer
+        than it has positions for. A concept stands for one token at least."""
+        count, longest = config.num_concepts**config.codes_per_concept, longest_text(config)
+        if not all(0 <= i < count for window in self.windows for i in window.concepts):
+            raise CodesError(
+                f"a window has an id that no code stands for: need ids from 0 to {count - 1}. try: "
+                "the codes as they were written"
+            )
+        if not all(len(x.concepts) <= x.tokens <= longest for x in self.windows):
+            raise CodesError(
+                f"a window has more concepts than tokens, or more than {longest} tokens: need "
+                "those of one text that the model has read. try: the codes as they were written"
+            )
+
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all; a window a line, to be read and compared."""
         text = self.model_dump_json().replace('{"span"', '\n{"span"') + "\n"
@@ -158,6 +180,56 @@ def writer_of(model: CompressorForCausalLM) -> Writer:
     )
 
 
+@dataclass
+class Uncoded:
+    """Texts cut into windows, in which token ids stand in for concepts until `code` has seen
+    them."""
+
+    documents: list[Document]
+    window: int
+
+    @classmethod
+    def cut(cls, tokenizer, texts: Sequence[str], window: int) -> "Uncoded":
+        """Raises DataError for what is no text."""
+        texts = [check_text(x, "a text") for x in texts]
+        documents = []
+        for text, encoding in zip(texts, encoder(tokenizer)(texts), strict=True):
+            windows = [
+                Window(span=span, tokens=len(ids), concepts=ids)
+                for ids, span in token_windows(encoding, len(text), window)
+            ]
+            documents.append(Document(characters=len(text), windows=windows))
+        return cls(documents, window)
+
+    @property
+    def batches(self) -> list[list[Window]]:
+        """Windows of one length, as many as are compressed together."""
+        windows = [window for document in self.documents for window in document.windows]
+        groups = [list(x) for _, x in groupby(sorted(windows, key=tokens_of), tokens_of)]
+        starts = [(x, n) for x in groups for n in range(0, len(x), ROWS_AT_ONCE)]
+        return [group[n : n + ROWS_AT_ONCE] for group, n in starts]
+
+    def codes(self, config, writer: Writer, rate: float) -> Codes:
+        """When all are coded."""
+        return Codes(
+            model=writer,
+            num_concepts=config.num_concepts,
+            codes_per_concept=config.codes_per_concept,
+            rate=float(rate),
+            window=self.window,
+            documents=self.documents,
+            sha256=None,
+        )
+
+
+def code(model: CompressorForCausalLM, windows: list[Window], rate: float) -> None:
+    """Puts concepts in the place of the token ids of windows of one length."""
+    with model.dial.at(rate=rate), evaluating(model):
+        rows = model.compress(torch.tensor([x.concepts for x in windows]))
+    for window, concepts in zip(windows, rows, strict=True):
+        window.concepts = concepts
+
+
 def compress(
     model: str | Path | CompressorForCausalLM,
     texts: str | Iterable[str],
@@ -181,31 +253,11 @@ def compress(
     window = trained_window(config) if window is None else window
     check_rate(config, rate, config.name_or_path)
     check_length(longest_text(config), window, "window=")
-    texts = [check_text(x, "a text") for x in ([texts] if isinstance(texts, str) else texts)]
-    documents = []
-    for text, encoding in zip(texts, encoder(tokenizer_of(model))(texts), strict=True):
-        windows = [
-            # Its token ids stand in for its concepts, until there are some.
-            Window(span=span, tokens=len(ids), concepts=ids)
-            for ids, span in token_windows(encoding, len(text), window)
-        ]
-        documents.append(Document(characters=len(text), windows=windows))
-    by_length = sorted((x for document in documents for x in document.windows), key=tokens_of)
-    with model.dial.at(rate=rate), evaluating(model):
-        for _, group in groupby(by_length, tokens_of):
-            windows = list(group)
-            rows = model.compress(torch.tensor([x.concepts for x in windows]))
-            for x, concepts in zip(windows, rows, strict=True):
-                x.concepts = concepts
-    return Codes(
-        model=writer_of(model),
-        num_concepts=config.num_concepts,
-        codes_per_concept=config.codes_per_concept,
-        rate=float(rate),
-        window=window,
-        documents=documents,
-        sha256=None,
-    )
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    uncoded = Uncoded.cut(tokenizer_of(model), texts, window)
+    for windows in batches("compress", uncoded.batches):
+        code(model, windows, rate)
+    return uncoded.codes(config, writer_of(model), rate)
 
 
 def decompress(
@@ -220,18 +272,24 @@ def decompress(
     codes = codes if isinstance(codes, Codes) else Codes.load(codes)
     model = loaded(model)
     theirs, ours = codes.model, writer_of(model)
-    if (theirs.weights_sha256, theirs.base_sha256) != (ours.weights_sha256, ours.base_sha256):
+    if not codes.written_by(ours):
         raise CodesError(
             f"these codes are of {theirs.name} (sha256 {theirs.weights_sha256[:12]}…), but "
             f"{ours.name} has {ours.weights_sha256[:12]}…: need the model that wrote them. "
             f"try: {theirs.name} as it was then"
         )
+    codes.check_windows(model.config)
     with evaluating(model):
-        parts = iter(model.decompress([window.concepts for window in codes.windows], beams))
-    # The windows of a document are decoded together: a character, or a space, may take tokens of
-    # two of them.
+        rows = model.decompress([window.concepts for window in codes.windows], beams)
+    return joined_texts(tokenizer_of(model), codes, rows)
+
+
+def joined_texts(tokenizer, codes: Codes, rows: Iterable[list[int]]) -> list[str]:
+    """Texts of the documents from the token ids of their windows, which are decoded together: a
+    character, or a space, may take tokens of two of them."""
+    parts = iter(rows)
     documents = [[i for _ in document.windows for i in next(parts)] for document in codes.documents]
-    return tokenizer_of(model).batch_decode(documents, clean_up_tokenization_spaces=False)
+    return tokenizer.batch_decode(documents, clean_up_tokenization_spaces=False)
 
 
 # ---- files ----
