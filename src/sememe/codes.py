@@ -202,10 +202,14 @@ class Uncoded:
         return cls(documents, window)
 
     @property
+    def windows(self) -> list[Window]:
+        """Of all documents, in order."""
+        return [window for document in self.documents for window in document.windows]
+
+    @property
     def batches(self) -> list[list[Window]]:
         """Windows of one length, as many as are compressed together."""
-        windows = [window for document in self.documents for window in document.windows]
-        groups = [list(x) for _, x in groupby(sorted(windows, key=tokens_of), tokens_of)]
+        groups = [list(x) for _, x in groupby(sorted(self.windows, key=tokens_of), tokens_of)]
         starts = [(x, n) for x in groups for n in range(0, len(x), ROWS_AT_ONCE)]
         return [group[n : n + ROWS_AT_ONCE] for group, n in starts]
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sememe.engine.requests import Iteration, Job, Progress, TokenLogprob
+from sememe.engine.checks import check_request
+from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.sampling import choose, logprobs
-from sememe.models.stepping import NULL, rows_of
+from sememe.models.loading import longest_text
+from sememe.models.stepping import NULL, rows_of, slot_bytes
 
 HOLD_FROM = 12  # rows: 16 were measured to gain a tenth, fewer were not (docs/log.md)
 
@@ -83,6 +85,33 @@ class Scheduler:
         self.running: list[Running] = []
         self.joining: Joining | None = None
 
+    # ---- what it can serve ----
+
+    continues = True
+    """Whether what is written goes on from the prompt."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and what is written may have together."""
+        return longest_text(self.model.config, bos=False)
+
+    def check(self, request: Request) -> None:
+        """Raises SememeError for what the model cannot serve: one bad row would end those of all
+        others."""
+        check_request(self.model, request)
+
+    def bytes_at(self, tokens: int, concepts: int) -> tuple[int, int] | None:
+        """As `Engine.bytes_at`."""
+        layers = self.model.config.get_text_config().num_hidden_layers
+        own = self.rows.bytes_at(tokens, concepts)
+        return own, tokens * layers * slot_bytes(self.model)
+
+    def slice_bytes(self) -> dict[str, int]:
+        """Bytes of all rows, by slice."""
+        return self.rows.slice_bytes()
+
+    # ---- from the engine's loop ----
+
     @property
     def active(self) -> list[Running]:
         """Jobs with a row, or reading."""
@@ -99,6 +128,15 @@ class Scheduler:
     def iterate(self) -> None:
         """A chunk of prompts, and a step."""
         self._drop_cancelled()
+        seconds, middle_rows = self._advance()
+        if self.on_iteration is not None:
+            sizes = self.slice_bytes()
+            self.on_iteration(
+                Iteration(len(self.active), len(self.queue), sizes, seconds, middle_rows)
+            )
+
+    def _advance(self) -> tuple[dict[str, float], int]:
+        """Returns the seconds of what was done, and how many rows have written a concept."""
         if self.joining is None:
             self._admit()
         seconds, middle_rows, start = {}, 0, time.perf_counter()
@@ -109,11 +147,7 @@ class Scheduler:
             start = time.perf_counter()
             middle_rows = self._step()
             seconds["decode"] = time.perf_counter() - start
-        if self.on_iteration is not None:
-            sizes = self.rows.slice_bytes()
-            self.on_iteration(
-                Iteration(len(self.active), len(self.queue), sizes, seconds, middle_rows)
-            )
+        return seconds, middle_rows
 
     # ---- jobs come and go ----
 
