@@ -13,10 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from families import tiny_base
-from sememe.engine import open_engine
-from sememe.errors import CheckpointError, SememeError
-from sememe.models import CompressorConfig
+from sememe.errors import SememeError
 from sememe.serving.app import build_app
 from sememe.serving.settings import check_exposure, read_key, served_name
 from served import CONTEXT, chat_tokenizer, running, served_online, until
@@ -394,11 +391,3 @@ def test_sigterm_lets_streams_end_and_exits_0(saved):
     assert process.returncode == 0, log
     assert "10 ok" in out and "1 unavailable" in out
     assert "secret" not in log and "detective" not in log and log.count(" POST 200 ok ") == 10
-
-
-def test_what_is_not_served_is_one_sentence(tmp_path):
-    folder = tmp_path / "compressor"
-    folder.mkdir()
-    CompressorConfig(text_config=tiny_base().config, base="tiny").save_pretrained(folder)
-    with pytest.raises(CheckpointError, match=r"is a compressor.*try: "):
-        open_engine(str(folder))

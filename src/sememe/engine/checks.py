@@ -9,7 +9,7 @@ from sememe.engine.requests import GREEDY, Request, Unserved
 from sememe.errors import DataError
 from sememe.models.loading import check_rate, longest_text
 
-PLANNED = "prompt max_tokens sampling ends plan budget temperature seed".split()
+PLANNED = ("prompt", "max_tokens", "sampling", "ends", "plan", "budget", "temperature", "seed")
 """Fields that a planner does something with."""
 
 
@@ -25,9 +25,9 @@ def check_prompt(model: PreTrainedModel, request: Request) -> int:
 
 
 def check_request(model: PreTrainedModel, request: Request) -> None:
-    """Raises Unserved for a plan, of which there is none; DataError for a prompt that is empty, of tokens that are none, or too long, or for a
-    bias of such tokens: one bad row would end those of all others.
-    RecipeError or CheckpointError for a rate that cannot be had."""
+    """Raises Unserved for a plan, of which there is none; DataError for a prompt that is empty, of
+    tokens that are none, or too long, or for a bias of such tokens; RecipeError or CheckpointError
+    for a rate that cannot be had."""
     for name in ("plan", "budget"):
         if getattr(request, name) is not None:
             raise Unserved(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sememe.codes import Codes, Uncoded, code, trained_window, writer_of
-from sememe.engine.requests import Progress, Unserved
+from sememe.engine.requests import Progress
 from sememe.engine.works import Steps, Works
 from sememe.errors import CodesError, DataError
 from sememe.models.compressor.model import BEAMS_AT_ONCE
@@ -45,6 +45,7 @@ class CompressorWorks(Works):
     def __init__(self, model: PreTrainedModel, *limits: Any):
         super().__init__(model, *limits)
         self.writer = writer_of(model)
+        self.rate = model.dial.rate
         self.window = trained_window(model.config)
 
     @property
@@ -104,4 +105,4 @@ class CompressorWorks(Works):
         config = self.model.config
         layers = config.get_text_config().num_hidden_layers
         window = max(1, tokens) * layers * slot_bytes(self.model) * config.beams
-        return int(max(1, min(BEAMS_AT_ONCE // config.beams, self.cache_bytes // window)))
+        return int(max(1, min(BEAMS_AT_ONCE // config.beams, self.cache_bytes / window)))

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.coding import CompressorWorks
+from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.scheduler import Scheduler
 from sememe.engine.text import TextStream
 from sememe.engine.works import PlannerWorks
