@@ -72,6 +72,60 @@ def test_the_engine_says_what_generate_says():
             assert model.generate(ids, **options)[0, ids.shape[1] :].tolist() == answer.tokens
 
 
+@pytest.mark.parametrize("model", [tiny_online(segment="both", bridge=True), tiny_base()])
+def test_choices_of_one_request_read_their_prompt_once(model, monkeypatch):
+    """And get what each would alone; requests that only say the same read it each for itself."""
+
+    def wanted(ids, echo):
+        settings = {"max_tokens": 12, "logprobs": 1, "echo": echo}
+        seeds = [Sampling(temperature=1.0, seed=seed) for seed in range(3)]
+        return [Request(ids, sampling=sampling, **settings) for sampling in seeds]
+
+    first, second = prompt(22), prompt(30)
+    requests = [*wanted(first, False), *wanted(second, True), *wanted(list(first), False)]
+    read: list[int] = []
+    with Engine(model, Letters(), max_rows=9, chunk=8) as engine:
+        rows, held = engine.scheduler.rows, threading.Event()
+        original = rows.read
+
+        def reading(cache, texts):
+            held.wait(10)
+            if len(texts[0]) > 1:
+                read.append(sum(map(len, texts)))
+            return original(cache, texts)
+
+        monkeypatch.setattr(rows, "read", reading)
+        threading.Timer(0.2, held.set).start()
+        shared = engine.generate(requests)
+    assert sum(read) == 2 * len(first) + len(second)
+    with Engine(model, Letters(), max_rows=1) as engine:
+        alone = engine.generate(requests)
+    assert [x.tokens for x in shared] == [x.tokens for x in alone]
+    assert [x.concept_ids for x in shared] == [x.concept_ids for x in alone]
+    for one, other in zip(shared, alone, strict=True):
+        assert [x and x.token for x in one.logprobs] == [x and x.token for x in other.logprobs]
+    assert len({tuple(x.tokens) for x in shared[:3]}) == 3
+
+
+def test_a_long_prompt_whose_client_has_gone_is_not_read_on():
+    with Engine(tiny_online(), Letters(), chunk=4) as engine:
+        seen: list = []
+        engine.observe(seen.append)
+        ended = threading.Event()
+        jobs: list = []
+
+        def sink(progress):
+            if progress.finish is None and progress.concept_ids:
+                jobs[0].cancelled = True
+            elif progress.finish is not None:
+                assert progress.finish == "cancelled"
+                ended.set()
+
+        jobs.append(engine.submit(Request(prompt(39) * 2, max_tokens=1), sink))
+        assert ended.wait(10)
+    assert len(seen) < len(prompt(39) * 2) // 4
+
+
 def test_the_control_says_what_generate_says():
     base = tiny_base()
     config = ControlConfig(text_config=base.config, base="tiny", lora_rank=0)
