@@ -5,7 +5,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from conftest import byte_tokenizer
 from families import text, tiny_base, tiny_online
 from sememe.engine import Engine, QueueFull, Request, Sampling
 from sememe.engine.sampling import draw, logprobs
@@ -13,6 +16,8 @@ from sememe.engine.text import TextStream
 from sememe.errors import DataError
 from sememe.models.configuration import ControlConfig
 from sememe.models.control import ControlForCausalLM
+
+TOKENIZER = byte_tokenizer()
 
 
 class Letters:
@@ -246,3 +251,26 @@ def test_nothing_of_a_stop_string_gets_out(cut):
     stream = TextStream(Letters(), [], ["STOP"])
     said = "".join(stream.add([token]) for token in Letters()("S STO").input_ids)
     assert said == "S " and stream.end() == "STO" and not stream.stopped
+
+
+LETTERS = st.text("ab é😀漢", max_size=30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LETTERS, st.lists(st.text("ab é😀漢", min_size=1, max_size=5), max_size=4), st.data())
+def test_nothing_of_a_stop_string_is_ever_shown(written, stops, data):
+    """However its bytes are spread over tokens, and its tokens over steps."""
+    tokens = TOKENIZER(written, add_special_tokens=False).input_ids
+    stream, shown, stopped = TextStream(TOKENIZER, [], stops), "", ""
+    while tokens:
+        count = data.draw(st.integers(1, len(tokens)))
+        shown += stream.add(tokens[:count])
+        tokens = tokens[count:]
+        assert written.startswith(shown)
+    shown += stream.end()
+    for end in range(len(written) + 1):
+        ending = [stop for stop in stops if written[:end].endswith(stop)]
+        stopped = written[: end - max(map(len, ending), default=0)]
+        if ending:
+            break
+    assert shown == stopped and stream.stopped == bool(ending)
