@@ -15,7 +15,15 @@ from families import compressor_over, move
 from sememe.codes import Codes
 from sememe.engine import Engine, Request, open_engine
 from sememe.models import PlannerConfig, PlannerForCausalLM
-from served import chat_tokenizer, chunks, running, served_base, served_online, until
+from served import (
+    chat_tokenizer,
+    check_error,
+    chunks,
+    running,
+    served_base,
+    served_online,
+    until,
+)
 
 EMOJI = "Ünïcode 👩‍👩‍👧 日本語\r\n\n  ends with space \U0001f600 "
 TEXTS = ["a", "😀", EMOJI, "the cat sat on a mat and saw the dog. " * 3, " \n"]
@@ -66,14 +74,6 @@ def writer(planner):
         yield client
 
 
-def error(response: httpx.Response, status: int = 400) -> dict:
-    assert response.status_code == status, response.text
-    found = response.json()["error"]
-    assert "try: " in found["message"] and "\n" not in found["message"]
-    assert "/" not in found["message"] and "Traceback" not in response.text
-    return found
-
-
 # ---- a compressor ----
 
 
@@ -120,7 +120,7 @@ UNFIT = [
 
 @pytest.mark.parametrize("sent", UNFIT, ids=str)
 def test_what_cannot_be_compressed_is_refused(coder, sent):
-    error(coder.post("/v1/sememe/compress", json=sent))
+    check_error(coder.post("/v1/sememe/compress", json=sent))
 
 
 def hostile(codes: dict, longest: int):
@@ -159,12 +159,12 @@ def test_hostile_codes_are_refused_before_any_work(coder, compressor, monkeypatc
         part.update(fields)
         for sha256 in (codes["sha256"], None):
             sent = json.dumps(codes | {"sha256": sha256})
-            error(coder.post("/v1/sememe/decompress", content=sent, headers=JSON))
+            check_error(coder.post("/v1/sememe/decompress", content=sent, headers=JSON))
             count += 1
         part.clear()
         part.update(before)
     for sent in ({}, {"codes": codes}, {"text": "a"}):
-        error(coder.post("/v1/sememe/decompress", json=sent))
+        check_error(coder.post("/v1/sememe/decompress", json=sent))
     assert count > 50 and json.dumps(codes) == sound
     monkeypatch.undo()
     assert coder.post("/v1/sememe/decompress", json=codes).status_code == 200
@@ -176,20 +176,24 @@ def test_routes_of_other_systems_are_refused(coder, writer):
         ("/v1/completions", {"prompt": "a"}),
         ("/v1/sememe/inspect", {"text": "a"}),
     ):
-        found = error(coder.post(path, json=sent))
+        found = check_error(coder.post(path, json=sent))
         assert found["code"] == "wrong_system" and "compress" in found["message"]
-    error(coder.post("/v1/chat/completions", json={"messages": messages}))
-    error(coder.post("/v1/sememe/compress", json={"text": "a", "model": "other"}), 404)
+    check_error(coder.post("/v1/chat/completions", json={"messages": messages}))
+    check_error(coder.post("/v1/sememe/compress", json={"text": "a", "model": "other"}), 404)
     with running(served_online()) as (_, online):
         for client in (writer, online):
             for path in ("compress", "decompress"):
-                found = error(client.post(f"/v1/sememe/{path}", json={"text": "a"}))
+                found = check_error(client.post(f"/v1/sememe/{path}", json={"text": "a"}))
                 assert found["code"] == "wrong_system" and "completions" in found["message"]
         for field in ("plan", "budget"):
             value = {"plan": [[1]], "budget": [1]}[field]
             sent = {"prompt": "a", "sememe": {field: value}}
-            assert error(online.post("/v1/completions", json=sent))["param"] == f"sememe.{field}"
-    assert error(writer.post("/v1/sememe/inspect", json={"text": "a"}))["code"] == "wrong_system"
+            assert (
+                check_error(online.post("/v1/completions", json=sent))["param"] == f"sememe.{field}"
+            )
+    assert (
+        check_error(writer.post("/v1/sememe/inspect", json={"text": "a"}))["code"] == "wrong_system"
+    )
 
 
 @pytest.fixture
@@ -205,12 +209,20 @@ def endless(compressor, monkeypatch):
 
 def test_a_work_ends_within_a_pass_when_nobody_waits_for_it(compressor, endless):
     sent = {"json": {"text": "a" * 16}}
-    with running(compressor, byte_tokenizer(), rows=1, queue=1) as (service, client):
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/sememe/compress", timeout=0.3, **sent)
-        until(lambda: service.used == 0 and service.engine.pending == 0)
-        until(lambda: service.metrics.outcomes() == {"cancelled": 1})
-        assert client.get("/v1/sememe/stats").json()["rows"] == 0
+    with running(compressor, byte_tokenizer(), rows=1, queue=5) as (service, client):
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(client.post, "/v1/sememe/compress", timeout=4, **sent)
+            until(lambda: service.engine.scheduler.running)
+            for _ in range(3):
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post("/v1/sememe/compress", timeout=0.3, **sent)
+            # Those that waited are gone at once.
+            until(lambda: service.used == service.engine.pending == 1)
+            assert not first.done()
+            assert isinstance(first.exception(), httpx.ReadTimeout)
+        until(lambda: service.used == service.engine.pending == 0)
+        until(lambda: service.metrics.outcomes() == {"cancelled": 4})
+        until(lambda: client.get("/v1/sememe/stats").json()["rows"] == 0)
 
 
 def test_deadline_queue_and_drain_of_works(compressor, endless, monkeypatch):
@@ -375,7 +387,7 @@ UNPLANNED = [
 
 @pytest.mark.parametrize("fields", UNPLANNED, ids=str)
 def test_what_a_planner_does_nothing_with_is_named(writer, fields):
-    found = error(writer.post("/v1/completions", json=PLANNED | fields))
+    found = check_error(writer.post("/v1/completions", json=PLANNED | fields))
     (name, value), *_ = reversed(fields.items())
     wanted = {f"sememe.{key}" for key in value} if name == "sememe" else set(fields)
     assert found["param"].split(".0")[0] in wanted, found
@@ -394,8 +406,8 @@ def test_fields_that_change_nothing_are_served(writer):
 
 def test_prompts_that_a_planner_cannot_read(writer):
     for fields in ({"prompt": ""}, {"prompt": []}, {"prompt": [10**6]}, {"prompt": "a" * 600}):
-        error(writer.post("/v1/completions", json=PLANNED | fields))
-    error(writer.post("/v1/completions", json=PLANNED | {"max_tokens": 600}))
+        check_error(writer.post("/v1/completions", json=PLANNED | fields))
+    check_error(writer.post("/v1/completions", json=PLANNED | {"max_tokens": 600}))
 
 
 def test_cards_say_what_there_is(coder, writer, planner, compressor):
@@ -408,7 +420,7 @@ def test_cards_say_what_there_is(coder, writer, planner, compressor):
     context = planner.config.text_config.max_position_embeddings - sum(LENGTHS) - 3 - 1
     assert facts == {
         **{"system": "planner", "context": context, "sizes": list(SIZES)},
-        **{"lengths": list(LENGTHS), "budget": list(LENGTHS), "source": None},
+        **{"budget": list(LENGTHS), "source": None},
     }
 
 

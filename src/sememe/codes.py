@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
 
 from sememe import storage
 from sememe.concepts.dial import evaluating
@@ -51,7 +51,7 @@ class Window(Part):
     span: tuple[int, int]
     """The characters [from, to) of the document that it stands for."""
     tokens: int
-    concepts: list[int]
+    concepts: Annotated[list[int], FailFast()]
     """Each below K^G; code g of an id is id // K^g % K."""
 
 
@@ -59,7 +59,7 @@ class Document(Part):
     """A text as windows that follow on each other."""
 
     characters: int
-    windows: list[Window]
+    windows: Annotated[list[Window], FailFast()]
 
 
 class Writer(Part):
@@ -82,7 +82,7 @@ class Codes(Part):
     rate: float
     window: int
     overlap: Literal[0] = 0
-    documents: list[Document]
+    documents: Annotated[list[Document], FailFast()]
     sha256: str | None
     """Of all else, as JSON with sorted keys and no spaces; None where it is to be computed."""
 

@@ -19,22 +19,22 @@ def open_engine(name: str, **options: Any) -> Engine:
 def describe(engine: Engine) -> dict[str, Any]:
     """What the engine's model is: its system, the tokens that it has positions for, and what of its
     own it has: rates, codes and split; types of concepts; layers that are left out, a window."""
-    config, scheduler = engine.model.config, engine.scheduler
+    config = engine.model.config
     facts: dict[str, Any] = {"system": getattr(config, "system", None) or "base"}
     facts["context"] = engine.longest
     if getattr(config, "writes_concepts", False):
         facts |= {"rate": config.rate, "rates": [1 / (config.max_tail + 1), 1.0]}
         facts |= {"num_concepts": config.num_concepts}
         facts["codes_per_concept"] = getattr(config, "codes_per_concept", 1)
-    if facts["system"] == "online":
-        facts["split"] = list(config.split)
-    elif isinstance(scheduler, CompressorWorks):
-        facts |= {"window": scheduler.window, "beams": config.beams}
-    elif facts["system"] == "planner":
-        facts |= {"sizes": list(config.plan_sizes), "lengths": list(config.plan_lengths)}
-        facts |= {"budget": list(engine.model.dial.budget), "source": config.plan_max_source}
-    elif facts["system"] in ("prune", "skip"):
-        facts["left_out"] = sorted(config.missing_layers)
-    elif facts["system"] == "window":
-        facts["window"] = config.window
+    own: dict[str, dict[str, Any]] = {
+        "online": {"split": "split"},
+        "planner": {"sizes": "plan_sizes", "budget": "plan_lengths", "source": "plan_max_source"},
+        "compressor": {"beams": "beams"},
+        "prune": {"left_out": "missing_layers"},
+        "skip": {"left_out": "missing_layers"},
+        "window": {"window": "window"},
+    }
+    facts |= {key: getattr(config, name) for key, name in own.get(facts["system"], {}).items()}
+    if isinstance(engine.scheduler, CompressorWorks):
+        facts["window"] = engine.scheduler.window
     return facts

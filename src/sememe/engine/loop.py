@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +70,7 @@ class Engine:
         limit = float("inf") if cache_bytes is None else cache_bytes
         kind = WORKS.get(getattr(model.config, "system", None), Scheduler)
         self.scheduler = kind(model, max_rows, chunk, limit, hold)
+        self.scheduler.take_in = self._take_in
         self.incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.pending = 0
         self.lock = threading.Lock()
@@ -193,13 +195,7 @@ class Engine:
         scheduler = self.scheduler
         while True:
             # Waits for a job where there is nothing else to do.
-            wait = scheduler.idle and not self.stopping
-            try:
-                while (job := self.incoming.get(block=wait)) is not None:
-                    scheduler.add(job)
-                    wait = False
-            except queue.Empty:
-                pass
+            self._take_in(wait=scheduler.idle and not self.stopping)
             if scheduler.idle:
                 if self.stopping:
                     return
@@ -213,6 +209,12 @@ class Engine:
                 if self.failures >= FAILURES:
                     self._give_up()
                     return
+
+    def _take_in(self, wait: bool = False) -> None:
+        with suppress(queue.Empty):
+            while (job := self.incoming.get(block=wait)) is not None:
+                self.scheduler.add(job)
+                wait = False
 
     def _give_up(self) -> None:
         """Answers to all that still wait; `submit` takes no more."""

@@ -49,7 +49,7 @@ class Works(Scheduler):
                 return {}, 0
             self._begin()
         (member,), start = self.running, time.perf_counter()
-        # Every pass of the model begins with this layer, so a job of long steps ends within a pass.
+        # Every pass of the model runs this layer, so a step of many passes ends within one.
         layer = self.model.spine.decoder.layers[0]
         try:
             with layer.register_forward_pre_hook(self._interrupt):
@@ -77,6 +77,9 @@ class Works(Scheduler):
         job.sink(Progress(seconds=dict(member.seconds)))
 
     def _interrupt(self, *_: Any) -> None:
+        """Also those that wait and are gone give their places back."""
+        self.take_in()
+        self._drop_waiting()
         if any(member.job.cancelled for member in self.running):
             raise Interrupted("cancelled")
 
