@@ -1,5 +1,5 @@
-"""`sememe serve` with compressors and planners: the routes say what the models say in process, and
-what is wrong, hostile, gone or too late ends as in every other request."""
+"""`sememe serve` with a compressor: codes and texts are those in process, and what is wrong,
+hostile, gone or too late ends as every other request does."""
 
 import json
 import time
@@ -11,25 +11,20 @@ import torch
 
 import sememe as package
 from conftest import byte_tokenizer
-from families import compressor_over, move
+from families import compressor_over
 from sememe.codes import Codes
-from sememe.engine import Engine, Request, open_engine
-from sememe.models import PlannerConfig, PlannerForCausalLM
+from sememe.engine import open_engine
 from served import (
-    chat_tokenizer,
     check_error,
-    chunks,
     running,
-    served_base,
     served_online,
+    served_planner,
     until,
 )
 
 EMOJI = "Ünïcode 👩‍👩‍👧 日本語\r\n\n  ends with space \U0001f600 "
 TEXTS = ["a", "😀", EMOJI, "the cat sat on a mat and saw the dog. " * 3, " \n"]
-SIZES, LENGTHS = (7, 5, 9), (3, 2, 4)
-PROMPT = "The old detective 🙂"
-PLANNED = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +50,8 @@ def coder(compressor):
         yield client
 
 
-@pytest.fixture(scope="module")
-@torch.no_grad()
-def planner():
-    base, generator = served_base(), torch.Generator().manual_seed(1)
-    sizes = {"plan_sizes": SIZES, "plan_lengths": LENGTHS, "lora_rank": 4}
-    config = PlannerConfig(text_config=base.config, base="tiny", **sizes)
-    model = PlannerForCausalLM(config, base)
-    move(model, generator)
-    model.plans.bias.copy_(0.3 * torch.randn(model.plans.bias.shape, generator=generator))
-    model.plans.bias[model.plans.row_IM[:, -1]] += 1.5  # plans of all lengths
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def writer(planner):
-    with running(planner) as (_, client):
-        yield client
+def refused(response: httpx.Response, status: int = 400) -> dict:
+    return check_error(response, status)
 
 
 # ---- a compressor ----
@@ -102,7 +82,6 @@ def test_codes_of_a_route_are_a_file(coder, saved, tmp_path):
     assert answer.json()["text"] == text
 
 
-JSON = {"content-type": "application/json"}
 UNFIT = [
     {},
     {"text": ""},
@@ -120,7 +99,7 @@ UNFIT = [
 
 @pytest.mark.parametrize("sent", UNFIT, ids=str)
 def test_what_cannot_be_compressed_is_refused(coder, sent):
-    check_error(coder.post("/v1/sememe/compress", json=sent))
+    refused(coder.post("/v1/sememe/compress", json=sent))
 
 
 def hostile(codes: dict, longest: int):
@@ -159,41 +138,29 @@ def test_hostile_codes_are_refused_before_any_work(coder, compressor, monkeypatc
         part.update(fields)
         for sha256 in (codes["sha256"], None):
             sent = json.dumps(codes | {"sha256": sha256})
-            check_error(coder.post("/v1/sememe/decompress", content=sent, headers=JSON))
+            refused(coder.post("/v1/sememe/decompress", content=sent, headers=JSON))
             count += 1
         part.clear()
         part.update(before)
     for sent in ({}, {"codes": codes}, {"text": "a"}):
-        check_error(coder.post("/v1/sememe/decompress", json=sent))
+        refused(coder.post("/v1/sememe/decompress", json=sent))
     assert count > 50 and json.dumps(codes) == sound
     monkeypatch.undo()
     assert coder.post("/v1/sememe/decompress", json=codes).status_code == 200
 
 
-def test_routes_of_other_systems_are_refused(coder, writer):
+def test_routes_of_other_systems_are_refused(coder):
     messages = [{"role": "user", "content": "Hi"}]
-    for path, sent in (
-        ("/v1/completions", {"prompt": "a"}),
-        ("/v1/sememe/inspect", {"text": "a"}),
-    ):
-        found = check_error(coder.post(path, json=sent))
+    for path, sent in (("completions", {"prompt": "a"}), ("sememe/inspect", {"text": "a"})):
+        found = refused(coder.post(f"/v1/{path}", json=sent))
         assert found["code"] == "wrong_system" and "compress" in found["message"]
-    check_error(coder.post("/v1/chat/completions", json={"messages": messages}))
-    check_error(coder.post("/v1/sememe/compress", json={"text": "a", "model": "other"}), 404)
-    with running(served_online()) as (_, online):
-        for client in (writer, online):
+    refused(coder.post("/v1/chat/completions", json={"messages": messages}))
+    refused(coder.post("/v1/sememe/compress", json={"text": "a", "model": "other"}), 404)
+    for model in (served_online(), served_planner()):
+        with running(model) as (_, client):
             for path in ("compress", "decompress"):
-                found = check_error(client.post(f"/v1/sememe/{path}", json={"text": "a"}))
+                found = refused(client.post(f"/v1/sememe/{path}", json={"text": "a"}))
                 assert found["code"] == "wrong_system" and "completions" in found["message"]
-        for field in ("plan", "budget"):
-            value = {"plan": [[1]], "budget": [1]}[field]
-            sent = {"prompt": "a", "sememe": {field: value}}
-            assert (
-                check_error(online.post("/v1/completions", json=sent))["param"] == f"sememe.{field}"
-            )
-    assert (
-        check_error(writer.post("/v1/sememe/inspect", json={"text": "a"}))["code"] == "wrong_system"
-    )
 
 
 @pytest.fixture
@@ -278,154 +245,8 @@ def test_a_fault_of_the_model_ends_one_work(compressor, monkeypatch):
         assert service.used == 0
 
 
-# ---- a planner ----
-
-
-def in_process(planner, prompt: str = PROMPT, plan=None, seed: int | None = None):
-    """(plan, text)."""
-
-    def options() -> dict:
-        draws = {"do_sample": True, "temperature": 0.8}
-        return {} if seed is None else draws | {"generator": torch.Generator().manual_seed(seed)}
-
-    ids, shape = byte_tokenizer()(prompt, return_tensors="pt").input_ids, planner.config.plan_shape
-    plan_1P = planner.plan(ids, **options())[0][:, 0] if plan is None else shape.pack([plan])
-    (new,) = planner.write(plan_1P, 12, **options())
-    text = chat_tokenizer().decode(new, skip_special_tokens=True).rstrip("�")
-    return shape.unpack(plan_1P)[0], text
-
-
-def test_plans_and_texts_are_those_in_process(writer, planner):
-    for seed in (None, 3, 11):
-        sampling = {} if seed is None else {"seed": seed, "temperature": 0.8}
-        plan, text = in_process(planner, seed=seed)
-        sent = PLANNED | sampling | {"n": 2}
-        got = writer.post("/v1/completions", json=sent).json()
-        first, second = got["choices"]
-        assert first["sememe"] == {"plan": plan} and first["text"] == text
-        assert (second["text"] == text) == (seed is None)
-        assert got["usage"]["prompt_tokens"] == len(PROMPT.encode())
-        assert got["sememe"]["concepts"] == sum(
-            len(ids) for choice in got["choices"] for ids in choice["sememe"]["plan"]
-        )
-        streamed = chunks(writer.post("/v1/completions", json=sent | {"stream": True}))
-        for choice in got["choices"]:
-            mine = [
-                c for part in streamed for c in part["choices"] if c["index"] == choice["index"]
-            ]
-            assert mine[0]["sememe"] == choice["sememe"]
-            assert "".join(part["text"] for part in mine) == choice["text"]
-            assert mine[-1]["finish_reason"] == choice["finish_reason"]
-
-
-@pytest.mark.parametrize("plan", [[[1, 2], [], [8, 0, 0, 3]], [[], [], []], [[6], [4, 4], [1]]])
-def test_a_plan_that_is_given_is_the_plan_that_is_written(writer, planner, plan):
-    fields = {"seed": 5, "temperature": 0.8, "sememe": {"plan": plan}}
-    (choice,) = writer.post("/v1/completions", json=PLANNED | fields).json()["choices"]
-    assert (choice["sememe"]["plan"], choice["text"]) == in_process(planner, plan=plan, seed=5)
-
-
-def test_a_plan_of_an_answer_gives_its_text_again(writer):
-    fields = {"seed": 2, "temperature": 1}
-    (first,) = writer.post("/v1/completions", json=PLANNED | fields).json()["choices"]
-    fields["sememe"] = {"plan": first["sememe"]["plan"]}
-    (again,) = writer.post("/v1/completions", json=PLANNED | fields).json()["choices"]
-    assert first == again
-
-
-def test_a_budget_is_kept(writer):
-    plans = {}
-    for budget in ([1], [0, 2, 1], [0], [3, 2, 4]):
-        sent = PLANNED | {"seed": 1, "temperature": 2, "n": 8, "sememe": {"budget": budget}}
-        got = writer.post("/v1/completions", json=sent).json()
-        limits = budget * (3 if len(budget) == 1 else 1)
-        plans[str(budget)] = [choice["sememe"]["plan"] for choice in got["choices"]]
-        for plan in plans[str(budget)]:
-            assert all(len(ids) <= limit for ids, limit in zip(plan, limits, strict=True))
-    assert plans["[0]"] == [[[], [], []]] * 8
-    free = writer.post("/v1/completions", json=sent | {"sememe": {}}).json()
-    assert [choice["sememe"]["plan"] for choice in free["choices"]] == plans["[3, 2, 4]"]
-
-
-def test_a_chat_is_planned(writer):
-    sent = {"messages": [{"role": "user", "content": "Hi 🙂"}], "temperature": 0}
-    got = writer.post("/v1/chat/completions", json=sent | {"max_tokens": 9}).json()
-    (choice,) = got["choices"]
-    text = chat_tokenizer().apply_chat_template(
-        sent["messages"], tokenize=False, add_generation_prompt=True
-    )
-    assert got["usage"]["prompt_tokens"] == len(chat_tokenizer()(text).input_ids)
-    streamed = writer.post("/v1/chat/completions", json=sent | {"max_tokens": 9, "stream": True})
-    deltas = [part["choices"][0]["delta"].get("content", "") for part in chunks(streamed)]
-    assert "".join(deltas) == choice["message"]["content"] and choice["sememe"]["plan"]
-    assert writer.post("/v1/chat/completions", json=sent).status_code == 200
-
-
-def test_stop_strings_and_ends(writer):
-    fields = {"seed": 9, "temperature": 1, "max_tokens": 40}
-    (whole,) = writer.post("/v1/completions", json=PLANNED | fields).json()["choices"]
-    stop = whole["text"][3:6]
-    (cut,) = writer.post("/v1/completions", json=PLANNED | fields | {"stop": stop}).json()[
-        "choices"
-    ]
-    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
-    assert cut["finish_reason"] == "stop"
-
-
-BIAS = {"logit_bias": {"5": 1}}
-UNPLANNED = [
-    *(BIAS, {"top_p": 0.9}, {"top_k": 3}, {"presence_penalty": 1}, {"frequency_penalty": -1}),
-    *({"logprobs": 0}, {"logprobs": 2}, {"echo": True}, {"echo": True, "max_tokens": 0}),
-    {"sememe": {"rate": 0.5}},
-    *({"sememe": {"plan": plan}} for plan in ([], [[]], [[1], [2]], [[], [], [], []])),
-    *({"sememe": {"plan": [ids, [], []]}} for ids in ([7], [1, 1, 1, 1], [-1], [1.0], ["1"], 1)),
-    {"sememe": {"plan": [[2**40], [], []]}},
-    *({"sememe": {"budget": sent}} for sent in ([], [1, 2], [9, 9, 9], [-1], 2, [1.5], [4])),
-    {"sememe": {"plan": [[1], [], []], "budget": [1]}},
-]
-
-
-@pytest.mark.parametrize("fields", UNPLANNED, ids=str)
-def test_what_a_planner_does_nothing_with_is_named(writer, fields):
-    found = check_error(writer.post("/v1/completions", json=PLANNED | fields))
-    (name, value), *_ = reversed(fields.items())
-    wanted = {f"sememe.{key}" for key in value} if name == "sememe" else set(fields)
-    assert found["param"].split(".0")[0] in wanted, found
-
-
-NEUTRAL = {"top_p": 1, "top_k": -1, "logit_bias": {}, "presence_penalty": 0, "echo": False}
-
-
-def test_fields_that_change_nothing_are_served(writer):
-    one, other = (
-        writer.post("/v1/completions", json=PLANNED | fields).json()["choices"]
-        for fields in ({}, NEUTRAL | {"sememe": {"rate": None, "plan": None}})
-    )
-    assert one == other
-
-
-def test_prompts_that_a_planner_cannot_read(writer):
-    for fields in ({"prompt": ""}, {"prompt": []}, {"prompt": [10**6]}, {"prompt": "a" * 600}):
-        check_error(writer.post("/v1/completions", json=PLANNED | fields))
-    check_error(writer.post("/v1/completions", json=PLANNED | {"max_tokens": 600}))
-
-
-def test_cards_say_what_there_is(coder, writer, planner, compressor):
-    facts = coder.get("/v1/models").json()["data"][0]["sememe"]
-    assert facts == {
+def test_a_card_says_what_there_is(coder):
+    assert coder.get("/v1/models").json()["data"][0]["sememe"] == {
         **{"system": "compressor", "context": 255, "rate": 0.5, "rates": [0.25, 1.0]},
         **{"num_concepts": 16, "codes_per_concept": 2, "window": 16, "beams": 4},
     }
-    facts = writer.get("/v1/models/tiny").json()["sememe"]
-    context = planner.config.text_config.max_position_embeddings - sum(LENGTHS) - 3 - 1
-    assert facts == {
-        **{"system": "planner", "context": context, "sizes": list(SIZES)},
-        **{"budget": list(LENGTHS), "source": None},
-    }
-
-
-def test_planners_without_http(planner):
-    with Engine(planner, chat_tokenizer()) as engine:
-        ids = byte_tokenizer()(PROMPT).input_ids
-        (answer,) = engine.generate([Request(ids, max_tokens=12, ends=engine.ends)])
-    assert (answer.plan, answer.text.rstrip("�")) == in_process(planner)
