@@ -1,6 +1,8 @@
 """What of a request a model cannot serve, said before any work."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -85,27 +87,25 @@ def check_plan(shape: PlanShape, request: Request) -> None:
         raise Unserved(
             "sememe.budget", "got a plan and a budget for one: need one of them. try: the plan"
         )
-    types = list(zip(shape.sizes, shape.lengths, strict=True))
-    if plan is not None and not (
-        len(plan) == len(types)
-        and all(
-            len(ids) <= length and all(0 <= i < size for i in ids)
-            for ids, (size, length) in zip(plan, types, strict=True)
-        )
-    ):
+    longest = ", ".join(map(str, shape.lengths))
+
+    def of_types(values: Sequence[Any], right: Callable[..., bool]) -> bool:
+        return len(values) == shape.types and all(map(right, values, shape.lengths, shape.sizes))
+
+    def fits(ids: Sequence[int], length: int, size: int) -> bool:
+        return len(ids) <= length and all(0 <= i < size for i in ids)
+
+    if plan is not None and not of_types(plan, fits):
         raise Unserved(
             "sememe.plan",
-            f"the plan is none of this model: need {len(types)} lists, of at most "
-            f"{', '.join(map(str, shape.lengths))} ids, each below "
-            f"{', '.join(map(str, shape.sizes))}. try: the plan of an answer, changed",
+            f"the plan is none of this model: need {shape.types} lists, of at most {longest} ids, "
+            f"each below {', '.join(map(str, shape.sizes))}. try: the plan of an answer, changed",
         )
-    limits = list(budget or ()) * (len(types) if len(budget or ()) == 1 else 1)
-    if budget is not None and not (
-        len(limits) == len(types)
-        and all(0 <= n <= length for n, length in zip(limits, shape.lengths, strict=True))
-    ):
+    if budget is not None and len(budget) == 1:
+        budget = [*budget] * shape.types
+    if budget is not None and not of_types(budget, lambda n, length, _: 0 <= n <= length):
         raise Unserved(
             "sememe.budget",
-            f"the budget is none of this model: need {len(types)} numbers of concepts, at most "
-            f"{', '.join(map(str, shape.lengths))}. try: those",
+            f"the budget is none of this model: need {shape.types} numbers of concepts, at most "
+            f"{longest}, or one for all. try: those",
         )
