@@ -28,8 +28,10 @@ LIGHT = "errors figures paths storage keys options report terminal arguments ser
 # the table of other coders 600; the last normal tokens, in a ring of slots 300; codes
 # that start as words and are read one by one 900; rows that come and go in the cache, and their
 # steps, 4,800; the engine, which shares the steps of one model between requests, 5,500; its server,
-# a third of which refuses, limits and ends requests, and the command 13,500.
-NODES = 125_400
+# a third of which refuses, limits and ends requests, and the command 13,500; choices that read
+# their prompt once, and servers that are stopped while they load 1,200; planners and compressors
+# that are served, as works one after another, and what of their requests is refused 3,300.
+NODES = 129_900
 FILE_LINES = 400
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 0

@@ -139,8 +139,8 @@ def limited(model: PreTrainedModel, budget: Any):
 
 
 def search(sampling: Sampling) -> dict[str, Any]:
-    """Options of `PlanSearch`, with draws from their beginning: a plan and a text of one seed do
-    not depend on each other, so that a text from a plan that is given is the text of that plan."""
+    """Options of `PlanSearch`, with draws from their beginning: those of a text are the same
+    whether its plan was drawn or given."""
     if sampling.temperature == 0:
         return {}
     # The second word of a seed tells the choices of one request apart (`Service.requests`).
