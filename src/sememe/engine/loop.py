@@ -137,6 +137,11 @@ class Engine:
         its base; None where nothing is kept."""
         return self.scheduler.bytes_at(tokens, concepts)
 
+    def tokens(self, text: str) -> list[int]:
+        """Of a prompt. A planner begins every source itself."""
+        options = {} if self.scheduler.continues else {"add_special_tokens": False}
+        return self.tokenizer(text, **options).input_ids
+
     def stream(self, request: Any, stops: Sequence[str] = ()) -> TextStream:
         """The text of a request's new tokens."""
         before = request.prompt if self.scheduler.continues else ()
@@ -187,7 +192,7 @@ class Engine:
         return answers
 
     def _request(self, text: str, settings: dict[str, Any]) -> Request:
-        return Request(self.tokenizer(text).input_ids, **({"ends": self.ends} | settings))
+        return Request(self.tokens(text), **({"ends": self.ends} | settings))
 
     # ---- the engine's thread ----
 

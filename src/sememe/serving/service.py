@@ -138,9 +138,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.reader, function, *args)
 
     def tokens(self, text: str) -> list[int]:
-        # A planner begins every source itself.
-        special = self.facts["system"] != "planner"
-        return self.engine.tokenizer(text, add_special_tokens=special).input_ids
+        return self.engine.tokens(text)
 
     def requests(self, sent: Sampled, prompt: list[int], **own: Any) -> list["Request"]:
         """One for each choice, with seeds of their own: the first one's is the client's."""
