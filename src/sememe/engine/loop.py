@@ -10,11 +10,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sememe.engine.coding import CompressorWorks
+from sememe.engine.holding import measured_policy
 from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.scheduler import Scheduler
 from sememe.engine.text import TextStream
 from sememe.engine.works import PlannerWorks
 from sememe.errors import SememeError
+from sememe.models import OnlineForCausalLM
 
 WORKS = {"planner": PlannerWorks, "compressor": CompressorWorks}
 """By system, of those whose requests do not share steps."""
@@ -68,8 +70,10 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_waiting = max_rows + max_queue
         limit = float("inf") if cache_bytes is None else cache_bytes
+        holds = hold and isinstance(model, OnlineForCausalLM)
+        policy = measured_policy(model) if holds else None
         kind = WORKS.get(getattr(model.config, "system", None), Scheduler)
-        self.scheduler = kind(model, max_rows, chunk, limit, hold)
+        self.scheduler = kind(model, max_rows, chunk, limit, policy)
         self.scheduler.take_in = self._take_in
         self.incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.pending = 0
