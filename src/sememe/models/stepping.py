@@ -90,9 +90,9 @@ class TokenRows:
 
     def bytes_at(self, tokens: int, concepts: int) -> int:
         """The same at so many concepts, of which there are none."""
-        kept = tokens if self.window is None else min(tokens, self.window + 1)
+        slots = tokens if self.window is None else min(tokens, self.window + 1)
         missing = getattr(self.model.config, "missing_layers", ())
-        return kept * (len(self.spine) - len(missing)) * slot_bytes(self.model)
+        return slots * (len(self.spine) - len(missing)) * slot_bytes(self.model)
 
     def slice_bytes(self) -> dict[str, int]:
         """Bytes of all rows, by slice."""
