@@ -6,9 +6,8 @@ import pytest
 
 from sememe_digest import latex
 from sememe_digest.config import Config
-from sememe_digest.errors import Unread
-from sememe_digest.feeds import Feed, read_feed, stale_since, union
-from sememe_digest.listing import read_listing
+from sememe_digest.errors import DigestError
+from sememe_digest.feeds import Feed, read_feed, read_listing, stale_since, union
 from tests.stub import DATA, feed_xml
 
 EDGE = (DATA / "edge_cs.LG.xml").read_bytes()
@@ -84,7 +83,7 @@ def test_a_holiday_is_a_feed_without_papers():
     ],
 )
 def test_what_is_no_feed_is_said_in_one_sentence(body, words):
-    with pytest.raises(Unread, match=words) as caught:
+    with pytest.raises(DigestError, match=words) as caught:
         read_feed(body, "cs.XX")
     assert "\n" not in str(caught.value) and "try:" in str(caught.value)
 
@@ -145,5 +144,5 @@ def test_a_listing_page_gives_the_same_papers():
     ],
 )
 def test_a_listing_page_that_does_not_fit_its_counts_is_refused(old, new, words):
-    with pytest.raises(Unread, match=words):
+    with pytest.raises(DigestError, match=words):
         read_listing(LISTING.replace(old, new), "cs.AI")

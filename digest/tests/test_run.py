@@ -176,7 +176,7 @@ def test_a_paper_whose_own_feed_is_missing_is_kept(tmp_path, monkeypatch):
         config = write_config(tmp_path, types=types, **keys)
         code, text = digest(monkeypatch, "run", "-c", config, "--feeds", folder, "--out", site)
         assert code == 4 and "without an announce type" in text
-        assert "--feeds has no cs.CL.xml" in text
+        assert "--feeds got no whole cs.CL.xml" in text
         entries = {entry["id"][5:]: entry for entry in day(site, "2026-02-18")["entries"]}
         assert kept <= entries.keys()
         assert ("90003" in entries) is (len(types) == 2)
@@ -291,10 +291,10 @@ def test_a_server_that_drips_and_one_that_is_not_there_end_in_bounded_time(tmp_p
         config = write_config(tmp_path, **with_stub(stub))
         command = ("run", "-c", config, "--no-summaries", "--out", tmp_path / "site")
         code, text = digest(monkeypatch, *command)
-        assert code == 5 and "answers too slowly" in text
+        assert code == 5 and "an answer too slow" in text
     FakeClock(monkeypatch)
     code, text = digest(monkeypatch, *command)  # the server is gone
-    assert code == 5 and "gave no answer" in text and not (tmp_path / "site").exists()
+    assert code == 5 and "got no answer (connect error)" in text and not (tmp_path / "site").exists()
 
 
 def test_requests_are_polite(tmp_path, monkeypatch):
@@ -317,16 +317,16 @@ def test_requests_are_polite(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("categories: [cs.LG]\nterms: [a]\nlimitt: 3", "limitt is no key"),
-        ("categories: [cs.LG]", "terms or interests are needed"),
-        ("terms: [a]", "categories: Field required"),
-        ("categories: [Machine Learning]\nterms: [a]", "categories.0"),
-        ("categories: [cs.LG]\nterms: ['--']", "neither a letter nor a digit"),
-        ("categories: [cs.LG]\nterms: [a: heavy]", "terms.a"),
-        ("categories: [cs.LG]\nterms: [a]\nlimit: 0", "limit"),
+        ("categories: [cs.LG]\nterms: [a]\nlimitt: 3", "got 3 for limitt: need another name, since limitt is no key"),
+        ("categories: [cs.LG]", "need categories, and terms or interests"),
+        ("terms: [a]", "need categories, and terms or interests"),
+        ("categories: [Machine Learning]\nterms: [a]", "got 'Machine Learning' for categories.0: need a class of arXiv"),
+        ("categories: [cs.LG]\nterms: ['--']", "need a letter or a digit in '--'"),
+        ("categories: [cs.LG]\nterms: [a: heavy]", "got 'heavy' for terms.a: need a number"),
+        ("categories: [cs.LG]\nterms: [a]\nlimit: 0", "got 0 for limit: need 1 or more"),
         ("categories: [cs.LG]\nterms: [a]\nsummaries: {modle: x}", "summaries.modle is no key"),
-        ("categories: [", "while parsing"),
-        ("", "digest.yaml"),
+        ("categories: [", "got no YAML in line 2: need keys"),
+        ("", "got None for its keys: need keys and their values"),
     ],
 )
 def test_a_faulty_configuration_is_one_sentence(tmp_path, monkeypatch, text, words):

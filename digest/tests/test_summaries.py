@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 
 from sememe_digest import fulltext
-from sememe_digest.claims import parse
 from sememe_digest.fulltext import read_pdf
 from sememe_digest.render import claim_html, inert
+from sememe_digest.summaries import parse
 from tests.stub import (
     NOW,
     PAPER,
@@ -247,7 +247,7 @@ def test_a_pdf_that_hangs_is_stopped(tmp_path, monkeypatch):
     path.write_bytes(pdf(PAPER))
     assert read_pdf(path).pages[1].strip() == PAPER[1]
     monkeypatch.setattr(fulltext, "EXTRACTION_SECONDS", 0.001)
-    with pytest.raises(fulltext.Unread, match="no text within"):
+    with pytest.raises(fulltext.DigestError, match="no text within"):
         read_pdf(path)
 
 

@@ -14,12 +14,13 @@ from sememe_digest.papers import Day
 CACHE_SECONDS = 14 * 86_400  # PDFs are kept for own use, not stored
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; one that has this text already is not touched."""
-    if not path.exists() or path.read_bytes() != text.encode():
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all; one that has this content already is not touched."""
+    content = content.encode() if isinstance(content, str) else content
+    if not path.exists() or path.read_bytes() != content:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_bytes(text.encode())
+        part.write_bytes(content)
         part.replace(path)
 
 
@@ -34,10 +35,8 @@ class Archive:
             try:
                 self.days[path.stem] = Day.model_validate_json(path.read_bytes())
             except ValidationError as error:
-                need = "need a day as this program writes it. try: git checkout of that file"
-                raise DigestError(
-                    f"{path} got damaged ({error.errors()[0]['msg']}): {need}"
-                ) from error
+                need = "a day as this program writes it"
+                raise DigestError(f"{path} got damaged", need, "git checkout of it") from error
 
     def announced(self, but: str) -> dict[str, str]:
         """The papers of all days but one, each with its first day."""

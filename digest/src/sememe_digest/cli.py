@@ -1,4 +1,4 @@
-"""The command line. A command imports what it needs when it runs, so that `--help` is instant."""
+"""The command line."""
 
 import json
 import subprocess
@@ -6,12 +6,16 @@ import sys
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer
 
 from sememe_digest import __version__
+from sememe_digest.archive import Archive, write
+from sememe_digest.config import Config, read_config
+from sememe_digest.daily import Run
 from sememe_digest.errors import DigestError
+from sememe_digest.render import TEMPLATES, publish
 
 app = Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 ConfigFile = Annotated[Path, Option("--config", "-c", help="The configuration.")]
@@ -22,6 +26,14 @@ Now = Annotated[datetime | None, Option(help="The time of the run in UTC: 2026-0
 Json = Annotated[Path | None, Option("--json", help="Counts and faults; `-` is stdout.")]
 Port = Annotated[int, Option(help="The port on this machine.")]
 YAML = Path("digest.yaml")
+# What the system says in its own words, in ours.
+OS_FAULTS = {
+    FileNotFoundError: "no such file or folder",
+    FileExistsError: "a file in place of a folder",
+    NotADirectoryError: "a file in place of a folder",
+    IsADirectoryError: "a folder in place of a file",
+    PermissionError: "no permission",
+}
 
 
 def main() -> None:
@@ -29,14 +41,12 @@ def main() -> None:
     try:
         app()
     except DigestError as error:
-        code, line = error.code, f"error: {error}"
-    except KeyboardInterrupt:
-        code, line = 130, "stopped: what is finished is kept, the same command goes on"
+        fault = error
     except OSError as error:
-        need = "need a path that can be read or written. try: another path, or other permissions"
-        code, line = 2, f"error: {error.filename} got {error.strerror}: {need}"
-    print(line, file=sys.stderr)
-    sys.exit(code)
+        got = f"{error.filename} got {OS_FAULTS.get(type(error), 'a disk that is full or fails')}"
+        fault = DigestError(got, "a path that can be read and written", "another path")
+    print(f"error: {fault}", file=sys.stderr)
+    sys.exit(fault.code)
 
 
 @app.callback(invoke_without_command=True)
@@ -53,9 +63,8 @@ def init(folder: Annotated[Path, Argument(help="Where to write it.")] = Path()) 
     """Write a commented digest.yaml."""
     path = folder / YAML
     if path.exists():
-        raise DigestError(f"{path} is there already: need a new file. try: edit it, or move it")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_bytes((files("sememe_digest") / "templates" / "digest.yaml").read_bytes())
+        raise DigestError(f"{path} is there already", "a new file", "to edit it, or to move it")
+    write(path, (files("sememe_digest") / "templates" / "digest.yaml").read_bytes())
     print(f"written: {path}\nnow: edit its terms, then sememe-digest run")
 
 
@@ -74,29 +83,21 @@ def run(
     nothing on a complete one. Exit codes: 0 written, or complete already; 2 usage or
     configuration; 3 nothing announced, nothing touched; 4 incomplete, run again; 5 nothing could
     be read, nothing written."""
-    from sememe_digest.daily import Run
-    from sememe_digest.render import publish, template
-
     settings, archive = _open(config, out)
-    task = Run(settings, archive, feeds, lambda line: print(line, file=sys.stderr, flush=True))
-    code, day = task.run((now or datetime.now(UTC)).replace(tzinfo=UTC), summaries)
-    if day:
+    code, day = Run(settings, archive, feeds).run((now or datetime.now(UTC)), summaries)
+    if day.announced:
         publish(archive, settings, {day.date})
-    faults = day.faults if day else task.faults
     if json_file:
-        facts = day.model_dump(include={"date", "feeds", "counts"}) if day else None
-        text = json.dumps({"exit_code": code, "faults": faults, "day": facts}, indent=1)
-        print(text) if f"{json_file}" == "-" else json_file.write_text(text, encoding="utf-8")
+        facts = day.model_dump(include={"date", "feeds", "counts"}) if day.announced else None
+        text = json.dumps({"exit_code": code, "faults": day.faults, "day": facts}, indent=1)
+        print(text) if f"{json_file}" == "-" else write(json_file, text)
     if f"{json_file}" != "-":
-        facts = {"day": day, "exit_code": code, "faults": faults, "site": archive.site}
-        print(template("report.txt.j2").render(facts))
+        report = TEMPLATES.get_template("report.txt.j2")
+        print(report.render(day=day, exit_code=code, site=archive.site))
     raise Exit(code)
 
 
-def _open(config: Path, out: Path | None) -> tuple[Any, Any]:
-    from sememe_digest.archive import Archive
-    from sememe_digest.config import read_config
-
+def _open(config: Path, out: Path | None) -> tuple[Config, Archive]:
     settings = read_config(config)
     return settings, Archive(out or settings.out)
 
@@ -108,23 +109,19 @@ def why(
     out: Out = None,
 ) -> None:
     """Say why a paper is in the digest, or why it is not."""
-    from sememe_digest.feeds import IDENTIFIER
-    from sememe_digest.render import template
-
-    _, archive = _open(config, out)
-    match = IDENTIFIER.search(f"/abs/{paper.rpartition('abs/')[2].removeprefix('arXiv:')}")
-    days = [day for day in archive.days.values() if match and match[1] in day.announced]
-    if not days:
-        need = "need one that a monitored class announced. try: an id, as 2602.05191"
-        raise DigestError(f"{paper} is in no day of {archive.site}: {need}")
-    print(template("why.txt.j2").render(day=days[0], id=match[1]))
+    archive = _open(config, out)[1]
+    for day in archive.days.values():
+        for name in day.announced:
+            if name in paper:  # in an address of it, too
+                print(TEMPLATES.get_template("why.txt.j2").render(day=day, id=name))
+                return
+    need = "one that a monitored class announced"
+    raise DigestError(f"{archive.site} got no paper {paper}", need, "an id, as 2602.05191")
 
 
 @app.command()
 def render(config: ConfigFile = YAML, out: Out = None) -> None:
     """Write all pages and feeds anew from the archive."""
-    from sememe_digest.render import publish
-
     settings, archive = _open(config, out)
     publish(archive, settings, set(archive.days))
     print(f"page: {archive.site}/index.html")

@@ -18,12 +18,27 @@ def _as_terms(value: Any) -> Any:
         terms |= item if isinstance(item, dict) else {str(item): 1.0}
     wordless = [term for term in terms if not re.search(r"[^\W_]", str(term))]
     if wordless:
-        raise ValueError(f"{wordless[0]!r} has neither a letter nor a digit")
+        raise ValueError(f"a letter or a digit in {wordless[0]!r}")
     return {str(term): weight for term, weight in terms.items()}
 
 
 Terms = Annotated[dict[str, float], BeforeValidator(_as_terms)]
 Category = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*(\.[A-Za-z-]+)?$")]
+
+
+# What a value must be, by the kind of its fault: a library's own words for it are no sentence.
+NEEDS = {
+    "extra_forbidden": "another name, since {key} is no key of a digest",
+    "greater_than_equal": "{ge} or more",
+    "less_than_equal": "{le} or less",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "a class of arXiv, as cs.LG",
+    "value_error": "{error}",
+    "int": "a whole number",
+    "float": "a number",
+    "list": "a list",
+    "model": "keys and their values",
+}
 
 
 class Summaries(BaseModel, extra="forbid"):
@@ -37,7 +52,7 @@ class Summaries(BaseModel, extra="forbid"):
     language: str = "English"
     prompt: Path | None = None
     max_characters: int = Field(120_000, ge=2000)
-    timeout: float = Field(300, gt=0)
+    timeout: float = Field(300, ge=1)
 
 
 class Config(BaseModel, extra="forbid"):
@@ -46,7 +61,7 @@ class Config(BaseModel, extra="forbid"):
     title: str = "arXiv digest"
     url: str = ""
     contact: str = ""
-    categories: list[Category] = Field(min_length=1)
+    categories: list[Category] = []
     types: list[Literal["new", "cross"]] = ["new"]
     terms: Terms = {}
     match: Literal["word", "substring"] = "word"
@@ -63,14 +78,16 @@ class Config(BaseModel, extra="forbid"):
 
     @model_validator(mode="after")
     def _has_a_subject(self) -> "Config":
-        if not self.terms and not self.interests.strip():
-            raise ValueError("terms or interests are needed: they say what to look for")
+        if not self.categories or not (self.terms or self.interests.strip()):
+            raise ValueError("categories, and terms or interests to look for in them")
         return self
 
     def prompt(self) -> str:
         """The instructions for the language model, the user's own or those of the package."""
         path = self.summaries.prompt or files("sememe_digest") / "templates" / "prompt.txt"
-        return path.read_text(encoding="utf-8").replace("{language}", self.summaries.language)
+        return path.read_text(encoding="utf-8", errors="replace").replace(
+            "{language}", self.summaries.language
+        )
 
     def home(self, category: str) -> str:
         """The monitored class, or the archive (`cs`), of a primary class; else "other"."""
@@ -80,17 +97,17 @@ class Config(BaseModel, extra="forbid"):
 
 def read_config(path: Path) -> Config:
     """The configuration in a YAML file; paths in it are relative to the working directory."""
+    # The C loader is in all wheels and ten times as fast.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        # The C loader is in all wheels and ten times as fast.
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        return Config.model_validate(yaml.load(path.read_text(encoding="utf-8"), loader))
+        return Config.model_validate(yaml.load(path.read_bytes(), loader))
     except ValidationError as error:
         fault = error.errors()[0]
-        key = ".".join(map(str, fault["loc"])) or "the file"
-        got = f"{key}: {fault['msg']}, got {fault['input']!r:.60}"
-        if fault["type"] == "extra_forbidden":
-            got = f"{key} is no key of a digest"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        got = " ".join(str(error).split())
-    need = "need the keys that `sememe-digest init` writes. try: its comments say what each is"
-    raise DigestError(f"{path}: {got}: {need}")
+        kind, key = fault["type"], ".".join(map(str, fault["loc"])) or "its keys"
+        got = f"{fault['input']!r:.60} for {key}"
+        need = NEEDS.get(kind) or NEEDS.get(kind.split("_")[0], "text")
+        need = need.format(key=key, **fault.get("ctx", {}))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        got, need = f"no YAML{f' in line {mark.line + 1}' if mark else ''}", "keys and their values"
+    raise DigestError(f"{path} got {got}", need, "the comments of `sememe-digest init`")

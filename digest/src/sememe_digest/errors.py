@@ -1,13 +1,9 @@
-"""What goes wrong because of the input or the network: one sentence that says got, need, try."""
+"""What goes wrong because of the input or the network."""
 
 
 class DigestError(Exception):
-    """A fault that the user can mend, printed without a traceback; `code` is the exit code."""
+    """A fault that the user can mend, printed as one sentence; `code` is the exit code."""
 
-    code = 2
-
-
-class Unread(DigestError):
-    """Something that was not answered, or is not what was asked for."""
-
-    code = 5
+    def __init__(self, got: str, need: str, remedy: str = "again later", code: int = 2):
+        super().__init__(f"{got}: need {need}. try: {remedy}")
+        self.code = code

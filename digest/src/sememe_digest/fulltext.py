@@ -2,16 +2,17 @@
 
 As a module it reads one file, in a process that can be stopped: some PDFs hang a parser."""
 
-import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
 from math import hypot
 from pathlib import Path
 
+from pydantic import BaseModel
+
+from sememe_digest.archive import write
 from sememe_digest.client import Client
-from sememe_digest.errors import DigestError, Unread
+from sememe_digest.errors import DigestError
 from sememe_digest.papers import Paper
 
 PDF_PAUSE_SECONDS = 15.0  # the crawl delay of arxiv.org
@@ -31,34 +32,24 @@ INSTRUCTION = re.compile(
 )
 
 
-@dataclass
-class FullText:
+class FullText(BaseModel):
     """Text by page, and what was taken out of it before a language model saw it."""
 
-    pages: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
-
-    def remove(self, kind: str, text: str) -> None:
-        """Reports a removal by its first words: more would be the stage that it wants."""
-        words = text.split()
-        if len(words) > 3:  # labels in a plot are no news
-            start = f"“{' '.join(words[:3]):.40} …”, {len(words)} words"
-            self.removed.append(f"{kind} on page {len(self.pages) + 1} ({start})")
+    pages: list[str] = []
+    removed: list[str] = []
 
 
-def fetch_pdf(client: Client, paper: Paper, pages_url: str, folder: Path) -> Path:
+def fetch_pdf(client: Client, paper: Paper, pages_url: str, cache: Path) -> Path:
     """The PDF of one version, from the cache or from arXiv; it is never published."""
-    path = folder / f"{paper.versioned_id.replace('/', '_')}.pdf"
+    path = cache / "pdf" / f"{paper.versioned_id.replace('/', '_')}.pdf"
     if not path.exists():
         # Without the suffix .pdf, to which arXiv's edge answers 406.
         url = f"{pages_url}/pdf/{paper.versioned_id}"
         answer = client.get(url, pause=PDF_PAUSE_SECONDS, limit=MAX_PDF_BYTES)
         if answer.status_code != 200 or not answer.content.startswith(b"%PDF"):
             kind = "HTML" if b"<html" in answer.content[:1000].lower() else "no PDF"
-            raise Unread(f"{url} got {kind}, status {answer.status_code}: need a PDF. try: later")
-        folder.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_bytes(answer.content)
-        path.with_suffix(".part").replace(path)
+            raise DigestError(f"{url} got {kind}, status {answer.status_code}", "a PDF")
+        write(path, answer.content)
     return path
 
 
@@ -67,23 +58,23 @@ def read_pdf(path: Path) -> FullText:
     command = [sys.executable, "-m", "sememe_digest.fulltext", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=EXTRACTION_SECONDS, check=True)
-        return FullText(**json.loads(done.stdout))
+        text = FullText.model_validate_json(done.stdout)
+        if "".join(text.pages).strip():
+            return text
+        got = "no text at all"
     except subprocess.TimeoutExpired:
         got = f"no text within {EXTRACTION_SECONDS} s"
-    except subprocess.CalledProcessError as error:
-        got = (error.stderr.decode(errors="replace").strip().splitlines() or ["a crash"])[-1]
-    raise Unread(f"{path.name} got {got:.200}: need a PDF with text. try: its abstract page")
+    except subprocess.CalledProcessError:
+        got = "a damaged or encrypted file"
+    raise DigestError(f"{path.name} got {got}", "a PDF with text", "its abstract page")
 
 
 def extract(path: Path) -> FullText:
     """Pages up to the references, without tiny text and without sentences to a language model."""
     from pypdf import PdfReader
 
-    reader = PdfReader(path)
-    if reader.is_encrypted and not reader.decrypt(""):
-        raise DigestError("encrypted")
     result = FullText()
-    for page in reader.pages:
+    for number, page in enumerate(PdfReader(path).pages, 1):
         pieces: dict[bool, list[str]] = {True: [], False: []}
 
         def visit(text, cm, tm, font, size, pieces=pieces):
@@ -93,17 +84,20 @@ def extract(path: Path) -> FullText:
             pieces[is_tiny].append(text)
 
         page.extract_text(visitor_text=visit)
-        result.remove(f"text under {SMALLEST_POINTS:g} pt", "".join(pieces[True]))
         sentences = re.split(r"(?<=[.!?])(?=\s)", "".join(pieces[False]))
+        removed = [(f"text under {SMALLEST_POINTS:g} pt", "".join(pieces[True]).split())]
         for sentence in filter(INSTRUCTION.search, sentences):
-            result.remove("words to a language model", sentence)
+            removed.append(("words to a language model", sentence.split()))
+        for kind, words in removed:
+            # Reported by its first words: more would be the stage that it wants. Labels are no news.
+            if len(words) > 3:
+                start = f"“{' '.join(words[:3]):.40} …”, {len(words)} words"
+                result.removed.append(f"{kind} on page {number} ({start})")
         result.pages.append("".join(s for s in sentences if not INSTRUCTION.search(s)))
     for index in range(len(result.pages) - 1, 0, -1):
         if match := REFERENCES.search(result.pages[index]):
             result.pages[index:] = [result.pages[index][: match.start()]]
             break
-    if not "".join(result.pages).strip():
-        raise DigestError("no text at all")
     return result
 
 
@@ -112,4 +106,4 @@ if __name__ == "__main__":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    print(json.dumps(asdict(extract(Path(sys.argv[1])))))
+    print(extract(Path(sys.argv[1])).model_dump_json())

@@ -5,7 +5,9 @@ import unicodedata
 from decimal import Decimal
 from functools import lru_cache
 
-from sememe_digest.papers import Claim
+from sememe_digest.papers import Claim, Summary
+
+MAX_MISSING = 0.2  # of a summary's numbers, before it is asked for once more
 
 # 1,234.5 · .46 · 1e-7, also behind a word as in Llama-3.1; the sign is apart.
 NUMBER = re.compile(
@@ -27,8 +29,8 @@ HEADLINE = re.compile(r"(?<![\w.])(?<![A-Za-z]-)-?(\d[\d,]*(\.\d+)?\s?(%|[×x](?
 
 def plain(text: str) -> str:
     """Text with one form of minus and of powers of ten, without TeX's signs and cut words."""
-    text = unicodedata.normalize("NFKC", re.sub("[−–‐‑‒—]", "-", text))
-    text = text.replace("\\%", "%").replace("\\times", "×").replace("$", "").replace("−", "-")
+    text = re.sub("[−–‐‑‒—]", "-", unicodedata.normalize("NFKC", text))
+    text = text.replace("\\%", "%").replace("\\times", "×").replace("$", "")
     text = re.sub(r"\b10\^\{?(-?\d{1,2})\}?", r"1e\1", POWER.sub(r"e\1", text))
     return re.sub(r"(?<=[^\W\d_])-\s*\n\s*(?=[^\W\d_])", "", text)
 
@@ -56,6 +58,19 @@ def values(text: str) -> set[Decimal]:
 
 def _squeeze(text: str) -> str:
     return "".join(re.findall(r"\w+", plain(text).lower()))
+
+
+def check(summary: Summary, abstract: str, pages: list[str]) -> str:
+    """Compares a summary with its paper; what is wrong, in words for the model."""
+    for claim in summary.claims:
+        check_claim(claim, pages)
+    summary.missing_headlines = missing_headlines(abstract, summary.claims)
+    missing, fault = summary.numbers("missing"), ""
+    if len(missing) > MAX_MISSING * len(summary.numbers()):
+        fault = f"The paper does not contain these numbers: {', '.join(missing)}. "
+    if summary.missing_headlines:
+        fault += f"The abstract also states {', '.join(summary.missing_headlines)}."
+    return fault
 
 
 def check_claim(claim: Claim, pages: list[str]) -> None:

@@ -54,10 +54,10 @@ class Summary(BaseModel):
     missing_headlines: list[str] = []
     removed: list[str] = []
 
-    def numbers(self, *states: str) -> list[str]:
-        """The numbers of all claims that are in one of these states."""
+    def numbers(self, state: str = "") -> list[str]:
+        """The numbers of all claims, or those in one state."""
         numbers = (number for claim in self.claims for number in claim.numbers)
-        return [number["text"] for number in numbers if number["state"] in states]
+        return [number["text"] for number in numbers if state in ("", number["state"])]
 
 
 class Entry(Paper):
@@ -78,16 +78,16 @@ class Entry(Paper):
 class Day(BaseModel):
     """One digest: all that its pages are made of."""
 
-    date: str
+    date: str = ""
     updated: str
     settings: str  # a hash of what decides the papers
-    feeds: dict[str, str]  # by class: read, listing, stale or failed
-    faults: list[str]  # of feeds, in one sentence each
+    feeds: dict[str, str] = {}  # by class: read, listing, stale or failed
+    faults: list[str] = []  # of feeds, in one sentence each
     counts: dict[str, dict[str, int]] = {}
-    cut_score: float | None
-    tied_out: int  # papers that are worth as much as the last one and are not shown
-    entries: list[Entry]
-    announced: dict[str, dict]  # every paper by id: class, score, terms, excluded
+    cut_score: float | None = None
+    tied_out: int = 0  # papers that are worth as much as the last one and are not shown
+    entries: list[Entry] = []
+    announced: dict[str, dict] = {}  # every paper by id: class, score, terms, excluded
 
     def is_complete(self) -> bool:
         return not {"stale", "failed"} & {*self.feeds.values()}

@@ -32,9 +32,8 @@ def needles(term: str, match: str) -> tuple[str, ...]:
     return (f"{words} ", f"{words}s ", plural_of_y)
 
 
-def rank(papers: list[Paper], config: Config) -> list[tuple[float, Entry]]:
-    """All papers, best first, each behind the worth that orders it; papers of equal worth stay in
-    the order of the feeds."""
+def rank(papers: list[Paper], config: Config) -> list[Entry]:
+    """All papers, best first; papers of equal worth stay in the order of the feeds."""
     prepare = str.lower if config.match == "substring" else normalise
 
     def occurs(term: str, text: str) -> bool:
@@ -60,7 +59,8 @@ def rank(papers: list[Paper], config: Config) -> list[tuple[float, Entry]]:
         for entry, similarity in zip(entries, near, strict=True):
             entry.similarity = round(similarity, 4)
         worth = [sum(z) for z in zip(z_scores(worth), z_scores(near), strict=True)]
-    return sorted(zip(worth, entries, strict=True), key=lambda pair: -pair[0])
+    order = sorted(range(len(entries)), key=lambda index: -worth[index])
+    return [entries[index] for index in order]
 
 
 def z_scores(values: list[float]) -> list[float]:
