@@ -4,10 +4,10 @@ from datetime import date
 
 import pytest
 
-from sememe_digest import latex
 from sememe_digest.config import Config
 from sememe_digest.errors import DigestError
 from sememe_digest.feeds import Feed, read_feed, read_listing, stale_since, union
+from sememe_digest.fulltext import authors, to_text
 from tests.stub import DATA, feed_xml
 
 EDGE = (DATA / "edge_cs.LG.xml").read_bytes()
@@ -33,13 +33,13 @@ def test_hostile_items_are_read_to_their_last_word():
 
 
 def test_names_and_affiliations_are_kept_apart():
-    people = latex.authors(read_feed(EDGE, "cs.LG").papers[0].creator)
+    people = authors(read_feed(EDGE, "cs.LG").papers[0].creator)
     assert people == [
         {"name": "André Müller", "affiliation": "Univ. Bonn, Germany"},
         {"name": "Balázs Kulcsár", "affiliation": ""},
         {"name": "Gökçe Aydos", "affiliation": "Bilkent, ODTÜ"},
     ]
-    names = [person["name"] for person in latex.authors("NVIDIA,  :, Ann Bee (A (B, C), D), Cy")]
+    names = [person["name"] for person in authors("NVIDIA,  :, Ann Bee (A (B, C), D), Cy")]
     assert names == ["NVIDIA", "Ann Bee", "Cy"]
 
 
@@ -54,7 +54,7 @@ def test_names_and_affiliations_are_kept_apart():
     ],
 )
 def test_tex_becomes_text(tex, text):
-    assert latex.to_text(tex) == (text or latex.to_text(tex)) and latex.to_text(tex)
+    assert to_text(tex) == (text or to_text(tex)) and to_text(tex)
 
 
 def test_atom_is_read_like_rss():

@@ -19,10 +19,10 @@ DIGEST = Path(__file__).parents[1]
 SOURCE = DIGEST / "src" / "sememe_digest"
 FILES = sorted(SOURCE.glob("*.py"))
 # From the bottom up: each file imports those before it alone.
-LAYERS = ["__init__", "errors", "papers", "archive", "client", "config", "latex", "feeds"]
-LAYERS += ["ranking", "fulltext", "numbers", "summaries", "render"]
+LAYERS = ["__init__", "errors", "papers", "client", "config", "feeds", "ranking", "fulltext"]
+LAYERS += ["numbers", "summaries", "render"]
 LAYERS += ["daily", "cli"]
-LIBRARIES = {"httpx", "stamina", "pydantic", "yaml", "jinja2", "markupsafe", "typer"}
+LIBRARIES = {"httpx", "pydantic", "yaml", "jinja2", "markupsafe", "typer"}
 LIBRARIES |= {"markdown_it", "pypdf", "pylatexenc", "nh3"}
 
 

@@ -4,11 +4,10 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from sememe_digest.archive import Archive
 from sememe_digest.config import Config
 from sememe_digest.daily import Run
 from sememe_digest.feeds import union
-from sememe_digest.papers import Paper
+from sememe_digest.papers import Archive, Paper
 from sememe_digest.ranking import needles, normalise, rank, similarities, stem
 from tests.stub import DAY, PAGES, SEED
 

@@ -294,7 +294,9 @@ def test_a_server_that_drips_and_one_that_is_not_there_end_in_bounded_time(tmp_p
         assert code == 5 and "an answer too slow" in text
     FakeClock(monkeypatch)
     code, text = digest(monkeypatch, *command)  # the server is gone
-    assert code == 5 and "got no answer (connect error)" in text and not (tmp_path / "site").exists()
+    assert (
+        code == 5 and "got no answer (connect error)" in text and not (tmp_path / "site").exists()
+    )
 
 
 def test_requests_are_polite(tmp_path, monkeypatch):
@@ -317,10 +319,16 @@ def test_requests_are_polite(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("categories: [cs.LG]\nterms: [a]\nlimitt: 3", "got 3 for limitt: need another name, since limitt is no key"),
+        (
+            "categories: [cs.LG]\nterms: [a]\nlimitt: 3",
+            "got 3 for limitt: need another name, since limitt is no key",
+        ),
         ("categories: [cs.LG]", "need categories, and terms or interests"),
         ("terms: [a]", "need categories, and terms or interests"),
-        ("categories: [Machine Learning]\nterms: [a]", "got 'Machine Learning' for categories.0: need a class of arXiv"),
+        (
+            "categories: [Machine Learning]\nterms: [a]",
+            "got 'Machine Learning' for categories.0: need a class of arXiv",
+        ),
         ("categories: [cs.LG]\nterms: ['--']", "need a letter or a digit in '--'"),
         ("categories: [cs.LG]\nterms: [a: heavy]", "got 'heavy' for terms.a: need a number"),
         ("categories: [cs.LG]\nterms: [a]\nlimit: 0", "got 0 for limit: need 1 or more"),

@@ -11,10 +11,10 @@ from typing import Annotated
 from typer import Argument, Exit, Option, Typer
 
 from sememe_digest import __version__
-from sememe_digest.archive import Archive, write
 from sememe_digest.config import Config, read_config
 from sememe_digest.daily import Run
-from sememe_digest.errors import DigestError
+from sememe_digest.errors import DigestError, kind
+from sememe_digest.papers import Archive, write
 from sememe_digest.render import TEMPLATES, publish
 
 app = Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -26,14 +26,6 @@ Now = Annotated[datetime | None, Option(help="The time of the run in UTC: 2026-0
 Json = Annotated[Path | None, Option("--json", help="Counts and faults; `-` is stdout.")]
 Port = Annotated[int, Option(help="The port on this machine.")]
 YAML = Path("digest.yaml")
-# What the system says in its own words, in ours.
-OS_FAULTS = {
-    FileNotFoundError: "no such file or folder",
-    FileExistsError: "a file in place of a folder",
-    NotADirectoryError: "a file in place of a folder",
-    IsADirectoryError: "a folder in place of a file",
-    PermissionError: "no permission",
-}
 
 
 def main() -> None:
@@ -43,7 +35,7 @@ def main() -> None:
     except DigestError as error:
         fault = error
     except OSError as error:
-        got = f"{error.filename} got {OS_FAULTS.get(type(error), 'a disk that is full or fails')}"
+        got = f"{error.filename} got a fault of the system ({kind(error)})"
         fault = DigestError(got, "a path that can be read and written", "another path")
     print(f"error: {fault}", file=sys.stderr)
     sys.exit(fault.code)

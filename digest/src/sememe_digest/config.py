@@ -26,21 +26,6 @@ Terms = Annotated[dict[str, float], BeforeValidator(_as_terms)]
 Category = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*(\.[A-Za-z-]+)?$")]
 
 
-# What a value must be, by the kind of its fault: a library's own words for it are no sentence.
-NEEDS = {
-    "extra_forbidden": "another name, since {key} is no key of a digest",
-    "greater_than_equal": "{ge} or more",
-    "less_than_equal": "{le} or less",
-    "literal_error": "{expected}",
-    "string_pattern_mismatch": "a class of arXiv, as cs.LG",
-    "value_error": "{error}",
-    "int": "a whole number",
-    "float": "a number",
-    "list": "a list",
-    "model": "keys and their values",
-}
-
-
 class Summaries(BaseModel, extra="forbid"):
     """A model behind any `/v1/chat/completions`; without `model` there are no summaries."""
 
@@ -103,11 +88,9 @@ def read_config(path: Path) -> Config:
         return Config.model_validate(yaml.load(path.read_bytes(), loader))
     except ValidationError as error:
         fault = error.errors()[0]
-        kind, key = fault["type"], ".".join(map(str, fault["loc"])) or "its keys"
-        got = f"{fault['input']!r:.60} for {key}"
-        need = NEEDS.get(kind) or NEEDS.get(kind.split("_")[0], "text")
-        need = need.format(key=key, **fault.get("ctx", {}))
+        got = f"{fault['input']!r:.60} for {'.'.join(map(str, fault['loc'])) or 'its keys'}"
+        need = fault.get("ctx", {}).get("error", "keys and values as its comments explain them")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         got, need = f"no YAML{f' in line {mark.line + 1}' if mark else ''}", "keys and their values"
-    raise DigestError(f"{path} got {got}", need, "the comments of `sememe-digest init`")
+    raise DigestError(f"{path} got {got}", f"{need}", "the file that `sememe-digest init` writes")

@@ -4,17 +4,17 @@ import gzip
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 
-from sememe_digest import latex
-from sememe_digest.archive import Archive
 from sememe_digest.client import Client
 from sememe_digest.config import Config
 from sememe_digest.errors import DigestError
 from sememe_digest.feeds import NEW_YORK, Feed, read_feed, read_listing, stale_since, union
-from sememe_digest.papers import Day, Entry, Paper
+from sememe_digest.fulltext import authors, to_text
+from sememe_digest.papers import Archive, Day, Paper
 from sememe_digest.ranking import rank
 from sememe_digest.summaries import Summariser
 
@@ -67,7 +67,7 @@ class Run:
         old = self.archive.days.get(day.date)
         elsewhere = self.archive.announced(but=day.date)
         for category in self.config.categories:
-            self._check(category, day, {p: d for p, d in elsewhere.items() if d < day.date})
+            self._check(category, day, elsewhere)
             if old and day.feeds[category] == "failed":  # an earlier run of the day read it
                 day.feeds[category] = old.feeds.get(category, "failed")
         papers = {paper.id: paper for paper in union(self.feeds.values(), today, self.config)}
@@ -92,11 +92,11 @@ class Run:
             self.archive.keep("feeds", category, [answer.headers["ETag"], answer.text])
         return body.encode() if answer.status_code == 304 else answer.content
 
-    def _check(self, category: str, day: Day, earlier: dict[str, str]) -> None:
+    def _check(self, category: str, day: Day, announced: dict[str, str]) -> None:
         """Notes a stale feed, and takes the listing page in place of one that cannot be used."""
         if feed := self.feeds.get(category):
             day.faults += feed.faults
-            since = stale_since(feed, earlier) or f"{feed.date}"
+            since = stale_since(feed, announced) or f"{feed.date}"
             if since == day.date:
                 return
             day.feeds[category] = "stale"
@@ -106,7 +106,7 @@ class Run:
         try:
             url = f"{self.config.pages_url}/list/{category}/new?skip=0&show=2000"
             listing = read_listing(self.client.get(url).content, category)
-            if f"{listing.date}" == day.date and not stale_since(listing, earlier):
+            if f"{listing.date}" == day.date and not stale_since(listing, announced):
                 self.feeds[category], day.feeds[category] = listing, "listing"
                 day.faults.append(f"{category} was filled from its listing page")
         except DigestError as error:
@@ -123,9 +123,9 @@ class Run:
         kept = {entry.versioned_id: entry.summary for entry in old.entries} if old else {}
         for number, entry in enumerate(day.entries, 1):
             entry.rank, entry.summary = number, kept.get(entry.versioned_id)
-            entry.title_text = latex.to_text(entry.title)
-            entry.abstract_text = latex.to_text(entry.abstract)
-            entry.authors = latex.authors(entry.creator)
+            entry.title_text = to_text(entry.title)
+            entry.abstract_text = to_text(entry.abstract)
+            entry.authors = authors(entry.creator)
         if day.entries:
             day.cut_score, worth = entry.score, (entry.score, entry.similarity)
             day.tied_out = sum(worth == (other.score, other.similarity) for other in beyond)
@@ -133,12 +133,13 @@ class Run:
         for entry in ranked:
             verdict = {"category": entry.primary, "terms": [hit["term"] for hit in entry.hits]}
             day.announced[entry.id] = verdict | entry.model_dump(include={"score", "excluded"})
-        for stage, entries in {"new": ranked, "matching": matching, "shown": day.entries}.items():
-            self._count(day, stage, entries)
-        for category, feed in self.feeds.items():  # arXiv's own count, whatever is new to us
-            day.counts[category]["announced"] = len(feed.new_ids())
+        stages = {"new": ranked, "matching": matching, "shown": day.entries}
+        # arXiv's own count, whatever is new to us.
+        stages["announced"] = [paper for feed in self.feeds.values() for paper in feed.new()]
+        for stage, found in stages.items():
+            self._count(day, stage, found)
 
-    def _count(self, day: Day, stage: str, papers: list[Entry]) -> None:
+    def _count(self, day: Day, stage: str, papers: Iterable[Paper]) -> None:
         numbers = Counter(self.config.home(paper.primary) for paper in papers)
         for category in (*self.config.categories, *numbers):
             day.counts.setdefault(category, dict.fromkeys(STAGES, 0))[stage] = numbers[category]

@@ -33,8 +33,8 @@ class Feed:
     papers: list[Paper] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def new_ids(self) -> list[str]:
-        return [paper.id for paper in self.papers if paper.type == "new"]
+    def new(self) -> list[Paper]:
+        return [paper for paper in self.papers if paper.type == "new"]
 
 
 def read_feed(body: bytes, source: str) -> Feed:
@@ -149,9 +149,9 @@ def union(feeds: Iterable[Feed], day: date, config: Config) -> list[Paper]:
     return [paper for paper in papers.values() if paper.type in config.types]
 
 
-def stale_since(feed: Feed, earlier: dict[str, str]) -> str | None:
+def stale_since(feed: Feed, announced: dict[str, str]) -> str | None:
     """The earlier day that a list is of, if at least half of its new papers were announced then:
     a stale feed's own date does not tell, since arXiv stamps it with the day of the request."""
-    ids = feed.new_ids()
-    days = Counter(earlier[identifier] for identifier in ids if identifier in earlier)
-    return days.most_common(1)[0][0] if ids and 2 * days.total() >= len(ids) else None
+    days = [announced.get(paper.id, "") for paper in feed.new()]
+    earlier = Counter(day for day in days if "" < day < f"{feed.date}")
+    return earlier.most_common(1)[0][0] if days and 2 * earlier.total() >= len(days) else None

@@ -1,4 +1,4 @@
-"""The PDF of a paper to the text of its pages, without what no reader sees.
+"""The text of papers: TeX as arXiv sends it, and PDFs without what no reader sees.
 
 As a module it reads one file, in a process that can be stopped: some PDFs hang a parser."""
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from sememe_digest.archive import write
 from sememe_digest.client import Client
 from sememe_digest.errors import DigestError
-from sememe_digest.papers import Paper
+from sememe_digest.papers import Paper, write
 
 PDF_PAUSE_SECONDS = 15.0  # the crawl delay of arxiv.org
 MAX_PDF_BYTES = 50 * 2**20
 MAX_MEMORY_BYTES = 2 * 2**30
 EXTRACTION_SECONDS = 60
 SMALLEST_POINTS = 3.0  # nothing smaller is meant to be read by people
+MARKUP = re.compile(r"[\\${}~^]|--|``|''")  # what makes a line of text TeX
 REFERENCES = re.compile(r"^[\s\d.]*(references|bibliography)\s*$", re.I | re.M)
 # Sentences that speak to a language model, and answers that obey them. A paper about such attacks
 # loses a sentence too; it is reported.
@@ -30,6 +30,34 @@ INSTRUCTION = re.compile(
     r"|\bdo not (mention|highlight|report|list) (any )?(negative|weakness|flaw|limitation)",
     re.I | re.S,
 )
+
+
+def to_text(tex: str) -> str:
+    """Text without TeX; what cannot be read stays as it is."""
+    return "\n".join(_line(line) if MARKUP.search(line) else line for line in tex.split("\n"))
+
+
+def _line(tex: str) -> str:
+    from pylatexenc.latex2text import LatexNodes2Text
+
+    # To TeX a bare % starts a comment that takes the rest of the line with it, and & is a tab; in
+    # a feed they are what they look like, the first of them in one abstract of eight.
+    escaped = re.sub(r"(?<!\\)[%&#]", r"\\\g<0>", tex)
+    try:
+        return " ".join(LatexNodes2Text(math_mode="text").latex_to_text(escaped).split())
+    except Exception:  # IndexError and more on unbalanced input: raw text is better than none
+        return tex
+
+
+def authors(creator: str) -> list[dict[str, str]]:
+    """Names and affiliations of a feed's one line, whose commas also stand inside parentheses."""
+    people = []
+    for part in re.findall(r"(?:\([^()]*(?:\([^()]*\)[^()]*)*\)|[^,])+", creator):
+        name, _, affiliation = to_text(part).strip().removesuffix(")").partition(" (")
+        # Collaborations come as `NVIDIA,  :, First Author`.
+        if name.strip(" :"):
+            people.append({"name": name, "affiliation": affiliation})
+    return people
 
 
 class FullText(BaseModel):
@@ -89,7 +117,7 @@ def extract(path: Path) -> FullText:
         for sentence in filter(INSTRUCTION.search, sentences):
             removed.append(("words to a language model", sentence.split()))
         for kind, words in removed:
-            # Reported by its first words: more would be the stage that it wants. Labels are no news.
+            # By its first words: more would be the stage that it wants. Labels are no news.
             if len(words) > 3:
                 start = f"“{' '.join(words[:3]):.40} …”, {len(words)} words"
                 result.removed.append(f"{kind} on page {number} ({start})")

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from decimal import Decimal
 from functools import lru_cache
 
@@ -35,16 +36,14 @@ def plain(text: str) -> str:
     return re.sub(r"(?<=[^\W\d_])-\s*\n\s*(?=[^\W\d_])", "", text)
 
 
-def find_numbers(text: str) -> list[tuple[re.Match[str], Decimal]]:
-    """Numbers of a plain text; a minus counts where it is neither hyphen nor range."""
-    numbers = []
+def find_numbers(text: str) -> Iterator[tuple[int, str, Decimal]]:
+    """Where each number of a plain text starts, how it is written, and its value; a minus counts
+    where it is neither hyphen nor range."""
     for match in NUMBER.finditer(text):
-        value = Decimal(match["digits"].replace(",", ""))
-        value = value.scaleb(int(match["exponent"] or 0))
         start = match.start("digits")
-        negative = NEGATIVE.search(text[max(0, start - 3) : start])
-        numbers.append((match, (-value if negative else value).normalize()))
-    return numbers
+        value = Decimal(match["digits"].replace(",", "")).scaleb(int(match["exponent"] or 0))
+        sign = "-" if NEGATIVE.search(text[max(0, start - 3) : start]) else ""
+        yield start, sign + text[start : match.end()], (-value if sign else value).normalize()
 
 
 @lru_cache(500)
@@ -52,7 +51,7 @@ def values(text: str) -> set[Decimal]:
     """Every value that a text can be read to have: `a - 5` is a difference or minus five, and a
     number at a line end may go on in the next line."""
     joined = re.sub(r"(?<=\d)([.,]?)\s*\n\s*([.,]?)(?=\d)", r"\1\2", text)
-    found = {value for part in (text, joined) for _, value in find_numbers(plain(part))}
+    found = {value for part in (text, joined) for *_, value in find_numbers(plain(part))}
     return found | {abs(value) for value in found}
 
 
@@ -79,14 +78,12 @@ def check_claim(claim: Claim, pages: list[str]) -> None:
     claim.quote_found = bool(claim.quote) and _squeeze(claim.quote) in _squeeze(stated)
     claim.numbers = []
     text, found = LIST_ITEM.sub("", plain(claim.text)), [values(page) for page in pages]
-    for match, value in find_numbers(text):
-        start = match.start("digits")
+    for start, written, value in find_numbers(text):
         if YEAR.match(text, start) or NAMED.search(text[:start]):
             continue
         pages_with_it = [number for number, page in enumerate(found, 1) if value in page]
         page = claim.page if claim.page in pages_with_it else next(iter(pages_with_it), None)
         state = "missing" if page is None else "found" if page == claim.page else "elsewhere"
-        written = "-" * (value < 0) + text[start : match.end()]
         claim.numbers.append({"text": written, "state": state, "page": page})
 
 

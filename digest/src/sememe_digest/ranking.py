@@ -65,8 +65,8 @@ def rank(papers: list[Paper], config: Config) -> list[Entry]:
 
 def z_scores(values: list[float]) -> list[float]:
     """Values in standard deviations from their mean; zeros where all are equal."""
-    spread, mean = (pstdev(values), fmean(values)) if values else (0, 0)
-    return [(value - mean) / spread if spread else 0.0 for value in values]
+    mean, spread = fmean(values or [0]), pstdev(values or [0]) or 1
+    return [(value - mean) / spread for value in values]
 
 
 @cache

@@ -10,10 +10,9 @@ from hashlib import sha256
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sememe_digest.archive import Archive, write
 from sememe_digest.config import Config
 from sememe_digest.errors import DigestError
-from sememe_digest.papers import SECTIONS
+from sememe_digest.papers import SECTIONS, Archive, write
 
 FEED_DAYS, FEED_ITEMS = 30, 100
 
@@ -24,12 +23,13 @@ def claim_html(text: str) -> Markup:
     import nh3
     from markdown_it import MarkdownIt
 
-    def only_arxiv(tag: str, attribute: str, value: str) -> str | None:
-        return value if value.startswith("https://arxiv.org/") else None
-
     html = MarkdownIt("commonmark", {"html": False}).disable("image").renderInline(text)
-    tags = {"em", "strong", "code", "a"}
-    return Markup(nh3.clean(html, tags, attributes={"a": {"href"}}, attribute_filter=only_arxiv))
+    only = {"tags": {"em", "strong", "code", "a"}, "attributes": {"a": {"href"}}}
+    return Markup(nh3.clean(html, **only, attribute_filter=_from_arxiv))
+
+
+def _from_arxiv(tag: str, attribute: str, value: str) -> str | None:
+    return value if value.startswith("https://arxiv.org/") else None
 
 
 def inert(text: str) -> str:

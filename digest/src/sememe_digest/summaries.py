@@ -11,13 +11,12 @@ from threading import Lock
 
 import httpx
 
-from sememe_digest.archive import Archive
-from sememe_digest.client import Client, answer, raise_if_busy
+from sememe_digest.client import Client, answer
 from sememe_digest.config import Config
 from sememe_digest.errors import DigestError
 from sememe_digest.fulltext import INSTRUCTION, FullText, fetch_pdf, read_pdf
 from sememe_digest.numbers import check
-from sememe_digest.papers import SECTIONS, Claim, Entry, Summary
+from sememe_digest.papers import SECTIONS, Archive, Claim, Entry, Summary
 
 MAX_CLAIM = 800  # characters: a claim is a sentence or two
 
@@ -32,7 +31,6 @@ class Summariser:
         self.is_wanted = bool(self.settings.model and (key or not self.settings.api_key_env))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.http = httpx.Client(headers=headers, timeout=self.settings.timeout)
-        self.http.event_hooks = {"response": [raise_if_busy]}
         self.refusal: DigestError | None = None
         self.turn = Lock()
 
