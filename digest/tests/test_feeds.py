@@ -4,8 +4,8 @@ from datetime import date
 
 import pytest
 
+from sememe_digest import DigestError
 from sememe_digest.config import Config
-from sememe_digest.errors import DigestError
 from sememe_digest.feeds import Feed, read_feed, read_listing, stale_since, union
 from sememe_digest.fulltext import authors, to_text
 from tests.stub import DATA, feed_xml
@@ -117,9 +117,13 @@ def test_an_old_paper_that_is_cross_listed_late_is_not_new():
 def test_half_of_the_new_ids_make_a_feed_stale():
     items = [{"id": f"2602.0000{n}"} for n in range(4)] + [{"id": "2601.1", "type": "replace"}]
     feed = read_feed(feed_xml(items), "cs.LG")
-    seen = {"2602.00000": "2026-02-13", "2602.00001": "2026-02-13", "2601.1": "2026-01-01"}
-    assert stale_since(feed, seen) == "2026-02-13"
-    assert stale_since(feed, {"2602.00000": "2026-02-13"}) is None
+    seen = {
+        "2602.00000": date(2026, 2, 13),
+        "2602.00001": date(2026, 2, 13),
+        "2601.1": date(2026, 1, 1),
+    }
+    assert stale_since(feed, seen) == date(2026, 2, 13)
+    assert stale_since(feed, {"2602.00000": date(2026, 2, 13)}) is None
     assert stale_since(Feed(feed.date), seen) is None
 
 

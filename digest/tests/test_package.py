@@ -19,7 +19,7 @@ DIGEST = Path(__file__).parents[1]
 SOURCE = DIGEST / "src" / "sememe_digest"
 FILES = sorted(SOURCE.glob("*.py"))
 # From the bottom up: each file imports those before it alone.
-LAYERS = ["__init__", "errors", "papers", "client", "config", "feeds", "ranking", "fulltext"]
+LAYERS = ["__init__", "papers", "client", "config", "feeds", "ranking", "fulltext"]
 LAYERS += ["numbers", "summaries", "render"]
 LAYERS += ["daily", "cli"]
 LIBRARIES = {"httpx", "pydantic", "yaml", "jinja2", "markupsafe", "typer"}

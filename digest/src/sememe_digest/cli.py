@@ -10,21 +10,15 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from sememe_digest import __version__
-from sememe_digest.config import Config, read_config
+from sememe_digest import DigestError, __version__, kind
+from sememe_digest.config import read_config
 from sememe_digest.daily import Run
-from sememe_digest.errors import DigestError, kind
 from sememe_digest.papers import Archive, write
 from sememe_digest.render import TEMPLATES, publish
 
 app = Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 ConfigFile = Annotated[Path, Option("--config", "-c", help="The configuration.")]
 Out = Annotated[Path | None, Option(help="The site, in place of `out` in the configuration.")]
-Feeds = Annotated[Path | None, Option(help="A folder of CLASS.xml(.gz), read in place of arXiv.")]
-WithSummaries = Annotated[bool, Option(help="Ask the language model, if its key is set.")]
-Now = Annotated[datetime | None, Option(help="The time of the run in UTC: 2026-02-17T06:40:00.")]
-Json = Annotated[Path | None, Option("--json", help="Counts and faults; `-` is stdout.")]
-Port = Annotated[int, Option(help="The port on this machine.")]
 YAML = Path("digest.yaml")
 
 
@@ -63,11 +57,11 @@ def init(folder: Annotated[Path, Argument(help="Where to write it.")] = Path()) 
 @app.command()
 def run(
     config: ConfigFile = YAML,
-    feeds: Feeds = None,
     out: Out = None,
-    summaries: WithSummaries = True,
-    now: Now = None,
-    json_file: Json = None,
+    feeds: Annotated[Path | None, Option(help="A folder of CLASS.xml(.gz), not arXiv.")] = None,
+    summaries: Annotated[bool, Option(help="Ask the language model, if its key is set.")] = True,
+    now: Annotated[datetime | None, Option(help="The time in UTC: 2026-02-17T06:40:00.")] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Counts; `-` is stdout.")] = None,
 ) -> None:
     """Read today's feeds, rank, summarise and write the site.
 
@@ -75,8 +69,11 @@ def run(
     nothing on a complete one. Exit codes: 0 written, or complete already; 2 usage or
     configuration; 3 nothing announced, nothing touched; 4 incomplete, run again; 5 nothing could
     be read, nothing written."""
-    settings, archive = _open(config, out)
-    code, day = Run(settings, archive, feeds).run((now or datetime.now(UTC)), summaries)
+    settings = read_config(config, out)
+    archive = Archive(settings.out)
+    code, day = Run(settings, archive, feeds).run(
+        (now or datetime.now(UTC)).replace(tzinfo=UTC), summaries
+    )
     if day.announced:
         publish(archive, settings, {day.date})
     if json_file:
@@ -89,11 +86,6 @@ def run(
     raise Exit(code)
 
 
-def _open(config: Path, out: Path | None) -> tuple[Config, Archive]:
-    settings = read_config(config)
-    return settings, Archive(out or settings.out)
-
-
 @app.command()
 def why(
     paper: Annotated[str, Argument(metavar="ID", help="An arXiv id or address.")],
@@ -101,7 +93,7 @@ def why(
     out: Out = None,
 ) -> None:
     """Say why a paper is in the digest, or why it is not."""
-    archive = _open(config, out)[1]
+    archive = Archive(read_config(config, out).out)
     for day in archive.days.values():
         for name in day.announced:
             if name in paper:  # in an address of it, too
@@ -114,13 +106,14 @@ def why(
 @app.command()
 def render(config: ConfigFile = YAML, out: Out = None) -> None:
     """Write all pages and feeds anew from the archive."""
-    settings, archive = _open(config, out)
+    settings = read_config(config, out)
+    archive = Archive(settings.out)
     publish(archive, settings, set(archive.days))
     print(f"page: {archive.site}/index.html")
 
 
 @app.command()
-def serve(config: ConfigFile = YAML, out: Out = None, port: Port = 8000) -> None:
+def serve(config: ConfigFile = YAML, out: Out = None, port: int = 8000) -> None:
     """Show the site in a browser of this machine; any web server does the same."""
     words = ["http.server", f"{port}", "--bind", "127.0.0.1", "--directory"]
-    subprocess.run([sys.executable, "-m", *words, f"{_open(config, out)[1].site}"], check=False)
+    subprocess.run([sys.executable, "-m", *words, f"{read_config(config, out).out}"], check=False)

@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 import httpx
 
-from sememe_digest import __version__
-from sememe_digest.errors import DigestError, kind
+from sememe_digest import DigestError, __version__, kind
 
 PAUSE_SECONDS = 3.0  # arXiv's terms: one request per three seconds, over feeds, pages and PDFs
 READ_SECONDS = 60.0  # for one whole answer, however slowly it drips

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from sememe_digest.errors import DigestError
+from sememe_digest import DigestError
 
 
 def _as_terms(value: Any) -> Any:
@@ -70,9 +70,8 @@ class Config(BaseModel, extra="forbid"):
     def prompt(self) -> str:
         """The instructions for the language model, the user's own or those of the package."""
         path = self.summaries.prompt or files("sememe_digest") / "templates" / "prompt.txt"
-        return path.read_text(encoding="utf-8", errors="replace").replace(
-            "{language}", self.summaries.language
-        )
+        text = path.read_bytes().decode(errors="replace")
+        return text.replace("{language}", self.summaries.language)
 
     def home(self, category: str) -> str:
         """The monitored class, or the archive (`cs`), of a primary class; else "other"."""
@@ -80,12 +79,14 @@ class Config(BaseModel, extra="forbid"):
         return next((name for name in names if name in self.categories), "other")
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, out: Path | None) -> Config:
     """The configuration in a YAML file; paths in it are relative to the working directory."""
     # The C loader is in all wheels and ten times as fast.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return Config.model_validate(yaml.load(path.read_bytes(), loader))
+        config = Config.model_validate(yaml.load(path.read_bytes(), loader))
+        config.out = out or config.out
+        return config
     except ValidationError as error:
         fault = error.errors()[0]
         got = f"{fault['input']!r:.60} for {'.'.join(map(str, fault['loc'])) or 'its keys'}"

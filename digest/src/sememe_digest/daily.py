@@ -5,13 +5,13 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import date, datetime
 from hashlib import sha256
 from pathlib import Path
 
+from sememe_digest import DigestError
 from sememe_digest.client import Client
 from sememe_digest.config import Config
-from sememe_digest.errors import DigestError
 from sememe_digest.feeds import NEW_YORK, Feed, read_feed, read_listing, stale_since, union
 from sememe_digest.fulltext import authors, to_text
 from sememe_digest.papers import Archive, Day, Paper
@@ -34,13 +34,12 @@ class Run:
 
     def run(self, now: datetime, with_summaries: bool) -> tuple[int, Day]:
         """The exit code, and the day that was written, was complete already, or has no papers."""
-        day = self.archive.days.get(f"{now.astimezone(NEW_YORK):%Y-%m-%d}")
+        day = self.archive.days.get(now.astimezone(NEW_YORK).date())
         # A complete day is not asked for again, unless other papers are wanted.
         if self.folder or not day or not day.is_complete() or day.settings != self.settings:
-            day = Day(updated=f"{now:%Y-%m-%d %H:%M:%S} UTC", settings=self.settings)
-            self._assemble(day, self._read(day))
-        if not day.announced:
-            return INCOMPLETE if day.faults else NOTHING, day
+            day = self._read(f"{now:%Y-%m-%d %H:%M:%S} UTC")
+            if not day.announced:
+                return INCOMPLETE if day.faults else NOTHING, day
         if with_summaries and (missing := self.summariser.missing(day.entries)):
             self.archive.save(day)  # what is known is safe before the long part begins
             self.summariser.run(missing, self.client)
@@ -50,30 +49,30 @@ class Run:
         failed = any(entry.failure for entry in day.entries)
         return INCOMPLETE if failed or not day.is_complete() else WRITTEN, day
 
-    def _read(self, day: Day) -> list[Paper]:
-        """The papers that no earlier day announced, and the state of each feed."""
+    def _read(self, updated: str) -> Day:
+        """The day that the feeds announce, without papers if none of them is new."""
+        faults = []
         for category in self.config.categories:
             print(f"reading {category}", file=sys.stderr)
-            day.feeds[category] = "failed"
             try:
                 self.feeds[category] = read_feed(self._fetch(category), category)
-                day.feeds[category] = "read"
             except DigestError as error:
-                day.faults.append(f"{error}")
+                faults.append(f"{error}")
         if not self.feeds:
-            raise DigestError("; ".join(day.faults), "one feed at least", code=UNREAD)
+            raise DigestError("; ".join(faults), "one feed at least", code=UNREAD)
         today = max(feed.date for feed in self.feeds.values())
-        day.date = f"{today}"
-        old = self.archive.days.get(day.date)
-        elsewhere = self.archive.announced(but=day.date)
+        day = Day(date=today, updated=updated, settings=self.settings, faults=faults)
+        old = self.archive.days.get(today, day)  # what an earlier run of the day wrote
+        elsewhere = self.archive.announced(but=today)
         for category in self.config.categories:
-            self._check(category, day, elsewhere)
-            if old and day.feeds[category] == "failed":  # an earlier run of the day read it
-                day.feeds[category] = old.feeds.get(category, "failed")
+            state = self._check(category, day, elsewhere)
+            day.feeds[category] = state or old.feeds.get(category, "failed")
         papers = {paper.id: paper for paper in union(self.feeds.values(), today, self.config)}
-        for entry in old.entries if old else []:
+        for entry in old.entries:
             papers.setdefault(entry.id, Paper(**dict(entry)))
-        return [paper for paper in papers.values() if paper.id not in elsewhere]
+        if fresh := [paper for paper in papers.values() if paper.id not in elsewhere]:
+            self._assemble(day, old, fresh)
+        return day
 
     def _fetch(self, category: str) -> bytes:
         if self.folder:
@@ -88,39 +87,37 @@ class Run:
                 raise DigestError(got, "a file for each class", "another folder") from error
         etag, body = self.archive.cached("feeds", category) or ("", "")
         answer = self.client.get(f"{self.config.feeds_url}/{category}", etag)
-        if answer.status_code == 200:
-            self.archive.keep("feeds", category, [answer.headers["ETag"], answer.text])
-        return body.encode() if answer.status_code == 304 else answer.content
+        if answer.status_code == 304:
+            return body.encode()
+        self.archive.keep("feeds", category, [answer.headers["ETag"], answer.text])
+        return answer.content
 
-    def _check(self, category: str, day: Day, announced: dict[str, str]) -> None:
-        """Notes a stale feed, and takes the listing page in place of one that cannot be used."""
+    def _check(self, category: str, day: Day, announced: dict[str, date]) -> str:
+        """The state of a feed; the listing page takes the place of one that cannot be used."""
         if feed := self.feeds.get(category):
             day.faults += feed.faults
-            since = stale_since(feed, announced) or f"{feed.date}"
+            since = stale_since(feed, announced) or feed.date
             if since == day.date:
-                return
-            day.feeds[category] = "stale"
+                return "read"
             day.faults.append(f"{category} is stale: its feed is the list of {since}")
-        if self.folder:
-            return
         try:
             url = f"{self.config.pages_url}/list/{category}/new?skip=0&show=2000"
-            listing = read_listing(self.client.get(url).content, category)
-            if f"{listing.date}" == day.date and not stale_since(listing, announced):
-                self.feeds[category], day.feeds[category] = listing, "listing"
+            listing = None if self.folder else read_listing(self.client.get(url).content, category)
+            if listing and listing.date == day.date and not stale_since(listing, announced):
+                self.feeds[category] = listing
                 day.faults.append(f"{category} was filled from its listing page")
+                return "listing"
         except DigestError as error:
             day.faults.append(f"{error}")
+        return "stale" if feed else ""
 
-    def _assemble(self, day: Day, papers: list[Paper]) -> None:
+    def _assemble(self, day: Day, old: Day, papers: list[Paper]) -> None:
         """Ranks, cuts at `min_score` and `limit`, and keeps summaries of an earlier run."""
-        if not papers:
-            return
-        old, ranked = self.archive.days.get(day.date), rank(papers, self.config)
-        least = self.config.min_score
+        ranked, least = rank(papers, self.config), self.config.min_score
         matching = [entry for entry in ranked if not entry.excluded and entry.score >= least]
+        kept = {entry.versioned_id: entry.summary for entry in old.entries}
+        day.announced = dict(old.announced)
         day.entries, beyond = matching[: self.config.limit], matching[self.config.limit :]
-        kept = {entry.versioned_id: entry.summary for entry in old.entries} if old else {}
         for number, entry in enumerate(day.entries, 1):
             entry.rank, entry.summary = number, kept.get(entry.versioned_id)
             entry.title_text = to_text(entry.title)
@@ -129,14 +126,12 @@ class Run:
         if day.entries:
             day.cut_score, worth = entry.score, (entry.score, entry.similarity)
             day.tied_out = sum(worth == (other.score, other.similarity) for other in beyond)
-        day.announced = dict(old.announced) if old else {}
         for entry in ranked:
             verdict = {"category": entry.primary, "terms": [hit["term"] for hit in entry.hits]}
             day.announced[entry.id] = verdict | entry.model_dump(include={"score", "excluded"})
-        stages = {"new": ranked, "matching": matching, "shown": day.entries}
-        # arXiv's own count, whatever is new to us.
-        stages["announced"] = [paper for feed in self.feeds.values() for paper in feed.new()]
-        for stage, found in stages.items():
+        # The first is arXiv's own count, whatever is new to us.
+        announced = [paper for feed in self.feeds.values() for paper in feed.new()]
+        for stage, found in zip(STAGES, (announced, ranked, matching, day.entries), strict=False):
             self._count(day, stage, found)
 
     def _count(self, day: Day, stage: str, papers: Iterable[Paper]) -> None:

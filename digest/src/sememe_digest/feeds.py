@@ -10,8 +10,8 @@ from email.utils import parsedate_to_datetime
 from html import unescape
 from zoneinfo import ZoneInfo
 
+from sememe_digest import DigestError
 from sememe_digest.config import Config
-from sememe_digest.errors import DigestError
 from sememe_digest.papers import Paper
 
 # Announce types from the strongest to none. A paper has the strongest over all feeds.
@@ -149,9 +149,9 @@ def union(feeds: Iterable[Feed], day: date, config: Config) -> list[Paper]:
     return [paper for paper in papers.values() if paper.type in config.types]
 
 
-def stale_since(feed: Feed, announced: dict[str, str]) -> str | None:
+def stale_since(feed: Feed, announced: dict[str, date]) -> date | None:
     """The earlier day that a list is of, if at least half of its new papers were announced then:
     a stale feed's own date does not tell, since arXiv stamps it with the day of the request."""
-    days = [announced.get(paper.id, "") for paper in feed.new()]
-    earlier = Counter(day for day in days if "" < day < f"{feed.date}")
+    days = [announced.get(paper.id, feed.date) for paper in feed.new()]
+    earlier = Counter(day for day in days if day < feed.date)
     return earlier.most_common(1)[0][0] if days and 2 * earlier.total() >= len(days) else None

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from sememe_digest import DigestError
 from sememe_digest.client import Client
-from sememe_digest.errors import DigestError
 from sememe_digest.papers import Paper, write
 
 PDF_PAUSE_SECONDS = 15.0  # the crawl delay of arxiv.org

@@ -3,12 +3,13 @@
 import json
 import os
 import time
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sememe_digest.errors import DigestError
+from sememe_digest import DigestError
 
 CACHE_SECONDS = 14 * 86_400  # PDFs are kept for own use, not stored
 # The structure of a summary: four sections of three fields, each a list of claims.
@@ -85,7 +86,7 @@ class Entry(Paper):
 class Day(BaseModel):
     """One digest: all that its pages are made of."""
 
-    date: str = ""
+    date: Date
     updated: str
     settings: str  # a hash of what decides the papers
     feeds: dict[str, str] = {}  # by class: read, listing, stale or failed
@@ -116,15 +117,17 @@ class Archive:
     def __init__(self, site: Path):
         self.site, whole = site, site.resolve()
         self.cache = whole.parent / ".cache" / whole.name
-        self.days: dict[str, Day] = {}
+        self.days: dict[Date, Day] = {}
         for path in sorted((site / "archive").glob("????-??-??.json")):
             try:
-                self.days[path.stem] = Day.model_validate_json(path.read_bytes())
+                self.days[Date.fromisoformat(path.stem)] = Day.model_validate_json(
+                    path.read_bytes()
+                )
             except ValidationError as error:
                 need = "a day as this program writes it"
                 raise DigestError(f"{path} got damaged", need, "git checkout of it") from error
 
-    def announced(self, but: str) -> dict[str, str]:
+    def announced(self, but: Date) -> dict[str, Date]:
         """The papers of all days but one, each with its first day."""
         dates = sorted(self.days.keys() - {but}, reverse=True)
         return {paper: date for date in dates for paper in self.days[date].announced}

@@ -2,16 +2,15 @@
 
 import re
 from base64 import b64encode
-from datetime import date, datetime, timedelta
-from email.utils import format_datetime
+from datetime import date, timedelta
 from functools import cache
 from hashlib import sha256
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sememe_digest import DigestError
 from sememe_digest.config import Config
-from sememe_digest.errors import DigestError
 from sememe_digest.papers import SECTIONS, Archive, write
 
 FEED_DAYS, FEED_ITEMS = 30, 100
@@ -50,13 +49,12 @@ TEMPLATES.globals["sections"] = SECTIONS
 TEMPLATES.filters |= {
     "claim": claim_html,
     "inert": inert,
-    "rfc822": lambda day: format_datetime(datetime.fromisoformat(f"{day}T00:00:00+00:00")),
     # The page's policy allows its style and its script by their hashes, and nothing else.
     "hash": lambda text: f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'",
 }
 
 
-def publish(archive: Archive, config: Config, dates: set[str]) -> None:
+def publish(archive: Archive, config: Config, dates: set[date]) -> None:
     """Writes README, front page and feeds, and of the pages of days those of these dates, of their
     neighbours, which link to them, and those that are missing."""
     days, order, pages = archive.days, sorted(archive.days), {}
@@ -72,7 +70,7 @@ def publish(archive: Archive, config: Config, dates: set[str]) -> None:
             pages[path] = page.render(facts, root="../")
     pages["index.html"] = page.render(facts, root="")
     pages["README.md"] = TEMPLATES.get_template("readme.md.j2").render(facts)
-    oldest = f"{date.fromisoformat(latest.date) - timedelta(FEED_DAYS - 1)}"
+    oldest = latest.date - timedelta(FEED_DAYS - 1)
     recent = [(days[day], e) for day in order[::-1] if day >= oldest for e in days[day].entries]
     for category in ("", *config.categories):
         name = f"feed-{category}.xml" if category else "feed.xml"

@@ -11,9 +11,9 @@ from threading import Lock
 
 import httpx
 
+from sememe_digest import DigestError
 from sememe_digest.client import Client, answer
 from sememe_digest.config import Config
-from sememe_digest.errors import DigestError
 from sememe_digest.fulltext import INSTRUCTION, FullText, fetch_pdf, read_pdf
 from sememe_digest.numbers import check
 from sememe_digest.papers import SECTIONS, Archive, Claim, Entry, Summary
@@ -58,7 +58,8 @@ class Summariser:
                     if self.refusal:
                         raise self.refusal
                     pdf = fetch_pdf(client, entry, self.config.pages_url, self.archive.cache)
-                entry.summary = self._summarise(entry, read_pdf(pdf))
+                    text = read_pdf(pdf)
+                entry.summary = self._summarise(entry, text)
                 self.archive.keep("summaries", entry.summary.key, entry.summary.model_dump())
             except DigestError as error:
                 entry.failure = f"{error}"
