@@ -6,8 +6,9 @@ import pytest
 
 from sememe_digest import DigestError
 from sememe_digest.config import Config
-from sememe_digest.feeds import Feed, read_feed, read_listing, stale_since, union
+from sememe_digest.feeds import Feed, read_feed, read_listing, stale_since
 from sememe_digest.fulltext import authors, to_text
+from sememe_digest.ranking import union
 from tests.stub import DATA, feed_xml
 
 EDGE = (DATA / "edge_cs.LG.xml").read_bytes()
@@ -21,7 +22,7 @@ def config(*categories: str, **keys) -> Config:
 def test_hostile_items_are_read_to_their_last_word():
     feed = read_feed(EDGE, "cs.LG")
     assert len(feed.papers) == 9 and feed.date == date(2026, 2, 18)
-    assert feed.faults == ["cs.LG: 1 without an announce type"]
+    assert feed.faults == ["cs.LG: 1 without an id or an announce type"]
     first = feed.papers[0]
     for words in ("For $n<k$ we show that attention", "3 > 2 times", "<b>bold</b> stay", "AT&T"):
         assert words in first.abstract

@@ -6,9 +6,8 @@ import pytest
 
 from sememe_digest.config import Config
 from sememe_digest.daily import Run
-from sememe_digest.feeds import union
 from sememe_digest.papers import Archive, Paper
-from sememe_digest.ranking import needles, normalise, rank, similarities, stem
+from sememe_digest.ranking import needles, normalise, rank, similarities, stem, union
 from tests.stub import DAY, PAGES, SEED
 
 

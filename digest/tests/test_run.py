@@ -175,7 +175,7 @@ def test_a_paper_whose_own_feed_is_missing_is_kept(tmp_path, monkeypatch):
         site = tmp_path / f"site{len(types)}"
         config = write_config(tmp_path, types=types, **keys)
         code, text = digest(monkeypatch, "run", "-c", config, "--feeds", folder, "--out", site)
-        assert code == 4 and "without an announce type" in text
+        assert code == 4 and "1 without an id or an announce type" in text
         assert "--feeds got no whole cs.CL.xml" in text
         entries = {entry["id"][5:]: entry for entry in day(site, "2026-02-18")["entries"]}
         assert kept <= entries.keys()
@@ -321,20 +321,29 @@ def test_requests_are_polite(tmp_path, monkeypatch):
     [
         (
             "categories: [cs.LG]\nterms: [a]\nlimitt: 3",
-            "got 3 for limitt: need another name, since limitt is no key",
+            "got 3 for limitt: need a known key and a value that suits it. try: the file",
         ),
         ("categories: [cs.LG]", "need categories, and terms or interests"),
         ("terms: [a]", "need categories, and terms or interests"),
         (
             "categories: [Machine Learning]\nterms: [a]",
-            "got 'Machine Learning' for categories.0: need a class of arXiv",
+            "got 'Machine Learning' for categories.0: need a known key and a value that suits it",
         ),
         ("categories: [cs.LG]\nterms: ['--']", "need a letter or a digit in '--'"),
-        ("categories: [cs.LG]\nterms: [a: heavy]", "got 'heavy' for terms.a: need a number"),
-        ("categories: [cs.LG]\nterms: [a]\nlimit: 0", "got 0 for limit: need 1 or more"),
-        ("categories: [cs.LG]\nterms: [a]\nsummaries: {modle: x}", "summaries.modle is no key"),
+        (
+            "categories: [cs.LG]\nterms: [a: heavy]",
+            "got 'heavy' for terms.a: need a known key and a value that suits it",
+        ),
+        (
+            "categories: [cs.LG]\nterms: [a]\nlimit: 0",
+            "got 0 for limit: need a known key and a value that suits it",
+        ),
+        (
+            "categories: [cs.LG]\nterms: [a]\nsummaries: {modle: x}",
+            "got 'x' for summaries.modle: need a known key",
+        ),
         ("categories: [", "got no YAML in line 2: need keys"),
-        ("", "got None for its keys: need keys and their values"),
+        ("", "got None for its keys: need a known key and a value that suits it"),
     ],
 )
 def test_a_faulty_configuration_is_one_sentence(tmp_path, monkeypatch, text, words):

@@ -222,8 +222,8 @@ def test_an_endpoint_that_fails_leaves_a_reason(tmp_path, monkeypatch, stub, val
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (lambda: b"<html>Please wait</html>", "got HTML"),
-        (lambda: (404, {}, b"gone"), "no PDF, status 404"),
+        (lambda: b"<html>Please wait</html>", "got no PDF, status 200"),
+        (lambda: (404, {}, b"gone"), "got no PDF, status 404"),
         (lambda: (406, {}, b""), "status 406"),
         (lambda: b"%PDF-1.7 cut", "need a PDF with text"),
         (lambda: pdf(PAPER, password="secret"), "encrypted"),
@@ -245,7 +245,7 @@ def test_a_pdf_that_fails_leaves_a_reason(tmp_path, monkeypatch, value, words):
 def test_a_pdf_that_hangs_is_stopped(tmp_path, monkeypatch):
     path = tmp_path / "2602.00001v1.pdf"
     path.write_bytes(pdf(PAPER))
-    assert read_pdf(path).pages[1].strip() == PAPER[1]
+    assert read_pdf(path)[0][1].strip() == PAPER[1]
     monkeypatch.setattr(fulltext, "EXTRACTION_SECONDS", 0.001)
     with pytest.raises(fulltext.DigestError, match="no text within"):
         read_pdf(path)
@@ -254,8 +254,8 @@ def test_a_pdf_that_hangs_is_stopped(tmp_path, monkeypatch):
 def test_pages_end_at_the_references(tmp_path):
     path = tmp_path / "x.pdf"
     path.write_bytes(pdf(["One. References are many.", "Two.\nReferences\n[1] A. Bee", "Three"]))
-    text = fulltext.extract(path)
-    assert [page.strip() for page in text.pages] == ["One. References are many.", "Two."]
+    pages, _ = fulltext.extract(path)
+    assert [page.strip() for page in pages] == ["One. References are many.", "Two."]
 
 
 def test_markdown_of_claims_and_feeds_is_inert():

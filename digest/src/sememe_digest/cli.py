@@ -10,13 +10,14 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from sememe_digest import DigestError, __version__, kind
+from sememe_digest import DigestError, kind
 from sememe_digest.config import read_config
 from sememe_digest.daily import Run
 from sememe_digest.papers import Archive, write
 from sememe_digest.render import TEMPLATES, publish
 
-app = Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+HELP = "A daily digest of arXiv. Start with `init`, edit digest.yaml, then `run`."
+app = Typer(help=HELP, add_completion=False, pretty_exceptions_enable=False)
 ConfigFile = Annotated[Path, Option("--config", "-c", help="The configuration.")]
 Out = Annotated[Path | None, Option(help="The site, in place of `out` in the configuration.")]
 YAML = Path("digest.yaml")
@@ -33,15 +34,6 @@ def main() -> None:
         fault = DigestError(got, "a path that can be read and written", "another path")
     print(f"error: {fault}", file=sys.stderr)
     sys.exit(fault.code)
-
-
-@app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, Option("--version", help="Print the version.")] = False):
-    """A daily digest of arXiv: what matches your words, ranked, with checked summaries.
-
-    Start with `sememe-digest init`, edit digest.yaml, then `sememe-digest run`."""
-    if version:
-        print(f"sememe-digest {__version__}")
 
 
 @app.command()
@@ -65,10 +57,9 @@ def run(
 ) -> None:
     """Read today's feeds, rank, summarise and write the site.
 
-    The same command goes on after a stop, completes a day that lacked something, and changes
-    nothing on a complete one. Exit codes: 0 written, or complete already; 2 usage or
-    configuration; 3 nothing announced, nothing touched; 4 incomplete, run again; 5 nothing could
-    be read, nothing written."""
+    The same command goes on after a stop and completes a day that lacked something. Exit codes:
+    0 written, or complete already; 2 usage or configuration; 3 nothing announced; 4 incomplete,
+    run again; 5 nothing could be read."""
     settings = read_config(config, out)
     archive = Archive(settings.out)
     code, day = Run(settings, archive, feeds).run(
@@ -77,9 +68,11 @@ def run(
     if day.announced:
         publish(archive, settings, {day.date})
     if json_file:
-        facts = day.model_dump(include={"date", "feeds", "counts"}) if day.announced else None
-        text = json.dumps({"exit_code": code, "faults": day.faults, "day": facts}, indent=1)
-        print(text) if f"{json_file}" == "-" else write(json_file, text)
+        facts = day.model_dump(mode="json", include={"date", "feeds", "counts"})
+        text = json.dumps(
+            {"exit_code": code, "faults": day.faults, "day": day.announced and facts}, indent=1
+        )
+        print(text) if f"{json_file}" == "-" else write(json_file, text.encode())
     if f"{json_file}" != "-":
         report = TEMPLATES.get_template("report.txt.j2")
         print(report.render(day=day, exit_code=code, site=archive.site))

@@ -13,13 +13,13 @@ from sememe_digest import DigestError
 
 def _as_terms(value: Any) -> Any:
     """Terms as people write them, `- word` or `- word: 2`, with what a hit of each is worth."""
-    terms: dict[Any, Any] = {}
+    terms: dict[str, Any] = {}
     for item in value if isinstance(value, list) else [value]:
-        terms |= item if isinstance(item, dict) else {str(item): 1.0}
-    wordless = [term for term in terms if not re.search(r"[^\W_]", str(term))]
-    if wordless:
-        raise ValueError(f"a letter or a digit in {wordless[0]!r}")
-    return {str(term): weight for term, weight in terms.items()}
+        for term, weight in item.items() if isinstance(item, dict) else [(item, 1.0)]:
+            if not re.search(r"[^\W_]", f"{term}"):
+                raise ValueError(f"a letter or a digit in {term!r}")
+            terms[f"{term}"] = weight
+    return terms
 
 
 Terms = Annotated[dict[str, float], BeforeValidator(_as_terms)]
@@ -90,7 +90,7 @@ def read_config(path: Path, out: Path | None) -> Config:
     except ValidationError as error:
         fault = error.errors()[0]
         got = f"{fault['input']!r:.60} for {'.'.join(map(str, fault['loc'])) or 'its keys'}"
-        need = fault.get("ctx", {}).get("error", "keys and values as its comments explain them")
+        need = fault.get("ctx", {}).get("error", "a known key and a value that suits it")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         got, need = f"no YAML{f' in line {mark.line + 1}' if mark else ''}", "keys and their values"

@@ -12,10 +12,10 @@ from pathlib import Path
 from sememe_digest import DigestError
 from sememe_digest.client import Client
 from sememe_digest.config import Config
-from sememe_digest.feeds import NEW_YORK, Feed, read_feed, read_listing, stale_since, union
+from sememe_digest.feeds import NEW_YORK, Feed, read_feed, read_listing, stale_since
 from sememe_digest.fulltext import authors, to_text
 from sememe_digest.papers import Archive, Day, Paper
-from sememe_digest.ranking import rank
+from sememe_digest.ranking import rank, union
 from sememe_digest.summaries import Summariser
 
 WRITTEN, NOTHING, INCOMPLETE, UNREAD = 0, 3, 4, 5  # exit codes
@@ -63,7 +63,9 @@ class Run:
         today = max(feed.date for feed in self.feeds.values())
         day = Day(date=today, updated=updated, settings=self.settings, faults=faults)
         old = self.archive.days.get(today, day)  # what an earlier run of the day wrote
-        elsewhere = self.archive.announced(but=today)
+        # Every paper of the other days, with its first day.
+        others = sorted(self.archive.days.keys() - {today}, reverse=True)
+        elsewhere = {name: other for other in others for name in self.archive.days[other].announced}
         for category in self.config.categories:
             state = self._check(category, day, elsewhere)
             day.feeds[category] = state or old.feeds.get(category, "failed")

@@ -3,15 +3,13 @@
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from email.utils import parsedate_to_datetime
 from html import unescape
 from zoneinfo import ZoneInfo
 
 from sememe_digest import DigestError
-from sememe_digest.config import Config
 from sememe_digest.papers import Paper
 
 # Announce types from the strongest to none. A paper has the strongest over all feeds.
@@ -56,10 +54,8 @@ def read_feed(body: bytes, source: str) -> Feed:
         raise DigestError(f"{source} got {got}", "RSS or Atom") from error
     items = (*channel.iter("item"), *channel.iter("{http://www.w3.org/2005/Atom}entry"))
     papers = [_announced(item) for item in items]
-    faults = []
-    for key, name in {"id": "arXiv id", "type": "announce type"}.items():
-        number = sum(not getattr(paper, key) for paper in papers)
-        faults += [f"{source}: {number} without an {name}"] if number else []
+    lacking = sum(not (paper.id and paper.type) for paper in papers)
+    faults = [f"{source}: {lacking} without an id or an announce type"] if lacking else []
     day = moment.astimezone(NEW_YORK).date()
     return Feed(day, [paper for paper in papers if paper.id], faults)
 
@@ -119,34 +115,18 @@ def _listed(item: str, announced: str) -> Paper:
         match = re.search(FIELD.format(tag, name), item, re.S)
         return _tidy(unescape(re.sub(r"<[^>]+>", "", match[1]))) if match else ""
 
-    identifier = re.search(r"href ?=\s*[\"']/abs/([^\"']+)", item)
-    version = re.search(r"/html/[^\"']+v(\d+)[\"']", item)
+    # The address of the abstract has no version, that of the page in HTML has.
+    names = re.findall(r"/(?:abs|html)/([^\"']+?)(?:v(\d+))?[\"']", item)
+    name, version = max(names, key=lambda name: name[1], default=("", ""))
     return Paper(
-        id=identifier[1] if identifier else "",
-        version=int(version[1]) if version else 1,
+        id=name,
+        version=int(version or 1),
         title=text("div", "list-title").replace("\n", " "),
         abstract=text("p", "mathjax"),
         creator=text("div", "list-authors").replace("\n", " "),
         categories=re.findall(r"\(([a-z-]+(?:\.[A-Za-z-]+)?)\)", text("div", "list-subjects")),
         type=announced,
     )
-
-
-def union(feeds: Iterable[Feed], day: date, config: Config) -> list[Paper]:
-    """Each paper once, with the strongest type that any feed gives it.
-
-    A first version of this or the last month from a monitored class is new, whichever feed shows
-    it: its own may be stale, missing or capped."""
-    papers: dict[str, Paper] = {}
-    months = (f"{day:%y%m}.", f"{day.replace(day=1) - timedelta(days=1):%y%m}.")
-    for paper in (paper for feed in feeds for paper in feed.papers):
-        is_first = paper.version == 1 and paper.id.startswith(months)
-        if is_first and paper.type in ("", "cross") and config.home(paper.primary) != "other":
-            paper = paper.model_copy(update={"type": "new"})
-        known = papers.get(paper.id)
-        if known is None or STRENGTH[paper.type] > STRENGTH[known.type]:
-            papers[paper.id] = paper
-    return [paper for paper in papers.values() if paper.type in config.types]
 
 
 def stale_since(feed: Feed, announced: dict[str, date]) -> date | None:

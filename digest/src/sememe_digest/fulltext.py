@@ -2,13 +2,13 @@
 
 As a module it reads one file, in a process that can be stopped: some PDFs hang a parser."""
 
+import json
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from math import hypot
 from pathlib import Path
-
-from pydantic import BaseModel
 
 from sememe_digest import DigestError
 from sememe_digest.client import Client
@@ -16,7 +16,6 @@ from sememe_digest.papers import Paper, write
 
 PDF_PAUSE_SECONDS = 15.0  # the crawl delay of arxiv.org
 MAX_PDF_BYTES = 50 * 2**20
-MAX_MEMORY_BYTES = 2 * 2**30
 EXTRACTION_SECONDS = 60
 SMALLEST_POINTS = 3.0  # nothing smaller is meant to be read by people
 MARKUP = re.compile(r"[\\${}~^]|--|``|''")  # what makes a line of text TeX
@@ -34,19 +33,19 @@ INSTRUCTION = re.compile(
 
 def to_text(tex: str) -> str:
     """Text without TeX; what cannot be read stays as it is."""
-    return "\n".join(_line(line) if MARKUP.search(line) else line for line in tex.split("\n"))
-
-
-def _line(tex: str) -> str:
     from pylatexenc.latex2text import LatexNodes2Text
 
-    # To TeX a bare % starts a comment that takes the rest of the line with it, and & is a tab; in
-    # a feed they are what they look like, the first of them in one abstract of eight.
-    escaped = re.sub(r"(?<!\\)[%&#]", r"\\\g<0>", tex)
-    try:
-        return " ".join(LatexNodes2Text(math_mode="text").latex_to_text(escaped).split())
-    except Exception:  # IndexError and more on unbalanced input: raw text is better than none
-        return tex
+    lines = tex.split("\n")
+    for number, line in enumerate(lines):
+        # To TeX a bare % starts a comment that takes the rest of the line with it, and & is a tab;
+        # in a feed they are what they look like, the first of them in one abstract of eight.
+        escaped = re.sub(r"(?<!\\)[%&#]", r"\\\g<0>", line)
+        # IndexError and more on unbalanced input: raw text is better than none.
+        with suppress(Exception):
+            if MARKUP.search(line):
+                text = LatexNodes2Text(math_mode="text").latex_to_text(escaped)
+                lines[number] = " ".join(text.split())
+    return "\n".join(lines)
 
 
 def authors(creator: str) -> list[dict[str, str]]:
@@ -60,13 +59,6 @@ def authors(creator: str) -> list[dict[str, str]]:
     return people
 
 
-class FullText(BaseModel):
-    """Text by page, and what was taken out of it before a language model saw it."""
-
-    pages: list[str] = []
-    removed: list[str] = []
-
-
 def fetch_pdf(client: Client, paper: Paper, pages_url: str, cache: Path) -> Path:
     """The PDF of one version, from the cache or from arXiv; it is never published."""
     path = cache / "pdf" / f"{paper.versioned_id.replace('/', '_')}.pdf"
@@ -75,20 +67,19 @@ def fetch_pdf(client: Client, paper: Paper, pages_url: str, cache: Path) -> Path
         url = f"{pages_url}/pdf/{paper.versioned_id}"
         answer = client.get(url, pause=PDF_PAUSE_SECONDS, limit=MAX_PDF_BYTES)
         if answer.status_code != 200 or not answer.content.startswith(b"%PDF"):
-            kind = "HTML" if b"<html" in answer.content[:1000].lower() else "no PDF"
-            raise DigestError(f"{url} got {kind}, status {answer.status_code}", "a PDF")
+            raise DigestError(f"{url} got no PDF, status {answer.status_code}", "a PDF")
         write(path, answer.content)
     return path
 
 
-def read_pdf(path: Path) -> FullText:
-    """The text of a PDF, read in a process of its own with limits on time and memory."""
+def read_pdf(path: Path) -> tuple[list[str], list[str]]:
+    """What `extract` finds, in a process of its own with a limit on time; pypdf limits memory."""
     command = [sys.executable, "-m", "sememe_digest.fulltext", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=EXTRACTION_SECONDS, check=True)
-        text = FullText.model_validate_json(done.stdout)
-        if "".join(text.pages).strip():
-            return text
+        pages, removed = json.loads(done.stdout)
+        if "".join(pages).strip():
+            return pages, removed
         got = "no text at all"
     except subprocess.TimeoutExpired:
         got = f"no text within {EXTRACTION_SECONDS} s"
@@ -97,11 +88,13 @@ def read_pdf(path: Path) -> FullText:
     raise DigestError(f"{path.name} got {got}", "a PDF with text", "its abstract page")
 
 
-def extract(path: Path) -> FullText:
-    """Pages up to the references, without tiny text and without sentences to a language model."""
+def extract(path: Path) -> tuple[list[str], list[str]]:
+    """The text of the pages up to the references, without tiny text and without sentences to a
+    language model, and what was taken out in words for the reader."""
     from pypdf import PdfReader
 
-    result = FullText()
+    texts: list[str] = []
+    reports: list[str] = []
     for number, page in enumerate(PdfReader(path).pages, 1):
         pieces: dict[bool, list[str]] = {True: [], False: []}
 
@@ -120,18 +113,14 @@ def extract(path: Path) -> FullText:
             # By its first words: more would be the stage that it wants. Labels are no news.
             if len(words) > 3:
                 start = f"“{' '.join(words[:3]):.40} …”, {len(words)} words"
-                result.removed.append(f"{kind} on page {number} ({start})")
-        result.pages.append("".join(s for s in sentences if not INSTRUCTION.search(s)))
-    for index in range(len(result.pages) - 1, 0, -1):
-        if match := REFERENCES.search(result.pages[index]):
-            result.pages[index:] = [result.pages[index][: match.start()]]
+                reports.append(f"{kind} on page {number} ({start})")
+        texts.append("".join(s for s in sentences if not INSTRUCTION.search(s)))
+    for index in range(len(texts) - 1, 0, -1):
+        if match := REFERENCES.search(texts[index]):
+            texts[index:] = [texts[index][: match.start()]]
             break
-    return result
+    return texts, reports
 
 
 if __name__ == "__main__":
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    print(extract(Path(sys.argv[1])).model_dump_json())
+    print(json.dumps(extract(Path(sys.argv[1]))))

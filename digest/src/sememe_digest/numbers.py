@@ -55,10 +55,6 @@ def values(text: str) -> set[Decimal]:
     return found | {abs(value) for value in found}
 
 
-def _squeeze(text: str) -> str:
-    return "".join(re.findall(r"\w+", plain(text).lower()))
-
-
 def check(summary: Summary, abstract: str, pages: list[str]) -> str:
     """Compares a summary with its paper; what is wrong, in words for the model."""
     for claim in summary.claims:
@@ -75,7 +71,8 @@ def check(summary: Summary, abstract: str, pages: list[str]) -> str:
 def check_claim(claim: Claim, pages: list[str]) -> None:
     """Fills in whether the quote and each number of a claim stand where it says."""
     stated = dict(enumerate(pages, 1)).get(claim.page or 0, "")
-    claim.quote_found = bool(claim.quote) and _squeeze(claim.quote) in _squeeze(stated)
+    quote, page = ("".join(re.findall(r"\w+", plain(t).lower())) for t in (claim.quote, stated))
+    claim.quote_found = bool(claim.quote) and quote in page
     claim.numbers = []
     text, found = LIST_ITEM.sub("", plain(claim.text)), [values(page) for page in pages]
     for start, written, value in find_numbers(text):

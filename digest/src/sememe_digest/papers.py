@@ -101,9 +101,8 @@ class Day(BaseModel):
         return not {"stale", "failed"} & {*self.feeds.values()}
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all; one that has this content already is not touched."""
-    content = content.encode() if isinstance(content, str) else content
     if not path.exists() or path.read_bytes() != content:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -124,13 +123,7 @@ class Archive:
                     path.read_bytes()
                 )
             except ValidationError as error:
-                need = "a day as this program writes it"
-                raise DigestError(f"{path} got damaged", need, "git checkout of it") from error
-
-    def announced(self, but: Date) -> dict[str, Date]:
-        """The papers of all days but one, each with its first day."""
-        dates = sorted(self.days.keys() - {but}, reverse=True)
-        return {paper: date for date in dates for paper in self.days[date].announced}
+                raise DigestError(f"{path} got damaged", "a whole day", "git checkout") from error
 
     def save(self, day: Day) -> None:
         """Keeps a day, with its old time where nothing else of it is new."""
@@ -138,7 +131,10 @@ class Archive:
         if old and old == day.model_copy(update={"updated": old.updated}):
             day.updated = old.updated
         self.days[day.date] = day
-        write(self.site / "archive" / f"{day.date}.json", day.model_dump_json(indent=1) + "\n")
+        write(
+            self.site / "archive" / f"{day.date}.json",
+            day.model_dump_json(indent=1).encode() + b"\n",
+        )
 
     def cached(self, kind: str, key: str) -> Any:
         """What was kept under a key, or nothing: no part of the cache is needed to go on."""
@@ -149,7 +145,7 @@ class Archive:
             return None
 
     def keep(self, kind: str, key: str, value: Any) -> None:
-        write(self.cache / kind / f"{key}.json", json.dumps(value))
+        write(self.cache / kind / f"{key}.json", json.dumps(value).encode())
 
     def prune(self) -> None:
         for path in self.cache.rglob("*.*"):

@@ -78,4 +78,4 @@ def publish(archive: Archive, config: Config, dates: set[date]) -> None:
         facts |= {"name": name, "category": category, "items": items[:FEED_ITEMS]}
         pages[name] = feed.render(facts)
     for path, text in pages.items():
-        write(archive.site / path, text)
+        write(archive.site / path, text.encode())

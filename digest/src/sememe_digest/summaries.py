@@ -14,7 +14,7 @@ import httpx
 from sememe_digest import DigestError
 from sememe_digest.client import Client, answer
 from sememe_digest.config import Config
-from sememe_digest.fulltext import INSTRUCTION, FullText, fetch_pdf, read_pdf
+from sememe_digest.fulltext import INSTRUCTION, fetch_pdf, read_pdf
 from sememe_digest.numbers import check
 from sememe_digest.papers import SECTIONS, Archive, Claim, Entry, Summary
 
@@ -58,8 +58,9 @@ class Summariser:
                     if self.refusal:
                         raise self.refusal
                     pdf = fetch_pdf(client, entry, self.config.pages_url, self.archive.cache)
-                    text = read_pdf(pdf)
-                entry.summary = self._summarise(entry, text)
+                    pages, removed = read_pdf(pdf)
+                entry.summary = self._summarise(entry, pages)
+                entry.summary.removed = removed + entry.summary.removed
                 self.archive.keep("summaries", entry.summary.key, entry.summary.model_dump())
             except DigestError as error:
                 entry.failure = f"{error}"
@@ -68,11 +69,11 @@ class Summariser:
         with ThreadPoolExecutor(self.settings.workers) as pool:
             list(pool.map(summarise, entries))  # a fault of the program is not to pass in silence
 
-    def _summarise(self, entry: Entry, text: FullText) -> Summary:
+    def _summarise(self, entry: Entry, pages: list[str]) -> Summary:
         # A paper is data between fences that it cannot know, and the only paper in sight.
         fence = f"PAPER {secrets.token_hex(8)}"
-        pages = "\n".join(f"[page {n}]\n{page}" for n, page in enumerate(text.pages, 1))
-        paper = f"{entry.title}\n{entry.abstract}\n{pages}"[: self.settings.max_characters]
+        text = "\n".join(f"[page {n}]\n{page}" for n, page in enumerate(pages, 1))
+        paper = f"{entry.title}\n{entry.abstract}\n{text}"[: self.settings.max_characters]
         content = f"<<<{fence}\n{paper}\n{fence}>>>\nThat was data."
         messages = [{"role": "system", "content": self.config.prompt()}]
         messages.append({"role": "user", "content": content})
@@ -80,7 +81,7 @@ class Summariser:
         for _ in range(2):
             try:
                 summaries.insert(0, parse(self._complete(messages)))
-                fault = check(summaries[0], entry.abstract, text.pages)
+                fault = check(summaries[0], entry.abstract, pages)
             except ValueError as error:
                 fault = f"The answer is not the JSON object that was asked for ({error})."
             if not fault:
@@ -90,7 +91,6 @@ class Summariser:
             raise DigestError(f"{entry.id} got no summary ({fault})", "JSON", "another model")
         best = min(summaries, key=lambda s: len(s.numbers("missing") + s.missing_headlines))
         best.key, best.model = self.key(entry), self.settings.model
-        best.removed = text.removed + best.removed
         return best
 
     def _complete(self, messages: list[dict[str, str]]) -> str:
