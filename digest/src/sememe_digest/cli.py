@@ -87,13 +87,13 @@ def why(
 ) -> None:
     """Say why a paper is in the digest, or why it is not."""
     archive = Archive(read_config(config, out).out)
-    for day in archive.days.values():
-        for name in day.announced:
-            if name in paper:  # in an address of it, too
-                print(TEMPLATES.get_template("why.txt.j2").render(day=day, id=name))
-                return
-    need = "one that a monitored class announced"
-    raise DigestError(f"{archive.site} got no paper {paper}", need, "an id, as 2602.05191")
+    days = archive.days.values()
+    # An address has the id in it, too.
+    found = [(day, name) for day in days for name in day.announced if name in paper]
+    if not found:
+        need = "one that a monitored class announced"
+        raise DigestError(f"{archive.site} got no paper {paper}", need, "an id, as 2602.05191")
+    print(TEMPLATES.get_template("why.txt.j2").render(day=found[0][0], id=found[0][1]))
 
 
 @app.command()

@@ -4,7 +4,6 @@ import gzip
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable
 from datetime import date, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -87,11 +86,11 @@ class Run:
             except (OSError, EOFError, zlib.error) as error:
                 got = f"--feeds got no whole {path.name}"
                 raise DigestError(got, "a file for each class", "another folder") from error
-        etag, body = self.archive.cached("feeds", category) or ("", "")
+        etag, body = self.archive.cached(f"feeds/{category}") or ("", "")
         answer = self.client.get(f"{self.config.feeds_url}/{category}", etag)
         if answer.status_code == 304:
             return body.encode()
-        self.archive.keep("feeds", category, [answer.headers["ETag"], answer.text])
+        self.archive.keep(f"feeds/{category}", [answer.headers["ETag"], answer.text])
         return answer.content
 
     def _check(self, category: str, day: Day, announced: dict[str, date]) -> str:
@@ -136,7 +135,7 @@ class Run:
         for stage, found in zip(STAGES, (announced, ranked, matching, day.entries), strict=False):
             self._count(day, stage, found)
 
-    def _count(self, day: Day, stage: str, papers: Iterable[Paper]) -> None:
+    def _count(self, day: Day, stage: str, papers: list) -> None:
         numbers = Counter(self.config.home(paper.primary) for paper in papers)
         for category in (*self.config.categories, *numbers):
             day.counts.setdefault(category, dict.fromkeys(STAGES, 0))[stage] = numbers[category]

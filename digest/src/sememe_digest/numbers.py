@@ -73,7 +73,6 @@ def check_claim(claim: Claim, pages: list[str]) -> None:
     stated = dict(enumerate(pages, 1)).get(claim.page or 0, "")
     quote, page = ("".join(re.findall(r"\w+", plain(t).lower())) for t in (claim.quote, stated))
     claim.quote_found = bool(claim.quote) and quote in page
-    claim.numbers = []
     text, found = LIST_ITEM.sub("", plain(claim.text)), [values(page) for page in pages]
     for start, written, value in find_numbers(text):
         if YEAR.match(text, start) or NAMED.search(text[:start]):

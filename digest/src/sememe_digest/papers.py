@@ -136,16 +136,13 @@ class Archive:
             day.model_dump_json(indent=1).encode() + b"\n",
         )
 
-    def cached(self, kind: str, key: str) -> Any:
-        """What was kept under a key, or nothing: no part of the cache is needed to go on."""
-        path = self.cache / kind / f"{key}.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+    def cached(self, name: str) -> Any:
+        """What was kept under a name, or nothing: no part of the cache is needed to go on."""
+        path = self.cache / f"{name}.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
 
-    def keep(self, kind: str, key: str, value: Any) -> None:
-        write(self.cache / kind / f"{key}.json", json.dumps(value).encode())
+    def keep(self, name: str, value: Any) -> None:
+        write(self.cache / f"{name}.json", json.dumps(value).encode())
 
     def prune(self) -> None:
         for path in self.cache.rglob("*.*"):

@@ -95,7 +95,7 @@ def stem(word: str) -> str:
 
 def similarities(query: str, texts: list[str]) -> list[float]:
     """Cosines of TF-IDF vectors, with the idf of these texts and 1 + log of counts."""
-    counts = [Counter(map(stem, normalise(text).split())) for text in texts]
+    asked, *counts = (Counter(map(stem, normalise(text).split())) for text in (query, *texts))
     frequency = Counter(word for count in counts for word in count)
     idf = {word: log(len(texts) / number) for word, number in frequency.items()}
 
@@ -104,5 +104,5 @@ def similarities(query: str, texts: list[str]) -> list[float]:
         length = sqrt(sum(weight**2 for weight in weights.values())) or 1
         return {word: weight / length for word, weight in weights.items()}
 
-    wanted = vector(Counter(map(stem, normalise(query).split())))
+    wanted = vector(asked)
     return [sum(v * wanted.get(w, 0) for w, v in vector(count).items()) for count in counts]

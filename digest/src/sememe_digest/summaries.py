@@ -45,7 +45,7 @@ class Summariser:
         for entry in first:
             entry.failure, key = None, self.key(entry)
             if entry.summary is None or entry.summary.key != key:
-                kept = self.archive.cached("summaries", key)
+                kept = self.archive.cached(f"summaries/{key}")
                 entry.summary = Summary.model_validate(kept) if kept else None
         return [entry for entry in first if entry.summary is None]
 
@@ -61,7 +61,7 @@ class Summariser:
                     pages, removed = read_pdf(pdf)
                 entry.summary = self._summarise(entry, pages)
                 entry.summary.removed = removed + entry.summary.removed
-                self.archive.keep("summaries", entry.summary.key, entry.summary.model_dump())
+                self.archive.keep(f"summaries/{entry.summary.key}", entry.summary.model_dump())
             except DigestError as error:
                 entry.failure = f"{error}"
             print(f"{entry.id}: {entry.failure or 'summarised'}", file=sys.stderr)
