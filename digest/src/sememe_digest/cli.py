@@ -62,16 +62,15 @@ def run(
     run again; 5 nothing could be read."""
     settings = read_config(config, out)
     archive = Archive(settings.out)
-    code, day = Run(settings, archive, feeds).run(
-        (now or datetime.now(UTC)).replace(tzinfo=UTC), summaries
-    )
+    now = (now or datetime.now(UTC)).replace(tzinfo=UTC)
+    code, day = Run(settings, archive, feeds).run(now, summaries)
     if day.announced:
         publish(archive, settings, {day.date})
     if json_file:
-        facts = day.model_dump(mode="json", include={"date", "feeds", "counts"})
-        text = json.dumps(
-            {"exit_code": code, "faults": day.faults, "day": day.announced and facts}, indent=1
-        )
+        facts = {"exit_code": code, "faults": day.faults, "day": None}
+        if day.announced:
+            facts["day"] = day.model_dump(mode="json", include={"date", "feeds", "counts"})
+        text = json.dumps(facts, indent=1)
         print(text) if f"{json_file}" == "-" else write(json_file, text.encode())
     if f"{json_file}" != "-":
         report = TEMPLATES.get_template("report.txt.j2")

@@ -1,10 +1,10 @@
 """One run: read every class, union, drop what earlier days had, rank, summarise, archive."""
 
-import gzip
 import sys
 import zlib
 from collections import Counter
 from datetime import date, datetime
+from fileinput import hook_compressed
 from hashlib import sha256
 from pathlib import Path
 
@@ -78,11 +78,10 @@ class Run:
     def _fetch(self, category: str) -> bytes:
         if self.folder:
             path = self.folder / f"{category}.xml"
-            packed = path.with_name(f"{path.name}.gz")
+            path = next(self.folder.glob(f"{path.name}.gz"), path)
             try:
-                return (
-                    gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
-                )
+                with hook_compressed(path, "rb") as file:
+                    return file.read()
             except (OSError, EOFError, zlib.error) as error:
                 got = f"--feeds got no whole {path.name}"
                 raise DigestError(got, "a file for each class", "another folder") from error

@@ -119,9 +119,8 @@ class Archive:
         self.days: dict[Date, Day] = {}
         for path in sorted((site / "archive").glob("????-??-??.json")):
             try:
-                self.days[Date.fromisoformat(path.stem)] = Day.model_validate_json(
-                    path.read_bytes()
-                )
+                day = Day.model_validate_json(path.read_bytes())
+                self.days[day.date] = day
             except ValidationError as error:
                 raise DigestError(f"{path} got damaged", "a whole day", "git checkout") from error
 
@@ -131,10 +130,8 @@ class Archive:
         if old and old == day.model_copy(update={"updated": old.updated}):
             day.updated = old.updated
         self.days[day.date] = day
-        write(
-            self.site / "archive" / f"{day.date}.json",
-            day.model_dump_json(indent=1).encode() + b"\n",
-        )
+        text = day.model_dump_json(indent=1) + "\n"
+        write(self.site / "archive" / f"{day.date}.json", text.encode())
 
     def cached(self, name: str) -> Any:
         """What was kept under a name, or nothing: no part of the cache is needed to go on."""
