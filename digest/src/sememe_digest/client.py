@@ -15,8 +15,7 @@ clock, sleep = time.monotonic, time.sleep
 
 
 def answer(url: str, request: Callable[[], httpx.Response]) -> httpx.Response:
-    """What `request` returns, in up to three attempts: further apart each time, or as far as the
-    answer says."""
+    """What `request` returns, in up to three attempts, as far apart as the answers say."""
     for attempt, pause in enumerate((3.0, 9.0, 0.0), 1):
         try:
             response = request()

@@ -79,7 +79,7 @@ class Config(BaseModel, extra="forbid"):
         return next((name for name in names if name in self.categories), "other")
 
 
-def read_config(path: Path, out: Path | None) -> Config:
+def read_config(path: Path, out: Path | None = None) -> Config:
     """The configuration in a YAML file; paths in it are relative to the working directory."""
     try:
         config = Config.model_validate(yaml.safe_load(path.read_bytes()))

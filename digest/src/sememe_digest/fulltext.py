@@ -93,8 +93,7 @@ def extract(path: Path) -> tuple[list[str], list[str]]:
     language model, and what was taken out in words for the reader."""
     from pypdf import PdfReader
 
-    texts: list[str] = []
-    reports: list[str] = []
+    texts, reports = list[str](), list[str]()
     for number, page in enumerate(PdfReader(path).pages, 1):
         pieces: dict[bool, list[str]] = {True: [], False: []}
 
@@ -106,15 +105,14 @@ def extract(path: Path) -> tuple[list[str], list[str]]:
 
         page.extract_text(visitor_text=visit)
         sentences = re.split(r"(?<=[.!?])(?=\s)", "".join(pieces[False]))
-        removed = [(f"text under {SMALLEST_POINTS:g} pt", "".join(pieces[True]).split())]
-        for sentence in filter(INSTRUCTION.search, sentences):
-            removed.append(("words to a language model", sentence.split()))
-        for kind, words in removed:
+        removed = [(f"text under {SMALLEST_POINTS:g} pt", "".join(pieces[True]))]
+        spoken = [sentence for sentence in sentences if INSTRUCTION.search(sentence)]
+        for kind, text in removed + [("words to a language model", text) for text in spoken]:
             # By its first words: more would be the stage that it wants. Labels are no news.
-            if len(words) > 3:
+            if len(words := text.split()) > 3:
                 start = f"“{' '.join(words[:3]):.40} …”, {len(words)} words"
                 reports.append(f"{kind} on page {number} ({start})")
-        texts.append("".join(s for s in sentences if not INSTRUCTION.search(s)))
+        texts.append("".join(sentence for sentence in sentences if sentence not in spoken))
     for index in range(len(texts) - 1, 0, -1):
         if match := REFERENCES.search(texts[index]):
             texts[index:] = [texts[index][: match.start()]]

@@ -1,5 +1,4 @@
-"""Which papers are announced, and what each is worth to its reader: terms, exclusions, nearness
-to `interests`, and why."""
+"""Which papers are announced, what each is worth by terms and nearness to `interests`, and why."""
 
 import re
 from collections import Counter
