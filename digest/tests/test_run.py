@@ -239,6 +239,10 @@ def test_a_complete_day_is_not_asked_for_again(tmp_path, monkeypatch):
         assert tags == [None, '"tag"'] and day(site)["entries"][0]["hits"][0]["term"] == "model"
 
 
+# A fault is one line of this form, and none of it is a library's or the system's own sentence.
+PLAIN = re.compile(
+    r"error: (?!.*(Errno|Input should|No such file|while parsing)).+ got .+: need .+ try: .+\n"
+)
 BUSY = (429, {"Retry-After": "7"}, b"")
 
 
@@ -342,15 +346,17 @@ def test_requests_are_polite(tmp_path, monkeypatch):
             "categories: [cs.LG]\nterms: [a]\nsummaries: {modle: x}",
             "got 'x' for summaries.modle: need a known key",
         ),
-        ("categories: [", "got no YAML in line 2: need keys"),
+        ("categories: [", "got no YAML in line 1: need keys"),
+        ("categories: [cs.LG]\nterms: [a]\nsummaries: 3", "got 3 for summaries: need a known key"),
+        ("title: \udcff", "got no YAML"),
         ("", "got None for its keys: need a known key and a value that suits it"),
     ],
 )
 def test_a_faulty_configuration_is_one_sentence(tmp_path, monkeypatch, text, words):
     path = tmp_path / "digest.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode(errors="surrogateescape"))
     code, printed = digest(monkeypatch, "run", "-c", path, "--feeds", DAY, "--out", tmp_path / "s")
-    assert code == 2 and words in printed and len(printed.strip().splitlines()) == 1
+    assert code == 2 and words in printed and PLAIN.fullmatch(printed), printed
     assert not (tmp_path / "s").exists()
 
 
@@ -384,6 +390,22 @@ def test_a_damaged_archive_and_a_path_that_cannot_be_used(tmp_path, monkeypatch)
     )
     assert code == 2 and "cannot be" not in text and "need a path" in text
     assert "Traceback" not in text
+
+
+def test_faults_of_the_system_are_sentences_in_plain_words(tmp_path, monkeypatch):
+    config, feeds = write_config(tmp_path), tmp_path / "feeds"
+    feeds.mkdir()
+    (feeds / "cs.LG.xml.gz").write_bytes(b"\x1f\x8b\x08cut")
+    for code, words, got in (
+        (2, ("run", "-c", tmp_path / "none.yaml"), "none.yaml got a fault of the system (file not"),
+        (2, ("run", "-c", tmp_path), "got a fault of the system (isa directory error)"),
+        (2, ("render", "-c", config, "--out", tmp_path / "none"), "none got no day: need one"),
+        (5, ("run", "-c", config, "--feeds", feeds), "--feeds got no whole cs.LG.xml"),
+        (5, ("run", "-c", config, "--feeds", tmp_path / "none"), "got no whole cs.LG.xml"),
+    ):
+        found, printed = digest(monkeypatch, *words)
+        assert found == code and got in printed
+        assert PLAIN.fullmatch(printed.removeprefix("reading cs.LG\n")), printed
 
 
 def test_counts_and_faults_as_json(tmp_path, monkeypatch):
