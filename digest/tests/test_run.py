@@ -398,7 +398,7 @@ def test_faults_of_the_system_are_sentences_in_plain_words(tmp_path, monkeypatch
     (feeds / "cs.LG.xml.gz").write_bytes(b"\x1f\x8b\x08cut")
     for code, words, got in (
         (2, ("run", "-c", tmp_path / "none.yaml"), "none.yaml got a fault of the system (file not"),
-        (2, ("run", "-c", tmp_path), "got a fault of the system (isa directory error)"),
+        (2, ("run", "-c", tmp_path), "got a fault of the system (is a directory error)"),
         (2, ("render", "-c", config, "--out", tmp_path / "none"), "none got no day: need one"),
         (5, ("run", "-c", config, "--feeds", feeds), "--feeds got no whole cs.LG.xml"),
         (5, ("run", "-c", config, "--feeds", tmp_path / "none"), "got no whole cs.LG.xml"),

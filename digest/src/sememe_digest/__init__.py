@@ -15,4 +15,4 @@ class DigestError(Exception):
 
 def kind(error: Exception) -> str:
     """The name of an error in words, `file not found error`: its text is for programmers."""
-    return re.sub(r"(?<!^)(?=[A-Z][a-z])", " ", type(error).__name__).lower()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|\B(?=[A-Z][a-z])", " ", type(error).__name__).lower()
