@@ -88,7 +88,7 @@ class Summariser:
                 break
             messages.append({"role": "user", "content": f"{fault} Answer once more, in full."})
         if not summaries:
-            raise DigestError(f"{entry.id} got no summary ({fault})", "JSON", "another model")
+            raise DigestError(f"{entry.id} got no claims: {fault[:-1]}", "JSON", "another model")
         best = min(summaries, key=lambda s: len(s.numbers("missing") + s.missing_headlines))
         best.key, best.model = self.key(entry), self.settings.model
         return best
@@ -110,7 +110,7 @@ def parse(response: str) -> Summary:
         content = str(json.loads(response)["choices"][0]["message"]["content"])
         content = re.sub(r"<think>.*?</think>", "", content, flags=re.S)
         given = dict(json.loads(content[max(0, content.find("{")) : content.rfind("}") + 1]))
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"no message in it: {response:.100}") from error
     summary = Summary()
     for field in ("sentence", *(name for names in SECTIONS.values() for name in names)):
