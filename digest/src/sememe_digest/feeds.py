@@ -1,4 +1,4 @@
-"""arXiv's feeds and listing pages to papers, their union, and whether a list is stale."""
+"""arXiv's feeds and listing pages to papers, and whether a list is stale."""
 
 import re
 import xml.etree.ElementTree as ElementTree
