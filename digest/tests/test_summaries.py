@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
+from io import BytesIO
 from itertools import pairwise
 
 import pytest
+from pypdf import PdfWriter
+from pypdf.generic import EncodedStreamObject, NameObject
 
 from sememe_digest import fulltext
 from sememe_digest.fulltext import read_pdf
@@ -219,9 +223,21 @@ def test_an_endpoint_that_fails_leaves_a_reason(tmp_path, monkeypatch, stub, val
     assert all(entry["failure"] is None for entry in day(tmp_path / "site")["entries"])
 
 
+def pdf_bomb() -> bytes:
+    """A small file of one page that unpacks to 200 MB."""
+    stream = EncodedStreamObject()
+    stream[NameObject("/Filter")] = NameObject("/FlateDecode")
+    stream._data = zlib.compress(b"0" * 200_000_000, 9)
+    writer, file = PdfWriter(clone_from=BytesIO(pdf(["x"]))), BytesIO()
+    writer.pages[0][NameObject("/Contents")] = writer._add_object(stream)
+    writer.write(file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
+        (pdf_bomb, "got a damaged"),
         (lambda: b"<html>Please wait</html>", "got no PDF, status 200"),
         (lambda: (404, {}, b"gone"), "got no PDF, status 404"),
         (lambda: (406, {}, b""), "status 406"),
