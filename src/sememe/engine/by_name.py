@@ -27,11 +27,12 @@ def open_engine(name: str, **options: Any) -> Engine:
 
 
 def describe(engine: Engine) -> dict[str, Any]:
-    """What the engine's model is: its system, and of one with concepts its rates, its split and its
-    codes."""
+    """What the engine's model is: its system, whether it has a chat template, and of one with
+    concepts its rates, its split and its codes."""
     config = engine.model.config
     facts: dict[str, Any] = {"system": getattr(config, "system", None) or "base"}
     facts["context"] = engine.longest
+    facts["chat"] = bool(getattr(engine.tokenizer, "chat_template", None))
     if getattr(config, "writes_concepts", False):
         facts |= {"rate": config.rate, "rates": [1 / (config.max_tail + 1), 1.0]}
         facts |= {"split": list(config.split), "num_concepts": config.num_concepts}

@@ -87,15 +87,18 @@ class Answer:
         if piece is None:
             return [": still here\n\n"]
         lines, index = [], piece.choice.index
-        if index not in begun:
+        begins = index not in begun
+        if begins:
             begun.add(index)
             if (first := self.form.first_part(piece.choice)) is not None:
                 lines.append(self._chunk(index, first))
         part = self.form.part(piece)
         numbered = enumerate(piece.concept_ids, piece.place)
         concepts = [[place, concept] for place, concept in numbered if concept != -1]
-        if self.wants_concepts and concepts:
+        if self.wants_concepts and (concepts or begins):
             part["sememe"] = {"concepts": concepts}
+            if begins:  # places count from the prompt's first token
+                part["sememe"]["prompt_tokens"] = len(piece.choice.request.prompt)
         elif not (piece.text or piece.logprobs or piece.finish):
             return lines  # half a character, or what may be the beginning of a stop string
         return [*lines, self._chunk(index, part)]

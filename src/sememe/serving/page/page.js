@@ -1,0 +1,613 @@
+// The page of `sememe serve`: writes, chats and reads, and colours text by concept. What comes from
+// the model or its reader becomes text, never markup.
+
+const $ = (selector, root = document) => root.querySelector(selector);
+const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+const number = (value, digits = 2) =>
+  value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+const plural = (count, noun) => `${number(count, 0)} ${noun}${count === 1 ? "" : "s"}`;
+
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+// ---- the server ----
+
+/** A fetch with the reader's key, which is asked for when the server wants one. Throws an Error with
+ * the server's own sentence. */
+async function call(path, body, signal) {
+  const headers = {};
+  const key = sessionStorage.getItem("sememe-key");
+  if (key) headers.authorization = `Bearer ${key}`;
+  if (body) headers["content-type"] = "application/json";
+  const method = body ? "POST" : "GET";
+  const response = await fetch(path, { method, headers, signal, body: JSON.stringify(body) });
+  if (response.ok) return response;
+  const { error = {} } = await response.json().catch(() => ({}));
+  if (response.status === 401) {
+    await askKey(key ? "The server does not take this key." : "");
+    return call(path, body, signal);
+  }
+  const message = error.message ?? `The server answered ${response.status}.`;
+  throw Object.assign(new Error(message), { code: error.code });
+}
+
+function askKey(fault) {
+  const dialog = $("#key");
+  $("#key-fault").textContent = fault;
+  if (!dialog.open) dialog.showModal();
+  return new Promise((resolve, reject) => {
+    dialog.onclose = () => reject(new Error("This server needs a key. Reload the page to enter it."));
+    $("form", dialog).onsubmit = (event) => {
+      event.preventDefault();
+      sessionStorage.setItem("sememe-key", $("#key-text").value);
+      $("#key-text").value = "";
+      dialog.onclose = null;
+      dialog.close();
+      resolve();
+    };
+  });
+}
+
+/** The parts of a stream. One without [DONE] has broken off. */
+async function* parts(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("The stream broke off before its end.");
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      if (!event.startsWith("data: ")) continue; // a comment keeps the connection open
+      if (event === "data: [DONE]") return;
+      const part = JSON.parse(event.slice(6));
+      if (part.error) throw new Error(part.error.message);
+      yield part;
+    }
+  }
+}
+
+// ---- text in colour ----
+
+/** The hue and the line of a concept; the report of a run has the same hues. */
+function paint(element, concept, kind = 0) {
+  const value = concept + 1009 * kind;
+  element.style.setProperty("--hue", (value * 137.50776405) % 360);
+  element.classList.remove("line-0", "line-1", "line-2", "line-3");
+  element.classList.add(`line-${value % 4}`);
+}
+
+/** Text that grows by tokens, cut into the segments of its concepts. A concept is known one step
+ * after its token, so the last segment is open. */
+class ConceptText {
+  constructor(label) {
+    this.root = make("p", { className: "text waiting", tabIndex: 0 });
+    this.root.setAttribute("role", "group");
+    this.root.setAttribute("aria-label", `${label}. Arrow keys go through its tokens.`);
+    this.open = make("span", { className: "segment" });
+    this.rest = make("span", { className: "rest" }); // text whose tokens are not known yet
+    this.root.append(this.open, this.rest);
+    this.characters = []; // code points, as the server counts them
+    this.tokens = []; // { offset, element }
+    this.done = 0; // tokens whose text is whole
+    this.given = 0; // tokens of the prompt
+    this.hidden = 0; // those of them that are not shown
+  }
+
+  get text() {
+    return this.characters.join("");
+  }
+
+  /** `tokens`: { offset, nll } of each new one; `concepts`: [place, id] pairs. */
+  add({ text = "", tokens = [], concepts = [] }) {
+    for (const character of text) this.characters.push(character);
+    const at = new Map(concepts.map(([place, id]) => [place - this.hidden, id]));
+    for (const [index, id] of at) if (index < this.tokens.length) this.close(index, id);
+    for (const { offset, nll } of tokens) {
+      const index = this.tokens.length;
+      const given = index + this.hidden < this.given;
+      const element = make("span", { className: given ? "token given" : "token" });
+      element.dataset.place = index;
+      if (nll != null) {
+        element.dataset.nll = nll;
+        element.style.setProperty("--surprise", `${Math.min(100, Math.max(0, nll) * 10)}%`);
+      }
+      this.tokens.push({ offset, element });
+      this.open.append(element);
+      if (at.has(index)) this.close(index, at.get(index));
+    }
+    this.draw();
+  }
+
+  /** The open segment ends with this token. */
+  close(index, concept) {
+    const segment = this.open;
+    const later = [...segment.children].filter((token) => token.dataset.place > index);
+    if (later.length === segment.children.length) return;
+    this.open = make("span", { className: "segment" }, ...later);
+    segment.after(this.open);
+    segment.dataset.id = concept;
+    if (concept < 0) segment.classList.add("sink");
+    else paint(segment, concept);
+  }
+
+  /** A token's text ends where the next one's begins: half a character belongs to its last token. */
+  draw() {
+    const { tokens, characters } = this;
+    const unread = tokens.length + this.hidden < this.given;
+    const end = unread ? (tokens.at(-1)?.offset ?? 0) : characters.length;
+    for (let n = this.done; n < tokens.length; n++) {
+      const next = tokens[n + 1]?.offset ?? end;
+      tokens[n].element.textContent = characters.slice(tokens[n].offset, next).join("");
+      if (n === this.done && n + 1 < tokens.length && next <= characters.length) this.done++;
+    }
+    this.rest.textContent = characters.slice(tokens.length ? end : 0).join("");
+  }
+
+  finish() {
+    this.root.classList.remove("waiting");
+  }
+}
+
+// ---- what a token is: by pointer, or by arrow keys ----
+
+let here = null;
+
+function leave() {
+  for (const element of $$(".here, .same")) element.classList.remove("here", "same");
+  $("#tip").hidden = true;
+  here = null;
+}
+
+const samples = (segment) =>
+  $$(`.segment[data-id="${segment.dataset.id}"]`, segment.closest("[role=tabpanel]"));
+
+function visit(token) {
+  leave();
+  here = token;
+  const segment = token.parentElement;
+  const { id } = segment.dataset;
+  const lines = [];
+  let title = "Open segment";
+  if (document.body.classList.contains("plain")) title = "Token";
+  else if (id !== undefined) {
+    const same = samples(segment);
+    if (id >= 0) for (const element of same) element.classList.add("same");
+    title = id >= 0 ? `Concept ${id}` : "Sink: a state without a code";
+    const count = $$(".token", segment).length;
+    lines.push(`${plural(same.length, "place")} on this page`);
+    lines.push(`${plural(count, "token")}: a rate of ${number(1 / count)} here`);
+  }
+  const nll = token.dataset.nll;
+  if (nll !== undefined) {
+    const share = 100 * Math.exp(-nll);
+    lines.push(`Surprise of “${token.textContent}”: ${number(Number(nll))} nats (${number(share, share < 1 ? 2 : 0)} %)`);
+  }
+  token.classList.add("here");
+  const tip = $("#tip");
+  tip.replaceChildren(make("b", {}, title), ...lines.map((line) => make("span", {}, line)));
+  tip.hidden = false;
+  const [box] = token.getClientRects();
+  const size = tip.getBoundingClientRect();
+  const left = Math.min(Math.max(8, box?.left ?? 8), innerWidth - size.width - 8);
+  const below = (box?.bottom ?? 0) + 8;
+  const top = below + size.height < innerHeight ? below : (box?.top ?? 0) - size.height - 8;
+  tip.style.setProperty("left", `${left}px`);
+  tip.style.setProperty("top", `${Math.max(8, top)}px`);
+  return [title, ...lines].join(". ");
+}
+
+document.addEventListener("pointerover", (event) => {
+  const token = event.target.closest?.(".token");
+  if (token) visit(token);
+  else if (here && !here.closest(".text:focus")) leave();
+});
+document.addEventListener("focusout", leave);
+document.addEventListener("scroll", () => here?.closest(".text:focus") || leave(), { passive: true });
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") {
+    leave();
+    running?.abort();
+  }
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    const form = event.target.closest?.("form.composer");
+    if (form) form.requestSubmit();
+  }
+  const root = event.target.classList?.contains("text") ? event.target : null;
+  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1 };
+  if (!root || !(event.key in steps)) return;
+  event.preventDefault();
+  const token = neighbour(root, steps[event.key], ["ArrowUp", "ArrowDown"].includes(event.key));
+  if (!token) return;
+  token.closest(".text").focus({ preventScroll: true });
+  token.scrollIntoView({ block: "nearest" });
+  announce(visit(token));
+});
+
+/** The next token in that direction, or the next place of the same concept. */
+function neighbour(root, step, same) {
+  const tokens = $$(".token", root).filter((token) => token.textContent);
+  if (!here || !root.contains(here)) return tokens[step > 0 ? 0 : tokens.length - 1];
+  if (!same) return tokens[tokens.indexOf(here) + step];
+  const segment = here.parentElement;
+  if (!(segment.dataset.id >= 0)) return null;
+  const all = samples(segment);
+  const next = all[(all.indexOf(segment) + step + all.length) % all.length];
+  return $$(".token", next).find((token) => token.textContent) ?? null;
+}
+
+function announce(text) {
+  $("#announcement").textContent = text;
+}
+
+// ---- a request and its article ----
+
+let card = null;
+let running = null;
+let dialled = false; // whether the reader has moved the dial
+
+/** What all requests have in common; a seed of its own where the reader gave none. */
+function sampling() {
+  const seed = $("#seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : $("#seed").valueAsNumber;
+  return { model: card.id, temperature: $("#temperature").valueAsNumber, seed };
+}
+
+const rate = () => (dialled ? { rate: $("#rate").valueAsNumber } : {});
+
+function article(panel, title, className = "") {
+  const element = make("article", { className }, make("h2", {}, title));
+  $(".empty", panel)?.remove();
+  $(".log", panel).append(element);
+  element.scrollIntoView({ block: "nearest" });
+  return element;
+}
+
+function statistics(element, pairs) {
+  const items = pairs.map(([value, words]) => make("li", {}, make("b", {}, value), ` ${words}`));
+  element.append(make("ul", { className: "stats" }, ...items));
+}
+
+/** Of an answer's `sememe` field. */
+function costs({ rate, cache_bytes, base_cache_bytes, queue_s, prefill_s, decode_s }) {
+  const pairs = rate > 0 ? [[number(1 / rate), "tokens a concept (R)"]] : [];
+  const [own, base] = [cache_bytes, base_cache_bytes].map((bytes) => number(bytes / 1e6));
+  const share = base_cache_bytes ? Math.round(100 * (1 - cache_bytes / base_cache_bytes)) : 0;
+  pairs.push([`${own} MB`, `cache, ${base} in the base${share ? ` (${share > 0 ? "−" : "+"}${Math.abs(share)} %)` : ""}`]);
+  for (const [seconds, phase] of [[queue_s, "queue"], [prefill_s, "prefill"], [decode_s, "decode"]])
+    pairs.push([`${number(seconds)} s`, phase]);
+  return pairs;
+}
+
+/** Runs one request of a panel; what goes wrong is written into its article. */
+async function run(panel, element, work) {
+  running = new AbortController();
+  const stop = make("button", { type: "button", className: "stop", onclick: () => running?.abort() }, "Stop");
+  $(".send", panel).after(stop);
+  for (const button of $$(".send, .again, .clear")) button.disabled = true;
+  announce("Working.");
+  let outcome = "Done.";
+  try {
+    await work(running.signal);
+  } catch (fault) {
+    outcome = running.signal.aborted ? "Stopped." : fault.message;
+    if (!running.signal.aborted) {
+      const message = fault instanceof TypeError ? "The server cannot be reached." : fault.message;
+      element.append(make("p", { className: "fault", role: "alert" }, message));
+    }
+  } finally {
+    stop.remove();
+    running = null;
+    for (const button of $$(".send, .again, .clear")) button.disabled = false;
+    $("#chat-text").closest("form").elements[1].disabled = !card.sememe.chat;
+    announce(`${outcome} ${$(".text", element)?.textContent.slice(-1000) ?? ""}`);
+  }
+  return outcome === "Done.";
+}
+
+/** Streams one answer into an article. `body`: of either route; `read`: its choice → what
+ * `ConceptText.add` takes. */
+async function stream(path, body, element, read, signal) {
+  const view = new ConceptText("Text");
+  element.append(view.root);
+  const begin = performance.now();
+  let last = null;
+  let finish = "stopped";
+  try {
+    const response = await call(path, { ...body, stream: true }, signal);
+    for await (const part of parts(response)) {
+      const [choice] = part.choices;
+      if (!choice) {
+        last = part;
+        continue;
+      }
+      const follow = innerHeight + scrollY > document.documentElement.scrollHeight - 60;
+      if (choice.sememe?.prompt_tokens) {
+        view.given = choice.sememe.prompt_tokens;
+        if (!body.echo) view.hidden = view.given;
+      }
+      view.add({ ...read(choice, view), concepts: choice.sememe?.concepts ?? [] });
+      finish = choice.finish_reason ?? finish;
+      if (follow) scrollTo({ top: document.documentElement.scrollHeight });
+    }
+  } finally {
+    view.finish();
+    const written = Math.max(0, view.tokens.length + view.hidden - view.given);
+    const count = last?.usage.completion_tokens ?? written;
+    const seconds = last?.sememe.decode_s ?? (performance.now() - begin) / 1000;
+    const reasons = { stop: "text ended", length: "limit reached", stopped: "not at its end" };
+    statistics(element, [
+      [number(count, 0), `tokens written, ${reasons[finish] ?? finish}`],
+      [number(seconds ? count / seconds : 0, 1), "tokens/s"],
+      ...(last ? costs(last.sememe) : []),
+      [String(body.seed), "seed"],
+    ]);
+  }
+  return view.text;
+}
+
+const written = ({ text, logprobs }) => ({
+  text,
+  tokens: (logprobs?.tokens ?? []).map((_, n) => ({
+    offset: logprobs.text_offset[n],
+    nll: logprobs.token_logprobs[n] === null ? null : -logprobs.token_logprobs[n],
+  })),
+});
+
+/** The chat route gives no offsets: a part's tokens lie one after the other in its text. */
+function spoken({ delta, logprobs }, view) {
+  let offset = view.characters.length;
+  const end = offset + [...(delta.content ?? "")].length;
+  const tokens = (logprobs?.content ?? []).map(({ token, logprob }) => {
+    const start = Math.min(offset, end);
+    offset += [...token].length;
+    return { offset: start, nll: -logprob };
+  });
+  return { text: delta.content, tokens };
+}
+
+// ---- the panels ----
+
+async function complete(text, panel) {
+  const options = { ...sampling(), max_tokens: $("#max-tokens").valueAsNumber, echo: true, logprobs: 0 };
+  const body = { prompt: text, ...options, sememe: { concepts: true, ...rate() } };
+  const element = article(panel, "Text");
+  await run(panel, element, (signal) => stream("v1/completions", body, element, written, signal));
+}
+
+const messages = [];
+
+async function chat(text, panel) {
+  const question = article(panel, "You", "from-reader");
+  question.append(make("p", { className: "text" }, text));
+  const element = article(panel, card.id);
+  const answer = { role: "assistant", content: "" };
+  messages.push({ role: "user", content: text });
+  const limits = { max_completion_tokens: $("#max-tokens").valueAsNumber, logprobs: true };
+  const body = { messages, ...sampling(), ...limits, sememe: { concepts: true, ...rate() } };
+  $("#chat-text").value = "";
+  await run(panel, element, (signal) =>
+    stream("v1/chat/completions", body, element, spoken, signal),
+  );
+  answer.content = $(".text", element)?.textContent ?? "";
+  if (answer.content) messages.push(answer);
+  else messages.pop(); // nothing came: the message was not part of a chat
+}
+
+async function inspect(text, panel) {
+  const element = article(panel, "Read");
+  const body = { model: card.id, text, ...rate() };
+  await run(panel, element, async (signal) => {
+    const got = await (await call("v1/sememe/inspect", body, signal)).json();
+    let offset = 0;
+    const tokens = got.tokens.map((token, n) => {
+      const start = offset;
+      offset += [...token].length;
+      return { offset: start, nll: got.nll[n] };
+    });
+    const view = new ConceptText("Text that was read");
+    element.append(view.root);
+    const concepts = [...got.concept_ids.entries()].filter(([, id]) => id !== -1);
+    view.add({ text: got.tokens.join(""), tokens, concepts });
+    view.finish();
+    const known = got.nll.filter((value) => value !== null);
+    const mean = known.reduce((sum, value) => sum + value, 0) / Math.max(1, known.length);
+    const pairs = [[number(tokens.length, 0), "tokens"]];
+    if (known.length) pairs.push([`${number(mean)} nats`, "a token"]);
+    statistics(element, [...pairs, ...costs(got.sememe)]);
+  });
+}
+
+const chip = (concept, kind) => {
+  const element = make("span", { className: "chip" }, String(concept));
+  paint(element, concept, kind);
+  return element;
+};
+
+async function compress(text, panel) {
+  const element = article(panel, "Compressed and back");
+  await run(panel, element, async (signal) => {
+    const codes = await (await call("v1/sememe/compress", { model: card.id, text, ...rate() }, signal)).json();
+    const windows = (codes.documents ?? codes.codes.documents).flatMap(({ windows }) => windows);
+    const ids = windows.flatMap(({ concepts }) => concepts);
+    const tokens = windows.reduce((sum, window) => sum + window.tokens, 0);
+    element.append(make("div", { className: "chips" }, ...ids.map((id) => chip(id))));
+    const body = { model: card.id, codes: codes.codes ?? codes };
+    const back = await (await call("v1/sememe/decompress", body, signal)).json();
+    const [before, after] = [["Original", text], ["From the ids", back.text ?? back.texts[0]]].map(
+      ([title, words]) => make("div", {}, make("h2", {}, title), make("p", { className: "text" }, words)),
+    );
+    element.append(make("div", { className: "pair" }, before, after));
+    const r = ids.length ? [[number(tokens / ids.length), "tokens a concept (R)"]] : [];
+    statistics(element, [[number(tokens, 0), "tokens"], [number(ids.length, 0), "concepts"], ...r]);
+  });
+}
+
+const planOf = ({ sememe, choices }) => choices[0].sememe?.plan ?? sememe.plan;
+
+/** `plan`: ids of each type, where the reader has changed the model's own. */
+async function write(text, panel, plan) {
+  const element = article(panel, plan ? "From the changed plan" : "Planned and written");
+  const budget = $("#budget").value.split(",").filter((part) => part.trim()).map(Number);
+  const wish = plan ? { plan } : budget.length ? { budget } : {};
+  const options = { ...sampling(), max_tokens: $("#max-tokens").valueAsNumber };
+  await run(panel, element, async (signal) => {
+    const body = { prompt: text, ...options, sememe: wish };
+    const got = await (await call("v1/completions", body, signal)).json();
+    const rows = planOf(got).map((ids, kind) => {
+      const fields = ids.map((id, slot) => {
+        const field = make("input", { type: "number", min: 0, step: 1, required: true, className: "chip", value: id });
+        field.setAttribute("aria-label", `Type ${kind}, concept ${slot + 1} of ${ids.length}`);
+        field.oninput = () => paint(field, field.valueAsNumber || 0, kind);
+        paint(field, id, kind);
+        return field;
+      });
+      return make("div", { className: "chips" }, make("span", { className: "hint" }, `Type ${kind}`), ...fields);
+    });
+    const again = make("button", { className: "again" }, "Write again with this plan");
+    const form = make("form", {}, ...rows, make("div", { className: "buttons" }, again));
+    form.onsubmit = (event) => {
+      event.preventDefault();
+      if (!running) write(text, panel, rows.map((row) => $$("input", row).map((field) => field.valueAsNumber)));
+    };
+    const words = text + got.choices[0].text;
+    element.append(form, make("p", { className: "text" }, words));
+    const seconds = got.sememe.decode_s;
+    const speed = seconds ? [[number(got.usage.completion_tokens / seconds, 1), "tokens/s"]] : [];
+    statistics(element, [[number(got.usage.completion_tokens, 0), "tokens written"], ...speed, [String(options.seed), "seed"]]);
+  });
+}
+
+const PANELS = { complete, chat, inspect, compress, plan: write };
+const SYSTEMS = { compressor: ["compress"], planner: ["plan"] };
+const TEXT = ["complete", "chat", "inspect"];
+
+function select(name) {
+  leave();
+  for (const tab of $$("[role=tab]")) {
+    const chosen = tab.getAttribute("aria-controls") === name;
+    tab.setAttribute("aria-selected", chosen);
+    tab.tabIndex = chosen ? 0 : -1;
+    $(`#${tab.getAttribute("aria-controls")}`).hidden = !chosen;
+  }
+  document.body.classList.toggle("unsampled", ["inspect", "compress"].includes(name));
+}
+
+for (const [name, send] of Object.entries(PANELS)) {
+  const panel = $(`#${name}`);
+  const form = $("form", panel);
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    const settled = $$("#settings input").every((input) => input.reportValidity());
+    if (!running && settled) send($("textarea", form).value, panel);
+  };
+  const clear = make("button", { type: "button", className: "clear quiet" }, "Clear");
+  clear.onclick = () => {
+    $(".log", panel).replaceChildren();
+    if (name === "chat") messages.length = 0;
+    $("textarea", form).focus();
+  };
+  $(".buttons", form).append(clear);
+}
+
+$("[role=tablist]").addEventListener("click", (event) => {
+  const name = event.target.getAttribute("aria-controls");
+  if (name) select(name);
+});
+$("[role=tablist]").addEventListener("keydown", (event) => {
+  const tabs = $$("[role=tab]").filter((tab) => !tab.hidden);
+  const at = tabs.indexOf(document.activeElement);
+  const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: tabs.length - 1 }[event.key];
+  if (to === undefined || at < 0) return;
+  event.preventDefault();
+  const tab = tabs[(to + tabs.length) % tabs.length];
+  tab.focus();
+  select(tab.getAttribute("aria-controls"));
+});
+
+// ---- settings ----
+
+function colourBy(name) {
+  for (const way of ["concept", "surprise", "nothing"])
+    document.body.classList.toggle(`by-${way}`, way === name);
+}
+for (const radio of $$("[name=colour]")) radio.onchange = () => colourBy(radio.value);
+
+function showRate() {
+  const value = dialled ? $("#rate").valueAsNumber : card.sememe.rate;
+  $("#rate-shown").textContent = `${number(value)}${dialled ? "" : ", as trained"}`;
+  $("#rate").setAttribute("aria-valuetext", `${number(value)} concepts per token`);
+}
+$("#rate").oninput = () => {
+  dialled = true;
+  showRate();
+};
+
+const wide = matchMedia("(min-width: 800px)");
+wide.onchange = () => ($("#settings").open = wide.matches);
+
+function theme(name) {
+  document.documentElement.dataset.theme = name;
+  localStorage.setItem("sememe-theme", name);
+}
+$("#theme").onclick = () => {
+  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  theme((document.documentElement.dataset.theme ?? system) === "dark" ? "light" : "dark");
+};
+const remembered = localStorage.getItem("sememe-theme");
+if (remembered) theme(remembered);
+
+// ---- the model ----
+
+/** The model's card, as soon as it is loaded. */
+async function load() {
+  for (;;) {
+    try {
+      await call("ready");
+      return (await (await call("v1/models")).json()).data[0];
+    } catch (fault) {
+      if (fault.code !== "loading") throw fault;
+      $("#state").textContent = "The model is being loaded …";
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
+  }
+}
+
+function introduce() {
+  const { system, context, split, num_concepts, codes_per_concept, rate, rates } = card.sememe;
+  const words = [system, `context of ${number(context, 0)} tokens`];
+  if (split) words.push(`layers ${split.join(" / ")}`);
+  if (num_concepts) words.push(`${codes_per_concept > 1 ? `${codes_per_concept} × ` : ""}${number(num_concepts, 0)} codes`);
+  $("#model").replaceChildren(make("b", {}, card.id), ` · ${words.join(" · ")}`);
+  document.title = `${card.id} · Sememe`;
+  document.body.classList.toggle("plain", !rates);
+  if (rates) {
+    // Within what the model allows, in steps of the field.
+    $("#rate").min = Math.ceil(rates[0] * 100 - 1e-9) / 100;
+    $("#rate").max = rates[1];
+    $("#rate").value = rate;
+    showRate();
+  }
+  colourBy(rates ? "concept" : "surprise");
+  $(`[name=colour][value=${rates ? "concept" : "surprise"}]`).checked = true;
+  const shown = SYSTEMS[system] ?? TEXT;
+  for (const tab of $$("[role=tab]")) tab.hidden = !shown.includes(tab.getAttribute("aria-controls"));
+  if (!card.sememe.chat) {
+    $("#chat .empty").textContent = "This model has no chat template, so it cannot chat. Complete works.";
+    for (const field of $("#chat form").elements) field.disabled = true;
+  }
+  wide.onchange();
+  select(shown[0]);
+  $("#state").hidden = true;
+  $("#work").hidden = false;
+}
+
+try {
+  card = await load();
+  introduce();
+} catch (fault) {
+  $("#state").textContent = fault instanceof TypeError ? "The server cannot be reached." : fault.message;
+  $("#state").classList.add("fault");
+}
