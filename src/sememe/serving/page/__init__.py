@@ -1,4 +1,4 @@
-"""The page at `/`: three files and a mark, which hold nothing of the model and need no key."""
+"""The page at `/`: files that hold nothing of the model, and need no key."""
 
 from pathlib import Path
 
@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 FILES = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
+    "/server.js": ("server.js", "text/javascript"),
+    "/text.js": ("text.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }

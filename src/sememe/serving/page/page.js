@@ -1,247 +1,7 @@
-// The page of `sememe serve`: writes, chats and reads, and colours text by concept. What comes from
-// the model or its reader becomes text, never markup.
+// The page of `sememe serve`: writes, chats and reads, and colours text by concept (text.js).
 
-const $ = (selector, root = document) => root.querySelector(selector);
-const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
-const number = (value, digits = 2) =>
-  value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-const plural = (count, noun) => `${number(count, 0)} ${noun}${count === 1 ? "" : "s"}`;
-
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-
-// ---- the server ----
-
-/** A fetch with the reader's key, which is asked for when the server wants one. Throws an Error with
- * the server's own sentence. */
-async function call(path, body, signal) {
-  const headers = {};
-  const key = sessionStorage.getItem("sememe-key");
-  if (key) headers.authorization = `Bearer ${key}`;
-  if (body) headers["content-type"] = "application/json";
-  const method = body ? "POST" : "GET";
-  const response = await fetch(path, { method, headers, signal, body: JSON.stringify(body) });
-  if (response.ok) return response;
-  const { error = {} } = await response.json().catch(() => ({}));
-  if (response.status === 401) {
-    await askKey(key ? "The server does not take this key." : "");
-    return call(path, body, signal);
-  }
-  const message = error.message ?? `The server answered ${response.status}.`;
-  throw Object.assign(new Error(message), { code: error.code });
-}
-
-function askKey(fault) {
-  const dialog = $("#key");
-  $("#key-fault").textContent = fault;
-  if (!dialog.open) dialog.showModal();
-  return new Promise((resolve, reject) => {
-    dialog.onclose = () => reject(new Error("This server needs a key. Reload the page to enter it."));
-    $("form", dialog).onsubmit = (event) => {
-      event.preventDefault();
-      sessionStorage.setItem("sememe-key", $("#key-text").value);
-      $("#key-text").value = "";
-      dialog.onclose = null;
-      dialog.close();
-      resolve();
-    };
-  });
-}
-
-/** The parts of a stream. One without [DONE] has broken off. */
-async function* parts(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("The stream broke off before its end.");
-    const events = (rest + value).split("\n\n");
-    rest = events.pop();
-    for (const event of events) {
-      if (!event.startsWith("data: ")) continue; // a comment keeps the connection open
-      if (event === "data: [DONE]") return;
-      const part = JSON.parse(event.slice(6));
-      if (part.error) throw new Error(part.error.message);
-      yield part;
-    }
-  }
-}
-
-// ---- text in colour ----
-
-/** The hue and the line of a concept; the report of a run has the same hues. */
-function paint(element, concept, kind = 0) {
-  const value = concept + 1009 * kind;
-  element.style.setProperty("--hue", (value * 137.50776405) % 360);
-  element.classList.remove("line-0", "line-1", "line-2", "line-3");
-  element.classList.add(`line-${value % 4}`);
-}
-
-/** Text that grows by tokens, cut into the segments of its concepts. A concept is known one step
- * after its token, so the last segment is open. */
-class ConceptText {
-  constructor(label) {
-    this.root = make("p", { className: "text waiting", tabIndex: 0 });
-    this.root.setAttribute("role", "group");
-    this.root.setAttribute("aria-label", `${label}. Arrow keys go through its tokens.`);
-    this.open = make("span", { className: "segment" });
-    this.rest = make("span", { className: "rest" }); // text whose tokens are not known yet
-    this.root.append(this.open, this.rest);
-    this.characters = []; // code points, as the server counts them
-    this.tokens = []; // { offset, element }
-    this.done = 0; // tokens whose text is whole
-    this.given = 0; // tokens of the prompt
-    this.hidden = 0; // those of them that are not shown
-  }
-
-  get text() {
-    return this.characters.join("");
-  }
-
-  /** `tokens`: { offset, nll } of each new one; `concepts`: [place, id] pairs. */
-  add({ text = "", tokens = [], concepts = [] }) {
-    for (const character of text) this.characters.push(character);
-    const at = new Map(concepts.map(([place, id]) => [place - this.hidden, id]));
-    for (const [index, id] of at) if (index < this.tokens.length) this.close(index, id);
-    for (const { offset, nll } of tokens) {
-      const index = this.tokens.length;
-      const given = index + this.hidden < this.given;
-      const element = make("span", { className: given ? "token given" : "token" });
-      element.dataset.place = index;
-      if (nll != null) {
-        element.dataset.nll = nll;
-        element.style.setProperty("--surprise", `${Math.min(100, Math.max(0, nll) * 10)}%`);
-      }
-      this.tokens.push({ offset, element });
-      this.open.append(element);
-      if (at.has(index)) this.close(index, at.get(index));
-    }
-    this.draw();
-  }
-
-  /** The open segment ends with this token. */
-  close(index, concept) {
-    const segment = this.open;
-    const later = [...segment.children].filter((token) => token.dataset.place > index);
-    if (later.length === segment.children.length) return;
-    this.open = make("span", { className: "segment" }, ...later);
-    segment.after(this.open);
-    segment.dataset.id = concept;
-    if (concept < 0) segment.classList.add("sink");
-    else paint(segment, concept);
-  }
-
-  /** A token's text ends where the next one's begins: half a character belongs to its last token. */
-  draw() {
-    const { tokens, characters } = this;
-    const unread = tokens.length + this.hidden < this.given;
-    const end = unread ? (tokens.at(-1)?.offset ?? 0) : characters.length;
-    for (let n = this.done; n < tokens.length; n++) {
-      const next = tokens[n + 1]?.offset ?? end;
-      tokens[n].element.textContent = characters.slice(tokens[n].offset, next).join("");
-      if (n === this.done && n + 1 < tokens.length && next <= characters.length) this.done++;
-    }
-    this.rest.textContent = characters.slice(tokens.length ? end : 0).join("");
-  }
-
-  finish() {
-    this.root.classList.remove("waiting");
-  }
-}
-
-// ---- what a token is: by pointer, or by arrow keys ----
-
-let here = null;
-
-function leave() {
-  for (const element of $$(".here, .same")) element.classList.remove("here", "same");
-  $("#tip").hidden = true;
-  here = null;
-}
-
-const samples = (segment) =>
-  $$(`.segment[data-id="${segment.dataset.id}"]`, segment.closest("[role=tabpanel]"));
-
-function visit(token) {
-  leave();
-  here = token;
-  const segment = token.parentElement;
-  const { id } = segment.dataset;
-  const lines = [];
-  let title = "Open segment";
-  if (document.body.classList.contains("plain")) title = "Token";
-  else if (id !== undefined) {
-    const same = samples(segment);
-    if (id >= 0) for (const element of same) element.classList.add("same");
-    title = id >= 0 ? `Concept ${id}` : "Sink: a state without a code";
-    const count = $$(".token", segment).length;
-    lines.push(`${plural(same.length, "place")} on this page`);
-    lines.push(`${plural(count, "token")}: a rate of ${number(1 / count)} here`);
-  }
-  const nll = token.dataset.nll;
-  if (nll !== undefined) {
-    const share = 100 * Math.exp(-nll);
-    lines.push(`Surprise of “${token.textContent}”: ${number(Number(nll))} nats (${number(share, share < 1 ? 2 : 0)} %)`);
-  }
-  token.classList.add("here");
-  const tip = $("#tip");
-  tip.replaceChildren(make("b", {}, title), ...lines.map((line) => make("span", {}, line)));
-  tip.hidden = false;
-  const [box] = token.getClientRects();
-  const size = tip.getBoundingClientRect();
-  const left = Math.min(Math.max(8, box?.left ?? 8), innerWidth - size.width - 8);
-  const below = (box?.bottom ?? 0) + 8;
-  const top = below + size.height < innerHeight ? below : (box?.top ?? 0) - size.height - 8;
-  tip.style.setProperty("left", `${left}px`);
-  tip.style.setProperty("top", `${Math.max(8, top)}px`);
-  return [title, ...lines].join(". ");
-}
-
-document.addEventListener("pointerover", (event) => {
-  const token = event.target.closest?.(".token");
-  if (token) visit(token);
-  else if (here && !here.closest(".text:focus")) leave();
-});
-document.addEventListener("focusout", leave);
-document.addEventListener("scroll", () => here?.closest(".text:focus") || leave(), { passive: true });
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") {
-    leave();
-    running?.abort();
-  }
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-    const form = event.target.closest?.("form.composer");
-    if (form) form.requestSubmit();
-  }
-  const root = event.target.classList?.contains("text") ? event.target : null;
-  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1 };
-  if (!root || !(event.key in steps)) return;
-  event.preventDefault();
-  const token = neighbour(root, steps[event.key], ["ArrowUp", "ArrowDown"].includes(event.key));
-  if (!token) return;
-  token.closest(".text").focus({ preventScroll: true });
-  token.scrollIntoView({ block: "nearest" });
-  announce(visit(token));
-});
-
-/** The next token in that direction, or the next place of the same concept. */
-function neighbour(root, step, same) {
-  const tokens = $$(".token", root).filter((token) => token.textContent);
-  if (!here || !root.contains(here)) return tokens[step > 0 ? 0 : tokens.length - 1];
-  if (!same) return tokens[tokens.indexOf(here) + step];
-  const segment = here.parentElement;
-  if (!(segment.dataset.id >= 0)) return null;
-  const all = samples(segment);
-  const next = all[(all.indexOf(segment) + step + all.length) % all.length];
-  return $$(".token", next).find((token) => token.textContent) ?? null;
-}
-
-function announce(text) {
-  $("#announcement").textContent = text;
-}
+import { call, parts } from "./server.js";
+import { $, $$, ConceptText, announce, leave, make, number, paint } from "./text.js";
 
 // ---- a request and its article ----
 
@@ -286,7 +46,8 @@ async function run(panel, element, work) {
   running = new AbortController();
   const stop = make("button", { type: "button", className: "stop", onclick: () => running?.abort() }, "Stop");
   $(".send", panel).after(stop);
-  for (const button of $$(".send, .again, .clear")) button.disabled = true;
+  const buttons = () => $$(".send, .again, .clear", $("#panels"));
+  for (const button of buttons()) button.disabled = true;
   announce("Working.");
   let outcome = "Done.";
   try {
@@ -300,8 +61,7 @@ async function run(panel, element, work) {
   } finally {
     stop.remove();
     running = null;
-    for (const button of $$(".send, .again, .clear")) button.disabled = false;
-    $("#chat-text").closest("form").elements[1].disabled = !card.sememe.chat;
+    for (const button of buttons()) button.disabled = false;
     announce(`${outcome} ${$(".text", element)?.textContent.slice(-1000) ?? ""}`);
   }
   return outcome === "Done.";
@@ -495,6 +255,12 @@ function select(name) {
   document.body.classList.toggle("unsampled", ["inspect", "compress"].includes(name));
 }
 
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") running?.abort();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey))
+    event.target.closest?.("form.composer")?.requestSubmit();
+});
+
 for (const [name, send] of Object.entries(PANELS)) {
   const panel = $(`#${name}`);
   const form = $("form", panel);
@@ -596,7 +362,7 @@ function introduce() {
   for (const tab of $$("[role=tab]")) tab.hidden = !shown.includes(tab.getAttribute("aria-controls"));
   if (!card.sememe.chat) {
     $("#chat .empty").textContent = "This model has no chat template, so it cannot chat. Complete works.";
-    for (const field of $("#chat form").elements) field.disabled = true;
+    $("#chat form").hidden = true;
   }
   wide.onchange();
   select(shown[0]);
