@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sememe.serving import page
-from sememe.serving.errors import ApiError, bad, internal
+from sememe.serving.errors import ApiError, bad, internal, outcome_of
 from sememe.serving.settings import LOOPBACK, Settings
 from sememe.serving.strict_json import parse
 
@@ -19,7 +19,6 @@ log = logging.getLogger("sememe.serving")
 
 OPEN = ("/health", "/ready", *page.FILES)
 """Without a key: an orchestrator asks for the first two, and the page asks its reader for one."""
-OUTCOMES = {401: "unauthorized", 429: "refused", 503: "unavailable", 504: "deadline"}
 
 
 class Guard:
@@ -187,11 +186,3 @@ def replay(body: bytes, receive) -> Callable:
         return waiting.pop() if waiting else await receive()
 
     return again
-
-
-def outcome_of(status: int) -> str:
-    if status in OUTCOMES:
-        return OUTCOMES[status]
-    if status == 0 or status >= 500:
-        return "error"
-    return "invalid" if status >= 400 else "ok"
