@@ -330,21 +330,20 @@ def test_a_base_has_no_dial_and_no_chat(browser):
         assert page.get_by_label("Message").is_hidden()
 
 
-def test_waits_for_the_model_and_asks_for_the_key(browser):
+def test_asks_for_the_key_and_waits_for_the_model(browser):
     from playwright.sync_api import expect
 
     with (
         running(load=False, key=KEY) as (service, client),
         opened(browser, client, refused=True) as page,
     ):
-        state = page.locator("#state")
-        expect(state).to_contain_text("being loaded")
-        service.start(Engine(served_online(), chat_tokenizer(), max_rows=2, max_queue=2, chunk=64))
         dialog = page.get_by_role("dialog")
         for key, fault in (("another-key", ""), (KEY, "The server does not take this key.")):
             expect(page.locator("#key-fault")).to_have_text(fault)
             dialog.get_by_label("Key", exact=True).fill(key)
             dialog.get_by_role("button").click()
+        expect(page.locator("#state")).to_contain_text("being loaded")
+        service.start(Engine(served_online(), chat_tokenizer(), max_rows=2, max_queue=2, chunk=64))
         expect(page.get_by_role("tab", name="Complete")).to_be_visible()
         assert dialog.count() == 0
         assert page.evaluate("sessionStorage.getItem('sememe-key')") == KEY

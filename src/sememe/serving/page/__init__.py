@@ -31,7 +31,7 @@ router = APIRouter()
 def _serve(path: str, name: str, kind: str) -> None:
     content = (HERE / name).read_bytes()
 
-    @router.get(path)
+    @router.get(path, include_in_schema=False)
     async def file():
         return Response(content, media_type=f"{kind}; charset=utf-8", headers=HEADERS)
 

@@ -327,17 +327,13 @@ if (remembered) theme(remembered);
 
 // ---- the model ----
 
-/** The model's card, as soon as it is loaded. */
+/** The model's card, which says nothing of it until it is loaded. */
 async function load() {
   for (;;) {
-    try {
-      await call("ready");
-      return (await (await call("v1/models")).json()).data[0];
-    } catch (fault) {
-      if (fault.code !== "loading") throw fault;
-      $("#state").textContent = "The model is being loaded …";
-      await new Promise((resolve) => setTimeout(resolve, 1000));
-    }
+    const { data } = await (await call("v1/models")).json();
+    if (data[0].sememe.system) return data[0];
+    $("#state").textContent = "The model is being loaded …";
+    await new Promise((resolve) => setTimeout(resolve, 1000));
   }
 }
 
