@@ -33,9 +33,12 @@ function statistics(element, pairs) {
 /** Of an answer's `sememe` field. */
 function costs({ rate, cache_bytes, base_cache_bytes, queue_s, prefill_s, decode_s }) {
   const pairs = rate > 0 ? [[number(1 / rate), "tokens a concept (R)"]] : [];
-  const [own, base] = [cache_bytes, base_cache_bytes].map((bytes) => number(bytes / 1e6));
-  const share = base_cache_bytes ? Math.round(100 * (1 - cache_bytes / base_cache_bytes)) : 0;
-  pairs.push([`${own} MB`, `cache, ${base} in the base${share ? ` (${share > 0 ? "−" : "+"}${Math.abs(share)} %)` : ""}`]);
+  if (base_cache_bytes) {
+    const [own, base] = [cache_bytes, base_cache_bytes].map((bytes) => number(bytes / 1e6));
+    const more = Math.round(100 * (cache_bytes / base_cache_bytes - 1));
+    const change = more ? ` (${more < 0 ? "−" : "+"}${Math.abs(more)} %)` : "";
+    pairs.push([`${own} MB`, `cache, ${base} in the base${change}`]);
+  }
   for (const [seconds, phase] of [[queue_s, "queue"], [prefill_s, "prefill"], [decode_s, "decode"]])
     pairs.push([`${number(seconds)} s`, phase]);
   return pairs;
@@ -67,6 +70,9 @@ async function run(panel, element, work) {
   return outcome === "Done.";
 }
 
+const atEnd = () => innerHeight + scrollY > document.documentElement.scrollHeight - 60;
+const toEnd = () => scrollTo({ top: document.documentElement.scrollHeight });
+
 /** Streams one answer into an article. `body`: of either route; `read`: its choice → what
  * `ConceptText.add` takes. */
 async function stream(path, body, element, read, signal) {
@@ -83,17 +89,18 @@ async function stream(path, body, element, read, signal) {
         last = part;
         continue;
       }
-      const follow = innerHeight + scrollY > document.documentElement.scrollHeight - 60;
+      const follow = atEnd();
       if (choice.sememe?.prompt_tokens) {
         view.given = choice.sememe.prompt_tokens;
         if (!body.echo) view.hidden = view.given;
       }
       view.add({ ...read(choice, view), concepts: choice.sememe?.concepts ?? [] });
       finish = choice.finish_reason ?? finish;
-      if (follow) scrollTo({ top: document.documentElement.scrollHeight });
+      if (follow) toEnd();
     }
   } finally {
     view.finish();
+    const follow = atEnd();
     const written = Math.max(0, view.tokens.length + view.hidden - view.given);
     const count = last?.usage.completion_tokens ?? written;
     const seconds = last?.sememe.decode_s ?? (performance.now() - begin) / 1000;
@@ -104,6 +111,7 @@ async function stream(path, body, element, read, signal) {
       ...(last ? costs(last.sememe) : []),
       [String(body.seed), "seed"],
     ]);
+    if (follow) toEnd();
   }
   return view.text;
 }
@@ -189,23 +197,39 @@ const chip = (concept, kind) => {
 async function compress(text, panel) {
   const element = article(panel, "Compressed and back");
   await run(panel, element, async (signal) => {
-    const codes = await (await call("v1/sememe/compress", { model: card.id, text, ...rate() }, signal)).json();
-    const windows = (codes.documents ?? codes.codes.documents).flatMap(({ windows }) => windows);
+    const body = { model: card.id, text, ...rate() };
+    const codes = await (await call("v1/sememe/compress", body, signal)).json();
+    const windows = codes.documents.flatMap((document) => document.windows);
     const ids = windows.flatMap(({ concepts }) => concepts);
     const tokens = windows.reduce((sum, window) => sum + window.tokens, 0);
     element.append(make("div", { className: "chips" }, ...ids.map((id) => chip(id))));
-    const body = { model: card.id, codes: codes.codes ?? codes };
-    const back = await (await call("v1/sememe/decompress", body, signal)).json();
-    const [before, after] = [["Original", text], ["From the ids", back.text ?? back.texts[0]]].map(
-      ([title, words]) => make("div", {}, make("h2", {}, title), make("p", { className: "text" }, words)),
+    const back = await (await call("v1/sememe/decompress", codes, signal)).json();
+    const sides = [["Original", text], ["From the ids", back.text]].map(([title, words]) =>
+      make("div", {}, make("h2", {}, title), make("p", { className: "text" }, words)),
     );
-    element.append(make("div", { className: "pair" }, before, after));
+    element.append(make("div", { className: "pair" }, ...sides));
     const r = ids.length ? [[number(tokens / ids.length), "tokens a concept (R)"]] : [];
     statistics(element, [[number(tokens, 0), "tokens"], [number(ids.length, 0), "concepts"], ...r]);
   });
 }
 
-const planOf = ({ sememe, choices }) => choices[0].sememe?.plan ?? sememe.plan;
+/** The fields of a plan, one for each id; `read` gives the ids that stand in them. */
+function planFields(plan) {
+  const rows = plan.map((ids, kind) => {
+    const fields = ids.map((id, slot) => {
+      const limits = { min: 0, max: card.sememe.sizes?.[kind] - 1 || "", step: 1 };
+      const field = make("input", { type: "number", className: "chip", value: id, ...limits });
+      field.setAttribute("aria-label", `Type ${kind}, concept ${slot + 1} of ${ids.length}`);
+      field.oninput = () => paint(field, field.valueAsNumber || 0, kind);
+      paint(field, id, kind);
+      return field;
+    });
+    const title = `Type ${kind}${ids.length ? "" : " –"}`;
+    return make("div", { className: "chips" }, make("span", { className: "type" }, title), ...fields);
+  });
+  const ids = (row) => $$("input", row).map((field) => field.valueAsNumber);
+  return { rows, read: () => rows.map((row) => ids(row).filter(Number.isInteger)) };
+}
 
 /** `plan`: ids of each type, where the reader has changed the model's own. */
 async function write(text, panel, plan) {
@@ -216,27 +240,22 @@ async function write(text, panel, plan) {
   await run(panel, element, async (signal) => {
     const body = { prompt: text, ...options, sememe: wish };
     const got = await (await call("v1/completions", body, signal)).json();
-    const rows = planOf(got).map((ids, kind) => {
-      const fields = ids.map((id, slot) => {
-        const field = make("input", { type: "number", min: 0, step: 1, required: true, className: "chip", value: id });
-        field.setAttribute("aria-label", `Type ${kind}, concept ${slot + 1} of ${ids.length}`);
-        field.oninput = () => paint(field, field.valueAsNumber || 0, kind);
-        paint(field, id, kind);
-        return field;
-      });
-      return make("div", { className: "chips" }, make("span", { className: "hint" }, `Type ${kind}`), ...fields);
-    });
+    const [choice] = got.choices;
+    const { rows, read } = planFields(choice.sememe.plan);
     const again = make("button", { className: "again" }, "Write again with this plan");
     const form = make("form", {}, ...rows, make("div", { className: "buttons" }, again));
     form.onsubmit = (event) => {
       event.preventDefault();
-      if (!running) write(text, panel, rows.map((row) => $$("input", row).map((field) => field.valueAsNumber)));
+      if (!running) write(text, panel, read());
     };
-    const words = text + got.choices[0].text;
-    element.append(form, make("p", { className: "text" }, words));
-    const seconds = got.sememe.decode_s;
-    const speed = seconds ? [[number(got.usage.completion_tokens / seconds, 1), "tokens/s"]] : [];
-    statistics(element, [[number(got.usage.completion_tokens, 0), "tokens written"], ...speed, [String(options.seed), "seed"]]);
+    element.append(form, make("p", { className: "text" }, choice.text));
+    const count = got.usage.completion_tokens;
+    statistics(element, [
+      [number(count, 0), "tokens written"],
+      ...(got.sememe.decode_s ? [[number(count / got.sememe.decode_s, 1), "tokens/s"]] : []),
+      ...costs({ ...got.sememe, rate: 0 }),
+      [String(options.seed), "seed"],
+    ]);
   });
 }
 
@@ -253,6 +272,7 @@ function select(name) {
     $(`#${tab.getAttribute("aria-controls")}`).hidden = !chosen;
   }
   document.body.classList.toggle("unsampled", ["inspect", "compress"].includes(name));
+  document.body.classList.toggle("uncoloured", ["compress", "plan"].includes(name));
 }
 
 document.addEventListener("keydown", (event) => {
