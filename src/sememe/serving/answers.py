@@ -91,10 +91,11 @@ class Answer:
         part = self.form.part(piece)
         numbered = enumerate(piece.concept_ids, piece.place)
         concepts = [[place, concept] for place, concept in numbered if concept != -1]
-        if self.wants_concepts and (concepts or begins):
-            part["sememe"] = {"concepts": concepts}
-            if begins:  # places count from the prompt's first token
-                part["sememe"]["prompt_tokens"] = len(piece.choice.request.prompt)
+        own = {"concepts": concepts} if self.wants_concepts and (concepts or begins) else {}
+        if own and begins:  # places count from the prompt's first token
+            own["prompt_tokens"] = len(piece.choice.request.prompt)
+        if own:
+            part["sememe"] = own
         elif not (piece.text or piece.logprobs or piece.finish):
             return lines  # half a character, or what may be the beginning of a stop string
         return [*lines, self._chunk(index, part)]

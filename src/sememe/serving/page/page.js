@@ -21,13 +21,14 @@ function article(panel, title, className = "") {
   const element = make("article", { className }, make("h2", {}, title));
   $(".empty", panel)?.remove();
   $(".log", panel).append(element);
-  element.scrollIntoView({ block: "nearest" });
+  toEnd();
   return element;
 }
 
-function statistics(element, pairs) {
+function statistics(element, pairs, follow = true) {
   const items = pairs.map(([value, words]) => make("li", {}, make("b", {}, value), ` ${words}`));
   element.append(make("ul", { className: "stats" }, ...items));
+  if (follow) toEnd();
 }
 
 /** Of an answer's `sememe` field. */
@@ -100,18 +101,17 @@ async function stream(path, body, element, read, signal) {
     }
   } finally {
     view.finish();
-    const follow = atEnd();
     const written = Math.max(0, view.tokens.length + view.hidden - view.given);
     const count = last?.usage.completion_tokens ?? written;
     const seconds = last?.sememe.decode_s ?? (performance.now() - begin) / 1000;
     const reasons = { stop: "text ended", length: "limit reached", stopped: "not at its end" };
-    statistics(element, [
+    const pairs = [
       [number(count, 0), `tokens written, ${reasons[finish] ?? finish}`],
       [number(seconds ? count / seconds : 0, 1), "tokens/s"],
       ...(last ? costs(last.sememe) : []),
       [String(body.seed), "seed"],
-    ]);
-    if (follow) toEnd();
+    ];
+    statistics(element, pairs, atEnd());
   }
   return view.text;
 }
