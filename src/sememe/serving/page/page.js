@@ -11,7 +11,8 @@ let dialled = false; // whether the reader has moved the dial
 
 /** What all requests have in common; a seed of its own where the reader gave none. */
 function sampling() {
-  const seed = $("#seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : $("#seed").valueAsNumber;
+  const own = $("#seed").valueAsNumber;
+  const seed = Number.isNaN(own) ? Math.floor(Math.random() * 2 ** 31) : own;
   return { model: card.id, temperature: $("#temperature").valueAsNumber, seed };
 }
 
@@ -48,7 +49,8 @@ function costs({ rate, cache_bytes, base_cache_bytes, queue_s, prefill_s, decode
 /** Runs one request of a panel; what goes wrong is written into its article. */
 async function run(panel, element, work) {
   running = new AbortController();
-  const stop = make("button", { type: "button", className: "stop", onclick: () => running?.abort() }, "Stop");
+  const stop = make("button", { type: "button", className: "stop" }, "Stop");
+  stop.onclick = () => running?.abort();
   $(".send", panel).after(stop);
   const buttons = () => $$(".send, .again, .clear", $("#panels"));
   for (const button of buttons()) button.disabled = true;
@@ -139,7 +141,8 @@ function spoken({ delta, logprobs }, view) {
 // ---- the panels ----
 
 async function complete(text, panel) {
-  const options = { ...sampling(), max_tokens: $("#max-tokens").valueAsNumber, echo: true, logprobs: 0 };
+  const max_tokens = $("#max-tokens").valueAsNumber;
+  const options = { ...sampling(), max_tokens, echo: true, logprobs: 0 };
   const body = { prompt: text, ...options, sememe: { concepts: true, ...rate() } };
   const element = article(panel, "Text");
   await run(panel, element, (signal) => stream("v1/completions", body, element, written, signal));
@@ -361,7 +364,8 @@ function introduce() {
   const { system, context, split, num_concepts, codes_per_concept, rate, rates } = card.sememe;
   const words = [system, `context of ${number(context, 0)} tokens`];
   if (split) words.push(`layers ${split.join(" / ")}`);
-  if (num_concepts) words.push(`${codes_per_concept > 1 ? `${codes_per_concept} × ` : ""}${number(num_concepts, 0)} codes`);
+  const several = codes_per_concept > 1 ? `${codes_per_concept} × ` : "";
+  if (num_concepts) words.push(`${several}${number(num_concepts, 0)} codes`);
   $("#model").replaceChildren(make("b", {}, card.id), ` · ${words.join(" · ")}`);
   document.title = `${card.id} · Sememe`;
   document.body.classList.toggle("plain", !rates);
@@ -377,7 +381,8 @@ function introduce() {
   const shown = SYSTEMS[system] ?? TEXT;
   for (const tab of $$("[role=tab]")) tab.hidden = !shown.includes(tab.getAttribute("aria-controls"));
   if (!card.sememe.chat) {
-    $("#chat .empty").textContent = "This model has no chat template, so it cannot chat. Complete works.";
+    $("#chat .empty").textContent =
+      "This model has no chat template, so it cannot chat. Complete works.";
     $("#chat form").hidden = true;
   }
   wide.onchange();

@@ -125,7 +125,8 @@ function visit(token) {
   const nll = token.dataset.nll;
   if (nll !== undefined) {
     const share = 100 * Math.exp(-nll);
-    lines.push(`Surprise of “${token.textContent}”: ${number(Number(nll))} nats (${number(share, share < 1 ? 2 : 0)} %)`);
+    const percent = number(share, share < 1 ? 2 : 0);
+    lines.push(`Surprise of “${token.textContent}”: ${number(Number(nll))} nats (${percent} %)`);
   }
   token.classList.add("here");
   const tip = $("#tip");
