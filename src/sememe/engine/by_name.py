@@ -17,11 +17,13 @@ def open_engine(name: str, **options: Any) -> Engine:
 
 
 def describe(engine: Engine) -> dict[str, Any]:
-    """What the engine's model is: its system, the tokens that it has positions for, and what of its
-    own it has: rates, codes and split; types of concepts; layers that are left out, a window."""
+    """What the engine's model is: its system, the tokens that it has positions for, whether it has a
+    chat template, and what of its own it has: rates, codes and split; types of concepts; layers
+    that are left out, a window."""
     config = engine.model.config
     facts: dict[str, Any] = {"system": getattr(config, "system", None) or "base"}
     facts["context"] = engine.longest
+    facts["chat"] = bool(getattr(engine.tokenizer, "chat_template", None))
     if getattr(config, "writes_concepts", False):
         facts |= {"rate": config.rate, "rates": [1 / (config.max_tail + 1), 1.0]}
         facts |= {"num_concepts": config.num_concepts}

@@ -85,14 +85,17 @@ class Answer:
         if piece is None:
             return [": still here\n\n"]
         lines, index = [], piece.choice.index
-        if index not in begun:
+        begins = index not in begun
+        if begins:
             begun.add(index)
             if (first := self.form.first_part(piece.choice)) is not None:
                 lines.append(self._chunk(index, first))
         part = self.form.part(piece)
         numbered = enumerate(piece.concept_ids, piece.place)
         concepts = [[place, concept] for place, concept in numbered if concept != -1]
-        own = {"concepts": concepts} if self.wants_concepts and concepts else {}
+        own = {"concepts": concepts} if self.wants_concepts and (concepts or begins) else {}
+        if own and begins:  # places count from the prompt's first token
+            own["prompt_tokens"] = len(piece.choice.request.prompt)
         own |= {} if piece.result is None else {"plan": piece.result}
         if own:
             part["sememe"] = own
