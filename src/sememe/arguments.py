@@ -61,11 +61,10 @@ def _lengths(context: typer.Context, option: typer.CallbackParam, text: str | No
     return low, high
 
 
-def expand(command: Callable, options: dict[str, tuple[Any, Any]], model: Any, **own: Any) -> None:
-    """Gives a command with `**options` its signature, which typer reads: the model, and each option
-    by name with its type and default. `own`: the model's default, if it has one."""
+def expand(command: Callable, parameters: dict[str, tuple[Any, Any]]) -> None:
+    """Gives a command that takes `**options` the signature which typer reads: each parameter by
+    name, with its type and its default; `...` for none."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = {"model": (model, own.get("model", inspect.Parameter.empty)), **options}
     command.__signature__ = inspect.Signature(
         [
             inspect.Parameter(name, kind, default=default, annotation=annotation)

@@ -321,6 +321,9 @@ def reconstruct(
     show_figures(result, model)
 
 
+command(benchmark)
+
+
 @command
 def report(runs: arguments.Runs):
     """Draw a run as one self-contained HTML page: curves, what is wrong with it, coloured samples,
@@ -364,5 +367,4 @@ def export(model: arguments.Model, out: arguments.OutModel):
     say(f"merged model: {folder} ({size / 1e6:.0f} MB)")
 
 
-command(benchmark)
 command(serve)

@@ -8,6 +8,7 @@ from sememe.errors import SememeError, needs_extra
 from sememe.terminal import show_figures
 
 OPTIONS = {
+    "model": (arguments.Model, None),
     "prompt_tokens": (arguments.PromptTokens, None),
     "new_tokens": (arguments.TimedTokens, None),
     "batch": (arguments.Batch, None),
@@ -85,4 +86,4 @@ def _single(lengths: tuple[int, int] | None) -> int | None:
     return lengths and lengths[0]
 
 
-arguments.expand(benchmark, OPTIONS, arguments.Model, model=None)
+arguments.expand(benchmark, OPTIONS)

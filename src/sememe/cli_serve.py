@@ -10,6 +10,7 @@ from sememe.serving.settings import Settings, cache_limit, check_exposure, read_
 from sememe.terminal import say
 
 OPTIONS = {
+    "model": (arguments.Model, ...),
     "host": (arguments.Host, Settings.host),
     "port": (arguments.Port, Settings.port),
     "key_file": (arguments.KeyFile, None),
@@ -56,4 +57,4 @@ def serve(model: arguments.Model, **options: Any) -> Iterator[dict[str, Any]]:
     say(f"served: {', '.join(words) or 'no request'}")
 
 
-arguments.expand(serve, OPTIONS, arguments.Model)
+arguments.expand(serve, OPTIONS)

@@ -11,18 +11,20 @@ from sememe.evaluation.results import Figures
 from sememe.evaluation.speed import about, alternate
 from sememe.evaluation.subject import Subject
 from sememe.models.loading import check_length, longest_text
-from sememe.models.stepping import rows_of
+from sememe.models.stepping import PATIENCE, rows_of
 
 BATCHES = (1, 4, 16, 32, 64)
 LARGEST = 16  # unless the options say another
+SPARE = 1 + PATIENCE  # times the mean: what a row that never waits reads beside others, at most
 
 
 class Stepping:
-    """Rows of a model that have read the first tokens of their texts, and read on with each call.
+    """Rows of a model that have read the first tokens of their texts, and read on: at each call
+    the same tokens.
 
     Args:
         starts: tokens of each text that are read at first.
-        steps: tokens of a row in a call; where rows wait for each other, on average.
+        steps: tokens of a row; where rows wait for each other, on average.
         hold: rows that wait for each other before the middle layers run."""
 
     def __init__(
@@ -33,19 +35,20 @@ class Stepping:
         steps: int,
         hold: int = 1,
     ):
-        self.rows = rows_of(model)
-        self.texts, self.places, self.steps, self.hold = texts, [*starts], steps, hold
-        cache = self.rows.start([None] * len(texts))
-        self.rows.read(cache, [text[:start] for text, start in zip(texts, starts, strict=True)])
-        self.rows.join(cache)
+        self.model, self.texts, self.starts = model, texts, starts
+        self.steps, self.hold = steps, hold
+        rows = rows_of(model)
+        self.cache = rows.start([None] * len(texts))
+        rows.read(self.cache, [text[:start] for text, start in zip(texts, starts, strict=True)])
 
     def __call__(self) -> None:
-        count = 0
+        rows, places, count = rows_of(self.model), [*self.starts], 0
+        rows.join(self.cache)  # as a copy
         while count < self.steps * len(self.texts):
-            tokens = [self.texts[row][self.places[row]] for row in self.rows.ready]
-            stepped = self.rows.step(tokens, self.hold)
+            tokens = [self.texts[row][places[row]] for row in rows.ready]
+            stepped = rows.step(tokens, self.hold)
             for row in stepped.rows:
-                self.places[row] += 1
+                places[row] += 1
             count += len(stepped.rows)
 
 
@@ -61,9 +64,7 @@ def texts_of(subject: Subject, data: str | None, length: int, more: int, batch: 
 def batch_figures(subject: Subject, base: nn.Module, data: str | None, length: int, batch: int):
     """Speeds of one batch, and over that of the base at the same rows."""
     model, options = subject.model, subject.options
-    # A row that never waits may take the tokens of those that do; none of them reads beyond its end.
-    more = (options.repeats + 1) * options.new_tokens * 2
-    texts, starts = texts_of(subject, data, length, more, batch)
+    texts, starts = texts_of(subject, data, length, SPARE * options.new_tokens, batch)
     prompts = [length - start for start in starts]
     same, whole = [texts[0]] * batch, [length] * batch
     jobs = {
@@ -87,12 +88,15 @@ def batch_figures(subject: Subject, base: nn.Module, data: str | None, length: i
 
 @torch.inference_mode()
 def sweep_batches(subject: Subject, length: int | None, data: str | None) -> Figures:
-    """A merged online model: batches up to that of the options."""
+    """Of an online model: batches up to that of the options, or of 16 rows. Leaves the model
+    merged."""
     options, length = subject.options, length or 64
-    more = 2 * (options.repeats + 1) * options.new_tokens
+    more = SPARE * options.new_tokens
     check_length(longest_text(subject.model.config), length, "--prompt-tokens ", more)
     base, largest = subject.load_base(), options.batch or LARGEST
+    settings = about(subject, data, prompt_tokens=length, new_tokens=options.new_tokens)
+    if subject.model.config.base is not None:
+        subject.model.merged()
     sizes = sorted({size for size in BATCHES if size < largest} | {largest})
     figures = [batch_figures(subject, base, data, length, size) for size in sizes]
-    settings = about(subject, data, prompt_tokens=length, new_tokens=options.new_tokens)
     return {"batches": figures} | settings

@@ -37,8 +37,6 @@ def _benchmark_online(subject: Subject, length: int | None, data: str | None) ->
             f"{subject.name} writes no concepts, so none of its rows is out of phase: need an "
             "online model. try: without --sweep"
         )
-    if subject.model.config.base is not None:
-        subject.model.merged()
     return sweep_batches(subject, length, data)
 
 

@@ -26,7 +26,7 @@ from sememe.evaluation.inputs import run_recipe
 from sememe.evaluation.results import Figures, of_rounds
 from sememe.progress import bar
 
-SAMPLE = 2000  # characters that tell how many of them a token has
+SAMPLE = 500  # characters that tell how many of them a token has
 SHARES = {"median": 0.5, "p95": 0.95, "p99": 0.99}
 PATIENCE = 3600  # seconds
 CLOCK = time.perf_counter
@@ -254,6 +254,7 @@ def served(target: str, *words: str) -> Iterator[str]:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
             process.stdout.close()
 
 
