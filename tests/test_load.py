@@ -4,20 +4,26 @@ known schedule; failures by status; servers in turn."""
 import asyncio
 import json
 import random
+import re
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from conftest import sememe
-
-pytest.importorskip("uvicorn", reason="needs the extra serve")
-httpx = pytest.importorskip("httpx", reason="needs the extra serve")
-
 from sememe.errors import DataError, SememeError
-from sememe.evaluation.serving import Call, Load, Seen, benchmark_servers, calls_of, round_figures
-from sememe.evaluation.serving import round_of, served
+from sememe.evaluation.serving import (
+    Call,
+    Load,
+    Seen,
+    benchmark_servers,
+    calls_of,
+    round_figures,
+    round_of,
+    served,
+)
 from served import chat_tokenizer, running, served_online
 
 TEXT = " ".join(random.Random(0).choice(["cat", "sat", "mat", "dog"]) for _ in range(100))
@@ -117,9 +123,9 @@ def test_a_stream_is_timed_as_it_comes():
         assert sum(one.gaps) >= 0.54 - 0.02
 
 
-def test_tokens_are_counted_by_usage_and_what_breaks_off_is_a_failure():
+def test_tokens_are_counted_by_usage_and_what_breaks_off_is_a_failure(data):
     usage = {"choices": [], "usage": {"completion_tokens": 7, "prompt_tokens": 3}}
-    end = json.loads(json.dumps(END)) | usage | {"choices": END["choices"]}
+    end = usage | END
     cases = [
         (("ab", "cd", end), "200", 7),
         (("ab", "cd"), "cut", 2),
@@ -134,8 +140,8 @@ def test_tokens_are_counted_by_usage_and_what_breaks_off_is_a_failure():
         assert seen.texts and seen.end >= seen.texts[-1]
         want = {"prompt": "x", "max_tokens": 9, "temperature": 0, "stream": True}
         assert state["bodies"] == [want | {"stream_options": {"include_usage": True}}]
-    with scripted(END, status=503) as (url, _), pytest.raises(SememeError, match="503.*try: "):
-        benchmark_servers([url], SHORT, __file__.replace(".py", ".txt"))
+    with scripted(END, status=503) as (url, _), pytest.raises(SememeError, match=r"503.*try: "):
+        benchmark_servers([url], SHORT, data)
 
 
 def test_clients_count_what_the_server_counts(model, data):
@@ -228,6 +234,4 @@ def test_a_model_is_served_beside_a_url_and_stopped(model, data, tmp_path):
 )
 def test_bad_input_is_one_sentence(data, words, message):
     printed = sememe("benchmark", *words.replace("DATA", data).split(), code=1)
-    from re import search
-
-    assert search(message, printed) and "try: " in printed and "\n" not in printed, printed
+    assert re.search(message, printed) and "try: " in printed and "\n" not in printed, printed

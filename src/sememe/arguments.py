@@ -159,7 +159,8 @@ Beams = option(int, "Hypotheses of the beam search; 1 is the fastest. Default: 1
 
 PromptTokens = option(
     str,
-    "Default: 512, of a server 256; of a compressor those of a window. N-M: from N to M, of servers.",
+    "Default: 512, of a server 256; of a compressor those of a window. N-M: from N to M, of "
+    "servers.",
     metavar="N",
     callback=_lengths,
 )

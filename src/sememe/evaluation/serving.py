@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 
 from sememe.data import read_texts
-from sememe.errors import DataError, SememeError, reason
+from sememe.errors import DataError, SememeError
 from sememe.evaluation.inputs import run_recipe
 from sememe.evaluation.results import Figures, of_rounds
 from sememe.progress import bar
@@ -258,6 +258,14 @@ def served(target: str, *words: str) -> Iterator[str]:
             process.stdout.close()
 
 
+Job = Callable[[Sequence[Call], Callable[[], Any]], Figures]
+"""Answers the calls of a round, and calls the second after each."""
+
+
+def job_of(url: str, load: Load) -> Job:
+    return lambda calls, done: round_figures(asyncio.run(round_of(url, calls, load, done)))
+
+
 def benchmark_servers(targets: Sequence[str], load: Load, data: str | None = None) -> Figures:
     """Each target, a URL or a model, under the same load, in turn, round by round: medians over
     rounds, and their ratio to the first target.
@@ -271,34 +279,29 @@ def benchmark_servers(targets: Sequence[str], load: Load, data: str | None = Non
         queue = ("--queue", str(load.requests))
         urls = [stack.enter_context(served(name, *limits, *queue)) for name in targets]
         sizes = [asyncio.run(characters_per_token(url, text, load)) for url in urls]
-        rounds: list[list[Figures]] = [[] for _ in urls]
-        total = load.repeats * load.requests * len(urls)
-        with bar(total=total, desc="requests", unit="request") as progress:
-            for number in range(load.repeats):
-                calls = calls_of(load, text, sizes[0], number)
-                for url, figures in zip(urls, rounds, strict=True):
-                    seen = asyncio.run(round_of(url, calls, load, progress.update))
-                    figures.append(round_figures(seen))
-    return compared(targets, rounds) | {"settings": settings_of(load)}
+        jobs = {name: job_of(url, load) for name, url in zip(targets, urls, strict=True)}
+        return in_turn(jobs, load, text, sizes[0])
 
 
-def settings_of(load: Load) -> Figures:
-    return {
-        "requests": load.requests,
-        "prompt_tokens": list(load.prompt_tokens),
-        "new_tokens": list(load.new_tokens),
-        "arrivals_per_s": load.arrivals,
-        "repeats": load.repeats,
-        "seed": load.seed,
-        "cores": os.cpu_count(),
-    }
+def in_turn(jobs: Mapping[str, Job], load: Load, text: str, characters: float) -> Figures:
+    """Figures of all jobs, which are given the same calls, over the rounds of the load."""
+    rounds: dict[str, list[Figures]] = {name: [] for name in jobs}
+    total = load.repeats * load.requests * len(jobs)
+    with bar(total=total, desc="requests", unit="request") as progress:
+        for number in range(load.repeats):
+            calls = calls_of(load, text, characters, number)
+            for name, job in jobs.items():
+                rounds[name].append(job(calls, progress.update))
+    values = {name: value for name, value in asdict(load).items() if name != "key"}
+    settings = {name: [*x] if isinstance(x, tuple) else x for name, x in values.items()}
+    return compared(rounds) | {"settings": settings | {"cores": os.cpu_count()}}
 
 
-def compared(targets: Sequence[str], rounds: Sequence[Sequence[Figures]]) -> Figures:
-    """Figures of all rounds of each target, and beside them those of the first."""
+def compared(rounds: Mapping[str, Sequence[Figures]]) -> Figures:
+    """Figures of all rounds by name, and beside them those of the first."""
     servers: list[Figures] = []
-    for target, figures in zip(targets, rounds, strict=True):
-        server: Figures = {"server": target}
+    for name, figures in rounds.items():
+        server: Figures = {"server": name}
         for key, first in figures[0].items():
             values = [x[key] for x in figures]
             if isinstance(first, int | float) and None not in values:
@@ -317,6 +320,3 @@ def ratios(server: Figures, first: Figures) -> Figures:
     both = [key for key in RATIOS if key in server and key in first]
     values = {f"{key}_ratio": server[key]["median"] / first[key]["median"] for key in both}
     return {"server": server["server"], **values}
-
-
-__all__ = ["Call", "Load", "Seen", "ask", "benchmark_servers", "round_figures", "round_of"]
