@@ -184,7 +184,7 @@ def test_calls_are_others_in_each_round_and_the_same_again():
     calls = calls_of(load, TEXT, 2.0, 0)
     assert calls == calls_of(load, TEXT, 2.0, 0) and calls != calls_of(load, TEXT, 2.0, 1)
     assert calls != calls_of(replace(load, seed=1), TEXT, 2.0, 0)
-    assert all(call.prompt in TEXT and TEXT[TEXT.index(call.prompt) - 1] == " " for call in calls)
+    assert all(f" {call.prompt}" in f" {TEXT}" for call in calls), "from the first letter of a word"
     assert {len(call.prompt) for call in calls} == {*range(8, 25, 2)}
     assert {call.new_tokens for call in calls} == {3, 4, 5}
     starts = [call.start for call in calls]
