@@ -58,6 +58,7 @@ from sememe.measure import Options, benchmark
 from sememe.models.loading import load_base, load_model, load_tokenizer, resolve
 
 Figures = dict[str, Any]
+BARS = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "S6", "S14")
 SHAPES = {"B1": (256, 64), "B2": (64, 64)}
 
 
@@ -188,7 +189,9 @@ class Bars:
         """One long prompt among 8 running streams."""
         url, size = self.ours(), self.characters(self.ours())
         streams = calls_of(Load(8, (64, 64), (128, 128)), self.text, size, 0)
-        (long,) = calls_of(Load(1, (4000, 4000), (4, 4)), self.text, size, 1)
+        card = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]
+        tokens = min(4000, round(0.9 * card["sememe"]["context"]) - 4)
+        (long,) = calls_of(Load(1, (tokens, tokens), (4, 4)), self.text, size, 1)
         seen, metrics = asyncio.run(long_among(url, streams, long))
         prefill = [f"sememe_step_seconds_{part},prefill" for part in ("sum", "count")]
         chunk = metrics(prefill[0]) / metrics(prefill[1])
@@ -269,7 +272,7 @@ class Bars:
             size = asyncio.run(characters_per_token(url, self.text, load))
             seen = asyncio.run(round_of(url, calls_of(load, self.text, size, 0), load))
         refused = [x for x in seen if x.status in ("429", "503")]
-        slowest = max((x.end - x.sent for x in refused), default=0.0)
+        slowest = max((x.end - x.sent for x in refused if x.status == "429"), default=0.0)
         figures = round_figures(seen) | {"places": places, "slowest_refusal": slowest}
         answered = all(x.status == "200" or x in refused for x in seen)
         return figures, {
@@ -318,11 +321,9 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"quick": options.quick, "threads": options.threads}
     with ExitStack() as stack:
         bars = Bars(options, stack)
-        jobs = {name: partial(bars.streams, name) for name in SHAPES}
-        names = ("b3", "b4", "b5", "b6", "b7", "b8", "s6", "s14")
-        jobs |= {name.upper(): getattr(bars, name) for name in names}
-        for name in options.bars or jobs:
-            figures, found = jobs[name]()
+        for name in options.bars or BARS:
+            measure = getattr(bars, name.lower(), None) or partial(bars.streams, name)
+            figures, found = measure()
             gc.collect()  # models of this bar
             results[name] = {"bars": found} | figures
             options.out.write_text(json.dumps(results, indent=1), "utf-8")
@@ -335,7 +336,7 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("--quick", action="store_true", help="on a tiny model, once: no figures")
-parser.add_argument("--bars", nargs="+", help="B1 to B8, S6, S14; default: all")
+parser.add_argument("--bars", nargs="+", choices=BARS, metavar="BAR", help="B1 to B8, S6, S14")
 parser.add_argument("--model", help="an online model over --base; default: an untrained one")
 parser.add_argument("--base", default="smollm2-135m")
 parser.add_argument("--beside", nargs="+", default=[], metavar="URL", help="more servers")

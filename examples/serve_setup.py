@@ -12,14 +12,14 @@ from pathlib import Path
 import httpx
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from sememe.data import token_blocks
 from sememe.errors import SememeError
 from sememe.evaluation.serving import Call, Load, Seen, ask, client_of, round_of
 from sememe.keys import split_layers
 from sememe.models import OnlineConfig, OnlineForCausalLM
-from sememe.models.loading import load_base, load_tokenizer, resolve
+from sememe.models.loading import load_tokenizer, resolve
 
 # ---- models ----
 
@@ -28,7 +28,7 @@ def untrained(base: str, folder: Path, texts: list[str]) -> str:
     """An online model over a base, its codes and gate started on text: R = 4, of 30 layers 4/22/4,
     else as its recipes split it."""
     tokenizer = load_tokenizer(resolve(base))
-    layers = load_base(resolve(base)).config.num_hidden_layers
+    layers = AutoConfig.from_pretrained(resolve(base)).num_hidden_layers
     split = (4, layers - 8, 4) if layers > 11 else split_layers(None, layers)
     config = OnlineConfig(
         base=base, split=split, rate=0.25, boundary="null", max_tail=16, lora_rank=0
@@ -121,9 +121,10 @@ async def long_among(url: str, streams: list[Call], long: Call) -> tuple[list[Se
     begun = Metrics(url)
     async with client_of(Load()) as client:
         tasks = [asyncio.create_task(ask(client, url, call)) for call in streams]
-        while begun("sememe_generation_tokens_total") < 4 * len(streams):
-            await asyncio.sleep(0.1)
-        while begun.now()["sememe_requests_running"] < len(streams):
+        written, running = "sememe_generation_tokens_total", "sememe_requests_running"
+        while begun(written) < 4 * len(streams) or begun.now()[running] < len(streams):
+            if any(task.done() for task in tasks):
+                break  # too short an answer, or none: the figures will say so
             await asyncio.sleep(0.1)
         metrics = Metrics(url)
         return await asyncio.gather(*tasks, ask(client, url, long)), metrics
