@@ -46,9 +46,9 @@ from sememe.evaluation.serving import (
     PATIENCE,
     Call,
     Load,
+    alternating,
     calls_of,
     characters_per_token,
-    in_turn,
     job_of,
     round_figures,
     round_of,
@@ -144,7 +144,7 @@ class Bars:
         jobs |= {url: job_of(url, load) for url in self.options.beside}
         for url in (self.theirs(), *self.options.beside):
             self.characters(url)
-        figures = in_turn(jobs, load, self.text, self.characters(self.ours()))
+        figures = alternating(jobs, load, self.text, self.characters(self.ours()))
         theirs, ours, alone = figures["servers"][:3]
 
         def over(key: str, other: Figures = theirs) -> float:
@@ -166,7 +166,7 @@ class Bars:
         load = Load(1, (64, 64), (64, 64), repeats=2 * self.repeats)
         jobs = {"generate": partial(self.generate, *load_model(self.model()))}
         jobs["sememe serve"] = job_of(self.ours(), load)
-        figures = in_turn(jobs, load, self.text, self.characters(self.ours()))
+        figures = alternating(jobs, load, self.text, self.characters(self.ours()))
         share = figures["beside_the_first"][0]["output_tokens_per_s_ratio"]
         return figures, {f"one stream ≥ 95 % of generate ({share:.2f})": share >= 0.95}
 
@@ -181,7 +181,7 @@ class Bars:
     def b5(self) -> tuple[Figures, dict[str, bool]]:
         load = Load(16, (256, 256), (8, 8) if self.quick else (64, 64), repeats=self.repeats)
         jobs = {"sememe serve": partial(self.busy, load=load)}
-        figures = in_turn(jobs, load, self.text, self.characters(self.ours()))
+        figures = alternating(jobs, load, self.text, self.characters(self.ours()))
         busy = figures["servers"][0]["engine_busy"]["median"]
         return figures, {f"engine busy ≥ 90 % ({busy:.0%})": busy >= 0.9}
 

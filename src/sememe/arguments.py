@@ -52,8 +52,8 @@ def _lengths(context: typer.Context, option: typer.CallbackParam, text: str | No
     """`256` → (256, 256), `64-256` → (64, 256)."""
     if text is None:
         return None
-    name, found = option.opts[0], re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", text)
-    low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    name, match = option.opts[0], re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 2 <= low <= high:
         raise SememeError(
             f"{name} {text!r}: need a number from 2 on, or two with - between them. try: {name} 256"

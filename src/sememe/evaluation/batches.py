@@ -42,13 +42,13 @@ class Stepping:
         rows.read(self.cache, [text[:start] for text, start in zip(texts, starts, strict=True)])
 
     def __call__(self) -> None:
-        rows, places, count = rows_of(self.model), [*self.starts], 0
+        rows, positions, count = rows_of(self.model), [*self.starts], 0
         rows.join(self.cache)  # as a copy
         while count < self.steps * len(self.texts):
-            tokens = [self.texts[row][places[row]] for row in rows.ready]
+            tokens = [self.texts[row][positions[row]] for row in rows.ready]
             stepped = rows.step(tokens, self.hold)
             for row in stepped.rows:
-                places[row] += 1
+                positions[row] += 1
             count += len(stepped.rows)
 
 

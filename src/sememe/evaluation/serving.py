@@ -86,10 +86,10 @@ class Seen:
 
     def take(self, line: str) -> None:
         """A line of the stream."""
-        _, found, data = line.partition("data:")
-        if not found or line.startswith(":"):
+        if not line.startswith("data:"):
             return
-        if data.strip() == "[DONE]":
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
             self.finished = True
             return
         event = json.loads(data)
@@ -242,8 +242,8 @@ def served(target: str, *words: str) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             line = process.stdout.readline()
-            _, found, address = line.strip().rpartition(" at http://")
-            if not found:
+            address = line.strip().partition(" at http://")[2]
+            if not address:
                 process.wait()
                 log.seek(0)
                 raise SememeError(log.read().strip().removeprefix("error: ").splitlines()[-1])
@@ -280,10 +280,10 @@ def benchmark_servers(targets: Sequence[str], load: Load, data: str | None = Non
         urls = [stack.enter_context(served(name, *limits, *queue)) for name in targets]
         sizes = [asyncio.run(characters_per_token(url, text, load)) for url in urls]
         jobs = {name: job_of(url, load) for name, url in zip(targets, urls, strict=True)}
-        return in_turn(jobs, load, text, sizes[0])
+        return alternating(jobs, load, text, sizes[0])
 
 
-def in_turn(jobs: Mapping[str, Job], load: Load, text: str, characters: float) -> Figures:
+def alternating(jobs: Mapping[str, Job], load: Load, text: str, characters: float) -> Figures:
     """Figures of all jobs, which are given the same calls, over the rounds of the load."""
     rounds: dict[str, list[Figures]] = {name: [] for name in jobs}
     total = load.repeats * load.requests * len(jobs)
