@@ -57,7 +57,7 @@ def texts_of(subject: Subject, data: str | None, length: int, more: int, batch: 
     all of it, at another phase of any stride than its neighbours; `more` are behind it."""
     ids_BT = subject.prompts(data, length + more, batch)["input_ids"].tolist()
     offset = length // (4 * batch) * 2 + 1  # has no factor with a stride of 2, 4, 8 …
-    starts = [row * offset % (length - 1) for row in range(batch)]
+    starts = [row * offset % (length // 2) for row in range(batch)]
     return [ids[start:] for ids, start in zip(ids_BT, starts, strict=True)], starts
 
 
