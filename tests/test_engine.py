@@ -5,14 +5,21 @@ import threading
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from conftest import byte_tokenizer
 from families import text, tiny_base, tiny_online
 from sememe.engine import Engine, QueueFull, Request, Sampling
+from sememe.engine.holding import ROWS, Policy
 from sememe.engine.sampling import draw, logprobs
 from sememe.engine.text import TextStream
 from sememe.errors import DataError
 from sememe.models.configuration import ControlConfig
 from sememe.models.control import ControlForCausalLM
+from sememe.models.stepping import rows_of
+
+TOKENIZER = byte_tokenizer()
 
 
 class Letters:
@@ -49,6 +56,8 @@ def test_company_changes_no_answer(hold):
     model = tiny_online(segment="both", bridge=True)
     wanted = requests(40)
     with Engine(model, Letters(), max_rows=14, chunk=16, hold=hold) as engine:
+        if hold:  # whatever was measured
+            engine.scheduler.policy = lambda rows, rate: (rows // 2, 4)
         together = engine.generate(wanted)
     with Engine(model, Letters(), max_rows=1) as engine:
         alone = engine.generate(wanted)
@@ -61,6 +70,40 @@ def test_company_changes_no_answer(hold):
             assert a.token == b.token and abs(a.logprob - b.logprob) < 1e-4
 
 
+def test_rows_wait_where_weights_cost_and_not_where_rows_do():
+    by_weights, by_rows = [1.0] * len(ROWS), [float(rows) for rows in ROWS]
+    assert Policy((4, 22, 4), by_weights, by_weights)(16, 0.25)[0] > 1
+    for rows in (1, 2, 16, 40):
+        assert Policy((4, 22, 4), by_rows, by_rows)(rows, 0.25) == (1, 0)
+    # Nothing is won where the middle is small, or where all write at every step.
+    assert Policy((14, 2, 14), by_weights, by_weights)(16, 0.25) == (1, 0)
+    assert Policy((4, 22, 4), by_weights, by_weights)(16, 1.0) == (1, 0)
+
+
+@pytest.mark.parametrize("hold", [(1, 0), (4, 4)])
+def test_what_is_played_through_is_what_takes_place(hold, monkeypatch):
+    """Where every call of a layer costs a second."""
+    model = tiny_online(boundary="surprise", rate=0.25)
+    policy = Policy(tuple(model.config.split), [1.0] * len(ROWS), [0.0] * len(ROWS))
+    rows, run, calls, written = rows_of(model), model.spine.run, [], []
+    for n in range(8):
+        cache = rows.start([None])
+        rows.read(cache, [text(1, 9 + n, n)[0].tolist()])
+        rows.join(cache, [1])
+
+    def counted(first, last, *args, **options):
+        calls.append(last - first)
+        return run(first, last, *args, **options)
+
+    monkeypatch.setattr(model.spine, "run", counted)
+    for n in range(100):
+        tokens = text(1, len(rows.ready) + 1, n)[0, 1:].tolist()
+        written += rows.step(tokens, *hold).concept_n
+    rate = sum(concept != -1 for concept in written) / len(written)
+    played = policy.speed(8, rate, hold)
+    assert abs(played - len(written) / sum(calls)) < 0.15 * played, (rate, played)
+
+
 def test_the_engine_says_what_generate_says():
     for model in (tiny_online(), tiny_base()):
         wanted = [Request(prompt(n), max_tokens=9) for n in range(6)]
@@ -70,6 +113,60 @@ def test_the_engine_says_what_generate_says():
             ids = torch.tensor([request.prompt])
             options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
             assert model.generate(ids, **options)[0, ids.shape[1] :].tolist() == answer.tokens
+
+
+@pytest.mark.parametrize("model", [tiny_online(segment="both", bridge=True), tiny_base()])
+def test_choices_of_one_request_read_their_prompt_once(model, monkeypatch):
+    """And get what each would alone; requests that only say the same read it each for itself."""
+
+    def wanted(ids, echo):
+        settings = {"max_tokens": 12, "logprobs": 1, "echo": echo}
+        seeds = [Sampling(temperature=1.0, seed=seed) for seed in range(3)]
+        return [Request(ids, sampling=sampling, **settings) for sampling in seeds]
+
+    first, second = prompt(22), prompt(30)
+    requests = [*wanted(first, False), *wanted(second, True), *wanted(list(first), False)]
+    read: list[int] = []
+    with Engine(model, Letters(), max_rows=9, chunk=8) as engine:
+        rows, held = engine.scheduler.rows, threading.Event()
+        original = rows.read
+
+        def reading(cache, texts):
+            held.wait(10)
+            if len(texts[0]) > 1:
+                read.append(sum(map(len, texts)))
+            return original(cache, texts)
+
+        monkeypatch.setattr(rows, "read", reading)
+        threading.Timer(0.2, held.set).start()
+        shared = engine.generate(requests)
+    assert sum(read) == 2 * len(first) + len(second)
+    with Engine(model, Letters(), max_rows=1) as engine:
+        alone = engine.generate(requests)
+    assert [x.tokens for x in shared] == [x.tokens for x in alone]
+    assert [x.concept_ids for x in shared] == [x.concept_ids for x in alone]
+    for one, other in zip(shared, alone, strict=True):
+        assert [x and x.token for x in one.logprobs] == [x and x.token for x in other.logprobs]
+    assert len({tuple(x.tokens) for x in shared[:3]}) == 3
+
+
+def test_a_long_prompt_whose_client_has_gone_is_not_read_on():
+    with Engine(tiny_online(), Letters(), chunk=4) as engine:
+        seen: list = []
+        engine.observe(seen.append)
+        ended = threading.Event()
+        jobs: list = []
+
+        def sink(progress):
+            if progress.finish is None and progress.concept_ids:
+                jobs[0].cancelled = True
+            elif progress.finish is not None:
+                assert progress.finish == "cancelled"
+                ended.set()
+
+        jobs.append(engine.submit(Request(prompt(39) * 2, max_tokens=1), sink))
+        assert ended.wait(10)
+    assert len(seen) < len(prompt(39) * 2) // 4
 
 
 def test_the_control_says_what_generate_says():
@@ -192,3 +289,26 @@ def test_nothing_of_a_stop_string_gets_out(cut):
     stream = TextStream(Letters(), [], ["STOP"])
     said = "".join(stream.add([token]) for token in Letters()("S STO").input_ids)
     assert said == "S " and stream.end() == "STO" and not stream.stopped
+
+
+LETTERS = st.text("ab é😀漢", max_size=30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LETTERS, st.lists(st.text("ab é😀漢", min_size=1, max_size=5), max_size=4), st.data())
+def test_nothing_of_a_stop_string_is_ever_shown(written, stops, data):
+    """However its bytes are spread over tokens, and its tokens over steps."""
+    tokens = TOKENIZER(written, add_special_tokens=False).input_ids
+    stream, shown, stopped = TextStream(TOKENIZER, [], stops), "", ""
+    while tokens:
+        count = data.draw(st.integers(1, len(tokens)))
+        shown += stream.add(tokens[:count])
+        tokens = tokens[count:]
+        assert written.startswith(shown)
+    shown += stream.end()
+    for end in range(len(written) + 1):
+        ending = [stop for stop in stops if written[:end].endswith(stop)]
+        stopped = written[: end - max(map(len, ending), default=0)]
+        if ending:
+            break
+    assert shown == stopped and stream.stopped == bool(ending)

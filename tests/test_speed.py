@@ -109,14 +109,14 @@ def test_rows_in_phase_write_together_and_others_do_not(monkeypatch):
     assert {len(x) - n for x, n in zip(texts, prompts, strict=True)} == {120}
     step, writers = OnlineRows.step, []
 
-    def spied(rows, tokens, hold=1):
-        out = step(rows, tokens, hold)
+    def spied(rows, tokens, *hold):
+        out = step(rows, tokens, *hold)
         writers.append(sum(concept != -1 for concept in out.concept_n))
         return out
 
     monkeypatch.setattr(OnlineRows, "step", spied)
 
-    def steps(texts, prompts, hold=1) -> list[int]:
+    def steps(texts, prompts, hold=batches.NONE) -> list[int]:
         job = batches.Stepping(subject.model, texts, prompts, 24, hold)
         job()
         first, writers[:] = [*writers], []
@@ -128,7 +128,7 @@ def test_rows_in_phase_write_together_and_others_do_not(monkeypatch):
     together, apart = steps([texts[0]] * 12, [48] * 12), steps(texts, prompts)
     assert {*together} == {0, 12} and len(together) == len(apart) == 24
     assert any(0 < count < 12 for count in apart)
-    held = steps(texts, prompts, 6)
+    held = steps(texts, prompts, (6, 4))
     runs = [sum(map(bool, counts)) for counts in (apart, held)]
     assert runs[1] < runs[0] / 1.5 and max(held) >= 6, "the middle layers run less often"
 
@@ -136,6 +136,8 @@ def test_rows_in_phase_write_together_and_others_do_not(monkeypatch):
 def test_figures_of_batches_are_made_of_the_rounds(rounds, monkeypatch):
     subject = sweep_subject(monkeypatch, repeats=1, batch=12)
     monkeypatch.setattr(batches, "alternate", speed.alternate)
+    policy = {1: batches.NONE, 4: batches.NONE, 12: (9, 2)}
+    monkeypatch.setattr(batches, "measured_policy", lambda model: lambda rows, rate: policy[rows])
     rounds += [[1.0], [2.0], [4.0]] * 2 + [[6.0], [2.0], [4.0], [3.0]]
     figures = batches.sweep_batches(subject, 16, None)
     one, four, twelve = figures["batches"]
@@ -143,9 +145,10 @@ def test_figures_of_batches_are_made_of_the_rounds(rounds, monkeypatch):
     assert (four["in_phase_speedup"], four["out_of_phase_speedup"]) == (0.5, 0.25)
     assert four["held_speedup"] is four["hold_gain"] is None and one["base_tokens_per_s"] == 24
     assert twelve["held_tokens_per_s"] == 12 * 24 / 3 and twelve["held_speedup"] == 2
-    assert twelve["hold_gain"] == pytest.approx(4 / 3)
+    assert twelve["hold_gain"] == pytest.approx(4 / 3) and twelve["hold"] == [9, 2]
+    assert twelve["engine_holds"] and not one["engine_holds"]
     assert figures["settings"]["target_rate"] == 0.25 and figures["base_name"] == "tiny"
-    with pytest.raises(SememeError, match=r"need 1 to 136\. try: --prompt-tokens 136"):
+    with pytest.raises(SememeError, match=r"need 1 to 184\. try: --prompt-tokens 184"):
         subject.model.config.base = "tiny"
         batches.sweep_batches(subject, 200, None)
 

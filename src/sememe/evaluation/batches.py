@@ -6,16 +6,17 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sememe.engine.scheduler import HOLD_FROM
+from sememe.engine.holding import NONE, Hold, measured_policy
 from sememe.evaluation.results import Figures
 from sememe.evaluation.speed import about, alternate
 from sememe.evaluation.subject import Subject
 from sememe.models.loading import check_length, longest_text
-from sememe.models.stepping import PATIENCE, rows_of
+from sememe.models.stepping import rows_of
 
 BATCHES = (1, 4, 16, 32, 64)
 LARGEST = 16  # unless the options say another
-SPARE = 1 + PATIENCE  # times the mean: what a row that never waits reads beside others, at most
+HELD = 12  # rows from which on waiting is timed
+SPARE = 3  # times the mean: what a row reads while others wait
 
 
 class Stepping:
@@ -25,7 +26,7 @@ class Stepping:
     Args:
         starts: tokens of each text that are read at first.
         steps: tokens of a row; where rows wait for each other, on average.
-        hold: rows that wait for each other before the middle layers run."""
+        hold: of rows that wait for each other before the middle layers run."""
 
     def __init__(
         self,
@@ -33,20 +34,23 @@ class Stepping:
         texts: Sequence[list[int]],
         starts: Sequence[int],
         steps: int,
-        hold: int = 1,
+        hold: Hold = NONE,
     ):
         self.model, self.texts, self.starts = model, texts, starts
-        self.steps, self.hold = steps, hold
+        self.steps, self.hold = steps, () if hold == NONE else hold
         rows = rows_of(model)
         self.cache = rows.start([None] * len(texts))
         rows.read(self.cache, [text[:start] for text, start in zip(texts, starts, strict=True)])
 
     def __call__(self) -> None:
         rows, positions, count = rows_of(self.model), [*self.starts], 0
-        rows.join(self.cache)  # as a copy
+        rows.join(self.cache, [1] * len(self.texts))  # as a copy
         while count < self.steps * len(self.texts):
-            tokens = [self.texts[row][positions[row]] for row in rows.ready]
-            stepped = rows.step(tokens, self.hold)
+            # A row that hardly ever waits may come to the end of its text.
+            tokens = [
+                self.texts[row][min(positions[row], len(self.texts[row]) - 1)] for row in rows.ready
+            ]
+            stepped = rows.step(tokens, *self.hold)
             for row in stepped.rows:
                 positions[row] += 1
             count += len(stepped.rows)
@@ -72,8 +76,10 @@ def batch_figures(subject: Subject, base: nn.Module, data: str | None, length: i
         "in_phase": Stepping(model, same, whole, options.new_tokens),
         "out_of_phase": Stepping(model, texts, prompts, options.new_tokens),
     }
-    if batch >= HOLD_FROM:
-        jobs["held"] = Stepping(model, texts, prompts, options.new_tokens, batch // 2)
+    chosen = measured_policy(model)(batch, model.dial.rate)
+    hold = chosen if chosen != NONE else (batch // 2, 4)
+    if batch >= HELD:
+        jobs["held"] = Stepping(model, texts, prompts, options.new_tokens, hold)
     seconds = dict(zip(jobs, alternate(jobs.values(), options.repeats), strict=True))
     median = {name: times["median"] for name, times in seconds.items()}
     figures: Figures = {"batch": batch}
@@ -83,6 +89,7 @@ def batch_figures(subject: Subject, base: nn.Module, data: str | None, length: i
         figures[f"{name}_speedup"] = median["base"] / median[name] if name in median else None
     held = "held" in median
     figures["hold_gain"] = median["out_of_phase"] / median["held"] if held else None
+    figures |= {"hold": [*hold] if held else None, "engine_holds": chosen != NONE}
     return figures | {"seconds": seconds}
 
 

@@ -25,8 +25,6 @@ from sememe.concepts.segments import Chunk, packing
 from sememe.concepts.writer import NULL, WriteDecision
 from sememe.models.online import Begun, OnlineForCausalLM
 
-PATIENCE = 4  # steps that a row waits for others at most
-
 
 @dataclass
 class Stepped:
@@ -68,6 +66,10 @@ class TokenCache(Cache):
 
     def bytes(self) -> int:
         return self.slice.bytes()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.slice.take_rows(indices)
+        self.tokens = self.tokens[indices.numpy()]
 
 
 class TokenRows:
@@ -120,8 +122,9 @@ class TokenRows:
         return self.spine.logits(d)
 
     @torch.inference_mode()
-    def join(self, cache: TokenCache) -> None:
-        """The rows of a cache behind these."""
+    def join(self, cache: TokenCache, counts: Sequence[int]) -> None:
+        """The rows of a cache behind these, each so many times."""
+        repeat(cache, counts)
         self.cache.slice.join(cache.slice)
         self.cache.tokens = np.concatenate([self.cache.tokens, cache.tokens])
 
@@ -138,7 +141,7 @@ class TokenRows:
         return np.arange(len(self))
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int], hold: int = 1) -> Stepped:
+    def step(self, tokens: Sequence[int]) -> Stepped:
         """Each row reads a token."""
         d_b1D, written = self.read(self.cache, [[token] for token in tokens])
         return Stepped(self.ready, self.logits(d_b1D[:, 0]), [NULL for _ in written])
@@ -205,10 +208,11 @@ class OnlineRows:
         return self.model.spine.logits(d)
 
     @torch.inference_mode()
-    def join(self, cache: Any) -> None:
-        """The rows of a cache behind these."""
+    def join(self, cache: Any, counts: Sequence[int]) -> None:
+        """The rows of a cache behind these, each so many times."""
+        repeat(cache, counts)
         self.cache.join(cache)
-        self.rate_B = np.concatenate([self.rate_B, cache.rate_B])
+        self.rate_B = np.concatenate([self.rate_B, np.repeat(cache.rate_B, counts)])
 
     @torch.inference_mode()
     def leave(self, row: int) -> None:
@@ -229,9 +233,9 @@ class OnlineRows:
         return np.setdiff1d(np.arange(len(self)), self.waiting)
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int], hold: int = 1) -> Stepped:
+    def step(self, tokens: Sequence[int], hold: int = 1, patience: int = 4) -> Stepped:
         """The `ready` rows read a token each. Rows that write wait until `hold` of them do, one has
-        waited for PATIENCE steps, or no other is left."""
+        waited for `patience` steps, or no other is left."""
         rows, model = self.ready, self.model
         if len(rows) == 0:
             return self._end(*self._release())
@@ -241,7 +245,7 @@ class OnlineRows:
         with model.dial.at(rate=self.rate_B[rows]):
             begun = model.begin(chunk, part)
         writes = begun.decision.written[:, 0]
-        enough = len(self.waiting) + writes.sum() >= hold or self.waited >= PATIENCE
+        enough = len(self.waiting) + writes.sum() >= hold or self.waited >= patience
         if enough or writes.all():
             begun, rows = self._release(begun, rows)
         elif len(self.waiting) or writes.any():
@@ -311,6 +315,13 @@ class OnlineRows:
         decision = WriteDecision(written, written_BT, packing(written_BT), *coded, memory=memory)
         h_BTD, e_BCD, ids_BC = states
         return Begun(chunk, h_BTD, decision, e_BCD, ids_BC)
+
+
+def repeat(cache: TokenCache | Any, counts: Sequence[int]) -> None:
+    """Each row so many times."""
+    if max(counts) > 1:
+        rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        cache.batch_select_indices(rows)
 
 
 def rows_of(model: PreTrainedModel) -> OnlineRows | TokenRows:
