@@ -31,6 +31,7 @@ import psutil
 import torch
 from serve_setup import (
     Metrics,
+    crowded,
     leave,
     long_among,
     tiny_base,
@@ -266,18 +267,19 @@ class Bars:
 
     def s6(self) -> tuple[Figures, dict[str, bool]]:
         """Four times as many requests at once as there are places."""
-        with served(self.tiny()) as url:
+        words = ["--rows", "2", "--queue", "6"] if self.quick else []
+        with served(self.tiny(), *words) as url:
             places = httpx.get(f"{url}/v1/sememe/stats", trust_env=False).json()["places"]
             load = Load(4 * places, (8, 16), (64, 64))
             size = asyncio.run(characters_per_token(url, self.text, load))
-            seen = asyncio.run(round_of(url, calls_of(load, self.text, size, 0), load))
+            seen, times = asyncio.run(crowded(url, calls_of(load, self.text, size, 0), load))
         refused = [x for x in seen if x.status in ("429", "503")]
-        slowest = max((x.end - x.sent for x in refused if x.status == "429"), default=0.0)
+        slowest = max(times, default=float("inf"))
         figures = round_figures(seen) | {"places": places, "slowest_refusal": slowest}
         answered = all(x.status == "200" or x in refused for x in seen)
         return figures, {
             "200, or 429 or 503 with Retry-After": answered and all(x.retry_after for x in refused),
-            "some are refused": bool(refused),
+            f"some are refused ({len(refused)})": bool(refused),
             f"refusals < 200 ms ({1000 * slowest:.0f})": slowest < 0.2,
         }
 

@@ -147,6 +147,24 @@ async def watched(url: str, calls: list[Call], load: Load) -> tuple[list[Seen], 
     return seen, sizes
 
 
+async def crowded(url: str, calls: list[Call], load: Load) -> tuple[list[Seen], list[float]]:
+    """A round, and seconds of refusals that another client gets meanwhile, one after another: those
+    of the round itself wait for this process, which has all connections to make."""
+    task, times = asyncio.create_task(round_of(url, calls, load)), []
+    body = {"prompt": calls[0].prompt, "max_tokens": 1}
+
+    def probe() -> None:
+        with httpx.Client(trust_env=False, timeout=60) as client:
+            start = time.perf_counter()
+            if client.post(f"{url}/v1/completions", json=body).status_code == 429:
+                times.append(time.perf_counter() - start)
+
+    while not task.done():
+        await asyncio.to_thread(probe)
+        await asyncio.sleep(0.05)
+    return await task, times
+
+
 async def leave(url: str, calls: list[Call]) -> None:
     """Clients that go after the first line of their answer."""
     async with client_of(Load()) as client:
