@@ -21,6 +21,8 @@ def test_a_value_is_shown_by_its_unit():
         (1_234_567, "bytes", "1.23 MB"),
         (5123.4, "speed", "5,123 tokens/s"),
         (3725, "time", "1:02:05"),
+        (0.0432, "delay", "43 ms"),
+        (61.5, "delay", "0:01:02"),
         (65536, "count", "65,536"),
         ([21.123456, None], "", "21.12 · –"),
         (math.nan, "nats", "–"),

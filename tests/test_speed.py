@@ -16,9 +16,11 @@ import yaml
 from conftest import byte_tokenizer, sememe
 from families import compressor_over, online_over, text, tiny_base, tiny_online
 from sememe.backbone.calling import CACHE
-from sememe.evaluation import speed
+from sememe.errors import SememeError
+from sememe.evaluation import batches, speed
 from sememe.evaluation.subject import Options, Subject
 from sememe.models.loading import load_base
+from sememe.models.stepping import OnlineRows
 from sememe.report import write_report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -86,6 +88,69 @@ def test_figures_of_an_online_model_in_a_ragged_batch(rounds):
     assert figures["concept"]["cache_bytes"] > 0 and figures["cache_reduction"] > 0
     assert figures["realised_rate"] == pytest.approx(0.25, abs=0.01)
     assert torch.cuda.is_available() or figures["prefill_memory_ratio"] is None
+
+
+def sweep_subject(monkeypatch, **options) -> Subject:
+    model = tiny_online(boundary="null", rate=0.25, max_tail=16)
+    monkeypatch.setattr(Subject, "load_base", lambda self: tiny_base())
+
+    def prompts(self, data, length, batch):
+        return {"input_ids": text(12, 200)[:batch, :length]}
+
+    monkeypatch.setattr(Subject, "prompts", prompts)
+    return Subject("", model, byte_tokenizer(), {}, Options(new_tokens=24, sweep=True, **options))
+
+
+def test_rows_in_phase_write_together_and_others_do_not(monkeypatch):
+    subject = sweep_subject(monkeypatch)
+    texts, starts = batches.texts_of(subject, None, 48, 120, 12)
+    prompts = [48 - start for start in starts]
+    assert {x % 4 for x in prompts} == {0, 1, 2, 3} and min(prompts) > 24 and max(prompts) == 48
+    assert {len(x) - n for x, n in zip(texts, prompts, strict=True)} == {120}
+    step, writers = OnlineRows.step, []
+
+    def spied(rows, tokens, *hold):
+        out = step(rows, tokens, *hold)
+        writers.append(sum(concept != -1 for concept in out.concept_n))
+        return out
+
+    monkeypatch.setattr(OnlineRows, "step", spied)
+
+    def steps(texts, prompts, hold=batches.NONE) -> list[int]:
+        job = batches.Stepping(subject.model, texts, prompts, 24, hold)
+        job()
+        first, writers[:] = [*writers], []
+        job()
+        second, writers[:] = [*writers], []
+        assert first == second, "the same tokens after the same prompts"
+        return first
+
+    together, apart = steps([texts[0]] * 12, [48] * 12), steps(texts, prompts)
+    assert {*together} == {0, 12} and len(together) == len(apart) == 24
+    assert any(0 < count < 12 for count in apart)
+    held = steps(texts, prompts, (6, 4))
+    runs = [sum(map(bool, counts)) for counts in (apart, held)]
+    assert runs[1] < runs[0] / 1.5 and max(held) >= 6, "the middle layers run less often"
+
+
+def test_figures_of_batches_are_made_of_the_rounds(rounds, monkeypatch):
+    subject = sweep_subject(monkeypatch, repeats=1, batch=12)
+    monkeypatch.setattr(batches, "alternate", speed.alternate)
+    policy = {1: batches.NONE, 4: batches.NONE, 12: (9, 2)}
+    monkeypatch.setattr(batches, "measured_policy", lambda model: lambda rows, rate: policy[rows])
+    rounds += [[1.0], [2.0], [4.0]] * 2 + [[6.0], [2.0], [4.0], [3.0]]
+    figures = batches.sweep_batches(subject, 16, None)
+    one, four, twelve = figures["batches"]
+    assert [x["batch"] for x in (one, four, twelve)] == [1, 4, 12]
+    assert (four["in_phase_speedup"], four["out_of_phase_speedup"]) == (0.5, 0.25)
+    assert four["held_speedup"] is four["hold_gain"] is None and one["base_tokens_per_s"] == 24
+    assert twelve["held_tokens_per_s"] == 12 * 24 / 3 and twelve["held_speedup"] == 2
+    assert twelve["hold_gain"] == pytest.approx(4 / 3) and twelve["hold"] == [9, 2]
+    assert twelve["engine_holds"] and not one["engine_holds"]
+    assert figures["settings"]["target_rate"] == 0.25 and figures["base_name"] == "tiny"
+    with pytest.raises(SememeError, match=r"need 1 to 184\. try: --prompt-tokens 184"):
+        subject.model.config.base = "tiny"
+        batches.sweep_batches(subject, 200, None)
 
 
 def test_timing_of_training_leaves_the_model_as_it_was(base_folder):

@@ -1,8 +1,11 @@
 """Every argument and option of the command line, once: its type, its help and its limits."""
 
 import contextlib
+import inspect
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -43,6 +46,32 @@ def _numbers(text: str | None) -> list[float]:
         raise SememeError(
             f"--rate {text!r}: need numbers with commas between them. try: --rate 0.25,0.5"
         ) from error
+
+
+def _lengths(context: typer.Context, option: typer.CallbackParam, text: str | None):
+    """`256` → (256, 256), `64-256` → (64, 256)."""
+    if text is None:
+        return None
+    name, match = option.opts[0], re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 2 <= low <= high:
+        raise SememeError(
+            f"{name} {text!r}: need a number from 2 on, or two with - between them. try: {name} 256"
+        )
+    return low, high
+
+
+def expand(command: Callable, parameters: dict[str, tuple[Any, Any]]) -> None:
+    """Gives a command that takes `**options` the signature which typer reads: each parameter by
+    name, with its type and its default; `...` for none."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    command.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(name, kind, default=default, annotation=annotation)
+            for name, (annotation, default) in parameters.items()
+        ]
+    )
+    command.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
 
 
 Model = argument(str, "A run folder, a saved model folder, a base, or smollm2-135m-online.")
@@ -128,11 +157,38 @@ Bins = option(
 )
 Beams = option(int, "Hypotheses of the beam search; 1 is the fastest. Default: 16.", min=1)
 
-PromptTokens = option(int, "Default: 512; of a compressor those of a window.", min=2)
-TimedTokens = option(int, "Tokens to write; a compressor writes the text again.", min=2)
-Batch = option(int, "Default: 1; of a compressor 16 windows.", min=1)
+PromptTokens = option(
+    str,
+    "Default: 512, of a server 256; of a compressor those of a window. N-M: from N to M, of "
+    "servers.",
+    metavar="N",
+    callback=_lengths,
+)
+TimedTokens = option(
+    str,
+    "Tokens to write; a compressor writes the text again. N-M: as above. Default: 64.",
+    metavar="N",
+    callback=_lengths,
+)
+Batch = option(
+    int, "Default: 1; of a compressor 16 windows, of a server 16 requests a round.", min=1
+)
 Repeats = option(int, "Counted rounds; the median is reported.", min=1)
 Dtype = option(str, "float32 or bfloat16, for both.")
+Sweep = option(
+    bool,
+    "Of an online model: batches of 1, 4, 16 (or up to --batch) rows, in phase and out of it.",
+    "--sweep",
+)
+Servers = option(
+    list[str],
+    "Time a server of OpenAI's completions; of a model one is started. Several times: in turn.",
+    "--serve",
+    metavar="URL|MODEL",
+)
+Arrivals = option(
+    float, "Requests per second, at random times. Default: all at once.", min=0.001, metavar="R"
+)
 
 Prompt = option(str, "Text to go on from.")
 MaxNewTokens = option(int, "Tokens to write at most.", min=1)

@@ -12,6 +12,7 @@ import typer
 
 import sememe
 from sememe import arguments
+from sememe.cli_benchmark import benchmark
 from sememe.cli_serve import serve
 from sememe.errors import Interrupted, SememeError
 from sememe.terminal import (
@@ -320,31 +321,7 @@ def reconstruct(
     show_figures(result, model)
 
 
-@command
-def benchmark(
-    model: arguments.Model,
-    prompt_tokens: arguments.PromptTokens = None,
-    new_tokens: arguments.TimedTokens = 64,
-    batch: arguments.Batch = None,
-    repeats: arguments.Repeats = 5,
-    data: arguments.Data = None,
-    dtype: arguments.Dtype = "float32",
-    rate: arguments.Rate = None,
-):
-    """Speed and cache beside the unmodified base: one process, same dtype and kernel, alternating,
-    medians; of one prompt, and of a batch in which rows are ragged and out of phase. Of a
-    compressor: compressing beside one forward of the base over the same text, decompressing beside
-    the base's own writing.
-
-    Example: `sememe benchmark runs/demo --prompt-tokens 512 --new-tokens 128`"""
-    from sememe import measure
-
-    options = measure.Options(
-        batch=batch, dtype=dtype, rate=rate, new_tokens=new_tokens, repeats=repeats
-    )
-    result = measure.benchmark(model, prompt_tokens, data, options)
-    yield result
-    show_figures(result, model)
+command(benchmark)
 
 
 @command

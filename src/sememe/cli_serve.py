@@ -1,16 +1,16 @@
 """The command `sememe serve`."""
 
-import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 from sememe import arguments
-from sememe.errors import SememeError
+from sememe.errors import needs_extra
 from sememe.serving.settings import Settings, cache_limit, check_exposure, read_key, served_name
 from sememe.terminal import say
 
 OPTIONS = {
+    "model": (arguments.Model, ...),
     "host": (arguments.Host, Settings.host),
     "port": (arguments.Port, Settings.port),
     "key_file": (arguments.KeyFile, None),
@@ -39,7 +39,8 @@ def serve(model: arguments.Model, **options: Any) -> Iterator[dict[str, Any]]:
     check_exposure(options["host"], key, options.pop("no_key"))
     memory = cache_limit(options.pop("cache_memory"))
     settings = Settings(key=key, cache_bytes=memory, **options)
-    run = _server()
+    with needs_extra("serve"):
+        from sememe.serving.run import serve as run
     # Request by request a line without its text; what uvicorn says about itself is left out.
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("sememe.serving").setLevel(logging.INFO)
@@ -56,32 +57,4 @@ def serve(model: arguments.Model, **options: Any) -> Iterator[dict[str, Any]]:
     say(f"served: {', '.join(words) or 'no request'}")
 
 
-def _server():
-    """Raises SememeError where the extra is not installed."""
-    try:
-        from sememe.serving.run import serve as run
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("sememe"):
-            raise
-        raise SememeError(
-            f"{error.name} is not installed: need the extra serve. try: pip install 'sememe[serve]'"
-        ) from error
-    return run
-
-
-def _expand() -> None:
-    """What typer reads: each option by name, with the default that the settings have."""
-    signature = inspect.signature(serve)
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    extra = [
-        inspect.Parameter(name, kind, default=default, annotation=annotation)
-        for name, (annotation, default) in OPTIONS.items()
-    ]
-    model = signature.parameters["model"]
-    serve.__signature__ = signature.replace(parameters=[model, *extra])
-    serve.__annotations__ = {"model": arguments.Model} | {
-        name: annotation for name, (annotation, _) in OPTIONS.items()
-    }
-
-
-_expand()
+arguments.expand(serve, OPTIONS)

@@ -1,5 +1,8 @@
 """What goes wrong because of the input: one sentence that says got, need, try."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class SememeError(Exception):
     """A fault that the user can mend. The command line prints it without a traceback and exits with
@@ -34,6 +37,21 @@ class TrainingError(SememeError):
 
 class Interrupted(SememeError):
     """The user stopped the work. Exit code 130."""
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Imports that only work where an extra of this package is installed. Raises SememeError where
+    it is not."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sememe"):
+            raise
+        raise SememeError(
+            f"{error.name} is not installed: need the extra {extra}. try: pip install "
+            f"'sememe[{extra}]'"
+        ) from error
 
 
 def reason(error: BaseException) -> str:

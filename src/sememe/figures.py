@@ -136,6 +136,7 @@ FORMATS = {
     "speed": lambda x: f"{x:,.0f} tokens/s" if x >= 100 else f"{x:.3g} tokens/s",
     "bytes": lambda x: decimal(int(x), precision=2),
     "time": _time,
+    "delay": lambda x: f"{1000 * x:,.0f} ms" if x < 10 else _time(x),
 }
 
 

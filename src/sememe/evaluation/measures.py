@@ -1,7 +1,9 @@
 """What each system is measured by: the function of each command, of a `Subject` and what else the
 command takes, which returns its figures."""
 
+from sememe.errors import CheckpointError
 from sememe.evaluation.ablation import ablate_plans, ablate_text
+from sememe.evaluation.batches import sweep_batches
 from sememe.evaluation.compressor import evaluate_compressor
 from sememe.evaluation.plans import evaluate_plans, evaluate_sources
 from sememe.evaluation.quality import evaluate
@@ -26,12 +28,24 @@ def _evaluate_control(subject: Subject, heldout, control: Subject | None) -> Fig
     return (evaluate_sources if on_pairs else evaluate)(subject, heldout, control)
 
 
+def _benchmark_online(subject: Subject, length: int | None, data: str | None) -> Figures:
+    """Of one batch, or of several by the engine's steps."""
+    if not subject.options.sweep:
+        return benchmark_saved_online(subject, length, data)
+    if not subject.model.config.writes_concepts:
+        raise CheckpointError(
+            f"{subject.name} writes no concepts, so none of its rows is out of phase: need an "
+            "online model. try: without --sweep"
+        )
+    return sweep_batches(subject, length, data)
+
+
 TEXT = {"evaluate": evaluate}
-CONTROL = {"evaluate": _evaluate_control, "benchmark": benchmark_saved_online}
+CONTROL = {"evaluate": _evaluate_control, "benchmark": _benchmark_online}
 ONLINE = {
     **TEXT,
     "ablate": ablate_text,
-    "benchmark": benchmark_saved_online,
+    "benchmark": _benchmark_online,
 }
 COMPRESSOR = {
     **ONLINE,

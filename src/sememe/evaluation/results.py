@@ -5,7 +5,9 @@ Imports nothing large: tables on the terminal are written with it before torch i
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sememe import storage
@@ -36,6 +38,12 @@ CONTRACT = (
     "largest_code_share",
 )
 """Keys that every evaluation has; null where a model has no such figure."""
+
+
+def of_rounds(values: Sequence[float]) -> Figures:
+    """A figure of several rounds."""
+    low, high = min(values), max(values)
+    return {"median": median(values), "min": low, "max": high, "rounds": [*values]}
 
 
 def put(path: Path, value: Any) -> None:

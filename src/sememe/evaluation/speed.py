@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection
 from functools import partial
 from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers.cache_utils import Cache
 from sememe.backbone.calling import CACHE, cache_argument
 from sememe.concepts.proposals import OFFSETS, RANK, WORDS
 from sememe.evaluation.reconstruction import coding_cost
-from sememe.evaluation.results import Figures
+from sememe.evaluation.results import Figures, of_rounds
 from sememe.evaluation.subject import Options, Subject
 from sememe.models.configuration import ControlConfig
 from sememe.models.control import ControlForCausalLM
@@ -45,10 +44,8 @@ def alternate(jobs: Collection[Callable[[], Any]], repeats: int) -> list[Figures
             job()
             times.append(clock())
         rounds.append([end - start for start, end in pairwise(times)])
-    return [
-        {"median": median(seconds), "min": min(seconds), "max": max(seconds), "rounds": [*seconds]}
-        for seconds in zip(*rounds[1:], strict=True)  # the first one warms up
-    ]
+    # The first one warms up.
+    return [of_rounds(seconds) for seconds in zip(*rounds[1:], strict=True)]
 
 
 def throughput(what: str, tokens: int, seconds: Figures) -> Figures:
@@ -241,6 +238,7 @@ def benchmark_compressor(subject: Subject, length: int | None, data: str | None)
     """Windows of `length` tokens, compressed and decompressed all at once, beside the base that
     reads the same tokens (one plain forward with the logits of every token) and writes about as
     many."""
+    subject.refuse("sweep", "an online model, whose rows write at different steps")
     model, base, options = subject.model, subject.load_base(), subject.options
     length = length or subject.block_length
     check_length(longest_text(model.config), length, "--prompt-tokens ")

@@ -45,6 +45,8 @@ class Options:
     signals: int = 0
     """Of a planner: training pairs that probes of its plans are fitted on."""
     new_tokens: int = 64
+    sweep: bool = False
+    """Of an online model: decoding of several batches, in phase and out of it."""
     repeats: int = 5
     online: str | None = None
     """Online model that a compressor is compared with."""
