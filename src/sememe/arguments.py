@@ -134,6 +134,14 @@ Batch = option(int, "Default: 1; of a compressor 16 windows.", min=1)
 Repeats = option(int, "Counted rounds; the median is reported.", min=1)
 Dtype = option(str, "float32 or bfloat16, for both.")
 
+Workers = option(
+    int,
+    "Processes that share the work, each with the model; more than 1 need Ray. The same command "
+    "goes on where it was killed.",
+    min=1,
+    max=64,
+)
+
 Prompt = option(str, "Text to go on from.")
 MaxNewTokens = option(int, "Tokens to write at most.", min=1)
 Temperature = option(float, "0 is greedy.", min=0.0)

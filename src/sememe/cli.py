@@ -194,6 +194,7 @@ def evaluate(
     search: arguments.Search = 3,
     answers: arguments.Answers = False,
     signals: arguments.Signals = 0,
+    workers: arguments.Workers = 1,
 ):
     """Held-out quality, the gate running free: NLL, realised rate, code use, and what ablating the
     codes costs. Of a planner: NLL with its own plans, the best plans, shuffled, random and empty
@@ -207,7 +208,12 @@ def evaluate(
     from sememe import measure
 
     options = measure.Options(
-        tokens=tokens, rate=rate, search=search, answers=answers, signals=signals
+        tokens=tokens,
+        rate=rate,
+        search=search,
+        answers=answers,
+        signals=signals,
+        workers=workers if workers > 1 else 0,
     )
     result = measure.evaluate(model, data, control, options)
     yield result
@@ -263,6 +269,7 @@ def compress(
     file: arguments.TextFile,
     out: arguments.OutCodes,
     rate: arguments.Rate = None,
+    workers: arguments.Workers = 1,
 ):
     """Turn text into concept ids: a JSON file with the ids and the characters of every window.
 
@@ -272,7 +279,7 @@ def compress(
     are character ends: put together, the windows are the document."""
     from sememe.codes import compress_file
 
-    result = compress_file(model, file, out, rate=rate[0] if rate else None)
+    result = compress_file(model, file, out, rate[0] if rate else None, workers)
     yield result
     show_figures(result, model)
     say(f"codes: {out}")

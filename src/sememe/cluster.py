@@ -41,11 +41,12 @@ def cluster(processes: int, **settings: str) -> Iterator[None]:
     )
     # One that comes by the environment is not written to the home folder.
     settings["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
-    # Not TMPDIR: the paths of sockets within may have 107 characters at most.
-    folder = Path(tempfile.mkdtemp(prefix="sememe-", dir="/tmp" if os.name == "posix" else None))
     # Read when Ray is imported, and by every process that it starts.
     with _environment(SETTINGS | settings):
         ray = _imported()
+        # Not TMPDIR: the paths of sockets within may have 107 characters at most.
+        place = "/tmp" if os.name == "posix" else None
+        folder = Path(tempfile.mkdtemp(prefix="sememe-", dir=place))
         try:
             _start(ray, processes, folder)
             yield

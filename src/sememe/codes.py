@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from sememe.concepts.dial import evaluating
 from sememe.data import check_text, encoder, read_texts, token_windows
 from sememe.errors import CheckpointError, CodesError
 from sememe.models import CompressorForCausalLM
+from sememe.models.compressor.model import ROWS_AT_ONCE
 from sememe.models.loading import (
     check_length,
     check_rate,
@@ -29,6 +30,8 @@ from sememe.models.loading import (
     tokenizer_folder,
 )
 from sememe.paths import usable
+from sememe.progress import bar
+from sememe.workers import Tensors, work_in_parts
 
 tokens_of = attrgetter("tokens")
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
@@ -158,12 +161,28 @@ def writer_of(model: CompressorForCausalLM) -> Writer:
     )
 
 
+class Compress:
+    """Windows of one length → the concept ids of each, at a rate; what every process does."""
+
+    def __init__(self, model: str | Path | CompressorForCausalLM, rate: float):
+        self.model = loaded(model)
+        self.rate = rate
+
+    def __call__(self, part: Tensors) -> Tensors:
+        """(B, T) `windows` → (n,) `concepts` of all rows, and (B,) `counts`, how many each has."""
+        with self.model.dial.at(rate=self.rate), evaluating(self.model):
+            rows = self.model.compress(part["windows"])
+        counts_B = torch.tensor([len(row) for row in rows])
+        return {"concepts": torch.tensor([*chain.from_iterable(rows)]), "counts": counts_B}
+
+
 def compress(
     model: str | Path | CompressorForCausalLM,
     texts: str | Iterable[str],
     *,
     window: int | None = None,
     rate: float | None = None,
+    workers: int = 1,
 ) -> Codes:
     """The concept ids of texts, documents of any length. Only windows of one length go together:
     nothing is padded, and what a window becomes does not depend on its neighbours.
@@ -172,10 +191,11 @@ def compress(
         model: a run of `system: compressor`, its saved model, or such a model in memory.
         window: tokens that are compressed together; default: the run's `sequence_length`.
         rate: concepts per token; default: as trained.
+        workers: processes; more than one need Ray, and each loads the model.
 
     Raises CheckpointError, DataError or RecipeError for a model that is no compressor, a text or
     window that does not fit, a rate that the model cannot hold."""
-    model = loaded(model)
+    name, model = model, loaded(model)
     config = model.config
     rate = model.dial.rate if rate is None else rate
     window = trained_window(config) if window is None else window
@@ -191,14 +211,25 @@ def compress(
         ]
         documents.append(Document(characters=len(text), windows=windows))
     by_length = sorted((x for document in documents for x in document.windows), key=tokens_of)
-    with model.dial.at(rate=rate), evaluating(model):
-        for _, group in groupby(by_length, tokens_of):
-            windows = list(group)
-            rows = model.compress(torch.tensor([x.concepts for x in windows]))
-            for x, concepts in zip(windows, rows, strict=True):
-                x.concepts = concepts
+    groups = (list(group) for _, group in groupby(by_length, tokens_of))
+    # The same rows go together in any number of processes: else a tie might be broken another way.
+    together = [
+        group[start : start + ROWS_AT_ONCE]
+        for group in groups
+        for start in range(0, len(group), ROWS_AT_ONCE)
+    ]
+    parts = [{"windows": torch.tensor([x.concepts for x in rows])} for rows in together]
+    writer = writer_of(model)
+    if workers > 1:
+        results = work_in_parts(Compress, (name, rate), parts, workers, (writer, rate))
+    else:
+        results = map(Compress(model, rate), bar(iterable=parts, desc="compress", unit="batch"))
+    for windows, result in zip(together, results, strict=True):
+        concepts = result["concepts"].split(result["counts"].tolist())
+        for x, concepts_C in zip(windows, concepts, strict=True):
+            x.concepts = concepts_C.tolist()
     return Codes(
-        model=writer_of(model),
+        model=writer,
         num_concepts=config.num_concepts,
         codes_per_concept=config.codes_per_concept,
         rate=float(rate),
@@ -237,12 +268,15 @@ def decompress(
 # ---- files ----
 
 
-def compress_file(model: str, source: str, out: Path, rate: float | None = None) -> dict[str, Any]:
+def compress_file(
+    model: str, source: str, out: Path, rate: float | None = None, workers: int = 1
+) -> dict[str, Any]:
     """Compresses a text file into a new file of codes; returns its figures."""
     check_new(out)
-    compressor, texts = loaded(model), read_texts(source)
+    # Several processes load it by its name.
+    compressor, texts = loaded(model) if workers == 1 else model, read_texts(source)
     start = time.perf_counter()
-    codes = compress(compressor, texts, rate=rate)
+    codes = compress(compressor, texts, rate=rate, workers=workers)
     seconds = time.perf_counter() - start
     codes.save(out)
     paths = {"model": model, "data": source, "out": str(out), "bytes": out.stat().st_size}
