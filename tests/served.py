@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -20,6 +21,9 @@ from sememe.serving.run import Protocol, Server
 from sememe.serving.service import Service
 from sememe.serving.settings import Settings
 
+PROMPT = "The old detective"
+LONG = {"prompt": PROMPT, "max_tokens": 480, "logit_bias": {"2": -100}}
+KEY = "a-key-of-many-letters"
 VOCABULARY = 261
 CONTEXT = 512
 TEMPLATE = (
@@ -104,3 +108,16 @@ def chunks(response: httpx.Response) -> list[dict]:
     lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def check_error(response: httpx.Response, *statuses: int, code: str | None = None) -> dict:
+    """In the one shape, and of nothing that is not the client's business."""
+    assert response.status_code in (statuses or range(400, 500)), response.text
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    text = response.text.replace("\\n", "\n")
+    assert not re.search(r"/|File|0x|Traceback", text) and KEY not in text, text
+    assert "try: " in body["error"]["message"]
+    if code is not None:
+        assert body["error"]["code"] == code
+    return body["error"]

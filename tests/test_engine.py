@@ -5,7 +5,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from conftest import byte_tokenizer
 from families import text, tiny_base, tiny_online
 from sememe.engine import Engine, QueueFull, Request, Sampling
 from sememe.engine.sampling import draw, logprobs
@@ -13,6 +16,8 @@ from sememe.engine.text import TextStream
 from sememe.errors import DataError
 from sememe.models.configuration import ControlConfig
 from sememe.models.control import ControlForCausalLM
+
+TOKENIZER = byte_tokenizer()
 
 
 class Letters:
@@ -70,6 +75,60 @@ def test_the_engine_says_what_generate_says():
             ids = torch.tensor([request.prompt])
             options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
             assert model.generate(ids, **options)[0, ids.shape[1] :].tolist() == answer.tokens
+
+
+@pytest.mark.parametrize("model", [tiny_online(segment="both", bridge=True), tiny_base()])
+def test_choices_of_one_request_read_their_prompt_once(model, monkeypatch):
+    """And get what each would alone; requests that only say the same read it each for itself."""
+
+    def wanted(ids, echo):
+        settings = {"max_tokens": 12, "logprobs": 1, "echo": echo}
+        seeds = [Sampling(temperature=1.0, seed=seed) for seed in range(3)]
+        return [Request(ids, sampling=sampling, **settings) for sampling in seeds]
+
+    first, second = prompt(22), prompt(30)
+    requests = [*wanted(first, False), *wanted(second, True), *wanted(list(first), False)]
+    read: list[int] = []
+    with Engine(model, Letters(), max_rows=9, chunk=8) as engine:
+        rows, held = engine.scheduler.rows, threading.Event()
+        original = rows.read
+
+        def reading(cache, texts):
+            held.wait(10)
+            if len(texts[0]) > 1:
+                read.append(sum(map(len, texts)))
+            return original(cache, texts)
+
+        monkeypatch.setattr(rows, "read", reading)
+        threading.Timer(0.2, held.set).start()
+        shared = engine.generate(requests)
+    assert sum(read) == 2 * len(first) + len(second)
+    with Engine(model, Letters(), max_rows=1) as engine:
+        alone = engine.generate(requests)
+    assert [x.tokens for x in shared] == [x.tokens for x in alone]
+    assert [x.concept_ids for x in shared] == [x.concept_ids for x in alone]
+    for one, other in zip(shared, alone, strict=True):
+        assert [x and x.token for x in one.logprobs] == [x and x.token for x in other.logprobs]
+    assert len({tuple(x.tokens) for x in shared[:3]}) == 3
+
+
+def test_a_long_prompt_whose_client_has_gone_is_not_read_on():
+    with Engine(tiny_online(), Letters(), chunk=4) as engine:
+        seen: list = []
+        engine.observe(seen.append)
+        ended = threading.Event()
+        jobs: list = []
+
+        def sink(progress):
+            if progress.finish is None and progress.concept_ids:
+                jobs[0].cancelled = True
+            elif progress.finish is not None:
+                assert progress.finish == "cancelled"
+                ended.set()
+
+        jobs.append(engine.submit(Request(prompt(39) * 2, max_tokens=1), sink))
+        assert ended.wait(10)
+    assert len(seen) < len(prompt(39) * 2) // 4
 
 
 def test_the_control_says_what_generate_says():
@@ -192,3 +251,26 @@ def test_nothing_of_a_stop_string_gets_out(cut):
     stream = TextStream(Letters(), [], ["STOP"])
     said = "".join(stream.add([token]) for token in Letters()("S STO").input_ids)
     assert said == "S " and stream.end() == "STO" and not stream.stopped
+
+
+LETTERS = st.text("ab é😀漢", max_size=30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LETTERS, st.lists(st.text("ab é😀漢", min_size=1, max_size=5), max_size=4), st.data())
+def test_nothing_of_a_stop_string_is_ever_shown(written, stops, data):
+    """However its bytes are spread over tokens, and its tokens over steps."""
+    tokens = TOKENIZER(written, add_special_tokens=False).input_ids
+    stream, shown, stopped = TextStream(TOKENIZER, [], stops), "", ""
+    while tokens:
+        count = data.draw(st.integers(1, len(tokens)))
+        shown += stream.add(tokens[:count])
+        tokens = tokens[count:]
+        assert written.startswith(shown)
+    shown += stream.end()
+    for end in range(len(written) + 1):
+        ending = [stop for stop in stops if written[:end].endswith(stop)]
+        stopped = written[: end - max(map(len, ending), default=0)]
+        if ending:
+            break
+    assert shown == stopped and stream.stopped == bool(ending)

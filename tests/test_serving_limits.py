@@ -1,30 +1,29 @@
 """`sememe serve` and clients that are wrong, hostile, too many or too slow."""
 
+import contextlib
 import json
-import os
-import re
-import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
-from families import tiny_base
-from sememe.engine import open_engine
-from sememe.errors import CheckpointError, SememeError
-from sememe.models import CompressorConfig
+from sememe.errors import SememeError
 from sememe.serving.app import build_app
+from sememe.serving.run import Protocol
 from sememe.serving.settings import check_exposure, read_key, served_name
-from served import CONTEXT, chat_tokenizer, running, served_online, until
+from served import (
+    CONTEXT,
+    KEY,
+    LONG,
+    PROMPT,
+    check_error,
+    running,
+    served_online,
+    until,
+)
 
-PROMPT = "The old detective"
-LONG = {"prompt": PROMPT, "max_tokens": 480, "logit_bias": {"2": -100}}
 JSON = {"content-type": "application/json"}
-KEY = "a-key-of-many-letters"
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +35,6 @@ def model():
 def client(model):
     with running(model) as (_, client):
         yield client
-
-
-def check_error(response: httpx.Response, *statuses: int, code: str | None = None) -> dict:
-    """In the one shape, and of nothing that is not the client's business."""
-    assert response.status_code in (statuses or range(400, 500)), response.text
-    body = response.json()
-    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
-    text = response.text.replace("\\n", "\n")
-    assert not re.search(r"/|File|0x|Traceback", text) and KEY not in text, text
-    assert "try: " in body["error"]["message"]
-    if code is not None:
-        assert body["error"]["code"] == code
-    return body["error"]
 
 
 # S3: what a sampler must not be given.
@@ -214,6 +200,18 @@ def test_a_body_that_does_not_come_is_408(model):
         assert client.get("/health").status_code == 200
 
 
+def test_more_connections_than_there_are_files_for_are_refused(model, monkeypatch):
+    monkeypatch.setattr(Protocol, "max_connections", 3)
+    with running(model) as (_, client), contextlib.ExitStack() as opened:
+        assert client.get("/health").status_code == 200
+        address = client.base_url.host, client.base_url.port
+        for _ in range(3):
+            last = opened.enter_context(socket.create_connection(address, 10))
+        answer = last.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503") and b"too_many_connections" in answer
+        assert client.get("/health").status_code == 200
+
+
 # ---- the key ----
 
 
@@ -290,14 +288,11 @@ def test_more_than_there_is_room_for_is_429_at_once(model):
 
 
 def test_the_refused_are_not_tokenised(model, monkeypatch):
-    body = LONG | {"stream": True}
-    with (
-        running(model, rows=1, queue=0) as (service, client),
-        client.stream("POST", "/v1/completions", json=body) as stream,
-    ):
-        next(stream.iter_lines())
+    with running(model, rows=1, queue=0) as (service, client):
         monkeypatch.setattr(service, "tokens", lambda text: pytest.fail("tokenised"))
-        check_error(client.post("/v1/completions", json=LONG), 429)
+        with service.reserve(1):
+            check_error(client.post("/v1/completions", json=LONG), 429)
+        assert service.used == 1  # a group that was made inside gives them back itself
 
 
 def test_a_deadline_ends_answers(model):
@@ -346,62 +341,3 @@ def test_a_silent_stream_has_comments(model, monkeypatch):
         monkeypatch.setattr(scheduler, "iterate", lambda: (time.sleep(0.5), iterate()))
         with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
             assert next(answer.iter_lines()).startswith(":")
-
-
-# ---- the process ----
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served") / "tiny"
-    model = served_online()
-    model.merged()  # which needs no base
-    model.save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def start(folder, *words) -> subprocess.Popen:
-    command = [sys.executable, "-m", "sememe", "serve", str(folder), "--port", "0", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
-
-
-def test_sigterm_lets_streams_end_and_exits_0(saved):
-    process = start(saved, "--drain", "120")
-    try:
-        line = process.stdout.readline()
-        assert "http://" in line, line + process.stderr.read()
-        address = re.search(r"http://\S+", line)[0]
-        with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
-
-            def stream(number: int) -> list[str]:
-                body = LONG | {"stream": True, "max_tokens": 200, "prompt": f"secret {number}"}
-                with client.stream("POST", "/completions", json=body) as response:
-                    lines = response.iter_lines()
-                    begun.append(next(lines))
-                    return [line for line in lines if line]
-
-            begun: list[str] = []
-            with ThreadPoolExecutor(10) as pool:
-                streams = [pool.submit(stream, number) for number in range(10)]
-                until(lambda: len(begun) == 10, 60)
-                process.send_signal(signal.SIGTERM)
-                time.sleep(0.2)
-                check_error(client.post("/completions", json=LONG), 503, code="shutting_down")
-                assert {one.result()[-1] for one in streams} == {"data: [DONE]"}
-        out, log = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 0, log
-    assert "10 ok" in out and "1 unavailable" in out
-    assert "secret" not in log and "detective" not in log and log.count(" POST 200 ok ") == 10
-
-
-def test_what_is_not_served_is_one_sentence(tmp_path):
-    folder = tmp_path / "compressor"
-    folder.mkdir()
-    CompressorConfig(text_config=tiny_base().config, base="tiny").save_pretrained(folder)
-    with pytest.raises(CheckpointError, match=r"is a compressor.*try: "):
-        open_engine(str(folder))

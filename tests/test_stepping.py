@@ -41,7 +41,7 @@ def together(model, requests, hold, generator):
             for part in (prompt[:cut], prompt[cut:]):
                 d_1TD, written = rows.read(cache, [part])
                 result[number][1].extend(written[0])
-            rows.join(cache)
+            rows.join(cache, [1])
             running.append(number)
             result[number][0].append(int(rows.logits(d_1TD[:, -1]).argmax()))
         gone = [row for row, n in enumerate(running) if len(result[n][0]) == requests[n][2]]
@@ -81,7 +81,7 @@ def test_rows_of_a_base_say_what_generate_says():
     for prompt in prompts:
         cache = rows.start([1.0])
         d_1TD, _ = rows.read(cache, [prompt])
-        rows.join(cache)
+        rows.join(cache, [1])
         said.append([int(rows.logits(d_1TD[:, -1]).argmax())])
     for _ in range(10):
         out = rows.step([row[-1] for row in said])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sememe.engine.requests import Iteration, Job, Progress, TokenLogprob
+from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.sampling import choose, logprobs
 from sememe.models.stepping import NULL, rows_of
 
@@ -43,12 +43,22 @@ class Running:
 
 @dataclass(eq=False)
 class Joining:
-    """Prompts that are read together, in a cache of their own."""
+    """Prompts that are read together, in a cache of their own. `groups`: those who go on from each
+    of them; choices of one request read theirs once."""
 
-    members: list[Running]
+    groups: list[list[Running]]
     cache: object = None
     done: int = 0
     last_11D: Tensor | None = None  # of a prompt whose tokens' probabilities are wanted
+
+    @property
+    def members(self) -> list[Running]:
+        return [member for group in self.groups for member in group]
+
+    @property
+    def requests(self) -> list[Request]:
+        """One of each prompt."""
+        return [group[0].job.request for group in self.groups]
 
 
 class Scheduler:
@@ -123,16 +133,23 @@ class Scheduler:
             job.sink(Progress(finish="cancelled"))
         for member in [x for x in self.running if x.job.cancelled]:
             self._leave(member, "cancelled")
-        # One that still reads goes when it is through: the others of its cache go on.
+        # Of those that read together one goes when all are through: the others of its cache go on.
+        if self.joining is not None and all(x.job.cancelled for x in self.joining.members):
+            joining, self.joining = self.joining, None
+            for member in joining.members:
+                self._finish(member, "cancelled", Progress())
 
     def _admit(self) -> None:
         """The next jobs: a long prompt alone, or several that fit a chunk together."""
-        members, tokens = [], 0
+        groups: list[list[Running]] = []
+        members, longest = [], 0
         while self.queue and len(self.running) + len(members) < self.max_rows:
             job, since = self.queue[0]
             request = job.request
-            length = max(tokens, len(request.prompt))
-            if members and (length * (len(members) + 1) > self.chunk or request.echo):
+            same = bool(groups) and same_reading(request, members[-1].job.request)
+            length = max(longest, len(request.prompt))
+            full = length * (len(groups) + 1) > self.chunk or request.echo
+            if groups and not same and (full or members[-1].job.request.echo):
                 break
             size = self.rows.bytes_of(len(request.prompt) + request.max_tokens, request.rate)
             used = sum(x.bytes for x in self.running + members)
@@ -142,14 +159,15 @@ class Scheduler:
             members.append(Running(job, size, since))
             members[-1].clock("queue")
             job.sink(Progress(seconds=dict(members[-1].seconds)))
-            tokens = length
-            if request.echo:
-                break
-        if members:
-            rates = [x.job.request.rate for x in members]
+            longest = length
+            if same:
+                groups[-1].append(members[-1])
+            else:
+                groups.append([members[-1]])
+        if groups:
             # Known as joining first: should there be no memory for the cache, `fail` ends them.
-            self.joining = Joining(members)
-            self.joining.cache = self.rows.start(rates)
+            self.joining = Joining(groups)
+            self.joining.cache = self.rows.start([x.rate for x in self.joining.requests])
 
     def _leave(self, member: Running, finish: str, progress: Progress | None = None) -> None:
         """Ends a job that has a row; the last row takes its place."""
@@ -176,31 +194,37 @@ class Scheduler:
 
     def _read(self) -> None:
         """The next chunk of the prompts that are joining; after the last one they have rows."""
-        joining = self.joining
-        prompts = [x.job.request.prompt for x in joining.members]
+        joining, requests = self.joining, self.joining.requests
+        prompts = [x.prompt for x in requests]
         part = slice(joining.done, joining.done + self.chunk)
         texts = prompts if len(prompts) > 1 else [prompts[0][part]]
         d_BTD, concept_ids = self.rows.read(joining.cache, texts)
         joining.done += d_BTD.shape[1]
-        progress = [Progress(concept_ids=ids) for ids in concept_ids]
-        if joining.members[0].job.request.echo:
-            progress[0].logprobs = self._echo(joining, texts[0], d_BTD)
+        known = self._echo(joining, texts[0], d_BTD) if requests[0].echo else []
+        counts = [len(group) for group in joining.groups]
+        progress = [
+            Progress(concept_ids=list(ids), logprobs=list(known))
+            for ids, count in zip(concept_ids, counts, strict=True)
+            for _ in range(count)
+        ]
         if joining.done < max(map(len, prompts)):
-            joining.members[0].job.sink(progress[0])
+            for member, new in zip(joining.members, progress, strict=True):
+                member.job.sink(new)
             return
         # Only then no longer joining: should it fail, `fail` ends them.
-        self.rows.join(joining.cache)
+        self.rows.join(joining.cache, counts)
         self.joining = None
         self.running += joining.members
         for member in joining.members:
             member.clock("prefill")
-        self._write(joining.members, self.rows.logits(d_BTD[:, -1]), progress)
+        last_BD = d_BTD[:, -1].repeat_interleave(torch.tensor(counts, device=d_BTD.device), 0)
+        self._write(joining.members, self.rows.logits(last_BD), progress)
 
     def _echo(self, joining: Joining, text: Sequence[int], d_1TD: Tensor) -> list:
         """Log-probabilities of a prompt's tokens; of the first of all there is none."""
         before, joining.last_11D = joining.last_11D, d_1TD[:, -1:]
         states = d_1TD[:, :-1] if before is None else torch.cat([before, d_1TD[:, :-1]], 1)
-        top = joining.members[0].job.request.logprobs or 0
+        top = joining.requests[0].logprobs or 0
         tokens = text[1:] if before is None else text
         known: list[TokenLogprob | None] = [None] * (len(text) - len(tokens))
         return known + logprobs(self.rows.logits(states[0]), tokens, top) if tokens else known
@@ -238,3 +262,12 @@ class Scheduler:
                 member.job.sink(progress[n])
             else:
                 self._leave(member, finish, progress[n])
+
+
+def same_reading(one: Request, other: Request) -> bool:
+    """Whether the prompt of both is read alike. Requests that only happen to say the same do not
+    count: how soon an answer begins must not tell what others have asked."""
+    names = ("rate", "echo", "logprobs")
+    return one.prompt is other.prompt and all(
+        getattr(one, name) == getattr(other, name) for name in names
+    )

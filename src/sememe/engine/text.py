@@ -37,9 +37,11 @@ class TextStream:
 
     def _overlap(self) -> int:
         """Looks for stop strings; how many characters at the end may be the beginning of one."""
-        matches = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        found = ((self.held.find(stop), len(stop)) for stop in self.stops)
+        # The one that ends first: how many characters a token brings must make no difference.
+        matches = [(at + length, at) for at, length in found if at >= 0]
         if matches:
-            self.held, self.stopped = self.held[: min(matches)], True
+            self.held, self.stopped = self.held[: min(matches)[1]], True
             return 0
         return max((_shared(self.held, stop) for stop in self.stops), default=0)
 

@@ -69,6 +69,10 @@ class TokenCache(Cache):
     def bytes(self) -> int:
         return self.slice.bytes()
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.slice.take_rows(indices)
+        self.tokens = self.tokens[indices.numpy()]
+
 
 class TokenRows:
     """Those of a base, or of a model over one that writes no concepts. Rates say nothing here."""
@@ -120,8 +124,9 @@ class TokenRows:
         return self.spine.logits(d)
 
     @torch.inference_mode()
-    def join(self, cache: TokenCache) -> None:
-        """The rows of a cache behind these."""
+    def join(self, cache: TokenCache, counts: Sequence[int]) -> None:
+        """The rows of a cache behind these, each so many times."""
+        repeat(cache, counts)
         self.cache.slice.join(cache.slice)
         self.cache.tokens = np.concatenate([self.cache.tokens, cache.tokens])
 
@@ -205,10 +210,11 @@ class OnlineRows:
         return self.model.spine.logits(d)
 
     @torch.inference_mode()
-    def join(self, cache: Any) -> None:
-        """The rows of a cache behind these."""
+    def join(self, cache: Any, counts: Sequence[int]) -> None:
+        """The rows of a cache behind these, each so many times."""
+        repeat(cache, counts)
         self.cache.join(cache)
-        self.rate_B = np.concatenate([self.rate_B, cache.rate_B])
+        self.rate_B = np.concatenate([self.rate_B, np.repeat(cache.rate_B, counts)])
 
     @torch.inference_mode()
     def leave(self, row: int) -> None:
@@ -311,6 +317,13 @@ class OnlineRows:
         decision = WriteDecision(written, written_BT, packing(written_BT), *coded, memory=memory)
         h_BTD, e_BCD, ids_BC = states
         return Begun(chunk, h_BTD, decision, e_BCD, ids_BC)
+
+
+def repeat(cache: TokenCache | Any, counts: Sequence[int]) -> None:
+    """Each row so many times."""
+    if max(counts) > 1:
+        rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        cache.batch_select_indices(rows)
 
 
 def rows_of(model: PreTrainedModel) -> OnlineRows | TokenRows:

@@ -45,18 +45,14 @@ class Answer:
         return fields | {"created": int(service.created), "model": service.name}
 
     async def whole(self) -> Response:
-        async for _ in self.group.events():
-            pass
+        await self.group.finish()
         choices = []
         for choice in self.group.choices:
             fields = {"index": choice.index} | self.form.whole(choice)
             if self.wants_concepts:
                 fields["sememe"] = {"concept_ids": choice.concept_ids}
             choices.append(fields)
-        return JSON(self.head(self.form.kind) | {"choices": choices} | self.totals())
-
-    def totals(self) -> dict[str, Any]:
-        return {"usage": self.group.usage(), "sememe": self.group.sememe()}
+        return JSON(self.head(self.form.kind) | {"choices": choices} | self.group.totals())
 
     @property
     def wants_concepts(self) -> bool:
@@ -80,7 +76,7 @@ class Answer:
             raise
         options = self.sent.stream_options
         if (options and options.include_usage) or self.sent.sememe is not None:
-            yield event(self.head(self.form.chunk_kind) | {"choices": []} | self.totals())
+            yield event(self.head(self.form.chunk_kind) | {"choices": []} | self.group.totals())
         yield "data: [DONE]\n\n"
 
     def _lines(self, piece: Piece | None, begun: set[int]) -> list[str]:
@@ -128,23 +124,26 @@ class Stream(StreamingResponse):
             await super().stream_response(send)
             self.state["outcome"] = "ok"
         except ApiError as error:  # the client has its sentence already
-            outcomes = {504: "deadline", 503: "unavailable", 408: "cancelled"}
-            self.state["outcome"] = outcomes.get(error.status, "error")
+            self.state["outcome"] = error.outcome
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 @asynccontextmanager
-async def watched(http: Request, group: Group):
-    """Cancels the group when the client goes."""
+async def running(http: Request, group: Group):
+    """Hands the group to the engine, and ends it when the client goes or something fails."""
 
     async def watch() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
         group.cancel(gone())
 
+    group.submit()
     task = asyncio.create_task(watch())
     try:
         yield
+    except BaseException:
+        group.close()
+        raise
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -154,24 +153,10 @@ async def watched(http: Request, group: Group):
 async def respond(http: Request, answer: Answer) -> Response:
     """The answer, whole, or a stream that begins with its first piece: until then a fault still has
     a status of its own."""
-    group, state = answer.group, http.scope["sememe"]
-    streams = False
-    try:
-        group.submit()
-        async with watched(http, group):
-            if not answer.sent.stream:
-                return await answer.whole()
-            pieces = group.events()
-            # Or None, where the wait is long: then the stream begins with a comment.
-            first = await anext(pieces)
-        streams = True
-        return Stream(answer, answer.events(first, pieces), state)
-    except ApiError as error:
-        if error.status == 408:
-            state["outcome"] = "cancelled"
-        if error.code == "queue_timeout":
-            state["outcome"] = "queue_timeout"
-        raise
-    finally:
-        if not streams:
-            group.close()
+    async with running(http, answer.group):
+        if not answer.sent.stream:
+            return await answer.whole()
+        pieces = answer.group.events()
+        # Or None, where the wait is long: then the stream begins with a comment.
+        first = await anext(pieces)
+    return Stream(answer, answer.events(first, pieces), http.scope["sememe"])

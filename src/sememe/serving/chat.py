@@ -59,16 +59,10 @@ async def chat(sent: ChatRequest, http: Request):
             "completions route",
             "no_chat_template",
         )
-    release = service.reserve(sent.choices)
-    group = None
-    try:
+    with service.reserve(sent.choices) as release:
         tokens = await service.tokenise(chat_tokens, tokenizer, sent.messages)
         group = Group(service, wanted(service, sent, tokens), release, sent.stop or ())
-        group.per_prompt = sent.choices
-    finally:
-        if group is None:
-            for _ in range(sent.choices):
-                release()
+    group.per_prompt = sent.choices
     form = ChatForm(sent, tokenizer)
     return await respond(http, Answer(group, form, sent, f"chatcmpl-{secrets.token_hex(12)}"))
 

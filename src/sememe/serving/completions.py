@@ -61,15 +61,8 @@ async def completions(sent: CompletionRequest, http: Request):
     service: Service = http.app.state.service
     service.check(sent.model)
     prompts = sent.prompts
-    count = len(prompts) * sent.choices
-    release = service.reserve(count)
-    group = None
-    try:
+    with service.reserve(len(prompts) * sent.choices) as release:
         group, texts = await prepared(service, sent, prompts, release)
-    finally:
-        if group is None:
-            for _ in range(count):
-                release()
     form = CompletionForm(sent, service.engine.tokenizer, texts if sent.echo else None)
     return await respond(http, Answer(group, form, sent, f"cmpl-{secrets.token_hex(12)}"))
 

@@ -10,6 +10,9 @@ from starlette.responses import Response
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {404: "not_found", 405: "method_not_allowed"}
+OUTCOMES = {401: "unauthorized", 429: "refused", 503: "unavailable", 504: "deadline"}
+"""What the metrics count, by status; by code where that says more."""
+OUTCOMES_OF_CODES = {"client_gone": "cancelled", "queue_timeout": "queue_timeout"}
 SENTENCES = {
     404: "no such route: need one of those in the documentation. try: GET of v1 models",
     405: "this route takes another method: need the one in Allow. try: POST for completions",
@@ -48,6 +51,10 @@ class ApiError(Exception):
         return {"error": fields}
 
     @property
+    def outcome(self) -> str:
+        return OUTCOMES_OF_CODES.get(self.code) or outcome_of(self.status)
+
+    @property
     def headers(self) -> dict[str, str]:
         headers = {} if self.retry is None else {"retry-after": str(self.retry)}
         if self.status == 401:
@@ -59,6 +66,14 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         return JSON(self.body, self.status, self.headers)
+
+
+def outcome_of(status: int) -> str:
+    if status in OUTCOMES:
+        return OUTCOMES[status]
+    if status == 0 or status >= 500:
+        return "error"
+    return "invalid" if status >= 400 else "ok"
 
 
 class JSON(Response):
@@ -111,4 +126,5 @@ async def on_http(request: Request, error: HTTPException) -> Response:
 
 
 async def on_api(request: Request, error: ApiError) -> Response:
+    request.scope["sememe"]["outcome"] = error.outcome
     return error.response()

@@ -138,6 +138,12 @@ class Group:
                 yield piece
         self.service.metrics.whole.observe(self.loop.time() - self.begin)
 
+    async def finish(self) -> None:
+        """Waits until all is through. Raises as `events` does."""
+        async for _ in self.events():
+            pass
+        self.close()
+
     async def _next(self) -> tuple[Choice, "Progress"] | None:
         quiet = self.loop.time() + self.service.settings.keepalive
         while True:
@@ -225,6 +231,9 @@ class Group:
         metrics.reading(len(progress.concept_ids), written)
 
     # ---- of all of them, at the end ----
+
+    def totals(self) -> dict[str, Any]:
+        return {"usage": self.usage(), "sememe": self.sememe()}
 
     def usage(self) -> dict[str, int]:
         prompt = sum(len(x.request.prompt) for x in self.choices[:: self.per_prompt])

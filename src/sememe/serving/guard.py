@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from sememe.serving.errors import ApiError, bad, internal
+from sememe.serving.errors import ApiError, bad, internal, outcome_of
 from sememe.serving.settings import LOOPBACK, Settings
 from sememe.serving.strict_json import parse
 
@@ -18,7 +18,6 @@ log = logging.getLogger("sememe.serving")
 
 OPEN = ("/health", "/ready")
 """Without a key: an orchestrator asks for them."""
-OUTCOMES = {401: "unauthorized", 429: "refused", 503: "unavailable", 504: "deadline"}
 
 
 class Guard:
@@ -186,11 +185,3 @@ def replay(body: bytes, receive) -> Callable:
         return waiting.pop() if waiting else await receive()
 
     return again
-
-
-def outcome_of(status: int) -> str:
-    if status in OUTCOMES:
-        return OUTCOMES[status]
-    if status == 0 or status >= 500:
-        return "error"
-    return "invalid" if status >= 400 else "ok"

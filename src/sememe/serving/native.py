@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sememe.detokenize import pieces
-from sememe.serving.answers import watched
+from sememe.serving.answers import running
 from sememe.serving.errors import JSON, ApiError
 from sememe.serving.group import Group
 from sememe.serving.protocol import InspectRequest
@@ -27,32 +27,18 @@ async def inspect(sent: InspectRequest, http: Request):
 
     service = service_of(http)
     service.check(sent.model)
-    release = service.reserve(1)
-    group = None
-    try:
+    with service.reserve(1) as release:
         tokens = await service.tokenise(service.tokens, sent.text)
         request = EngineRequest(tokens, max_tokens=0, logprobs=0, echo=True, rate=sent.rate)
         group = Group(service, [request], release)
-    finally:
-        if group is None:
-            release()
-    try:
-        group.submit()
-        async with watched(http, group):
-            async for _ in group.events():
-                pass
-    except ApiError as error:
-        if error.status == 408:
-            http.scope["sememe"]["outcome"] = "cancelled"
-        raise
-    finally:
-        group.close()
+    async with running(http, group):
+        await group.finish()
     (choice,) = group.choices
     fields: dict[str, Any] = {"object": "sememe.inspection", "model": service.name}
     fields["tokens"] = pieces(service.engine.tokenizer, tokens)
     fields |= {"token_ids": tokens, "concept_ids": choice.concept_ids}
     fields["nll"] = [None if known is None else -known.logprob for known in choice.logprobs]
-    return JSON(fields | {"usage": group.usage(), "sememe": group.sememe()})
+    return JSON(fields | group.totals())
 
 
 @router.get("/v1/sememe/stats")
@@ -83,13 +69,7 @@ async def models(http: Request):
 async def model(name: str, http: Request):
     """The same."""
     service = service_of(http)
-    if name != service.name:
-        raise ApiError(
-            404,
-            "model_not_found",
-            f"there is no such model: need {service.name}. try: {service.name}",
-            "model",
-        )
+    service.check_name(name)
     return JSON(card(service))
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,17 @@ class Protocol(H11Protocol):
     request no longer than for its body."""
 
     head_timeout = 30.0
+    max_connections = 800  # an open file each, of which a process has 1,024 as a rule
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.head_task = self.loop.call_later(self.head_timeout, self._close_if_silent)
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            message = "too many connections are open: need one less. try: again in a moment"
+            self._refuse(ApiError(503, "too_many_connections", message, retry=1))
 
     def _close_if_silent(self) -> None:
         silent = self.cycle is None and self.transport is not None
@@ -149,12 +157,25 @@ async def _serve(service: Service, listening, load, say) -> None:
 
 
 async def _load(service: Service, load, stop: asyncio.Event) -> None:
-    """Beside the event loop, which answers 503 meanwhile."""
-    engine = await asyncio.to_thread(load)
-    if stop.is_set():
-        engine.close()
-    else:
-        service.start(engine)
+    """Beside the event loop, which answers 503 meanwhile. Who is told to stop does not wait: the
+    thread ends with the process."""
+    loop = asyncio.get_running_loop()
+    loaded = loop.create_future()
+
+    def work() -> None:
+        try:
+            outcome = loaded.set_result, load()
+        except BaseException as error:
+            outcome = loaded.set_exception, error
+        if not stop.is_set():
+            loop.call_soon_threadsafe(*outcome)
+
+    threading.Thread(target=work, name="load", daemon=True).start()
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not stop.is_set():
+        service.start(loaded.result())
 
 
 async def _until(stop: asyncio.Event, service: Service) -> None:

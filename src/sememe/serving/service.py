@@ -4,8 +4,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sememe.serving.errors import ApiError, bad
@@ -72,6 +73,10 @@ class Service:
         """Raises ApiError, 503 or 404, for a request that cannot be served at all."""
         if self.fault is not None:
             raise ApiError(503, *self.fault, retry=5)
+        self.check_name(model)
+
+    def check_name(self, model: str | None) -> None:
+        """Raises ApiError, 404."""
         if model is not None and model != self.name:
             raise ApiError(
                 404,
@@ -80,9 +85,11 @@ class Service:
                 "model",
             )
 
-    def reserve(self, count: int) -> Callable[[], None]:
-        """Takes places; what it returns gives one back. Before anything is worked out, so that a
-        refusal costs nothing.
+    @contextmanager
+    def reserve(self, count: int) -> Iterator[Callable[[], None]]:
+        """Takes places for the group that is made inside; what it yields gives one back. Before
+        anything is worked out, so that a refusal costs nothing; where no group comes of it all of
+        them are free again.
 
         Raises:
             ApiError: 429; or 400 for more than there are at all."""
@@ -101,7 +108,11 @@ class Service:
                 retry=1,
             )
         self.used += count
-        return self._release
+        try:
+            yield self._release
+        except BaseException:
+            self.used -= count
+            raise
 
     def _release(self) -> None:
         self.used -= 1
