@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ray
 
 KEY = "a-key-of-many-letters"
 LONG = {"prompt": "The old detective", "max_tokens": 480, "logit_bias": {"2": -100}}
-BUSY = 300  # seconds in which Ray and a model in each process are up, on a machine that is busy
+BUSY = 600  # seconds in which Ray and a model in each process are up, on a machine that is busy
 
 
 def need_ray() -> None:

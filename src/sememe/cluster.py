@@ -85,6 +85,10 @@ def _imported():
 
 
 def _start(ray, processes: int, folder: Path) -> None:
+    import psutil
+
+    own = psutil.Process()
+    before = own.children(recursive=True)
     for last in (False, True):
         try:
             ray.init(
@@ -99,7 +103,10 @@ def _start(ray, processes: int, folder: Path) -> None:
             return
         # On a busy machine it takes longer than the half minute after which Ray raises this.
         except Exception as error:
-            ray.shutdown()
+            # It leaves what did come up.
+            for process in set(own.children(recursive=True)).difference(before):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
             if last:
                 raise SememeError(
                     f"Ray does not start ({reason(error)}): need memory, and a machine that is "

@@ -173,7 +173,8 @@ class Compress:
         with self.model.dial.at(rate=self.rate), evaluating(self.model):
             rows = self.model.compress(part["windows"])
         counts_B = torch.tensor([len(row) for row in rows])
-        return {"concepts": torch.tensor([*chain.from_iterable(rows)]), "counts": counts_B}
+        concepts_n = torch.tensor([*chain.from_iterable(rows)], dtype=torch.int64)
+        return {"concepts": concepts_n, "counts": counts_B}
 
 
 def compress(
