@@ -21,7 +21,8 @@ SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Nor may other users of this machine run code in it.
     "RAY_AUTH_MODE": "token",
-    # Each line that a process prints, as it is.
+    # Of Ray itself nothing, but each line that a process of ours prints, as it is.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
 }
