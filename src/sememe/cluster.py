@@ -21,18 +21,19 @@ SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Nor may other users of this machine run code in it.
     "RAY_AUTH_MODE": "token",
-    # Of Ray itself nothing, but each line that a process of ours prints, as it is.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Each line that a process prints, as it is.
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
 }
 
 
 @contextlib.contextmanager
-def cluster(processes: int, **settings: str) -> Iterator[None]:
+def cluster(processes: int, *, prints: bool = False, **settings: str) -> Iterator[None]:
     """Ray is up inside of the block, with so many worker processes in mind.
 
-    `settings`: environment variables of all its processes, beside those that it needs.
+    Args:
+        prints: whether what the processes print is printed here.
+        settings: environment variables of all its processes, beside those that it needs.
 
     Raises:
         SememeError: the extra is not installed, or Ray does not start."""
@@ -49,7 +50,7 @@ def cluster(processes: int, **settings: str) -> Iterator[None]:
         place = "/tmp" if os.name == "posix" else None
         folder = Path(tempfile.mkdtemp(prefix="sememe-", dir=place))
         try:
-            _start(ray, processes, folder)
+            _start(ray, processes, prints, folder)
             yield
         finally:
             ray.shutdown()
@@ -85,7 +86,7 @@ def _imported():
     return ray
 
 
-def _start(ray, processes: int, folder: Path) -> None:
+def _start(ray, processes: int, prints: bool, folder: Path) -> None:
     import psutil
 
     own = psutil.Process()
@@ -98,6 +99,7 @@ def _start(ray, processes: int, folder: Path) -> None:
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE,
                 logging_level=logging.ERROR,
+                log_to_driver=prints,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
             )

@@ -107,7 +107,7 @@ def serve(
     before = signal.getsignal(signal.SIGTERM)
     with (
         tempfile.TemporaryDirectory(prefix="sememe-") as folder,
-        cluster(number, **listens_at),
+        cluster(number, prints=True, **listens_at),
     ):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own would exit
         handle = None
