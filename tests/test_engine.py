@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from conftest import byte_tokenizer
 from families import text, tiny_base, tiny_online
 from sememe.engine import Engine, QueueFull, Request, Sampling
+from sememe.engine.holding import ROWS, Policy
 from sememe.engine.sampling import draw, logprobs
 from sememe.engine.text import TextStream
 from sememe.errors import DataError
 from sememe.models.configuration import ControlConfig
 from sememe.models.control import ControlForCausalLM
+from sememe.models.stepping import rows_of
 
 TOKENIZER = byte_tokenizer()
 
@@ -54,6 +56,8 @@ def test_company_changes_no_answer(hold):
     model = tiny_online(segment="both", bridge=True)
     wanted = requests(40)
     with Engine(model, Letters(), max_rows=14, chunk=16, hold=hold) as engine:
+        if hold:  # whatever was measured
+            engine.scheduler.policy = lambda rows, rate: (rows // 2, 4)
         together = engine.generate(wanted)
     with Engine(model, Letters(), max_rows=1) as engine:
         alone = engine.generate(wanted)
@@ -64,6 +68,40 @@ def test_company_changes_no_answer(hold):
         assert len(one.concept_ids) == read
         for a, b in zip(one.logprobs, other.logprobs, strict=True):
             assert a.token == b.token and abs(a.logprob - b.logprob) < 1e-4
+
+
+def test_rows_wait_where_weights_cost_and_not_where_rows_do():
+    by_weights, by_rows = [1.0] * len(ROWS), [float(rows) for rows in ROWS]
+    assert Policy((4, 22, 4), by_weights, by_weights)(16, 0.25)[0] > 1
+    for rows in (1, 2, 16, 40):
+        assert Policy((4, 22, 4), by_rows, by_rows)(rows, 0.25) == (1, 0)
+    # Nothing is won where the middle is small, or where all write at every step.
+    assert Policy((14, 2, 14), by_weights, by_weights)(16, 0.25) == (1, 0)
+    assert Policy((4, 22, 4), by_weights, by_weights)(16, 1.0) == (1, 0)
+
+
+@pytest.mark.parametrize("hold", [(1, 0), (4, 4)])
+def test_what_is_played_through_is_what_takes_place(hold, monkeypatch):
+    """Where every call of a layer costs a second."""
+    model = tiny_online(boundary="surprise", rate=0.25)
+    policy = Policy(tuple(model.config.split), [1.0] * len(ROWS), [0.0] * len(ROWS))
+    rows, run, calls, written = rows_of(model), model.spine.run, [], []
+    for n in range(8):
+        cache = rows.start([None])
+        rows.read(cache, [text(1, 9 + n, n)[0].tolist()])
+        rows.join(cache, [1])
+
+    def counted(first, last, *args, **options):
+        calls.append(last - first)
+        return run(first, last, *args, **options)
+
+    monkeypatch.setattr(model.spine, "run", counted)
+    for n in range(100):
+        tokens = text(1, len(rows.ready) + 1, n)[0, 1:].tolist()
+        written += rows.step(tokens, *hold).concept_n
+    rate = sum(concept != -1 for concept in written) / len(written)
+    played = policy.speed(8, rate, hold)
+    assert abs(played - len(written) / sum(calls)) < 0.15 * played, (rate, played)
 
 
 def test_the_engine_says_what_generate_says():

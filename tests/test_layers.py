@@ -28,9 +28,10 @@ LIGHT = "errors figures paths storage keys options report terminal arguments ser
 # the table of other coders 600; the last normal tokens, in a ring of slots 300; codes
 # that start as words and are read one by one 900; rows that come and go in the cache, and their
 # steps, 4,800; the engine, which shares the steps of one model between requests, 5,500; its server,
-# a third of which refuses, limits and ends requests, and the command 13,600; several processes that
-# serve, compress and evaluate, and what they leave when they are killed 3,400.
-NODES = 128_900
+# a third of which refuses, limits and ends requests, and the command 13,500;
+# rows that wait where a measured cost says so, and choices that share a prompt, 1,500; several
+# processes that serve, compress and evaluate, and go on where they were killed, 3,300.
+NODES = 130_200
 FILE_LINES = 400
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 0
@@ -39,6 +40,7 @@ WORDS = """told said unsaid heard marked opened settled found made got asked giv
 reach allot turn price places columns ahead behind settling opening posterior meanings tiles case"""
 """What no name consists of: a noun from the field says what a thing is."""
 NAMES_WITH_THEM = 0
+ASYNCIO = {"connection_made"}  # its own name of what it calls
 
 
 def module(path: Path) -> str:
@@ -120,6 +122,7 @@ def test_names_are_words_of_the_field():
             names.add((path.name, getattr(node, "id", None) or node.attr))
     bad = set(WORDS.split())
     shapes = re.compile(r"_[A-Z0-9]+$")
+    names = {name for name in names if name[1] not in ASYNCIO}
     wrong = sorted(name for name in names if bad & {*shapes.sub("", name[1]).lower().split("_")})
     assert len(wrong) <= NAMES_WITH_THEM, wrong
 

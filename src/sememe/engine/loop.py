@@ -8,10 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from sememe.engine.holding import measured_policy
 from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.scheduler import Scheduler
 from sememe.engine.text import TextStream
 from sememe.errors import DataError, SememeError
+from sememe.models import OnlineForCausalLM
 from sememe.models.loading import check_rate, longest_text
 from sememe.models.stepping import slot_bytes
 
@@ -63,7 +65,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_waiting = max_rows + max_queue
         limit = float("inf") if cache_bytes is None else cache_bytes
-        self.scheduler = Scheduler(model, max_rows, chunk, limit, hold)
+        holds = hold and isinstance(model, OnlineForCausalLM)
+        policy = measured_policy(model) if holds else None
+        self.scheduler = Scheduler(model, max_rows, chunk, limit, policy)
         self.incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.pending = 0
         self.lock = threading.Lock()

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sememe.engine.holding import Policy
 from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.sampling import choose, logprobs
 from sememe.models.stepping import NULL, rows_of
-
-HOLD_FROM = 12  # rows: 16 were measured to gain a tenth, fewer were not (docs/log.md)
 
 
 @dataclass(eq=False)
@@ -68,7 +67,7 @@ class Scheduler:
         max_rows: that run at the same time.
         chunk: tokens of prompts that are read between two steps.
         cache_bytes: of all rows together at most.
-        hold: whether rows that write a concept wait for each other where that pays."""
+        policy: which rows that write a concept wait for each other; None: none do."""
 
     def __init__(
         self,
@@ -76,13 +75,13 @@ class Scheduler:
         max_rows: int,
         chunk: int,
         cache_bytes: float,
-        hold: bool = True,
+        policy: Policy | None = None,
     ):
         self.model = model
         self.max_rows = max_rows
         self.chunk = chunk
         self.cache_bytes = cache_bytes
-        self.hold = hold
+        self.policy = policy
         self.queue: deque[tuple[Job, float]] = deque()
         self.on_iteration: Callable[[Iteration], None] | None = None
         self.reset()
@@ -232,8 +231,10 @@ class Scheduler:
     def _step(self) -> int:
         """Returns how many rows have written a concept."""
         tokens = [self.running[row].next for row in self.rows.ready]
-        count = len(self.running) // 2 if self.hold and len(self.running) >= HOLD_FROM else 1
-        stepped = self.rows.step(tokens, count)
+        hold = ()
+        if self.policy is not None:
+            hold = self.policy(len(self.running), float(self.rows.rate_B.mean()))
+        stepped = self.rows.step(tokens, *hold)
         members = [self.running[row] for row in stepped.rows]
         progress = [Progress(concept_ids=[concept]) for concept in stepped.concept_n]
         self._write(members, stepped.logits_nV, progress)

@@ -37,9 +37,9 @@ class TextStream:
 
     def _overlap(self) -> int:
         """Looks for stop strings; how many characters at the end may be the beginning of one."""
-        found = ((self.held.find(stop), len(stop)) for stop in self.stops)
+        spans = ((self.held.find(stop), len(stop)) for stop in self.stops)
         # The one that ends first: how many characters a token brings must make no difference.
-        matches = [(at + length, at) for at, length in found if at >= 0]
+        matches = [(at + length, at) for at, length in spans if at >= 0]
         if matches:
             self.held, self.stopped = self.held[: min(matches)[1]], True
             return 0

@@ -4,7 +4,7 @@ the codes costs."""
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -100,8 +100,9 @@ def read_all(reader: Reader, ids_NT: Tensor) -> list[tuple[Tensor, Tensor | None
     workers = subject.options.workers
     if workers > 1:
         arguments = (subject.name, subject.options, control and control.name, readings)
-        models = [x and weights_sha256(x.model) for x in (subject, control)]
-        results = work_in_parts(Reader.load, arguments, batches, workers, (readings, models))
+        weights = [x and weights_sha256(x.model) for x in (subject, control)]
+        identity = (weights, replace(subject.options, workers=0), readings)
+        results = work_in_parts(Reader.load, arguments, batches, workers, identity)
     else:
         results = [*map(reader, bar(iterable=batches, desc="evaluate", unit="batch"))]
     each = len(results) // len(readings)

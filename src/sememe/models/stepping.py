@@ -25,8 +25,6 @@ from sememe.concepts.segments import Chunk, packing
 from sememe.concepts.writer import NULL, WriteDecision
 from sememe.models.online import Begun, OnlineForCausalLM
 
-PATIENCE = 4  # steps that a row waits for others at most
-
 
 @dataclass
 class Stepped:
@@ -143,7 +141,7 @@ class TokenRows:
         return np.arange(len(self))
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int], hold: int = 1) -> Stepped:
+    def step(self, tokens: Sequence[int]) -> Stepped:
         """Each row reads a token."""
         d_b1D, written = self.read(self.cache, [[token] for token in tokens])
         return Stepped(self.ready, self.logits(d_b1D[:, 0]), [NULL for _ in written])
@@ -235,9 +233,9 @@ class OnlineRows:
         return np.setdiff1d(np.arange(len(self)), self.waiting)
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int], hold: int = 1) -> Stepped:
+    def step(self, tokens: Sequence[int], hold: int = 1, patience: int = 4) -> Stepped:
         """The `ready` rows read a token each. Rows that write wait until `hold` of them do, one has
-        waited for PATIENCE steps, or no other is left."""
+        waited for `patience` steps, or no other is left."""
         rows, model = self.ready, self.model
         if len(rows) == 0:
             return self._end(*self._release())
@@ -247,7 +245,7 @@ class OnlineRows:
         with model.dial.at(rate=self.rate_B[rows]):
             begun = model.begin(chunk, part)
         writes = begun.decision.written[:, 0]
-        enough = len(self.waiting) + writes.sum() >= hold or self.waited >= PATIENCE
+        enough = len(self.waiting) + writes.sum() >= hold or self.waited >= patience
         if enough or writes.all():
             begun, rows = self._release(begun, rows)
         elif len(self.waiting) or writes.any():
