@@ -103,11 +103,16 @@ def serve(
     """As `run.serve`, in so many processes."""
     with listen(settings) as listening:  # free, and a number where any is wanted
         port = listening.getsockname()[1]
-    listens_at = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:front"}
+    listener = {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:front",
+        # On a busy machine it takes longer to come up than the 5 s after which it is killed.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    }
     before = signal.getsignal(signal.SIGTERM)
     with (
         tempfile.TemporaryDirectory(prefix="sememe-") as folder,
-        cluster(number, prints=True, **listens_at),
+        cluster(number, prints=True, **listener),
     ):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own would exit
         handle = None
@@ -127,31 +132,32 @@ def _deploy(settings: Settings, arguments: tuple, port: int, number: int, folder
     """The handle of a deployment that serves. Raises SememeError where the model cannot be
     loaded."""
     from ray import serve as ray_serve
+    from ray.exceptions import RayError
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
-    places = settings.capacity + OTHERS
+    requests = settings.capacity + OTHERS
     replica = ray_serve.deployment(
         ray_serve.ingress()(Replica),
         name=Replica.__name__,
         num_replicas=number,
         ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": {FOLDER: folder}}},
         # The engine's own refusal comes first; Ray's knows nothing of rows.
-        max_ongoing_requests=places,
-        max_queued_requests=places,
+        max_ongoing_requests=requests,
+        max_queued_requests=requests,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5,
         health_check_period_s=5,
         max_constructor_retry_count=1,
     )
-    ray_serve.start(
-        http_options={"host": settings.host, "port": port, "request_timeout_s": None},
-        logging_config=quiet,
-    )
     try:
+        ray_serve.start(
+            http_options={"host": settings.host, "port": port, "request_timeout_s": None},
+            logging_config=quiet,
+        )
         return ray_serve.run(replica.bind(*arguments), logging_config=quiet)
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError, RayError) as error:
         # What a process says comes as the text of its traceback.
         last = str(error).strip().splitlines()[-1]
         name, _, sentence = last.partition(": ")
