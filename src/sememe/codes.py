@@ -192,7 +192,7 @@ def compress(
         model: a run of `system: compressor`, its saved model, or such a model in memory.
         window: tokens that are compressed together; default: the run's `sequence_length`.
         rate: concepts per token; default: as trained.
-        workers: processes; more than one need Ray, and each loads the model.
+        workers: processes, each with the model.
 
     Raises CheckpointError, DataError or RecipeError for a model that is no compressor, a text or
     window that does not fit, a rate that the model cannot hold."""
@@ -211,23 +211,14 @@ def compress(
             for ids, span in token_windows(encoding, len(text), window)
         ]
         documents.append(Document(characters=len(text), windows=windows))
-    by_length = sorted((x for document in documents for x in document.windows), key=tokens_of)
-    groups = (list(group) for _, group in groupby(by_length, tokens_of))
-    # The same rows go together in any number of processes: else a tie might be broken another way.
-    together = [
-        group[start : start + ROWS_AT_ONCE]
-        for group in groups
-        for start in range(0, len(group), ROWS_AT_ONCE)
-    ]
-    parts = [{"windows": torch.tensor([x.concepts for x in rows])} for rows in together]
     writer = writer_of(model)
+    together, parts = _batches([x for document in documents for x in document.windows])
     if workers > 1:
         results = work_in_parts(Compress, (name, rate), parts, workers, (writer, rate))
     else:
         results = map(Compress(model, rate), bar(iterable=parts, desc="compress", unit="batch"))
-    for windows, result in zip(together, results, strict=True):
-        concepts = result["concepts"].split(result["counts"].tolist())
-        for x, concepts_C in zip(windows, concepts, strict=True):
+    for rows, result in zip(together, results, strict=True):
+        for x, concepts_C in zip(rows, split_rows(result), strict=True):
             x.concepts = concepts_C.tolist()
     return Codes(
         model=writer,
@@ -238,6 +229,23 @@ def compress(
         documents=documents,
         sha256=None,
     )
+
+
+def split_rows(result: Tensors) -> tuple[torch.Tensor, ...]:
+    """The concepts of each row that `Compress` was given."""
+    return result["concepts"].split(result["counts"].tolist())
+
+
+def _batches(windows: list[Window]) -> tuple[list[list[Window]], list[Tensors]]:
+    """Windows of one length that go together, and their token ids. The same ones in any number of
+    processes: else a tie might be broken another way."""
+    groups = (list(group) for _, group in groupby(sorted(windows, key=tokens_of), tokens_of))
+    together = [
+        group[start : start + ROWS_AT_ONCE]
+        for group in groups
+        for start in range(0, len(group), ROWS_AT_ONCE)
+    ]
+    return together, [{"windows": torch.tensor([x.concepts for x in rows])} for rows in together]
 
 
 def decompress(
