@@ -178,15 +178,24 @@ def test_a_process_that_is_killed_costs_no_later_request(replicas):
     until(lambda: len(set(processes("ServeReplica", server.pid)) - {first}) == 2, BUSY)
 
 
-def test_nothing_listens_for_other_machines_and_no_token_is_written(replicas):
+def test_other_machines_reach_nothing_without_the_token(replicas):
+    """Ray Serve has each process listen at all addresses for others of its own."""
+    import grpc
     import psutil
 
     server, *_ = replicas
     family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    listening = [x for each in family for x in each.net_connections() if x.status == "LISTEN"]
-    assert listening
-    for connection in listening:
-        assert connection.laddr.ip.removeprefix("::ffff:") in ("127.0.0.1", "::1"), connection
+    listening = [(x.pid, y) for x in family for y in x.net_connections() if y.status == "LISTEN"]
+    own = ("127.0.0.1", "::1")
+    open_to_all = [x for x in listening if x[1].laddr.ip.removeprefix("::ffff:") not in own]
+    assert len(listening) > len(open_to_all)
+    assert {pid for pid, _ in open_to_all} <= set(processes("ServeReplica", server.pid))
+    for _, connection in open_to_all:
+        with grpc.insecure_channel(f"127.0.0.1:{connection.laddr.port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as fault:
+                call(b"", timeout=60)
+        assert fault.value.code() is grpc.StatusCode.UNAUTHENTICATED, fault.value
 
 
 def test_sigterm_lets_streams_end_and_exits_0(replicas):

@@ -1,4 +1,4 @@
-"""Ray on this machine, for one command: other machines cannot reach it, and it leaves nothing."""
+"""Ray on this machine, for one command: it takes orders from that alone, and leaves nothing."""
 
 import contextlib
 import logging
@@ -17,9 +17,9 @@ OBJECT_STORE = 150_000_000  # bytes in memory; what is more goes to the disk
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Without clusters of machines it listens at 127.0.0.1 alone, on Linux too.
+    # Without clusters of machines it listens at 127.0.0.1, on Linux too; not so Ray Serve's processes.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Nor may other users of this machine run code in it.
+    # Nor may other users of this machine, or other machines, run code in it.
     "RAY_AUTH_MODE": "token",
     # Each line that a process prints, as it is.
     "RAY_DEDUP_LOGS": "0",
