@@ -17,7 +17,7 @@ OBJECT_STORE = 150_000_000  # bytes in memory; what is more goes to the disk
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Without clusters of machines it listens at 127.0.0.1, on Linux too; not so Ray Serve's processes.
+    # Without clusters of machines it listens at 127.0.0.1, on Linux too; a replica does not.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Nor may other users of this machine, or other machines, run code in it.
     "RAY_AUTH_MODE": "token",
