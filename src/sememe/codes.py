@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +31,7 @@ from sememe.models.loading import (
     tokenizer_folder,
 )
 from sememe.paths import usable
+from sememe.workers import Tensors, work_in_parts
 
 tokens_of = attrgetter("tokens")
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
@@ -208,7 +209,8 @@ class Uncoded:
 
     @property
     def batches(self) -> list[list[Window]]:
-        """Windows of one length, as many as are compressed together."""
+        """Windows of one length, as many as are compressed together; the same ones in any number of
+        processes: else a tie might be broken another way."""
         groups = [list(x) for _, x in groupby(sorted(self.windows, key=tokens_of), tokens_of)]
         starts = [(x, n) for x in groups for n in range(0, len(x), ROWS_AT_ONCE)]
         return [group[n : n + ROWS_AT_ONCE] for group, n in starts]
@@ -226,12 +228,37 @@ class Uncoded:
         )
 
 
+class Compress:
+    """Windows of one length → the concept ids of each, at a rate; what every process does."""
+
+    def __init__(self, model: str | Path | CompressorForCausalLM, rate: float):
+        self.model = loaded(model)
+        self.rate = rate
+
+    def __call__(self, part: Tensors) -> Tensors:
+        """(B, T) `windows` → (n,) `concepts` of all rows, and (B,) `counts`, how many each has."""
+        with self.model.dial.at(rate=self.rate), evaluating(self.model):
+            rows = self.model.compress(part["windows"])
+        counts_B = torch.tensor([len(row) for row in rows])
+        concepts_n = torch.tensor([*chain.from_iterable(rows)], dtype=torch.int64)
+        return {"concepts": concepts_n, "counts": counts_B}
+
+
 def code(model: CompressorForCausalLM, windows: list[Window], rate: float) -> None:
     """Puts concepts in the place of the token ids of windows of one length."""
-    with model.dial.at(rate=rate), evaluating(model):
-        rows = model.compress(torch.tensor([x.concepts for x in windows]))
-    for window, concepts in zip(windows, rows, strict=True):
-        window.concepts = concepts
+    fill(windows, Compress(model, rate)(part_of(windows)))
+
+
+def part_of(windows: list[Window]) -> Tensors:
+    """What `Compress` takes."""
+    return {"windows": torch.tensor([x.concepts for x in windows])}
+
+
+def fill(windows: list[Window], result: Tensors) -> None:
+    """Puts what `Compress` gives in the place of their token ids."""
+    rows = result["concepts"].split(result["counts"].tolist())
+    for window, concepts_C in zip(windows, rows, strict=True):
+        window.concepts = concepts_C.tolist()
 
 
 def compress(
@@ -240,6 +267,7 @@ def compress(
     *,
     window: int | None = None,
     rate: float | None = None,
+    workers: int = 1,
 ) -> Codes:
     """The concept ids of texts, documents of any length. Only windows of one length go together:
     nothing is padded, and what a window becomes does not depend on its neighbours.
@@ -248,20 +276,27 @@ def compress(
         model: a run of `system: compressor`, its saved model, or such a model in memory.
         window: tokens that are compressed together; default: the run's `sequence_length`.
         rate: concepts per token; default: as trained.
+        workers: processes, each with the model.
 
     Raises CheckpointError, DataError or RecipeError for a model that is no compressor, a text or
     window that does not fit, a rate that the model cannot hold."""
-    model = loaded(model)
+    name, model = model, loaded(model)
     config = model.config
     rate = model.dial.rate if rate is None else rate
     window = trained_window(config) if window is None else window
     check_rate(config, rate, config.name_or_path)
     check_length(longest_text(config), window, "window=")
     texts = [texts] if isinstance(texts, str) else list(texts)
-    uncoded = Uncoded.cut(tokenizer_of(model), texts, window)
-    for windows in batches("compress", uncoded.batches):
-        code(model, windows, rate)
-    return uncoded.codes(config, writer_of(model), rate)
+    uncoded, writer = Uncoded.cut(tokenizer_of(model), texts, window), writer_of(model)
+    together = uncoded.batches
+    parts = [part_of(windows) for windows in together]
+    if workers > 1:
+        results = work_in_parts(Compress, (name, rate), parts, workers, (writer, rate))
+    else:
+        results = map(Compress(model, rate), batches("compress", parts))
+    for windows, result in zip(together, results, strict=True):
+        fill(windows, result)
+    return uncoded.codes(config, writer, rate)
 
 
 def decompress(
@@ -299,12 +334,15 @@ def joined_texts(tokenizer, codes: Codes, rows: Iterable[list[int]]) -> list[str
 # ---- files ----
 
 
-def compress_file(model: str, source: str, out: Path, rate: float | None = None) -> dict[str, Any]:
+def compress_file(
+    model: str, source: str, out: Path, rate: float | None = None, workers: int = 1
+) -> dict[str, Any]:
     """Compresses a text file into a new file of codes; returns its figures."""
     check_new(out)
-    compressor, texts = loaded(model), read_texts(source)
+    # Several processes load it by its name.
+    compressor, texts = loaded(model) if workers == 1 else model, read_texts(source)
     start = time.perf_counter()
-    codes = compress(compressor, texts, rate=rate)
+    codes = compress(compressor, texts, rate=rate, workers=workers)
     seconds = time.perf_counter() - start
     codes.save(out)
     paths = {"model": model, "data": source, "out": str(out), "bytes": out.stat().st_size}

@@ -17,8 +17,8 @@ def open_engine(name: str, **options: Any) -> Engine:
 
 
 def describe(engine: Engine) -> dict[str, Any]:
-    """What the engine's model is: its system, the tokens that it has positions for, whether it has a
-    chat template, and what of its own it has: rates, codes and split; types of concepts; layers
+    """What the engine's model is: its system, the tokens that it has positions for, whether it has
+    a chat template, and what of its own it has: rates, codes and split; types of concepts; layers
     that are left out, a window."""
     config = engine.model.config
     facts: dict[str, Any] = {"system": getattr(config, "system", None) or "base"}
