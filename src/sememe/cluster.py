@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sememe.errors import SememeError, reason
+from sememe.errors import SememeError, needs_extra, reason
 
 OBJECT_STORE = 150_000_000  # bytes in memory; what is more goes to the disk
 
@@ -76,13 +76,8 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 def _imported():
-    try:
+    with needs_extra("ray"):
         import ray
-    except ModuleNotFoundError as error:
-        raise SememeError(
-            f"{error.name} is not installed, which several processes need: need the extra ray. "
-            "try: pip install 'sememe[ray]'"
-        ) from error
     return ray
 
 

@@ -31,7 +31,7 @@ from sememe.models.loading import (
     tokenizer_folder,
 )
 from sememe.paths import usable
-from sememe.workers import Tensors, work_in_parts
+from sememe.workers import Tensors, weights_sha256, work_in_parts
 
 tokens_of = attrgetter("tokens")
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
@@ -169,13 +169,10 @@ def trained_window(config) -> int:
 
 def writer_of(model: CompressorForCausalLM) -> Writer:
     """The model as it is now."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.own_state().items()):
-        digest.update(key.encode() + value.float().cpu().numpy().tobytes())
     config = model.config
     return Writer(
         name=config.name_or_path or type(model).__name__,
-        weights_sha256=digest.hexdigest(),
+        weights_sha256=weights_sha256(model.own_state()),
         base=config.base,
         base_sha256=config.base_sha256,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sememe import storage
 from sememe.cluster import cluster
@@ -46,10 +46,10 @@ def part_file(folder: Path, number: int) -> Path:
     return folder / f"{number}.safetensors"
 
 
-def weights_sha256(model: nn.Module) -> str:
+def weights_sha256(state: Tensors) -> str:
     """What tells a model from others."""
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
+    for key, value in sorted(state.items()):
         digest.update(key.encode() + value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -100,7 +100,7 @@ def read_all(reader: Reader, ids_NT: Tensor) -> list[tuple[Tensor, Tensor | None
     workers = subject.options.workers
     if workers > 1:
         arguments = (subject.name, subject.options, control and control.name, readings)
-        weights = [x and weights_sha256(x.model) for x in (subject, control)]
+        weights = [x and weights_sha256(x.model.state_dict()) for x in (subject, control)]
         identity = (weights, replace(subject.options, workers=0), readings)
         results = work_in_parts(Reader.load, arguments, batches, workers, identity)
     else:
