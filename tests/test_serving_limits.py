@@ -23,6 +23,8 @@ from served import (
     until,
 )
 
+WITHOUT_KEY = {"/health", "/ready", "/", "/page.js", "/server.js", "/text.js", "/page.css"}
+WITHOUT_KEY |= {"/favicon.svg"}
 JSON = {"content-type": "application/json"}
 
 
@@ -225,7 +227,7 @@ def test_every_route_needs_the_key(model):
         ]
         assert len(routes) >= 10
         for method, path in [*routes, ("GET", "/openapi.json"), ("GET", "/nothing")]:
-            if path in ("/health", "/ready"):
+            if path in WITHOUT_KEY:
                 assert client.request(method, path).status_code in (200, 405)
                 continue
             for sent in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}):
