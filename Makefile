@@ -7,13 +7,18 @@ OLD_ENOUGH := import sys; v = sys.version_info[:2]; \
 	sys.exit(v < (3, 11) and "Python %d.%d: need 3.11 or newer. try: make PYTHON=python3.11" % v)
 # The models of the tests are tiny: one process a core, each with one thread.
 PYTEST := -m pytest --numprocesses logical --dist worksteal
-.PHONY: demo digest test test-newest test-oldest lock lint clean
+.PHONY: demo digest test test-ray test-newest test-oldest lock lint clean
 
 demo: .venv/.ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh runs/demo.sh
 
 test: .venv/.ready
 	@$(BIN)/python $(PYTEST)
+
+# Several processes: 140 MB that `make test` does without, and a Ray of its own at a time.
+test-ray: .venv/.ready
+	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev,ray]'
+	@$(BIN)/python -m pytest -q tests/test_ray.py
 
 digest: .venv-digest/.ready
 	@.venv-digest/bin/sememe-digest run --config digest/examples/seed.yaml --feeds digest/tests/data/2026-02-17 \

@@ -15,7 +15,7 @@ import uvicorn
 from conftest import byte_tokenizer
 from families import ONLINE, move, started, tiny_base
 from sememe.engine import Engine
-from sememe.models import OnlineConfig, OnlineForCausalLM
+from sememe.models import OnlineConfig, OnlineForCausalLM, PlannerConfig, PlannerForCausalLM
 from sememe.serving.app import build_app
 from sememe.serving.run import Protocol, Server
 from sememe.serving.service import Service
@@ -25,6 +25,7 @@ PROMPT = "The old detective"
 LONG = {"prompt": PROMPT, "max_tokens": 480, "logit_bias": {"2": -100}}
 KEY = "a-key-of-many-letters"
 VOCABULARY = 261
+PLAN_SIZES, PLAN_LENGTHS = (7, 5, 9), (3, 2, 4)
 CONTEXT = 512
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -51,6 +52,18 @@ def served_online(base=None) -> OnlineForCausalLM:
     generator = torch.Generator().manual_seed(1)
     move(model, generator)
     return started(model, torch.randint(3, VOCABULARY, (16, 24), generator=generator))
+
+
+@torch.no_grad()
+def served_planner() -> PlannerForCausalLM:
+    base, generator = served_base(), torch.Generator().manual_seed(1)
+    sizes = {"plan_sizes": PLAN_SIZES, "plan_lengths": PLAN_LENGTHS, "lora_rank": 4}
+    config = PlannerConfig(text_config=base.config, base="tiny", **sizes)
+    model = PlannerForCausalLM(config, base)
+    move(model, generator)
+    model.plans.bias.copy_(0.3 * torch.randn(model.plans.bias.shape, generator=generator))
+    model.plans.bias[model.plans.row_IM[:, -1]] += 1.5  # plans of all lengths
+    return model.eval()
 
 
 @contextlib.contextmanager

@@ -70,6 +70,20 @@ def test_company_changes_no_answer(hold):
             assert a.token == b.token and abs(a.logprob - b.logprob) < 1e-4
 
 
+BASELINES = {}, {"window": 1}, {"window": 7}, {"skipped": (1, 3)}, {"left_out": (1, 3)}
+
+
+@torch.no_grad()
+def baseline(settings: dict, family: str) -> ControlForCausalLM:
+    """With maps in the gaps that change something."""
+    base, bridge = tiny_base(family), "left_out" in settings
+    config = ControlConfig(text_config=base.config, lora_rank=0, bridge=bridge, **settings)
+    model = ControlForCausalLM(config, base).eval()
+    if bridge:
+        model.start_bridge(text(32, 24))
+    return model
+
+
 def test_rows_wait_where_weights_cost_and_not_where_rows_do():
     by_weights, by_rows = [1.0] * len(ROWS), [float(rows) for rows in ROWS]
     assert Policy((4, 22, 4), by_weights, by_weights)(16, 0.25)[0] > 1
@@ -113,6 +127,22 @@ def test_the_engine_says_what_generate_says():
             ids = torch.tensor([request.prompt])
             options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
             assert model.generate(ids, **options)[0, ids.shape[1] :].tolist() == answer.tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("settings", BASELINES, ids=str)
+def test_a_baseline_says_what_generate_says(settings, family):
+    """Rows of other lengths that join, leave and read left-padded prompts and parts of them."""
+    model = baseline(settings, family)
+    wanted = [Request(prompt(n), max_tokens=5 + n % 7) for n in range(14)]
+    with Engine(model, Letters(), max_rows=5, chunk=16) as engine:
+        answers = engine.generate(wanted)
+        own, base = engine.bytes_at(40, 0)
+    for request, answer in zip(wanted, answers, strict=True):
+        ids = torch.tensor([request.prompt])
+        options = {"do_sample": False, "max_new_tokens": request.max_tokens, "eos_token_id": None}
+        assert model.generate(ids, **options)[0, ids.shape[1] :].tolist() == answer.tokens
+    assert own / base == pytest.approx(model.config.cache_share(40))
 
 
 @pytest.mark.parametrize("model", [tiny_online(segment="both", bridge=True), tiny_base()])
@@ -167,17 +197,6 @@ def test_a_long_prompt_whose_client_has_gone_is_not_read_on():
         jobs.append(engine.submit(Request(prompt(39) * 2, max_tokens=1), sink))
         assert ended.wait(10)
     assert len(seen) < len(prompt(39) * 2) // 4
-
-
-def test_the_control_says_what_generate_says():
-    base = tiny_base()
-    config = ControlConfig(text_config=base.config, base="tiny", lora_rank=0)
-    model = ControlForCausalLM(config, base).eval()
-    with Engine(model, Letters(), max_rows=4, chunk=8) as engine:
-        (answer,) = engine.generate([Request(prompt(7), max_tokens=9)])
-    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None}
-    written = model.generate(torch.tensor([prompt(7)]), **options)[0, len(prompt(7)) :]
-    assert written.tolist() == answer.tokens
 
 
 def test_the_token_that_ends_a_text_has_a_probability():

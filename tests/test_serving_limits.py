@@ -127,7 +127,7 @@ def test_malformed_requests_are_4xx_and_the_next_is_served(client):
 
 
 def test_routes_and_methods_that_there_are_none_of(client):
-    for path in ("/", "/v1", "/v1/embeddings", "/v1/responses", "/docs", "/v1/models/a/b"):
+    for path in ("/page", "/v1", "/v1/embeddings", "/v1/responses", "/docs", "/v1/models/a/b"):
         check_error(client.get(path), 404, code="not_found")
         check_error(client.post(path, json={}), 404, code="not_found")
     refused = client.get("/v1/completions")

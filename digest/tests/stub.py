@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -174,8 +173,6 @@ class FakeClock:
         self.slept: list[float] = []
         monkeypatch.setattr(client, "clock", lambda: self.now)
         monkeypatch.setattr(client, "sleep", self.sleep)
-        # tenacity, below stamina, sleeps between attempts.
-        monkeypatch.setattr(time, "sleep", self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)

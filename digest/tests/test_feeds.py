@@ -4,11 +4,11 @@ from datetime import date
 
 import pytest
 
-from sememe_digest import latex
+from sememe_digest import DigestError
 from sememe_digest.config import Config
-from sememe_digest.errors import Unread
-from sememe_digest.feeds import Feed, read_feed, stale_since, union
-from sememe_digest.listing import read_listing
+from sememe_digest.feeds import Feed, read_feed, read_listing, stale_since
+from sememe_digest.fulltext import authors, to_text
+from sememe_digest.ranking import union
 from tests.stub import DATA, feed_xml
 
 EDGE = (DATA / "edge_cs.LG.xml").read_bytes()
@@ -22,7 +22,7 @@ def config(*categories: str, **keys) -> Config:
 def test_hostile_items_are_read_to_their_last_word():
     feed = read_feed(EDGE, "cs.LG")
     assert len(feed.papers) == 9 and feed.date == date(2026, 2, 18)
-    assert feed.faults == ["cs.LG: 1 without an announce type"]
+    assert feed.faults == ["cs.LG: 1 without an id or an announce type"]
     first = feed.papers[0]
     for words in ("For $n<k$ we show that attention", "3 > 2 times", "<b>bold</b> stay", "AT&T"):
         assert words in first.abstract
@@ -34,13 +34,13 @@ def test_hostile_items_are_read_to_their_last_word():
 
 
 def test_names_and_affiliations_are_kept_apart():
-    people = latex.authors(read_feed(EDGE, "cs.LG").papers[0].creator)
+    people = authors(read_feed(EDGE, "cs.LG").papers[0].creator)
     assert people == [
         {"name": "André Müller", "affiliation": "Univ. Bonn, Germany"},
         {"name": "Balázs Kulcsár", "affiliation": ""},
         {"name": "Gökçe Aydos", "affiliation": "Bilkent, ODTÜ"},
     ]
-    names = [person["name"] for person in latex.authors("NVIDIA,  :, Ann Bee (A (B, C), D), Cy")]
+    names = [person["name"] for person in authors("NVIDIA,  :, Ann Bee (A (B, C), D), Cy")]
     assert names == ["NVIDIA", "Ann Bee", "Cy"]
 
 
@@ -55,7 +55,7 @@ def test_names_and_affiliations_are_kept_apart():
     ],
 )
 def test_tex_becomes_text(tex, text):
-    assert latex.to_text(tex) == (text or latex.to_text(tex)) and latex.to_text(tex)
+    assert to_text(tex) == (text or to_text(tex)) and to_text(tex)
 
 
 def test_atom_is_read_like_rss():
@@ -84,7 +84,7 @@ def test_a_holiday_is_a_feed_without_papers():
     ],
 )
 def test_what_is_no_feed_is_said_in_one_sentence(body, words):
-    with pytest.raises(Unread, match=words) as caught:
+    with pytest.raises(DigestError, match=words) as caught:
         read_feed(body, "cs.XX")
     assert "\n" not in str(caught.value) and "try:" in str(caught.value)
 
@@ -118,9 +118,13 @@ def test_an_old_paper_that_is_cross_listed_late_is_not_new():
 def test_half_of_the_new_ids_make_a_feed_stale():
     items = [{"id": f"2602.0000{n}"} for n in range(4)] + [{"id": "2601.1", "type": "replace"}]
     feed = read_feed(feed_xml(items), "cs.LG")
-    seen = {"2602.00000": "2026-02-13", "2602.00001": "2026-02-13", "2601.1": "2026-01-01"}
-    assert stale_since(feed, seen) == "2026-02-13"
-    assert stale_since(feed, {"2602.00000": "2026-02-13"}) is None
+    seen = {
+        "2602.00000": date(2026, 2, 13),
+        "2602.00001": date(2026, 2, 13),
+        "2601.1": date(2026, 1, 1),
+    }
+    assert stale_since(feed, seen) == date(2026, 2, 13)
+    assert stale_since(feed, {"2602.00000": date(2026, 2, 13)}) is None
     assert stale_since(Feed(feed.date), seen) is None
 
 
@@ -145,5 +149,5 @@ def test_a_listing_page_gives_the_same_papers():
     ],
 )
 def test_a_listing_page_that_does_not_fit_its_counts_is_refused(old, new, words):
-    with pytest.raises(Unread, match=words):
+    with pytest.raises(DigestError, match=words):
         read_listing(LISTING.replace(old, new), "cs.AI")

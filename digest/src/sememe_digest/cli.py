@@ -1,4 +1,4 @@
-"""The command line. A command imports what it needs when it runs, so that `--help` is instant."""
+"""The command line."""
 
 import json
 import subprocess
@@ -6,21 +6,20 @@ import sys
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from sememe_digest import __version__
-from sememe_digest.errors import DigestError
+from sememe_digest import DigestError, kind
+from sememe_digest.config import read_config
+from sememe_digest.daily import Run
+from sememe_digest.papers import Archive, write
+from sememe_digest.render import TEMPLATES, publish
 
-app = Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+HELP = "A daily digest of arXiv. Start with `init`, edit digest.yaml, then `run`."
+app = Typer(help=HELP, add_completion=False, pretty_exceptions_enable=False)
 ConfigFile = Annotated[Path, Option("--config", "-c", help="The configuration.")]
 Out = Annotated[Path | None, Option(help="The site, in place of `out` in the configuration.")]
-Feeds = Annotated[Path | None, Option(help="A folder of CLASS.xml(.gz), read in place of arXiv.")]
-WithSummaries = Annotated[bool, Option(help="Ask the language model, if its key is set.")]
-Now = Annotated[datetime | None, Option(help="The time of the run in UTC: 2026-02-17T06:40:00.")]
-Json = Annotated[Path | None, Option("--json", help="Counts and faults; `-` is stdout.")]
-Port = Annotated[int, Option(help="The port on this machine.")]
 YAML = Path("digest.yaml")
 
 
@@ -29,23 +28,12 @@ def main() -> None:
     try:
         app()
     except DigestError as error:
-        code, line = error.code, f"error: {error}"
-    except KeyboardInterrupt:
-        code, line = 130, "stopped: what is finished is kept, the same command goes on"
+        fault = error
     except OSError as error:
-        need = "need a path that can be read or written. try: another path, or other permissions"
-        code, line = 2, f"error: {error.filename} got {error.strerror}: {need}"
-    print(line, file=sys.stderr)
-    sys.exit(code)
-
-
-@app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, Option("--version", help="Print the version.")] = False):
-    """A daily digest of arXiv: what matches your words, ranked, with checked summaries.
-
-    Start with `sememe-digest init`, edit digest.yaml, then `sememe-digest run`."""
-    if version:
-        print(f"sememe-digest {__version__}")
+        got = f"{error.filename} got a fault of the system ({kind(error)})"
+        fault = DigestError(got, "a path that can be read and written", "another path")
+    print(f"error: {fault}", file=sys.stderr)
+    sys.exit(fault.code)
 
 
 @app.command()
@@ -53,52 +41,41 @@ def init(folder: Annotated[Path, Argument(help="Where to write it.")] = Path()) 
     """Write a commented digest.yaml."""
     path = folder / YAML
     if path.exists():
-        raise DigestError(f"{path} is there already: need a new file. try: edit it, or move it")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_bytes((files("sememe_digest") / "templates" / "digest.yaml").read_bytes())
+        raise DigestError(f"{path} is there already", "a new file", "to edit it, or to move it")
+    write(path, (files("sememe_digest") / "templates" / "digest.yaml").read_bytes())
     print(f"written: {path}\nnow: edit its terms, then sememe-digest run")
 
 
 @app.command()
 def run(
     config: ConfigFile = YAML,
-    feeds: Feeds = None,
     out: Out = None,
-    summaries: WithSummaries = True,
-    now: Now = None,
-    json_file: Json = None,
+    feeds: Annotated[Path | None, Option(help="A folder of CLASS.xml(.gz), not arXiv.")] = None,
+    summaries: Annotated[bool, Option(help="Ask the language model, if its key is set.")] = True,
+    now: Annotated[datetime | None, Option(help="The time in UTC: 2026-02-17T06:40:00.")] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Counts; `-` is stdout.")] = None,
 ) -> None:
     """Read today's feeds, rank, summarise and write the site.
 
-    The same command goes on after a stop, completes a day that lacked something, and changes
-    nothing on a complete one. Exit codes: 0 written, or complete already; 2 usage or
-    configuration; 3 nothing announced, nothing touched; 4 incomplete, run again; 5 nothing could
-    be read, nothing written."""
-    from sememe_digest.daily import Run
-    from sememe_digest.render import publish, template
-
-    settings, archive = _open(config, out)
-    task = Run(settings, archive, feeds, lambda line: print(line, file=sys.stderr, flush=True))
-    code, day = task.run((now or datetime.now(UTC)).replace(tzinfo=UTC), summaries)
-    if day:
+    The same command goes on after a stop and completes a day that lacked something. Exit codes:
+    0 written, or complete already; 2 usage or configuration; 3 nothing announced; 4 incomplete,
+    run again; 5 nothing could be read."""
+    settings = read_config(config, out)
+    archive = Archive(settings.out)
+    now = (now or datetime.now(UTC)).replace(tzinfo=UTC)
+    code, day = Run(settings, archive, feeds).run(now, summaries)
+    if day.announced:
         publish(archive, settings, {day.date})
-    faults = day.faults if day else task.faults
     if json_file:
-        facts = day.model_dump(include={"date", "feeds", "counts"}) if day else None
-        text = json.dumps({"exit_code": code, "faults": faults, "day": facts}, indent=1)
-        print(text) if f"{json_file}" == "-" else json_file.write_text(text, encoding="utf-8")
+        facts = {"exit_code": code, "faults": day.faults, "day": None}
+        if day.announced:
+            facts["day"] = day.model_dump(mode="json", include={"date", "feeds", "counts"})
+        text = json.dumps(facts, indent=1)
+        print(text) if f"{json_file}" == "-" else write(json_file, text.encode())
     if f"{json_file}" != "-":
-        facts = {"day": day, "exit_code": code, "faults": faults, "site": archive.site}
-        print(template("report.txt.j2").render(facts))
+        report = TEMPLATES.get_template("report.txt.j2")
+        print(report.render(day=day, exit_code=code, site=archive.site))
     raise Exit(code)
-
-
-def _open(config: Path, out: Path | None) -> tuple[Any, Any]:
-    from sememe_digest.archive import Archive
-    from sememe_digest.config import read_config
-
-    settings = read_config(config)
-    return settings, Archive(out or settings.out)
 
 
 @app.command()
@@ -108,30 +85,27 @@ def why(
     out: Out = None,
 ) -> None:
     """Say why a paper is in the digest, or why it is not."""
-    from sememe_digest.feeds import IDENTIFIER
-    from sememe_digest.render import template
-
-    _, archive = _open(config, out)
-    match = IDENTIFIER.search(f"/abs/{paper.rpartition('abs/')[2].removeprefix('arXiv:')}")
-    days = [day for day in archive.days.values() if match and match[1] in day.announced]
-    if not days:
-        need = "need one that a monitored class announced. try: an id, as 2602.05191"
-        raise DigestError(f"{paper} is in no day of {archive.site}: {need}")
-    print(template("why.txt.j2").render(day=days[0], id=match[1]))
+    archive = Archive(read_config(config, out).out)
+    days = archive.days.values()
+    # An address has the id in it, too.
+    found = [(day, name) for day in days for name in day.announced if name in paper]
+    if not found:
+        need = "one that a monitored class announced"
+        raise DigestError(f"{archive.site} got no paper {paper}", need, "an id, as 2602.05191")
+    print(TEMPLATES.get_template("why.txt.j2").render(day=found[0][0], id=found[0][1]))
 
 
 @app.command()
 def render(config: ConfigFile = YAML, out: Out = None) -> None:
     """Write all pages and feeds anew from the archive."""
-    from sememe_digest.render import publish
-
-    settings, archive = _open(config, out)
+    settings = read_config(config, out)
+    archive = Archive(settings.out)
     publish(archive, settings, set(archive.days))
     print(f"page: {archive.site}/index.html")
 
 
 @app.command()
-def serve(config: ConfigFile = YAML, out: Out = None, port: Port = 8000) -> None:
+def serve(config: ConfigFile = YAML, out: Out = None, port: int = 8000) -> None:
     """Show the site in a browser of this machine; any web server does the same."""
     words = ["http.server", f"{port}", "--bind", "127.0.0.1", "--directory"]
-    subprocess.run([sys.executable, "-m", *words, f"{_open(config, out)[1].site}"], check=False)
+    subprocess.run([sys.executable, "-m", *words, f"{read_config(config, out).out}"], check=False)

@@ -1,44 +1,36 @@
 """Polite requests to arXiv: one connection, three seconds apart, bounded in time and size."""
 
 import time
-from typing import Any
+from collections.abc import Callable
 
 import httpx
-import stamina
 
-from sememe_digest import __version__
-from sememe_digest.errors import Unread
+from sememe_digest import DigestError, __version__, kind
 
 PAUSE_SECONDS = 3.0  # arXiv's terms: one request per three seconds, over feeds, pages and PDFs
 READ_SECONDS = 60.0  # for one whole answer, however slowly it drips
 LONGEST_WAIT_SECONDS = 120.0  # of a Retry-After that is waited for; after that, the next run
 MAX_BYTES = 20 * 2**20
-# 406 is what arXiv's edge answers to requests that it does not like, as often as 429.
-BUSY = {406, 408, 429, 500, 502, 503, 504}
 clock, sleep = time.monotonic, time.sleep
-# What failed is said at the end of the attempts; a log line for each would only alarm.
-stamina.instrumentation.set_on_retry_hooks([])
 
 
-class Busy(Exception):
-    """An answer that asks to come again, after so many seconds where it says so."""
-
-    def __init__(self, response: httpx.Response):
-        wait = response.headers.get("retry-after", "")
-        super().__init__(f"status {response.status_code}{wait and f', Retry-After {wait}'}")
-        self.seconds = float(wait) if wait.isdecimal() else None
-
-
-def retries() -> Any:
-    """Up to three attempts at one request, further apart each time or as far as the answer says."""
-
-    def backoff(error: Exception) -> bool | float:
-        if isinstance(error, Busy) and error.seconds is not None:
-            return error.seconds if error.seconds <= LONGEST_WAIT_SECONDS else False
-        return isinstance(error, Busy | httpx.TransportError)
-
-    pauses = {"wait_initial": 3, "wait_max": 30, "wait_exp_base": 3}
-    return stamina.retry_context(backoff, attempts=3, timeout=None, **pauses)
+def answer(url: str, request: Callable[[], httpx.Response]) -> httpx.Response:
+    """What `request` returns, in up to three attempts, as far apart as the answers say."""
+    for attempt, pause in enumerate((3.0, 9.0, 0.0), 1):
+        try:
+            response = request()
+            # 406 is what arXiv's edge answers to requests that it does not like, as often as 429.
+            if response.status_code not in (406, 408, 429) and response.status_code < 500:
+                return response
+            wait = response.headers.get("retry-after", "")
+            got = f"status {response.status_code}{wait and f', Retry-After {wait}'}"
+            pause = float(wait) if wait.isdecimal() else pause
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            got = kind(error)
+        if attempt == 3 or pause > LONGEST_WAIT_SECONDS:
+            break
+        sleep(pause)
+    raise DigestError(f"{url} got no answer ({got})", "one")
 
 
 class Client:
@@ -57,29 +49,22 @@ class Client:
         sleep(max(0, self.last + self.pause - clock()))
         self.last = clock()
 
-    def get(self, url: str, etag: str = "", pause: float = 0, limit: int = 0) -> httpx.Response:
-        """The answer to one request, of any status but those that ask to come again."""
-        self.pause = max(pause, PAUSE_SECONDS)
-        headers = {"If-None-Match": etag} if etag else {}
-        try:
-            for attempt in retries():
-                with attempt, self.http.stream("GET", url, headers=headers) as response:
-                    return self._read(response, limit or MAX_BYTES)
-        except (Busy, httpx.HTTPError, httpx.InvalidURL) as error:
-            raise Unread(f"{url} gave no answer ({error}). try: again later") from error
-        raise AssertionError("attempts end with an answer or an exception")
+    def get(
+        self, url: str, etag: str = "", pause: float = PAUSE_SECONDS, limit: int = MAX_BYTES
+    ) -> httpx.Response:
+        """The answer to one request, at most `limit` bytes, `pause` seconds after the last one."""
+        self.pause, headers = pause, {"If-None-Match": etag} if etag else {}
 
-    def _read(self, response: httpx.Response, limit: int) -> httpx.Response:
-        if response.status_code in BUSY:
-            raise Busy(response)
-        body, end = bytearray(), clock() + READ_SECONDS
-        for chunk in response.iter_bytes():
-            body += chunk
-            if len(body) > limit:
-                raise Unread(f"{response.url} is too large: need {limit >> 20} MiB or less")
-            # httpx's own limit is for each read: a server that drips would hold us for ever.
-            if clock() > end:
-                need = f"need it within {READ_SECONDS:g} s. try: again later"
-                raise Unread(f"{response.url} answers too slowly: {need}")
-        etag = {"ETag": response.headers.get("etag", "")}
-        return httpx.Response(response.status_code, headers=etag, content=bytes(body))
+        def request() -> httpx.Response:
+            with self.http.stream("GET", url, headers=headers) as response:
+                body, end = bytearray(), clock() + READ_SECONDS
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    # httpx's limit is for each read: a server that drips would hold us for ever.
+                    if len(body) > limit or clock() > end:
+                        got = f"{url} got an answer too {'large' if len(body) > limit else 'slow'}"
+                        raise DigestError(got, f"{limit >> 20} MiB or less in {READ_SECONDS:g} s")
+            kept = {key: response.headers.get(key, "") for key in ("etag", "retry-after")}
+            return httpx.Response(response.status_code, headers=kept, content=bytes(body))
+
+        return answer(url, request)

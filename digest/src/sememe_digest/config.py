@@ -8,18 +8,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from sememe_digest.errors import DigestError
+from sememe_digest import DigestError
 
 
 def _as_terms(value: Any) -> Any:
     """Terms as people write them, `- word` or `- word: 2`, with what a hit of each is worth."""
-    terms: dict[Any, Any] = {}
+    terms: dict[str, Any] = {}
     for item in value if isinstance(value, list) else [value]:
-        terms |= item if isinstance(item, dict) else {str(item): 1.0}
-    wordless = [term for term in terms if not re.search(r"[^\W_]", str(term))]
-    if wordless:
-        raise ValueError(f"{wordless[0]!r} has neither a letter nor a digit")
-    return {str(term): weight for term, weight in terms.items()}
+        for term, weight in item.items() if isinstance(item, dict) else [(item, 1.0)]:
+            if not re.search(r"[^\W_]", f"{term}"):
+                raise ValueError(f"a letter or a digit in {term!r}")
+            terms[f"{term}"] = weight
+    return terms
 
 
 Terms = Annotated[dict[str, float], BeforeValidator(_as_terms)]
@@ -37,7 +37,7 @@ class Summaries(BaseModel, extra="forbid"):
     language: str = "English"
     prompt: Path | None = None
     max_characters: int = Field(120_000, ge=2000)
-    timeout: float = Field(300, gt=0)
+    timeout: float = Field(300, ge=1)
 
 
 class Config(BaseModel, extra="forbid"):
@@ -46,7 +46,7 @@ class Config(BaseModel, extra="forbid"):
     title: str = "arXiv digest"
     url: str = ""
     contact: str = ""
-    categories: list[Category] = Field(min_length=1)
+    categories: list[Category] = []
     types: list[Literal["new", "cross"]] = ["new"]
     terms: Terms = {}
     match: Literal["word", "substring"] = "word"
@@ -63,14 +63,15 @@ class Config(BaseModel, extra="forbid"):
 
     @model_validator(mode="after")
     def _has_a_subject(self) -> "Config":
-        if not self.terms and not self.interests.strip():
-            raise ValueError("terms or interests are needed: they say what to look for")
+        if not self.categories or not (self.terms or self.interests.strip()):
+            raise ValueError("categories, and terms or interests to look for in them")
         return self
 
     def prompt(self) -> str:
         """The instructions for the language model, the user's own or those of the package."""
         path = self.summaries.prompt or files("sememe_digest") / "templates" / "prompt.txt"
-        return path.read_text(encoding="utf-8").replace("{language}", self.summaries.language)
+        text = path.read_bytes().decode(errors="replace")
+        return text.replace("{language}", self.summaries.language)
 
     def home(self, category: str) -> str:
         """The monitored class, or the archive (`cs`), of a primary class; else "other"."""
@@ -78,19 +79,17 @@ class Config(BaseModel, extra="forbid"):
         return next((name for name in names if name in self.categories), "other")
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, out: Path | None = None) -> Config:
     """The configuration in a YAML file; paths in it are relative to the working directory."""
     try:
-        # The C loader is in all wheels and ten times as fast.
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        return Config.model_validate(yaml.load(path.read_text(encoding="utf-8"), loader))
+        config = Config.model_validate(yaml.safe_load(path.read_bytes()))
+        config.out = out or config.out
+        return config
     except ValidationError as error:
         fault = error.errors()[0]
-        key = ".".join(map(str, fault["loc"])) or "the file"
-        got = f"{key}: {fault['msg']}, got {fault['input']!r:.60}"
-        if fault["type"] == "extra_forbidden":
-            got = f"{key} is no key of a digest"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        got = " ".join(str(error).split())
-    need = "need the keys that `sememe-digest init` writes. try: its comments say what each is"
-    raise DigestError(f"{path}: {got}: {need}")
+        got = f"{fault['input']!r:.60} for {'.'.join(map(str, fault['loc'])) or 'its keys'}"
+        need = fault.get("ctx", {}).get("error", "a known key and a value that suits it")
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        got, need = f"no YAML{f' in line {mark.line + 1}' if mark else ''}", "keys and their values"
+    raise DigestError(f"{path} got {got}", f"{need}", "the file that `sememe-digest init` writes")

@@ -1,4 +1,4 @@
-"""The PDF of a paper to the text of its pages, without what no reader sees.
+"""The text of papers: TeX as arXiv sends it, and PDFs without what no reader sees.
 
 As a module it reads one file, in a process that can be stopped: some PDFs hang a parser."""
 
@@ -6,19 +6,19 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
 from math import hypot
 from pathlib import Path
 
+from sememe_digest import DigestError
 from sememe_digest.client import Client
-from sememe_digest.errors import DigestError, Unread
-from sememe_digest.papers import Paper
+from sememe_digest.papers import Paper, write
 
 PDF_PAUSE_SECONDS = 15.0  # the crawl delay of arxiv.org
 MAX_PDF_BYTES = 50 * 2**20
-MAX_MEMORY_BYTES = 2 * 2**30
 EXTRACTION_SECONDS = 60
 SMALLEST_POINTS = 3.0  # nothing smaller is meant to be read by people
+MARKUP = re.compile(r"[\\${}~^]|--|``|''")  # what makes a line of text TeX
 REFERENCES = re.compile(r"^[\s\d.]*(references|bibliography)\s*$", re.I | re.M)
 # Sentences that speak to a language model, and answers that obey them. A paper about such attacks
 # loses a sentence too; it is reported.
@@ -31,59 +31,70 @@ INSTRUCTION = re.compile(
 )
 
 
-@dataclass
-class FullText:
-    """Text by page, and what was taken out of it before a language model saw it."""
+def to_text(tex: str) -> str:
+    """Text without TeX; what cannot be read stays as it is."""
+    from pylatexenc.latex2text import LatexNodes2Text
 
-    pages: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
+    lines = tex.split("\n")
+    for number, line in enumerate(lines):
+        # To TeX a bare % starts a comment that takes the rest of the line with it, and & is a tab;
+        # in a feed they are what they look like, the first of them in one abstract of eight.
+        escaped = re.sub(r"(?<!\\)[%&#]", r"\\\g<0>", line)
+        # IndexError and more on unbalanced input: raw text is better than none.
+        with suppress(Exception):
+            if MARKUP.search(line):
+                text = LatexNodes2Text(math_mode="text").latex_to_text(escaped)
+                lines[number] = " ".join(text.split())
+    return "\n".join(lines)
 
-    def remove(self, kind: str, text: str) -> None:
-        """Reports a removal by its first words: more would be the stage that it wants."""
-        words = text.split()
-        if len(words) > 3:  # labels in a plot are no news
-            start = f"“{' '.join(words[:3]):.40} …”, {len(words)} words"
-            self.removed.append(f"{kind} on page {len(self.pages) + 1} ({start})")
+
+def authors(creator: str) -> list[dict[str, str]]:
+    """Names and affiliations of a feed's one line, whose commas also stand inside parentheses."""
+    people = []
+    for part in re.findall(r"(?:\([^()]*(?:\([^()]*\)[^()]*)*\)|[^,])+", creator):
+        name, _, affiliation = to_text(part).strip().removesuffix(")").partition(" (")
+        # Collaborations come as `NVIDIA,  :, First Author`.
+        if name.strip(" :"):
+            people.append({"name": name, "affiliation": affiliation})
+    return people
 
 
-def fetch_pdf(client: Client, paper: Paper, pages_url: str, folder: Path) -> Path:
+def fetch_pdf(client: Client, paper: Paper, pages_url: str, cache: Path) -> Path:
     """The PDF of one version, from the cache or from arXiv; it is never published."""
-    path = folder / f"{paper.versioned_id.replace('/', '_')}.pdf"
+    path = cache / "pdf" / f"{paper.versioned_id.replace('/', '_')}.pdf"
     if not path.exists():
         # Without the suffix .pdf, to which arXiv's edge answers 406.
         url = f"{pages_url}/pdf/{paper.versioned_id}"
         answer = client.get(url, pause=PDF_PAUSE_SECONDS, limit=MAX_PDF_BYTES)
         if answer.status_code != 200 or not answer.content.startswith(b"%PDF"):
-            kind = "HTML" if b"<html" in answer.content[:1000].lower() else "no PDF"
-            raise Unread(f"{url} got {kind}, status {answer.status_code}: need a PDF. try: later")
-        folder.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_bytes(answer.content)
-        path.with_suffix(".part").replace(path)
+            raise DigestError(f"{url} got no PDF, status {answer.status_code}", "a PDF")
+        write(path, answer.content)
     return path
 
 
-def read_pdf(path: Path) -> FullText:
-    """The text of a PDF, read in a process of its own with limits on time and memory."""
+def read_pdf(path: Path) -> tuple[list[str], list[str]]:
+    """What `extract` finds, in a process of its own with a limit on time; pypdf limits memory."""
     command = [sys.executable, "-m", "sememe_digest.fulltext", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=EXTRACTION_SECONDS, check=True)
-        return FullText(**json.loads(done.stdout))
+        pages, removed = json.loads(done.stdout)
+        if "".join(pages).strip():
+            return pages, removed
+        got = "no text at all"
     except subprocess.TimeoutExpired:
         got = f"no text within {EXTRACTION_SECONDS} s"
-    except subprocess.CalledProcessError as error:
-        got = (error.stderr.decode(errors="replace").strip().splitlines() or ["a crash"])[-1]
-    raise Unread(f"{path.name} got {got:.200}: need a PDF with text. try: its abstract page")
+    except subprocess.CalledProcessError:
+        got = "a damaged or encrypted file"
+    raise DigestError(f"{path.name} got {got}", "a PDF with text", "its abstract page")
 
 
-def extract(path: Path) -> FullText:
-    """Pages up to the references, without tiny text and without sentences to a language model."""
+def extract(path: Path) -> tuple[list[str], list[str]]:
+    """The text of the pages up to the references, without tiny text and without sentences to a
+    language model, and what was taken out in words for the reader."""
     from pypdf import PdfReader
 
-    reader = PdfReader(path)
-    if reader.is_encrypted and not reader.decrypt(""):
-        raise DigestError("encrypted")
-    result = FullText()
-    for page in reader.pages:
+    texts, reports = list[str](), list[str]()
+    for number, page in enumerate(PdfReader(path).pages, 1):
         pieces: dict[bool, list[str]] = {True: [], False: []}
 
         def visit(text, cm, tm, font, size, pieces=pieces):
@@ -93,23 +104,21 @@ def extract(path: Path) -> FullText:
             pieces[is_tiny].append(text)
 
         page.extract_text(visitor_text=visit)
-        result.remove(f"text under {SMALLEST_POINTS:g} pt", "".join(pieces[True]))
         sentences = re.split(r"(?<=[.!?])(?=\s)", "".join(pieces[False]))
-        for sentence in filter(INSTRUCTION.search, sentences):
-            result.remove("words to a language model", sentence)
-        result.pages.append("".join(s for s in sentences if not INSTRUCTION.search(s)))
-    for index in range(len(result.pages) - 1, 0, -1):
-        if match := REFERENCES.search(result.pages[index]):
-            result.pages[index:] = [result.pages[index][: match.start()]]
+        removed = [(f"text under {SMALLEST_POINTS:g} pt", "".join(pieces[True]))]
+        spoken = [sentence for sentence in sentences if INSTRUCTION.search(sentence)]
+        for kind, text in removed + [("words to a language model", text) for text in spoken]:
+            # By its first words: more would be the stage that it wants. Labels are no news.
+            if len(words := text.split()) > 3:
+                start = f"“{' '.join(words[:3]):.40} …”, {len(words)} words"
+                reports.append(f"{kind} on page {number} ({start})")
+        texts.append("".join(sentence for sentence in sentences if sentence not in spoken))
+    for index in range(len(texts) - 1, 0, -1):
+        if match := REFERENCES.search(texts[index]):
+            texts[index:] = [texts[index][: match.start()]]
             break
-    if not "".join(result.pages).strip():
-        raise DigestError("no text at all")
-    return result
+    return texts, reports
 
 
 if __name__ == "__main__":
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    print(json.dumps(asdict(extract(Path(sys.argv[1])))))
+    print(json.dumps(extract(Path(sys.argv[1]))))

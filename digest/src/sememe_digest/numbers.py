@@ -2,10 +2,13 @@
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from decimal import Decimal
 from functools import lru_cache
 
-from sememe_digest.papers import Claim
+from sememe_digest.papers import Claim, Summary
+
+MAX_MISSING = 0.2  # of a summary's numbers, before it is asked for once more
 
 # 1,234.5 · .46 · 1e-7, also behind a word as in Llama-3.1; the sign is apart.
 NUMBER = re.compile(
@@ -27,22 +30,20 @@ HEADLINE = re.compile(r"(?<![\w.])(?<![A-Za-z]-)-?(\d[\d,]*(\.\d+)?\s?(%|[×x](?
 
 def plain(text: str) -> str:
     """Text with one form of minus and of powers of ten, without TeX's signs and cut words."""
-    text = unicodedata.normalize("NFKC", re.sub("[−–‐‑‒—]", "-", text))
-    text = text.replace("\\%", "%").replace("\\times", "×").replace("$", "").replace("−", "-")
+    text = re.sub("[−–‐‑‒—]", "-", unicodedata.normalize("NFKC", text))
+    text = text.replace("\\%", "%").replace("\\times", "×").replace("$", "")
     text = re.sub(r"\b10\^\{?(-?\d{1,2})\}?", r"1e\1", POWER.sub(r"e\1", text))
     return re.sub(r"(?<=[^\W\d_])-\s*\n\s*(?=[^\W\d_])", "", text)
 
 
-def find_numbers(text: str) -> list[tuple[re.Match[str], Decimal]]:
-    """Numbers of a plain text; a minus counts where it is neither hyphen nor range."""
-    numbers = []
+def find_numbers(text: str) -> Iterator[tuple[int, str, Decimal]]:
+    """Where each number of a plain text starts, how it is written, and its value; a minus counts
+    where it is neither hyphen nor range."""
     for match in NUMBER.finditer(text):
-        value = Decimal(match["digits"].replace(",", ""))
-        value = value.scaleb(int(match["exponent"] or 0))
         start = match.start("digits")
-        negative = NEGATIVE.search(text[max(0, start - 3) : start])
-        numbers.append((match, (-value if negative else value).normalize()))
-    return numbers
+        value = Decimal(match["digits"].replace(",", "")).scaleb(int(match["exponent"] or 0))
+        sign = "-" if NEGATIVE.search(text[max(0, start - 3) : start]) else ""
+        yield start, sign + text[start : match.end()], (-value if sign else value).normalize()
 
 
 @lru_cache(500)
@@ -50,28 +51,35 @@ def values(text: str) -> set[Decimal]:
     """Every value that a text can be read to have: `a - 5` is a difference or minus five, and a
     number at a line end may go on in the next line."""
     joined = re.sub(r"(?<=\d)([.,]?)\s*\n\s*([.,]?)(?=\d)", r"\1\2", text)
-    found = {value for part in (text, joined) for _, value in find_numbers(plain(part))}
+    found = {value for part in (text, joined) for *_, value in find_numbers(plain(part))}
     return found | {abs(value) for value in found}
 
 
-def _squeeze(text: str) -> str:
-    return "".join(re.findall(r"\w+", plain(text).lower()))
+def check(summary: Summary, abstract: str, pages: list[str]) -> str:
+    """Compares a summary with its paper; what is wrong, in words for the model."""
+    for claim in summary.claims:
+        check_claim(claim, pages)
+    summary.missing_headlines = missing_headlines(abstract, summary.claims)
+    missing, fault = summary.numbers("missing"), ""
+    if len(missing) > MAX_MISSING * len(summary.numbers()):
+        fault = f"The paper does not contain these numbers: {', '.join(missing)}. "
+    if summary.missing_headlines:
+        fault += f"The abstract also states {', '.join(summary.missing_headlines)}."
+    return fault
 
 
 def check_claim(claim: Claim, pages: list[str]) -> None:
     """Fills in whether the quote and each number of a claim stand where it says."""
     stated = dict(enumerate(pages, 1)).get(claim.page or 0, "")
-    claim.quote_found = bool(claim.quote) and _squeeze(claim.quote) in _squeeze(stated)
-    claim.numbers = []
+    quote, page = ("".join(re.findall(r"\w+", plain(t).lower())) for t in (claim.quote, stated))
+    claim.quote_found = bool(claim.quote) and quote in page
     text, found = LIST_ITEM.sub("", plain(claim.text)), [values(page) for page in pages]
-    for match, value in find_numbers(text):
-        start = match.start("digits")
+    for start, written, value in find_numbers(text):
         if YEAR.match(text, start) or NAMED.search(text[:start]):
             continue
         pages_with_it = [number for number, page in enumerate(found, 1) if value in page]
         page = claim.page if claim.page in pages_with_it else next(iter(pages_with_it), None)
         state = "missing" if page is None else "found" if page == claim.page else "elsewhere"
-        written = "-" * (value < 0) + text[start : match.end()]
         claim.numbers.append({"text": written, "state": state, "page": page})
 
 

@@ -1,9 +1,17 @@
-"""Papers, entries of a digest and its days: the JSON schema of the archive."""
+"""Papers, entries of a digest and its days: the JSON of the archive, and its files."""
 
+import json
+import os
+import time
+from datetime import date as Date
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from sememe_digest import DigestError
+
+CACHE_SECONDS = 14 * 86_400  # PDFs are kept for own use, not stored
 # The structure of a summary: four sections of three fields, each a list of claims.
 SECTIONS = {
     "Contribution": ("problem", "method", "advantage"),
@@ -54,10 +62,10 @@ class Summary(BaseModel):
     missing_headlines: list[str] = []
     removed: list[str] = []
 
-    def numbers(self, *states: str) -> list[str]:
-        """The numbers of all claims that are in one of these states."""
+    def numbers(self, state: str = "") -> list[str]:
+        """The numbers of all claims, or those in one state."""
         numbers = (number for claim in self.claims for number in claim.numbers)
-        return [number["text"] for number in numbers if number["state"] in states]
+        return [number["text"] for number in numbers if state in ("", number["state"])]
 
 
 class Entry(Paper):
@@ -78,16 +86,62 @@ class Entry(Paper):
 class Day(BaseModel):
     """One digest: all that its pages are made of."""
 
-    date: str
+    date: Date
     updated: str
     settings: str  # a hash of what decides the papers
-    feeds: dict[str, str]  # by class: read, listing, stale or failed
-    faults: list[str]  # of feeds, in one sentence each
+    feeds: dict[str, str] = {}  # by class: read, listing, stale or failed
+    faults: list[str] = []  # of feeds, in one sentence each
     counts: dict[str, dict[str, int]] = {}
-    cut_score: float | None
-    tied_out: int  # papers that are worth as much as the last one and are not shown
-    entries: list[Entry]
-    announced: dict[str, dict]  # every paper by id: class, score, terms, excluded
+    cut_score: float | None = None
+    tied_out: int = 0  # papers that are worth as much as the last one and are not shown
+    entries: list[Entry] = []
+    announced: dict[str, dict] = {}  # every paper by id: class, score, terms, excluded
 
     def is_complete(self) -> bool:
         return not {"stale", "failed"} & {*self.feeds.values()}
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; one that has this content already is not touched."""
+    if not path.exists() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_bytes(content)
+        part.replace(path)
+
+
+class Archive:
+    """Days in `SITE/archive/DATE.json`. The cache beside the site may be deleted at any time."""
+
+    def __init__(self, site: Path):
+        self.site, whole = site, site.resolve()
+        self.cache = whole.parent / ".cache" / whole.name
+        self.days: dict[Date, Day] = {}
+        for path in sorted((site / "archive").glob("????-??-??.json")):
+            try:
+                day = Day.model_validate_json(path.read_bytes())
+                self.days[day.date] = day
+            except ValidationError as error:
+                raise DigestError(f"{path} got damaged", "a whole day", "git checkout") from error
+
+    def save(self, day: Day) -> None:
+        """Keeps a day, with its old time where nothing else of it is new."""
+        old = self.days.get(day.date)
+        if old and old == day.model_copy(update={"updated": old.updated}):
+            day.updated = old.updated
+        self.days[day.date] = day
+        text = day.model_dump_json(indent=1) + "\n"
+        write(self.site / "archive" / f"{day.date}.json", text.encode())
+
+    def cached(self, name: str) -> Any:
+        """What was kept under a name, or nothing: no part of the cache is needed to go on."""
+        path = self.cache / f"{name}.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
+
+    def keep(self, name: str, value: Any) -> None:
+        write(self.cache / f"{name}.json", json.dumps(value).encode())
+
+    def prune(self) -> None:
+        for path in self.cache.rglob("*.*"):
+            if path.stat().st_mtime < time.time() - CACHE_SECONDS:
+                path.unlink()

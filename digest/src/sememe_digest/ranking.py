@@ -1,12 +1,15 @@
-"""What a paper is worth to its reader: terms, exclusions, nearness to `interests`, and why."""
+"""Which papers are announced, what each is worth by terms and nearness to `interests`, and why."""
 
 import re
 from collections import Counter
+from collections.abc import Iterable
+from datetime import date, timedelta
 from functools import cache
 from math import log, sqrt
-from statistics import fmean, pstdev
+from statistics import pstdev
 
 from sememe_digest.config import Config
+from sememe_digest.feeds import STRENGTH, Feed
 from sememe_digest.papers import Entry, Paper
 
 TITLE_BONUS = 0.5  # of a term's weight, on top, where the title has it
@@ -32,9 +35,25 @@ def needles(term: str, match: str) -> tuple[str, ...]:
     return (f"{words} ", f"{words}s ", plural_of_y)
 
 
-def rank(papers: list[Paper], config: Config) -> list[tuple[float, Entry]]:
-    """All papers, best first, each behind the worth that orders it; papers of equal worth stay in
-    the order of the feeds."""
+def union(feeds: Iterable[Feed], day: date, config: Config) -> list[Paper]:
+    """Each paper once, with the strongest type that any feed gives it.
+
+    A first version of this or the last month from a monitored class is new, whichever feed shows
+    it: its own may be stale, missing or capped."""
+    papers: dict[str, Paper] = {}
+    months = (f"{day:%y%m}.", f"{day.replace(day=1) - timedelta(days=1):%y%m}.")
+    for paper in (paper for feed in feeds for paper in feed.papers):
+        is_first = paper.version == 1 and paper.id.startswith(months)
+        if is_first and paper.type in ("", "cross") and config.home(paper.primary) != "other":
+            paper = paper.model_copy(update={"type": "new"})
+        known = papers.get(paper.id)
+        if known is None or STRENGTH[paper.type] > STRENGTH[known.type]:
+            papers[paper.id] = paper
+    return [paper for paper in papers.values() if paper.type in config.types]
+
+
+def rank(papers: list[Paper], config: Config) -> list[Entry]:
+    """All papers, best first; papers of equal worth stay in the order of the feeds."""
     prepare = str.lower if config.match == "substring" else normalise
 
     def occurs(term: str, text: str) -> bool:
@@ -54,19 +73,15 @@ def rank(papers: list[Paper], config: Config) -> list[tuple[float, Entry]]:
         excluded = next((term for term in config.exclude if occurs(term, where)), None)
         entries.append(Entry(**dict(paper), score=score, hits=hits, excluded=excluded))
     worth = [entry.score for entry in entries]
-    if config.interests.strip():
-        # Neither score nor similarity has a scale of its own: both count in standard deviations.
+    if entries and config.interests.strip():
         near = similarities(config.interests, [f"{p.title} {p.abstract}" for p in papers])
         for entry, similarity in zip(entries, near, strict=True):
             entry.similarity = round(similarity, 4)
-        worth = [sum(z) for z in zip(z_scores(worth), z_scores(near), strict=True)]
-    return sorted(zip(worth, entries, strict=True), key=lambda pair: -pair[0])
-
-
-def z_scores(values: list[float]) -> list[float]:
-    """Values in standard deviations from their mean; zeros where all are equal."""
-    spread, mean = (pstdev(values), fmean(values)) if values else (0, 0)
-    return [(value - mean) / spread if spread else 0.0 for value in values]
+        # Neither score nor similarity has a scale of its own: both count in standard deviations.
+        scales = (pstdev(worth) or 1, pstdev(near) or 1)
+        worth = [w / scales[0] + n / scales[1] for w, n in zip(worth, near, strict=True)]
+    order = sorted(range(len(entries)), key=lambda index: -worth[index])
+    return [entries[index] for index in order]
 
 
 @cache
@@ -79,7 +94,7 @@ def stem(word: str) -> str:
 
 def similarities(query: str, texts: list[str]) -> list[float]:
     """Cosines of TF-IDF vectors, with the idf of these texts and 1 + log of counts."""
-    counts = [Counter(map(stem, normalise(text).split())) for text in texts]
+    asked, *counts = (Counter(map(stem, normalise(text).split())) for text in (query, *texts))
     frequency = Counter(word for count in counts for word in count)
     idf = {word: log(len(texts) / number) for word, number in frequency.items()}
 
@@ -88,5 +103,5 @@ def similarities(query: str, texts: list[str]) -> list[float]:
         length = sqrt(sum(weight**2 for weight in weights.values())) or 1
         return {word: weight / length for word, weight in weights.items()}
 
-    wanted = vector(Counter(map(stem, normalise(query).split())))
+    wanted = vector(asked)
     return [sum(v * wanted.get(w, 0) for w, v in vector(count).items()) for count in counts]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sememe.errors import BaseError, reason
-from sememe.paths import existing, shown, usable
+from sememe.paths import existing, home, shown
 from sememe.storage import MANIFEST, WEIGHTS, check_manifest, sha256, write_manifest
 
 if TYPE_CHECKING:  # transformers takes seconds to import: a wrong name must not cost them
@@ -198,8 +198,7 @@ def pull(name: str) -> Path:
     Raises BaseError for an unknown name, a failed download, a wrong checksum or a full disk."""
     if name not in KNOWN:
         raise BaseError(f"no base is named {name!r}: {NEED_KNOWN}")
-    home = usable(os.environ.get("SEMEME_HOME") or "~/.cache/sememe")
-    target = home / "bases" / name
+    target = home() / "bases" / name
     if (target / MANIFEST).is_file():
         return target
     try:

@@ -3,20 +3,23 @@
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from sememe.engine.coding import CompressorWorks
 from sememe.engine.holding import measured_policy
 from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.scheduler import Scheduler
 from sememe.engine.text import TextStream
-from sememe.errors import DataError, SememeError
+from sememe.engine.works import PlannerWorks
+from sememe.errors import SememeError
 from sememe.models import OnlineForCausalLM
-from sememe.models.loading import check_rate, longest_text
-from sememe.models.stepping import slot_bytes
 
+WORKS = {"planner": PlannerWorks, "compressor": CompressorWorks}
+"""By system, of those whose requests do not share steps."""
 FAILURES = 3  # in a row, after which the engine gives up
 
 
@@ -37,13 +40,15 @@ class Answer:
     concept_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob | None] = field(default_factory=list)
     finish: str = "length"
+    plan: Any = None
 
 
 class Engine:
     """Requests in, their progress out, in a thread of its own.
 
     Args:
-        model: an online model, a control or a base, in eval mode.
+        model: of any system, in eval mode. A compressor takes works of `coding.py`, the others
+            a `Request`; those of a planner and a compressor are done one after another.
         max_rows: requests that run at the same time.
         max_queue: requests that wait beside them.
         chunk: tokens of prompts that are read between two steps of the others.
@@ -67,7 +72,9 @@ class Engine:
         limit = float("inf") if cache_bytes is None else cache_bytes
         holds = hold and isinstance(model, OnlineForCausalLM)
         policy = measured_policy(model) if holds else None
-        self.scheduler = Scheduler(model, max_rows, chunk, limit, policy)
+        kind = WORKS.get(getattr(model.config, "system", None), Scheduler)
+        self.scheduler = kind(model, max_rows, chunk, limit, policy)
+        self.scheduler.take_in = self._take_in
         self.incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.pending = 0
         self.lock = threading.Lock()
@@ -83,14 +90,14 @@ class Engine:
         """Whether requests are still worked on."""
         return self.thread.is_alive() and not self.stopped
 
-    def submit(self, request: Request, sink: Callable[[Progress], None]) -> Job:
+    def submit(self, request: Any, sink: Callable[[Progress], None]) -> Job:
         """`sink` is called in the engine's thread, as often as there is something new, the last
         time with `finish`.
 
         Raises:
             DataError, SememeError: a request that the model cannot serve.
             QueueFull: too many are waiting."""
-        check_request(self.model, request)
+        self.scheduler.check(request)
 
         def ended(progress: Progress) -> None:
             if progress.finish is not None:
@@ -126,15 +133,23 @@ class Engine:
 
     @property
     def longest(self) -> int:
-        """Tokens that a prompt and what is written may have together."""
-        return longest_text(self.model.config, bos=False)
+        """Tokens that a prompt and what is written may have together, or of a planner each."""
+        return self.scheduler.longest
 
-    def bytes_at(self, tokens: int, concepts: int) -> tuple[int, int]:
+    def bytes_at(self, tokens: int, concepts: int) -> tuple[int, int] | None:
         """Bytes of keys and values of a text of so many tokens and concepts, in this model and in
-        its base."""
-        layers = self.model.config.get_text_config().num_hidden_layers
-        own = self.scheduler.rows.bytes_at(tokens, concepts)
-        return own, tokens * layers * slot_bytes(self.model)
+        its base; None where nothing is kept."""
+        return self.scheduler.bytes_at(tokens, concepts)
+
+    def tokens(self, text: str) -> list[int]:
+        """Of a prompt. A planner begins every source itself."""
+        options = {} if self.scheduler.continues else {"add_special_tokens": False}
+        return self.tokenizer(text, **options).input_ids
+
+    def stream(self, request: Any, stops: Sequence[str] = ()) -> TextStream:
+        """The text of a request's new tokens."""
+        before = request.prompt if self.scheduler.continues else ()
+        return TextStream(self.tokenizer, before, stops)
 
     def cancel(self, job: Job) -> None:
         """Its row is free within a step; `sink` still gets a last call."""
@@ -163,7 +178,7 @@ class Engine:
         for prompt, answer in zip(prompts, answers, strict=True):
             slots.acquire()
             request = prompt if isinstance(prompt, Request) else self._request(prompt, settings)
-            stream = TextStream(self.tokenizer, request.prompt, stops)
+            stream = self.stream(request, stops)
             jobs: list[Job] = []
 
             def sink(progress, answer=answer, stream=stream, jobs=jobs) -> None:
@@ -181,7 +196,7 @@ class Engine:
         return answers
 
     def _request(self, text: str, settings: dict[str, Any]) -> Request:
-        return Request(self.tokenizer(text).input_ids, **({"ends": self.ends} | settings))
+        return Request(self.tokens(text), **({"ends": self.ends} | settings))
 
     # ---- the engine's thread ----
 
@@ -189,13 +204,7 @@ class Engine:
         scheduler = self.scheduler
         while True:
             # Waits for a job where there is nothing else to do.
-            wait = scheduler.idle and not self.stopping
-            try:
-                while (job := self.incoming.get(block=wait)) is not None:
-                    scheduler.add(job)
-                    wait = False
-            except queue.Empty:
-                pass
+            self._take_in(wait=scheduler.idle and not self.stopping)
             if scheduler.idle:
                 if self.stopping:
                     return
@@ -209,6 +218,12 @@ class Engine:
                 if self.failures >= FAILURES:
                     self._give_up()
                     return
+
+    def _take_in(self, wait: bool = False) -> None:
+        with suppress(queue.Empty):
+            while (job := self.incoming.get(block=wait)) is not None:
+                self.scheduler.add(job)
+                wait = False
 
     def _give_up(self) -> None:
         """Answers to all that still wait; `submit` takes no more."""
@@ -230,37 +245,9 @@ def collect(answer: Answer, stream: TextStream, progress: Progress) -> None:
     answer.tokens += progress.tokens
     answer.concept_ids += progress.concept_ids
     answer.logprobs += progress.logprobs
+    answer.plan = answer.plan or progress.result
     if progress.finish is not None and not stream.stopped:
         answer.text += stream.end()
         answer.finish = progress.finish
     if stream.stopped:
         answer.finish = "stop"
-
-
-def check_request(model: PreTrainedModel, request: Request) -> None:
-    """Raises DataError for a prompt that is empty, of tokens that are none, or too long, or for a
-    bias of such tokens: one bad row would end those of all others.
-    RecipeError or CheckpointError for a rate that cannot be had."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if not request.prompt or not all(0 <= token < vocabulary for token in request.prompt):
-        raise DataError(
-            f"the prompt has {len(request.prompt)} tokens: need at least one, each from 0 to "
-            f"{vocabulary - 1}. try: the model's own tokenizer"
-        )
-    if not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
-        raise DataError(
-            f"logit_bias names a token that is none: need ids from 0 to {vocabulary - 1}. "
-            "try: the model's own tokenizer"
-        )
-    if not 0 <= (request.logprobs or 0) <= vocabulary:
-        raise DataError(
-            f"got logprobs of {request.logprobs} tokens: need at most {vocabulary}. try: fewer"
-        )
-    longest = longest_text(model.config, bos=False)
-    if len(request.prompt) + request.max_tokens > longest:
-        raise DataError(
-            f"the prompt has {len(request.prompt)} tokens and {request.max_tokens} are to be "
-            f"written: need at most {longest} together. try: a shorter prompt, or fewer max_tokens"
-        )
-    if request.rate is not None:
-        check_rate(model.config, request.rate, "the model")

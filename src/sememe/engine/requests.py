@@ -4,8 +4,22 @@ import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from sememe.errors import SememeError
 
 MAX_SEED = 2**63 - 1
+
+
+class Unserved(SememeError):
+    """A field of a request that the model cannot do what it says with.
+
+    Args:
+        name: of the field."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,10 @@ class Request:
     """Those of the prompt's tokens too."""
     rate: float | None = None
     """Concepts per token; None: as the model was trained."""
+    plan: Sequence[Sequence[int]] | None = None
+    """Of a planner: ids of each type that the text is written from; None: the planner's own."""
+    budget: Sequence[int] | None = None
+    """Of a planner: concepts of each type at most, a number for each or one for all."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +89,17 @@ class Progress:
     logprobs: list[TokenLogprob | None] = field(default_factory=list)
     """Of each new token, if they were asked for, and of the token that ends the text; before them,
     with `echo`, those of the prompt, of which the first has none."""
+    read: int = 0
+    """Tokens that were read, where `concept_ids` does not say it."""
+    concepts: int = 0
+    """And the concepts that were written."""
+    written: int = 0
+    """And new tokens, where `tokens` does not say them."""
+    result: Any = None
+    """A plan, as ids of each type, or what a work has come to."""
     finish: str | None = None
-    """`stop`, `length`, `cancelled` or `error`; None while it goes on."""
+    """`stop`, `length`, `cancelled`, `refused` (a fault of the request) or `error`; None while it
+    goes on."""
     error: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     """At the start, when nothing else is known yet: `queue`; at the end `prefill` and `decode`
@@ -88,7 +115,7 @@ class Iteration:
     cache_bytes: dict[str, int]
     """Of all rows, by slice."""
     seconds: dict[str, float]
-    """`prefill` and `decode`, those that took place."""
+    """`prefill` and `decode`, or `work`, those that took place."""
     middle_rows: int = 0
     """Rows that the middle layers ran for in this step."""
 
@@ -98,9 +125,9 @@ NUMBERS = itertools.count()
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. `sink` is called in the engine's thread."""
+    """A request, or a work (`works.py`), on its way. `sink` is called in the engine's thread."""
 
-    request: Request
+    request: Any
     sink: Callable[[Progress], None]
     number: int = field(default_factory=NUMBERS.__next__)
     cancelled: bool = False

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sememe.engine.checks import check_request
 from sememe.engine.holding import Policy
 from sememe.engine.requests import Iteration, Job, Progress, Request, TokenLogprob
 from sememe.engine.sampling import choose, logprobs
-from sememe.models.stepping import NULL, rows_of
+from sememe.models.loading import longest_text
+from sememe.models.stepping import NULL, rows_of, slot_bytes
 
 
 @dataclass(eq=False)
@@ -84,6 +86,7 @@ class Scheduler:
         self.policy = policy
         self.queue: deque[tuple[Job, float]] = deque()
         self.on_iteration: Callable[[Iteration], None] | None = None
+        self.take_in: Callable[[], None] = lambda: None  # adds the jobs that have come since
         self.reset()
 
     def reset(self) -> None:
@@ -91,6 +94,33 @@ class Scheduler:
         self.rows = rows_of(self.model)
         self.running: list[Running] = []
         self.joining: Joining | None = None
+
+    # ---- what it can serve ----
+
+    continues = True
+    """Whether what is written goes on from the prompt."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and what is written may have together."""
+        return longest_text(self.model.config, bos=False)
+
+    def check(self, request: Request) -> None:
+        """Raises SememeError for what the model cannot serve: one bad row would end those of all
+        others."""
+        check_request(self.model, request)
+
+    def bytes_at(self, tokens: int, concepts: int) -> tuple[int, int] | None:
+        """As `Engine.bytes_at`."""
+        layers = self.model.config.get_text_config().num_hidden_layers
+        own = self.rows.bytes_at(tokens, concepts)
+        return own, tokens * layers * slot_bytes(self.model)
+
+    def slice_bytes(self) -> dict[str, int]:
+        """Bytes of all rows, by slice."""
+        return self.rows.slice_bytes()
+
+    # ---- from the engine's loop ----
 
     @property
     def active(self) -> list[Running]:
@@ -108,6 +138,15 @@ class Scheduler:
     def iterate(self) -> None:
         """A chunk of prompts, and a step."""
         self._drop_cancelled()
+        seconds, middle_rows = self._advance()
+        if self.on_iteration is not None:
+            sizes = self.slice_bytes()
+            self.on_iteration(
+                Iteration(len(self.active), len(self.queue), sizes, seconds, middle_rows)
+            )
+
+    def _advance(self) -> tuple[dict[str, float], int]:
+        """Returns the seconds of what was done, and how many rows have written a concept."""
         if self.joining is None:
             self._admit()
         seconds, middle_rows, start = {}, 0, time.perf_counter()
@@ -118,18 +157,17 @@ class Scheduler:
             start = time.perf_counter()
             middle_rows = self._step()
             seconds["decode"] = time.perf_counter() - start
-        if self.on_iteration is not None:
-            sizes = self.rows.slice_bytes()
-            self.on_iteration(
-                Iteration(len(self.active), len(self.queue), sizes, seconds, middle_rows)
-            )
+        return seconds, middle_rows
 
     # ---- jobs come and go ----
 
-    def _drop_cancelled(self) -> None:
+    def _drop_waiting(self) -> None:
         for job, since in [pair for pair in self.queue if pair[0].cancelled]:
             self.queue.remove((job, since))
             job.sink(Progress(finish="cancelled"))
+
+    def _drop_cancelled(self) -> None:
+        self._drop_waiting()
         for member in [x for x in self.running if x.job.cancelled]:
             self._leave(member, "cancelled")
         # Of those that read together one goes when all are through: the others of its cache go on.

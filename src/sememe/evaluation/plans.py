@@ -216,6 +216,7 @@ def signal_figures(
 def evaluate_sources(subject: Subject, pairs: PairTensors, control: Subject | None) -> Figures:
     """Held-out figures of a language model on pairs."""
     subject.refuse("signals", "a run of system: planner, which makes plans")
+    subject.refuse("workers", "a model of running text")
     return _compare(subject, pairs, {"source": None}, control) | {
         "layer_share": 1.0,
         "cache_share": 1.0,
@@ -228,6 +229,7 @@ def evaluate_plans(subject: Subject, pairs: PairTensors, control: Subject | None
     `given` has a line for each reading: nats per target token, how much more than with the
     planner's own plan, of plans what coding them costs beside, nats per target token, and with
     `answers` the share of those that are right."""
+    subject.refuse("workers", "a model of running text")
     model, tokenizer, options = subject.model, subject.tokenizer, subject.options
     shape = model.plans.shape
     if not subject.recipe:

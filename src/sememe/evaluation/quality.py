@@ -1,9 +1,10 @@
 """Held-out quality on running text: NLL, bits per byte, realised rate, code use, and what ablating
 the codes costs."""
 
+import contextlib
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -19,9 +20,10 @@ from sememe.data import TextBlocks
 from sememe.detokenize import pieces
 from sememe.errors import DataError
 from sememe.evaluation.results import Figures
-from sememe.evaluation.subject import Subject
+from sememe.evaluation.subject import Options, Subject
 from sememe.models.losses import cross_entropy
 from sememe.progress import bar
+from sememe.workers import Tensors, weights_sha256, work_in_parts
 
 BATCH = 4  # rows of a forward pass
 BUCKET = 64  # positions per bucket of `nll_by_position`
@@ -48,6 +50,65 @@ def token_nll(model, ids_NT: Tensor, batch: int = BATCH, **options) -> tuple[Ten
 
     nll_NT, *concepts = batched(nll, ids_NT, batch)
     return nll_NT, concepts[0] if concepts else None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Of the blocks of a text: in which way."""
+
+    by_control: bool = False
+    rate: float | None = None
+    ablation: str | None = None
+
+
+class Reader:
+    """What every process has that reads blocks, be it one of several."""
+
+    def __init__(self, subject: Subject, control: Subject | None, readings: list[Reading]):
+        self.subject = subject
+        self.control = control
+        self.readings = readings
+
+    @classmethod
+    def load(
+        cls, name: str, options: Options, control: str | None, readings: list[Reading]
+    ) -> "Reader":
+        subject = Subject.load(name, options)
+        return cls(subject, control and subject.load_other(control), readings)
+
+    def __call__(self, part: Tensors) -> Tensors:
+        """(B, T) `ids` and () `reading`, its number → (B, T-1) `nll`, and (B, T) `concepts` of a
+        model that writes them."""
+        reading = self.readings[int(part["reading"])]
+        model = (self.control if reading.by_control else self.subject).model
+        options = {} if reading.ablation is None else {"ablation": reading.ablation}
+        with contextlib.ExitStack() as stack:
+            if reading.rate is not None:
+                stack.enter_context(model.dial.at(rate=reading.rate))
+            nll_BT, concepts_BT = token_nll(model, part["ids"], **options)
+        return {"nll": nll_BT} | ({} if concepts_BT is None else {"concepts": concepts_BT})
+
+
+def read_all(reader: Reader, ids_NT: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+    """What `token_nll` gives of (N, T) blocks, for each reading."""
+    subject, control, readings = reader.subject, reader.control, reader.readings
+    batches = [
+        {"ids": ids_BT, "reading": torch.tensor(number)}
+        for number in range(len(readings))
+        for ids_BT in ids_NT.split(BATCH)
+    ]
+    workers = subject.options.workers
+    if workers > 1:
+        arguments = (subject.name, subject.options, control and control.name, readings)
+        weights = [x and weights_sha256(x.model.state_dict()) for x in (subject, control)]
+        identity = (weights, replace(subject.options, workers=0), readings)
+        results = work_in_parts(Reader.load, arguments, batches, workers, identity)
+    else:
+        results = [*map(reader, bar(iterable=batches, desc="evaluate", unit="batch"))]
+    each = len(results) // len(readings)
+    by_reading = (results[start : start + each] for start in range(0, len(results), each))
+    joined = [{key: torch.cat([x[key] for x in xs]) for key in xs[0]} for xs in by_reading]
+    return [(x["nll"], x.get("concepts")) for x in joined]
 
 
 def soft_hard(soft_nD: Tensor, hard_nD: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,13 +189,12 @@ def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = Non
     subject.refuse("answers signals", "a model of pairs of a source and a target")
     model, ids_NT, rates = subject.model, blocks.ids_NT, subject.rates
     ablations = ABLATIONS if getattr(model.config, "writes_concepts", False) else ()
-    own = partial(token_nll, model, ids_NT)
-    jobs = {"own": own} | {kind: partial(own, ablation=kind) for kind in ablations}
-    jobs |= {rate: model.dial.at(rate=rate)(own) for rate in rates}
+    jobs = {"own": Reading()} | {kind: Reading(ablation=kind) for kind in ablations}
+    jobs |= {rate: Reading(rate=rate) for rate in rates}
     if control is not None:
-        jobs["control"] = partial(token_nll, control.model, ids_NT)
-    shown = bar(iterable=jobs.items(), desc="evaluate", unit="reading")
-    readings = {name: job() for name, job in shown}
+        jobs["control"] = Reading(by_control=True)
+    read = read_all(Reader(subject, control, [*jobs.values()]), ids_NT)
+    readings = dict(zip(jobs, read, strict=True))
     own_NT, concepts_NT = readings["own"]
     nll = {name: float(nll_NT.mean()) for name, (nll_NT, _) in readings.items()}
     written = {} if concepts_NT is None else concept_figures(subject, blocks, own_NT, concepts_NT)

@@ -52,6 +52,8 @@ class Options:
     """Online model that a compressor is compared with."""
     bins: str | None = None
     """Compressor with bins of words that a compressor is compared with."""
+    workers: int = 0
+    """Processes that read text, each with the model; 0: this one."""
     beams: int | None = None
     """Texts kept beside each other while a compressor decompresses."""
 

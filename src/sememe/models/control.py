@@ -23,7 +23,8 @@ class SkippedLayer(nn.Module):
         super().__init__()
         self._bridge = (bridge,)  # in a tuple, since it is a sub-module of the model already
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, cache=None, **kwargs) -> Tensor:
+        """`cache` is named for those who look for it; there is nothing to keep."""
         (bridge,) = self._bridge
         return hidden_states if bridge is None else bridge(hidden_states, position_ids)
 

@@ -90,7 +90,9 @@ class TokenRows:
 
     def bytes_at(self, tokens: int, concepts: int) -> int:
         """The same at so many concepts, of which there are none."""
-        return tokens * len(self.spine) * slot_bytes(self.model)
+        slots = tokens if self.window is None else min(tokens, self.window + 1)
+        missing = getattr(self.model.config, "missing_layers", ())
+        return slots * (len(self.spine) - len(missing)) * slot_bytes(self.model)
 
     def slice_bytes(self) -> dict[str, int]:
         """Bytes of all rows, by slice."""
@@ -109,7 +111,7 @@ class TokenRows:
         chunk = Chunk.of(self.spine.embed(ids_BT), mask_BT, tokens=cache.tokens)
         lane = Lane.causal(chunk.position_BT, chunk.valid_BT)
         lanes = Lanes(lane, lane, not chunk.padded, self.window)
-        lanes = cache.slice.plan_tokens(lanes, cache.tokens, chunk.real, None)
+        lanes = cache.slice.plan_tokens(lanes, cache.tokens, chunk.real, self.window)
         cache.tokens = cache.tokens + chunk.real.sum(1)
         rope = self.spine.rope(chunk.embed_BTD, chunk.position_BT)
         masks = lanes.masks(self.model.config._attn_implementation, self.model.dtype)

@@ -49,8 +49,10 @@ class Answer:
         choices = []
         for choice in self.group.choices:
             fields = {"index": choice.index} | self.form.whole(choice)
-            if self.wants_concepts:
-                fields["sememe"] = {"concept_ids": choice.concept_ids}
+            own = {"concept_ids": choice.concept_ids} if self.wants_concepts else {}
+            own |= {} if choice.result is None else {"plan": choice.result}
+            if own:
+                fields["sememe"] = own
             choices.append(fields)
         return JSON(self.head(self.form.kind) | {"choices": choices} | self.group.totals())
 
@@ -83,15 +85,20 @@ class Answer:
         if piece is None:
             return [": still here\n\n"]
         lines, index = [], piece.choice.index
-        if index not in begun:
+        begins = index not in begun
+        if begins:
             begun.add(index)
             if (first := self.form.first_part(piece.choice)) is not None:
                 lines.append(self._chunk(index, first))
         part = self.form.part(piece)
         numbered = enumerate(piece.concept_ids, piece.place)
         concepts = [[place, concept] for place, concept in numbered if concept != -1]
-        if self.wants_concepts and concepts:
-            part["sememe"] = {"concepts": concepts}
+        own = {"concepts": concepts} if self.wants_concepts and (concepts or begins) else {}
+        if own and begins:  # places count from the prompt's first token
+            own["prompt_tokens"] = len(piece.choice.request.prompt)
+        own |= {} if piece.result is None else {"plan": piece.result}
+        if own:
+            part["sememe"] = own
         elif not (piece.text or piece.logprobs or piece.finish):
             return lines  # half a character, or what may be the beginning of a stop string
         return [*lines, self._chunk(index, part)]

@@ -5,7 +5,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import sememe
-from sememe.serving import chat, completions, native
+from sememe.serving import chat, coding, completions, native, page
 from sememe.serving.errors import ApiError, on_api, on_http, on_invalid
 from sememe.serving.guard import Guard
 from sememe.serving.service import Service
@@ -16,7 +16,7 @@ def build_app(service: Service) -> Guard:
     # The pages that FastAPI would serve for its documentation load scripts from other hosts.
     app = FastAPI(title="sememe", version=sememe.__version__, docs_url=None, redoc_url=None)
     app.state.service = service
-    for part in (completions, chat, native):
+    for part in (completions, chat, coding, native, page):
         app.include_router(part.router)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)

@@ -28,6 +28,10 @@ class Choice:
     tokens: list[int] = field(default_factory=list)
     concept_ids: list[int] = field(default_factory=list)
     logprobs: list["TokenLogprob | None"] = field(default_factory=list)
+    read: int = 0  # tokens
+    concepts: int = 0
+    written: int = 0  # tokens
+    result: Any = None
     finish: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     started: bool = False
@@ -45,6 +49,7 @@ class Piece:
     place: int = 0
     """In the text, of the token that the first of the concept ids belongs to."""
     concept_ids: list[int] = field(default_factory=list)
+    result: Any = None
     finish: str | None = None
 
 
@@ -62,16 +67,13 @@ class Group:
         release: Callable[[], None],
         stops: Sequence[str] = (),
     ):
-        from sememe.engine import TextStream
-
         self.service = service
         self.loop = asyncio.get_running_loop()
         self.begin = self.loop.time()
         self.release = release
         self.arrived: asyncio.Queue[tuple[Choice, Progress]] = asyncio.Queue()
-        tokenizer = service.engine.tokenizer
         self.choices = [
-            Choice(index, request, TextStream(tokenizer, request.prompt, stops))
+            Choice(index, request, service.engine.stream(request, stops))
             for index, request in enumerate(requests)
         ]
         self.reason: ApiError | None = None
@@ -180,10 +182,13 @@ class Group:
             return None
         piece = Piece(choice, place=len(choice.concept_ids))
         piece.concept_ids, piece.logprobs = progress.concept_ids, progress.logprobs
+        piece.result = progress.result
+        if progress.result is not None:
+            choice.result = progress.result
         choice.concept_ids += progress.concept_ids
         choice.logprobs += progress.logprobs
         choice.tokens += progress.tokens
-        self._count(progress)
+        self._count(choice, progress)
         piece.text = choice.stream.add(progress.tokens)
         if progress.finish in ("stop", "length") and not choice.stream.stopped:
             piece.text += choice.stream.end()
@@ -197,12 +202,15 @@ class Group:
             choice.finish = progress.finish
         choice.text += piece.text
         piece.finish = choice.finish
-        return piece if progress.tokens or progress.concept_ids or piece.finish else None
+        new = progress.tokens or progress.concept_ids or progress.result is not None
+        return piece if new or piece.finish else None
 
     def _fault(self, progress: "Progress") -> ApiError:
         """Why the engine has ended it."""
         if progress.finish == "cancelled":
             return self.reason or gone()
+        if progress.finish == "refused":
+            return bad(None, progress.error, "invalid_request")
         # The sentence may hold a path of this machine: it is for the log.
         log.error("the engine: %s", progress.error)
         return internal()
@@ -224,11 +232,16 @@ class Group:
     per_prompt = 1
     """Choices that share a prompt."""
 
-    def _count(self, progress: "Progress") -> None:
+    def _count(self, choice: Choice, progress: "Progress") -> None:
         metrics = self.service.metrics
-        metrics.generation_tokens.inc(len(progress.tokens))
-        written = sum(concept != -1 for concept in progress.concept_ids)
-        metrics.reading(len(progress.concept_ids), written)
+        read = len(progress.concept_ids) + progress.read
+        concepts = sum(concept != -1 for concept in progress.concept_ids) + progress.concepts
+        written = len(progress.tokens) + progress.written
+        choice.read += read
+        choice.concepts += concepts
+        choice.written += written
+        metrics.generation_tokens.inc(written)
+        metrics.reading(read, concepts)
 
     # ---- of all of them, at the end ----
 
@@ -237,7 +250,7 @@ class Group:
 
     def usage(self) -> dict[str, int]:
         prompt = sum(len(x.request.prompt) for x in self.choices[:: self.per_prompt])
-        new = sum(len(x.tokens) for x in self.choices)
+        new = sum(x.written for x in self.choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
@@ -246,15 +259,11 @@ class Group:
 
     def sememe(self) -> dict[str, Any]:
         """What stands beside `usage`. Times are those of the slowest."""
-        reads = [x.concept_ids for x in self.choices]
-        counts = [sum(concept != -1 for concept in ids) for ids in reads]
-        tokens, concepts = sum(map(len, reads)), sum(counts)
-        sizes = [
-            self.service.engine.bytes_at(len(ids), count)
-            for ids, count in zip(reads, counts, strict=True)
-        ]
+        tokens, concepts = (sum(getattr(x, n) for x in self.choices) for n in ("read", "concepts"))
         fields: dict[str, Any] = {"concepts": concepts, "rate": concepts / max(1, tokens)}
-        fields["cache_bytes"], fields["base_cache_bytes"] = map(sum, zip(*sizes, strict=True))
+        sizes = [self.service.engine.bytes_at(x.read, x.concepts) for x in self.choices]
+        if None not in sizes:
+            fields["cache_bytes"], fields["base_cache_bytes"] = map(sum, zip(*sizes, strict=True))
         for name in ("queue", "prefill", "decode"):
             fields[f"{name}_s"] = max(x.seconds.get(name, 0.0) for x in self.choices)
         return fields
@@ -268,7 +277,8 @@ def refusal(error: SememeError) -> ApiError:
         return ApiError(429, "queue_full", str(error), retry=1)
     if isinstance(error, EngineStopped):
         return ApiError(503, "engine_stopped", str(error), retry=5)
-    return bad(None, str(error).replace("--rate", "sememe.rate"), "invalid_request")
+    name = getattr(error, "name", None)
+    return bad(name, str(error).replace("--rate", "sememe.rate"), "invalid_request")
 
 
 def deadline(seconds: float) -> ApiError:

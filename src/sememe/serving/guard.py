@@ -10,14 +10,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from sememe.serving import page
 from sememe.serving.errors import ApiError, bad, internal, outcome_of
 from sememe.serving.settings import LOOPBACK, Settings
 from sememe.serving.strict_json import parse
 
 log = logging.getLogger("sememe.serving")
 
-OPEN = ("/health", "/ready")
-"""Without a key: an orchestrator asks for them."""
+OPEN = ("/health", "/ready", *page.FILES)
+"""Without a key: an orchestrator asks for the first two, and the page asks its reader for one."""
 
 
 class Guard:

@@ -26,7 +26,7 @@ async def inspect(sent: InspectRequest, http: Request):
     from sememe.engine import Request as EngineRequest
 
     service = service_of(http)
-    service.check(sent.model)
+    service.check(sent.model, "nll")
     with service.reserve(1) as release:
         tokens = await service.tokenise(service.tokens, sent.text)
         request = EngineRequest(tokens, max_tokens=0, logprobs=0, echo=True, rate=sent.rate)

@@ -37,6 +37,9 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
+ConceptIds = list[Annotated[int, Field(ge=0, lt=INT64)]]
+
+
 class Concepts(Strict):
     """The extension field `sememe`."""
 
@@ -44,6 +47,10 @@ class Concepts(Strict):
     """Concepts per token; None: as the model was trained."""
     concepts: bool = False
     """Whether the answer has the concept id of each token that was read."""
+    plan: list[ConceptIds] | None = None
+    """Of a planner: ids of each type that the text is written from."""
+    budget: Annotated[ConceptIds, Field(min_length=1)] | None = None
+    """Of a planner: concepts of each type at most, or one number for all."""
 
 
 class Sampled(Strict):
@@ -103,7 +110,7 @@ class Sampled(Strict):
         return self.n or 1
 
 
-TokenIds = list[Annotated[int, Field(ge=0, lt=INT64)]]
+TokenIds = ConceptIds
 
 
 class CompletionRequest(Sampled):
@@ -178,3 +185,19 @@ class InspectRequest(Strict):
     text: str
     rate: Annotated[float, Field(gt=0, le=1)] | None = None
     model: Annotated[str, Field(max_length=200)] | None = None
+
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class CompressRequest(Strict):
+    """POST /v1/sememe/compress."""
+
+    text: Text | Annotated[list[Text], Field(min_length=1, max_length=1000)]
+    """One, or several; none is empty."""
+    rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    model: Annotated[str, Field(max_length=200)] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.text] if isinstance(self.text, str) else self.text

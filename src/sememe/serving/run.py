@@ -137,7 +137,7 @@ async def _serve(service: Service, listening, load, say) -> None:
 
     def on_signal() -> None:
         if service.draining:  # the second one
-            _abort(service)
+            abort(service)
         service.draining = True
         stop.set()
 
@@ -150,7 +150,7 @@ async def _serve(service: Service, listening, load, say) -> None:
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             say(f"{service.name} at http://{host}:{listening.getsockname()[1]}/v1")
             await _until(stop, service)
-        await _drain(service)
+        await drain(service)
     finally:
         server.should_exit = True
         await serving
@@ -185,19 +185,19 @@ async def _until(stop: asyncio.Event, service: Service) -> None:
             await asyncio.wait_for(stop.wait(), 0.5)
 
 
-async def _drain(service: Service) -> None:
+async def drain(service: Service) -> None:
     """Running requests may end, for a while; then they are ended."""
     loop = asyncio.get_running_loop()
     last = loop.time() + service.settings.drain
     while service.used and loop.time() < last:
         await asyncio.sleep(0.02)
-    _abort(service)
+    abort(service)
     last = loop.time() + 5
     while service.used and loop.time() < last:
         await asyncio.sleep(0.02)
 
 
-def _abort(service: Service) -> None:
+def abort(service: Service) -> None:
     """Every request that still runs ends with an error that says why."""
     reason = ApiError(
         503, "shutting_down", "the server is shutting down: need another one. try: later", retry=5

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sememe.serving")
 
+TEXT = ("text", "nll")
+SERVES = {"compressor": ("codes",), "planner": ("text",)}
+"""What models of a system can be asked for; all others: TEXT."""
+ROUTES = {"text": "completions or chat", "codes": "the routes compress and decompress"}
 TINY = 1e-6  # a smaller temperature is greedy: logits over it overflow
 
 
@@ -69,11 +73,21 @@ class Service:
             return "engine_stopped", "the engine has stopped: need a new start. try: read its log"
         return None
 
-    def check(self, model: str | None) -> None:
-        """Raises ApiError, 503 or 404, for a request that cannot be served at all."""
+    def check(self, model: str | None, wanted: str = "text") -> None:
+        """Raises ApiError, 503, 404 or 400, for a request that cannot be served at all. `wanted`:
+        `text` that is written, `nll` of one that is read, or `codes`."""
         if self.fault is not None:
             raise ApiError(503, *self.fault, retry=5)
         self.check_name(model)
+        system = self.facts["system"]
+        if wanted not in SERVES.get(system, TEXT):
+            kind = "a base" if system == "base" else f"of system {system}"
+            raise bad(
+                "model",
+                f"the model is {kind}, which does not serve this route: need another model. try: "
+                f"{ROUTES[SERVES.get(system, TEXT)[0]]}",
+                "wrong_system",
+            )
 
     def check_name(self, model: str | None) -> None:
         """Raises ApiError, 404."""
@@ -124,7 +138,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.reader, function, *args)
 
     def tokens(self, text: str) -> list[int]:
-        return self.engine.tokenizer(text).input_ids
+        return self.engine.tokens(text)
 
     def requests(self, sent: Sampled, prompt: list[int], **own: Any) -> list["Request"]:
         """One for each choice, with seeds of their own: the first one's is the client's."""
@@ -141,7 +155,8 @@ class Service:
             "frequency_penalty": sent.frequency_penalty or 0.0,
         }
         seed = secrets.randbits(64) if sent.seed is None else sent.seed % 2**64
-        own |= {"ends": self.engine.ends, "rate": sent.sememe.rate if sent.sememe else None}
+        own["ends"] = self.engine.ends
+        own |= {name: getattr(sent.sememe, name, None) for name in ("rate", "plan", "budget")}
         # The second word of the key: choices of one request never share draws.
         seeds = [seed + (number << 64) for number in range(sent.choices)]
         return [Request(prompt, sampling=Sampling(seed=seed, **values), **own) for seed in seeds]

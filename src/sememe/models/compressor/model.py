@@ -227,6 +227,13 @@ class CompressorForCausalLM(AdaptedModel):
             texts += self.decompressor.write(x_BCD, ids_BC >= 0, self.bos, beams)
         return [texts[n] for n in order_N.argsort()]
 
+    @torch.no_grad()
+    def length(self, concepts: Sequence[int]) -> int:
+        """Tokens of the text that a row of concept ids stands for, as the codes say."""
+        ids_1C = torch.tensor([concepts], dtype=torch.long, device=self.device)
+        x_1CD = self.writer.codes.normalise(self.writer.codes(ids_1C))
+        return int(self.decompressor.segments.length(x_1CD).sum())
+
     def continuation_logits(self, encoded: Encoded, ids_BT: Tensor) -> Tensor:
         """(B, T, V) logits of each of the (B, T) tokens, given those before it and the codes of
         what came before them."""

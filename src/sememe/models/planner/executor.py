@@ -4,6 +4,8 @@ Suffixes as in `model.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import closing
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -52,23 +54,32 @@ def target_states(
 
 
 @torch.no_grad()
+def tokens_from(
+    model: PlannerForCausalLM, plan_BP: Tensor, search: PlanSearch
+) -> Generator[Tensor]:
+    """(B,) the next token of each row's text, as long as one is asked for; greedy, or sampled as
+    `search` samples plans."""
+    spine, cache = model.spine, DynamicCache()
+    x_BnD, query = prefix(model, plan_BP.to(model.device))
+    key = query
+    with adapter(model.backbone, EXECUTOR):
+        while True:
+            h_BnD = model.run(x_BnD, query, key, cache)
+            yield (token_B := search.draw(spine.logits(h_BnD[:, -1])))
+            x_BnD, query = spine.embed(token_B[:, None]), key.then_text(1)
+            key = key.then(query)
+
+
 def write(
     model: PlannerForCausalLM, plan_BP: Tensor, max_new_tokens: int, search: PlanSearch
 ) -> list[list[int]]:
     """The token ids that each row's plan is written out as, up to its end of text, which is left
-    out; greedy, or sampled as `search` samples plans."""
-    spine, cache = model.spine, DynamicCache()
-    x_BnD, query = prefix(model, plan_BP.to(model.device))
-    key, tokens = query, []
-    stops = torch.tensor(model.stops, device=model.device)
-    unfinished_B = torch.ones(len(x_BnD), dtype=torch.bool, device=model.device)
-    with adapter(model.backbone, EXECUTOR):
+    out."""
+    tokens, stops = [], torch.tensor(model.stops, device=model.device)
+    unfinished_B = torch.ones(len(plan_BP), dtype=torch.bool, device=model.device)
+    with closing(tokens_from(model, plan_BP, search)) as text:
         while len(tokens) < max_new_tokens and bool(unfinished_B.any()):
-            h_BnD = model.run(x_BnD, query, key, cache)
-            token_B = search.draw(spine.logits(h_BnD[:, -1]))
+            tokens.append(token_B := next(text))
             unfinished_B &= ~torch.isin(token_B, stops)
-            tokens.append(token_B)
-            x_BnD, query = spine.embed(token_B[:, None]), key.then_text(1)
-            key = key.then(query)
     rows = torch.stack(tokens, 1).tolist()
     return [list(takewhile(lambda token: token not in model.stops, row)) for row in rows]
