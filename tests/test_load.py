@@ -226,7 +226,7 @@ def test_a_model_is_served_beside_a_url_and_stopped(model, data, tmp_path):
         ("--serve http://127.0.0.1:9 --data DATA --rate 0.5", "got --rate"),
         ("--serve http://127.0.0.1:9 --data DATA --sweep", "got --sweep"),
         ("--serve http://127.0.0.1:9 --prompt-tokens 9-3", "two with - between"),
-        ("--serve NOWHERE --data DATA", "NOWHERE.* is neither a known base"),
+        ("--serve no/where/there --data DATA", "no/where/there.* is neither a known base"),
         ("NOWHERE --prompt-tokens 3-9", "got lengths from 3 to 9"),
         ("NOWHERE --arrivals 3", "got --arrivals"),
         ("--sweep", "got no model"),

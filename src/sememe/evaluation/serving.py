@@ -247,7 +247,9 @@ def served(target: str, *words: str) -> Iterator[str]:
             if not address:
                 process.wait()
                 log.seek(0)
-                raise SememeError(log.read().strip().removeprefix("error: ").splitlines()[-1])
+                unknown = f"no server of {target} has started: need its log. try: sememe serve"
+                *_, last = [unknown, *log.read().strip().splitlines()]
+                raise SememeError(last.removeprefix("error: "))
             yield f"http://{address}".removesuffix("/v1")
         finally:
             process.send_signal(signal.SIGTERM)
