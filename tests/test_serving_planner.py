@@ -177,7 +177,7 @@ def test_a_card_says_what_there_is(writer, planner):
     context = planner.config.text_config.max_position_embeddings - sum(PLAN_LENGTHS) - 3 - 1
     assert writer.get("/v1/models/tiny").json()["sememe"] == {
         **{"system": "planner", "context": context, "sizes": list(PLAN_SIZES)},
-        **{"budget": list(PLAN_LENGTHS), "source": None},
+        **{"budget": list(PLAN_LENGTHS), "source": None, "chat": True},
     }
 
 
