@@ -248,5 +248,5 @@ def test_a_fault_of_the_model_ends_one_work(compressor, monkeypatch):
 def test_a_card_says_what_there_is(coder):
     assert coder.get("/v1/models").json()["data"][0]["sememe"] == {
         **{"system": "compressor", "context": 255, "rate": 0.5, "rates": [0.25, 1.0]},
-        **{"num_concepts": 16, "codes_per_concept": 2, "window": 16, "beams": 4, "chat": True},
+        **{"num_concepts": 16, "codes_per_concept": 2, "window": 16, "beams": 4, "chat": False},
     }
