@@ -309,7 +309,7 @@ def test_a_deadline_ends_answers(model):
 
 
 def test_waiting_too_long_for_a_row_is_503(model):
-    with running(model, rows=1, queue_timeout=0.2) as (service, client):
+    with running(model, rows=1, queue_timeout=0.2, keepalive=0.05) as (service, client):
         with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
             lines = stream.iter_lines()
             next(lines)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from families import text, tiny_base, tiny_online
-from sememe.models.stepping import OnlineRows, rows_of
+from sememe.models.stepping import OnlineRows, rows_of, slot_bytes
 
 VARIANTS = {
     "plain": {"bridge": False},
@@ -92,3 +92,15 @@ def test_rows_of_a_base_say_what_generate_says():
             torch.tensor([prompt]), max_new_tokens=11, do_sample=False, eos_token_id=None
         )
         assert ids[0, len(prompt) :].tolist() == new
+
+
+@pytest.mark.parametrize("segment", ["none", "deep", "both"])
+def test_bytes_of_a_row_are_those_that_it_uses(segment):
+    model = tiny_online(segment=segment)
+    rows = OnlineRows(model)
+    cache = rows.start([0.4])
+    rows.read(cache, [text(1, 60)[0].tolist()])
+    slots = [
+        one.used() * layers for one, layers in zip(cache.slices, model.config.split, strict=True)
+    ]
+    assert rows.bytes_at(60, int(cache.concepts[0])) == sum(slots) * slot_bytes(model)

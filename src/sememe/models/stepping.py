@@ -175,7 +175,9 @@ class OnlineRows:
         """The same at so many concepts."""
         config = self.model.config
         shallow, middle, deep = config.split
-        slots = shallow * tokens + (middle + deep) * (config.max_tail + concepts)
+        # Normal tokens that are still seen have a ring of slots.
+        ring = config.max_tail * (config.segment == "both")
+        slots = shallow * tokens + middle * (ring + concepts) + deep * (config.max_tail + concepts)
         return slots * slot_bytes(self.model)
 
     def slice_bytes(self) -> dict[str, int]:

@@ -164,6 +164,8 @@ async def respond(http: Request, answer: Answer) -> Response:
         if not answer.sent.stream:
             return await answer.whole()
         pieces = answer.group.events()
-        # Or None, where the wait is long: then the stream begins with a comment.
-        first = await anext(pieces)
+        # Or None, where it is long in coming: then the stream begins with a comment. Not while the
+        # request waits for a row: if it never gets one, the client is to see that by the status.
+        while (first := await anext(pieces)) is None and not answer.group.started:
+            pass
     return Stream(answer, answer.events(first, pieces), http.scope["sememe"])

@@ -140,6 +140,11 @@ class Group:
                 yield piece
         self.service.metrics.whole.observe(self.loop.time() - self.begin)
 
+    @property
+    def started(self) -> bool:
+        """Whether none of them waits for a row."""
+        return all(choice.started or choice.over for choice in self.choices)
+
     async def finish(self) -> None:
         """Waits until all is through. Raises as `events` does."""
         async for _ in self.events():
@@ -163,7 +168,7 @@ class Group:
         end = self.begin + settings.deadline
         if end <= now:
             raise self._end(deadline(settings.deadline))
-        if all(choice.started or choice.over for choice in self.choices):
+        if self.started:
             return end
         queued = self.begin + settings.queue_timeout
         if queued <= now and self.arrived.empty():
