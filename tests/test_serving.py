@@ -339,6 +339,37 @@ def test_openai_client(server):
         client.completions.create(model="tiny", prompt="x", temperature=9)
 
 
+def test_what_open_webui_sends(server):
+    """The shapes of its calls (its routers/openai.py): the list of models, a chat that is streamed,
+    and the title that it asks for afterwards."""
+    _, client = server
+    headers = {"authorization": "Bearer none", "x-openwebui-user-name": "A%20B"}
+    (card,) = client.get("/v1/models", headers=headers).json()["data"]
+    chat = {"model": card["id"], "stream_options": {"include_usage": True}, "max_tokens": 6}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Who?"},
+    ]
+    sent = chat | {"stream": True, "messages": turns, "temperature": 0.8, "top_p": 0.9}
+    with client.stream("POST", "/v1/chat/completions", json=sent, headers=headers) as answer:
+        assert "text/event-stream" in answer.headers["content-type"]
+        answer.read()
+    *parts, last = chunks(answer)
+    deltas = [part["choices"][0]["delta"] for part in parts]
+    assert deltas[0]["role"] == "assistant" and all(
+        "finish_reason" in p["choices"][0] for p in parts
+    )
+    assert parts[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] <= 6
+    title = {"model": card["id"], "stream": False, "messages": turns[-1:]}
+    title = client.post(
+        "/v1/chat/completions", json=title | {"max_completion_tokens": 5}, headers=headers
+    )
+    assert isinstance(title.json()["choices"][0]["message"]["content"], str)
+
+
 def test_a_fault_of_the_model_is_500_and_the_next_are_served(model, monkeypatch):
     with running(model) as (service, client):
         rows = service.engine.scheduler.rows
