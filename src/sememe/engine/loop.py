@@ -62,7 +62,7 @@ class Engine:
         *,
         max_rows: int = 16,
         max_queue: int = 64,
-        chunk: int = 128,
+        chunk: int = 512,
         cache_bytes: int | None = None,
         hold: bool = True,
     ):
