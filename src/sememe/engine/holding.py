@@ -20,6 +20,7 @@ LAYERS = 8  # so many are timed in turn, or the weights of one would stay in the
 REPEATS = 2
 STEPS = 200  # that are played through
 PATIENCE = (2, 4, 8)  # steps that the row that waits longest may wait
+NEARLY = 0.98  # of the best speed
 GAIN = 1.03  # below this the played steps are no reason to let a row wait
 
 
@@ -53,8 +54,12 @@ class Policy:
         counts = sorted({rows // 4, rows // 2, 3 * rows // 4, rows} - {0, 1})
         holds = [NONE, *itertools.product(counts, PATIENCE)]
         speeds = {hold: self.speed(rows, rate, hold) for hold in holds}
-        best = max(speeds, key=speeds.get)
-        return best if speeds[best] > GAIN * speeds[NONE] else NONE
+        best = max(speeds.values())
+        if best <= GAIN * speeds[NONE]:
+            return NONE
+        # Of those that are about as good, the one by which a client waits least for a token.
+        good = [hold for hold in holds if speeds[hold] >= NEARLY * best]
+        return min(good, key=lambda hold: (hold[1], hold[0]))
 
     def speed(self, rows: int, rate: float, hold: Hold) -> float:
         """Tokens per second of all rows, if each writes at random."""

@@ -270,7 +270,8 @@ class Scheduler:
         """Returns how many rows have written a concept."""
         tokens = [self.running[row].next for row in self.rows.ready]
         hold = ()
-        if self.policy is not None:
+        # While prompts are read a step is long in coming: who waited would wait for several chunks.
+        if self.policy is not None and self.joining is None:
             hold = self.policy(len(self.running), float(self.rows.rate_B.mean()))
         stepped = self.rows.step(tokens, *hold)
         members = [self.running[row] for row in stepped.rows]
