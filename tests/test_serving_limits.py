@@ -342,4 +342,4 @@ def test_a_silent_stream_has_comments(model, monkeypatch):
         iterate = scheduler.iterate
         monkeypatch.setattr(scheduler, "iterate", lambda: (time.sleep(0.5), iterate()))
         with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
-            assert next(answer.iter_lines()).startswith(":")
+            assert any(line.startswith(":") for line in answer.iter_lines())
