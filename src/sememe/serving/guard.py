@@ -2,6 +2,7 @@
 an answer to whatever went wrong, the count of outcomes and one line of log."""
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import secrets
@@ -12,7 +13,7 @@ from typing import Any
 
 from sememe.serving import page
 from sememe.serving.errors import ApiError, bad, internal, outcome_of
-from sememe.serving.settings import LOOPBACK, Settings
+from sememe.serving.settings import LINGER, LOOPBACK, Settings
 from sememe.serving.strict_json import parse
 
 log = logging.getLogger("sememe.serving")
@@ -55,7 +56,7 @@ class Guard:
             await self._pass(scope, receive, answer)
         except ApiError as error:
             if not status:
-                await error.response()(scope, receive, answer)
+                await refuse(error, scope, receive, answer)
         except Exception as error:  # whatever it is: the client is told, the server goes on
             self._log(error)
             state["outcome"] = "error"
@@ -186,3 +187,20 @@ def replay(body: bytes, receive) -> Callable:
         return waiting.pop() if waiting else await receive()
 
     return again
+
+
+async def refuse(error: ApiError, scope, receive, send) -> None:
+    """A socket that is closed over what nobody has read is reset, and the client may never see the
+    answer: what is left of a large body is read for a moment, and dropped."""
+
+    async def lingering(message) -> None:
+        if error.status == 413 and message["type"] == "http.response.body":
+            await send(message | {"more_body": True})
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER):
+                    while (await receive()).get("more_body"):
+                        pass
+            message = {"type": "http.response.body", "body": b""}
+        await send(message)
+
+    await error.response()(scope, receive, lingering)

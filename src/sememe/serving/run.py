@@ -19,7 +19,7 @@ from sememe.errors import SememeError
 from sememe.serving.app import build_app
 from sememe.serving.errors import ApiError, bad
 from sememe.serving.service import Service
-from sememe.serving.settings import Settings
+from sememe.serving.settings import LINGER, Settings
 
 log = logging.getLogger("sememe.serving")
 
@@ -33,6 +33,7 @@ class Protocol(H11Protocol):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
+        self.refused = False
         self.head_task = self.loop.call_later(self.head_timeout, self._close_if_silent)
 
     def connection_made(self, transport) -> None:
@@ -70,7 +71,14 @@ class Protocol(H11Protocol):
         with contextlib.suppress(h11.LocalProtocolError):
             for part in events:
                 self.transport.write(self.conn.send(part))
-        self.transport.close()
+        # Not at once: a socket that is closed over what nobody has read is reset, answer and all.
+        self.refused = True
+        self.transport.write_eof()
+        self.loop.call_later(LINGER, self.transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.refused:
+            super().data_received(data)
 
 
 class Server(uvicorn.Server):

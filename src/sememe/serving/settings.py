@@ -7,6 +7,7 @@ from pathlib import Path
 from sememe.errors import SememeError
 
 KEY_VARIABLE = "SEMEME_API_KEY"
+LINGER = 2.0  # seconds that a connection is open for after a refusal
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
