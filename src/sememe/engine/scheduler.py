@@ -1,7 +1,7 @@
 """Which request is read or goes on next: rows of one model, and the jobs that wait for one.
 
-An iteration reads one chunk of the prompts that are joining and takes one step of all rows that
-run, so neither starves the other. Jobs come in order; one is let in when a row is free and the
+An iteration takes one step of all rows that run and reads one chunk of the prompts that are
+joining, so neither starves the other. Jobs come in order; one is let in when a row is free and the
 cache that it can come to at most fits, so none has to be thrown out again."""
 
 import time
@@ -94,6 +94,7 @@ class Scheduler:
         self.rows = rows_of(self.model)
         self.running: list[Running] = []
         self.joining: Joining | None = None
+        self.has_read = False  # since the last step
 
     # ---- what it can serve ----
 
@@ -150,13 +151,14 @@ class Scheduler:
         if self.joining is None:
             self._admit()
         seconds, middle_rows, start = {}, 0, time.perf_counter()
-        if self.joining is not None:
-            self._read()
-            seconds["prefill"] = time.perf_counter() - start
+        # The step comes first: rows that wait for others would wait for a chunk too.
         if self.running:
-            start = time.perf_counter()
             middle_rows = self._step()
             seconds["decode"] = time.perf_counter() - start
+        if self.joining is not None:
+            start = time.perf_counter()
+            self._read()
+            seconds["prefill"] = time.perf_counter() - start
         return seconds, middle_rows
 
     # ---- jobs come and go ----
@@ -231,6 +233,7 @@ class Scheduler:
 
     def _read(self) -> None:
         """The next chunk of the prompts that are joining; after the last one they have rows."""
+        self.has_read = True
         joining, requests = self.joining, self.joining.requests
         prompts = [x.prompt for x in requests]
         part = slice(joining.done, joining.done + self.chunk)
@@ -270,8 +273,9 @@ class Scheduler:
         """Returns how many rows have written a concept."""
         tokens = [self.running[row].next for row in self.rows.ready]
         hold = ()
-        # While prompts are read a step is long in coming: who waited would wait for several chunks.
-        if self.policy is not None and self.joining is None:
+        # A step before or after a chunk is long in coming already: nobody waits at it.
+        after, self.has_read = self.has_read, False
+        if self.policy is not None and self.joining is None and not after:
             hold = self.policy(len(self.running), float(self.rows.rate_B.mean()))
         stepped = self.rows.step(tokens, *hold)
         members = [self.running[row] for row in stepped.rows]
