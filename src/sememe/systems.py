@@ -36,6 +36,7 @@ from sememe.models.planner.first_plans import first_plans
 from sememe.models.planner.signals import SignalReader
 from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule
+from sememe.training.guard import Guard
 from sememe.training.meters import ConceptMeter, heldout_figures
 from sememe.training.plans import PLANS, HardEM, PairExamples, PlanMeter
 from sememe.training.trainer import Blocks
@@ -80,8 +81,14 @@ class Run:
     """Whether progress bars are shown."""
     meter: Any
     """Counts over a training interval: `see` a forward pass, `read` the figures; or None."""
+    guard: Guard = field(init=False)
+    """Which steps are taken."""
     norms: dict[str, float] = field(default_factory=dict)
-    """Of the last step's gradients, by `gradient_norms`, before they were clipped."""
+    """Of the gradients of the last step that was taken, by `gradient_norms`, before they were
+    clipped."""
+
+    def __post_init__(self):
+        self.guard = Guard(self.recipe, self.say)
 
 
 class System:
@@ -307,7 +314,7 @@ class Planner(System):
         return PlanMeter(config.plan_shape)
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [HardEM(run.recipe, run.batches.examples, run.meter, run.show)]
+        return [HardEM(run)]
 
     def heldout(self, run: Run) -> Figures:
         return pair_figures(run.model, run.batches.heldout)

@@ -15,6 +15,7 @@ from torch import Tensor
 from sememe import storage
 from sememe.cluster import cluster
 from sememe.errors import SememeError, reason
+from sememe.locks import LOCK, only_user
 from sememe.paths import home
 from sememe.progress import bar
 
@@ -71,22 +72,23 @@ def work_in_parts(
         digest.update(part)
     folder = home() / "parts" / digest.hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [
-        {"number": number, "part": part}
-        for number, part in enumerate(content)
-        if not part_file(folder, number).is_file()
-    ]
-    there = len(parts) - len(missing)
-    if there:
-        print(f"going on: {there} of {len(parts)} parts are there", file=sys.stderr)
-    workers = min(workers, len(missing))
-    if missing:
-        with cluster(workers), bar(total=len(parts), initial=there, unit="part") as shown:
-            for count in _finished(make, arguments, folder, missing, workers):
-                shown.update(count)
-    files = [part_file(folder, number) for number in range(len(parts))]
-    results = [safetensors.torch.load(file.read_bytes()) for file in files]
-    shutil.rmtree(folder, ignore_errors=True)
+    with only_user(folder, folder.with_suffix(LOCK)):
+        missing = [
+            {"number": number, "part": part}
+            for number, part in enumerate(content)
+            if not part_file(folder, number).is_file()
+        ]
+        there = len(parts) - len(missing)
+        if there:
+            print(f"going on: {there} of {len(parts)} parts are there", file=sys.stderr)
+        workers = min(workers, len(missing))
+        if missing:
+            with cluster(workers), bar(total=len(parts), initial=there, unit="part") as shown:
+                for count in _finished(make, arguments, folder, missing, workers):
+                    shown.update(count)
+        files = [part_file(folder, number) for number in range(len(parts))]
+        results = [safetensors.torch.load(file.read_bytes()) for file in files]
+        shutil.rmtree(folder, ignore_errors=True)
     return results
 
 

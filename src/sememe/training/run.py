@@ -3,7 +3,9 @@
 RUN/{recipe.yaml, env.json, inputs.json, metrics.jsonl, checkpoints/checkpoint-N/, model/,
 tensorboard/}"""
 
+import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -16,12 +18,13 @@ from transformers import TrainingArguments
 from sememe import storage
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
-from sememe.errors import DataError, Interrupted, TrainingError
+from sememe.errors import CheckpointError, DataError, TrainingError
 from sememe.evaluation.inputs import INPUTS, record
 from sememe.evaluation.results import put
+from sememe.locks import only_user
 from sememe.options import Recipe, load_recipe
 from sememe.paths import source_sha256, usable
-from sememe.report.files import COMMANDS
+from sememe.report.files import COMMANDS, read_metrics
 from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Stop
 from sememe.training.checkpoints import last_checkpoint, step_of
@@ -33,34 +36,46 @@ PACKAGES = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensor
 
 
 def train(
-    recipe: Recipe, folder: Path, say: Callable[[str], None] = print, show: bool = True
+    recipe: Recipe,
+    folder: Path,
+    say: Callable[[str], None] = print,
+    show: bool = True,
+    force: bool = False,
 ) -> Path:
     """Trains `recipe` into `folder` and returns its model/. A finished run is left as it is, and an
-    unfinished one resumes. In a thread other than the main one there is no Ctrl-C handling.
+    unfinished one resumes, with `force` whatever has changed. In a thread other than the main one
+    there is no Ctrl-C handling.
 
     Raises:
         DataError: missing, empty or too short text, held-out text that is the training text, or
             sequences too long for the base.
         RecipeError: `folder` holds another recipe, or the system cannot be trained so.
-        TrainingError: a non-finite loss or gradient.
+        SememeError: somebody else trains in `folder`.
+        Diverged: ten steps in a row whose loss or gradient is not finite, or a spike.
         CheckpointError: a disk that cannot take the checkpoint.
-        Interrupted: Ctrl-C; a checkpoint was written."""
+        Interrupted: Ctrl-C, or SIGTERM (Terminated); a checkpoint was written."""
     folder = usable(folder)
     first = os.environ.get("RANK", "0") == "0"
-    # The other ranks look only at a finished run: an unfinished one is being opened by the first at
-    # this moment.
-    if (first or is_finished(folder)) and same_run(recipe, folder):
-        say(f"{folder} is finished: nothing to train")
-        return folder / "model"
-    run = _build(recipe, folder, say, show and first)
+    with only_user(folder):
+        # The other ranks look only at a finished run: an unfinished one is being opened by the
+        # first at this moment.
+        if (first or is_finished(folder)) and same_run(recipe, folder, say if force else None):
+            say(f"{folder} is finished: nothing to train")
+        else:
+            _run(_build(recipe, folder, say, show and first), first)
+    return folder / "model"
+
+
+def _run(run: Run, first: bool) -> None:
+    """From the first step that is left to the finished model."""
     if first:
         _open(run)
     recorder, stop = Recorder(run), Stop()
     # The system's own set the model before a step and write into a checkpoint, so they come first;
     # the seal of a checkpoint comes after all that is written into it.
-    callbacks = [*run.system.callbacks(run), stop, Seal(), recorder]
+    callbacks = [*run.system.callbacks(run), run.guard, stop, Seal(), recorder]
     try:
-        _train(run, callbacks)
+        _train(run, callbacks, stop)
         if first:
             _finish(run)
     except TrainingError as error:
@@ -70,7 +85,6 @@ def train(
     finally:
         recorder.bar.close()
         stop.restore()
-    return folder / "model"
 
 
 def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool) -> Run:
@@ -111,11 +125,23 @@ def _open(run: Run) -> None:
             if path.is_file():
                 os.replace(path, folder / f"model-{steps}" / path.name)
     put(folder / "env.json", _environment(recipe))
-    put(folder / INPUTS, record(folder, run.model.config.base_sha256, recipe))
+    base = resolve(recipe.base)
+    put(folder / INPUTS, record(folder, base, run.model.config.base_sha256, recipe))
     storage.write(folder / "recipe.yaml", recipe.yaml().encode())
+    _trim_log(folder, step_of(run.checkpoint) if run.checkpoint else 0)
 
 
-def _train(run: Run, callbacks: list[transformers.TrainerCallback]) -> None:
+def _trim_log(folder: Path, step: int) -> None:
+    """Leaves of the log what there is a checkpoint of: steps that are taken again are logged again,
+    and a run that was killed may have left half a line."""
+    path, lines = folder / "metrics.jsonl", []
+    if path.is_file():
+        with contextlib.suppress(CheckpointError):  # no whole line
+            lines = [line for line in read_metrics(folder) if line["step"] <= step]
+        storage.write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _train(run: Run, callbacks: list[transformers.TrainerCallback], stop: Stop) -> None:
     """All steps that are left. Raises Interrupted where Ctrl-C came first."""
     trainer = ConceptTrainer(run, args=_arguments(run.recipe, run.folder), callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -125,7 +151,7 @@ def _train(run: Run, callbacks: list[transformers.TrainerCallback]) -> None:
     trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     done = trainer.state.global_step
     if done < steps:
-        raise Interrupted(f"stopped at step {done} of {steps}; the same command goes on from there")
+        raise stop.interruption(done, steps)
 
 
 def _environment(recipe: Recipe) -> dict:
@@ -158,7 +184,6 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         gradient_accumulation_steps=recipe.gradient_accumulation,
         bf16=precision(recipe) == "bf16",
         logging_steps=max(1, recipe.steps // 200),
-        logging_nan_inf_filter=False,
         # The order is in the data set: the same for every system.
         train_sampling_strategy="sequential",
         save_steps=recipe.save_every,

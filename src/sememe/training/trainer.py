@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from sememe.backbone.adapters import without_lora
-from sememe.errors import CheckpointError, TrainingError, reason
+from sememe.errors import CheckpointError, reason
 from sememe.keys import Recipe
 from sememe.training.meters import gradient_norms
 
@@ -80,6 +81,10 @@ class ConceptTrainer(Trainer):
             **trainer,
         )
         self._loss_shifts_labels = run.system.shifts_labels
+        self.parts: list[Tensor] = []
+        """The loss of the step in progress, by the parts that it is computed in."""
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        """What a forward pass may track (quantiles of the gate), and how it was before the step."""
 
     def _save_checkpoint(self, *args, **kwargs):
         try:
@@ -100,7 +105,6 @@ class ConceptTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if (share := self.run.recipe.distil) > 0:
             loss = (1 - share) * loss + share * self._divergence(inputs, outputs.logits, loss)
-        self.loss = loss.detach()
         if self.run.meter is not None:
             self.run.meter.see(outputs, inputs["labels"])
         return loss
@@ -118,16 +122,30 @@ class ConceptTrainer(Trainer):
         nll = F.nll_loss(own_nV, inputs["input_ids"][:, 1:].flatten())
         return divergence * (loss.detach() / nll.detach())
 
+    def training_step(self, *args, **kwargs):
+        if not self.parts:
+            self.buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self.parts.append(super().training_step(*args, **kwargs))
+        return self.parts[-1]
+
     def _clip_grad_norm(self, model):
-        """What is not finite does not reach the optimizer. Gradients are summed over ranks by now:
-        where one rank's loss is no number, none takes the step."""
-        self.run.norms = gradient_norms(self.model)
-        norms = {f"gradient of {part}": norm for part, norm in self.run.norms.items()}
-        for name, value in {"loss": float(self.loss), **norms}.items():
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the {name} is {value} at step {self.state.global_step + 1}: need a finite "
-                    "one; the step was not taken and the last checkpoint stands. try: "
-                    "learning_rate=1e-4, or precision=fp32"
-                )
+        """A step that is not allowed has no gradients, so that no weight and no state of the
+        optimizer changes. Loss and gradients are those of all ranks by now: all leave it out."""
+        loss = float(self.accelerator.gather(sum(self.parts)).mean())
+        self.parts = []
+        norms = gradient_norms(self.model)
+        if self.run.guard.allows(self.state.global_step + 1, loss, norms):
+            self.run.norms = norms
+        else:
+            self.model.zero_grad()
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
         return super()._clip_grad_norm(model)
+
+    def log(self, logs, *args, **kwargs):
+        """The loss is the mean over the steps that were taken; there may be none."""
+        if "loss" in logs:
+            losses, self.run.guard.unlogged = self.run.guard.unlogged, []
+            del logs["loss"]
+            logs |= {"loss": fmean(losses)} if losses else {}
+        super().log(logs, *args, **kwargs)
