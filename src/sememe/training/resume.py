@@ -5,11 +5,12 @@ from pathlib import Path
 
 from sememe.backbone.bases import fingerprint, resolve
 from sememe.errors import RecipeError
-from sememe.evaluation.inputs import TEXTS, record, recorded
+from sememe.evaluation.inputs import INPUTS, TEXTS, record, recorded
 from sememe.keys import known_keys
 from sememe.options import Recipe, load_recipe
 from sememe.paths import usable
 from sememe.report.files import dig
+from sememe.storage import check_manifest
 from sememe.systems import SYSTEMS
 from sememe.training.checkpoints import last_checkpoint, step_of
 
@@ -25,11 +26,12 @@ def same_run(recipe: Recipe, run: Path) -> bool:
     Raises RecipeError where it holds another recipe, SememeError where it cannot be a path."""
     run = usable(run)
     if not (run / "recipe.yaml").is_file():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and not (run.is_dir() and _is_empty(run)):
             raise RecipeError(
                 f"{run} is there and is no run folder: need an empty or new one. try: another --out"
             )
         return False
+    check_manifest(run, required=False)
     held = load_recipe(run / "recipe.yaml")
     if held == recipe and is_finished(run):  # whatever became of its base and texts
         return True
@@ -45,6 +47,12 @@ def same_run(recipe: Recipe, run: Path) -> bool:
             "and texts of the same content, to resume. try: another --out"
         )
     return is_finished(run) and held.steps == recipe.steps
+
+
+def _is_empty(folder: Path) -> bool:
+    """But for what a start that was killed may have left."""
+    ours = ("env.json", INPUTS)
+    return all(path.name in ours or path.suffix == ".tmp" for path in folder.iterdir())
 
 
 def _can_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:

@@ -24,7 +24,7 @@ from sememe.paths import source_sha256, usable
 from sememe.report.files import COMMANDS
 from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Stop
-from sememe.training.checkpoints import last_checkpoint, step_of
+from sememe.training.checkpoints import remove_unsealed, resume_point, step_of
 from sememe.training.resume import is_finished, same_run
 from sememe.training.trainer import ConceptTrainer
 
@@ -43,7 +43,8 @@ def train(
             sequences too long for the base.
         RecipeError: `folder` holds another recipe, or the system cannot be trained so.
         TrainingError: a non-finite loss or gradient.
-        CheckpointError: a disk that cannot take the checkpoint.
+        CheckpointError: checkpoints that are damaged, all of them.
+        SememeError: a disk that is full.
         Interrupted: Ctrl-C; a checkpoint was written."""
     folder = usable(folder)
     first = os.environ.get("RANK", "0") == "0"
@@ -52,7 +53,8 @@ def train(
     if (first or is_finished(folder)) and same_run(recipe, folder):
         say(f"{folder} is finished: nothing to train")
         return folder / "model"
-    run = _build(recipe, folder, say, show and first)
+    checkpoint = resume_point(folder / "checkpoints", say, first)
+    run = _build(recipe, folder, checkpoint, say, show and first)
     if first:
         _open(run)
     recorder, stop = Recorder(run), Stop()
@@ -60,9 +62,10 @@ def train(
     # the seal of a checkpoint comes after all that is written into it.
     callbacks = [*run.system.callbacks(run), stop, Seal(), recorder]
     try:
-        _train(run, callbacks)
-        if first:
-            _finish(run)
+        with storage.writing(folder, "free some space, and the same command: checkpoints stand"):
+            _train(run, callbacks)
+            if first:
+                _finish(run)
     except TrainingError as error:
         if first:
             recorder.stopped(str(error))
@@ -73,7 +76,9 @@ def train(
     return folder / "model"
 
 
-def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool) -> Run:
+def _build(
+    recipe: Recipe, folder: Path, checkpoint: Path | None, say: Callable[[str], None], show: bool
+) -> Run:
     """Model and batches of a run, a fresh one started."""
     system = SYSTEMS[recipe.system]
     system.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
@@ -88,7 +93,6 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
     model = system.build(recipe, base)
     if recipe.gradient_checkpointing:
         set_checkpointing(model)
-    checkpoint = last_checkpoint(folder / "checkpoints")
     meter = system.meter(model.config)
     run = Run(system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter)
     if checkpoint is not None:
@@ -110,9 +114,13 @@ def _open(run: Run) -> None:
         for path in (folder / f"{name}.json" for name in COMMANDS):
             if path.is_file():
                 os.replace(path, folder / f"model-{steps}" / path.name)
+    remove_unsealed(folder / "checkpoints")
+    storage.remove_temporaries(folder)
+    (folder / storage.MANIFEST).unlink(missing_ok=True)  # else one of other files
     put(folder / "env.json", _environment(recipe))
     put(folder / INPUTS, record(folder, run.model.config.base_sha256, recipe))
     storage.write(folder / "recipe.yaml", recipe.yaml().encode())
+    storage.write_manifest(folder, ("env.json", INPUTS, "recipe.yaml"))
 
 
 def _train(run: Run, callbacks: list[transformers.TrainerCallback]) -> None:
@@ -175,5 +183,6 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
 def _finish(run: Run) -> None:
     """RUN/model; its manifest, without which it does not count, comes last."""
     run.system.finish(run)
+    storage.remove_temporaries(run.folder / "model")
     run.tokenizer.save_pretrained(run.folder / "model")
     run.model.save_pretrained(run.folder / "model")
