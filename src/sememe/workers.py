@@ -37,14 +37,23 @@ class Worker:
             *(block[key].to_pylist() for key in ("number", "part")), strict=True
         ):
             path = part_file(self.folder, number)
-            if not path.is_file():
-                result = self.work(safetensors.torch.load(part))
-                storage.write(path, safetensors.torch.save(result))
+            if read_part(path) is None:
+                content = safetensors.torch.save(self.work(safetensors.torch.load(part)))
+                storage.write(path, hashlib.sha256(content).digest() + content)
         return block.select(["number"])
 
 
 def part_file(folder: Path, number: int) -> Path:
-    return folder / f"{number}.safetensors"
+    return folder / f"{number}.part"
+
+
+def read_part(path: Path) -> Tensors | None:
+    """What a part has given; None where that is not there, or not as it was written: its first 32
+    bytes are the hash of the others."""
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return None
+    return safetensors.torch.load(content[32:])
 
 
 def weights_sha256(state: Tensors) -> str:
@@ -76,7 +85,7 @@ def work_in_parts(
         missing = [
             {"number": number, "part": part}
             for number, part in enumerate(content)
-            if not part_file(folder, number).is_file()
+            if read_part(part_file(folder, number)) is None
         ]
         there = len(parts) - len(missing)
         if there:
@@ -86,8 +95,7 @@ def work_in_parts(
             with cluster(workers), bar(total=len(parts), initial=there, unit="part") as shown:
                 for count in _finished(make, arguments, folder, missing, workers):
                     shown.update(count)
-        files = [part_file(folder, number) for number in range(len(parts))]
-        results = [safetensors.torch.load(file.read_bytes()) for file in files]
+        results = [read_part(part_file(folder, number)) for number in range(len(parts))]
         shutil.rmtree(folder, ignore_errors=True)
     return results
 

@@ -11,6 +11,7 @@ from sememe.errors import DataError, SememeError, reason
 from sememe.keys import Recipe
 from sememe.paths import existing, locate, source_sha256, usable
 from sememe.report.files import read_json
+from sememe.storage import check_manifest
 
 INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
@@ -62,6 +63,7 @@ def run_recipe(model: str | Path) -> dict:
     folder = existing(model)
     if folder is None or not (folder / "recipe.yaml").is_file():
         return {}
+    check_manifest(folder, required=False)
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         return recipe | {"data": located(folder, recipe["data"])}

@@ -12,6 +12,7 @@ import yaml
 
 from sememe.errors import CheckpointError, RecipeError
 from sememe.paths import usable
+from sememe.storage import check_manifest
 
 BASELINES = ("control", "prune", "skip", "window")
 COMMANDS = ("evaluate", "ablate", "reconstruct", "benchmark")
@@ -39,6 +40,7 @@ class Run:
 def read_run(run: Path) -> Run:
     """Raises CheckpointError or RecipeError where `run` is none, or has logged nothing yet."""
     lines = read_metrics(run)
+    check_manifest(run, required=False)
     try:
         recipe = dict(yaml.safe_load(read_text(run / "recipe.yaml")))
         recipe["system"]

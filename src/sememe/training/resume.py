@@ -6,12 +6,13 @@ from pathlib import Path
 
 from sememe.backbone.bases import fingerprint, resolve
 from sememe.errors import RecipeError
-from sememe.evaluation.inputs import BASE_FILES, TEXTS, record, recorded
+from sememe.evaluation.inputs import BASE_FILES, INPUTS, TEXTS, record, recorded
 from sememe.keys import known_keys
 from sememe.locks import LOCK
 from sememe.options import Recipe, load_recipe
 from sememe.paths import usable
 from sememe.report.files import dig
+from sememe.storage import check_manifest
 from sememe.systems import SYSTEMS
 from sememe.training.checkpoints import last_checkpoint, step_of
 
@@ -28,11 +29,12 @@ def same_run(recipe: Recipe, run: Path, force: Callable[[str], None] | None = No
     Raises RecipeError where it holds another recipe, SememeError where it cannot be a path."""
     run = usable(run)
     if not (run / "recipe.yaml").is_file():
-        if run.exists() and not (run.is_dir() and {path.name for path in run.iterdir()} <= {LOCK}):
+        if run.exists() and not (run.is_dir() and _is_empty(run)):
             raise RecipeError(
                 f"{run} is there and is no run folder: need an empty or new one. try: another --out"
             )
         return False
+    check_manifest(run, required=False)
     held = load_recipe(run / "recipe.yaml")
     if held == recipe and is_finished(run):  # whatever became of its base and texts
         return True
@@ -54,6 +56,12 @@ def same_run(recipe: Recipe, run: Path, force: Callable[[str], None] | None = No
             )
         force(f"forced: {fault}")
     return is_finished(run) and held.steps == recipe.steps
+
+
+def _is_empty(folder: Path) -> bool:
+    """But for what a start that was killed may have left."""
+    ours = ("env.json", INPUTS, LOCK)
+    return all(path.name in ours or path.suffix == ".tmp" for path in folder.iterdir())
 
 
 def _can_grow(held: Recipe, recipe: Recipe, run: Path) -> bool:

@@ -27,7 +27,7 @@ from sememe.paths import source_sha256, usable
 from sememe.report.files import COMMANDS, read_metrics
 from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Stop
-from sememe.training.checkpoints import last_checkpoint, step_of
+from sememe.training.checkpoints import remove_unsealed, resume_point, step_of
 from sememe.training.resume import is_finished, same_run
 from sememe.training.trainer import ConceptTrainer
 
@@ -50,9 +50,9 @@ def train(
         DataError: missing, empty or too short text, held-out text that is the training text, or
             sequences too long for the base.
         RecipeError: `folder` holds another recipe, or the system cannot be trained so.
-        SememeError: somebody else trains in `folder`.
+        SememeError: somebody else trains in `folder`, or a disk is full.
         Diverged: ten steps in a row whose loss or gradient is not finite, or a spike.
-        CheckpointError: a disk that cannot take the checkpoint.
+        CheckpointError: checkpoints that are damaged, all of them.
         Interrupted: Ctrl-C, or SIGTERM (Terminated); a checkpoint was written."""
     folder = usable(folder)
     first = os.environ.get("RANK", "0") == "0"
@@ -62,7 +62,8 @@ def train(
         if (first or is_finished(folder)) and same_run(recipe, folder, say if force else None):
             say(f"{folder} is finished: nothing to train")
         else:
-            _run(_build(recipe, folder, say, show and first), first)
+            checkpoint = resume_point(folder / "checkpoints", say, first)
+            _run(_build(recipe, folder, checkpoint, say, show and first), first)
     return folder / "model"
 
 
@@ -75,9 +76,12 @@ def _run(run: Run, first: bool) -> None:
     # the seal of a checkpoint comes after all that is written into it.
     callbacks = [*run.system.callbacks(run), run.guard, stop, Seal(), recorder]
     try:
-        _train(run, callbacks, stop)
-        if first:
-            _finish(run)
+        with storage.writing(
+            run.folder, "free some space, and the same command: checkpoints stand"
+        ):
+            _train(run, callbacks, stop)
+            if first:
+                _finish(run)
     except TrainingError as error:
         if first:
             recorder.stopped(str(error))
@@ -87,7 +91,9 @@ def _run(run: Run, first: bool) -> None:
         stop.restore()
 
 
-def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool) -> Run:
+def _build(
+    recipe: Recipe, folder: Path, checkpoint: Path | None, say: Callable[[str], None], show: bool
+) -> Run:
     """Model and batches of a run, a fresh one started."""
     system = SYSTEMS[recipe.system]
     system.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
@@ -102,7 +108,6 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
     model = system.build(recipe, base)
     if recipe.gradient_checkpointing:
         set_checkpointing(model)
-    checkpoint = last_checkpoint(folder / "checkpoints")
     meter = system.meter(model.config)
     run = Run(system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter)
     if checkpoint is not None:
@@ -124,10 +129,14 @@ def _open(run: Run) -> None:
         for path in (folder / f"{name}.json" for name in COMMANDS):
             if path.is_file():
                 os.replace(path, folder / f"model-{steps}" / path.name)
+    remove_unsealed(folder / "checkpoints")
+    storage.remove_temporaries(folder)
+    (folder / storage.MANIFEST).unlink(missing_ok=True)  # else one of other files
     put(folder / "env.json", _environment(recipe))
     base = resolve(recipe.base)
     put(folder / INPUTS, record(folder, base, run.model.config.base_sha256, recipe))
     storage.write(folder / "recipe.yaml", recipe.yaml().encode())
+    storage.write_manifest(folder, ("env.json", INPUTS, "recipe.yaml"))
     _trim_log(folder, step_of(run.checkpoint) if run.checkpoint else 0)
 
 
@@ -200,5 +209,6 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
 def _finish(run: Run) -> None:
     """RUN/model; its manifest, without which it does not count, comes last."""
     run.system.finish(run)
+    storage.remove_temporaries(run.folder / "model")
     run.tokenizer.save_pretrained(run.folder / "model")
     run.model.save_pretrained(run.folder / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from sememe.backbone.adapters import without_lora
-from sememe.errors import CheckpointError, reason
 from sememe.keys import Recipe
+from sememe.training import state
 from sememe.training.meters import gradient_norms
 
 if TYPE_CHECKING:
@@ -73,11 +75,11 @@ class ConceptTrainer(Trainer):
     def __init__(self, run: Run, **trainer):
         self.run = run
         optimizer = adamw(run.model, run.recipe)
-        schedule = LambdaLR(optimizer, partial(cosine, steps=run.recipe.steps))
+        self.schedule = LambdaLR(optimizer, partial(cosine, steps=run.recipe.steps))
         super().__init__(
             model=run.model,
             train_dataset=run.batches.examples,
-            optimizers=(optimizer, schedule),
+            optimizers=(optimizer, self.schedule),
             **trainer,
         )
         self._loss_shifts_labels = run.system.shifts_labels
@@ -86,15 +88,50 @@ class ConceptTrainer(Trainer):
         self.buffers: list[tuple[Tensor, Tensor]] = []
         """What a forward pass may track (quantiles of the gate), and how it was before the step."""
 
+    # ---- what a checkpoint holds: see `state.py`; the Trainer's own are pickles ----
+
     def _save_checkpoint(self, *args, **kwargs):
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError) as error:  # the latter of torch.save, for a full disk too
-            raise CheckpointError(
-                f"could not write to {self.args.output_dir} ({reason(error)}): need free space and "
-                "write permission; whole checkpoints stand. try: free some space, and the same "
-                "command again"
-            ) from error
+        super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # every process has written its part before the seal
+
+    def _save(self, output_dir: str, state_dict: dict | None = None) -> None:
+        self.model.save_pretrained(output_dir, is_main_process=self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            state.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # another process may not be there yet
+        state.save_random(Path(output_dir), self.args.process_index)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        with state.resuming(folder):
+            self.model.load_own_state(folder)
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # which is loaded later
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        rates = self.schedule.base_lrs
+        with state.resuming(Path(checkpoint)):
+            state.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+        # Those of the recipe: a resumed run may be forced to others.
+        share = cosine(self.schedule.last_epoch, self.run.recipe.steps)
+        self.schedule.base_lrs = rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group |= {"initial_lr": rate, "lr": rate * share}
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with state.resuming(Path(checkpoint)):
+                state.load_random(Path(checkpoint), self.args.process_index)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none for bf16 and fp32."""
+
+    # ---- steps ----
 
     def _prepare_inputs(self, inputs):
         """On the device; a batch of pairs as its step wants it."""
