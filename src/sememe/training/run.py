@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from sememe import storage
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
+from sememe.backbone.processes import meet_on_this_machine
 from sememe.errors import CheckpointError, DataError, TrainingError
 from sememe.evaluation.inputs import INPUTS, record
 from sememe.evaluation.results import put
@@ -29,10 +30,12 @@ from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Stop
 from sememe.training.checkpoints import remove_unsealed, resume_point, step_of
 from sememe.training.resume import is_finished, same_run
+from sememe.training.state import resuming
 from sememe.training.trainer import ConceptTrainer
 
 PACKAGES = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensors")
 """Whose versions env.json keeps."""
+RETRY = "free some space, and the same command: whole checkpoints stand"
 
 
 def train(
@@ -70,15 +73,14 @@ def train(
 def _run(run: Run, first: bool) -> None:
     """From the first step that is left to the finished model."""
     if first:
-        _open(run)
+        with storage.writing(run.folder, RETRY):
+            _open(run)
     recorder, stop = Recorder(run), Stop()
     # The system's own set the model before a step and write into a checkpoint, so they come first;
     # the seal of a checkpoint comes after all that is written into it.
     callbacks = [*run.system.callbacks(run), run.guard, stop, Seal(), recorder]
     try:
-        with storage.writing(
-            run.folder, "free some space, and the same command: checkpoints stand"
-        ):
+        with storage.writing(run.folder, RETRY):
             _train(run, callbacks, stop)
             if first:
                 _finish(run)
@@ -112,6 +114,8 @@ def _build(
     run = Run(system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter)
     if checkpoint is not None:
         system.resume(run)
+        with resuming(checkpoint):  # one that does not fit is refused before anything is written
+            model.load_own_state(checkpoint)
     else:
         for name, share in system.start(run).items():
             say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
@@ -152,6 +156,7 @@ def _trim_log(folder: Path, step: int) -> None:
 
 def _train(run: Run, callbacks: list[transformers.TrainerCallback], stop: Stop) -> None:
     """All steps that are left. Raises Interrupted where Ctrl-C came first."""
+    meet_on_this_machine()
     trainer = ConceptTrainer(run, args=_arguments(run.recipe, run.folder), callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
     steps = run.recipe.steps

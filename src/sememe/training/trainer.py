@@ -119,9 +119,10 @@ class ConceptTrainer(Trainer):
             state.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
         # Those of the recipe: a resumed run may be forced to others.
         share = cosine(self.schedule.last_epoch, self.run.recipe.steps)
-        self.schedule.base_lrs = rates
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group |= {"initial_lr": rate, "lr": rate * share}
+        now = [rate * share for rate in rates]
+        self.schedule.base_lrs, self.schedule._last_lr = rates, now
+        for group, rate, lr in zip(self.optimizer.param_groups, rates, now, strict=True):
+            group |= {"initial_lr": rate, "lr": lr}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
