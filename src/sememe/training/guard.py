@@ -28,6 +28,7 @@ class Guard(TrainerCallback, ExportableState):
 
     def __init__(self, recipe: Recipe, say):
         self.window, self.deviations = recipe.spike or (1, math.inf)
+        self.steps = recipe.steps
         self.say = say
         self.losses: deque[float] = deque(maxlen=self.window)
         """Of the last steps that were taken."""
@@ -39,8 +40,8 @@ class Guard(TrainerCallback, ExportableState):
         """Why the step in progress is not taken."""
 
     def allows(self, step: int, loss: float, norms: dict[str, float]) -> bool:
-        """Whether step number `step` is taken. Raises Diverged with the last of too many in a
-        row that are not."""
+        """Whether step number `step` is taken. Raises Diverged with the last of ten in a row that
+        are not, or of fewer at the end of the run, where none shows that it has recovered."""
         self.reason = self._fault(loss, norms)
         if self.reason is None:
             self.in_a_row = 0
@@ -49,9 +50,9 @@ class Guard(TrainerCallback, ExportableState):
             return True
         self.skipped += 1
         self.in_a_row += 1
-        if self.in_a_row == IN_A_ROW:
+        if self.in_a_row == IN_A_ROW or (step == self.steps and self.in_a_row > 1):
             raise Diverged(
-                f"no step from {step - IN_A_ROW + 1} to {step} could be taken, the last because "
+                f"no step from {step - self.in_a_row + 1} to {step} could be taken, the last because "
                 f"{self.reason}: need a finite loss, and one like those before it; the last "
                 "checkpoint is from before them. try: the same command with learning_rate=1e-4 "
                 "--force, or precision=fp32 --force"
