@@ -51,8 +51,9 @@ class Guard(TrainerCallback, ExportableState):
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row == IN_A_ROW or (step == self.steps and self.in_a_row > 1):
+            first = step - self.in_a_row + 1
             raise Diverged(
-                f"no step from {step - self.in_a_row + 1} to {step} could be taken ({self.reason} in "
+                f"no step from {first} to {step} could be taken ({self.reason} in "
                 "the last): need a finite loss, like those before it; the last checkpoint is from "
                 "before them. try: the same command with learning_rate=1e-4, precision=fp32 or "
                 "spike=null, and --force"
