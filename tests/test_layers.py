@@ -35,7 +35,7 @@ LIGHT = """errors figures paths storage keys options report terminal arguments s
 # their requests is refused 4,100;
 # servers under load, and batches out of phase, timed 4,700; several processes that serve,
 # compress and evaluate, and go on where they were killed, 3,300; refusals that are read 100.
-NODES = 139_400
+NODES = 139_440
 FILE_LINES = 400
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 0
