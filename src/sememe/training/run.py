@@ -30,6 +30,7 @@ from sememe.training.trainer import ConceptTrainer
 
 PACKAGES = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensors")
 """Whose versions env.json keeps."""
+RETRY = "free some space, and the same command: whole checkpoints stand"
 
 
 def train(
@@ -53,8 +54,7 @@ def train(
     if (first or is_finished(folder)) and same_run(recipe, folder):
         say(f"{folder} is finished: nothing to train")
         return folder / "model"
-    checkpoint = resume_point(folder / "checkpoints", say, first)
-    run = _build(recipe, folder, checkpoint, say, show and first)
+    run = _build(recipe, folder, say, show and first)
     if first:
         _open(run)
     recorder, stop = Recorder(run), Stop()
@@ -62,10 +62,9 @@ def train(
     # the seal of a checkpoint comes after all that is written into it.
     callbacks = [*run.system.callbacks(run), stop, Seal(), recorder]
     try:
-        with storage.writing(folder, "free some space, and the same command: checkpoints stand"):
-            _train(run, callbacks)
-            if first:
-                _finish(run)
+        _train(run, callbacks)
+        if first:
+            _finish(run)
     except TrainingError as error:
         if first:
             recorder.stopped(str(error))
@@ -76,10 +75,9 @@ def train(
     return folder / "model"
 
 
-def _build(
-    recipe: Recipe, folder: Path, checkpoint: Path | None, say: Callable[[str], None], show: bool
-) -> Run:
+def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool) -> Run:
     """Model and batches of a run, a fresh one started."""
+    checkpoint = resume_point(folder / "checkpoints", say)
     system = SYSTEMS[recipe.system]
     system.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     if source_sha256(recipe.data.train) == source_sha256(recipe.data.heldout):
@@ -130,7 +128,8 @@ def _train(run: Run, callbacks: list[transformers.TrainerCallback]) -> None:
     steps = run.recipe.steps
     if run.checkpoint is not None:
         run.say(f"resuming from step {step_of(run.checkpoint)} of {steps}")
-    trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    with storage.writing(run.folder, RETRY):
+        trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     done = trainer.state.global_step
     if done < steps:
         raise Interrupted(f"stopped at step {done} of {steps}; the same command goes on from there")
@@ -182,7 +181,9 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
 
 def _finish(run: Run) -> None:
     """RUN/model; its manifest, without which it does not count, comes last."""
+    folder = run.folder / "model"
     run.system.finish(run)
-    storage.remove_temporaries(run.folder / "model")
-    run.tokenizer.save_pretrained(run.folder / "model")
-    run.model.save_pretrained(run.folder / "model")
+    storage.remove_temporaries(folder)
+    with storage.writing(folder, RETRY):
+        run.tokenizer.save_pretrained(folder)
+        run.model.save_pretrained(folder)
