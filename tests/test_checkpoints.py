@@ -55,8 +55,8 @@ def killed_at(number: int, folder: Path, monkeypatch):
         return change
 
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        for owner, name in ((os, "replace"), (os, "fsync")):
-            patch.setattr(owner, name, before(getattr(owner, name)))
+        patch.setattr(os, "replace", before(os.replace))
+        patch.setattr(os, "fsync", before(lambda file: None))
         for name in ("unlink", "rmdir", "rename", "write_bytes"):
             patch.setattr(Path, name, before(getattr(Path, name)))
         yield changes
@@ -170,9 +170,9 @@ def test_a_start_that_was_killed_is_no_other_run(recipe_values, tmp_path, monkey
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(os, "replace", replace)
-            run(recipe_values, tmp_path / "r")
-    run(recipe_values | {"steps": 2}, tmp_path / "s")  # nor is a run that was not
-    assert len(run(recipe_values, tmp_path / "r")) == 8
+            run(recipe_values | {"steps": 2}, tmp_path / "r")
+        (tmp_path / "r" / f".env.json.{number}.tmp").touch()
+    assert len(run(recipe_values | {"steps": 2}, tmp_path / "r")) == 2
     assert not [*(tmp_path / "r").rglob("*.tmp")]
 
 
@@ -195,22 +195,19 @@ def test_no_pickle_is_written_or_read(stopped, tmp_path):
         (top / f"{name}.pt").write_bytes(trap)
         (top / f"{name}.pth").write_bytes(trap)
     seal(top)
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    assert len(run(values, folder)) == 8 and not (tmp_path / "ran").exists()
-    # What the run needs, instead of it a pickle; and a checkpoint of an earlier release.
-    for name in (MOMENTS, "schedule.json", "trainer_state.json", "random-0.json"):
-        again = shutil.copytree(copy, tmp_path / name)
-        top = last_checkpoint(again / "checkpoints")
-        (top / name).write_bytes(trap)
+    # A pickle for what the run needs, and a checkpoint of an earlier release, which lacks it.
+    for name in ("random-0.json", "trainer_state.json", MOMENTS, ""):
+        path = top / (name or MOMENTS)
+        before = path.read_bytes()
+        path.unlink()
+        if name:
+            path.write_bytes(trap)
         seal(top)
-        with pytest.raises(SememeError, match=r"need .*try: "):
-            run(values, again)
-    assert not (tmp_path / "ran").exists()
-    top = last_checkpoint(copy / "checkpoints")
-    (top / MOMENTS).unlink()
+        with pytest.raises(CheckpointError, match=r"need .*try: "):
+            run(values, folder)
+        path.write_bytes(before)
     seal(top)
-    with pytest.raises(CheckpointError, match=r"cannot be resumed from .*need .*try: "):
-        run(values, copy)
+    assert len(run(values, folder)) == 8 and not (tmp_path / "ran").exists()
 
 
 def test_random_numbers_go_on_as_they_would_have(tmp_path):
@@ -225,24 +222,32 @@ def test_random_numbers_go_on_as_they_would_have(tmp_path):
     assert [draws(), draws()] == wanted
 
 
-@pytest.mark.parametrize("limit", [3_000, 20_000, 0.5])
-def test_a_full_disk_is_one_sentence_and_whole_checkpoints_stand(recipe_values, tmp_path, limit):
-    """No file may be larger than `limit` bytes, or than that share of the largest: writers get
-    EFBIG where a full disk has ENOSPC."""
-    whole, folder = run(recipe_values, tmp_path / "whole"), tmp_path / "r"
-    with ctrl_c(5), pytest.raises(Interrupted):
-        run(recipe_values, folder)
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+@pytest.fixture
+def limited():
+    """Files may then be no larger than so many bytes: writers get EFBIG, as they get ENOSPC on a
+    full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    largest = int(limit * max(sizes)) if limit < 1 else limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
-    try:
-        with pytest.raises(SememeError, match=r"could not write .*File too large.*try: "):
-            run(recipe_values, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert last_checkpoint(folder / "checkpoints").name == "checkpoint-5"
-    lines = {line["step"]: line["loss"] for line in run(recipe_values, folder)}
+
+    @contextlib.contextmanager
+    def limit(size: int):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
+
+
+def test_a_full_disk_is_one_sentence_and_whole_checkpoints_stand(stopped, tmp_path, limited):
+    values, folder = stopped
+    whole = run(values, tmp_path / "whole")
+    largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    for size in (3_000, 20_000, largest // 2):  # a log, random numbers, weights
+        with limited(size), pytest.raises(SememeError, match=r"could not write .*too large.*try: "):
+            run(values, folder)
+        assert last_checkpoint(folder / "checkpoints").name == "checkpoint-5"
+    lines = {line["step"]: line["loss"] for line in run(values, folder)}
     assert [lines[line["step"]] for line in whole] == [line["loss"] for line in whole]
     left = [path.name for path in folder.rglob("*") if "tmp" in path.name]
     assert not left
