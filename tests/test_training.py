@@ -33,7 +33,7 @@ def test_finished_run_holds_what_is_promised(recipe_values, tmp_path):
     assert last_checkpoint(checkpoints).name == "checkpoint-8"
     (checkpoints / "checkpoint-8" / "seal.json").unlink()
     assert last_checkpoint(checkpoints).name == "checkpoint-4", "one that was cut off"
-    (checkpoints / "checkpoint-4" / "optimizer.pt").write_bytes(b"xx")
+    (checkpoints / "checkpoint-4" / "optimizer.safetensors").write_bytes(b"xx")
     assert last_checkpoint(checkpoints) is None
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -79,16 +80,24 @@ def unwritable(path: Path, fault: Exception | str, advice: str = "another folder
 @contextlib.contextmanager
 def writing(folder: Path, advice: str) -> Iterator[None]:
     """A disk that is full, or cannot be written for another reason, is a SememeError, in whatever
-    library it shows. The libraries agree in no type of exception."""
+    library it shows."""
+    hook = threading.excepthook
+    # TensorBoard writes in a thread, and raises in this one again what it met there.
+    threading.excepthook = lambda args: None if _is_of_disk(args.exc_value) else hook(args)
     try:
         yield
-    except SememeError:
-        raise
     except Exception as fault:
-        known = isinstance(fault, OSError) and fault.errno in DISK_ERRORS
-        if not (known or DISK_FAULTS.search(str(fault))):
+        if isinstance(fault, SememeError) or not _is_of_disk(fault):
             raise
         raise unwritable(folder, fault, advice) from fault
+    finally:
+        threading.excepthook = hook
+
+
+def _is_of_disk(fault: BaseException | None) -> bool:
+    """The libraries agree in no type of exception."""
+    known = isinstance(fault, OSError) and fault.errno in DISK_ERRORS
+    return known or DISK_FAULTS.search(str(fault)) is not None
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -102,7 +111,7 @@ def write_manifest(folder: Path, names: Iterable[str] = PARTS, **more: str) -> N
     """The hash of every file in `folder` that a model consists of, or that `names` has, in a file
     beside them that is written last."""
     paths = {path for name in names for path in folder.glob(name)}
-    files = {path.name: sha256(path) for path in sorted(paths) if path.name[0] != "."}
+    files = {p.name: sha256(p) for p in sorted(paths) if p.is_file() and p.name[0] != "."}
     write(folder / MANIFEST, json.dumps({"files": files, **more}, indent=2).encode())
 
 

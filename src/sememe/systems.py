@@ -4,7 +4,7 @@ Everything else (trainer, sweep, command line) is the same for all of them and a
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from sememe.models.planner.first_plans import first_plans
 from sememe.models.planner.signals import SignalReader
 from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule
-from sememe.training.guard import Guard
 from sememe.training.meters import ConceptMeter, heldout_figures
 from sememe.training.plans import PLANS, HardEM, PairExamples, PlanMeter
 from sememe.training.trainer import Blocks
@@ -81,14 +80,8 @@ class Run:
     """Whether progress bars are shown."""
     meter: Any
     """Counts over a training interval: `see` a forward pass, `read` the figures; or None."""
-    guard: Guard = field(init=False)
-    """Which steps are taken."""
-    norms: dict[str, float] = field(default_factory=dict)
-    """Of the gradients of the last step that was taken, by `gradient_norms`, before they were
-    clipped."""
-
-    def __post_init__(self):
-        self.guard = Guard(self.recipe, self.say)
+    guard: Any
+    """Which steps are taken: `Guard`."""
 
 
 class System:

@@ -87,7 +87,7 @@ class Recorder(TrainerCallback):
         run = self.run
         shown = ("loss", "learning_rate", "grad_norm")
         line = {key: float(logs[key]) for key in shown if key in logs} | run.guard.figures()
-        line |= {f"grad_norm_{part}": norm for part, norm in run.norms.items()}
+        line |= {f"grad_norm_{part}": norm for part, norm in run.guard.norms.items()}
         if run.meter is not None:
             line |= run.meter.read()  # on every rank: it sums over them
         line |= run.system.state(model)

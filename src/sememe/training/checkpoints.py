@@ -31,7 +31,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in _newest_first(folder) if not _fault(path)), None)
 
 
-def resume_point(folder: Path, say: Callable[[str], None], is_first: bool = True) -> Path | None:
+def resume_point(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint; None where a run begins. Damaged ones get another name, from the
     first process, so that none of it is written over.
 
@@ -40,7 +40,7 @@ def resume_point(folder: Path, say: Callable[[str], None], is_first: bool = True
         fault = _fault(path)
         if not fault:
             return path
-        if is_first:
+        if os.environ.get("RANK", "0") == "0":
             names = (path.with_name(f"{path.name}.damaged-{n}") for n in count(1))
             aside = path.rename(next(name for name in names if not name.exists()))
             say(f"{fault}: not resumed from, and kept as {aside.name}")

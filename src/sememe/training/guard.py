@@ -34,6 +34,8 @@ class Guard(TrainerCallback, ExportableState):
         """Of the last steps that were taken."""
         self.unlogged: list[float] = []
         """Of those since the last line of the log."""
+        self.norms: dict[str, float] = {}
+        """Of the gradients of the last one, before they were clipped, by `gradient_norms`."""
         self.skipped = 0
         self.in_a_row = 0
         self.reason: str | None = None
@@ -47,6 +49,7 @@ class Guard(TrainerCallback, ExportableState):
             self.in_a_row = 0
             self.losses.append(loss)
             self.unlogged.append(loss)
+            self.norms = norms
             return True
         self.skipped += 1
         self.in_a_row += 1

@@ -29,6 +29,7 @@ from sememe.report.files import COMMANDS, read_metrics
 from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Stop
 from sememe.training.checkpoints import remove_unsealed, resume_point, step_of
+from sememe.training.guard import Guard
 from sememe.training.resume import is_finished, same_run
 from sememe.training.state import resuming
 from sememe.training.trainer import ConceptTrainer
@@ -65,25 +66,22 @@ def train(
         if (first or is_finished(folder)) and same_run(recipe, folder, say if force else None):
             say(f"{folder} is finished: nothing to train")
         else:
-            checkpoint = resume_point(folder / "checkpoints", say, first)
-            _run(_build(recipe, folder, checkpoint, say, show and first), first)
+            _run(_build(recipe, folder, say, show and first), first)
     return folder / "model"
 
 
 def _run(run: Run, first: bool) -> None:
     """From the first step that is left to the finished model."""
     if first:
-        with storage.writing(run.folder, RETRY):
-            _open(run)
+        _open(run)
     recorder, stop = Recorder(run), Stop()
     # The system's own set the model before a step and write into a checkpoint, so they come first;
     # the seal of a checkpoint comes after all that is written into it.
     callbacks = [*run.system.callbacks(run), run.guard, stop, Seal(), recorder]
     try:
-        with storage.writing(run.folder, RETRY):
-            _train(run, callbacks, stop)
-            if first:
-                _finish(run)
+        _train(run, callbacks, stop)
+        if first:
+            _finish(run)
     except TrainingError as error:
         if first:
             recorder.stopped(str(error))
@@ -93,10 +91,9 @@ def _run(run: Run, first: bool) -> None:
         stop.restore()
 
 
-def _build(
-    recipe: Recipe, folder: Path, checkpoint: Path | None, say: Callable[[str], None], show: bool
-) -> Run:
+def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool) -> Run:
     """Model and batches of a run, a fresh one started."""
+    checkpoint = resume_point(folder / "checkpoints", say)
     system = SYSTEMS[recipe.system]
     system.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     if source_sha256(recipe.data.train) == source_sha256(recipe.data.heldout):
@@ -110,8 +107,10 @@ def _build(
     model = system.build(recipe, base)
     if recipe.gradient_checkpointing:
         set_checkpointing(model)
-    meter = system.meter(model.config)
-    run = Run(system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter)
+    meter, guard = system.meter(model.config), Guard(recipe, say)
+    run = Run(
+        system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter, guard
+    )
     if checkpoint is not None:
         system.resume(run)
         with resuming(checkpoint):  # one that does not fit is refused before anything is written
@@ -162,7 +161,8 @@ def _train(run: Run, callbacks: list[transformers.TrainerCallback], stop: Stop) 
     steps = run.recipe.steps
     if run.checkpoint is not None:
         run.say(f"resuming from step {step_of(run.checkpoint)} of {steps}")
-    trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    with storage.writing(run.folder, RETRY):
+        trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     done = trainer.state.global_step
     if done < steps:
         raise stop.interruption(done, steps)
@@ -213,7 +213,9 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
 
 def _finish(run: Run) -> None:
     """RUN/model; its manifest, without which it does not count, comes last."""
+    folder = run.folder / "model"
     run.system.finish(run)
-    storage.remove_temporaries(run.folder / "model")
-    run.tokenizer.save_pretrained(run.folder / "model")
-    run.model.save_pretrained(run.folder / "model")
+    storage.remove_temporaries(folder)
+    with storage.writing(folder, RETRY):
+        run.tokenizer.save_pretrained(folder)
+        run.model.save_pretrained(folder)

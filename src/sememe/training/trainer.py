@@ -172,9 +172,7 @@ class ConceptTrainer(Trainer):
         loss = float(self.accelerator.gather(sum(self.parts)).mean())
         self.parts = []
         norms = gradient_norms(self.model)
-        if self.run.guard.allows(self.state.global_step + 1, loss, norms):
-            self.run.norms = norms
-        else:
+        if not self.run.guard.allows(self.state.global_step + 1, loss, norms):
             self.model.zero_grad()
             for buffer, before in self.buffers:
                 buffer.copy_(before)
