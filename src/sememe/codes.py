@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
 
 from sememe import storage
@@ -30,10 +29,13 @@ from sememe.models.loading import (
     longest_text,
     tokenizer_folder,
 )
+from sememe.options import read_recipe
 from sememe.paths import usable
+from sememe.reading import regular
 from sememe.workers import Tensors, weights_sha256, work_in_parts
 
 tokens_of = attrgetter("tokens")
+CODES_BYTES = 1 << 30  # about 10^9 characters of text
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
 
 
@@ -123,6 +125,17 @@ class Codes(Part):
                 "those of one text that the model has read. try: the codes as they were written"
             )
 
+    def lengths(self, model: CompressorForCausalLM) -> list[int]:
+        """Tokens that the concepts of each window stand for, as their codes say. Raises CodesError
+        where these are more than the model has positions for."""
+        lengths = [model.length(window.concepts) for window in self.windows]
+        if max(lengths, default=0) > (longest := longest_text(model.config)):
+            raise CodesError(
+                f"the codes of a window stand for more than {longest} tokens: need those of "
+                "one text that the model has read. try: the codes as they were written"
+            )
+        return lengths
+
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all; a window a line, to be read and compared."""
         text = self.model_dump_json().replace('{"span"', '\n{"span"') + "\n"
@@ -131,8 +144,9 @@ class Codes(Part):
     @classmethod
     def load(cls, path: str | Path) -> "Codes":
         """Reads and checks a file. Raises CodesError where it is not one that `save` wrote."""
+        content = regular(usable(path), CODES_BYTES).read_bytes()
         try:
-            return cls.model_validate_json(usable(path).read_bytes())
+            return cls.model_validate_json(content)
         except ValidationError as error:
             fault = error.errors()[0]
             raise CodesError(
@@ -163,8 +177,8 @@ def tokenizer_of(model: CompressorForCausalLM):
 def trained_window(config) -> int:
     """The `sequence_length` of the run that the model is in, else 512 or what fits."""
     recipe = Path(config.name_or_path).parent / "recipe.yaml"
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-    return min(values.get("sequence_length", WINDOW), longest_text(config))
+    length = read_recipe(recipe).get("sequence_length") if recipe.is_file() else None
+    return min(length if isinstance(length, int) else WINDOW, longest_text(config))
 
 
 def writer_of(model: CompressorForCausalLM) -> Writer:
@@ -315,6 +329,7 @@ def decompress(
             f"try: {theirs.name} as it was then"
         )
     codes.check_windows(model.config)
+    codes.lengths(model)
     with evaluating(model):
         rows = model.decompress([window.concepts for window in codes.windows], beams)
     return joined_texts(tokenizer_of(model), codes, rows)
