@@ -149,6 +149,22 @@ def test_codes_that_stand_for_too_much_are_refused_before_the_work(base):
         decompress(model, codes)
 
 
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", ["a"], 3])
+def test_an_index_names_what_is_beside_it(base, shard):
+    shutil.copy(base / "model.safetensors", base.parent / "secret.safetensors")
+    names = base_files.shapes_of(base / "model.safetensors")
+    (base / "model.safetensors").rename(base / "a.safetensors")
+    path = base / "model.safetensors.index.json"
+    for content in ({"weight_map": dict.fromkeys(names, shard)}, [], {}, {"weight_map": []}):
+        path.write_text(json.dumps(content))
+        with pytest.raises(BaseError, match=r"need .*try: "):
+            bases.load_base(base)
+    path.write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "a.safetensors")})
+    )
+    bases.load_base(base)
+
+
 # ---- code ----
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from sememe.errors import RecipeError, reason
 from sememe.figures import markdown
 from sememe.keys import GROUPS, Options, Recipe, known_keys, own_keys
-from sememe.paths import usable
+from sememe.paths import shown, usable
 from sememe.reading import FAULTS, read_yaml
 
 INTRODUCTION = """# Options
@@ -83,7 +83,7 @@ def _sentence(type: str, loc: tuple, msg: str, input: Any, **others: Any) -> str
         return f"unknown key {key!r}: need one of a recipe's keys. try: {near[0]}"
     if type == "missing":
         return f"key {key!r} is missing: need a value. try: {key}=…"
-    value = f"{key} = {input!r}: " if key else ""
+    value = f"{key} = {shown(repr(input))}: " if key else ""
     return value + msg.removeprefix("Value error, ") + ". try: another value, see docs/options.md"
 
 

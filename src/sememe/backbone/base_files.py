@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from sememe import storage
 from sememe.errors import BaseError, SememeError
-from sememe.paths import home
+from sememe.paths import home, shown
 from sememe.reading import JSON_BYTES, read_object, regular
 
 CONFIG = "config.json"
@@ -75,6 +75,7 @@ def check_sizes(folder: Path) -> int:
     """How many numbers the weights in `folder` are, by their headers. Raises BaseError where
     config.json speaks of more or larger layers than these can be: all of them would be built before
     anything is missing."""
+    _check_index(folder)
     shapes = [shape for path in _weights(folder) for shape in shapes_of(path).values()]
     total = sum(map(math.prod, shapes))
     config, inner = read_object(folder / CONFIG), None
@@ -100,6 +101,17 @@ def check_total(folder: Path, parameters: int, total: int) -> None:
             f"{folder / CONFIG} is of a model of {parameters} parameters, but the weights beside "
             f"it have {total}: need a configuration of these weights. try: download it again"
         )
+
+
+def _check_index(folder: Path) -> None:
+    """Raises BaseError where the index of the weights names others than those beside it."""
+    for path in folder.glob("*.safetensors.index.json"):
+        names = {*map(str, dict(read_object(path)["weight_map"]).values())}
+        if others := sorted(names - {beside.name for beside in _weights(folder)}):
+            raise BaseError(
+                f"{path} names {shown(others[0])}, which is not beside it: need the weights that "
+                "belong to it in the same folder. try: download it again"
+            )
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -140,8 +140,12 @@ def _weights(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """The sha256 of a base's weights: of the lines `sha256sum *.safetensors` prints, so a shell can
     check it."""
-    files = {path.name for path in _weights(folder)}
-    lines = [f"{sha256}  {name}\n" for name, sha256 in hashes(folder).items() if name in files]
+    names = {path.name for path in _weights(folder)}
+    with _loading(f"base {folder}"):
+        check_files(folder)
+        check_sizes(folder)
+        files = hashes(folder)
+    lines = [f"{sha256}  {name}\n" for name, sha256 in files.items() if name in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -177,6 +181,7 @@ def load_base(
             trust_remote_code=False,
         )
         model.generation_config.validate()
+        _check_tokens(model)
     if missing := sorted(info["missing_keys"]):  # transformers would fill these with random numbers
         raise BaseError(
             f"base {folder} lacks {len(missing)} weights, the first is {missing[0]}: need all of "
@@ -184,6 +189,17 @@ def load_base(
         )
     hold(folder)
     return model
+
+
+def _check_tokens(model: PreTrainedModel) -> None:
+    """Raises ValueError where a special token is none of the vocabulary; padding may be < 0."""
+    size = model.get_input_embeddings().num_embeddings
+    for config in (model.config.get_text_config(), model.generation_config):
+        for name, lowest in (("bos_token_id", 0), ("eos_token_id", 0), ("pad_token_id", -size)):
+            value = getattr(config, name, None)
+            ids = value if isinstance(value, list) else [0 if value is None else value]
+            if not all(type(x) is int and lowest <= x < size for x in ids):
+                raise ValueError(f"{name} = {value!r:.80} is no token of {size}")
 
 
 def _checked_config(folder: Path) -> PreTrainedConfig:
