@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from conftest import byte_tokenizer, tiny_recipe
 from families import compressor_over, online_over, tiny_base
 from sememe.backbone import bases
-from sememe.backbone.base_files import _record
+from sememe.backbone.base_files import _record, shapes_of
 from sememe.codes import Codes, compress, decompress
 from sememe.data import read_texts
 from sememe.errors import SememeError
@@ -37,7 +37,7 @@ from sememe.models.loading import load_model
 from sememe.options import check_recipe, load_recipe
 from sememe.report.doctor import examine
 from sememe.report.files import read_run
-from sememe.report.page import run_page
+from sememe.report.page import write_report
 
 ROOM = 150e6
 """Bytes beside twice the file's: of the libraries, and of Python's objects for small files."""
@@ -174,7 +174,7 @@ def base_file(name: str, change):
 def index_file(folder: Path, tiny: Path, monkeypatch) -> Kind:
     kind = base_file("model.safetensors.index.json", of_json)(folder, tiny, monkeypatch)
     whole = kind.path.with_name("model.safetensors")
-    names = [*bases.base_files.shapes_of(whole)]
+    names = [*shapes_of(whole)]
     whole.rename(kind.path.with_name("model-1.safetensors"))
     weights = dict.fromkeys(names, "model-1.safetensors")
     kind.path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weights}))
@@ -196,6 +196,7 @@ def own_file(name: str, change):
 
 def run_file(name: str, change, read):
     def kind(folder: Path, tiny: Path, monkeypatch) -> Kind:
+        monkeypatch.setattr("sememe.report.plots.draw", lambda *curves, **look: None)  # takes 0.3 s
         text = folder / "train.txt"
         text.write_text("the cat sat on a mat")
         recipe = check_recipe(tiny_recipe(tiny, (text, text)), "fuzz")
@@ -286,7 +287,7 @@ KINDS = {
     "recipe": recipe_file,
     "recipe of a run": run_file("recipe.yaml", of_yaml, examined),
     "metrics": run_file("metrics.jsonl", of_lines, examined),
-    "figures": run_file("evaluate.json", of_json, lambda folder: run_page([folder])),
+    "figures": run_file("evaluate.json", of_json, write_report),
     "inputs": run_file("inputs.json", of_json, examined),
     "base config": base_file("config.json", of_json),
     "base generation": base_file("generation_config.json", of_json),

@@ -125,17 +125,6 @@ class Codes(Part):
                 "those of one text that the model has read. try: the codes as they were written"
             )
 
-    def lengths(self, model: CompressorForCausalLM) -> list[int]:
-        """Tokens that the concepts of each window stand for, as their codes say. Raises CodesError
-        where these are more than the model has positions for."""
-        lengths = [model.length(window.concepts) for window in self.windows]
-        if max(lengths, default=0) > (longest := longest_text(model.config)):
-            raise CodesError(
-                f"the codes of a window stand for more than {longest} tokens: need those of "
-                "one text that the model has read. try: the codes as they were written"
-            )
-        return lengths
-
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all; a window a line, to be read and compared."""
         text = self.model_dump_json().replace('{"span"', '\n{"span"') + "\n"
@@ -329,9 +318,10 @@ def decompress(
             f"try: {theirs.name} as it was then"
         )
     codes.check_windows(model.config)
-    codes.lengths(model)
+    concepts = [window.concepts for window in codes.windows]
+    model.lengths(concepts)
     with evaluating(model):
-        rows = model.decompress([window.concepts for window in codes.windows], beams)
+        rows = model.decompress(concepts, beams)
     return joined_texts(tokenizer_of(model), codes, rows)
 
 

@@ -82,7 +82,7 @@ class CompressorWorks(Works):
 
     def _write(self, request: Decompress) -> Steps:
         rows = [window.concepts for window in request.codes.windows]
-        lengths = request.codes.lengths(self.model)
+        lengths = self.model.lengths(rows)
         texts: list[list[int]] = [[] for _ in rows]
         # Those of about one length go together.
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
