@@ -1,5 +1,4 @@
-"""Texts ⇄ concept ids with a compressor, in memory and as files of JSON (docs/formats.md,
-codes.json)."""
+"""Texts ⇄ concept ids with a compressor, in memory and as files (docs/formats.md, codes.json)."""
 
 import hashlib
 import json
@@ -133,9 +132,8 @@ class Codes(Part):
     @classmethod
     def load(cls, path: str | Path) -> "Codes":
         """Reads and checks a file. Raises CodesError where it is not one that `save` wrote."""
-        content = regular(usable(path), CODES_BYTES).read_bytes()
         try:
-            return cls.model_validate_json(content)
+            return cls.model_validate_json(regular(usable(path), CODES_BYTES).read_bytes())
         except ValidationError as error:
             fault = error.errors()[0]
             raise CodesError(
@@ -183,8 +181,7 @@ def writer_of(model: CompressorForCausalLM) -> Writer:
 
 @dataclass
 class Uncoded:
-    """Texts cut into windows, in which token ids stand in for concepts until `code` has seen
-    them."""
+    """Texts cut into windows, with token ids in the place of concepts until `code` was there."""
 
     documents: list[Document]
     window: int
@@ -239,7 +236,7 @@ class Compress:
         """(B, T) `windows` → (n,) `concepts` of all rows, and (B,) `counts`, how many each has."""
         with self.model.dial.at(rate=self.rate), evaluating(self.model):
             rows = self.model.compress(part["windows"])
-        counts_B = torch.tensor([len(row) for row in rows])
+        counts_B = torch.tensor([*map(len, rows)])
         concepts_n = torch.tensor([*chain.from_iterable(rows)], dtype=torch.int64)
         return {"concepts": concepts_n, "counts": counts_B}
 
@@ -306,8 +303,8 @@ def decompress(
     beams: int | None = None,
 ) -> list[str]:
     """The texts of `codes`, or of a file of them. Arguments as in `compress`; `beams`: hypotheses
-    of the beam search that writes a text; default: as the model has it. Raises CodesError for a
-    file that is not whole, or codes of another model."""
+    of the search that writes a text; default: as the model has it. Raises CodesError for a file
+    that is not whole, or codes of another model."""
     codes = codes if isinstance(codes, Codes) else Codes.load(codes)
     model = loaded(model)
     theirs, ours = codes.model, writer_of(model)
