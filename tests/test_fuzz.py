@@ -157,14 +157,21 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def base_file(name: str, change):
+def of_model(base: Path):
+    return bases.load_base(base)(IDS)
+
+
+def of_tokenizer(base: Path):
+    return bases.load_tokenizer(base)("the cat", return_tensors="pt")
+
+
+def base_file(name: str, change, load=of_model):
     def kind(folder: Path, tiny: Path, monkeypatch) -> Kind:
         base = shutil.copytree(tiny, folder / "base")
 
         def read():
             _record(base).unlink(missing_ok=True)  # each of them is the first that is seen
-            model, tokenizer = bases.load_base(base), bases.load_tokenizer(base)
-            return model(tokenizer("the cat", return_tensors="pt").input_ids % 259)
+            return load(base)
 
         return Kind(base / name, read, change)
 
@@ -291,14 +298,14 @@ KINDS = {
     "inputs": run_file("inputs.json", of_json, examined),
     "base config": base_file("config.json", of_json),
     "base generation": base_file("generation_config.json", of_json),
-    "base tokenizer config": base_file("tokenizer_config.json", of_json),
-    "base tokenizer": base_file("tokenizer.json", of_json),
+    "base tokenizer config": base_file("tokenizer_config.json", of_json, of_tokenizer),
+    "base tokenizer": base_file("tokenizer.json", of_json, of_tokenizer),
     "base weights": base_file("model.safetensors", of_tensors),
     "base index": index_file,
-    "model config": own_file("config.json", of_json),
-    # LoRA, which it is not about, takes most of the time that a model takes to load.
+    # LoRA takes most of the time that a model takes to load, and the other weights are the same.
+    "model config": own_file("config.json", of_json, lora_rank=0),
     "model generation": own_file("generation_config.json", of_json, lora_rank=0),
-    "model weights": own_file("model.safetensors", of_tensors),
+    "model weights": own_file("model.safetensors", of_tensors, lora_rank=0),
     "codes": codes_file,
     "text": text_file("a.txt", of_bytes),
     "rows": text_file("a.jsonl", of_lines),

@@ -11,7 +11,7 @@ import yaml
 
 from sememe.errors import SememeError
 
-YAML_BYTES = 64 << 10  # a recipe with every key has 3 KB
+YAML_BYTES = 32 << 10  # a recipe with every key has 3 KB; PyYAML takes a second for 100 KB
 JSON_BYTES = 64 << 20  # the tokenizer.json of 256,000 words has 33 MB
 FAULTS = (OSError, ValueError, RecursionError, yaml.YAMLError)
 """What these raise beside SememeError: of text that is not UTF-8, or of data that is none."""
