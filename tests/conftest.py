@@ -1,10 +1,13 @@
 """A tiny saved base, texts and a recipe; how tests train, stop and call the command line."""
 
+import atexit
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,11 +23,27 @@ from families import tiny_base
 from sememe import cli
 from sememe.errors import SememeError
 from sememe.options import check_recipe
+from sememe.paths import home
 from sememe.training import callbacks
 from sememe.training.run import train
 
 # The models are tiny; threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
+
+
+def own_home() -> str:
+    """A home for these tests, removed when they end: bases in temporary folders leave hashes there.
+    The base that is pulled once stays in the user's."""
+    folder = Path(tempfile.mkdtemp(prefix="sememe-home-"))
+    with contextlib.suppress(OSError):
+        pulled = home() / "bases"
+        pulled.mkdir(parents=True, exist_ok=True)
+        (folder / "bases").symlink_to(pulled.resolve())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(folder)
+
+
+os.environ["SEMEME_HOME"] = own_home()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

