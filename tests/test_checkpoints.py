@@ -171,6 +171,7 @@ def test_a_start_that_was_killed_is_no_other_run(recipe_values, tmp_path, monkey
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(os, "replace", replace)
             run(recipe_values | {"steps": 2}, tmp_path / "r")
+        (tmp_path / "r").mkdir(exist_ok=True)
         (tmp_path / "r" / f".env.json.{number}.tmp").touch()
     assert len(run(recipe_values | {"steps": 2}, tmp_path / "r")) == 2
     assert not [*(tmp_path / "r").rglob("*.tmp")]
@@ -206,6 +207,13 @@ def test_no_pickle_is_written_or_read(stopped, tmp_path):
         with pytest.raises(CheckpointError, match=r"need .*try: "):
             run(values, folder)
         path.write_bytes(before)
+    before = (top / storage.WEIGHTS).read_bytes()
+    fewer = dict([*safetensors.torch.load(before).items()][1:])
+    (top / storage.WEIGHTS).write_bytes(safetensors.torch.save(fewer))
+    seal(top)
+    with pytest.raises(CheckpointError, match="does not fit its configuration"):
+        run(values, folder)
+    (top / storage.WEIGHTS).write_bytes(before)
     seal(top)
     assert len(run(values, folder)) == 8 and not (tmp_path / "ran").exists()
 

@@ -209,12 +209,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             parameters = sum(p.numel() for p in model.parameters())
             check_total(folder, parameters, sum(map(math.prod, shapes.values())))
             return
-        own = {name: tuple(value.shape) for name, value in model.own_state().items()}
-        if wrong := sorted(cls.renamed(shapes).items() ^ own.items()):
-            raise CheckpointError(
-                f"{folder / WEIGHTS} does not fit its configuration (first {wrong[0][0]}): need "
-                "the config.json that was saved with it. try: the folder's own pair of files"
-            )
+        _check_fit(folder, cls.renamed(shapes), _shapes(model.own_state()))
 
     @classmethod
     def renamed(cls, state: dict[str, Any]) -> dict[str, Any]:
@@ -321,8 +316,11 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         return model.to(default_device() if device == "auto" else device).eval()
 
     def load_own_state(self, folder: Path) -> None:
-        """Loads what `own_state` saved, once `check_saved` has seen that every key fits."""
-        self.load_state_dict(self.renamed(load_file(folder / WEIGHTS)), strict=False)
+        """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does
+        not."""
+        state = self.renamed(load_file(folder / WEIGHTS))
+        _check_fit(folder, _shapes(state), _shapes(self.own_state()))
+        self.load_state_dict(state, strict=False)
 
     def merged(self):
         """Folds LoRA into the base in place; the model then saves whole and needs no base. Raises
@@ -344,6 +342,19 @@ def _own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, value in weights.items()
         if "lora_" in name or not name.startswith("backbone.")
     }
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def _check_fit(folder: Path, saved: dict[str, tuple], own: dict[str, tuple]) -> None:
+    """Raises CheckpointError where saved weights are not those of a model, by name and shape."""
+    if wrong := sorted(saved.items() ^ own.items()):
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not fit its configuration (first {wrong[0][0]}): need "
+            "the config.json that was saved with it. try: the folder's own pair of files"
+        )
 
 
 def _narrowed(value: Tensor) -> Tensor:
