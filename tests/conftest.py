@@ -122,10 +122,11 @@ def launch(values: dict, folder: Path, processes: int = 1) -> subprocess.Popen:
     """`sememe train` in processes of its own."""
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(check_recipe(values, "test").yaml())
-    several = f"-m torch.distributed.run --nproc-per-node {processes} --standalone"
+    several = f"-m torch.distributed.run --nproc-per-node {processes} --rdzv-backend c10d"
+    several += " --rdzv-conf store_type=file"  # as the README has it
     words = f"{several if processes > 1 else ''} -m sememe train {recipe} --out {folder}"
     output = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen([sys.executable, *words.split()], env=environment, **output)
 
 
@@ -133,7 +134,7 @@ def sememe(*words, code: int = 0) -> str:
     """Runs `main` in this process; returns what was printed."""
     result = CliRunner().invoke(cli.app, [str(word) for word in words])
     if isinstance(result.exception, SememeError):
-        assert code == 1, result.exception
+        assert code == result.exception.exit_code, result.exception
         return str(result.exception)
     assert result.exit_code == code, (result.output, result.exception)
     return result.output

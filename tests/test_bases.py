@@ -105,7 +105,8 @@ def test_pull_makes_a_complete_base_once(fake):
     weights = folder / "model.safetensors"
     assert [*(fake.home / "bases").iterdir()] == [folder]  # no temporary folder stays
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert json.loads((folder / "manifest.json").read_text())[weights.name] == digest
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert files[weights.name] == digest and "config.json" in files and "tokenizer.json" in files
     assert bases.pull("fake") == bases.resolve("fake") == folder and fake.downloads == 1
     # The manifest that earlier releases wrote, and then a damaged file.
     manifest = {"name": "fake", "files": {weights.name: {"sha256": digest}}}
@@ -113,6 +114,14 @@ def test_pull_makes_a_complete_base_once(fake):
     bases.load_base(folder)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match=r"is corrupt.*pull"):
+        bases.load_base(folder)
+
+
+def test_an_index_without_end_is_one_sentence(base_folder, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "deep")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(BaseError, match=r"cannot be loaded .*need .*try: "):
         bases.load_base(folder)
 
 

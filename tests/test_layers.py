@@ -35,9 +35,14 @@ LIGHT = """errors figures paths storage reading keys options report terminal arg
 # their requests is refused 4,100;
 # servers under load, and batches out of phase, timed 4,700; several processes that serve,
 # compress and evaluate, and go on where they were killed, 3,300; refusals that are read, and rows
-# that are let go before a chunk, 140; files from elsewhere, which are checked before they are used,
-# and bases held to their first use, 2,500.
-NODES = 141_940
+# that are let go before a chunk, 140;
+# checkpoints that two kills leave whole, damaged ones named and kept, the state of a run without
+# pickles, every file under a hash and full disks in one sentence 1,900;
+# steps that are left out, one command at a time in a folder, resuming that names what has changed,
+# and processes that meet on the loopback 2,300;
+# files from elsewhere, which are checked before they are used, and bases held to their first use,
+# 2,500.
+NODES = 146_140
 FILE_LINES = 400
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 0

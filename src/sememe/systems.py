@@ -4,7 +4,7 @@ Everything else (trainer, sweep, command line) is the same for all of them and a
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,8 @@ class Run:
     """Whether progress bars are shown."""
     meter: Any
     """Counts over a training interval: `see` a forward pass, `read` the figures; or None."""
-    norms: dict[str, float] = field(default_factory=dict)
-    """Of the last step's gradients, by `gradient_norms`, before they were clipped."""
+    guard: Any
+    """Which steps are taken: `Guard`."""
 
 
 class System:
@@ -307,7 +307,7 @@ class Planner(System):
         return PlanMeter(config.plan_shape)
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [HardEM(run.recipe, run.batches.examples, run.meter, run.show)]
+        return [HardEM(run)]
 
     def heldout(self, run: Run) -> Figures:
         return pair_figures(run.model, run.batches.heldout)

@@ -24,8 +24,6 @@ from sememe.reading import JSON_BYTES, read_object, regular
 
 CONFIG = "config.json"
 WEIGHTS = "*.safetensors"
-READ = ("*config.json", WEIGHTS, "*.index.json", "*token*", "vocab*", "merges*", "*.jinja")
-"""What transformers may read of a base."""
 MAX_LAYERS = 10_000  # more than any decoder has
 HEADER_BYTES = 16 << 20  # that of 10,000 tensors has 1.2 MB
 SIZE = re.compile(r"^(num|n)_|_(size|dim)$|^d_|layers$")
@@ -64,7 +62,9 @@ def _sha256(path: Path, *status: int) -> str:
 
 def _files(folder: Path) -> list[Path]:
     """Those of a base, sorted by name; not what was written beside them by a training run."""
-    paths = {path for pattern in READ for path in folder.glob(pattern) if not path.is_dir()}
+    paths = {
+        path for pattern in storage.PARTS for path in folder.glob(pattern) if not path.is_dir()
+    }
     return sorted(path for path in paths if not path.name.startswith("."))
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sememe.backbone.base_files import (
+    CONFIG,
     check_files,
     check_held,
     check_sizes,
@@ -155,6 +156,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
     with _loading(f"configuration of {folder}"):
         check_files(folder)
+        check_manifest(folder, CONFIG, required=False)
         check_sizes(folder)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 

@@ -111,8 +111,6 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self.generation_config = self.backbone.generation_config
         if self.config.base is not None:
             self.add_adapters()
-            # Or the Trainer, when it resumes, would warn of every weight of the base as missing.
-            self._keys_to_ignore_on_save = set(self.state_dict()) - set(self.own_state())
 
     def add_adapters(self) -> None:
         """LoRA as the configuration has it."""
@@ -336,7 +334,6 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             )
         merge_lora(self.backbone)
         self.config.base = self.config.base_sha256 = None
-        self._keys_to_ignore_on_save = None
         self.config.lora_rank = 0
         return self
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sememe import storage
 from sememe.backbone.bases import base_of, load_base, load_tokenizer, read_config, resolve
 from sememe.errors import CheckpointError, DataError, RecipeError, SememeError, reason
 from sememe.models.adapted import default_device
 from sememe.paths import existing, usable
-from sememe.storage import unwritable
 
 SHIPPED = Path(__file__).parents[1] / "reference"
 
@@ -130,9 +130,9 @@ def export_model(model: str | Path, to: Path) -> tuple[Path, int]:
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as work:
             folder = Path(work, "model")
-            loaded.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            loaded.save_pretrained(folder)  # and the manifest of all, last
             os.replace(folder, to)  # onto an empty folder, too
     except OSError as error:
-        raise unwritable(to, error) from error
+        raise storage.unwritable(to, error) from error
     return to, sum(path.stat().st_size for path in to.iterdir())

@@ -12,6 +12,7 @@ from sememe.errors import CheckpointError, RecipeError, reason
 from sememe.options import read_recipe
 from sememe.paths import usable
 from sememe.reading import FAULTS, read_object
+from sememe.storage import check_manifest
 
 BASELINES = ("control", "prune", "skip", "window")
 COMMANDS = ("evaluate", "ablate", "reconstruct", "benchmark")
@@ -39,6 +40,7 @@ class Run:
 def read_run(run: Path) -> Run:
     """Raises CheckpointError or RecipeError where `run` is none, or has logged nothing yet."""
     lines = read_metrics(run)
+    check_manifest(run, required=False)
     try:
         recipe = read_recipe(run / "recipe.yaml")
         recipe["system"]
