@@ -15,8 +15,8 @@ from sememe.errors import CheckpointError, SememeError, reason
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
 PARTS = ("*config.json", "*.safetensors", "*.index.json", "*token*", "vocab*", "merges*", "*.jinja")
-"""Files that a model or base consists of, as transformers reads them. Others may lie beside them, and
-change."""
+"""Files that a model or base consists of, as transformers reads them. Others may lie beside them,
+and change."""
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 DISK_FAULTS = re.compile(r"os error \d|No space left|File too large|I/O error|PytorchStreamWriter")
 """What libraries say that write by themselves (safetensors, tokenizers, torch)."""

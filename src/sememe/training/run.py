@@ -114,6 +114,7 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
     if checkpoint is not None:
         system.resume(run)
         with resuming(checkpoint):  # one that does not fit is refused before anything is written
+            model.check_saved(model.config, checkpoint)
             model.load_own_state(checkpoint)
     else:
         for name, share in system.start(run).items():
