@@ -26,7 +26,9 @@ def only_user(path: Path, lock: Path | None = None) -> Iterator[None]:
     Raises SememeError where it is in use, which says by whom."""
     file = usable(lock or path / LOCK)
     guard = FileLock(file, timeout=WAIT_S, is_singleton=True, on_acquired=_sign)
-    holds = os.environ.get("RANK", "0") == "0"
+    # A folder is made for a run alone: a file in one that is not there is refused.
+    can_hold = lock is None or file.parent.is_dir()
+    holds = can_hold and os.environ.get("RANK", "0") == "0"
     new = holds and not file.parent.exists()
     try:
         if holds:

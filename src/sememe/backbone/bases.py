@@ -229,7 +229,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with _loading(f"tokenizer of {folder}"):
         check_files(folder)
         check_held(folder)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer.decode(tokenizer("a").input_ids)  # shows values that are none of their options
+        return tokenizer
 
 
 @contextlib.contextmanager
