@@ -73,9 +73,9 @@ def write_manifest(folder: Path, **more: str) -> None:
     write(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
-def check_manifest(folder: Path) -> None:
-    """Raises CheckpointError unless the weights in `folder` have the hash of their manifest: one
-    flipped bit in a safetensors file goes unnoticed nearly always."""
+def check_manifest(folder: Path) -> str:
+    """The hash of the weights in `folder`. Raises CheckpointError unless it is that of their
+    manifest: one flipped bit in a safetensors file goes unnoticed nearly always."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         # The second form is that of bases which an earlier release pulled.
@@ -92,3 +92,4 @@ def check_manifest(folder: Path) -> None:
             f"{wanted[:12]}…): need the file as it was saved. try: copy, pull or train it again in "
             "a new folder"
         )
+    return actual

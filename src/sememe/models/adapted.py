@@ -66,6 +66,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     foldable = True  # LoRA can go into the base's own weights
+    source_sha256: str | None = None  # of the files that it was loaded from, its base's among them
     _supports_sdpa = True
     _supports_attention_backend = True
     kernels = ("sdpa", "eager")
@@ -255,15 +256,18 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             config, kwargs = cls.config_class.from_pretrained(
                 folder, return_unused_kwargs=True, **kwargs
             )
-        check_manifest(folder)
+        sha256 = check_manifest(folder)
         if config.base is None:
-            return super().from_pretrained(
+            loaded = super().from_pretrained(
                 folder,
                 *args,
                 config=config,
                 key_mapping={old: new for old, new in cls.old_names.items() if new},
                 **kwargs,
             )
+            # With output_loading_info the model comes first.
+            (loaded[0] if isinstance(loaded, tuple) else loaded).source_sha256 = sha256
+            return loaded
         _refuse_unused(kwargs, {*LOADING, *config.to_dict()}, f"{cls.__name__}.from_pretrained")
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         # A dtype or its name; "auto" and None are no attributes of torch.
@@ -278,6 +282,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             )
         model = cls.from_base(config, dtype, attention)
         model.load_own_state(folder)
+        model.source_sha256 = f"{sha256}-{config.base_sha256}"
         model.generation_config = GenerationConfig.from_pretrained(folder)
         for name, p in model.named_parameters():
             if "lora_" in name or name.startswith("bridge."):  # they multiply states

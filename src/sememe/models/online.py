@@ -10,6 +10,7 @@ rate middle and T deep layer applications. Suffixes as in `concepts`."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.cache import ConceptCache, NoCache
 from sememe.backbone.calling import CACHE, check_forward, name_cache, take_cache
+from sememe.backbone.saved import load_cache
 from sememe.backbone.split import Rope, Spine, split_rope
 from sememe.backbone.tails import KeysValues, TailKeys, check_keys, keys_values
 from sememe.concepts.bridge import NoBridge, TailBridge
@@ -239,7 +241,20 @@ class OnlineForCausalLM(AdaptedModel):
         memory = self.writer.memory(batch)
         first_BD, tails = self.bridge.first(memory.last_BD), Tails.none(memory.last_BD)
         start = memory, first_BD, tails, self.config.max_tail, self.config.segment
-        return ConceptCache(self.config.split, *start) if keeps else NoCache(*start)
+        if not keeps:
+            return NoCache(*start)
+        cache = ConceptCache(self.config.split, *start)
+        cache.model_sha256 = self.source_sha256
+        return cache
+
+    def load_cache(self, path: str | Path) -> tuple[ConceptCache, Tensor]:
+        """What `cache.save` wrote: the cache, and the (B, T) token ids of its text, to go on from
+        with `generate(ids, cache=cache)`, more tokens behind them or none.
+
+        Raises:
+            CheckpointError: no such file, one that was changed, or one of another model or
+                dtype."""
+        return load_cache(self, Path(path))
 
     def _cache(self, cache, embed_BTD: Tensor, use_cache: bool | None) -> NoCache:
         """The one that is given, with room for these tokens, or a new one. Raises ValueError where
