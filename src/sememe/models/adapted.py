@@ -3,12 +3,13 @@ whole."""
 
 import re
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sememe.backbone.adapters import add_lora, merge_lora
@@ -70,6 +71,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     kernels = ("sdpa", "eager")
+    # Of what stays in it whatever dtype the rest is loaded in; 16 bits where nothing does.
+    exact_dtype = torch.bfloat16
     old_names = {  # of weights, in models that older releases saved; "" for those that went
         r"^(head|codes|gate)\.": r"writer.\1.",
         r"^anchor\.": "writer.readout.anchor.",
@@ -182,18 +185,33 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 "same weights. try: SEMEME_BASE=FOLDER with those"
             )
         checked = "sdpa" if attention == FLEX else attention  # flex has no CPU to check the base on
-        backbone = load_base(folder, dtype=dtype, attn_implementation=checked)
+        wide = max(dtype, cls.exact_dtype, key=attrgetter("itemsize"))
+        backbone = load_base(folder, dtype=wide, attn_implementation=checked)
         cls.check_base(backbone, config)
         backbone.set_attn_implementation(attention)
         config.adopt(backbone.config)
         config.base_sha256 = sha256
         config._attn_implementation = attention
-        return cls(config, backbone)
+        return cls(config, backbone).cast(dtype)
 
     @classmethod
     def check_base(cls, backbone, config) -> None:
         """Raises BaseError where the model cannot be built over this base."""
         self_check(backbone)
+
+    def exact_modules(self) -> Iterable[nn.Module]:
+        """Parts of the base that `cast` leaves in `exact_dtype`."""
+        return ()
+
+    def cast(self, dtype: torch.dtype):
+        """Brings what multiplies states, the base, LoRA and the bridge, into a dtype, in place.
+        Codes, head and buffers keep fp32. Returns the model."""
+        exact = {id(p) for module in self.exact_modules() for p in module.parameters()}
+        wide = max(dtype, self.exact_dtype, key=attrgetter("itemsize"))
+        for name, p in self.named_parameters():
+            if name.startswith(("backbone.", "bridge.")):
+                p.data = p.data.to(wide if id(p) in exact else dtype)
+        return self
 
     def own_state(self) -> dict[str, Tensor]:
         """What is not the base's: LoRA, new modules and their buffers."""
@@ -257,7 +275,13 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 folder, return_unused_kwargs=True, **kwargs
             )
         sha256 = check_manifest(folder)
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        # A dtype or its name; "auto" and None are no attributes of torch.
+        dtype = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
+        narrow = dtype.itemsize < cls.exact_dtype.itemsize
         if config.base is None:
+            if narrow:
+                kwargs = {**kwargs, "dtype": cls.exact_dtype, "torch_dtype": None}
             loaded = super().from_pretrained(
                 folder,
                 *args,
@@ -266,12 +290,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 **kwargs,
             )
             # With output_loading_info the model comes first.
-            (loaded[0] if isinstance(loaded, tuple) else loaded).source_sha256 = sha256
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.source_sha256 = sha256
+            if narrow:
+                model.cast(dtype)
             return loaded
         _refuse_unused(kwargs, {*LOADING, *config.to_dict()}, f"{cls.__name__}.from_pretrained")
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        # A dtype or its name; "auto" and None are no attributes of torch.
-        dtype = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
         attention = kwargs.get("attn_implementation") or config._attn_implementation or "sdpa"
         device = kwargs.get("device_map") or "cpu"
         device, *others = set(device.values()) if isinstance(device, dict) else [device]
@@ -284,9 +308,6 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         model.load_own_state(folder)
         model.source_sha256 = f"{sha256}-{config.base_sha256}"
         model.generation_config = GenerationConfig.from_pretrained(folder)
-        for name, p in model.named_parameters():
-            if "lora_" in name or name.startswith("bridge."):  # they multiply states
-                p.data = p.data.to(dtype)  # codes, head and rotary buffers keep fp32
         return model.to(default_device() if device == "auto" else device).eval()
 
     def load_own_state(self, folder: Path) -> None:
