@@ -65,9 +65,6 @@ class OnlineForCausalLM(AdaptedModel):
 
     config_class = OnlineConfig
     kernels = (*AdaptedModel.kernels, FLEX)
-    # Rounded to 16 bits, the shallow slice's states move 2 % of the ids, and one id that changes
-    # costs more than all of the other layers' rounding (docs/log.md).
-    exact_dtype = torch.float32
     _supports_flex_attn = True
 
     def __init__(self, config: OnlineConfig, backbone=None):
@@ -90,6 +87,8 @@ class OnlineForCausalLM(AdaptedModel):
     # ---- what stays exact in 16 bits ----
 
     def exact_modules(self) -> Iterable[nn.Module]:
+        """The shallow slice: rounded to 16 bits, its states move 2 % of the ids, and an id that
+        changes costs more than the rounding of all other layers (docs/log.md)."""
         return self.spine.decoder.layers[: self.config.split[0]]
 
     def cast(self, dtype: torch.dtype):
