@@ -7,13 +7,17 @@ OLD_ENOUGH := import sys; v = sys.version_info[:2]; \
 	sys.exit(v < (3, 11) and "Python %d.%d: need 3.11 or newer. try: make PYTHON=python3.11" % v)
 # The models of the tests are tiny: one process a core, each with one thread.
 PYTEST := -m pytest --numprocesses logical --dist worksteal
-.PHONY: demo digest test test-ray test-newest test-oldest lock lint clean
+.PHONY: demo digest test check-reliability test-ray test-newest test-oldest lock lint clean
 
 demo: .venv/.ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh runs/demo.sh
 
 test: .venv/.ready
 	@$(BIN)/python $(PYTEST)
+
+# All that `make test` has only the fast core of, at most 15 minutes on two cores: SECURITY.md.
+check-reliability: .venv/.ready
+	@$(BIN)/python $(PYTEST) -m reliability
 
 # Several processes: 140 MB that `make test` does without, and a Ray of its own at a time.
 test-ray: .venv/.ready

@@ -24,6 +24,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -276,6 +277,7 @@ class Bars:
         refused = [x for x in seen if x.status in ("429", "503")]
         slowest = max(times, default=float("inf"))
         figures = round_figures(seen) | {"places": places, "slowest_refusal": slowest}
+        figures["refusal_median"] = median(times) if times else None
         answered = all(x.status == "200" or x in refused for x in seen)
         return figures, {
             "200, or 429 or 503 with Retry-After": answered and all(x.retry_after for x in refused),

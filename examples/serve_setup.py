@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import httpx
@@ -148,21 +150,26 @@ async def watched(url: str, calls: list[Call], load: Load) -> tuple[list[Seen], 
 
 
 async def crowded(url: str, calls: list[Call], load: Load) -> tuple[list[Seen], list[float]]:
-    """A round, and seconds of refusals that another client gets meanwhile, one after another: those
-    of the round itself wait for this process, which has all connections to make."""
-    task, times = asyncio.create_task(round_of(url, calls, load)), []
-    body = {"prompt": calls[0].prompt, "max_tokens": 1}
-
-    def probe() -> None:
-        with httpx.Client(trust_env=False, timeout=60) as client:
-            start = time.perf_counter()
-            if client.post(f"{url}/v1/completions", json=body).status_code == 429:
-                times.append(time.perf_counter() - start)
-
-    while not task.done():
-        await asyncio.to_thread(probe)
-        await asyncio.sleep(0.05)
+    """A round, and seconds of refusals that another process gets meanwhile, one after another: of
+    the round itself they wait for this one, which has all connections to make."""
+    loop, times = asyncio.get_running_loop(), []
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        await loop.run_in_executor(pool, time.perf_counter)  # it has started
+        task = asyncio.create_task(round_of(url, calls, load))
+        while not task.done():
+            status, seconds = await loop.run_in_executor(pool, probe, url, calls[0].prompt)
+            times += [seconds] * (status == 429)
+            await asyncio.sleep(0.05)
     return await task, times
+
+
+def probe(url: str, prompt: str) -> tuple[int, float]:
+    """Status and seconds of one request."""
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        start = time.perf_counter()
+        body = {"prompt": prompt, "max_tokens": 1}
+        status = client.post(f"{url}/v1/completions", json=body).status_code
+        return status, time.perf_counter() - start
 
 
 async def leave(url: str, calls: list[Call]) -> None:

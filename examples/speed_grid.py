@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
+from sememe.backbone.bases import read_config
 from sememe.errors import SememeError
 from sememe.evaluation.speed import alternate, benchmark_online
 from sememe.evaluation.subject import Options, Subject
@@ -34,7 +35,6 @@ from sememe.models.loading import (
     load_model,
     load_tokenizer,
     model_folder,
-    read_config,
     resolve,
 )
 from sememe.models.online import OnlineForCausalLM

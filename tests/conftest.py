@@ -1,10 +1,13 @@
 """A tiny saved base, texts and a recipe; how tests train, stop and call the command line."""
 
+import atexit
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,11 +23,27 @@ from families import tiny_base
 from sememe import cli
 from sememe.errors import SememeError
 from sememe.options import check_recipe
+from sememe.paths import home
 from sememe.training import callbacks
 from sememe.training.run import train
 
 # The models are tiny; threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
+
+
+def own_home() -> str:
+    """A home for these tests, removed when they end: bases in temporary folders leave hashes there.
+    The base that is pulled once stays in the user's."""
+    folder = Path(tempfile.mkdtemp(prefix="sememe-home-"))
+    with contextlib.suppress(OSError):
+        pulled = home() / "bases"
+        pulled.mkdir(parents=True, exist_ok=True)
+        (folder / "bases").symlink_to(pulled.resolve())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(folder)
+
+
+os.environ["SEMEME_HOME"] = own_home()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -103,10 +122,11 @@ def launch(values: dict, folder: Path, processes: int = 1) -> subprocess.Popen:
     """`sememe train` in processes of its own."""
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(check_recipe(values, "test").yaml())
-    several = f"-m torch.distributed.run --nproc-per-node {processes} --standalone"
+    several = f"-m torch.distributed.run --nproc-per-node {processes} --rdzv-backend c10d"
+    several += " --rdzv-conf store_type=file"  # as the README has it
     words = f"{several if processes > 1 else ''} -m sememe train {recipe} --out {folder}"
     output = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen([sys.executable, *words.split()], env=environment, **output)
 
 
@@ -114,7 +134,7 @@ def sememe(*words, code: int = 0) -> str:
     """Runs `main` in this process; returns what was printed."""
     result = CliRunner().invoke(cli.app, [str(word) for word in words])
     if isinstance(result.exception, SememeError):
-        assert code == 1, result.exception
+        assert code == result.exception.exit_code, result.exception
         return str(result.exception)
     assert result.exit_code == code, (result.output, result.exception)
     return result.output

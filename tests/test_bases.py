@@ -87,7 +87,8 @@ def fake(base_folder, tmp_path, monkeypatch):
             packed.writestr("pack/fake.gguf", b"weights")
         return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
 
-    pinned = {"member": "pack/fake.gguf", "member_sha256": hashlib.sha256(b"weights").hexdigest()}
+    pinned = {"member": "pack/fake.gguf", "member_bytes": len(b"weights")}
+    pinned |= {"member_sha256": hashlib.sha256(b"weights").hexdigest()}
     known = replace(bases.KNOWN["smollm2-135m"], name="fake", **pinned)
     seen = SimpleNamespace(downloads=0, home=tmp_path / "home", known=known)
     monkeypatch.setenv("SEMEME_HOME", str(seen.home))
@@ -104,7 +105,8 @@ def test_pull_makes_a_complete_base_once(fake):
     weights = folder / "model.safetensors"
     assert [*(fake.home / "bases").iterdir()] == [folder]  # no temporary folder stays
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert json.loads((folder / "manifest.json").read_text())[weights.name] == digest
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert files[weights.name] == digest and "config.json" in files and "tokenizer.json" in files
     assert bases.pull("fake") == bases.resolve("fake") == folder and fake.downloads == 1
     # The manifest that earlier releases wrote, and then a damaged file.
     manifest = {"name": "fake", "files": {weights.name: {"sha256": digest}}}
@@ -112,6 +114,14 @@ def test_pull_makes_a_complete_base_once(fake):
     bases.load_base(folder)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match=r"is corrupt.*pull"):
+        bases.load_base(folder)
+
+
+def test_an_index_without_end_is_one_sentence(base_folder, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "deep")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(BaseError, match=r"cannot be loaded .*need .*try: "):
         bases.load_base(folder)
 
 

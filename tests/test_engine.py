@@ -1,6 +1,7 @@
 """The engine: what a request gets does not depend on who else is there."""
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -197,6 +198,18 @@ def test_a_long_prompt_whose_client_has_gone_is_not_read_on():
         jobs.append(engine.submit(Request(prompt(39) * 2, max_tokens=1), sink))
         assert ended.wait(10)
     assert len(seen) < len(prompt(39) * 2) // 4
+
+
+def test_nobody_waits_for_others_before_or_after_a_chunk():
+    """A client would wait for both."""
+    with Engine(tiny_online(boundary="surprise"), Letters(), chunk=8) as engine:
+        scheduler, seen = engine.scheduler, []
+        scheduler.policy = lambda rows, rate: (rows + 1, 50)
+        engine.observe(lambda x: seen.append(("prefill" in x.seconds, len(scheduler.rows.waiting))))
+        engine.generate([Request(prompt(n + 8), max_tokens=30 + 9 * n) for n in range(6)])
+    assert any(waiting for _, waiting in seen)
+    for (before, _), (reads, waiting) in pairwise(seen):
+        assert not (waiting and (before or reads))
 
 
 def test_the_token_that_ends_a_text_has_a_probability():

@@ -250,7 +250,7 @@ def work(base_folder, tmp_path_factory):
 
 
 def parts(home: Path) -> dict[str, int]:
-    return {str(x): x.stat().st_mtime_ns for x in home.glob("parts/*/*.safetensors")}
+    return {str(x): x.stat().st_mtime_ns for x in home.glob("parts/*/*.part")}
 
 
 def test_a_wrong_number_of_processes_is_one_sentence(work, tmp_path):

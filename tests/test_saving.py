@@ -117,7 +117,7 @@ def test_wrong_base_is_refused(base_folder, folder, tmp_path, monkeypatch):
     "name, change, said",
     [
         ("model.safetensors", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "is corrupt"),
-        ("config.json", lambda raw: raw.replace(b": 16,", b": 20,"), "not fit its configuration"),
+        ("config.json", lambda raw: raw.replace(b": 16,", b": 20,"), "config.json is corrupt"),
         ("manifest.json", None, "holds no finished model"),
         ("config.json", None, "holds no model"),
     ],

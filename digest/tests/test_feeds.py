@@ -6,9 +6,8 @@ import pytest
 
 from sememe_digest import DigestError
 from sememe_digest.config import Config
-from sememe_digest.feeds import Feed, read_feed, read_listing, stale_since
+from sememe_digest.feeds import Feed, read_feed, read_listing, stale_since, union
 from sememe_digest.fulltext import authors, to_text
-from sememe_digest.ranking import union
 from tests.stub import DATA, feed_xml
 
 EDGE = (DATA / "edge_cs.LG.xml").read_bytes()
@@ -125,7 +124,7 @@ def test_half_of_the_new_ids_make_a_feed_stale():
     }
     assert stale_since(feed, seen) == date(2026, 2, 13)
     assert stale_since(feed, {"2602.00000": date(2026, 2, 13)}) is None
-    assert stale_since(Feed(feed.date), seen) is None
+    assert stale_since(Feed(feed.date, [], []), seen) is None
 
 
 def test_a_listing_page_gives_the_same_papers():

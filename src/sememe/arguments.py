@@ -96,6 +96,7 @@ Json = option(
     callback=_json_target,
 )
 OutRun = option(Path, "Run folder: new, or an unfinished run to resume.", metavar="RUN")
+Force = option(bool, "Resume although recipe, base or texts have changed.", "--force")
 OutSweep = option(Path, "Folder of the runs: new, or a sweep to resume.", metavar="FOLDER")
 OutCodes = option(Path, "A new file, as codes.json.", metavar="CODES")
 OutText = option(

@@ -15,6 +15,7 @@ from sememe import arguments
 from sememe.cli_benchmark import benchmark
 from sememe.cli_serve import serve
 from sememe.errors import Interrupted, SememeError
+from sememe.locks import LOCK, only_user
 from sememe.terminal import (
     replace_unencodable,
     say,
@@ -46,10 +47,9 @@ def main() -> None:
     replace_unencodable()
     try:
         app()
-    except Interrupted as stop:
-        _fail(str(stop), 130)
     except SememeError as error:
-        _fail(f"error: {error}", 1)
+        label = "" if isinstance(error, Interrupted) else "error: "
+        _fail(f"{label}{error}", error.exit_code)
     except OSError as error:
         if error.errno is None:  # not of the operating system: a fault of the program
             raise
@@ -144,6 +144,7 @@ def train(
     recipe: arguments.Recipe,
     overrides: arguments.Overrides = None,
     out: arguments.OutRun = Path("runs/last"),
+    force: arguments.Force = False,
 ):
     """Train a recipe into a run folder. The same command resumes after Ctrl-C.
 
@@ -154,11 +155,13 @@ def train(
     """
     from sememe.options import load_recipe
     from sememe.report.files import last_values, read_metrics
-    from sememe.training.run import train as run_training
 
     loaded = load_recipe(recipe, overrides or [])
     say(loaded.yaml(whole=False), "dim")
-    model = run_training(loaded, out, say=say)
+    with only_user(out):  # known before torch is imported, which takes seconds
+        from sememe.training.run import train as run_training
+
+        model = run_training(loaded, out, say=say, force=force)
     if os.environ.get("RANK", "0") != "0":  # the first of several processes writes and prints
         raise typer.Exit
     last = last_values(read_metrics(out))
@@ -179,10 +182,11 @@ def sweep(
     Over seeds: `seed=0,1,2`. The same command resumes after Ctrl-C.
 
     Example: `sememe sweep recipes/demo.yaml rate=0.5,0.25 steps=40 --control --out runs/rates`"""
-    from sememe import sweep as sweeps
-    from sememe.report import write_report
+    with only_user(out):
+        from sememe import sweep as sweeps
+        from sememe.report import write_report
 
-    result = sweeps.sweep(recipe, grid or [], out, control, tokens, say=say)
+        result = sweeps.sweep(recipe, grid or [], out, control, tokens, say=say)
     yield result
     table(*sweeps.as_table(result))
     say(f"figures: {out / 'sweep.json'}\nplot: {write_report(out)}")
@@ -287,9 +291,10 @@ def compress(
 
     Documents are cut into windows of the run's sequence_length without overlap, at token ends that
     are character ends: put together, the windows are the document."""
-    from sememe.codes import compress_file
+    with only_user(out, out.parent / f".{out.name}{LOCK}"):
+        from sememe.codes import compress_file
 
-    result = compress_file(model, file, out, rate[0] if rate else None, **shared)
+        result = compress_file(model, file, out, rate[0] if rate else None, **shared)
     yield result
     show_figures(result, model)
     say(f"codes: {out}")

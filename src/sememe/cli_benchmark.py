@@ -1,10 +1,13 @@
 """The command `sememe benchmark`."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from sememe import arguments
 from sememe.errors import SememeError, needs_extra
+from sememe.locks import only_user
+from sememe.paths import existing
 from sememe.terminal import show_figures
 
 OPTIONS = {
@@ -40,8 +43,6 @@ def benchmark(model: arguments.Model, **options: Any) -> Iterator[dict[str, Any]
 
 
 def _of_model(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    from sememe import measure
-
     _refuse(options, ("arrivals", "seed"), "is of requests to a server", "with --serve")
     if model is None:
         raise SememeError(
@@ -49,8 +50,14 @@ def _of_model(model: str | None, options: dict[str, Any]) -> dict[str, Any]:
         )
     prompt, new = (_single(options[name]) for name in ("prompt_tokens", "new_tokens"))
     taken = {name: options[name] for name in ("batch", "repeats", "dtype", "rate", "sweep")}
-    settings = measure.Options(new_tokens=new or 64, **taken)
-    return measure.benchmark(model, prompt, options["data"], settings)
+    folder = existing(model)
+    is_run = folder is not None and (folder / "recipe.yaml").is_file()
+    # Whoever works there now would change the timings, which are kept there.
+    with only_user(folder) if is_run else contextlib.nullcontext():
+        from sememe import measure
+
+        settings = measure.Options(new_tokens=new or 64, **taken)
+        return measure.benchmark(model, prompt, options["data"], settings)
 
 
 def _of_servers(model: str | None, targets: list[str], options: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""Texts ⇄ concept ids with a compressor, in memory and as files of JSON (docs/formats.md,
-codes.json)."""
+"""Texts ⇄ concept ids with a compressor, in memory and as files (docs/formats.md, codes.json)."""
 
 import hashlib
 import json
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
 
 from sememe import storage
@@ -30,10 +28,13 @@ from sememe.models.loading import (
     longest_text,
     tokenizer_folder,
 )
+from sememe.options import read_recipe
 from sememe.paths import usable
+from sememe.reading import regular
 from sememe.workers import Tensors, weights_sha256, work_in_parts
 
 tokens_of = attrgetter("tokens")
+CODES_BYTES = 1 << 30  # about 10^9 characters of text
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
 
 
@@ -132,7 +133,7 @@ class Codes(Part):
     def load(cls, path: str | Path) -> "Codes":
         """Reads and checks a file. Raises CodesError where it is not one that `save` wrote."""
         try:
-            return cls.model_validate_json(usable(path).read_bytes())
+            return cls.model_validate_json(regular(usable(path), CODES_BYTES).read_bytes())
         except ValidationError as error:
             fault = error.errors()[0]
             raise CodesError(
@@ -163,8 +164,8 @@ def tokenizer_of(model: CompressorForCausalLM):
 def trained_window(config) -> int:
     """The `sequence_length` of the run that the model is in, else 512 or what fits."""
     recipe = Path(config.name_or_path).parent / "recipe.yaml"
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-    return min(values.get("sequence_length", WINDOW), longest_text(config))
+    length = read_recipe(recipe).get("sequence_length") if recipe.is_file() else None
+    return min(length if isinstance(length, int) else WINDOW, longest_text(config))
 
 
 def writer_of(model: CompressorForCausalLM) -> Writer:
@@ -180,8 +181,7 @@ def writer_of(model: CompressorForCausalLM) -> Writer:
 
 @dataclass
 class Uncoded:
-    """Texts cut into windows, in which token ids stand in for concepts until `code` has seen
-    them."""
+    """Texts cut into windows, with token ids in the place of concepts until `code` was there."""
 
     documents: list[Document]
     window: int
@@ -236,7 +236,7 @@ class Compress:
         """(B, T) `windows` → (n,) `concepts` of all rows, and (B,) `counts`, how many each has."""
         with self.model.dial.at(rate=self.rate), evaluating(self.model):
             rows = self.model.compress(part["windows"])
-        counts_B = torch.tensor([len(row) for row in rows])
+        counts_B = torch.tensor([*map(len, rows)])
         concepts_n = torch.tensor([*chain.from_iterable(rows)], dtype=torch.int64)
         return {"concepts": concepts_n, "counts": counts_B}
 
@@ -303,8 +303,8 @@ def decompress(
     beams: int | None = None,
 ) -> list[str]:
     """The texts of `codes`, or of a file of them. Arguments as in `compress`; `beams`: hypotheses
-    of the beam search that writes a text; default: as the model has it. Raises CodesError for a
-    file that is not whole, or codes of another model."""
+    of the search that writes a text; default: as the model has it. Raises CodesError for a file
+    that is not whole, or codes of another model."""
     codes = codes if isinstance(codes, Codes) else Codes.load(codes)
     model = loaded(model)
     theirs, ours = codes.model, writer_of(model)
@@ -315,8 +315,10 @@ def decompress(
             f"try: {theirs.name} as it was then"
         )
     codes.check_windows(model.config)
+    concepts = [window.concepts for window in codes.windows]
+    model.lengths(concepts)
     with evaluating(model):
-        rows = model.decompress([window.concepts for window in codes.windows], beams)
+        rows = model.decompress(concepts, beams)
     return joined_texts(tokenizer_of(model), codes, rows)
 
 

@@ -57,7 +57,8 @@ def read_rows(name: str, fields: tuple[str, ...]) -> Iterator[tuple[str, list[st
             if isinstance(row, bytes):
                 row = json.loads(row)
             yield place, [_text(row, field, place) for field in fields]
-    except (OSError, ValueError, NotImplementedError) as fault:  # pyarrow's are among these
+    # pyarrow's are among these.
+    except (OSError, ValueError, NotImplementedError, RecursionError) as fault:
         raise DataError(
             f"{place} cannot be read ({reason(fault)}): need a file that may be read, of UTF-8 "
             "text, of a JSON object per line, or an intact .parquet. try: mend or drop that line, "

@@ -10,6 +10,8 @@ class SememeError(Exception):
 
     Write the message as one sentence that names what was got, what is needed and what to try."""
 
+    exit_code = 1
+
 
 class RecipeError(SememeError):
     """A recipe, or an override of it, that cannot be run."""
@@ -32,11 +34,25 @@ class CodesError(SememeError):
 
 
 class TrainingError(SememeError):
-    """A run that must stop: a non-finite loss, a full disk."""
+    """A run that must stop: figures that are not finite, a full disk."""
+
+
+class Diverged(TrainingError):
+    """A run none of whose last steps could be taken."""
+
+    exit_code = 3
 
 
 class Interrupted(SememeError):
-    """The user stopped the work. Exit code 130."""
+    """The user stopped the work."""
+
+    exit_code = 130
+
+
+class Terminated(Interrupted):
+    """The machine wants it ended (SIGTERM), and it was: that is no fault."""
+
+    exit_code = 0
 
 
 @contextlib.contextmanager

@@ -292,6 +292,10 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     distil: Share = 0.0
     """Share of the loss that is KL to the frozen base's next-token distribution instead of cross
     entropy; `online`."""
+    spike: tuple[Annotated[int, Field(ge=8)], PositiveFloat] | None = (128, 6.0)
+    """A step is left out, as one is whose loss or gradient is not finite, where its loss is so many
+    standard deviations above the mean of the last steps, as `[steps, deviations]`; ten in a row end
+    the run. None: only what is not finite is left out."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 where the hardware has it, GPU or CPU."""
     gradient_checkpointing: bool = False

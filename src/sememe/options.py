@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
@@ -15,7 +14,8 @@ from pydantic import ValidationError
 from sememe.errors import RecipeError, reason
 from sememe.figures import markdown
 from sememe.keys import GROUPS, Options, Recipe, known_keys, own_keys
-from sememe.paths import usable
+from sememe.paths import shown, usable
+from sememe.reading import FAULTS, read_yaml
 
 INTRODUCTION = """# Options
 
@@ -27,21 +27,39 @@ A run keeps all of them in RUN/recipe.yaml; `key=value` on the command line over
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies dotted `key=value` overrides.
 
+    `${…}` is no reference to anything, least of all to the environment of whoever runs it.
+
     Raises:
-        RecipeError: file missing or not YAML, an unknown key, a value out of range.
+        RecipeError: file missing or not YAML, a reference, an unknown key, a value out of range.
     """
     path = usable(path)
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}: need a YAML file. try: recipes/tiny-cpu.yaml")
+    values = read_recipe(path)
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
-        raise RecipeError(
-            f"{path} cannot be read as a recipe ({reason(error)}): need a file of YAML key: value "
-            "pairs. try: recipes/tiny-cpu.yaml"
-        ) from error
+        # Before OmegaConf sees it: a merge may resolve what it replaces.
+        if "${" in f"{values} {overrides}":
+            raise ValueError("it refers to something with ${…}")
+        merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=False)
+    except (*FAULTS, OmegaConfBaseException, TypeError) as error:
+        raise _unreadable(path, error) from error
     return check_recipe(values, str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The plain values in the file of a recipe, of any release. Raises RecipeError."""
+    try:
+        return read_yaml(path)
+    except FAULTS as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> RecipeError:
+    return RecipeError(
+        f"{path} cannot be read as a recipe ({reason(error)}): need a file of YAML key: value "
+        "pairs. try: recipes/tiny-cpu.yaml"
+    )
 
 
 def check_recipe(values: Any, where: str) -> Recipe:
@@ -65,7 +83,7 @@ def _sentence(type: str, loc: tuple, msg: str, input: Any, **others: Any) -> str
         return f"unknown key {key!r}: need one of a recipe's keys. try: {near[0]}"
     if type == "missing":
         return f"key {key!r} is missing: need a value. try: {key}=…"
-    value = f"{key} = {input!r}: " if key else ""
+    value = f"{key} = {shown(repr(input))}: " if key else ""
     return value + msg.removeprefix("Value error, ") + ". try: another value, see docs/options.md"
 
 

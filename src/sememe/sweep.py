@@ -191,9 +191,9 @@ def _measure(entry: Entry, recipe: Recipe, out: Path, tokens: int) -> None:
 
 def _run_of(recipe: Recipe, out: Path) -> Path | None:
     """The run of exactly this recipe under `out`, finished or not, whatever its name."""
-    wanted = recipe.yaml()
+    wanted = recipe.yaml().encode()
     paths = sorted(out.glob("*/recipe.yaml"))
-    return next((p.parent for p in paths if p.read_text(encoding="utf-8") == wanted), None)
+    return next((p.parent for p in paths if p.read_bytes() == wanted), None)
 
 
 def summarise(runs: list[Entry]) -> list[Entry]:

@@ -4,16 +4,16 @@ Everything else (trainer, sweep, command line) is the same for all of them and a
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, TrainerCallback
+from transformers import TrainerCallback
 
-from sememe.backbone.bases import resolve
+from sememe.backbone.bases import read_config, resolve
 from sememe.data import block_order, read_texts, token_blocks
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
@@ -80,8 +80,8 @@ class Run:
     """Whether progress bars are shown."""
     meter: Any
     """Counts over a training interval: `see` a forward pass, `read` the figures; or None."""
-    norms: dict[str, float] = field(default_factory=dict)
-    """Of the last step's gradients, by `gradient_norms`, before they were clipped."""
+    guard: Any
+    """Which steps are taken: `Guard`."""
 
 
 class System:
@@ -141,7 +141,7 @@ class System:
 
     def build(self, recipe: Recipe, folder: Path) -> AdaptedModel:
         """The untrained model over the base in `folder`: it computes what the base computes."""
-        layers = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
+        layers = read_config(folder).get_text_config().num_hidden_layers
         torch.manual_seed(recipe.seed)
         return MODELS[self.name].from_base(self.config(recipe, layers), folder=folder)
 
@@ -153,7 +153,7 @@ class System:
         """(steps · batch_size, T) training blocks in their order, (N, T) held-out blocks, and the
         first training blocks for calibration; or pairs. Raises DataError: missing, empty or too
         short text, or sequences that are longer than the base has positions for."""
-        base_config = AutoConfig.from_pretrained(folder).get_text_config()
+        base_config = read_config(folder).get_text_config()
         if recipe.on_pairs:
             return self.pair_batches(recipe, tokenizer, base_config, say)
         length, batch = recipe.sequence_length, recipe.batch_size
@@ -307,7 +307,7 @@ class Planner(System):
         return PlanMeter(config.plan_shape)
 
     def callbacks(self, run: Run) -> list[TrainerCallback]:
-        return [HardEM(run.recipe, run.batches.examples, run.meter, run.show)]
+        return [HardEM(run)]
 
     def heldout(self, run: Run) -> Figures:
         return pair_figures(run.model, run.batches.heldout)
@@ -357,7 +357,7 @@ class Prune(Control):
 
     def beside(self, recipe: Recipe) -> list[dict[str, Any]]:
         """The numbers of layers on both sides of what the recipe's model runs for a token."""
-        base = AutoConfig.from_pretrained(resolve(recipe.base)).get_text_config()
+        base = read_config(resolve(recipe.base)).get_text_config()
         config = SYSTEMS[recipe.system].config(recipe, base.num_hidden_layers)
         config.adopt(base)
         config.check()

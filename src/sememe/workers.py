@@ -15,6 +15,7 @@ from torch import Tensor
 from sememe import storage
 from sememe.cluster import cluster
 from sememe.errors import SememeError, reason
+from sememe.locks import LOCK, only_user
 from sememe.paths import home
 from sememe.progress import bar
 
@@ -36,14 +37,23 @@ class Worker:
             *(block[key].to_pylist() for key in ("number", "part")), strict=True
         ):
             path = part_file(self.folder, number)
-            if not path.is_file():
-                result = self.work(safetensors.torch.load(part))
-                storage.write(path, safetensors.torch.save(result))
+            if read_part(path) is None:
+                content = safetensors.torch.save(self.work(safetensors.torch.load(part)))
+                storage.write(path, hashlib.sha256(content).digest() + content)
         return block.select(["number"])
 
 
 def part_file(folder: Path, number: int) -> Path:
-    return folder / f"{number}.safetensors"
+    return folder / f"{number}.part"
+
+
+def read_part(path: Path) -> Tensors | None:
+    """What a part has given; None where that is not there, or not as it was written: its first 32
+    bytes are the hash of the others."""
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return None
+    return safetensors.torch.load(content[32:])
 
 
 def weights_sha256(state: Tensors) -> str:
@@ -71,22 +81,22 @@ def work_in_parts(
         digest.update(part)
     folder = home() / "parts" / digest.hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [
-        {"number": number, "part": part}
-        for number, part in enumerate(content)
-        if not part_file(folder, number).is_file()
-    ]
-    there = len(parts) - len(missing)
-    if there:
-        print(f"going on: {there} of {len(parts)} parts are there", file=sys.stderr)
-    workers = min(workers, len(missing))
-    if missing:
-        with cluster(workers), bar(total=len(parts), initial=there, unit="part") as shown:
-            for count in _finished(make, arguments, folder, missing, workers):
-                shown.update(count)
-    files = [part_file(folder, number) for number in range(len(parts))]
-    results = [safetensors.torch.load(file.read_bytes()) for file in files]
-    shutil.rmtree(folder, ignore_errors=True)
+    with only_user(folder, folder.with_suffix(LOCK)):
+        missing = [
+            {"number": number, "part": part}
+            for number, part in enumerate(content)
+            if read_part(part_file(folder, number)) is None
+        ]
+        there = len(parts) - len(missing)
+        if there:
+            print(f"going on: {there} of {len(parts)} parts are there", file=sys.stderr)
+        workers = min(workers, len(missing))
+        if missing:
+            with cluster(workers), bar(total=len(parts), initial=there, unit="part") as shown:
+                for count in _finished(make, arguments, folder, missing, workers):
+                    shown.update(count)
+        results = [read_part(part_file(folder, number)) for number in range(len(parts))]
+        shutil.rmtree(folder, ignore_errors=True)
     return results
 
 

@@ -1,4 +1,4 @@
-"""The command line."""
+"""A daily digest of arXiv. Start with `init`, edit digest.yaml, then `run`."""
 
 import json
 import subprocess
@@ -16,8 +16,7 @@ from sememe_digest.daily import Run
 from sememe_digest.papers import Archive, write
 from sememe_digest.render import TEMPLATES, publish
 
-HELP = "A daily digest of arXiv. Start with `init`, edit digest.yaml, then `run`."
-app = Typer(help=HELP, add_completion=False, pretty_exceptions_enable=False)
+app = Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 ConfigFile = Annotated[Path, Option("--config", "-c", help="The configuration.")]
 Out = Annotated[Path | None, Option(help="The site, in place of `out` in the configuration.")]
 YAML = Path("digest.yaml")
@@ -67,9 +66,8 @@ def run(
     if day.announced:
         publish(archive, settings, {day.date})
     if json_file:
-        facts = {"exit_code": code, "faults": day.faults, "day": None}
-        if day.announced:
-            facts["day"] = day.model_dump(mode="json", include={"date", "feeds", "counts"})
+        about = day.model_dump(mode="json", include={"date", "feeds", "counts"})
+        facts = {"exit_code": code, "faults": day.faults, "day": about if day.announced else None}
         text = json.dumps(facts, indent=1)
         print(text) if f"{json_file}" == "-" else write(json_file, text.encode())
     if f"{json_file}" != "-":
@@ -86,9 +84,8 @@ def why(
 ) -> None:
     """Say why a paper is in the digest, or why it is not."""
     archive = Archive(read_config(config, out).out)
-    days = archive.days.values()
     # An address has the id in it, too.
-    found = [(day, name) for day in days for name in day.announced if name in paper]
+    found = [(day, id) for day in archive.days.values() for id in day.announced if id in paper]
     if not found:
         need = "one that a monitored class announced"
         raise DigestError(f"{archive.site} got no paper {paper}", need, "an id, as 2602.05191")

@@ -41,8 +41,7 @@ class Client:
         # Without an Accept header arXiv's edge answers 406.
         headers = {"User-Agent": agent, "Accept": "application/xml, text/html, */*;q=0.8"}
         self.http = httpx.Client(headers=headers, timeout=30, follow_redirects=True)
-        # Redirects and further attempts wait for their turn as well.
-        self.http.event_hooks = {"request": [self._wait]}
+        self.http.event_hooks = {"request": [self._wait]}  # redirects and retries wait as well
         self.pause, self.last = PAUSE_SECONDS, -PAUSE_SECONDS
 
     def _wait(self, request: httpx.Request) -> None:

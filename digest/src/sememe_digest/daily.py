@@ -11,10 +11,10 @@ from pathlib import Path
 from sememe_digest import DigestError
 from sememe_digest.client import Client
 from sememe_digest.config import Config
-from sememe_digest.feeds import NEW_YORK, Feed, read_feed, read_listing, stale_since
+from sememe_digest.feeds import NEW_YORK, Feed, read_feed, read_listing, stale_since, union
 from sememe_digest.fulltext import authors, to_text
 from sememe_digest.papers import Archive, Day, Paper
-from sememe_digest.ranking import rank, union
+from sememe_digest.ranking import rank
 from sememe_digest.summaries import Summariser
 
 WRITTEN, NOTHING, INCOMPLETE, UNREAD = 0, 3, 4, 5  # exit codes
@@ -68,7 +68,7 @@ class Run:
         for category in self.config.categories:
             state = self._check(category, day, elsewhere)
             day.feeds[category] = state or old.feeds.get(category, "failed")
-        papers = {paper.id: paper for paper in union(self.feeds.values(), today, self.config)}
+        papers = {paper.id: paper for paper in union([*self.feeds.values()], today, self.config)}
         for entry in old.entries:
             papers.setdefault(entry.id, Paper(**dict(entry)))
         if fresh := [paper for paper in papers.values() if paper.id not in elsewhere]:
@@ -77,8 +77,7 @@ class Run:
 
     def _fetch(self, category: str) -> bytes:
         if self.folder:
-            path = self.folder / f"{category}.xml"
-            path = next(self.folder.glob(f"{path.name}.gz"), path)
+            path = next(self.folder.glob(f"{category}.xml.gz"), self.folder / f"{category}.xml")
             try:
                 with hook_compressed(path, "rb") as file:
                     return file.read()

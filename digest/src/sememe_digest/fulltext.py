@@ -1,6 +1,4 @@
-"""The text of papers: TeX as arXiv sends it, and PDFs without what no reader sees.
-
-As a module it reads one file, in a process that can be stopped: some PDFs hang a parser."""
+"""The text of papers: TeX as arXiv sends it, and PDFs without what no reader sees."""
 
 import json
 import re
@@ -20,14 +18,12 @@ EXTRACTION_SECONDS = 60
 SMALLEST_POINTS = 3.0  # nothing smaller is meant to be read by people
 MARKUP = re.compile(r"[\\${}~^]|--|``|''")  # what makes a line of text TeX
 REFERENCES = re.compile(r"^[\s\d.]*(references|bibliography)\s*$", re.I | re.M)
-# Sentences that speak to a language model, and answers that obey them. A paper about such attacks
-# loses a sentence too; it is reported.
+# Sentences to a language model, and answers that obey. A paper on such attacks loses some, too.
 INSTRUCTION = re.compile(
-    r"\b(ignore|disregard|forget)\b.{0,60}\b(instruction|prompt|above|previous)"
+    r"(?is)\b(ignore|disregard|forget)\b.{0,60}\b(instruction|prompt|above|previous)"
     r"|\bas an? (ai|large|language)\b.{0,12}\bmodel\b|\b(ai|llm|model)s? reviewers?[,:]"
     r"|\b(positive|favou?rable) review|\b(must|should|strongly|recommend) (be )?accept"
-    r"|\bdo not (mention|highlight|report|list) (any )?(negative|weakness|flaw|limitation)",
-    re.I | re.S,
+    r"|\bdo not (mention|highlight|report|list) (any )?(negative|weakness|flaw|limitation)"
 )
 
 
@@ -37,8 +33,7 @@ def to_text(tex: str) -> str:
 
     lines = tex.split("\n")
     for number, line in enumerate(lines):
-        # To TeX a bare % starts a comment that takes the rest of the line with it, and & is a tab;
-        # in a feed they are what they look like, the first of them in one abstract of eight.
+        # To TeX a bare % starts a comment, and & is a tab; in a feed they are what they look like.
         escaped = re.sub(r"(?<!\\)[%&#]", r"\\\g<0>", line)
         # IndexError and more on unbalanced input: raw text is better than none.
         with suppress(Exception):
@@ -73,7 +68,7 @@ def fetch_pdf(client: Client, paper: Paper, pages_url: str, cache: Path) -> Path
 
 
 def read_pdf(path: Path) -> tuple[list[str], list[str]]:
-    """What `extract` finds, in a process of its own with a limit on time; pypdf limits memory."""
+    """What `extract` finds, in a process with a time limit: some PDFs hang pypdf."""
     command = [sys.executable, "-m", "sememe_digest.fulltext", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=EXTRACTION_SECONDS, check=True)
@@ -89,8 +84,7 @@ def read_pdf(path: Path) -> tuple[list[str], list[str]]:
 
 
 def extract(path: Path) -> tuple[list[str], list[str]]:
-    """The text of the pages up to the references, without tiny text and without sentences to a
-    language model, and what was taken out in words for the reader."""
+    """Pages up to the references without what is not meant for readers, and reports of that."""
     from pypdf import PdfReader
 
     texts, reports = list[str](), list[str]()
@@ -115,8 +109,7 @@ def extract(path: Path) -> tuple[list[str], list[str]]:
         texts.append("".join(sentence for sentence in sentences if sentence not in spoken))
     for index in range(len(texts) - 1, 0, -1):
         if match := REFERENCES.search(texts[index]):
-            texts[index:] = [texts[index][: match.start()]]
-            break
+            return [*texts[:index], texts[index][: match.start()]], reports
     return texts, reports
 
 

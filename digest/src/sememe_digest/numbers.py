@@ -19,9 +19,8 @@ POWER = re.compile(r"\s?[×x·]\s?10\s?(?:\^\s?\{?|(?=-))(-?\d{1,2})\}?")
 NEGATIVE = re.compile(r"(?:^|[\s(\[=,:~≈<>±])-\s?$")
 # What stands before a number that names something, which says nothing to check.
 NAMED = re.compile(
-    r"\b(tab(le)?|fig(ure)?|sec(tion)?|eq(uation)?|appendix|theorem|lemma|algorithm|chapter|page|"
-    r"step|arxiv)s?[.:]?\s*\(?$",
-    re.I,
+    r"(?i)\b(tab(le)?|fig(ure)?|sec(tion)?|eq(uation)?|appendix|theorem|lemma|algorithm|chapter|"
+    r"page|step|arxiv)s?[.:]?\s*\(?$"
 )
 LIST_ITEM = re.compile(r"^\s*\(?\d{1,2}[.)]\s")
 YEAR = re.compile(r"(?:19\d\d|20[0-3]\d)(?!\d|[.,]\d|\s?[%×x])")
@@ -37,8 +36,7 @@ def plain(text: str) -> str:
 
 
 def find_numbers(text: str) -> Iterator[tuple[int, str, Decimal]]:
-    """Where each number of a plain text starts, how it is written, and its value; a minus counts
-    where it is neither hyphen nor range."""
+    """Start, spelling and value of each number of a plain text; a hyphen or range is no minus."""
     for match in NUMBER.finditer(text):
         start = match.start("digits")
         value = Decimal(match["digits"].replace(",", "")).scaleb(int(match["exponent"] or 0))

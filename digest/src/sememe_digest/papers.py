@@ -49,8 +49,7 @@ class Claim(BaseModel):
     page: int | None = None
     quote: str = ""
     quote_found: bool = False
-    # Of each number its text, its state (found, elsewhere, missing) and a page that has it.
-    numbers: list[dict[str, Any]] = []
+    numbers: list[dict[str, Any]] = []  # text, state (found, elsewhere, missing), page that has it
 
 
 class Summary(BaseModel):
@@ -64,8 +63,7 @@ class Summary(BaseModel):
 
     def numbers(self, state: str = "") -> list[str]:
         """The numbers of all claims, or those in one state."""
-        numbers = (number for claim in self.claims for number in claim.numbers)
-        return [number["text"] for number in numbers if state in ("", number["state"])]
+        return [n["text"] for c in self.claims for n in c.numbers if state in ("", n["state"])]
 
 
 class Entry(Paper):

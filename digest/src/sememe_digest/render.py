@@ -14,6 +14,7 @@ from sememe_digest.config import Config
 from sememe_digest.papers import SECTIONS, Archive, write
 
 FEED_DAYS, FEED_ITEMS = 30, 100
+ARXIV = "https://arxiv.org/"
 
 
 @cache
@@ -24,11 +25,8 @@ def claim_html(text: str) -> Markup:
 
     html = MarkdownIt("commonmark", {"html": False}).disable("image").renderInline(text)
     only = {"tags": {"em", "strong", "code", "a"}, "attributes": {"a": {"href"}}}
-    return Markup(nh3.clean(html, **only, attribute_filter=_from_arxiv))
-
-
-def _from_arxiv(tag: str, attribute: str, value: str) -> str | None:
-    return value if value.startswith("https://arxiv.org/") else None
+    only["attribute_filter"] = lambda tag, name, url: url if url.startswith(ARXIV) else None
+    return Markup(nh3.clean(html, **only))
 
 
 def inert(text: str) -> str:
@@ -46,17 +44,13 @@ TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 TEMPLATES.globals["sections"] = SECTIONS
-TEMPLATES.filters |= {
-    "claim": claim_html,
-    "inert": inert,
-    # The page's policy allows its style and its script by their hashes, and nothing else.
-    "hash": lambda text: f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'",
-}
+TEMPLATES.filters |= {"claim": claim_html, "inert": inert}
+# The page's policy allows its style and its script by their hashes, and nothing else.
+TEMPLATES.filters["hash"] = lambda t: f"'sha256-{b64encode(sha256(t.encode()).digest()).decode()}'"
 
 
 def publish(archive: Archive, config: Config, dates: set[date]) -> None:
-    """Writes README, front page and feeds, and of the pages of days those of these dates, of their
-    neighbours, which link to them, and those that are missing."""
+    """Writes README, feeds, front page and the pages of `dates`, their neighbours, and missing."""
     days, order, pages = archive.days, sorted(archive.days), {}
     if not order:
         raise DigestError(f"{archive.site} got no day", "one", "sememe-digest run")
@@ -75,7 +69,6 @@ def publish(archive: Archive, config: Config, dates: set[date]) -> None:
     for category in ("", *config.categories):
         name = f"feed-{category}.xml" if category else "feed.xml"
         items = [item for item in recent if category in ("", config.home(item[1].primary))]
-        facts |= {"name": name, "category": category, "items": items[:FEED_ITEMS]}
-        pages[name] = feed.render(facts)
+        pages[name] = feed.render(facts, name=name, category=category, items=items[:FEED_ITEMS])
     for path, text in pages.items():
         write(archive.site / path, text.encode())

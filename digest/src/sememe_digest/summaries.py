@@ -27,7 +27,6 @@ class Summariser:
     def __init__(self, config: Config, archive: Archive):
         self.config, self.settings, self.archive = config, config.summaries, archive
         key = environ.get(self.settings.api_key_env, "")
-        # Without a model, or without the key that it needs, there are no summaries.
         self.is_wanted = bool(self.settings.model and (key or not self.settings.api_key_env))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.http = httpx.Client(headers=headers, timeout=self.settings.timeout)

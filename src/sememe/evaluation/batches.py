@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sememe.engine.holding import NONE, Hold, measured_policy
+from sememe.engine.holding import NONE, Hold, Policy, measured_policy
 from sememe.evaluation.results import Figures
 from sememe.evaluation.speed import about, alternate
 from sememe.evaluation.subject import Subject
@@ -65,7 +65,9 @@ def texts_of(subject: Subject, data: str | None, length: int, more: int, batch: 
     return [ids[start:] for ids, start in zip(ids_BT, starts, strict=True)], starts
 
 
-def batch_figures(subject: Subject, base: nn.Module, data: str | None, length: int, batch: int):
+def batch_figures(
+    subject: Subject, base: nn.Module, policy: Policy, data: str | None, length: int, batch: int
+):
     """Speeds of one batch, and over that of the base at the same rows."""
     model, options = subject.model, subject.options
     texts, starts = texts_of(subject, data, length, SPARE * options.new_tokens, batch)
@@ -76,7 +78,7 @@ def batch_figures(subject: Subject, base: nn.Module, data: str | None, length: i
         "in_phase": Stepping(model, same, whole, options.new_tokens),
         "out_of_phase": Stepping(model, texts, prompts, options.new_tokens),
     }
-    chosen = measured_policy(model)(batch, model.dial.rate)
+    chosen = policy(batch, model.dial.rate)
     hold = chosen if chosen != NONE else (batch // 2, 4)
     if batch >= HELD:
         jobs["held"] = Stepping(model, texts, prompts, options.new_tokens, hold)
@@ -105,5 +107,6 @@ def sweep_batches(subject: Subject, length: int | None, data: str | None) -> Fig
     if subject.model.config.base is not None:
         subject.model.merged()
     sizes = sorted({size for size in BATCHES if size < largest} | {largest})
-    figures = [batch_figures(subject, base, data, length, size) for size in sizes]
+    policy = measured_policy(subject.model)
+    figures = [batch_figures(subject, base, policy, data, length, size) for size in sizes]
     return {"batches": figures} | settings

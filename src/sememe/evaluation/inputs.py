@@ -1,28 +1,43 @@
 """What a run was trained on, by content: its base and its texts may be elsewhere by now
 (RUN/inputs.json). No text that it was trained on is measured on."""
 
+import hashlib
 import os
 from pathlib import Path
 
-import yaml
-
 from sememe.errors import DataError, SememeError, reason
 from sememe.keys import Recipe
+from sememe.options import read_recipe
 from sememe.paths import existing, locate, source_sha256, usable
 from sememe.report.files import read_json
+from sememe.storage import check_manifest
 
 INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
+BASE_FILES = {
+    "base_config": ("config.json",),
+    "tokenizer": ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"),
+}
+"""Of a base, beside its weights: what a model is made of, and what texts become."""
 
 
-def record(run: Path, base_sha256: str, recipe: Recipe) -> dict:
-    """What inputs.json holds of a recipe's base and texts."""
+def record(run: Path, base: Path, base_sha256: str, recipe: Recipe) -> dict:
+    """What inputs.json holds of a recipe's base, a folder with weights of that hash, and texts."""
     return {
         "run": os.path.abspath(run),
         "folder": os.getcwd(),
         "base_sha256": base_sha256,
+        **{name: _files_sha256(base, patterns) for name, patterns in BASE_FILES.items()},
         **{name: content(getattr(recipe.data, name)) for name in TEXTS},
     }
+
+
+def _files_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Of the names and bytes of all files of these patterns."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def recorded(run: Path) -> dict:
@@ -47,10 +62,11 @@ def run_recipe(model: str | Path) -> dict:
     folder = existing(model)
     if folder is None or not (folder / "recipe.yaml").is_file():
         return {}
+    check_manifest(folder, required=False)
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = read_recipe(folder / "recipe.yaml")
         return recipe | {"data": located(folder, recipe["data"])}
-    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise SememeError(
             f"{folder}/recipe.yaml cannot be read ({reason(error)}): need the recipe of a run. "
             "try: another run"

@@ -14,6 +14,7 @@ from sememe import storage
 from sememe.errors import SememeError
 from sememe.evaluation.inputs import run_recipe
 from sememe.paths import usable
+from sememe.reading import FAULTS, read_object
 
 Figures = dict[str, Any]
 """A JSON object of figures."""
@@ -71,8 +72,8 @@ def reusable(run: str | Path, name: str, **same: Any) -> Figures | None:
     """RUN/`name` where it is of the finished model (not older than its weights) and was measured in
     the same way."""
     path, weights = Path(run, name), Path(run, "model", storage.WEIGHTS)
-    with contextlib.suppress(OSError, ValueError):
-        figures = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(*FAULTS, SememeError):
+        figures = read_object(path)
         if path.stat().st_mtime >= weights.stat().st_mtime and same.items() <= figures.items():
             return figures
     return None

@@ -1,9 +1,12 @@
 """Shared by the systems: a frozen base with LoRA, saved as a few MB that name their base, or merged
 whole."""
 
+import copy
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,8 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from sememe.backbone.adapters import add_lora, merge_lora
+from sememe.backbone.base_files import check_total, shapes_of
 from sememe.backbone.bases import base_of, fingerprint, load_base
 from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
+from sememe.backbone.exact import cast, wide
 from sememe.backbone.split import self_check
 from sememe.concepts.masks import FLEX
 from sememe.errors import CheckpointError
@@ -88,7 +93,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         if backbone is None:
             # A nested live config loses its attention kernel: pass it on.
             backbone = AutoModelForCausalLM.from_config(
-                config.text_config, attn_implementation=attention
+                config.text_config, attn_implementation=attention, trust_remote_code=False
             )
         self.backbone = backbone
 
@@ -108,8 +113,6 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         self.generation_config = self.backbone.generation_config
         if self.config.base is not None:
             self.add_adapters()
-            # Or the Trainer, when it resumes, would warn of every weight of the base as missing.
-            self._keys_to_ignore_on_save = set(self.state_dict()) - set(self.own_state())
 
     def add_adapters(self) -> None:
         """LoRA as the configuration has it."""
@@ -165,13 +168,17 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
         folder: Path | None = None,
+        saved: Path | None = None,
     ):
-        """The base with fresh adapters. Fills in the configuration's `text_config` and
-        `base_sha256`.
+        """The base with fresh adapters. Fills in `text_config` and `base_sha256` of `config`.
+
+        Args:
+            folder: of the base; default: where the configuration says.
+            saved: of adapters that are to be loaded, which have to be of this configuration.
 
         Raises:
             BaseError: the base cannot be had, or its layers cannot be called one by one.
-            CheckpointError: `config` names the hash of another base."""
+            CheckpointError: `config` names the hash of another base, or is not that of `saved`."""
         cls.check_kernel(attention)
         folder = folder or base_of(config.base)
         sha256 = fingerprint(folder)
@@ -189,7 +196,35 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         config.adopt(backbone.config)
         config.base_sha256 = sha256
         config._attn_implementation = attention
+        if saved is not None:
+            cls.check_saved(config, saved)
         return cls(config, backbone).cast(dtype)
+
+    @classmethod
+    def check_saved(cls, config, folder: Path) -> None:
+        """Raises CheckpointError where the weights in `folder` are not those of the configuration,
+        or BaseError where they are far fewer: before memory is taken for modules of its sizes."""
+        shapes = shapes_of(folder / WEIGHTS)
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config))
+        if config.base is None:
+            parameters = sum(p.numel() for p in model.parameters())
+            check_total(folder, parameters, sum(map(math.prod, shapes.values())))
+            return
+        own = {name: tuple(value.shape) for name, value in model.own_state().items()}
+        if wrong := sorted(cls.renamed(shapes).items() ^ own.items()):
+            raise CheckpointError(
+                f"{folder / WEIGHTS} does not fit its configuration (first {wrong[0][0]}): need "
+                "the config.json that was saved with it. try: the folder's own pair of files"
+            )
+
+    @classmethod
+    def renamed(cls, state: dict[str, Any]) -> dict[str, Any]:
+        """What an older release saved, under the names of this one."""
+        for old, new in cls.old_names.items():
+            state = {re.sub(old, new, name): value for name, value in state.items()}
+        state.pop("", None)
+        return state
 
     @classmethod
     def check_base(cls, backbone, config) -> None:
@@ -201,12 +236,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         return ()
 
     def cast(self, dtype: torch.dtype):
-        """Brings what multiplies states, the base, LoRA and the bridge, into a dtype, in place.
-        Codes, head and buffers keep fp32. Returns the model."""
-        exact = {id(p) for module in self.exact_modules() for p in module.parameters()}
-        for name, p in self.named_parameters():
-            if name.startswith(("backbone.", "bridge.")):
-                p.data = p.data.to(wide(dtype) if id(p) in exact else dtype)
+        """The model, in place: what multiplies states in a dtype; codes and buffers keep fp32."""
+        cast(self, dtype, self.exact_modules())
         return self
 
     def own_state(self) -> dict[str, Tensor]:
@@ -270,11 +301,12 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             config, kwargs = cls.config_class.from_pretrained(
                 folder, return_unused_kwargs=True, **kwargs
             )
-        sha256 = check_manifest(folder)
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        sha256 = check_manifest(folder).get(WEIGHTS)
         # A dtype or its name; "auto" and None are no attributes of torch.
-        dtype = getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
+        dtype = str(kwargs.get("dtype") or kwargs.get("torch_dtype")).removeprefix("torch.")
+        dtype = getattr(torch, dtype, torch.float32)
         if config.base is None:
+            cls.check_saved(config, folder)
             if wide(dtype) != dtype:
                 kwargs = {**kwargs, "dtype": wide(dtype), "torch_dtype": None}
             loaded = super().from_pretrained(
@@ -284,7 +316,6 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 key_mapping={old: new for old, new in cls.old_names.items() if new},
                 **kwargs,
             )
-            # With output_loading_info the model comes first.
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.source_sha256 = sha256
             if wide(dtype) != dtype:
@@ -299,29 +330,15 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 f"device_map over {device} and {others}: need one device for all of the model. "
                 "try: device_map='cpu'"
             )
-        model = cls.from_base(config, dtype, attention)
+        model = cls.from_base(config, dtype, attention, saved=folder)
         model.load_own_state(folder)
         model.source_sha256 = f"{sha256}-{config.base_sha256}"
         model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.to(default_device() if device == "auto" else device).eval()
 
     def load_own_state(self, folder: Path) -> None:
-        """Loads what `own_state` saved; every key must fit. Raises CheckpointError where one does
-        not."""
-        state = load_file(folder / WEIGHTS)
-        for old, new in self.old_names.items():
-            state = {re.sub(old, new, name): value for name, value in state.items()}
-        state.pop("", None)
-        shapes, own = (
-            {(name, value.shape) for name, value in some.items()}
-            for some in (state, self.own_state())
-        )
-        if wrong := sorted(shapes ^ own):
-            raise CheckpointError(
-                f"{folder / WEIGHTS} does not fit its configuration (first {wrong[0][0]}): need "
-                "the config.json that was saved with it. try: the folder's own pair of files"
-            )
-        self.load_state_dict(state, strict=False)
+        """Loads what `own_state` saved, once `check_saved` has seen that every key fits."""
+        self.load_state_dict(self.renamed(load_file(folder / WEIGHTS)), strict=False)
 
     def merged(self):
         """Folds LoRA into the base in place; the model then saves whole and needs no base. Raises
@@ -333,14 +350,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             )
         merge_lora(self.backbone)
         self.config.base = self.config.base_sha256 = None
-        self._keys_to_ignore_on_save = None
         self.config.lora_rank = 0
         return self
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The same, or fp32 for one of 16 bits."""
-    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def _own(weights: dict[str, Tensor]) -> dict[str, Tensor]:

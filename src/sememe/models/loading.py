@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sememe.backbone.bases import base_of, load_base, load_tokenizer, resolve
-from sememe.errors import CheckpointError, DataError, RecipeError, reason
+from sememe import storage
+from sememe.backbone.bases import base_of, load_base, load_tokenizer, read_config, resolve
+from sememe.errors import CheckpointError, DataError, RecipeError, SememeError, reason
 from sememe.models.adapted import default_device
 from sememe.paths import existing, usable
-from sememe.storage import unwritable
 
 SHIPPED = Path(__file__).parents[1] / "reference"
 
@@ -42,17 +42,6 @@ def model_folder(model: str | Path) -> Path | None:
     return folder
 
 
-def read_config(folder: Path):
-    """The configuration of a saved model or base. Raises CheckpointError where there is none."""
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{folder}/config.json cannot be read ({reason(error)}): need a saved model. "
-            "try: RUN/model"
-        ) from error
-
-
 def load_model(
     model: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, object]:
@@ -64,11 +53,23 @@ def load_model(
         BaseError: `model` is neither a folder nor a base that can be had."""
     folder = model_folder(model) or resolve(str(model))
     config = read_config(folder)
-    load = AutoModelForCausalLM.from_pretrained if hasattr(config, "system") else load_base
+    load = _load_own if hasattr(config, "system") else load_base
     loaded = load(folder, dtype=dtype)
     if merge and getattr(loaded, "foldable", False):
         loaded.merged()
     return loaded.to(default_device()).eval(), load_tokenizer(tokenizer_folder(folder, config))
+
+
+def _load_own(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    except SememeError:
+        raise
+    except Exception as error:  # what transformers and torch make of a configuration or weights
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({reason(error)}): need the files of a model as they were "
+            "saved together. try: RUN/model, or to train it again"
+        ) from error
 
 
 def tokenizer_folder(folder: Path, config) -> Path:
@@ -129,9 +130,9 @@ def export_model(model: str | Path, to: Path) -> tuple[Path, int]:
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as work:
             folder = Path(work, "model")
-            loaded.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            loaded.save_pretrained(folder)  # and the manifest of all, last
             os.replace(folder, to)  # onto an empty folder, too
     except OSError as error:
-        raise unwritable(to, error) from error
+        raise storage.unwritable(to, error) from error
     return to, sum(path.stat().st_size for path in to.iterdir())

@@ -5,7 +5,7 @@ docs/doctor.md is made of the same table: `python -m sememe.report.doctor > docs
 from typing import Any
 
 from sememe.figures import markdown
-from sememe.report.files import Run
+from sememe.report.files import Run, of_run
 from sememe.report.log import Log, Unmeasured
 from sememe.report.rules import EVERY, RULES
 
@@ -39,7 +39,8 @@ def examine(run: Run) -> dict[str, Any]:
             continue
         log.evidence = {}
         try:
-            is_sick = rule.is_sick(log)
+            with of_run(run.path):
+                is_sick = rule.is_sick(log)
         except Unmeasured as missing:
             unchecked.append({"rule": rule.name, "because": str(missing)})
             continue

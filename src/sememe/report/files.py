@@ -2,16 +2,17 @@
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sememe.errors import CheckpointError, RecipeError
+from sememe.errors import CheckpointError, RecipeError, reason
+from sememe.options import read_recipe
 from sememe.paths import usable
+from sememe.reading import FAULTS, read_object
+from sememe.storage import check_manifest
 
 BASELINES = ("control", "prune", "skip", "window")
 COMMANDS = ("evaluate", "ablate", "reconstruct", "benchmark")
@@ -39,10 +40,11 @@ class Run:
 def read_run(run: Path) -> Run:
     """Raises CheckpointError or RecipeError where `run` is none, or has logged nothing yet."""
     lines = read_metrics(run)
+    check_manifest(run, required=False)
     try:
-        recipe = dict(yaml.safe_load(read_text(run / "recipe.yaml")))
+        recipe = read_recipe(run / "recipe.yaml")
         recipe["system"]
-    except (yaml.YAMLError, TypeError, ValueError, KeyError) as error:
+    except (RecipeError, KeyError) as error:
         raise RecipeError(
             f"{run / 'recipe.yaml'} holds no readable recipe: need the file that `sememe train` "
             "wrote. try: copy it again"
@@ -55,9 +57,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises CheckpointError where nothing was logged."""
     lines: dict[int, dict[str, Any]] = {}
     for text in read_text(usable(run) / "metrics.jsonl").splitlines():
-        with contextlib.suppress(ValueError):  # a run that was killed leaves half a line
+        # A run that was killed leaves half a line, which may be JSON of another kind.
+        with contextlib.suppress(*FAULTS, TypeError, LookupError):
             line = json.loads(text)
-            lines[line["step"]] = line
+            if isinstance(line["step"], int):
+                lines[line["step"]] = line
     if not lines:
         raise CheckpointError(
             f"got {run}, which has no metrics.jsonl with a logged step; need the folder of a run "
@@ -101,11 +105,11 @@ def _point(entry: dict[str, Any]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none."""
     try:
-        return json.loads(read_text(path) or "{}")
-    except ValueError as error:
+        return read_object(path) if path.is_file() and path.stat().st_size else {}
+    except FAULTS as error:
         raise CheckpointError(
-            f"{path} is no JSON ({error}): need the file as sememe wrote it. try: the command that "
-            "wrote it again"
+            f"{path} is no JSON ({reason(error)}): need the file as sememe wrote it. try: the "
+            "command that wrote it again"
         ) from error
 
 
@@ -113,6 +117,23 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
+@contextlib.contextmanager
+def of_run(folder: Path) -> Iterator[None]:
+    """What goes wrong with values that sememe did not write, in one sentence."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"the files of {folder} hold other values than a run has ({reason(error)}): need "
+            "recipe.yaml, metrics.jsonl and the .json as sememe wrote them. try: to measure it "
+            "again, or another copy"
+        ) from error
+
+
 def dig(value: Any, path: str) -> Any:
     """What stands at a dotted path; None where there is nothing."""
-    return reduce(lambda inner, key: (inner or {}).get(key), path.split("."), value)
+    return reduce(
+        lambda inner, key: inner.get(key) if isinstance(inner, dict) else None,
+        path.split("."),
+        value,
+    )

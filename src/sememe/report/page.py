@@ -16,6 +16,7 @@ from sememe.report.files import (
     dig,
     is_sweep,
     last_values,
+    of_run,
     read_json,
     read_points,
     read_run,
@@ -38,7 +39,7 @@ def write_report(run: Path, *beside: Path) -> Path:
     one. `beside`: further runs and sweeps to compare with."""
     folders = [usable(path) for path in (run, *beside)]
     name, page = ("sweep", sweep_page) if is_sweep(folders[0]) else ("report", run_page)
-    with style.context(HERE / "plots.mplstyle"):
+    with style.context(HERE / "plots.mplstyle"), of_run(folders[0]):
         html = TEMPLATES.get_template("page.html").render(page(folders))
     path = folders[0] / f"{name}.html"
     write(path, html.encode("utf-8", "replace"))

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from sememe.figures import concept_name
 
+MAX_CODES = 4
+"""Of a concept, as `keys.py` has it."""
 MAX_PIECES = 1000
 """Of a text: the page has a size to keep."""
 GOLDEN_ANGLE = 137.508
@@ -26,6 +28,8 @@ def samples(result: dict[str, Any]) -> list[dict[str, list[Span]]]:
     name = str
     if "num_concepts" in result:
         codes = {key: result[key] for key in ("num_concepts", "codes_per_concept")}
+        if not 1 <= codes["codes_per_concept"] <= MAX_CODES:
+            raise ValueError(f"codes_per_concept = {codes['codes_per_concept']}")
         name = partial(concept_name, **codes)
     return [
         {key: spans(key, value, name) for key, value in sample.items()}

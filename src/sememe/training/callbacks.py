@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from sememe.errors import CheckpointError
+from sememe.backbone.processes import gathered
+from sememe.errors import CheckpointError, Interrupted, Terminated
 from sememe.progress import bar
 from sememe.report.files import last_values, read_metrics
 from sememe.training.checkpoints import rotate, seal, step_of
 
 if TYPE_CHECKING:
     from sememe.systems import Run
+
+
+MAX_RISE = 0.2  # of the codes' share in one step: above it the loss is another one
 
 
 class Schedule(TrainerCallback):
@@ -37,8 +41,11 @@ class Schedule(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
-        model.dial.quantise = self._share(step)
-        is_first = model.dial.quantise > 0 and self._share(step - 1) == 0
+        share, before = self._share(step), self._share(step - 1)
+        model.dial.quantise = share
+        if share - before > MAX_RISE:
+            self.run.guard.forget()
+        is_first = share > 0 and before == 0
         if not (is_first and self.run.recipe.fitted_codes):
             return
         figures = model.start_codes(self.run.batches.calibration_NT, self.run.recipe.seed)
@@ -75,11 +82,12 @@ class Recorder(TrainerCallback):
         control.should_log |= self.is_heldout_due
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if "loss" not in logs:
+        if "learning_rate" not in logs:  # the summary at the end
             return
         run = self.run
-        line = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm")}
-        line |= {f"grad_norm_{part}": norm for part, norm in run.norms.items()}
+        shown = ("loss", "learning_rate", "grad_norm")
+        line = {key: float(logs[key]) for key in shown if key in logs} | run.guard.figures()
+        line |= {f"grad_norm_{part}": norm for part, norm in run.guard.norms.items()}
         if run.meter is not None:
             line |= run.meter.read()  # on every rank: it sums over them
         line |= run.system.state(model)
@@ -90,7 +98,7 @@ class Recorder(TrainerCallback):
             line |= run.system.heldout(run)
             model.train()
         self._write(self.step, line)
-        self.bar.set_postfix(loss=line["loss"])
+        self.bar.set_postfix(loss=line.get("loss"))
 
     def _write(self, step: int, figures: dict) -> None:
         tokens = self.run.batches.examples.tokens(step)
@@ -109,7 +117,8 @@ class Stop(TrainerCallback):
     at once. In a thread other than the main one Python lets nobody handle signals: training there
     goes on without."""
 
-    requested = False
+    requested: int = 0
+    """The signal that came; 0: none."""
 
     def __init__(self):
         self.handlers: dict[int, Any] = {}
@@ -120,12 +129,19 @@ class Stop(TrainerCallback):
                 self.handlers[number] = signal.signal(number, self._request)
 
     def _request(self, number, frame):
-        self.requested = True
+        self.requested = number
         self.restore()
 
     def on_step_end(self, args, state, control, **kwargs):
+        # All processes end with the same step: one alone would wait for the others in the next.
+        self.requested = max(gathered([self.requested]))
         if self.requested and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+
+    def interruption(self, done: int, steps: int) -> Interrupted:
+        """What ends a run that was stopped after `done` of its steps."""
+        kind = Terminated if self.requested == signal.SIGTERM else Interrupted
+        return kind(f"stopped at step {done} of {steps}; the same command goes on from there")
 
     def restore(self) -> None:
         """Gives the signals back, however the run ended."""

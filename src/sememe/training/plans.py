@@ -5,10 +5,13 @@ z*, the plans of the N training pairs, is one int32 tensor (N, P): `PairExamples
 read it when their step is taken, E-steps change it, and every checkpoint holds it as it was then,
 so that a resumed run is the run that was never stopped."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -26,6 +29,9 @@ from sememe.models.planner.em import e_step, greedy_plans
 from sememe.models.planner.model import PlannerForCausalLM
 from sememe.options import Recipe
 from sememe.pairs import IGNORED, PairTensors
+
+if TYPE_CHECKING:
+    from sememe.systems import Run
 
 PLANS = "plans.safetensors"  # in a checkpoint
 FEW = 8  # pairs of an E-step whose plans are compared with the planner's own
@@ -116,37 +122,38 @@ class HardEM(TrainerCallback):
     """Takes an E-step every `em.every` steps, and sets the stage that the model is in: in the
     warm-up the executor learns alone, the planner neither from plans nor through them."""
 
-    def __init__(self, recipe: Recipe, examples: PairExamples, meter: "PlanMeter", show: bool):
-        self.recipe = recipe
-        self.examples = examples
-        self.meter = meter
-        self.show = show
+    def __init__(self, run: Run):
+        self.run = run
+        self.examples: PairExamples = run.batches.examples
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Equal in all processes on equal machines; made sure of on others.
         self.examples.plan_NP = from_first(self.examples.plan_NP)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        em, step = self.recipe.em, state.global_step
-        warm, search = (round(share * self.recipe.steps) for share in em.stages)
+        em, step = self.run.recipe.em, state.global_step
+        warm, search = (round(share * self.run.recipe.steps) for share in em.stages)
         model.dial.plan_weight = 0.0 if step < warm else model.config.plan_weight
         model.dial.straight_through = model.config.straight_through and step >= warm
-        if em.every and step >= search and (step - search) % em.every == 0:
+        searches = em.every and step >= search and (step - search) % em.every == 0
+        if searches:
             model.eval()
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-                self.meter.figures |= self.e_step(model, step)
+                self.run.meter.figures |= self.e_step(model, step)
             model.train()
+        if searches or step == warm:  # other plans, or another loss
+            self.run.guard.forget()
 
     def e_step(self, model: PlannerForCausalLM, step: int) -> dict[str, float]:
         """Better plans for the pairs that are trained on next. All follows from the step, the
         weights and the plans."""
-        em, pairs, plan_NP = self.recipe.em, self.examples.pairs, self.examples.plan_NP
+        em, pairs, plan_NP = self.run.recipe.em, self.examples.pairs, self.examples.plan_NP
         index_n = self.examples.upcoming(step, em.every)
         index_n = index_n[: em.examples or len(index_n)]
-        seed = self.recipe.seed * 1_000_003 + step
+        seed = self.run.recipe.seed * 1_000_003 + step
         started = time.monotonic()
         name = f"E-step at step {step}"
-        with tqdm(total=len(index_n), desc=name, leave=False, disable=not self.show) as bar:
+        with tqdm(total=len(index_n), desc=name, leave=False, disable=not self.run.show) as bar:
             figures = e_step(model, pairs, plan_NP, index_n, em, seed, bar.update, shared=True)
         figures["em_seconds"] = round(time.monotonic() - started, 2)
         # Whether the planner's own plans do for training pairs what their z* do.

@@ -3,7 +3,9 @@
 RUN/{recipe.yaml, env.json, inputs.json, metrics.jsonl, checkpoints/checkpoint-N/, model/,
 tensorboard/}"""
 
+import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -16,51 +18,68 @@ from transformers import TrainingArguments
 from sememe import storage
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
-from sememe.errors import DataError, Interrupted, TrainingError
+from sememe.backbone.processes import meet_on_this_machine
+from sememe.errors import CheckpointError, DataError, TrainingError
 from sememe.evaluation.inputs import INPUTS, record
 from sememe.evaluation.results import put
+from sememe.locks import only_user
 from sememe.options import Recipe, load_recipe
 from sememe.paths import source_sha256, usable
-from sememe.report.files import COMMANDS
+from sememe.report.files import COMMANDS, read_metrics
 from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Stop
-from sememe.training.checkpoints import last_checkpoint, step_of
+from sememe.training.checkpoints import remove_unsealed, resume_point, step_of
+from sememe.training.guard import Guard
 from sememe.training.resume import is_finished, same_run
+from sememe.training.state import resuming
 from sememe.training.trainer import ConceptTrainer
 
 PACKAGES = ("sememe", "torch", "transformers", "peft", "accelerate", "safetensors")
 """Whose versions env.json keeps."""
+RETRY = "free some space, and the same command: whole checkpoints stand"
 
 
 def train(
-    recipe: Recipe, folder: Path, say: Callable[[str], None] = print, show: bool = True
+    recipe: Recipe,
+    folder: Path,
+    say: Callable[[str], None] = print,
+    show: bool = True,
+    force: bool = False,
 ) -> Path:
     """Trains `recipe` into `folder` and returns its model/. A finished run is left as it is, and an
-    unfinished one resumes. In a thread other than the main one there is no Ctrl-C handling.
+    unfinished one resumes, with `force` whatever has changed. In a thread other than the main one
+    there is no Ctrl-C handling.
 
     Raises:
         DataError: missing, empty or too short text, held-out text that is the training text, or
             sequences too long for the base.
         RecipeError: `folder` holds another recipe, or the system cannot be trained so.
-        TrainingError: a non-finite loss or gradient.
-        CheckpointError: a disk that cannot take the checkpoint.
-        Interrupted: Ctrl-C; a checkpoint was written."""
+        SememeError: somebody else trains in `folder`, or a disk is full.
+        Diverged: ten steps in a row whose loss or gradient is not finite, or a spike.
+        CheckpointError: checkpoints that are damaged, all of them.
+        Interrupted: Ctrl-C, or SIGTERM (Terminated); a checkpoint was written."""
     folder = usable(folder)
     first = os.environ.get("RANK", "0") == "0"
-    # The other ranks look only at a finished run: an unfinished one is being opened by the first at
-    # this moment.
-    if (first or is_finished(folder)) and same_run(recipe, folder):
-        say(f"{folder} is finished: nothing to train")
-        return folder / "model"
-    run = _build(recipe, folder, say, show and first)
+    with only_user(folder):
+        # The other ranks look only at a finished run: an unfinished one is being opened by the
+        # first at this moment.
+        if (first or is_finished(folder)) and same_run(recipe, folder, say if force else None):
+            say(f"{folder} is finished: nothing to train")
+        else:
+            _run(_build(recipe, folder, say, show and first), first)
+    return folder / "model"
+
+
+def _run(run: Run, first: bool) -> None:
+    """From the first step that is left to the finished model."""
     if first:
         _open(run)
     recorder, stop = Recorder(run), Stop()
     # The system's own set the model before a step and write into a checkpoint, so they come first;
     # the seal of a checkpoint comes after all that is written into it.
-    callbacks = [*run.system.callbacks(run), stop, Seal(), recorder]
+    callbacks = [*run.system.callbacks(run), run.guard, stop, Seal(), recorder]
     try:
-        _train(run, callbacks)
+        _train(run, callbacks, stop)
         if first:
             _finish(run)
     except TrainingError as error:
@@ -70,11 +89,11 @@ def train(
     finally:
         recorder.bar.close()
         stop.restore()
-    return folder / "model"
 
 
 def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool) -> Run:
     """Model and batches of a run, a fresh one started."""
+    checkpoint = resume_point(folder / "checkpoints", say)
     system = SYSTEMS[recipe.system]
     system.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     if source_sha256(recipe.data.train) == source_sha256(recipe.data.heldout):
@@ -88,11 +107,15 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
     model = system.build(recipe, base)
     if recipe.gradient_checkpointing:
         set_checkpointing(model)
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    meter = system.meter(model.config)
-    run = Run(system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter)
+    meter, guard = system.meter(model.config), Guard(recipe, say)
+    run = Run(
+        system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter, guard
+    )
     if checkpoint is not None:
         system.resume(run)
+        with resuming(checkpoint):  # one that does not fit is refused before anything is written
+            model.check_saved(model.config, checkpoint)
+            model.load_own_state(checkpoint)
     else:
         for name, share in system.start(run).items():
             say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
@@ -110,22 +133,40 @@ def _open(run: Run) -> None:
         for path in (folder / f"{name}.json" for name in COMMANDS):
             if path.is_file():
                 os.replace(path, folder / f"model-{steps}" / path.name)
+    remove_unsealed(folder / "checkpoints")
+    storage.remove_temporaries(folder)
+    (folder / storage.MANIFEST).unlink(missing_ok=True)  # else one of other files
     put(folder / "env.json", _environment(recipe))
-    put(folder / INPUTS, record(folder, run.model.config.base_sha256, recipe))
+    base = resolve(recipe.base)
+    put(folder / INPUTS, record(folder, base, run.model.config.base_sha256, recipe))
     storage.write(folder / "recipe.yaml", recipe.yaml().encode())
+    storage.write_manifest(folder, ("env.json", INPUTS, "recipe.yaml"))
+    _trim_log(folder, step_of(run.checkpoint) if run.checkpoint else 0)
 
 
-def _train(run: Run, callbacks: list[transformers.TrainerCallback]) -> None:
+def _trim_log(folder: Path, step: int) -> None:
+    """Leaves of the log what there is a checkpoint of: steps that are taken again are logged again,
+    and a run that was killed may have left half a line."""
+    path, lines = folder / "metrics.jsonl", []
+    if path.is_file():
+        with contextlib.suppress(CheckpointError):  # no whole line
+            lines = [line for line in read_metrics(folder) if line["step"] <= step]
+        storage.write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _train(run: Run, callbacks: list[transformers.TrainerCallback], stop: Stop) -> None:
     """All steps that are left. Raises Interrupted where Ctrl-C came first."""
+    meet_on_this_machine()
     trainer = ConceptTrainer(run, args=_arguments(run.recipe, run.folder), callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
     steps = run.recipe.steps
     if run.checkpoint is not None:
         run.say(f"resuming from step {step_of(run.checkpoint)} of {steps}")
-    trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    with storage.writing(run.folder, RETRY):
+        trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     done = trainer.state.global_step
     if done < steps:
-        raise Interrupted(f"stopped at step {done} of {steps}; the same command goes on from there")
+        raise stop.interruption(done, steps)
 
 
 def _environment(recipe: Recipe) -> dict:
@@ -158,7 +199,6 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         gradient_accumulation_steps=recipe.gradient_accumulation,
         bf16=precision(recipe) == "bf16",
         logging_steps=max(1, recipe.steps // 200),
-        logging_nan_inf_filter=False,
         # The order is in the data set: the same for every system.
         train_sampling_strategy="sequential",
         save_steps=recipe.save_every,
@@ -174,6 +214,9 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
 
 def _finish(run: Run) -> None:
     """RUN/model; its manifest, without which it does not count, comes last."""
+    folder = run.folder / "model"
     run.system.finish(run)
-    run.tokenizer.save_pretrained(run.folder / "model")
-    run.model.save_pretrained(run.folder / "model")
+    storage.remove_temporaries(folder)
+    with storage.writing(folder, RETRY):
+        run.tokenizer.save_pretrained(folder)
+        run.model.save_pretrained(folder)

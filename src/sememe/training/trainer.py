@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +14,12 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from sememe.backbone.adapters import without_lora
-from sememe.errors import CheckpointError, TrainingError, reason
 from sememe.keys import Recipe
+from sememe.training import state
 from sememe.training.meters import gradient_norms
 
 if TYPE_CHECKING:
@@ -72,24 +75,64 @@ class ConceptTrainer(Trainer):
     def __init__(self, run: Run, **trainer):
         self.run = run
         optimizer = adamw(run.model, run.recipe)
-        schedule = LambdaLR(optimizer, partial(cosine, steps=run.recipe.steps))
+        self.schedule = LambdaLR(optimizer, partial(cosine, steps=run.recipe.steps))
         super().__init__(
             model=run.model,
             train_dataset=run.batches.examples,
-            optimizers=(optimizer, schedule),
+            optimizers=(optimizer, self.schedule),
             **trainer,
         )
         self._loss_shifts_labels = run.system.shifts_labels
+        self.parts: list[Tensor] = []
+        """The loss of the step in progress, by the parts that it is computed in."""
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        """What a forward pass may track (quantiles of the gate), and how it was before the step."""
+
+    # ---- what a checkpoint holds: see `state.py`; the Trainer's own are pickles ----
 
     def _save_checkpoint(self, *args, **kwargs):
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError) as error:  # the latter of torch.save, for a full disk too
-            raise CheckpointError(
-                f"could not write to {self.args.output_dir} ({reason(error)}): need free space and "
-                "write permission; whole checkpoints stand. try: free some space, and the same "
-                "command again"
-            ) from error
+        super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # every process has written its part before the seal
+
+    def _save(self, output_dir: str, state_dict: dict | None = None) -> None:
+        self.model.save_pretrained(output_dir, is_main_process=self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            state.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # another process may not be there yet
+        state.save_random(Path(output_dir), self.args.process_index)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        with state.resuming(folder):
+            self.model.load_own_state(folder)
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # which is loaded later
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        rates = self.schedule.base_lrs
+        with state.resuming(Path(checkpoint)):
+            state.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+        # Those of the recipe: a resumed run may be forced to others.
+        share = cosine(self.schedule.last_epoch, self.run.recipe.steps)
+        now = [rate * share for rate in rates]
+        self.schedule.base_lrs, self.schedule._last_lr = rates, now
+        for group, rate, lr in zip(self.optimizer.param_groups, rates, now, strict=True):
+            group |= {"initial_lr": rate, "lr": lr}
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with state.resuming(Path(checkpoint)):
+                state.load_random(Path(checkpoint), self.args.process_index)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none for bf16 and fp32."""
+
+    # ---- steps ----
 
     def _prepare_inputs(self, inputs):
         """On the device; a batch of pairs as its step wants it."""
@@ -100,7 +143,6 @@ class ConceptTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if (share := self.run.recipe.distil) > 0:
             loss = (1 - share) * loss + share * self._divergence(inputs, outputs.logits, loss)
-        self.loss = loss.detach()
         if self.run.meter is not None:
             self.run.meter.see(outputs, inputs["labels"])
         return loss
@@ -118,16 +160,28 @@ class ConceptTrainer(Trainer):
         nll = F.nll_loss(own_nV, inputs["input_ids"][:, 1:].flatten())
         return divergence * (loss.detach() / nll.detach())
 
+    def training_step(self, *args, **kwargs):
+        if not self.parts:
+            self.buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self.parts.append(super().training_step(*args, **kwargs))
+        return self.parts[-1]
+
     def _clip_grad_norm(self, model):
-        """What is not finite does not reach the optimizer. Gradients are summed over ranks by now:
-        where one rank's loss is no number, none takes the step."""
-        self.run.norms = gradient_norms(self.model)
-        norms = {f"gradient of {part}": norm for part, norm in self.run.norms.items()}
-        for name, value in {"loss": float(self.loss), **norms}.items():
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the {name} is {value} at step {self.state.global_step + 1}: need a finite "
-                    "one; the step was not taken and the last checkpoint stands. try: "
-                    "learning_rate=1e-4, or precision=fp32"
-                )
+        """A step that is not allowed has no gradients, so that no weight and no state of the
+        optimizer changes. Loss and gradients are those of all ranks by now: all leave it out."""
+        loss = float(self.accelerator.gather(sum(self.parts)).mean())
+        self.parts = []
+        norms = gradient_norms(self.model)
+        if not self.run.guard.allows(self.state.global_step + 1, loss, norms):
+            self.model.zero_grad()
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
         return super()._clip_grad_norm(model)
+
+    def log(self, logs, *args, **kwargs):
+        """The loss is the mean over the steps that were taken; there may be none."""
+        if "loss" in logs:
+            losses, self.run.guard.unlogged = self.run.guard.unlogged, []
+            del logs["loss"]
+            logs |= {"loss": fmean(losses)} if losses else {}
+        super().log(logs, *args, **kwargs)

@@ -29,7 +29,7 @@ from sememe.concepts.dial import Dial
 from sememe.concepts.segment_sum import SegmentSum
 from sememe.concepts.segments import Chunk, tail_lengths
 from sememe.concepts.writer import NULL, ConceptWriter, WriteDecision
-from sememe.errors import CheckpointError
+from sememe.errors import CheckpointError, CodesError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.compressor import decode, encode, start
 from sememe.models.compressor.decode import Decompressor
@@ -233,6 +233,18 @@ class CompressorForCausalLM(AdaptedModel):
         ids_1C = torch.tensor([concepts], dtype=torch.long, device=self.device)
         x_1CD = self.writer.codes.normalise(self.writer.codes(ids_1C))
         return int(self.decompressor.segments.length(x_1CD).sum())
+
+    def lengths(self, rows: list[list[int]]) -> list[int]:
+        """That of each row. Raises CodesError where one has more tokens than the base has positions
+        for, after the BOS."""
+        lengths = [self.length(ids) for ids in rows]
+        longest = self.config.text_config.max_position_embeddings - 1
+        if max(lengths, default=0) > longest:
+            raise CodesError(
+                f"the codes of a window stand for more than {longest} tokens: need those of "
+                "one text that the model has read. try: the codes as they were written"
+            )
+        return lengths
 
     def continuation_logits(self, encoded: Encoded, ids_BT: Tensor) -> Tensor:
         """(B, T, V) logits of each of the (B, T) tokens, given those before it and the codes of
