@@ -211,6 +211,12 @@ Edits = option(
     "Change a concept of the plan and print both texts; may be given several times.",
     metavar="TYPE:SLOT=ID",
 )
+CacheFile = option(
+    Path,
+    "Of an online model: go on from the text in this file, if it is there, and put this one's into "
+    "it.",
+    metavar="FILE",
+)
 
 Host = option(str, "Address to listen at; any but this machine's own needs a key.")
 Port = option(int, "0: one that is free.", min=0, max=65535)

@@ -244,27 +244,37 @@ def ablate(
     show_figures(result, model)
 
 
-@command
-def generate(
-    model: arguments.Model,
-    prompt: arguments.Prompt,
-    max_new_tokens: arguments.MaxNewTokens = 64,
-    temperature: arguments.Temperature = 0.0,
-    seed: arguments.Seed = 0,
-    show_concepts: arguments.ShowConcepts = False,
-    edit: arguments.Edits = None,
-    rate: arguments.Rate = None,
-):
+def generate(model: arguments.Model, **options: Any):
     """Stream a continuation of a prompt; of a planner what it writes.
 
     Example: `sememe generate runs/demo --prompt "The old detective" --show-concepts`
+
+    A conversation that goes on at the next call: `sememe generate runs/demo --prompt "The old
+    detective" --cache talk.safetensors`
 
     A planner's text with another concept: `sememe generate runs/planner --prompt "The old
     detective" --edit 0:0=5`"""
     from sememe.generate import Request, generate_text
 
-    request = Request(prompt, max_new_tokens, temperature, seed, show_concepts, edit or (), rate)
-    yield generate_text(model, request)
+    edits, rates = options.pop("edit") or (), options.pop("rate")
+    yield generate_text(model, Request(edits=edits, rates=rates, **options))
+
+
+arguments.expand(
+    generate,
+    {
+        "model": (arguments.Model, ...),
+        "prompt": (arguments.Prompt, ...),
+        "max_new_tokens": (arguments.MaxNewTokens, 64),
+        "temperature": (arguments.Temperature, 0.0),
+        "seed": (arguments.Seed, 0),
+        "show_concepts": (arguments.ShowConcepts, False),
+        "edit": (arguments.Edits, None),
+        "rate": (arguments.Rate, None),
+        "cache": (arguments.CacheFile, None),
+    },
+)
+generate = command(generate)
 
 
 @command

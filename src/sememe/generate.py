@@ -3,10 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sememe import storage
 from sememe.data import check_text
 from sememe.detokenize import decode
 from sememe.errors import CheckpointError, DataError, SememeError
@@ -32,6 +34,8 @@ class Request:
     """Of a plan: `TYPE:SLOT=ID`."""
     rates: Sequence[float] = ()
     """One concept rate, or a planner's concepts of each type at most; empty: as trained."""
+    cache: Path | None = None
+    """A file of what was said before, if it is there; afterwards it holds this text too."""
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -49,13 +53,21 @@ def generate_text(name: str, request: Request) -> dict[str, Any]:
 
     Raises:
         DataError: an empty prompt, one that is not UTF-8, or one longer than the model's context.
-        CheckpointError: the model has no concepts to show, no plan to edit, or writes no text.
+        CheckpointError: the model has no concepts to show, no plan to edit, no cache to keep, or
+            writes no text; or the file of the cache is not one of this model.
         SememeError: an edit that cannot be made."""
     if not check_text(request.prompt, "the prompt").strip():
         raise DataError(
             'the prompt is empty: need some text to go on from. try: --prompt "Once upon a time"'
         )
+    if request.cache is not None:
+        storage.check(request.cache)
     model, tokenizer = load_model(name)
+    if request.cache is not None and not hasattr(model, "load_cache"):
+        raise CheckpointError(
+            f"{name} has no cache to keep in a file: need a run of system: online. try: without "
+            "--cache"
+        )
     write_text = WRITERS.get(system_of(model.config).name, _continue)
     return {"prompt": request.prompt} | write_text(name, model, tokenizer, request)
 
@@ -73,13 +85,12 @@ def _continue(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
     if request.rates:
         check_rate(config, request.rates[0], name)
         model.dial.rate = request.rates[0]
-    cache = model.new_cache(1) if hasattr(model, "new_cache") else None
-    if request.edits or (request.show_concepts and cache is None):
+    if request.edits or (request.show_concepts and not hasattr(model, "new_cache")):
         raise CheckpointError(
             f"{name} has no {'plan' if request.edits else 'concepts'} to show or edit: need a run "
             "of another system. try: without --edit and --show-concepts"
         )
-    ids_1T = tokenizer(request.prompt, return_tensors="pt").input_ids.to(model.device)
+    cache, ids_1T = _conversation(model, tokenizer, request)
     beside = ids_1T.shape[1]
     check_length(longest_text(config), request.max_new_tokens, "--max-new-tokens ", beside)
     codes = [getattr(config, key, 1) for key in ("num_concepts", "codes_per_concept")]
@@ -99,6 +110,8 @@ def _continue(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
         **({} if cache is None else {"cache": cache}),
         **({"do_sample": False} | request.sampling),
     )
+    if request.cache is not None:
+        cache.save(request.cache, new_1T)
     # Decoded after the prompt: alone, the first new token may lose its space.
     known, text = (decode(tokenizer, x[0], skip_special_tokens=True) for x in (ids_1T, new_1T))
     result = {"text": text[len(known) :], "new_tokens": new_1T.shape[1] - ids_1T.shape[1]}
@@ -106,6 +119,22 @@ def _continue(name: str, model, tokenizer, request: Request) -> dict[str, Any]:
         result["concept_ids"] = cache.concept_ids[0].tolist()
         result["concept_rate"] = float(cache.concepts[0] / cache.tokens[0])
     return result
+
+
+def _conversation(model, tokenizer, request: Request) -> tuple[Any, torch.Tensor]:
+    """The cache, None for a model that has none of its own, and (1, T) ids up to the end of the
+    prompt."""
+    goes_on = request.cache is not None and request.cache.exists()
+    prompt = tokenizer(request.prompt, return_tensors="pt", add_special_tokens=not goes_on)
+    ids_1T = prompt.input_ids.to(model.device)
+    if not goes_on:
+        return model.new_cache(1) if hasattr(model, "new_cache") else None, ids_1T
+    cache, before_BT = model.load_cache(request.cache)
+    if len(before_BT) > 1:
+        raise CheckpointError(
+            f"{request.cache} holds {len(before_BT)} texts: need one. try: another file"
+        )
+    return cache, torch.cat([before_BT, ids_1T], 1)
 
 
 def _plan_and_write(name: str, model, tokenizer, request: Request) -> dict[str, Any]:

@@ -116,14 +116,15 @@ def write_manifest(folder: Path, names: Iterable[str] = PARTS, **more: str) -> N
     write(folder / MANIFEST, json.dumps({"files": files, **more}, indent=2).encode())
 
 
-def check_manifest(folder: Path, only: str | None = None, required: bool = True) -> None:
-    """Raises CheckpointError unless the files in `folder`, or the one named, have the hashes of
-    their manifest: one flipped bit in a safetensors file goes unnoticed nearly always, and one in
+def check_manifest(folder: Path, only: str | None = None, required: bool = True) -> dict[str, str]:
+    """The hashes of the manifest. Raises CheckpointError unless the files in `folder`, or the one
+    named, have them: one flipped bit in a safetensors file goes unnoticed nearly always, and one in
     the name of a JSON key leaves a default in its place. Without `required` there may be no
     manifest, as in runs of earlier releases."""
     if not (required or (folder / MANIFEST).is_file()):
-        return
-    for name, wanted in _hashes(folder).items():
+        return {}
+    hashes = _hashes(folder)
+    for name, wanted in hashes.items():
         if only not in (None, name):
             continue
         if fault := difference(folder / name, wanted):
@@ -131,6 +132,7 @@ def check_manifest(folder: Path, only: str | None = None, required: bool = True)
                 f"{folder / name} is corrupt ({fault}): need the file as it was saved. try: copy, "
                 "pull or train it again in a new folder"
             )
+    return hashes
 
 
 def difference(path: Path, wanted: str) -> str:

@@ -5,13 +5,16 @@ For each slice of a forward the cache says where its entries go and which keys i
 (`shallow`, `middle`, `deep`). `NoCache` says the same where nothing is kept."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from sememe.backbone.saved import save_cache
 from sememe.backbone.slices import ALL, GROWTH, Rows, SliceCache
+from sememe.concepts.gate import GateState
 from sememe.concepts.masks import Lane, Lanes
 from sememe.concepts.segments import Chunk, Tails
 from sememe.concepts.writer import Memory, WriteDecision
@@ -87,9 +90,10 @@ class ConceptCache(NoCache, Cache):
     """The online model's cache. What decides about the next token lives here too, so that beams,
     batches and continued generation carry it along: the writer's memory, the last concept's state,
     the states of the open tail, if a concept is to see them, the ids written so far, (B, tokens and
-    padding)."""
+    padding). `model_sha256`: of the files that its model was loaded from."""
 
     rows: Rows = ALL
+    model_sha256: str | None = None
 
     def __init__(self, split: tuple[int, int, int], *start):
         NoCache.__init__(self, *start)
@@ -175,6 +179,29 @@ class ConceptCache(NoCache, Cache):
     def bytes(self) -> int:
         """Bytes of all keys and values, summed from the tensors."""
         return sum(part.bytes() for part in self.slices)
+
+    # ---- in a file (saved.py) ----
+
+    def save(self, path: str | Path, ids_BT: Tensor) -> None:
+        """Writes the cache and the text that it is of; `model.load_cache(path)` gives both back, in
+        another process too. The dial is the model's, and is not saved.
+
+        Args:
+            ids_BT: (B, T) token ids, padding included, as `generate` returned them: those that the
+                cache has read, and the last one, which it has not.
+
+        Raises:
+            CheckpointError: ids of another shape, or a model that was not loaded from a folder.
+            SememeError: the file cannot be written."""
+        save_cache(self, ids_BT, Path(path))
+
+    def use(self, gate: GateState, window: int | None) -> None:
+        """Sets how many slots rows with these counters use. `window`: the shallow slice's."""
+        tokens = gate.tokens if window is None else np.minimum(gate.tokens, window + 1)
+        lengths = tokens, gate.concepts, gate.concepts
+        tails = 0 * gate.tokens, gate.closed, gate.normal
+        for part, length, count in zip(self.slices, lengths, tails, strict=True):
+            part.length, part.tails = length.copy(), count.copy()
 
     # ---- rows that come and go (docs/serving.md) ----
 

@@ -7,13 +7,14 @@
 One forward serves training, prefill, chunks and decoding; without a cache it costs T shallow, T ·
 rate middle and T deep layer applications. Suffixes as in `concepts`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
@@ -22,6 +23,8 @@ from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.cache import ConceptCache, NoCache
 from sememe.backbone.calling import CACHE, check_forward, name_cache, take_cache
+from sememe.backbone.exact import ExactEmbedding
+from sememe.backbone.saved import load_cache
 from sememe.backbone.split import Rope, Spine, split_rope
 from sememe.backbone.tails import KeysValues, TailKeys, check_keys, keys_values
 from sememe.concepts.bridge import NoBridge, TailBridge
@@ -72,6 +75,7 @@ class OnlineForCausalLM(AdaptedModel):
         self.spine = Spine(self.backbone)
         self.writer = ConceptWriter(config, width, self.dial)
         self.bridge = TailBridge(width) if config.bridge else NoBridge()
+        self.exact_embedding = ExactEmbedding()
         self.finish()
 
     @classmethod
@@ -79,6 +83,29 @@ class OnlineForCausalLM(AdaptedModel):
         super().check_base(backbone, config)
         if config.segment == "both":
             check_keys(backbone)
+
+    # ---- what stays exact in 16 bits ----
+
+    def exact_modules(self) -> Iterable[nn.Module]:
+        """The shallow slice: rounded to 16 bits, its states move 2 % of the ids, and an id that
+        changes costs more than the rounding of all other layers (docs/log.md)."""
+        return self.spine.decoder.layers[: self.config.split[0]]
+
+    def cast(self, dtype: torch.dtype):
+        table = self.get_input_embeddings()
+        before_VD = table.weight.data
+        super().cast(dtype)
+        self.exact_embedding.keep(before_VD, table.weight)
+        return self
+
+    @property
+    def exact(self) -> torch.dtype:
+        """That of the shallow slice."""
+        return next(self.spine.decoder.layers[0].parameters()).dtype
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """(B, T) ids → (B, T, D), as the shallow slice takes them."""
+        return self.exact_embedding(self.get_input_embeddings(), ids_BT, self.exact)
 
     # ---- forward ----
 
@@ -116,7 +143,7 @@ class OnlineForCausalLM(AdaptedModel):
                 "forward takes either input_ids or inputs_embeds, got both or neither. try: "
                 "input_ids alone"
             )
-        embed_BTD = self.spine.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        embed_BTD = self.embed(input_ids) if inputs_embeds is None else inputs_embeds.to(self.exact)
         cache = self._cache(take_cache(cache, kwargs), embed_BTD, kwargs.get("use_cache"))
         text = self._text(embed_BTD, attention_mask, cache, kwargs)
         whole = self.training or cache.for_layers is None or not self.config.prefill_chunk
@@ -144,6 +171,9 @@ class OnlineForCausalLM(AdaptedModel):
         """Their way through the middle and the deep slice: (B, T, D) last states, and the (B, T)
         ids that they write."""
         chunk, h_BTD, decision, e_BCD, ids_BC = begun
+        if self.exact != self.dtype:  # from here on 16 bits do
+            h_BTD, e_BCD = h_BTD.to(self.dtype), e_BCD.to(self.dtype)
+            chunk.rope = self.spine.rope(h_BTD, chunk.position_BT)
         closed, tails = self._tails(h_BTD, chunk, decision, cache)
         c_BCD = self._middle(e_BCD, chunk, decision, cache, closed)
 
@@ -208,7 +238,7 @@ class OnlineForCausalLM(AdaptedModel):
     ) -> Tensor:
         """Slice `number` of the layers."""
         first, last = self._layers(number)
-        masks = lanes.masks(self.backbone.config._attn_implementation, self.dtype)
+        masks = lanes.masks(self.backbone.config._attn_implementation, x_BnD.dtype)
         return self.spine.run(first, last, x_BnD, lanes.query.position, rope, masks, for_layers)
 
     def _teach_gate(self, c_BCD: Tensor, tail_BTD: Tensor, decision: WriteDecision) -> Tensor:
@@ -239,7 +269,16 @@ class OnlineForCausalLM(AdaptedModel):
         memory = self.writer.memory(batch)
         first_BD, tails = self.bridge.first(memory.last_BD), Tails.none(memory.last_BD)
         start = memory, first_BD, tails, self.config.max_tail, self.config.segment
-        return ConceptCache(self.config.split, *start) if keeps else NoCache(*start)
+        if not keeps:
+            return NoCache(*start)
+        cache = ConceptCache(self.config.split, *start)
+        cache.model_sha256 = self.source_sha256
+        return cache
+
+    def load_cache(self, path: str | Path) -> tuple[ConceptCache, Tensor]:
+        """What `cache.save` wrote: the cache and the (B, T) token ids of its text. Raises
+        CheckpointError: no such file, one that was changed, one of another model or dtype."""
+        return load_cache(self, Path(path))
 
     def _cache(self, cache, embed_BTD: Tensor, use_cache: bool | None) -> NoCache:
         """The one that is given, with room for these tokens, or a new one. Raises ValueError where
@@ -355,6 +394,6 @@ class OnlineForCausalLM(AdaptedModel):
         with evaluating(self):
             # None: no bar where stderr is a pipe.
             for ids_BT in tqdm(parts, "shallow states", disable=None, leave=False):
-                text = Chunk.of(self.spine.embed(ids_BT))
+                text = Chunk.of(self.embed(ids_BT))
                 text.rope = self.spine.rope(text.embed_BTD, text.position_BT)
                 yield text, self._shallow(text, self.new_cache(len(ids_BT), keeps=False))

@@ -177,8 +177,9 @@ class OnlineRows:
         shallow, middle, deep = config.split
         # Normal tokens that are still seen have a ring of slots.
         ring = config.max_tail * (config.segment == "both")
-        slots = shallow * tokens + middle * (ring + concepts) + deep * (config.max_tail + concepts)
-        return slots * slot_bytes(self.model)
+        slots = middle * (ring + concepts) + deep * (config.max_tail + concepts)
+        exact = self.model.exact.itemsize // self.model.dtype.itemsize  # the shallow slice's
+        return (exact * shallow * tokens + slots) * slot_bytes(self.model)
 
     def slice_bytes(self) -> dict[str, int]:
         """Bytes of all rows, by slice."""
@@ -198,7 +199,7 @@ class OnlineRows:
         concept ids of each token."""
         model = self.model
         ids_BT, mask_BT = padded(texts, model.device)
-        chunk = Chunk.of(model.spine.embed(ids_BT), mask_BT, tokens=cache.tokens)
+        chunk = Chunk.of(model.embed(ids_BT), mask_BT, tokens=cache.tokens)
         with model.dial.at(rate=cache.rate_B):
             begun = model.begin(chunk, cache)
         d_BTD, written_BT = model.end(begun, cache)
@@ -245,7 +246,7 @@ class OnlineRows:
             return self._end(*self._release())
         ids_b1 = torch.tensor(tokens, dtype=torch.long, device=model.device)[:, None]
         part = self.cache.at(rows)
-        chunk = Chunk.of(model.spine.embed(ids_b1), tokens=part.tokens)
+        chunk = Chunk.of(model.embed(ids_b1), tokens=part.tokens)
         with model.dial.at(rate=self.rate_B[rows]):
             begun = model.begin(chunk, part)
         writes = begun.decision.written[:, 0]
