@@ -14,10 +14,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def cast(model: nn.Module, dtype: torch.dtype, exact: Iterable[nn.Module]) -> None:
     """The base, LoRA and the bridge in a dtype; the modules in `exact` in fp32 at least."""
-    kept = {id(p) for module in exact for p in module.parameters()}
+    stays = {id(p) for module in exact for p in module.parameters()}
     for name, p in model.named_parameters():
         if name.startswith(("backbone.", "bridge.")):
-            p.data = p.data.to(wide(dtype) if id(p) in kept else dtype)
+            p.data = p.data.to(wide(dtype) if id(p) in stays else dtype)
 
 
 class ExactEmbedding(nn.Module):
