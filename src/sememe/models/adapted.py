@@ -62,7 +62,6 @@ DEFAULTS = {
     "push_to_hub": False,
     "use_kernels": False,
 }
-FITTED_TOKENS = 16384  # at most, that a boundary or a bridge is fitted on
 
 
 class AdaptedModel(PreTrainedModel, GenerationMixin):
@@ -377,27 +376,6 @@ def _narrowed(value: Tensor) -> Tensor:
     """In bf16 where that loses nothing, as after `round_own_weights`: half the file."""
     narrow = value.bfloat16()
     return narrow if value.dim() > 1 and torch.equal(narrow.to(value.dtype), value) else value
-
-
-def fitted_blocks(ids_NT: Tensor) -> Tensor:
-    """The first few blocks, which a boundary or a bridge is fitted on."""
-    return ids_NT[: max(1, FITTED_TOKENS // ids_NT.shape[1])]
-
-
-def boundary_targets(model: "AdaptedModel", ids_NT: Tensor) -> Tensor | None:
-    """(n, T - 1, …) what a fitted boundary is to estimate: what the base itself makes of the text
-    (LoRA is still zero)."""
-    boundary = model.writer.gate.boundary
-    if not boundary.fitted:
-        return None
-    ids_nT = fitted_blocks(ids_NT).to(model.device)
-    boundary.see(ids_nT)
-
-    def target(ids_BT: Tensor) -> Tensor:
-        logits_BTV = model.backbone(input_ids=ids_BT, use_cache=False).logits
-        return boundary.target(logits_BTV.float().log_softmax(-1), ids_BT)
-
-    return torch.cat([target(ids_BT) for ids_BT in ids_nT.split(4)])
 
 
 def _refuse_unused(named: dict, known: Iterable[str], what: str) -> None:

@@ -10,8 +10,9 @@ from sememe.backbone.calling import cache_argument, check_forward, parameters, t
 from sememe.backbone.split import SLIDING, Spine
 from sememe.concepts.masks import Lane, Lanes
 from sememe.errors import RecipeError
-from sememe.models.adapted import AdaptedModel, fitted_blocks
+from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import ControlConfig
+from sememe.models.fitting import fitted_blocks
 from sememe.models.pruning import GapMap, Scan, entering, removable, runs, show
 
 

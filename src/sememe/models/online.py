@@ -33,8 +33,9 @@ from sememe.concepts.dial import Dial, evaluating
 from sememe.concepts.masks import FLEX, Lanes
 from sememe.concepts.segments import Chunk, Tails
 from sememe.concepts.writer import NULL, ConceptWriter, WriteDecision, inner
-from sememe.models.adapted import AdaptedModel, boundary_targets
+from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
+from sememe.models.fitting import boundary_targets
 
 BRIDGE_TOKENS = 16384  # at most, that the bridge is started from
 TOKENS_AT_ONCE = 1024  # of the texts that the model is started from

@@ -15,8 +15,8 @@ from sememe.concepts.fit import fit, linear_fit, set_frame
 from sememe.concepts.kmeans import assign, kmeans
 from sememe.concepts.lengths import REMEMBERED
 from sememe.concepts.segments import Chunk
-from sememe.models.adapted import boundary_targets, fitted_blocks
 from sememe.models.compressor.encode import decide, embed_text, token_states
+from sememe.models.fitting import boundary_targets, fitted_blocks
 from sememe.models.losses import cross_entropy
 
 # Logits that votes may give the mean word's own vector at first: the best is found by trial.
