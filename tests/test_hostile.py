@@ -147,6 +147,13 @@ def test_codes_that_stand_for_too_much_are_refused_before_the_work(base):
     window.concepts = [longest] * 100_000
     with pytest.raises(CodesError, match=r"more concepts than tokens.*try: "):
         decompress(model, codes)
+    window.concepts, codes.num_concepts = [longest], 2**48
+    with pytest.raises(CodesError, match=r"ids that no code stands for.*try: "):
+        decompress(model, codes)
+    written = json.dumps(codes.model_dump() | {"rate": float("nan"), "sha256": None})
+    (base / "codes.json").write_text(written)
+    with pytest.raises(CodesError, match=r"rate Input should be a finite number.*try: "):
+        Codes.load(base / "codes.json")
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", ["a"], 3])

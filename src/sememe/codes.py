@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, FiniteFloat, ValidationError, model_validator
 
 from sememe import storage
 from sememe.concepts.dial import evaluating
@@ -36,9 +36,6 @@ from sememe.workers import Tensors, weights_sha256, work_in_parts
 tokens_of = attrgetter("tokens")
 CODES_BYTES = 1 << 30  # about 10^9 characters of text
 WINDOW = 512  # tokens, where no recipe says how long the texts were that the model was trained on
-
-
-# ---- the file format ----
 
 
 class Part(BaseModel):
@@ -81,7 +78,7 @@ class Codes(Part):
     model: Writer
     num_concepts: int
     codes_per_concept: int
-    rate: float
+    rate: FiniteFloat
     window: int
     overlap: Literal[0] = 0
     documents: Annotated[list[Document], FailFast()]
@@ -112,11 +109,13 @@ class Codes(Part):
     def check_windows(self, config) -> None:
         """Raises CodesError for ids that no code of the model stands for, or for windows longer
         than it has positions for. A concept stands for one token at least."""
-        count, longest = config.num_concepts**config.codes_per_concept, longest_text(config)
-        if not all(0 <= i < count for window in self.windows for i in window.concepts):
+        size = config.num_concepts, config.codes_per_concept
+        count, longest = size[0] ** size[1], longest_text(config)
+        fits = (self.num_concepts, self.codes_per_concept) == size
+        if not (fits and all(0 <= i < count for x in self.windows for i in x.concepts)):
             raise CodesError(
-                f"a window has an id that no code stands for: need ids from 0 to {count - 1}. try: "
-                "the codes as they were written"
+                f"the codes have ids that no code stands for: need {size[1]} of {size[0]} codes in "
+                "each. try: the codes as they were written"
             )
         if not all(len(x.concepts) <= x.tokens <= longest for x in self.windows):
             raise CodesError(
