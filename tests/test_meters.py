@@ -18,7 +18,7 @@ from sememe.training.trainer import ConceptTrainer
 
 ALWAYS = """step tokens seconds loss learning_rate rate longest_tail tail_mean target_rate quantise
 grad_norm grad_norm_lora grad_norm_head grad_norm_codes grad_norm_bridge
-code_perplexity codes_used largest_code_share bits_per_concept"""
+code_perplexity codes_used largest_code_share bits_per_concept skipped_steps"""
 HELDOUT = "heldout_nll heldout_nll_by_position heldout_rate heldout_tail_mean"
 ABLATED = """delta_nll_zero delta_nll_shuffle delta_nll_random code_entropy code_max_prob
 soft_hard_cosine soft_hard_distance"""

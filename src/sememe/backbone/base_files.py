@@ -26,7 +26,7 @@ CONFIG = "config.json"
 WEIGHTS = "*.safetensors"
 MAX_LAYERS = 10_000  # more than any decoder has
 HEADER_BYTES = 16 << 20  # that of 10,000 tensors has 1.2 MB
-SIZE = re.compile(r"^(num|n)_|_(size|dim)$|^d_|layers$")
+SIZE = re.compile(r"^(num|n)_|_(size|dim|rank)$|^d_|layers$")
 """Names of the numbers in a configuration that parts of a model are as many, or as large, as."""
 
 
