@@ -152,13 +152,17 @@ def fingerprint(folder: Path) -> str:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The configuration of a base or saved model, of sizes that its weights can have."""
-    from transformers import AutoConfig
-
     with _loading(f"configuration of {folder}"):
         check_files(folder)
         check_manifest(folder, CONFIG, required=False)
         check_sizes(folder)
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return _config(folder)
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_base(
@@ -212,10 +216,9 @@ def _checked_config(folder: Path) -> PreTrainedConfig:
     with _loading(f"base {folder}"):
         check_files(folder)
         total = check_sizes(folder)  # before hashes: a sparse file has many bytes and no header
-        if (folder / MANIFEST).is_file():
-            check_manifest(folder)
+        check_manifest(folder, required=False)
         check_held(folder)
-        config = read_config(folder)
+        config = _config(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         check_total(folder, sum(p.numel() for p in model.parameters()), total)

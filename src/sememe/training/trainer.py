@@ -106,9 +106,9 @@ class ConceptTrainer(Trainer):
         state.save_random(Path(output_dir), self.args.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """The weights are there already, since before anything was written."""
         folder = Path(resume_from_checkpoint)
         with state.resuming(folder):
-            self.model.load_own_state(folder)
             TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # which is loaded later
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
