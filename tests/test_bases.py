@@ -142,7 +142,7 @@ def test_a_failed_pull_leaves_what_was_there_and_nothing_else(fake, monkeypatch,
     else:
         mine.parent.mkdir(parents=True)
         mine.write_text("years of work")
-    with pytest.raises(BaseError, match=f"{fault}.*need .*try: "):
+    with pytest.raises(SememeError, match=f"{fault}.*need .*try: "):
         bases.pull("fake")
     left = [x for x in fake.home.rglob("*") if not x.is_dir() or x.name.startswith(".")]
     assert left == [mine] * (fault == "Directory not empty")

@@ -5,6 +5,7 @@ import contextlib
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import stat
@@ -16,10 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import ctrl_c, run
-from sememe import storage
+from conftest import ctrl_c, run, sememe
+from sememe import cli, storage
 from sememe.errors import BaseError, CheckpointError, Interrupted, SememeError
 from sememe.models.loading import load_model
+from sememe.options import check_recipe
 from sememe.training import checkpoints
 from sememe.training.checkpoints import (
     last_checkpoint,
@@ -259,6 +261,40 @@ def test_a_full_disk_is_one_sentence_and_whole_checkpoints_stand(stopped, tmp_pa
     assert [lines[line["step"]] for line in whole] == [line["loss"] for line in whole]
     left = [path.name for path in folder.rglob("*") if "tmp" in path.name]
     assert not left
+
+
+def test_a_full_disk_is_told_by_every_command(
+    recipe_values, texts, tmp_path, limited, monkeypatch, capsys
+):
+    """And by the name of what could not be written, whoever writes it."""
+    online, plain = tmp_path / "r", tmp_path / "compressor"
+    run(recipe_values | {"steps": 2}, online)
+    values = recipe_values | {"steps": 2, "system": "compressor", "max_tail": 3}
+    del values["split"]
+    run(values, plain)
+    recipe, short = tmp_path / "r.yaml", tmp_path / "short.txt"
+    recipe.write_text(check_recipe(recipe_values, "test").yaml())
+    short.write_text("the cat sat on a mat " * 20)
+    sememe("compress", plain, short, "--out", tmp_path / "codes.json")
+    commands = {
+        f"train {recipe} --out {tmp_path / 'new'}": "new",
+        f"sweep {recipe} rate=0.5 --out {tmp_path / 'sweep'}": "sweep",
+        f"evaluate {online} --data {texts[1]} --tokens 64 --json {tmp_path / 'e.json'}": "e.json",
+        f"generate {online} --prompt the --cache {tmp_path / 'talk'}": "talk",
+        f"compress {plain} {short} --out {tmp_path / 'c.json'}": "c.json",
+        f"decompress {plain} {tmp_path / 'codes.json'} --out {tmp_path / 'back.txt'}": "back.txt",
+        f"report {online}": "report.html",
+        f"doctor {online} --json {tmp_path / 'd.json'}": "d.json",
+        f"export {online} --out {tmp_path / 'merged'}": "merged",
+    }
+    for command, name in commands.items():
+        monkeypatch.setattr("sys.argv", ["sememe", *command.split()])
+        with limited(10), pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 1, command
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(rf"could not write \S*/{name}\S* \(.*large.*try: ", said), said
+        assert not [*tmp_path.rglob("*.tmp")]
 
 
 def test_files_have_the_mode_of_the_umask(recipe_values, tmp_path):

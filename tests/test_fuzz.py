@@ -9,7 +9,6 @@ import io
 import json
 import random
 import shutil
-import struct
 import subprocess
 import time
 import zipfile
@@ -20,16 +19,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, TrainerState
 
+from changes import of_bytes, of_json, of_lines, of_tensor, of_tensors, of_yaml
 from conftest import byte_tokenizer, tiny_recipe
 from families import compressor_over, online_over, tiny_base
-from sememe.backbone import bases
+from sememe.backbone import bases, saved
 from sememe.backbone.base_files import _record, shapes_of
 from sememe.codes import Codes, compress, decompress
+from sememe.concepts.plan import PlanShape
 from sememe.data import read_texts
 from sememe.errors import SememeError
 from sememe.evaluation.inputs import run_recipe
@@ -38,13 +40,22 @@ from sememe.options import check_recipe, load_recipe
 from sememe.report.doctor import examine
 from sememe.report.files import read_run
 from sememe.report.page import write_report
+from sememe.training.checkpoints import SEAL, last_checkpoint, seal
+from sememe.training.guard import Guard
+from sememe.training.plans import PLANS, PairExamples
+from sememe.training.state import (
+    MOMENTS,
+    load_optimizer,
+    load_progress,
+    load_random,
+    resuming,
+    save_optimizer,
+    save_random,
+)
+from sememe.training.trainer import adamw
 
 ROOM = 150e6
 """Bytes beside twice the file's: of the libraries, and of Python's objects for small files."""
-BIG = [2**31, 2**63, 2**64 - 1, 10**30, 9 * 10**18, -1, 0, 10**9]
-ODD = [*BIG, 1.5, None, "", "x", [], {}, True, float("nan"), float("inf"), "x" * 10_000, "../../x"]
-ODD += ["<script>", "${oc.env:HOME}", [1] * 1000, "[" * 1000, "\x00", "cuda:7", {"model_type": 3}]
-DEEP = [b"[" * 100_000, b'{"a":' * 50_000, b"- " * 20_000]
 IDS = torch.randint(3, 250, (4, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -55,92 +66,6 @@ class Kind:
     path: Path
     read: Callable[[], object]
     change: Callable[[bytes, random.Random], bytes]
-
-
-# ---- changes ----
-
-
-def of_bytes(content: bytes, draw: random.Random) -> bytes:
-    """One thing wrong with bytes of any kind."""
-    data, at = bytearray(content), draw.randrange(len(content))
-    end = min(len(data), at + draw.choice([1, 4, 8, 100]))
-    kind = draw.randrange(7)
-    if kind == 0:
-        data[at] ^= 1 << draw.randrange(8)
-    elif kind == 1:
-        return content[:at]
-    elif kind == 2:
-        del data[at:end]
-    elif kind == 3:
-        data[at:at] = draw.randbytes(end - at)
-    elif kind == 4:
-        data[at:at] = data[at:end] * draw.choice([1, 1000])
-    elif kind == 5:
-        data[at:at] = draw.choice(DEEP)
-    else:
-        data[at : at + 8] = struct.pack("<Q", draw.choice(BIG) % 2**64)
-    return bytes(data)
-
-
-def of_value(value, draw: random.Random):
-    """Plain data with something in it replaced, renamed, left out or put in twice."""
-    if isinstance(value, dict | list) and value and draw.random() < 0.8:
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        key, changed = draw.choice(keys), value.copy()
-        kind = draw.randrange(8)
-        if kind == 0:
-            del changed[key]
-        elif kind == 1 and isinstance(value, dict):
-            changed[draw.choice(["x", "", "../x", str(key) + "x"])] = changed.pop(key)
-        elif kind == 1:
-            changed.append(changed[key])
-        else:
-            changed[key] = of_value(value[key], draw)
-        return changed
-    return draw.choice(ODD)
-
-
-def of_json(content: bytes, draw: random.Random) -> bytes:
-    if draw.random() < 0.4:
-        return of_bytes(content, draw)
-    value = json.loads(content)
-    for _ in range(draw.randint(1, 2)):
-        value = of_value(value, draw)
-    return json.dumps(value).encode()
-
-
-def of_yaml(content: bytes, draw: random.Random) -> bytes:
-    if draw.random() < 0.4:
-        text = draw.choice(
-            ["\na: &a [x]\nb: *a\n", "\nx: !!python/object/apply:os.system ['x']\n", "\n? [1]\n"]
-        )
-        return draw.choice([of_bytes(content, draw), content + text.encode()])
-    return yaml.safe_dump(of_value(yaml.safe_load(content), draw)).encode()
-
-
-def of_lines(content: bytes, draw: random.Random) -> bytes:
-    """One line of several of JSON."""
-    lines = content.splitlines(keepends=True)
-    at = draw.randrange(len(lines))
-    lines[at] = of_json(lines[at], draw) + b"\n"
-    return b"".join(lines)
-
-
-def of_tensors(content: bytes, draw: random.Random) -> bytes:
-    """A safetensors file with something wrong in its header, its length or anywhere."""
-    length = struct.unpack("<Q", content[:8])[0]
-    if (kind := draw.randrange(4)) == 0:
-        return of_bytes(content[: 8 + length], draw) + content[8 + length :]
-    if kind == 1:
-        return of_bytes(content, draw)
-    header = json.loads(content[8 : 8 + length])
-    if kind == 2:  # two tensors in one place
-        one, other = draw.sample([name for name in header if name != "__metadata__"], 2)
-        header[one]["data_offsets"] = header[other]["data_offsets"]
-    else:
-        header = of_value(header, draw)
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 # ---- files ----
@@ -228,6 +153,106 @@ def run_file(name: str, change, read):
     return kind
 
 
+def manifest_file(folder: Path, tiny: Path, monkeypatch) -> Kind:
+    """Held to, unlike those of `own_file`."""
+    with monkeypatch.context() as patch:
+        kind = own_file("manifest.json", of_json, lora_rank=0)(folder, tiny, patch)
+    return kind
+
+
+def first_use_file(folder: Path, tiny: Path, monkeypatch) -> Kind:
+    base = shutil.copytree(tiny, folder / "base")
+    bases.load_base(base)
+    return Kind(_record(base), lambda: of_model(base), of_json)
+
+
+def cache_file(folder: Path, tiny: Path, monkeypatch) -> Kind:
+    """Half of what is changed has a hash that fits."""
+    online_over(tiny, IDS, split=(1, 1, 1), lora_rank=0).save_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    path = folder / "c.safetensors"
+    cache = model.new_cache(4)
+    model(IDS[:, :-1], cache=cache)
+    cache.save(path, IDS)
+
+    def change(content: bytes, draw: random.Random) -> bytes:
+        if draw.random() < 0.5:
+            return of_tensors(content, draw)
+        state = safetensors.torch.load(content)
+        for _ in range(draw.randint(1, 2)):
+            name = draw.choice(sorted(state))
+            state[name] = of_tensor(state[name], draw)
+        note = f"{saved.FORMAT} {model.source_sha256}"
+        note += " " + saved._sha256(state, model.source_sha256)
+        return safetensors.torch.save(state, {saved.KEY: note})
+
+    def read():
+        cache, ids_BT = model.load_cache(path)
+        model(ids_BT[:, -1:], cache=cache)
+
+    return Kind(path, read, change)
+
+
+def checkpoint_file(name: str, change):
+    """Under a seal that fits, as somebody who means harm would make it, but for the seal itself."""
+
+    def kind(folder: Path, tiny: Path, monkeypatch) -> Kind:
+        recipe = check_recipe(tiny_recipe(tiny, (folder, folder)), "fuzz")
+        layer, guard = torch.nn.Linear(2, 3), Guard(recipe, print)
+        optimizer = adamw(layer, recipe)
+        checkpoint = folder / "checkpoint-3"
+        checkpoint.mkdir()
+        examples = object.__new__(PairExamples)
+        examples.shape, examples.pairs = PlanShape((4, 6), (1, 2)), [None] * 5
+        plans = examples.shape.pack([[[1], [5, 0]], [[], [3]], [[2], []], [[0], [1]], [[3], [2]]])
+        safetensors.torch.save_file({"plans": plans.int()}, checkpoint / PLANS)
+
+        def step():
+            layer(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+
+        step()
+        guard.allows(3, 2.0, {})
+        save_optimizer(checkpoint, optimizer)
+        save_random(checkpoint, 0)
+        state = TrainerState(global_step=3, stateful_callbacks={"Guard": guard.state()})
+        state.save_to_json(str(checkpoint / "trainer_state.json"))
+        seal(checkpoint)
+
+        def read():
+            if name == SEAL:
+                if last_checkpoint(folder) is None:
+                    raise SememeError("try: none")
+                return
+            with resuming(checkpoint):
+                guard.restore(load_progress(checkpoint, 3))
+                load_optimizer(checkpoint, optimizer)
+                load_random(checkpoint, 0)
+                examples.load_plans(checkpoint)
+            step()
+            guard.allows(4, 2.0, {})
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            state.total_flos += 1.0
+            state.log_history.append({})
+
+        return Kind(checkpoint / name, read, change)
+
+    return kind
+
+
+def sweep_file(folder: Path, tiny: Path, monkeypatch) -> Kind:
+    monkeypatch.setattr("sememe.report.plots.draw", lambda *curves, **look: None)
+    figures = {"nll": 4.2, "delta_nll_control": 0.1, "layer_share": 0.5, "cache_share": 0.5}
+    point = {"name": "rate-0.5", "system": "online", "boundary": "null", "changes": {"rate": "0.5"}}
+    point |= {"trained_tokens": 64, "runs": ["rate-0.5"], "mean": figures, "spread": figures}
+    run = point | {"point": "rate-0.5", "seed": 0, "control": None, "figures": figures}
+    held = {"recipe": "r.yaml", "grid": {"rate": ["0.5"]}, "varied": ["rate"], "tokens": 64}
+    held |= {"runs": [run | {"fault": None}, run | {"fault": "x"}], "points": [point]}
+    path = folder / "sweep.json"
+    path.write_text(json.dumps(held))
+    return Kind(path, lambda: write_report(folder), of_json)
+
+
 def recipe_file(folder: Path, tiny: Path, monkeypatch) -> Kind:
     kind = run_file("recipe.yaml", of_yaml, None)(folder, tiny, monkeypatch)
     return replace(kind, read=lambda: load_recipe(kind.path, ["lora.rank=2"]))
@@ -307,6 +332,15 @@ KINDS = {
     "model config": own_file("config.json", of_json, lora_rank=0),
     "model generation": own_file("generation_config.json", of_json, lora_rank=0),
     "model weights": own_file("model.safetensors", of_tensors, lora_rank=0),
+    "model manifest": manifest_file,
+    "first use of a base": first_use_file,
+    "saved cache": cache_file,
+    "moments": checkpoint_file(MOMENTS, of_tensors),
+    "random numbers": checkpoint_file("random-0.json", of_json),
+    "progress": checkpoint_file("trainer_state.json", of_json),
+    "plans": checkpoint_file(PLANS, of_tensors),
+    "seal": checkpoint_file(SEAL, of_json),
+    "sweep": sweep_file,
     "codes": codes_file,
     "text": text_file("a.txt", of_bytes),
     "rows": text_file("a.jsonl", of_lines),

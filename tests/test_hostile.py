@@ -94,6 +94,15 @@ def test_a_base_is_of_regular_files(base, name, kind, recipe_values, tmp_path):
         assert "try: " in said and (kind == "other text" or "need" in said)
 
 
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_a_manifest_is_a_regular_file(base, kind, tmp_path):
+    compressor_over(base, IDS).save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "manifest.json"
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    assert "need a regular file" in sememe("generate", tmp_path / "m", "--prompt", "x", code=1)
+
+
 def test_texts_codes_and_recipes_are_regular_files_too(tmp_path):
     for name, read in (("a.txt", read_texts), ("c.json", Codes.load), ("r.yaml", load_recipe)):
         (tmp_path / name).symlink_to("/dev/zero")
@@ -173,6 +182,50 @@ def test_an_index_names_what_is_beside_it(base, shard):
 
 
 # ---- code ----
+
+
+def test_what_would_run_or_lies_outside_ends_with_code_2(base, tmp_path):
+    """Whatever answers for the folder can tell it from one that is damaged."""
+    named = {"model_type": "evil", "auto_map": {"AutoConfig": "modeling_evil.C"}}
+    edit(base / "config.json", auto_map=named["auto_map"])  # of a kind that needs none
+    sememe("generate", base, "--prompt", "x", "--max-new-tokens", 1)
+    config = (base / "config.json").read_text()
+    edit(base / "config.json", **named)
+    assert "asks for code of its own" in sememe("generate", base, "--prompt", "x", code=2)
+    (base / "config.json").write_text(config)
+    compressor_over(base, IDS).save_pretrained(tmp_path / "m")
+    inner = json.loads((tmp_path / "m" / "config.json").read_text())["text_config"] | named
+    edit(tmp_path / "m" / "config.json", text_config=inner)
+    write_manifest(tmp_path / "m")
+    assert "asks for code of its own" in sememe("generate", tmp_path / "m", "--prompt", "x", code=2)
+    weights = base / "model.safetensors"
+    shutil.copy(weights, tmp_path / "model.safetensors")
+    names = base_files.shapes_of(weights)
+    weights.unlink()
+    for name in ("pytorch_model.bin", "model.ckpt", "consolidated.00.pth"):
+        (base / name).write_bytes(b"")
+        said = sememe("generate", base, "--prompt", "x", code=2)
+        assert "which may hold any program" in said
+        (base / name).rename(tmp_path / name)
+    (base / "other.safetensors").write_bytes(b"")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../model.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "is not beside it" in sememe("generate", base, "--prompt", "x", code=2)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(base, tmp_path):
+    """An id without an embedding would be an IndexError at the first text that has it."""
+    tokenizer = bases.load_tokenizer(base)
+    tokenizer.add_tokens(["cat"])
+    tokenizer.save_pretrained(base)
+    for read in (bases.load_tokenizer, load_model):
+        with pytest.raises(BaseError, match=r"'cat' as id 259, .* 259 embeddings: need .* try: "):
+            read(base)
+    model = bases.load_base(base)
+    model.resize_token_embeddings(300)  # more than the tokenizer has, as many bases have
+    model.save_pretrained(tmp_path / "larger")
+    tokenizer.save_pretrained(tmp_path / "larger")
+    assert bases.load_tokenizer(tmp_path / "larger")("cat").input_ids == [259]
 
 
 @pytest.mark.parametrize("kind", ["evil", "llama"])

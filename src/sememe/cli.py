@@ -1,5 +1,6 @@
 """The command line. A command imports what it needs when it runs, so that `--help` is instant."""
 
+import contextlib
 import functools
 import inspect
 import os
@@ -16,6 +17,7 @@ from sememe.cli_benchmark import benchmark
 from sememe.cli_serve import serve
 from sememe.errors import Interrupted, SememeError
 from sememe.locks import LOCK, only_user
+from sememe.storage import FULL, unwritable
 from sememe.terminal import (
     replace_unencodable,
     say,
@@ -53,12 +55,14 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:  # not of the operating system: a fault of the program
             raise
-        path = "a file" if error.filename is None else f"{error.filename!s:.200}"
-        _fail(
-            f"error: {path} cannot be used ({error.strerror}): need a path that can be read or "
-            "written. try: another path, or other permissions",
-            1,
+        path = "the output" if error.filename is None else f"{error.filename!s:.200}"
+        message: Any = (
+            f"{path} cannot be used ({error.strerror}): need a path that can be read or written. "
+            "try: another path, or other permissions"
         )
+        if error.errno in FULL:
+            message = unwritable(path, error)
+        _fail(f"error: {message}", 1)
 
 
 def _fail(line: str, code: int) -> None:
@@ -95,8 +99,11 @@ def command(function: Callable[..., Iterator[Any]]) -> Callable[..., None]:
         try:
             if json_file is not None:
                 write_json(json_file, result)
-        finally:
-            next(steps, None)
+        except (OSError, SememeError):
+            with contextlib.suppress(typer.Exit):  # what `doctor` finds is no other fault
+                next(steps, None)
+            raise
+        next(steps, None)
 
     own = inspect.signature(run).parameters["json_file"]
     functools.update_wrapper(run, function)

@@ -25,6 +25,13 @@ class BaseError(SememeError):
     """A base model that cannot be had, or that this design cannot split."""
 
 
+class UnsafeError(BaseError):
+    """Files that could be used only by running what is in them, or by reading outside their
+    folder."""
+
+    exit_code = 2
+
+
 class CheckpointError(SememeError):
     """A saved model or run that is incomplete, corrupt or of another base."""
 

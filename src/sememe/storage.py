@@ -11,13 +11,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sememe.errors import CheckpointError, SememeError, reason
+from sememe.reading import read_object
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
 PARTS = ("*config.json", "*.safetensors", "*.index.json", "*token*", "vocab*", "merges*", "*.jinja")
 """Files that a model or base consists of, as transformers reads them. Others may lie beside them,
 and change."""
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_ERRORS = FULL | {errno.EROFS, errno.EACCES, errno.EIO}
 DISK_FAULTS = re.compile(r"os error \d|No space left|File too large|I/O error|PytorchStreamWriter")
 """What libraries say that write by themselves (safetensors, tokenizers, torch)."""
 
@@ -51,11 +53,15 @@ def replacing(path: Path) -> Iterator[Path]:
 def write(path: Path, content: bytes) -> None:
     """Writes a file so that it is whole, or as it was before; into a pipe or a device. Raises
     OSError."""
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)
-        return
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as fault:
+        fault.filename = str(path)  # a full disk names none, or the temporary one
+        raise
 
 
 def check(path: Path) -> None:
@@ -69,7 +75,9 @@ def check(path: Path) -> None:
         raise unwritable(path, "it is a folder, or in one that does not exist or is read-only")
 
 
-def unwritable(path: Path, fault: Exception | str, advice: str = "another folder") -> SememeError:
+def unwritable(
+    path: Path | str, fault: Exception | str, advice: str = "another folder"
+) -> SememeError:
     """The sentence for a path that cannot be written."""
     why = getattr(fault, "strerror", None) or (fault if isinstance(fault, str) else reason(fault))
     return SememeError(
@@ -79,7 +87,7 @@ def unwritable(path: Path, fault: Exception | str, advice: str = "another folder
 
 
 @contextlib.contextmanager
-def writing(folder: Path, advice: str) -> Iterator[None]:
+def writing(folder: Path, advice: str = "another folder") -> Iterator[None]:
     """A disk that is full, or cannot be written for another reason, is a SememeError, in whatever
     library it shows."""
     hook = threading.excepthook
@@ -149,7 +157,7 @@ def difference(path: Path, wanted: str) -> str:
 def _hashes(folder: Path) -> dict[str, str]:
     """File → its hash, as the manifest in `folder` has it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(folder / MANIFEST)
         # Earlier releases: the weights alone, or as an object with their hash.
         files = manifest.get("files") or {WEIGHTS: manifest[WEIGHTS]}
         return {name: str(x["sha256"] if isinstance(x, dict) else x) for name, x in files.items()}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -37,7 +36,7 @@ from sememe.models.planner.signals import SignalReader
 from sememe.pairs import PairForm, PairTensors
 from sememe.training.callbacks import Schedule
 from sememe.training.meters import ConceptMeter, heldout_figures
-from sememe.training.plans import PLANS, HardEM, PairExamples, PlanMeter
+from sememe.training.plans import HardEM, PairExamples, PlanMeter
 from sememe.training.trainer import Blocks
 
 UNREAD = frozenset(
@@ -301,7 +300,7 @@ class Planner(System):
         return {}
 
     def resume(self, run: Run) -> None:
-        run.batches.examples.plan_NP = load_file(run.checkpoint / PLANS)["plans"]
+        run.batches.examples.load_plans(run.checkpoint)
 
     def meter(self, config: AdaptedConfig) -> PlanMeter:
         return PlanMeter(config.plan_shape)

@@ -18,13 +18,14 @@ from typing import Any
 from safetensors import safe_open
 
 from sememe import storage
-from sememe.errors import BaseError, SememeError
+from sememe.errors import BaseError, SememeError, UnsafeError
 from sememe.paths import home, shown
 from sememe.reading import JSON_BYTES, read_object, regular
 
 CONFIG = "config.json"
 WEIGHTS = "*.safetensors"
 MAX_LAYERS = 10_000  # more than any decoder has
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HEADER_BYTES = 16 << 20  # that of 10,000 tensors has 1.2 MB
 SIZE = re.compile(r"^(num|n)_|_(size|dim|rank)$|^d_|layers$")
 """Names of the numbers in a configuration that parts of a model are as many, or as large, as."""
@@ -33,12 +34,23 @@ SIZE = re.compile(r"^(num|n)_|_(size|dim|rank)$|^d_|layers$")
 def check_files(folder: Path) -> None:
     """Raises SememeError unless all that a base is read from are regular files, of sizes that such
     files have: nothing else has a hash, or an end."""
+    refuse_pickles(folder)
     for path in _files(folder):
         regular(path, None if path.match(WEIGHTS) else JSON_BYTES)
     if (folder / "adapter_config.json").exists():  # transformers would put it on unasked
         raise BaseError(
             f"{folder} holds an adapter over a base: need a base alone. try: merge_and_unload() of "
             "peft, and save_pretrained into another folder"
+        )
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises UnsafeError where the weights in `folder` are pickles alone."""
+    pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+    if pickles and not _weights(folder):
+        raise UnsafeError(
+            f"{folder} has its weights in {pickles[0]}, which may hold any program and would run "
+            "it: need *.safetensors. try: a base that comes with them"
         )
 
 
@@ -108,7 +120,8 @@ def _check_index(folder: Path) -> None:
     for path in folder.glob("*.safetensors.index.json"):
         names = {*map(str, dict(read_object(path)["weight_map"]).values())}
         if others := sorted(names - {beside.name for beside in _weights(folder)}):
-            raise BaseError(
+            outside = any(Path(name).name != name for name in others)
+            raise (UnsafeError if outside else BaseError)(
                 f"{path} names {shown(others[0])}, which is not beside it: need the weights that "
                 "belong to it in the same folder. try: download it again"
             )

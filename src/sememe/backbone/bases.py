@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,10 +32,12 @@ from sememe.backbone.base_files import (
     check_total,
     hashes,
     hold,
+    refuse_pickles,
 )
-from sememe.errors import BaseError, SememeError, reason
+from sememe.errors import BaseError, SememeError, UnsafeError, reason
 from sememe.paths import existing, home, shown
-from sememe.storage import MANIFEST, WEIGHTS, check_manifest, sha256, write_manifest
+from sememe.reading import read_object
+from sememe.storage import MANIFEST, WEIGHTS, check_manifest, sha256, write_manifest, writing
 
 if TYPE_CHECKING:  # transformers takes seconds to import: a wrong name must not cost them
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +76,7 @@ KNOWN: dict[str, KnownBase] = {
 }
 
 
+OTHER_DISK = "SEMEME_HOME=/path/on/another/disk"
 PULL = f"sememe pull {next(iter(KNOWN))}"
 NEED_KNOWN = f"need one of {', '.join(KNOWN)}. try: {PULL}"
 
@@ -99,7 +103,8 @@ def resolve(base: str) -> Path:
             f"base {shown(base)!r} is neither a known base, nor a local folder, nor a Hub id like "
             f"'org/name': {NEED_KNOWN}, or base=/path/to/folder"
         )
-    if not (path / "config.json").is_file() or not _weights(path):
+    refuse_pickles(path)
+    if not (path / CONFIG).is_file() or not _weights(path):
         raise BaseError(
             f"{path} has no config.json or no *.safetensors: need a base in the Hugging Face "
             "layout. try: a known base, or convert this one with save_pretrained"
@@ -160,8 +165,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _config(folder: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    outer = read_object(folder / CONFIG)
+    for part in (outer, outer.get("text_config")):
+        kind = (part or {}).get("model_type")
+        if part and "auto_map" in part and kind not in CONFIG_MAPPING:
+            raise UnsafeError(
+                f"{folder / CONFIG} asks for code of its own to make a {kind!r:.80}: need a model "
+                "that transformers knows, since no code of a folder is run. try: another base"
+            )
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -226,7 +239,8 @@ def _checked_config(folder: Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. Raises BaseError when the folder has none that can be read."""
+    """The tokenizer of a base or saved model. Raises BaseError when the folder has none that can be
+    read, or one with ids that its model has no embedding for."""
     from transformers import AutoTokenizer
 
     with _loading(f"tokenizer of {folder}"):
@@ -236,6 +250,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False
         )
         tokenizer.decode(tokenizer("a").input_ids)  # shows values that are none of their options
+        size = _config(folder).get_text_config().vocab_size
+        text, number = max(tokenizer.get_vocab().items(), key=itemgetter(1))
+        if number >= size:
+            raise BaseError(
+                f"the tokenizer of {folder} has {shown(repr(text))} as id {number}, and its model "
+                f"has {size} embeddings: need the tokenizer that belongs to it. try: the files as "
+                "they were saved together, or model.resize_token_embeddings"
+            )
         return tokenizer
 
 
@@ -267,7 +289,8 @@ def pull(name: str) -> Path:
     """Fetch a known base, all or nothing, and return its folder; one that is there is returned at
     once.
 
-    Raises BaseError for an unknown name, a failed download, a wrong checksum or a full disk."""
+    Raises BaseError for an unknown name, a failed download or a wrong checksum, SememeError for a
+    full disk."""
     if name not in KNOWN:
         raise BaseError(f"no base is named {name!r}: {NEED_KNOWN}")
     target = home() / "bases" / name
@@ -284,7 +307,7 @@ def pull(name: str) -> Path:
         if not (target / MANIFEST).is_file():  # else another process pulled it meanwhile
             raise BaseError(
                 f"{name} could not be written to {target} ({reason(fault)}): need an empty folder "
-                "and free space. try: SEMEME_HOME=/path/on/another/disk"
+                f"and free space. try: {OTHER_DISK}"
             ) from fault
     _say(f"{name} is ready in {target}")
     return target
@@ -329,7 +352,8 @@ def _convert(known: KnownBase, gguf: Path) -> Path:
     """A folder beside the gguf with the base in float32 safetensors, and last its manifest."""
     folder = gguf.parent / "base"
     # The gguf reader draws a bar of its own.
-    with _loading(gguf.name), contextlib.redirect_stderr(io.StringIO()):
+    full = writing(home(), OTHER_DISK)
+    with _loading(gguf.name), full, contextlib.redirect_stderr(io.StringIO()):
         _save_dequantised(known, gguf, folder)
     # safetensors writes files that nobody else may read.
     shutil.copymode(folder / "config.json", folder / WEIGHTS)

@@ -128,7 +128,8 @@ def export_model(model: str | Path, to: Path) -> tuple[Path, int]:
     loaded.merged()
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as work:
+        temporary = tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-")
+        with temporary as work, storage.writing(to):  # tokenizers raise faults of their own
             folder = Path(work, "model")
             tokenizer.save_pretrained(folder)
             loaded.save_pretrained(folder)  # and the manifest of all, last

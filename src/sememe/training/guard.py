@@ -87,9 +87,11 @@ class Guard(TrainerCallback, ExportableState):
         counts = {"skipped": self.skipped, "in_a_row": self.in_a_row}
         return {"losses": [*self.losses], "unlogged": [*self.unlogged]} | counts
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        vars(self).update(stored | {"losses": deque(stored["losses"], self.window)})
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Sets what `state` gave. Raises TypeError, ValueError or LookupError where it did not."""
+        self.losses.extend(map(float, stored["losses"]))
+        self.unlogged = [*map(float, stored["unlogged"])]
+        self.skipped, self.in_a_row = int(stored["skipped"]), int(stored["in_a_row"])
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.reason is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -63,6 +63,14 @@ class PairExamples(Dataset):
             mask.sum(1)[self.order_n] for mask in (pairs.target_NY != IGNORED, pairs.source_mask_NU)
         )
         self.tokens_n = target_n.minimum(self.length_n) + source_n
+
+    def load_plans(self, checkpoint: Path) -> None:
+        """Sets z* as `HardEM.on_save` wrote it. Raises ValueError or CheckpointError where it is of
+        other pairs or another shape."""
+        plan_NP = self.shape.check(load_file(checkpoint / PLANS)["plans"])
+        if plan_NP.dtype != torch.int32 or len(plan_NP) != len(self.pairs):
+            raise ValueError(f"{len(plan_NP)} plans of {plan_NP.dtype}")
+        self.plan_NP = plan_NP
 
     def __len__(self) -> int:
         return len(self.order_n)

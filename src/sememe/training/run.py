@@ -112,8 +112,8 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
         system, recipe, folder, model, tokenizer, batches, checkpoint, say, show, meter, guard
     )
     if checkpoint is not None:
-        system.resume(run)
         with resuming(checkpoint):  # one that does not fit is refused before anything is written
+            system.resume(run)
             model.load_own_state(checkpoint)
     else:
         for name, share in system.start(run).items():

@@ -1,48 +1,65 @@
-"""What a run needs beside its weights to go on as if it had never stopped: optimizer, schedule and
+"""What a run needs beside its weights to go on as if it had never stopped: optimizer, progress and
 random numbers, as safetensors and JSON. (The Trainer has pickles, which may hold any program.)"""
 
 import contextlib
 import json
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from sememe import storage
 from sememe.errors import CheckpointError, reason
 from sememe.report.files import read_json
 
-MOMENTS, SCHEDULE = "optimizer.safetensors", "schedule.json"
+MOMENTS = "optimizer.safetensors"
 
 
-def save_optimizer(folder: Path, optimizer: Optimizer, schedule: LRScheduler) -> None:
-    """Moments by the number of their parameter, and all that is no tensor. Raises OSError."""
-    state = optimizer.state_dict()
+def save_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    """Moments by the number of their parameter. Raises OSError."""
     moments = {
         f"{number}.{key}": value.contiguous()
-        for number, values in state["state"].items()
+        for number, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
     }
     storage.write(folder / MOMENTS, save(moments))
-    rest = {"groups": state["param_groups"], "schedule": schedule.state_dict()}
-    storage.write(folder / SCHEDULE, json.dumps(rest).encode())
 
 
-def load_optimizer(folder: Path, optimizer: Optimizer, schedule: LRScheduler) -> None:
-    """What `save_optimizer` saved."""
+def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    """What `save_optimizer` saved. Raises ValueError or LookupError where it is of other
+    parameters."""
     state: dict[int, dict] = defaultdict(dict)
     for name, value in load_file(folder / MOMENTS).items():
         number, key = name.split(".")
         state[int(number)][key] = value
-    rest = read_json(folder / SCHEDULE)
-    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
-    schedule.load_state_dict(rest["schedule"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in state.items():
+        shape = parameters[number].shape
+        wanted = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+        if number < 0 or {key: value.shape for key, value in values.items()} != wanted:
+            raise ValueError(f"moments of parameter {number} of another kind")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def load_progress(folder: Path, step: int) -> dict[str, Any]:
+    """What the guard knew, from the Trainer's state after so many steps, all of which the Trainer
+    will take over. Raises ValueError, TypeError or LookupError where it cannot."""
+    loaded = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    known = loaded.best_model_checkpoint is None and isinstance(loaded.log_history, list)
+    if repr(loaded.global_step) != str(step) or not known:
+        raise ValueError(f"{TRAINER_STATE_NAME} is not of step {step}")
+    math.isfinite(loaded.total_flos)
+    return loaded.stateful_callbacks["Guard"]
 
 
 def save_random(folder: Path, rank: int) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer
 
 from sememe.backbone.adapters import without_lora
 from sememe.keys import Recipe
 from sememe.training import state
+from sememe.training.checkpoints import step_of
 from sememe.training.meters import gradient_norms
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class ConceptTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            state.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
+            state.save_optimizer(Path(output_dir), self.optimizer)
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # another process may not be there yet
@@ -109,20 +109,20 @@ class ConceptTrainer(Trainer):
         """The weights are there already, since before anything was written."""
         folder = Path(resume_from_checkpoint)
         with state.resuming(folder):
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # which is loaded later
+            self.run.guard.restore(state.load_progress(folder, step_of(folder)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Rates are those of the recipe, at the checkpoint's step: a resumed run may be forced to
+        others."""
         if checkpoint is None:
             return
-        rates = self.schedule.base_lrs
         with state.resuming(Path(checkpoint)):
-            state.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
-        # Those of the recipe: a resumed run may be forced to others.
+            state.load_optimizer(Path(checkpoint), self.optimizer)
+        self.schedule.last_epoch = step_of(Path(checkpoint))
         share = cosine(self.schedule.last_epoch, self.run.recipe.steps)
-        now = [rate * share for rate in rates]
-        self.schedule.base_lrs, self.schedule._last_lr = rates, now
-        for group, rate, lr in zip(self.optimizer.param_groups, rates, now, strict=True):
-            group |= {"initial_lr": rate, "lr": lr}
+        self.schedule._last_lr = [rate * share for rate in self.schedule.base_lrs]
+        for group, lr in zip(self.optimizer.param_groups, self.schedule._last_lr, strict=True):
+            group["lr"] = lr
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
