@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sememe.backbone import bases
-from sememe.errors import BaseError, CheckpointError
+from sememe.errors import BaseError, CheckpointError, SememeError
 
 
 @pytest.fixture
