@@ -85,9 +85,9 @@ def test_training_leaves_the_weights_of_the_base_as_they_are(
 ):
     models, real = [], runs._finish
 
-    def finish(run):
+    def finish(run, first):
         models.append(run.model)
-        real(run)
+        real(run, first)
 
     monkeypatch.setattr(runs, "_finish", finish)
     before = {path.name: path.read_bytes() for path in base_folder.iterdir()}
