@@ -82,8 +82,6 @@ class Run:
     """Counts over a training interval: `see` a forward pass, `read` the figures; or None."""
     guard: Any
     """Which steps are taken: `Guard`."""
-    sharded: bool = False
-    """Whether each of several processes holds a part of the base's layers."""
 
 
 class System:

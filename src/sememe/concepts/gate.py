@@ -79,6 +79,10 @@ class RateGate(nn.Module):
         self.boundary = BOUNDARIES[boundary](width, vocabulary)
         self.feedback = FEEDBACK
         self.register_buffer("quantiles", torch.linspace(-1, 1, GRID))
+        self.parts = 1
+        """Forward passes of a training step, whose scores are tracked together."""
+        self.scores: list[Tensor] = []
+        """Of those so far."""
 
     @torch.no_grad()
     def calibrate(self, score_N: Tensor) -> None:
@@ -88,8 +92,13 @@ class RateGate(nn.Module):
 
     @torch.no_grad()
     def track(self, score_N: Tensor) -> None:
-        """Folds a training batch of scores, over all ranks, into the tracked quantiles."""
-        before, score_N = self.quantiles.clone(), of_all_ranks(score_N)
+        """Folds a training batch of scores, over all its parts and ranks, into the tracked
+        quantiles."""
+        self.scores.append(score_N)
+        if len(self.scores) < self.parts:
+            return
+        before, score_N = self.quantiles.clone(), of_all_ranks(torch.cat(self.scores))
+        self.scores.clear()
         if score_N.numel() > 0:
             self.calibrate(score_N)
             self.quantiles.lerp_(before, 1 - MOMENTUM)

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from sememe.backbone.processes import gathered, process_count
-from sememe.backbone.sharding import shard
+from sememe.backbone.sharding import leave_to_shards, shard
 from sememe.errors import CheckpointError, Interrupted, Terminated
 from sememe.progress import bar
 from sememe.report.files import last_values, read_metrics
@@ -62,14 +62,14 @@ class Shard(TrainerCallback):
 
     def __init__(self, run: Run):
         self.run = run
+        leave_to_shards(run.model, run.model.backbone)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.run.sharded:
-            own, total = (size / 2**20 for size in shard(model.backbone))
-            self.run.say(
-                f"sharded: {own:.1f} of the {total:.1f} MiB of the base's layers in the first of "
-                f"{process_count()} processes"
-            )
+        own, total = (size / 2**20 for size in shard(model.backbone))
+        self.run.say(
+            f"sharded over {process_count()} processes: {own:.2f} of the {total:.2f} MiB of the "
+            "base's layers in each"
+        )
 
 
 class Recorder(TrainerCallback):

@@ -68,21 +68,20 @@ def train(
         if (first or is_finished(folder)) and same_run(recipe, folder, say if force else None):
             say(f"{folder} is finished: nothing to train")
         else:
-            run = _build(recipe, folder, say, show and first)
-            run.sharded = sharded and int(os.environ.get("WORLD_SIZE", "1")) > 1
-            _run(run, first)
+            _run(_build(recipe, folder, say, show and first), first, sharded)
     return folder / "model"
 
 
-def _run(run: Run, first: bool) -> None:
+def _run(run: Run, first: bool, sharded: bool) -> None:
     """From the first step that is left to the finished model."""
     if first:
         _open(run)
     recorder, stop = Recorder(run), Stop()
     # The system's own set the model before a step and write into a checkpoint, so they come first;
     # the seal of a checkpoint comes after all that is written into it.
-    own = run.system.callbacks(run)
-    callbacks = [Shard(run), *own, run.guard, stop, Seal(), recorder]
+    callbacks = [*run.system.callbacks(run), run.guard, stop, Seal(), recorder]
+    if sharded and os.environ.get("WORLD_SIZE", "1") != "1":
+        callbacks.insert(0, Shard(run))
     try:
         _train(run, callbacks, stop)
         _finish(run, first)

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sememe.backbone.adapters import without_lora
-from sememe.backbone.sharding import leave_to_shards
+from sememe.concepts.gate import RateGate
 from sememe.keys import Recipe
 from sememe.training import state
 from sememe.training.meters import gradient_norms
@@ -75,8 +75,8 @@ class ConceptTrainer(Trainer):
 
     def __init__(self, run: Run, **trainer):
         self.run = run
-        if run.sharded:
-            leave_to_shards(run.model, run.model.backbone)
+        for gate in (module for module in run.model.modules() if isinstance(module, RateGate)):
+            gate.parts = run.recipe.gradient_accumulation
         optimizer = adamw(run.model, run.recipe)
         self.schedule = LambdaLR(optimizer, partial(cosine, steps=run.recipe.steps))
         super().__init__(
