@@ -14,24 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sememe.errors import RecipeError
-
 
 def frozen(layer: nn.Module) -> list[nn.Parameter]:
+    """The base's own weights, as they are now: whole, or a part."""
     return [p for p in layer.parameters() if not p.requires_grad]
 
 
 def leave_to_shards(model: nn.Module, base: nn.Module) -> None:
-    """Before DDP takes `model`, so that it keeps nothing of what `shard` will spread.
-
-    Raises RecipeError where the layers are quantised: parts of such weights mean nothing."""
-    layers = base.get_decoder().layers
-    if not all(p.is_floating_point() for p in frozen(layers)):
-        raise RecipeError(
-            "layers of whole numbers cannot be sharded: need a base that is not quantised. try: "
-            "without --sharded"
-        )
-    spread = set(map(id, frozen(layers)))
+    """Before DDP takes `model`, so that it keeps nothing of what `shard` will spread."""
+    spread = set(map(id, frozen(base.get_decoder().layers)))
     names = [name for name, p in model.named_parameters() if id(p) in spread]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
