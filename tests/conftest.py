@@ -118,13 +118,14 @@ def ctrl_c(step: int) -> Iterator[None]:
         yield
 
 
-def launch(values: dict, folder: Path, processes: int = 1) -> subprocess.Popen:
+def launch(values: dict, folder: Path, processes: int = 1, *options: str) -> subprocess.Popen:
     """`sememe train` in processes of its own."""
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(check_recipe(values, "test").yaml())
     several = f"-m torch.distributed.run --nproc-per-node {processes} --rdzv-backend c10d"
     several += " --rdzv-conf store_type=file"  # as the README has it
     words = f"{several if processes > 1 else ''} -m sememe train {recipe} --out {folder}"
+    words += "".join(f" {option}" for option in options)
     output = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen([sys.executable, *words.split()], env=environment, **output)

@@ -335,11 +335,17 @@ def test_a_signal_leaves_a_run_that_resumes(recipe_values, tmp_path, number, cod
     assert last_checkpoint(tmp_path / "r" / "checkpoints") is not None
 
 
-def test_where_one_of_two_processes_is_killed_the_other_ends(recipe_values, tmp_path):
-    """And while both train, nobody listens for other machines."""
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [(2, []), pytest.param(4, ["--sharded"], marks=pytest.mark.reliability)],
+)
+def test_where_one_of_several_processes_is_killed_the_others_end(
+    recipe_values, tmp_path, processes, options
+):
+    """And while they train, nobody listens for other machines."""
     psutil = pytest.importorskip("psutil")
-    values = recipe_values | LONG | {"lora": {"rank": 4}, "save_every": 4}
-    process = launch(values, tmp_path / "r", processes=2)
+    values = recipe_values | LONG | {"lora": {"rank": 4}, "save_every": 4, "batch_size": 4}
+    process = launch(values, tmp_path / "r", processes, *options)
     tree = []
     try:
         while process.poll() is None and last_checkpoint(tmp_path / "r" / "checkpoints") is None:
@@ -351,8 +357,8 @@ def test_where_one_of_two_processes_is_killed_the_other_ends(recipe_values, tmp_
         ranks = [child for child in tree[1:] if child.environ().get("RANK")]
         ranks[1].kill()
         said = process.communicate(timeout=60)[0]
-        assert len(ranks) == 2 and process.returncode not in (0, None), said[-2000:]
-        assert not ranks[0].is_running()
+        assert len(ranks) == processes and process.returncode not in (0, None), said[-2000:]
+        assert not any(rank.is_running() for rank in ranks)
     finally:
         for child in tree:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -141,13 +141,14 @@ def test_gradient_accumulation_is_one_batch(values, tmp_path):
 
 def test_two_processes_train_as_one(values, tmp_path):
     """torchrun with 2 ranks that share E-steps of three batches of pairs: the losses, figures and
-    plans of one process; and what resumes from the first checkpoint ends as it did."""
+    plans of one process; and what resumes from the first checkpoint, with the base sharded, ends as
+    it did."""
     values |= {"lora": {"rank": 4}}
     values["em"]["batch"] = 3
     one, two = run(values, tmp_path / "one"), []
     checkpoint = tmp_path / "two" / "checkpoints" / "checkpoint-8"
-    for _ in ("whole", "resumed"):
-        process = launch(values, tmp_path / "two", processes=2)
+    for options in ([], ["--sharded"]):
+        process = launch(values, tmp_path / "two", 2, *options)
         said = process.communicate(timeout=240)[0]
         assert process.returncode == 0, said[-3000:]
         weights = load_file(tmp_path / "two" / "model" / "model.safetensors")

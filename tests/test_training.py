@@ -1,5 +1,4 @@
-"""Runs: resume = uninterrupted, the control's batches, two processes, and what must
-stop a run."""
+"""Runs: resume = uninterrupted, the control's batches, and what must stop a run."""
 
 import random
 import shutil
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ctrl_c, launch, metrics, run, sememe
+from conftest import ctrl_c, run, sememe
 from sememe.errors import DataError, Interrupted, RecipeError
 from sememe.training import run as runs
 from sememe.training.checkpoints import last_checkpoint
@@ -85,9 +84,9 @@ def test_training_leaves_the_weights_of_the_base_as_they_are(
 ):
     models, real = [], runs._finish
 
-    def finish(run):
+    def finish(run, first):
         models.append(run.model)
-        real(run)
+        real(run, first)
 
     monkeypatch.setattr(runs, "_finish", finish)
     before = {path.name: path.read_bytes() for path in base_folder.iterdir()}
@@ -131,6 +130,15 @@ def test_rate_is_realised_in_training_and_on_heldout_text(recipe_values, tmp_pat
         assert rate == pytest.approx(0.25, rel=0.05)
 
 
+def test_gradient_accumulation_is_one_batch(recipe_values, tmp_path):
+    """The gate's quantiles too are of all parts (1e-6 seen; 2e-2 where each part moves them)."""
+    values = recipe_values | {"lora": {"rank": 4}, "batch_size": 4}
+    whole, parts = (
+        losses(run(values | {"gradient_accumulation": n}, tmp_path / str(n))) for n in (1, 2)
+    )
+    assert parts == pytest.approx(whole, abs=1e-5)
+
+
 def test_a_run_that_cannot_start_writes_nothing(recipe_values, tmp_path):
     thesis = tmp_path / "other" / "thesis.txt"
     thesis.parent.mkdir()
@@ -144,22 +152,6 @@ def test_a_run_that_cannot_start_writes_nothing(recipe_values, tmp_path):
         with pytest.raises(error, match=said):
             run(recipe_values | changes, tmp_path / folder)
     assert not (tmp_path / "r").exists() and [*thesis.parent.iterdir()] == [thesis]
-
-
-def test_two_processes_train_as_one(recipe_values, tmp_path):
-    """torchrun with 2 ranks: the same losses as one process (1e-6 seen), although one rank's text
-    writes no coded concept (max_tail and a rate so low that a row of 32 tokens holds the sink
-    alone)."""
-    few = {"rate": 0.03, "max_tail": 40, "boundary": "fixed", "quantise": [0, 0]}
-    values = recipe_values | few | {"lora": {"rank": 4}, "batch_size": 4}
-    one = run(values, tmp_path / "one")
-    process = launch(values, tmp_path / "two", processes=2)
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, said[-3000:]
-    two = metrics(tmp_path / "two")
-    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
-    for key in ("step", "rate"):
-        assert [line[key] for line in two] == [line[key] for line in one]
 
 
 def test_a_finished_run_is_made_longer(recipe_values, tmp_path):

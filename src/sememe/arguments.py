@@ -97,6 +97,9 @@ Json = option(
 )
 OutRun = option(Path, "Run folder: new, or an unfinished run to resume.", metavar="RUN")
 Force = option(bool, "Resume although recipe, base or texts have changed.", "--force")
+Sharded = option(
+    bool, "Under torchrun: each process holds a part of the base's layers (FSDP2).", "--sharded"
+)
 OutSweep = option(Path, "Folder of the runs: new, or a sweep to resume.", metavar="FOLDER")
 OutCodes = option(Path, "A new file, as codes.json.", metavar="CODES")
 OutText = option(

@@ -152,6 +152,7 @@ def train(
     overrides: arguments.Overrides = None,
     out: arguments.OutRun = Path("runs/last"),
     force: arguments.Force = False,
+    sharded: arguments.Sharded = False,
 ):
     """Train a recipe into a run folder. The same command resumes after Ctrl-C.
 
@@ -168,7 +169,7 @@ def train(
     with only_user(out):  # known before torch is imported, which takes seconds
         from sememe.training.run import train as run_training
 
-        model = run_training(loaded, out, say=say, force=force)
+        model = run_training(loaded, out, say=say, force=force, sharded=sharded)
     if os.environ.get("RANK", "0") != "0":  # the first of several processes writes and prints
         raise typer.Exit
     last = last_values(read_metrics(out))

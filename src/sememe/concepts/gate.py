@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sememe.concepts.boundary import BOUNDARIES
@@ -20,6 +22,8 @@ MOMENTUM = 0.5
 # Threshold shift per concept owed, in half-widths of the score distribution: lets a shift of half a
 # standard deviation between texts settle at a debt of one concept.
 FEEDBACK = 0.5
+# Of a batch at most, over all ranks: a million tell quantiles 0.1 % of probability apart.
+SCORES = 2**20
 
 
 Rate = float | np.ndarray
@@ -50,6 +54,22 @@ class GateState(NamedTuple):
         return self.normal - self.tail
 
 
+def of_all_ranks(x_N: Tensor) -> Tensor:
+    """The values of all ranks, each of which may have another number of them. Quantiles are of all
+    of them together: the mean of each rank's own is something else."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    x_N = x_N[:: max(1, -(-len(x_N) * ranks // SCORES))]
+    if ranks == 1:
+        return x_N
+    sizes = x_N.new_zeros(ranks, dtype=torch.long)
+    sizes[dist.get_rank()] = len(x_N)
+    dist.all_reduce(sizes)
+    x_n = F.pad(x_N, (0, int(sizes.max()) - len(x_N)))
+    parts = [torch.empty_like(x_n) for _ in range(ranks)]
+    dist.all_gather(parts, x_n)
+    return torch.cat([part_n[:size] for part_n, size in zip(parts, sizes, strict=True)])
+
+
 class RateGate(nn.Module):
     """Turns scores into decisions and tracks their distribution, so that one dial `rate` serves
     every setting."""
@@ -59,6 +79,10 @@ class RateGate(nn.Module):
         self.boundary = BOUNDARIES[boundary](width, vocabulary)
         self.feedback = FEEDBACK
         self.register_buffer("quantiles", torch.linspace(-1, 1, GRID))
+        self.parts = 1
+        """Forward passes of a training step, whose scores are tracked together."""
+        self.scores: list[Tensor] = []
+        """Of those so far."""
 
     @torch.no_grad()
     def calibrate(self, score_N: Tensor) -> None:
@@ -68,14 +92,16 @@ class RateGate(nn.Module):
 
     @torch.no_grad()
     def track(self, score_N: Tensor) -> None:
-        """Folds a training batch of scores, over all ranks, into the tracked quantiles."""
-        before = self.quantiles.clone()
+        """Folds a training batch of scores, over all its parts and ranks, into the tracked
+        quantiles."""
+        self.scores.append(score_N)
+        if len(self.scores) < self.parts:
+            return
+        before, score_N = self.quantiles.clone(), of_all_ranks(torch.cat(self.scores))
+        self.scores.clear()
         if score_N.numel() > 0:
             self.calibrate(score_N)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.quantiles)
-            self.quantiles /= torch.distributed.get_world_size()
-        self.quantiles.lerp_(before, 1 - MOMENTUM)
+            self.quantiles.lerp_(before, 1 - MOMENTUM)
 
     def threshold(self, rate: Rate) -> tuple[Rate, Rate]:
         """(threshold, gain) in units of the score, for a wanted concept rate, or for that of each

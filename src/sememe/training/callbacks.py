@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from sememe.backbone.processes import gathered
+from sememe.backbone.processes import gathered, process_count
+from sememe.backbone.sharding import leave_to_shards, shard
 from sememe.errors import CheckpointError, Interrupted, Terminated
 from sememe.progress import bar
 from sememe.report.files import last_values, read_metrics
@@ -56,6 +57,21 @@ class Schedule(TrainerCallback):
                 torch.distributed.broadcast(value, 0)
 
 
+class Shard(TrainerCallback):
+    """Spreads the base over the processes, once DDP has taken what is trained."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        leave_to_shards(run.model, run.model.backbone)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        own, total = (size / 2**20 for size in shard(model.backbone))
+        self.run.say(
+            f"sharded over {process_count()} processes: {own:.2f} of the {total:.2f} MiB of the "
+            "base's layers in each"
+        )
+
+
 class Recorder(TrainerCallback):
     """One line of metrics.jsonl per log, with held-out figures beside it, and the progress bar."""
 
@@ -91,12 +107,12 @@ class Recorder(TrainerCallback):
         if run.meter is not None:
             line |= run.meter.read()  # on every rank: it sums over them
         line |= run.system.state(model)
-        if not state.is_world_process_zero:
-            return
-        if self.is_heldout_due:
+        if self.is_heldout_due:  # on every rank too: each may hold a part of the base
             model.eval()
             line |= run.system.heldout(run)
             model.train()
+        if not state.is_world_process_zero:
+            return
         self._write(self.step, line)
         self.bar.set_postfix(loss=line.get("loss"))
 

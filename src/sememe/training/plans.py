@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from sememe import storage
 from sememe.backbone.processes import from_first, gathered
+from sememe.backbone.sharding import whole
 from sememe.concepts.plan import PlanShape
 from sememe.data import block_order
 from sememe.evaluation.plans import mean_nll, other_plans, plan_use, target_nll
@@ -119,6 +120,7 @@ class PairExamples(Dataset):
         # Of all parts of the step's batch, in whatever process they are.
         written_bP = self.shape.targets(self.plan_NP[self.of_steps(int(step_B[0]))]) != IGNORED
         batch["concepts_in_batch"] = written_bP.sum().to(device)
+        batch["rows_in_batch"] = len(written_bP)
         batch["signals"] = {name: x_N[chosen].to(device) for name, x_N in self.signals.items()}
         return batch
 
@@ -146,7 +148,8 @@ class HardEM(TrainerCallback):
         searches = em.every and step >= search and (step - search) % em.every == 0
         if searches:
             model.eval()
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16)
+            with autocast, whole(model.backbone):
                 self.run.meter.figures |= self.e_step(model, step)
             model.train()
         if searches or step == warm:  # other plans, or another loss

@@ -27,7 +27,7 @@ from sememe.options import Recipe, load_recipe
 from sememe.paths import source_sha256, usable
 from sememe.report.files import COMMANDS, read_metrics
 from sememe.systems import SYSTEMS, Run
-from sememe.training.callbacks import Recorder, Seal, Stop
+from sememe.training.callbacks import Recorder, Seal, Shard, Stop
 from sememe.training.checkpoints import remove_unsealed, resume_point, step_of
 from sememe.training.guard import Guard
 from sememe.training.resume import is_finished, same_run
@@ -45,10 +45,12 @@ def train(
     say: Callable[[str], None] = print,
     show: bool = True,
     force: bool = False,
+    sharded: bool = False,
 ) -> Path:
     """Trains `recipe` into `folder` and returns its model/. A finished run is left as it is, and an
     unfinished one resumes, with `force` whatever has changed. In a thread other than the main one
-    there is no Ctrl-C handling.
+    there is no Ctrl-C handling. `sharded`: each of several processes holds a part of the base's
+    layers; losses and files are the same.
 
     Raises:
         DataError: missing, empty or too short text, held-out text that is the training text, or
@@ -66,11 +68,11 @@ def train(
         if (first or is_finished(folder)) and same_run(recipe, folder, say if force else None):
             say(f"{folder} is finished: nothing to train")
         else:
-            _run(_build(recipe, folder, say, show and first), first)
+            _run(_build(recipe, folder, say, show and first), first, sharded)
     return folder / "model"
 
 
-def _run(run: Run, first: bool) -> None:
+def _run(run: Run, first: bool, sharded: bool) -> None:
     """From the first step that is left to the finished model."""
     if first:
         _open(run)
@@ -78,10 +80,11 @@ def _run(run: Run, first: bool) -> None:
     # The system's own set the model before a step and write into a checkpoint, so they come first;
     # the seal of a checkpoint comes after all that is written into it.
     callbacks = [*run.system.callbacks(run), run.guard, stop, Seal(), recorder]
+    if sharded and os.environ.get("WORLD_SIZE", "1") != "1":
+        callbacks.insert(0, Shard(run))
     try:
         _train(run, callbacks, stop)
-        if first:
-            _finish(run)
+        _finish(run, first)
     except TrainingError as error:
         if first:
             recorder.stopped(str(error))
@@ -201,7 +204,8 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         # The order is in the data set: the same for every system.
         train_sampling_strategy="sequential",
         save_steps=recipe.save_every,
-        seed=recipe.seed,
+        # Dropout and noise are drawn anew in each process.
+        seed=recipe.seed + int(os.environ.get("RANK", "0")),
         report_to="tensorboard",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -211,10 +215,12 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     )
 
 
-def _finish(run: Run) -> None:
+def _finish(run: Run, first: bool) -> None:
     """RUN/model; its manifest, without which it does not count, comes last."""
     folder = run.folder / "model"
-    run.system.finish(run)
+    run.system.finish(run)  # in every process: each may hold a part of the base
+    if not first:
+        return
     storage.remove_temporaries(folder)
     with storage.writing(folder, RETRY):
         run.tokenizer.save_pretrained(folder)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from sememe.backbone.adapters import without_lora
+from sememe.concepts.gate import RateGate
 from sememe.keys import Recipe
 from sememe.training import state
 from sememe.training.checkpoints import step_of
@@ -74,6 +75,8 @@ class ConceptTrainer(Trainer):
 
     def __init__(self, run: Run, **trainer):
         self.run = run
+        for gate in (module for module in run.model.modules() if isinstance(module, RateGate)):
+            gate.parts = run.recipe.gradient_accumulation
         optimizer = adamw(run.model, run.recipe)
         self.schedule = LambdaLR(optimizer, partial(cosine, steps=run.recipe.steps))
         super().__init__(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sememe.backbone.adapters import adapter
+from sememe.backbone.sharding import whole
 from sememe.concepts.dial import evaluating
 from sememe.concepts.segments import Chunk, Packing, packing
 from sememe.concepts.writer import WriteDecision
@@ -56,7 +57,7 @@ def decide(model, text: Chunk) -> tuple[WriteDecision, Slots | None]:
         return model.writer.decide(token_states(model, text), text), None
     draws = model.training or model.generator is not None
     with adapter(model.backbone, ADAPTER):
-        with evaluating(model):
+        with evaluating(model), whole(model.backbone):
             h_BSD, slots = step_by_step(model, text, draws)
         if torch.is_grad_enabled():
             # Or weights cast above, without gradient, would serve this pass too (pytorch 112583).

@@ -243,6 +243,7 @@ class PlannerForCausalLM(AdaptedModel):
         labels: Tensor | None = None,
         signals: dict[str, Tensor] | None = None,
         concepts_in_batch: Tensor | None = None,
+        rows_in_batch: int | None = None,
         **kwargs,
     ) -> PlannerOutput:
         """The plan from the source and the text from the plan, both teacher forced. `loss`: nats
@@ -254,8 +255,9 @@ class PlannerForCausalLM(AdaptedModel):
             plan_ids: (B, P); None for the planner's own, greedy.
             labels: (B, Y) the text, -100 after its end; None for the plan's part alone.
             signals: of the texts, `SignalReader`'s labels; None to leave them out.
-            concepts_in_batch: where this is one part of a batch, concepts and `<EOS>` of all of it,
-                as `num_items_in_batch` has its target tokens."""
+            concepts_in_batch, rows_in_batch: where this is one part of a batch, concepts and
+                `<EOS>` of all of it, and its rows, as `num_items_in_batch` has its target
+                tokens."""
         self.refuse_unknown(kwargs)
         config, dial = self.config, self.dial
         if plan_ids is None:
@@ -269,12 +271,13 @@ class PlannerForCausalLM(AdaptedModel):
             soft_BPD = self.plans.soft(out.plan_logits, config.code_temperature)
             e_BPD = e_BPD + (soft_BPD - soft_BPD.detach())
         extra = dial.plan_weight * out.loss
-        if signals:
-            out.signal_nll = sum(self.signals(self.plans.means(plan_ids, e_BPD), signals).values())
-            extra = extra + config.plan_signals * out.signal_nll
         if concepts_in_batch is not None:
             own = (self.plans.shape.targets(plan_ids) != IGNORED).sum()
             extra = extra * (own / concepts_in_batch)
+        if signals:
+            out.signal_nll = sum(self.signals(self.plans.means(plan_ids, e_BPD), signals).values())
+            share = len(plan_ids) / (rows_in_batch or len(plan_ids))
+            extra = extra + config.plan_signals * share * out.signal_nll
         if self.training and config.plan_dropout > 0:
             lost_B1 = torch.rand(len(plan_ids), 1, device=plan_ids.device) < config.plan_dropout
             plan_ids = plan_ids.masked_fill(lost_B1, NULL)
