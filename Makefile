@@ -1,16 +1,22 @@
 # The commands of a newcomer: make demo, make test. Everything they need goes into .venv, in the versions of constraints.txt.
 # make digest needs no torch and has an environment of its own, made in seconds.
 PYTHON ?= python3
+# On Linux this brings CUDA, unless your index has builds of its own: make gpu TORCH="torch --index-url URL" takes another build.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 OLD_ENOUGH := import sys; v = sys.version_info[:2]; \
 	sys.exit(v < (3, 11) and "Python %d.%d: need 3.11 or newer. try: make PYTHON=python3.11" % v)
 # The models of the tests are tiny: one process a core, each with one thread.
 PYTEST := -m pytest --numprocesses logical --dist worksteal
-.PHONY: demo digest test check-reliability test-ray test-newest test-oldest lock lint clean
+.PHONY: demo gpu digest test check-reliability test-ray test-newest test-oldest lock lint clean
 
 demo: .venv/.ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh runs/demo.sh
+
+# Its variables are in the script: make gpu BASE=folder DATA=folder TOKENS=50000000, or TINY=1.
+gpu: .venv/.ready
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh runs/gpu.sh
 
 test: .venv/.ready
 	@$(BIN)/python $(PYTEST)
@@ -30,7 +36,6 @@ digest: .venv-digest/.ready
 
 # Before a release: the newest and the oldest libraries that pyproject.toml allows. Both take torch from constraints.txt, since
 # another one is gigabytes of CUDA on most machines; `make TORCH=torch test-newest` takes the newest of it too.
-TORCH ?= $(shell grep '^torch==' constraints.txt)
 test-newest:
 	@rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
 	@.venv-newest/bin/python $(PIP) $(TORCH)
@@ -60,7 +65,7 @@ lint: .venv/.ready
 	@$(PYTHON) -c '$(OLD_ENOUGH)'
 	@echo "setting up .venv: torch, transformers and what they need (a minute where packages are near; once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python $(PIP) --constraint constraints.txt torch
+	@$(BIN)/python $(PIP) --constraint constraints.txt $(TORCH)
 	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev]' --editable './digest[dev]'
 	@touch $@
 

@@ -16,7 +16,8 @@ from sememe.training import meters
 from sememe.training.meters import ConceptMeter, gradient_norms, head_figures, heldout_figures
 from sememe.training.trainer import ConceptTrainer
 
-ALWAYS = """step tokens seconds loss learning_rate rate longest_tail tail_mean target_rate quantise
+ALWAYS = """step tokens seconds step_tokens_per_s loss learning_rate rate
+longest_tail tail_mean target_rate quantise
 grad_norm grad_norm_lora grad_norm_head grad_norm_codes grad_norm_bridge
 code_perplexity codes_used largest_code_share bits_per_concept skipped_steps"""
 HELDOUT = "heldout_nll heldout_nll_by_position heldout_rate heldout_tail_mean"

@@ -84,6 +84,13 @@ class AdaptedConfig(PreTrainedConfig):
             setattr(self, name, getattr(text_config, name, None))
         self.tie_word_embeddings = getattr(text_config, "tie_word_embeddings", False)
 
+    def attention_widths(self) -> tuple[int, int]:
+        """Numbers that a layer of the base makes a token's query of, and its key."""
+        base = self.text_config
+        heads = base.num_attention_heads
+        head_dim = getattr(base, "head_dim", None) or base.hidden_size // heads
+        return head_dim * heads, head_dim * (getattr(base, "num_key_value_heads", None) or heads)
+
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
 
@@ -130,11 +137,8 @@ class OnlineConfig(ConceptConfig):
 
     def _keys_share(self) -> float:
         """What of a layer makes keys and values."""
-        base = self.text_config
-        heads = base.num_attention_heads
-        head_dim = getattr(base, "head_dim", None) or base.hidden_size // heads
-        keys_values = 2 * head_dim * getattr(base, "num_key_value_heads", heads)
-        return keys_values / (keys_values + 2 * head_dim * heads + 3 * base.intermediate_size)
+        query, keys = self.attention_widths()
+        return 2 * keys / (2 * keys + 2 * query + 3 * self.text_config.intermediate_size)
 
     def cache_share(self, length: int, rate: float | None = None) -> float:
         """Keys and values at the end of a text of so many tokens over the base's, at a realised

@@ -20,6 +20,7 @@ from sememe.errors import CheckpointError, Interrupted, Terminated
 from sememe.progress import bar
 from sememe.report.files import last_values, read_metrics
 from sememe.training.checkpoints import rotate, seal, step_of
+from sememe.training.throughput import Throughput
 
 if TYPE_CHECKING:
     from sememe.systems import Run
@@ -79,6 +80,7 @@ class Recorder(TrainerCallback):
         self.run = run
         self.started = time.monotonic()
         self.step = step_of(run.checkpoint) if run.checkpoint else 0
+        self.throughput = Throughput(run, self.step)
         with contextlib.suppress(CheckpointError):  # nothing was logged yet
             self.started -= last_values(read_metrics(run.folder)).get("seconds", 0.0)
         self.bar = bar(
@@ -89,7 +91,11 @@ class Recorder(TrainerCallback):
             disable=not run.show,
         )
 
+    def on_step_begin(self, *args, **kwargs):
+        self.throughput.begin()
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.throughput.end()
         self.bar.update(1)
         self.step = state.global_step
         self.is_heldout_due = (
@@ -107,6 +113,7 @@ class Recorder(TrainerCallback):
         if run.meter is not None:
             line |= run.meter.read()  # on every rank: it sums over them
         line |= run.system.state(model)
+        line |= self.throughput.read(self.step, line.get("rate"), args.bf16)
         if self.is_heldout_due:  # on every rank too: each may hold a part of the base
             model.eval()
             line |= run.system.heldout(run)
