@@ -5,6 +5,7 @@ distribution of scores, a small correction by what the row owes so far (so that 
 training text, or one that the model writes itself, still realises the rate), and a forced concept
 after `max_tail` NULLs in a row. Decisions at `t` use scores ≤ `t` only."""
 
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ MOMENTUM = 0.5
 FEEDBACK = 0.5
 # Of a batch at most, over all ranks: a million tell quantiles 0.1 % of probability apart.
 SCORES = 2**20
-
+BLOCK = 64
 
 Rate = float | np.ndarray
 """Of all rows, or (B,)."""
@@ -117,29 +118,90 @@ class RateGate(nn.Module):
     def forward(
         self, score_BT: Tensor, real_BT: np.ndarray, rate: Rate, max_tail: int, state: GateState
     ) -> tuple[np.ndarray, GateState, Rate]:
-        """(B, T) bool decisions, on the host; the state to go on from; and the threshold. The loop
-        is sequential in T and costs microseconds a token. `real_BT`: False on padding. `rate`: one
-        for all rows or (B,).
+        """(B, T) bool decisions, on the host; the state to go on from; and the threshold.
+        `real_BT`: False on padding. `rate`: one for all rows or (B,).
 
         A row that owes concepts (`rate · tokens > concepts`) gets a threshold lower by the gain per
         concept owed. Where scores accumulate, those since the last concept are summed, and what is
-        over the threshold is carried on."""
+        over the threshold is carried on.
+
+        Blocks of a text are decided beside each other, each from a guess of how many concepts came
+        before it, and once more where the block before it ended otherwise. From different counts
+        the debt pulls decisions onto one path within some tokens, so that two or three rounds do;
+        and since the first block that is not right yet becomes so in each round, the decisions are
+        those of a loop over all tokens. What is carried on never forgets: there it is that loop."""
         threshold, gain = self.threshold(rate)
         scores = score_BT.detach().float().cpu().numpy()
+        # Where every token writes, no tail is short enough; a text's first token comes as if the
+        # longest tail were before it.
+        rule = rate, threshold, gain, np.where(np.asarray(rate) >= 1, -1, max_tail)
+        tail = np.where(state.tokens > 0, state.tail, max_tail)
+        begin = np.stack([state.tokens, state.concepts, tail]).astype(float)
+        blocks = 1 if self.boundary.accumulates else max(1, real_BT.shape[1] // BLOCK)
+        if blocks > 1:
+            written_BT, end = self._blocks(scores, real_BT, rule, begin, blocks)
+            total = state.sum
+        else:
+            written_tn, end, total = self._loop(scores.T, real_BT.T, rule, begin, state.sum)
+            written_BT = written_tn.T
+        tokens, concepts, tail = end.astype(int)
+        return written_BT, GateState(tokens, concepts, tail * (tokens > 0), total), threshold
+
+    def _blocks(
+        self, scores: np.ndarray, real_BT: np.ndarray, rule: tuple, begin: np.ndarray, blocks: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`_loop` over the blocks of all texts beside each other."""
+        batch, length = real_BT.shape
+        size = -(-length // blocks)
+        if fill := blocks * size - length:
+            scores, real_BT = (np.pad(x, ((0, 0), (0, fill))) for x in (scores, real_BT))
+        # Tokens first, so that one of all blocks is one piece; the blocks of a text are in a row.
+        score_tn, real_tn = (
+            np.ascontiguousarray(x.reshape(-1, size).T) for x in (scores, real_BT)
+        )
+        rule = [np.repeat(x, blocks) if np.ndim(x) else x for x in rule]
+        # At first as if as many concepts as are wanted came before a block, the last just there.
+        count_n = real_tn.sum(0).reshape(batch, blocks)
+        count_n = (begin[0][:, None] + count_n.cumsum(1) - count_n).ravel()
+        first = np.arange(batch * blocks) % blocks == 0
+        begin, begin_B = np.stack([count_n, np.ceil(rule[0] * count_n), 0 * count_n]), begin
+        begin[:, first] = begin_B
+        written_tn, end, _ = self._loop(score_tn, real_tn, rule, begin)
+        inner = np.flatnonzero(~first)
+        while (n := inner[(begin[:, inner] != end[:, inner - 1]).any(0)]).size:
+            begin[:, inner] = end[:, inner - 1]
+            of_n = [x[n] if np.ndim(x) else x for x in rule]
+            part = score_tn.take(n, 1), real_tn.take(n, 1), of_n, begin[:, n]
+            written_tn[:, n], end[:, n], _ = self._loop(*part)
+        return written_tn.T.reshape(batch, -1)[:, :length], end[:, blocks - 1 :: blocks]
+
+    def _loop(
+        self,
+        score_tn: np.ndarray,
+        real_tn: np.ndarray,
+        rule: tuple,
+        begin: np.ndarray,
+        total: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Token by token: (t, n) decisions, and (3, n) tokens, concepts and tail at the end, as at
+        the beginning; and what was summed of scores."""
+        rate, threshold, gain, longest = rule
+        tokens, concepts, tail = begin.copy()
         accumulates = self.boundary.accumulates
-        tokens, concepts, tail, total = state
-        written_BT = np.zeros(real_BT.shape, bool)
-        for t, real in enumerate(real_BT.T):
-            score = scores[:, t]
-            if accumulates:
+        written_tn = np.empty(real_tn.shape, bool)
+        # Without padding no array has to be read to know it.
+        real_tn = repeat(True, len(real_tn)) if real_tn.all() else real_tn
+        for score, real, write in zip(score_tn, real_tn, written_tn, strict=True):
+            if accumulates:  # not that of the sink
                 score = total = total + np.where(real & (tokens > 0), score, 0.0)
-            owed = rate * tokens - concepts
-            write = (score > threshold - gain * owed) | (tokens == 0) | (tail >= max_tail)
-            write = real & (write | (rate >= 1))
+            np.greater(score, threshold - gain * (rate * tokens - concepts), out=write)
+            tokens += real
+            tail += real
+            write |= tail > longest
+            write &= real
             if accumulates:
                 total = np.where(write, np.maximum(total - threshold, 0.0), total)
-            written_BT[:, t] = write
-            tokens = tokens + real
-            concepts = concepts + write
-            tail = np.where(write, 0, tail + real)
-        return written_BT, GateState(tokens, concepts, tail, total), threshold
+            one = write.astype(float)  # faster than what a mask selects
+            concepts += one
+            tail -= tail * one
+        return written_tn, np.stack([tokens, concepts, tail]), total
