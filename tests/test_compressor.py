@@ -63,7 +63,8 @@ def uncached(model: CompressorForCausalLM, ids: list[int]) -> list[int]:
         padded = embed_text(model, torch.tensor([[*words, 0]])[:, 1:])
         offset_1S = torch.tensor([[*offsets, 0]])
         h = decompressor.states(padded, x_CD[[*ranks, rank]][None], offset_1S)[:, -2]
-        logits = decompressor.logits(h, x_CD[[rank]], torch.tensor([offset]))
+        read = decompressor.read(h, x_CD[[rank]], torch.tensor([offset]))
+        logits = decompressor.logits(*read)
         words.append(int(logits.argmax()))
         ends = offset + 1 >= int(decompressor.segments.length(x_CD[rank]))
         rank, offset = rank + ends, 0 if ends else offset + 1
@@ -279,7 +280,6 @@ def test_training_resumes_where_it_stopped(recipe_values, tmp_path, changes):
     "changes, message",
     [
         ({"depth": 9}, r"depth = 9: .* at most 4\."),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"continuation_share": 1.5}, "continuation_share"),
         ({"rate": 0.1, "max_tail": 2}, "max_tail"),
         ({"max_tail": 40}, r"max_tail = 40: .* at most 31\."),

@@ -191,7 +191,6 @@ def test_runs_that_cannot_be_started_are_one_sentence(values, tmp_path):
     no_room = r"got 200 tokens of text and 100 beside them, .* positions for 255.*source_length=155"
     for error, match, data, changes in (
         (RecipeError, "system = online cannot have pairs of data", {}, {"system": "online"}),
-        (RecipeError, "cannot have gradient_checkpointing", {}, {"gradient_checkpointing": True}),
         (RecipeError, "system = planner cannot have distil", {}, {"distil": 0.5}),
         (DataError, "line 1 has no field 'prompt'", fields, {}),
         (DataError, "all get the same plan", same, {}),

@@ -299,8 +299,7 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 where the hardware has it, GPU or CPU."""
     gradient_checkpointing: bool = False
-    """Layers are computed again in the backward pass, which takes less memory and more time; not
-    with two adapters, so not for `compressor` and `planner`."""
+    """Layers are computed again in the backward pass, which takes less memory and more time."""
     heldout_every: PositiveInt = 50
     """Steps between figures of the held-out text."""
     heldout_tokens: int = Field(2048, ge=8)

@@ -111,7 +111,6 @@ class System:
         holds = {
             "distil": recipe.distil > 0,
             "pool": recipe.pool,
-            "gradient_checkpointing": recipe.gradient_checkpointing,
             "pairs of data": recipe.on_pairs,
             "lora.rank = 0": recipe.lora.rank == 0,
         }
@@ -247,11 +246,11 @@ class Online(Writing):
 
 
 class Compressor(Writing):
-    """Text → concepts → text. A code stands for all tokens of its segment anyway, without `pool`;
-    a layer that is computed again in the backward pass would meet the other adapter."""
+    """Text → concepts → text. A code stands for all tokens of its segment anyway, without
+    `pool`."""
 
     name = "compressor"
-    refuses = ("distil", "pairs of data", "pool", "gradient_checkpointing")
+    refuses = ("distil", "pairs of data", "pool")
     measures = measures.COMPRESSOR
 
     def state(self, model: AdaptedModel) -> Figures:
@@ -269,7 +268,7 @@ class Planner(System):
     lengthens = False  # its plans are of the pairs that its steps see
     shifts_labels = False
     baselines = ("control",)
-    refuses = ("distil", "lora.rank = 0", "gradient_checkpointing")
+    refuses = ("distil", "lora.rank = 0")
 
     def options(self, recipe: Recipe, layers: int) -> dict:
         return {

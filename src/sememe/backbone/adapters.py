@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -35,19 +36,28 @@ def add_lora(base: nn.Module, config, name: str = "default", last: int | None = 
 
 
 @contextlib.contextmanager
-def adapter(base: nn.Module, name: str):
-    """`base` with the adapter of that name alone; layers that have none of it run as they were.
-    peft's own switch would also turn the others' gradients off, which a graph that went through
-    them still needs."""
-    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._active_adapter for layer in layers]
-    for layer in layers:
-        layer._active_adapter = [name]
+def active(adapters: dict[BaseTunerLayer, list[str]]):
+    """Each of these layers with those adapters alone. peft's own switch would also turn the others'
+    gradients off, which a graph that went through them still needs."""
+    before = active_adapters(adapters)
     try:
-        yield base
+        for layer, names in adapters.items():
+            layer._active_adapter = names
+        yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._active_adapter = was
+        for layer, names in before.items():
+            layer._active_adapter = names
+
+
+def active_adapters(modules: Iterable[nn.Module]) -> dict[BaseTunerLayer, list[str]]:
+    """Of those modules that have adapters, which are on."""
+    return {x: x._active_adapter for x in modules if isinstance(x, BaseTunerLayer)}
+
+
+def adapter(base: nn.Module, name: str):
+    """`base` with the adapter of that name alone, inside a `with`; layers that have none of it run
+    as they were."""
+    return active({layer: [name] for layer in active_adapters(base.modules())})
 
 
 def without_lora(base: nn.Module):

@@ -1,4 +1,4 @@
-"""What stays exact where a model is cast to 16 bits."""
+"""What stays exact where a model is cast to 16 bits, or its frozen weights are held in them."""
 
 from collections.abc import Iterable
 
@@ -18,6 +18,47 @@ def cast(model: nn.Module, dtype: torch.dtype, exact: Iterable[nn.Module]) -> No
     for name, p in model.named_parameters():
         if name.startswith(("backbone.", "bridge.")):
             p.data = p.data.to(wide(dtype) if id(p) in stays else dtype)
+
+
+class NarrowLinear(nn.Linear):
+    """A frozen linear held in 16 bits. It computes in the dtype of its input, or of autocast, which
+    would round its weight to the same bits anew in each step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class NarrowEmbedding(nn.Embedding):
+    """A frozen table held in 16 bits. The residual stream that begins with it stays in fp32."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).float()
+
+
+NARROW = {nn.Linear: NarrowLinear, nn.Embedding: NarrowEmbedding}
+
+
+def narrow(base: nn.Module) -> None:
+    """Holds the frozen matrices of `base` in bf16, in place, for training under autocast. LoRA and
+    vectors stay as they are, and so does a table that a family multiplies with in its own way."""
+    modules = [module for module in base.modules() if type(module) in NARROW]
+    others = {
+        id(p)
+        for module in base.modules()
+        for p in module.parameters(recurse=False)
+        if type(module) not in NARROW or p.requires_grad
+    }
+    for module in modules:
+        if id(module.weight) not in others:
+            module.weight.data = module.weight.data.bfloat16()
+            module.__class__ = NARROW[type(module)]  # in place: LoRA and a tied head refer to it
+
+
+def computed_in(module: nn.Module) -> torch.dtype:
+    """That of its vectors: matrices may be held in fewer bits."""
+    return next(p.dtype for p in module.parameters() if p.dim() == 1)
 
 
 class ExactEmbedding(nn.Module):

@@ -4,6 +4,7 @@ Layers are called, never copied, so one path serves every family whose layers si
 a family does differently (embedding scale, logit caps, hybrid layers, …) is caught by `self_check`:
 the base against this loop."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
+from sememe.backbone.adapters import active, active_adapters
 from sememe.backbone.calling import cache_argument, parameters
 from sememe.concepts.masks import Lane, Lanes
 from sememe.concepts.segments import Rope
@@ -80,7 +82,7 @@ class Spine:
         """Layers first … last-1 over (B, n, D). `mask(window)` gives each kind of layer its
         mask."""
         masks: dict[str, Tensor | None] = {}
-        again = getattr(cache, "again", False)
+        again = cache is None or getattr(cache, "again", False)
         layers = zip(self.kinds[first:last], self.decoder.layers[first:last], strict=True)
         for kind, layer in layers:
             if kind not in masks:
@@ -102,8 +104,9 @@ class Spine:
 
 
 def _checkpointed(layer: nn.Module, h: Tensor, **named: Any) -> Any:
-    """A layer that may be computed again in the backward pass. Under its own checkpointing it would
-    be handed no cache, since a cache must not be written twice."""
+    """A layer that may be computed again in the backward pass, with the adapters that are on now.
+    Under its own checkpointing it would meet whichever are on by then, and be handed no cache,
+    since a cache must not be written twice."""
     if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
         return layer(h, **named)
 
@@ -114,7 +117,13 @@ def _checkpointed(layer: nn.Module, h: Tensor, **named: Any) -> Any:
         finally:
             layer.gradient_checkpointing = True
 
-    return checkpoint(once, h, use_reentrant=False)
+    adapters = active_adapters(layer.modules())
+
+    def contexts():
+        """Of the first computation, and of the second."""
+        return contextlib.nullcontext(), active(adapters)
+
+    return checkpoint(once, h, use_reentrant=False, context_fn=contexts)
 
 
 @torch.no_grad()

@@ -4,17 +4,23 @@ not too long ago: one of the last so many, or, by the strict rule, one of the op
 Normal tokens are numbered in each text, and a query names the first of them that it sees. With
 every position a concept the rule is plain causal attention."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 
 from sememe.errors import CheckpointError
 
 FLEX = "flex_attention"
 FLEX_DEVICES = ("cuda",)  # on a CPU it has no backward, and compiled it was wrong
+# Entries of a mask. The kernel makes a float of each, which would be kept for the backward pass of
+# each layer: 64 MB.
+MASK_AT_ONCE = 2**24
 
 
 class Lane(NamedTuple):
@@ -69,10 +75,14 @@ class Lanes(NamedTuple):
             plain = self.plain and attention == "sdpa"
             if plain and (not windows or int(self.key.position.max()) < min(windows)):
                 return None
-            rule = self.query, self.key, window, self.recent
             if attention == FLEX and self.query.position.shape[1] > 1:
-                return segment_blocks(*rule)
-            return allow(segment_mask(*rule), dtype, attention)
+                return segment_blocks(self.query, self.key, window, self.recent)
+
+            def seen(rows: slice) -> Tensor:
+                return segment_mask(self.query[:, rows], self.key, window, self.recent)
+
+            shape = *self.query.position.shape, self.key.position.shape[1]
+            return mask_of(seen, shape, dtype, attention)
 
         return mask
 
@@ -125,9 +135,64 @@ def _seen(query: Lane, key: Lane, window: int | None, recent: int | None) -> Ten
     return allowed | ~query.valid
 
 
-def allow(mask: Tensor, dtype: torch.dtype, attn_implementation: str) -> Tensor:
-    """The mask in the form that the attention kernel takes: bool for sdpa, additive for eager."""
+def mask_of(
+    seen: Callable[[slice], Tensor],
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    attn_implementation: str,
+) -> Tensor:
+    """The mask in the form that the attention kernel takes: bool for sdpa, additive for eager.
+
+    Args:
+        seen: (B, 1, n, S) bool of n of the queries.
+        shape: (B, Q, S); above `MASK_AT_ONCE` sdpa is given a mask that is never whole."""
     if attn_implementation == "sdpa":
-        return mask
+        if math.prod(shape) <= MASK_AT_ONCE:
+            return seen(slice(None))
+        return MaskInParts.of(seen, shape)
+    mask = seen(slice(None))
     floor = torch.finfo(dtype).min
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, floor)
+
+
+class MaskInParts(Tensor):
+    """A (B, 1, Q, S) mask of bool that is made for some of the queries at a time, by the attention
+    that reads it. It is a tensor of that shape without memory of its own, which transformers hands
+    through to the kernel; nothing else can be done with it."""
+
+    seen: Callable[[slice], Tensor]
+
+    @classmethod
+    def of(cls, seen: Callable[[slice], Tensor], shape: tuple[int, int, int]) -> "MaskInParts":
+        batch, queries, keys = shape
+        mask = torch.zeros((), dtype=torch.bool).expand(batch, 1, queries, keys).as_subclass(cls)
+        mask.seen = seen
+        return mask
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return attention_in_parts(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") not in ("__get__", "dim", "size", "as_subclass"):
+            raise TypeError(f"{function.__name__} of a mask that is never whole")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def attention_in_parts(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: MaskInParts, **options
+) -> Tensor:
+    """`scaled_dot_product_attention` of some queries at a time, each time over the keys that one of
+    them sees. In the backward pass it is computed again, or the masks of all would be kept."""
+    batch, _, queries, keys = attn_mask.shape
+
+    def part(query: Tensor, key: Tensor, value: Tensor, rows: slice) -> Tensor:
+        mask = attn_mask.seen(rows)
+        index = mask.flatten(0, 2).any(0).nonzero().squeeze(1)
+        key, value = key.index_select(2, index), value.index_select(2, index)
+        mask = mask.index_select(3, index)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+
+    size = max(1, MASK_AT_ONCE // (batch * keys))
+    rows = [slice(start, start + size) for start in range(0, queries, size)]
+    parts = [checkpoint(part, query[:, :, r], key, value, r, use_reentrant=False) for r in rows]
+    return torch.cat(parts, 2)

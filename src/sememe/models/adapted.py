@@ -18,7 +18,7 @@ from sememe.backbone.adapters import add_lora, merge_lora
 from sememe.backbone.base_files import check_total, shapes_of
 from sememe.backbone.bases import base_of, fingerprint, load_base
 from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
-from sememe.backbone.exact import cast, wide
+from sememe.backbone.exact import cast, computed_in, wide
 from sememe.backbone.split import self_check
 from sememe.concepts.masks import FLEX
 from sememe.errors import CheckpointError
@@ -125,6 +125,11 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
     def bos(self) -> int:
         """The token that every text begins with."""
         return sink_id(self.config.text_config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return computed_in(self.backbone.get_decoder().norm)
 
     def refuse_unknown(self, named: dict, extra: Iterable[str] = ()) -> None:
         """Raises ValueError for what `forward` got and would ignore."""

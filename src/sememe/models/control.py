@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sememe.backbone.calling import cache_argument, check_forward, parameters, take_cache
 from sememe.backbone.split import SLIDING, Spine
@@ -13,6 +14,7 @@ from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import ControlConfig
 from sememe.models.fitting import fitted_blocks
+from sememe.models.losses import loss_and_logits, too_many_logits
 from sememe.models.pruning import GapMap, Scan, entering, removable, runs, show
 
 
@@ -118,8 +120,8 @@ class ControlForCausalLM(AdaptedModel):
         logits_to_keep=0,
         **kwargs,
     ):
-        """As the base's own forward. Its arguments are named because `generate` and the Trainer
-        look for them.
+        """As the base's own forward, but that a training step has no logits where they would be
+        too many to hold. Its arguments are named because `generate` and the Trainer look for them.
 
         Raises:
             ValueError: an argument that the base does not know; a window over tokens that do not go
@@ -133,16 +135,18 @@ class ControlForCausalLM(AdaptedModel):
             if attention_mask is None:
                 attention_mask = tokens.new_ones(len(tokens), before + tokens.shape[1])
             attention_mask = self._window_mask(attention_mask, tokens.shape[1])
-        return self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
+        text = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
             **cache_argument(self.backbone, cache),
-            **kwargs,
-        )
+        }
+        head, trains = self.get_output_embeddings(), self.training and labels is not None
+        if trains and too_many_logits(head, labels):
+            states = self.backbone.get_decoder()(**text, use_cache=False).last_hidden_state
+            return CausalLMOutputWithPast(loss_and_logits(self, states, labels, **kwargs)[0])
+        return self.backbone(**text, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
 
     def _window_mask(self, mask_BS: Tensor, length: int) -> Tensor:
         """(B, 1, T, S) in the kernel's form: which of the S tokens up to now the new ones see."""

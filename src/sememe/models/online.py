@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.cache import ConceptCache, NoCache
 from sememe.backbone.calling import CACHE, check_forward, name_cache, take_cache
-from sememe.backbone.exact import ExactEmbedding
+from sememe.backbone.exact import ExactEmbedding, computed_in
 from sememe.backbone.saved import load_cache
 from sememe.backbone.split import Rope, Spine, split_rope
 from sememe.backbone.tails import KeysValues, TailKeys, check_keys, keys_values
@@ -36,6 +36,7 @@ from sememe.concepts.writer import NULL, ConceptWriter, WriteDecision, inner
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import OnlineConfig
 from sememe.models.fitting import boundary_targets
+from sememe.models.losses import loss_and_logits
 
 BRIDGE_TOKENS = 16384  # at most, that the bridge is started from
 TOKENS_AT_ONCE = 1024  # of the texts that the model is started from
@@ -102,7 +103,7 @@ class OnlineForCausalLM(AdaptedModel):
     @property
     def exact(self) -> torch.dtype:
         """That of the shallow slice."""
-        return next(self.spine.decoder.layers[0].parameters()).dtype
+        return computed_in(self.spine.decoder.layers[0])
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """(B, T) ids → (B, T, D), as the shallow slice takes them."""
@@ -122,7 +123,8 @@ class OnlineForCausalLM(AdaptedModel):
         ablation: str | None = None,
         **kwargs,
     ) -> OnlineOutput:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position; None in training where all of them would be
+        too many to hold (`loss_and_logits`).
 
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D).
@@ -153,10 +155,8 @@ class OnlineForCausalLM(AdaptedModel):
         d_BTD, ids_BT = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         # slice(-0, None): all
         last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.spine.logits(d_BTD[:, last])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        normed_BTD = self.spine.decoder.norm(d_BTD[:, last])
+        loss, logits = loss_and_logits(self, normed_BTD, labels, **kwargs)
         return OnlineOutput(
             loss=loss, logits=logits, concept_ids=ids_BT, **{CACHE: cache.for_layers}
         )

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from sememe import storage
 from sememe.backbone.bases import load_tokenizer, resolve
 from sememe.backbone.calling import set_checkpointing
+from sememe.backbone.exact import narrow
 from sememe.backbone.processes import meet_on_this_machine
 from sememe.errors import CheckpointError, DataError, TrainingError
 from sememe.evaluation.inputs import INPUTS, record
@@ -121,6 +122,8 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
     else:
         for name, share in system.start(run).items():
             say(f"start: {name.replace('_', ' ')} {share:.0%} of the variance")
+    if precision(recipe) == "bf16":
+        narrow(model.backbone)
     return run
 
 

@@ -86,6 +86,8 @@ class ConceptTrainer(Trainer):
             **trainer,
         )
         self._loss_shifts_labels = run.system.shifts_labels
+        if run.recipe.distil > 0:  # takes logits, of which a model with labels may have none
+            self.compute_loss_func = self._cross_entropy
         self.parts: list[Tensor] = []
         """The loss of the step in progress, by the parts that it is computed in."""
         self.buffers: list[tuple[Tensor, Tensor]] = []
@@ -143,12 +145,18 @@ class ConceptTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross entropy, or a mix with distillation. Nobody here asks for the outputs."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
         if (share := self.run.recipe.distil) > 0:
             loss = (1 - share) * loss + share * self._divergence(inputs, outputs.logits, loss)
         if self.run.meter is not None:
             self.run.meter.see(outputs, inputs["labels"])
         return loss
+
+    def _cross_entropy(self, outputs, labels_BT: Tensor, num_items_in_batch=None) -> Tensor:
+        """What the model would have computed itself."""
+        logits, vocab = outputs.logits, outputs.logits.shape[-1]
+        loss_function = self.accelerator.unwrap_model(self.model).loss_function
+        return loss_function(logits, labels_BT, vocab, num_items_in_batch=num_items_in_batch)
 
     def _divergence(self, inputs, logits_BTV: Tensor, loss: Tensor) -> Tensor:
         """KL of the model's next-token distribution from the frozen base's, nats per token, on the

@@ -65,19 +65,22 @@ class Decompressor(nn.Module):
         x = x.to(self.vote.weight.dtype)
         return self.gain * self.vote(rotate(self.segments.content(x), -offset))
 
-    def scores(self, h: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor | float]:
-        """(…, V) logits from last states (…, D) in two parts: the language model's, and the votes
-        of bins. Votes of what was read are part of what lm_head reads."""
-        vote, h, bins = self.votes(x, offset), self.spine.decoder.norm(h), self.segments.bins
-        if bins is None:
-            return self.spine.base.lm_head(h + vote.to(h.dtype)), 0.0
-        return self.spine.base.lm_head(h), bins.votes(vote, offset, self.segments.length(x)).to(
-            h.dtype
-        )
+    def read(self, h: Tensor, x: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        """What `scores` are made of, from last states (…, D). Votes of what was read are part of
+        what lm_head reads."""
+        vote, h = self.votes(x, offset), self.spine.decoder.norm(h)
+        if self.segments.bins is None:
+            return (h + vote.to(h.dtype),)
+        return h, vote, offset, self.segments.length(x)
 
-    def logits(self, h: Tensor, x: Tensor, offset: Tensor) -> Tensor:
+    def scores(self, h: Tensor, *votes: Tensor) -> tuple[Tensor, Tensor | float]:
+        """(…, V) logits in two parts: the language model's, and the votes of bins."""
+        logits = self.spine.base.lm_head(h)
+        return logits, self.segments.bins.votes(*votes).to(h.dtype) if votes else 0.0
+
+    def logits(self, *read: Tensor) -> Tensor:
         """(…, V) logits, both parts together."""
-        return torch.add(*self.scores(h, x, offset))
+        return torch.add(*self.scores(*read))
 
     def states(self, text: Chunk, x_BSD: Tensor, offset_BS: Tensor) -> Tensor:
         """(B, S, D) last states over a text, given the concepts that cover each next token."""
@@ -92,11 +95,11 @@ class Decompressor(nn.Module):
         word = rotate(self.segments.content(x.float()), -stage_G)
         return self.scale * self.prefix(word.to(self.prefix.weight.dtype))
 
-    def continuation_logits(
+    def continuation_states(
         self, ids_BS: Tensor, x_BCGD: Tensor, coded_BC: Tensor, rate: float
     ) -> Tensor:
-        """(B, T, V) logits of each token of (B, 1 + T) texts with their BOS, given those before it
-        and the codes of what came before them, each where the rate puts it."""
+        """(B, T, D) normed states that predict each token of (B, 1 + T) texts with their BOS, given
+        those before it and the codes of what came before them, each where the rate puts it."""
         embed_BTD, stages = self.spine.embed(ids_BS[:, :-1]), x_BCGD.shape[2]
         # From here on C counts codes.
         c_BCD = self.read_codes(x_BCGD).flatten(1, 2).to(embed_BTD.dtype)
@@ -116,7 +119,7 @@ class Decompressor(nn.Module):
             h_BKD = self.run(inputs_BKD, position_BK, valid_BK)
         # The first new token is predicted where the codes end.
         first_B1D = h_BKD.take_along_dim(count_B1.unsqueeze(-1), 1)
-        return self.spine.logits(torch.cat([first_B1D, h_BKD[:, last + 1 :]], 1))
+        return self.spine.decoder.norm(torch.cat([first_B1D, h_BKD[:, last + 1 :]], 1))
 
     def write(self, x_BCD: Tensor, real_BC: Tensor, bos: int, width: int) -> list[list[int]]:
         """The token ids of the likeliest text of each row that a beam search of that width finds;
@@ -139,7 +142,7 @@ class Decompressor(nn.Module):
             h_n1D = self.run(inputs_n1D, position_nS, cache=cache)
             # A word that fits its bin after a wrong one is as good as any other there, but was not
             # to be predicted: votes are added to log p, not to what is normed over.
-            logits_n1V, votes_n1V = self.scores(h_n1D, x_n1D, offset_n1)
+            logits_n1V, votes_n1V = self.scores(*self.read(h_n1D, x_n1D, offset_n1))
             return (logits_n1V.float().log_softmax(-1) + votes_n1V)[:, 0]
 
         with adapter(self.spine.base, ADAPTER):

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sememe.backbone.split import Spine
-from sememe.concepts.masks import allow
+from sememe.concepts.masks import mask_of
 
 
 def run_entries(
@@ -37,12 +37,16 @@ def run_entries(
         if plain and farthest <= window:
             return None  # the kernel's own causal path: nothing else is hidden
         order_K = torch.arange(position_BK.shape[1], device=x_BnD.device)
+
         # A window is one of positions, to both sides: by the order of entries alone a slot, which
         # comes after the text, would see the text's end wherever it stands.
-        distance_BnK = (position_Bn[:, :, None] - position_BK[:, None, :]).abs()
-        seen_BnK = (order_K <= order_K[-count:, None]) & (distance_BnK < window)
-        # One that is not valid sees everything: a row without any key would give NaN.
-        seen_BnK = (seen_BnK & valid_BK[:, None, :]) | ~valid_BK[:, -count:, None]
-        return allow(seen_BnK.unsqueeze(1), x_BnD.dtype, attention)
+        def seen(rows: slice) -> Tensor:
+            distance_BnK = (position_Bn[:, rows, None] - position_BK[:, None, :]).abs()
+            seen_BnK = (order_K <= order_K[-count:][rows, None]) & (distance_BnK < window)
+            # One that is not valid sees everything: a row without any key would give NaN.
+            seen_BnK = (seen_BnK & valid_BK[:, None, :]) | ~valid_BK[:, -count:][:, rows, None]
+            return seen_BnK.unsqueeze(1)
+
+        return mask_of(seen, (*position_Bn.shape, len(order_K)), x_BnD.dtype, attention)
 
     return spine.run(0, last, x_BnD, position_Bn, spine.rope(x_BnD, position_Bn), mask, cache)

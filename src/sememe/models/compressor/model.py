@@ -36,7 +36,7 @@ from sememe.models.compressor.decode import Decompressor
 from sememe.models.compressor.encode import decide, embed_text
 from sememe.models.compressor.slots import Segmenter, Slots
 from sememe.models.configuration import CompressorConfig
-from sememe.models.losses import cross_entropy
+from sememe.models.losses import cross_entropy, token_losses
 from sememe.progress import bar
 
 ROWS_AT_ONCE = 16  # that are compressed together
@@ -82,8 +82,6 @@ class CompressorForCausalLM(AdaptedModel):
     """The base with two adapters, and gate, head and codes between them."""
 
     config_class = CompressorConfig
-    # Recomputed layers would meet whichever adapter is on by then.
-    supports_gradient_checkpointing = False
     foldable = False
 
     def __init__(self, config: CompressorConfig, backbone=None):
@@ -162,12 +160,15 @@ class CompressorForCausalLM(AdaptedModel):
             labels: (B, T) targets, -100 ignored; None for no loss.
             ablation: replace the codes, see `concepts/ablation.py`.
 
-        Returns logits (B, T, V) as a language model's: those at t are of token t + 1."""
+        Returns logits (B, T, V) as a language model's: those at t are of token t + 1; none of a
+        training step."""
         self.refuse_unknown(kwargs)
         encoded = self.encode(input_ids, attention_mask, ablation)
         covering = self.covering(encoded)
         h_BSD = self.decompressor.states(encoded.text, *covering)
-        logits_BSV = self.decompressor.logits(h_BSD, *covering)
+        read = self.decompressor.read(h_BSD, *covering)
+        steps = labels is not None and self.training
+        logits_BSV = None if steps else self.decompressor.logits(*read)
         valid_BC = encoded.decision.pack.valid_BC
         ids_BS = torch.full_like(encoded.text.ids_BT, NULL).masked_scatter(
             encoded.decision.written_BT, encoded.ids_BC[valid_BC]
@@ -175,22 +176,28 @@ class CompressorForCausalLM(AdaptedModel):
         loss = None
         if labels is not None:
             labels = labels.masked_fill(~encoded.text.valid_BT[:, 1:], -100)
-            loss = self._loss(encoded, labels, logits_BSV[:, :-1])
+            if steps:
+                head, states = self.get_output_embeddings(), (x[:, :-1] for x in read)
+                nll_BT = token_losses(head, labels, *states, score=self.decompressor.logits)
+            else:
+                nll_BT = cross_entropy(logits_BSV[:, :-1], labels)
+            loss = self._loss(encoded, labels, nll_BT)
             if (total := kwargs.get("num_items_in_batch")) is not None:
                 # This batch's tokens are a share of the step's.
                 loss = loss * (labels != -100).sum() / total
-        return CompressorOutput(loss=loss, logits=logits_BSV[:, 1:], concept_ids=ids_BS[:, 1:])
+        logits_BTV = None if steps else logits_BSV[:, 1:]
+        return CompressorOutput(loss=loss, logits=logits_BTV, concept_ids=ids_BS[:, 1:])
 
-    def _loss(self, encoded: Encoded, labels_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+    def _loss(self, encoded: Encoded, labels_BT: Tensor, nll_BT: Tensor) -> Tensor:
         """Nats per token of the text, with what lengths add to them in training."""
-        share, nll_BT = self.config.continuation_share, cross_entropy(logits_BTV, labels_BT)
+        share = self.config.continuation_share
         loss = (1 - share) * mean_nll(nll_BT, labels_BT)
         if share > 0:
             half = labels_BT.shape[1] // 2
             first_BT, second_BT = encoded.text.ids_BT[:, 1:].tensor_split([half], 1)
-            logits_BhV = self.continuation_logits(self.encode(first_BT), second_BT)
-            labels_Bh = labels_BT[:, half:]
-            loss = loss + share * mean_nll(cross_entropy(logits_BhV, labels_Bh), labels_Bh)
+            h_BhD = self.continuation_states(self.encode(first_BT), second_BT)
+            nll_Bh = token_losses(self.get_output_embeddings(), labels_BT[:, half:], h_BhD)
+            loss = loss + share * mean_nll(nll_Bh, labels_BT[:, half:])
         if not self.training:
             return loss
         if self.segmenter is not None:
@@ -249,6 +256,10 @@ class CompressorForCausalLM(AdaptedModel):
     def continuation_logits(self, encoded: Encoded, ids_BT: Tensor) -> Tensor:
         """(B, T, V) logits of each of the (B, T) tokens, given those before it and the codes of
         what came before them."""
+        return self.get_output_embeddings()(self.continuation_states(encoded, ids_BT))
+
+    def continuation_states(self, encoded: Encoded, ids_BT: Tensor) -> Tensor:
+        """(B, T, D) normed states of those logits."""
         codes = self.writer.codes
         # Without the BOS, concept 0.
         ids_BC, x_BC1D = encoded.ids_BC[:, 1:], codes.normalise(encoded.e_BCD[:, 1:, None])
@@ -256,7 +267,7 @@ class CompressorForCausalLM(AdaptedModel):
         # concept's state stands for each.
         x_BCGD = codes.by_stage(ids_BC.clamp(min=0)) + (x_BC1D - x_BC1D.detach())
         x_BCGD = torch.where((ids_BC < 0)[..., None, None], x_BC1D, x_BCGD)
-        return self.decompressor.continuation_logits(
+        return self.decompressor.continuation_states(
             F.pad(ids_BT, (1, 0), value=self.bos), x_BCGD, encoded.coded_BC[:, 1:], self.dial.rate
         )
 

@@ -200,7 +200,7 @@ def weigh_votes(model, ids_BT: Tensor) -> dict[str, float]:
     nll = {}
     for weight in VOTES:
         decompressor.gain.fill_(weight * unit)
-        logits_BSV = decompressor.logits(h_BSD, *covering)
+        logits_BSV = decompressor.logits(*decompressor.read(h_BSD, *covering))
         nll[weight] = float(cross_entropy(logits_BSV[:, :-1], ids_BT).mean())
     best = min(nll, key=nll.get)
     decompressor.gain.fill_(best * unit)

@@ -25,28 +25,27 @@ from transformers.utils.generic import can_return_tuple
 
 from sememe.backbone.adapters import adapter, add_lora
 from sememe.backbone.split import Spine
-from sememe.concepts.masks import allow
+from sememe.concepts.masks import mask_of
 from sememe.concepts.plan import IGNORED, NULL, PlanCodes
 from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import PlannerConfig
-from sememe.models.losses import cross_entropy
+from sememe.models.losses import cross_entropy, token_losses
 from sememe.models.planner.beam import PLANNER, PlanSearch
 from sememe.models.planner.executor import EXECUTOR, target_states, write
-from sememe.models.planner.losses import differentiated, in_chunks, mean_nll
+from sememe.models.planner.losses import differentiated, mean_nll
 from sememe.models.planner.signals import SignalProbe
 from sememe.models.planner.slots import NEVER, Context, Slots, plan_slots
 
 FRAME_ROWS = 4096  # embeddings that mean and scale are taken from
-LOGITS_AT_ONCE = 2**25  # of texts whose logits are not kept: 128 MB
 
 
 @dataclass
 class PlannerOutput(CausalLMOutputWithPast):
-    """`logits` (B, Y, V) of each target token. `target_nll`: nats per target token; `plan_nll`:
-    nats per concept, `<EOS>` included; `plan_logits`: (B, P, M); `plan_ids`: the plan that was
-    read; `signal_nll`: nats per label, summed over the signals. In training the planner is reached
-    through `loss` alone."""
+    """`logits` (B, Y, V) of each target token; None in training. `target_nll`: nats per target
+    token; `plan_nll`: nats per concept, `<EOS>` included; `plan_logits`: (B, P, M); `plan_ids`: the
+    plan that was read; `signal_nll`: nats per label, summed over the signals. In training the
+    planner is reached through `loss` alone."""
 
     target_nll: Tensor | None = None
     plan_nll: Tensor | None = None
@@ -72,8 +71,6 @@ class PlannerForCausalLM(AdaptedModel):
     """The base with two adapters, and the plan's vocabularies between them."""
 
     config_class = PlannerConfig
-    # Recomputed layers would meet whichever adapter is on by then.
-    supports_gradient_checkpointing = False
     foldable = False
     _keep_in_fp32_modules_strict = [
         *AdaptedModel._keep_in_fp32_modules_strict,
@@ -120,7 +117,11 @@ class PlannerForCausalLM(AdaptedModel):
         attention = self.backbone.config._attn_implementation
 
         def mask(window: int | None) -> Tensor | None:
-            return allow(query.sees(key, window), x_BnD.dtype, attention)
+            def seen(rows: slice) -> Tensor:
+                return query.pick((slice(None), rows)).sees(key, window)
+
+            shape = *query.position.shape, key.length
+            return mask_of(seen, shape, x_BnD.dtype, attention)
 
         rope = spine.rope(x_BnD, query.position)
         return spine.run(0, len(spine), x_BnD, query.position, rope, mask, cache)
@@ -179,7 +180,7 @@ class PlannerForCausalLM(AdaptedModel):
             order_Bn = slots.order[:, kind_n] + anchor_Bn
             position_Bn = start_B1 + anchor_Bn + further_n
             slots = slots.then(Slots.of(position_Bn, order_Bn, kind_n, query=True))
-        return x_BnD.to(self.backbone.dtype), slots
+        return x_BnD.to(self.dtype), slots
 
     def queries(self) -> tuple[Tensor, Tensor]:
         """(n,) the type of each query, and how far after the anchor it asks."""
@@ -221,16 +222,10 @@ class PlannerForCausalLM(AdaptedModel):
         self, plan_BP: Tensor, target_BY: Tensor, plan_embeddings: Tensor | None = None
     ) -> Tensor:
         """(B, Y) nats of each target token, 0 where it is -100. There are never the logits of more
-        than a few rows."""
+        than a few of them."""
         h_BYD = target_states(self, plan_BP, target_BY, plan_embeddings)
-        logits = self.spine.logits
-        row = max(1, target_BY.shape[1]) * self.config.text_config.vocab_size
-        return in_chunks(
-            lambda h, target: cross_entropy(logits(h), target),
-            LOGITS_AT_ONCE // row,
-            h_BYD,
-            target_BY,
-        )
+        states_BYD = self.spine.decoder.norm(h_BYD)
+        return token_losses(self.get_output_embeddings(), target_BY, states_BYD)
 
     # ---- losses ----
 
@@ -281,8 +276,11 @@ class PlannerForCausalLM(AdaptedModel):
         if self.training and config.plan_dropout > 0:
             lost_B1 = torch.rand(len(plan_ids), 1, device=plan_ids.device) < config.plan_dropout
             plan_ids = plan_ids.masked_fill(lost_B1, NULL)
-        out.logits = self.executor_logits(plan_ids, labels, e_BPD)
-        total = cross_entropy(out.logits, labels).sum()
+        if self.training:
+            total = self.target_nll(plan_ids, labels, e_BPD).sum()
+        else:
+            out.logits = self.executor_logits(plan_ids, labels, e_BPD)
+            total = cross_entropy(out.logits, labels).sum()
         tokens = (labels != IGNORED).sum().clamp(min=1)
         out.target_nll = total / tokens
         # Of a batch in several parts the Trainer says how many tokens all of them have.
