@@ -135,6 +135,25 @@ def test_control_tokens_in_a_message_stay_text():
     assert chat_tokens(tokenizer, [Message(**plain[0])]) == tokenizer(text).input_ids
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch MARK') }}",
+        "{% for a in range(1000000000) %}x{% endfor %}",
+    ],
+)
+def test_a_template_from_a_stranger_reaches_nothing(template, tmp_path, monkeypatch):
+    from sememe.serving.chat import chat_tokens
+    from sememe.serving.errors import ApiError
+    from sememe.serving.protocol import Message
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ApiError, match="chat template refuses these messages.*try: "):
+        chat_tokens(chat_tokenizer(template), [Message(role="user", content="x")])
+    assert not (tmp_path / "MARK").exists()
+
+
 def test_echo_is_a_forward(client, model):
     for text in (PROMPT, "Köln"):
         ids, out = forward(model, text)

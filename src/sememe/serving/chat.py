@@ -88,7 +88,7 @@ def chat_tokens(tokenizer, messages: list[Message]) -> list[int]:
     ]
     try:
         text = tokenizer.apply_chat_template(fields, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except (TemplateError, OverflowError) as error:  # of jinja's sandbox: 100,000 rounds at most
         raise bad(
             "messages",
             "the model's chat template refuses these messages: need roles in an order that it "
