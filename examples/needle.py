@@ -35,17 +35,13 @@ def haystack(words: list[int], tokenizer, length: int, depth: float, seed: int):
     return torch.tensor([ids]), len(digits), slice(first, first + len(needle))
 
 
-def readers(name: str, length: int) -> dict[str, torch.nn.Module]:
-    """The models, the window as wide as the concept model has cache at that length."""
-    model, _ = load_model(name, merge=False)
-    base = model.config.base
-    model.merged()
+def readers(model, plain, length: int):
+    """(name, model) of each reader, the window as wide as the concept model has cache there."""
     rows = round(model.config.cache_share(length) * length)
-    window = ControlConfig(base=base, lora_rank=0, window=max(1, rows - 1))
-    plain = ControlConfig(base=base, lora_rank=0)
-    others = {"base": plain, f"window of {rows}": window}
-    loaded = {key: ControlForCausalLM.from_base(config).eval() for key, config in others.items()}
-    return {f"concepts, {rows} rows": model, **loaded}
+    yield f"concepts, {rows} rows", model
+    for name, window in (("base", None), (f"window of {rows}", max(1, rows - 1))):
+        plain.config.window = window
+        yield name, plain
 
 
 @torch.no_grad()
@@ -56,18 +52,20 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,2048,4096")
     parser.add_argument("--texts", type=int, default=2)
     asked = parser.parse_args()
-    _, tokenizer = load_model(asked.model)
+    model, tokenizer = load_model(asked.model, merge=False)
+    config = ControlConfig(base=model.config.base, lora_rank=0)
+    plain = ControlForCausalLM.from_base(config).eval()
+    model.merged()
     text = Path(asked.text).read_text(encoding="utf-8")
     words = tokenizer.encode(text, add_special_tokens=False)
     lengths = [int(x) for x in asked.lengths.split(",")]
-    by_length = {length: readers(asked.model, length) for length in lengths}
     for number in range(asked.texts):
         for length in lengths:
             for depth in DEPTHS:
                 ids, digits, needle = haystack(words, tokenizer, length, depth, number)
-                for reader, model in by_length[length].items():
+                for reader, own in readers(model, plain, length):
                     line = {"text": number, "length": length, "depth": depth, "reader": reader}
-                    print(json.dumps(line | figures(model, ids, digits, needle)), flush=True)
+                    print(json.dumps(line | figures(own, ids, digits, needle)), flush=True)
 
 
 def figures(model, ids_1T: torch.Tensor, digits: int, needle: slice) -> dict:

@@ -297,7 +297,8 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     standard deviations above the mean of the last steps, as `[steps, deviations]`; ten in a row end
     the run. None: only what is not finite is left out."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 where the hardware has it, GPU or CPU."""
+    """`auto`: bf16 where the hardware has it, GPU or CPU. Frozen weights are then held in it too;
+    LoRA and new modules stay in fp32."""
     gradient_checkpointing: bool = False
     """Layers are computed again in the backward pass, which takes less memory and more time."""
     heldout_every: PositiveInt = 50

@@ -26,6 +26,7 @@ from sememe.progress import bar
 from sememe.workers import Tensors, weights_sha256, work_in_parts
 
 BATCH = 4  # rows of a forward pass
+TOKENS_AT_ONCE = 8192  # of fewer rows where they are long
 BUCKET = 64  # positions per bucket of `nll_by_position`
 SAMPLES = 2  # texts that are shown with their concepts
 
@@ -39,7 +40,9 @@ def batched(job: Callable[[Tensor], tuple], rows_N: Tensor, batch: int = BATCH) 
 
 def token_nll(model, ids_NT: Tensor, batch: int = BATCH, **options) -> tuple[Tensor, Tensor | None]:
     """Per-token NLL in nats (N, T-1), on the host, and the concept ids (N, T), None for a model
-    without concepts. `options`: of the forward, as `ablation`."""
+    without concepts. `options`: of the forward, as `ablation`, which may be one across its rows."""
+    if not options:  # then rows are on their own: long ones take memory for all of their logits
+        batch = min(batch, max(1, TOKENS_AT_ONCE // ids_NT.shape[1]))
 
     def nll(ids_BT: Tensor) -> tuple[Tensor, ...]:
         ids_BT = ids_BT.to(model.device)

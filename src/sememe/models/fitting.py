@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sememe.models.adapted import AdaptedModel
 
 FITTED_TOKENS = 16384  # at most, that a boundary or a bridge is fitted on
+TOKENS_AT_ONCE = 4096  # whose logits are held
 
 
 def fitted_blocks(ids_NT: Tensor) -> Tensor:
@@ -31,4 +32,5 @@ def boundary_targets(model: AdaptedModel, ids_NT: Tensor) -> Tensor | None:
         logits_BTV = model.backbone(input_ids=ids_BT, use_cache=False).logits
         return boundary.target(logits_BTV.float().log_softmax(-1), ids_BT)
 
-    return torch.cat([target(ids_BT) for ids_BT in ids_nT.split(4)])
+    rows = min(4, max(1, TOKENS_AT_ONCE // ids_nT.shape[1]))
+    return torch.cat([target(ids_BT) for ids_BT in ids_nT.split(rows)])
