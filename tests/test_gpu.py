@@ -1,5 +1,6 @@
 """Recipes for a Qwen, and `make gpu` and the SLURM script on a tiny one."""
 
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import metrics
+from sememe.data import read_texts
 from sememe.keys import split_layers
 from sememe.options import load_recipe
 from sememe.report.files import read_json
@@ -62,6 +64,9 @@ def script(tmp_path):
     return call
 
 
+MODEL = "model/model.safetensors"
+
+
 def machine(gpus: int, gib: int) -> dict[str, str]:
     """A Python that says so, and programs that only tell how they were called."""
     python = f'case "$*" in *device_count*) echo {gpus};; *memory*) echo {gib};; *) echo 3;; esac'
@@ -93,17 +98,16 @@ def test_a_gpu_is_given_what_fits_and_several_share_the_batch(script, tmp_path, 
 def test_a_base_of_another_depth_is_split_by_its_own_and_figures_are_not_made_twice(
     script, tmp_path
 ):
+    """Those that are newer than their model: of three stages, and not of the pruned model's."""
+    for age, name in enumerate(("benchmark.json", "ablate.json", "evaluate.json", MODEL)):
+        path = tmp_path / "r" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
     words = {"DATA": ROOT / "data", "OUT": tmp_path / "r", "TOKENS": 4096, "BASE": "other/Base"}
-    for name, figures in (("r", ("evaluate", "ablate", "benchmark")), ("r-prune", ("evaluate",))):
-        (tmp_path / name / "model").mkdir(parents=True)
-        for path in (f"{x}.json" for x in ("model/model", *figures)):
-            (tmp_path / name / path.replace("model.json", "model.safetensors")).touch()
-            os.utime(tmp_path / name / path.replace("model.json", "model.safetensors"), (9, 9))
-        for figure in figures:
-            os.utime(tmp_path / name / f"{figure}.json", (10, 10))
     code, said = script("gpu.sh", machine(0, 0), **words)
-    calls = re.findall("^called sememe (\\w+)", said, re.M)
-    assert code == 0 and calls == ["train"] * 3 + ["benchmark", "report"]
+    left = ["train", "train", "train", "evaluate", "benchmark", "report"]
+    assert code == 0 and re.findall("^called sememe (\\w+)", said, re.M) == left
     assert said.count("split=null") == 4  # said once, and of each training
 
 
@@ -112,6 +116,31 @@ def test_without_a_gpu_it_says_so_before_anything_is_fetched(script):
     assert code == 1 and re.fullmatch(
         r"error: .* finds no GPU .* need .* try: make gpu TINY=1\n", said
     )
+
+
+def test_a_corpus_is_cut_into_held_out_and_training_text(tmp_path, monkeypatch):
+    """As much as the tokens need; what is there stays."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    corpus = importlib.import_module("corpus")
+    monkeypatch.setattr(corpus, "HELDOUT_BYTES", 25)
+    rows = [{"body": f"text number {n:03}"} for n in range(100)]  # of 15 bytes
+    source = tmp_path / "source.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+
+    def make(tokens: int, name: str) -> list[list[str]]:
+        words = ["corpus", f"{source}#body", str(tmp_path / name), "--tokens", str(tokens)]
+        monkeypatch.setattr(sys, "argv", words)
+        corpus.main()
+        return [read_texts(str(tmp_path / name / f"{x}.jsonl")) for x in ("heldout", "train")]
+
+    heldout, train = make(15, "few")
+    assert heldout + train == [row["body"] for row in rows[:7]] and len(heldout) == 2
+    assert make(30, "few") == [heldout, train]
+    assert len(make(10_000, "all")[1]) == 98
+    monkeypatch.setattr(corpus, "HELDOUT_BYTES", 10_000)
+    with pytest.raises(SystemExit, match=r"no more than the 10,000 bytes .* try: DATA=folder"):
+        make(15, "none")
+    assert not (tmp_path / "none" / "train.jsonl").exists()
 
 
 REAL = {"python": f'exec {sys.executable} "$@"'}
