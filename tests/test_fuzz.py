@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -230,6 +231,7 @@ def checkpoint_file(name: str, change):
                 load_random(checkpoint, 0)
                 examples.load_plans(checkpoint)
             step()
+            random.random(), np.random.random(700), torch.randn(3)
             guard.allows(4, 2.0, {})
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             state.total_flos += 1.0

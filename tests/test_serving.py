@@ -149,7 +149,7 @@ def test_a_template_from_a_stranger_reaches_nothing(template, tmp_path, monkeypa
     from sememe.serving.protocol import Message
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ApiError, match="chat template refuses these messages.*try: "):
+    with pytest.raises(ApiError, match=r"chat template refuses these messages.*try: "):
         chat_tokens(chat_tokenizer(template), [Message(role="user", content="x")])
     assert not (tmp_path / "MARK").exists()
 

@@ -168,12 +168,11 @@ def _config(folder: Path) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     outer = read_object(folder / CONFIG)
-    for part in (outer, outer.get("text_config")):
-        kind = (part or {}).get("model_type")
-        if part and "auto_map" in part and kind not in CONFIG_MAPPING:
+    for part in (outer, outer.get("text_config") or {}):
+        if "auto_map" in part and part.get("model_type") not in CONFIG_MAPPING:
             raise UnsafeError(
-                f"{folder / CONFIG} asks for code of its own to make a {kind!r:.80}: need a model "
-                "that transformers knows, since no code of a folder is run. try: another base"
+                f"{folder / CONFIG} asks for code of its own (auto_map): need a model that "
+                "transformers knows, since no code of a folder is run. try: another base"
             )
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 

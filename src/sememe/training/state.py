@@ -43,9 +43,10 @@ def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
         state[int(number)][key] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in state.items():
-        shape = parameters[number].shape
-        wanted = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
-        if number < 0 or {key: value.shape for key, value in values.items()} != wanted:
+        p = parameters[number]
+        wanted = {"step": (torch.Size(), torch.float32)}
+        wanted |= dict.fromkeys(("exp_avg", "exp_avg_sq"), (p.shape, p.dtype))
+        if number < 0 or {key: (x.shape, x.dtype) for key, x in values.items()} != wanted:
             raise ValueError(f"moments of parameter {number} of another kind")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -55,10 +56,9 @@ def load_progress(folder: Path, step: int) -> dict[str, Any]:
     """What the guard knew, from the Trainer's state after so many steps, all of which the Trainer
     will take over. Raises ValueError, TypeError or LookupError where it cannot."""
     loaded = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-    known = loaded.best_model_checkpoint is None and isinstance(loaded.log_history, list)
-    if repr(loaded.global_step) != str(step) or not known:
-        raise ValueError(f"{TRAINER_STATE_NAME} is not of step {step}")
-    math.isfinite(loaded.total_flos)
+    known = [loaded.global_step, loaded.best_model_checkpoint, loaded.log_history[:0]]
+    if repr(known) != f"[{step}, None, []]" or not math.isfinite(loaded.total_flos):
+        raise ValueError(f"{TRAINER_STATE_NAME} is of another step")
     return loaded.stateful_callbacks["Guard"]
 
 
@@ -79,6 +79,9 @@ def load_random(folder: Path, rank: int) -> None:
     states = read_json(_random(folder, rank))
     if not states:
         return
+    position = states["numpy"][1]
+    if not 0 <= position <= 624:  # which numpy takes as it is, and reads what lies there
+        raise ValueError("no place among the numbers of numpy")
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(("MT19937", *states["numpy"]))
