@@ -6,8 +6,11 @@ to this."""
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from sememe.concepts.gate import GateState
 
 
 def naive_rule(written_T: list[bool], max_tail: int | None = None) -> list[list[bool]]:
@@ -53,6 +56,28 @@ def naive_decisions(scores, rate, max_tail, threshold, gain, accumulates=False) 
         if accumulates and written[-1]:
             total = max(total - threshold, 0.0)
     return written
+
+
+def loop_decisions(
+    score_BT, real_BT, rate, max_tail, state, threshold, gain, accumulates=False
+) -> tuple[np.ndarray, GateState]:
+    """The same of a batch with padding, from a state to a state: token by token over all rows."""
+    scores, written_BT = score_BT.numpy(), np.zeros(real_BT.shape, bool)
+    tokens, concepts, tail, total = state
+    for t, real in enumerate(real_BT.T):
+        score = scores[:, t]
+        if accumulates:
+            score = total = total + np.where(real & (tokens > 0), score, 0.0)
+        owed = rate * tokens - concepts
+        write = (score > threshold - gain * owed) | (tokens == 0) | (tail >= max_tail)
+        write = real & (write | (rate >= 1))
+        if accumulates:
+            total = np.where(write, np.maximum(total - threshold, 0.0), total)
+        written_BT[:, t] = write
+        tokens = tokens + real
+        concepts = concepts + write
+        tail = np.where(write, 0, tail + real)
+    return written_BT, GateState(tokens, concepts, tail, total)
 
 
 def per_step_logits(model, ids_T: Tensor) -> tuple[Tensor, list[int]]:

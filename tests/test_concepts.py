@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import naive_decisions, naive_rule
+from reference import loop_decisions, naive_decisions, naive_rule
+from sememe.concepts import gate as gate_module
+from sememe.concepts.boundary import BOUNDARIES
 from sememe.concepts.gate import GateState, RateGate
 from sememe.concepts.head import HEADS
 from sememe.concepts.kmeans import kmeans
@@ -40,6 +42,49 @@ def test_gate_is_the_naive_gate(stride, extra, threshold, seed):
     gate.threshold = lambda rate: (threshold, 0.1)
     written = decide(gate, torch.from_numpy(scores), rate, max_tail)[0].tolist()
     assert written == naive_decisions(scores[0].tolist(), rate, max_tail, threshold, 0.1)
+
+
+def test_blocks_decide_as_the_loop_does(monkeypatch):
+    """1,000 cases: every boundary, rate of rows, tail and padding, and what is carried between two
+    chunks. Blocks of 8 tokens, so that guesses are often wrong."""
+    monkeypatch.setattr(gate_module, "BLOCK", 8)
+    random, blocks, rounds = np.random.default_rng(0), [], []
+    loop = RateGate._loop
+
+    def spied(gate, scores, *others):
+        rounds.append(scores.shape[1])
+        return loop(gate, scores, *others)
+
+    monkeypatch.setattr(RateGate, "_loop", spied)
+    for case in range(1000):
+        gate = RateGate([*BOUNDARIES][case % len(BOUNDARIES)], 8, 16)
+        batch, length = random.integers(1, 5), random.integers(1, 100)
+        scores = random.normal(random.normal(), random.uniform(0, 2), (batch, length))
+        score_BT = torch.from_numpy(scores).float() * gate.boundary.scored
+        gate.calibrate(torch.from_numpy(random.normal(size=300)))
+        if gate.boundary.accumulates:
+            score_BT, gate.quantiles = score_BT.abs(), gate.quantiles.abs()
+        # Padding at the left, at the right, or anywhere.
+        place, first = np.arange(length), random.integers(0, length, (batch, 1))
+        masks = place >= 0, place >= first, place <= first, random.random((batch, length)) < 0.7
+        real_BT = np.broadcast_to(masks[random.integers(4)], (batch, length))
+        rate = float(random.choice([0.1, 0.25, 0.4, 1.0]))
+        if random.integers(2):
+            rate = random.choice([0.1, 0.25, 1.0], batch)
+        chunk, max_tail = random.integers(0, length + 1), int(random.choice([0, 3, 16]))
+        state, other = GateState.start(batch), GateState.start(batch)
+        for part in (slice(0, chunk), slice(chunk, None)):
+            text = score_BT[:, part], real_BT[:, part]
+            if text[1].size == 0:
+                continue
+            written, state, _ = gate(*text, rate, max_tail, state)
+            limits = *gate.threshold(rate), gate.boundary.accumulates
+            expected, other = loop_decisions(*text, rate, max_tail, other, *limits)
+            assert np.array_equal(written, expected), case
+            blocks.append(written.shape[1] // 8)
+            for name, x, y in zip(GateState._fields, state, other, strict=True):
+                assert np.array_equal(x, y) and x.dtype == y.dtype, (case, name)
+    assert max(blocks) > 8 and len(rounds) > 2 * len(blocks), "some guesses were wrong"
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.25, 0.125])

@@ -244,3 +244,9 @@ CacheMemory = option(
 Deadline = option(float, "Seconds that an answer may take.", min=0.1)
 QueueTimeout = option(float, "Seconds that a request may wait for a row.", min=0.1)
 Drain = option(float, "Seconds that running requests have after Ctrl-C or SIGTERM.", min=0)
+
+Gpu = option(str, "h100, h200, a100, rtx4090, or cpu: this machine, which is measured.")
+Gpus = option(int, "How many.", min=1)
+PlannedTokens = option(float, "Tokens to train on.", "--tokens", min=1)
+Price = option(float, "Of one GPU for an hour. Default: no cost.", min=0)
+Context = option(int, "Tokens of a text that is served.", min=16)

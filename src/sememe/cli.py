@@ -14,6 +14,7 @@ import typer
 import sememe
 from sememe import arguments
 from sememe.cli_benchmark import benchmark
+from sememe.cli_plan import plan
 from sememe.cli_serve import serve
 from sememe.errors import Interrupted, SememeError
 from sememe.locks import LOCK, only_user
@@ -351,6 +352,7 @@ def reconstruct(
 
 
 command(benchmark)
+command(plan)
 
 
 @command

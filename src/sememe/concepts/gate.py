@@ -156,9 +156,7 @@ class RateGate(nn.Module):
         if fill := blocks * size - length:
             scores, real_BT = (np.pad(x, ((0, 0), (0, fill))) for x in (scores, real_BT))
         # Tokens first, so that one of all blocks is one piece; the blocks of a text are in a row.
-        score_tn, real_tn = (
-            np.ascontiguousarray(x.reshape(-1, size).T) for x in (scores, real_BT)
-        )
+        score_tn, real_tn = (np.ascontiguousarray(x.reshape(-1, size).T) for x in (scores, real_BT))
         rule = [np.repeat(x, blocks) if np.ndim(x) else x for x in rule]
         # At first as if as many concepts as are wanted came before a block, the last just there.
         count_n = real_tn.sum(0).reshape(batch, blocks)

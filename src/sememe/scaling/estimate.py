@@ -1,0 +1,225 @@
+"""A recipe → memory, work, time and cost of training it and of serving what it makes.
+
+Of training: every operation of one step, recorded on fake tensors (`recording.py`), takes as long
+as its products or its memory traffic at the hardware's figures. Of serving: bytes that a step of
+decoding reads, and products that it makes. Weights are never loaded."""
+
+import math
+from typing import Any
+
+from transformers import AutoConfig
+
+from sememe.backbone.base_files import CONFIG
+from sememe.backbone.bases import KNOWN, resolve
+from sememe.backbone.calling import set_checkpointing
+from sememe.errors import BaseError, RecipeError
+from sememe.keys import Recipe
+from sememe.models import MODELS
+from sememe.paths import existing
+from sememe.scaling.hardware import Hardware
+from sememe.scaling.recording import Recorder, record
+from sememe.scaling.steps import online_loss, plain_loss
+from sememe.systems import SYSTEMS
+from sememe.training.run import precision
+
+SYSTEMS_KNOWN = ("online", "control", "skip", "window")
+LOSSES = {"online": online_loss}
+ADAM = 8  # bytes of its two fp32 moments of a weight
+USED = 0.9  # of a GPU's memory; the rest is its context and what the allocator cannot use
+
+
+def base_config(base: str):
+    """That of a base of which no more than its config.json need be there."""
+    folder = existing(base) if base not in KNOWN else None
+    if folder is None or not (folder / CONFIG).is_file():
+        folder = resolve(base)
+    try:
+        loaded = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseError(
+            f"{folder / CONFIG} cannot be read ({error!s:.200}): need the configuration of a "
+            "decoder that transformers knows. try: another base"
+        ) from error
+    return loaded.get_text_config()
+
+
+def build(recipe: Recipe, base):
+    """The recipe's model over a base of that configuration, on the present device."""
+    config = SYSTEMS[recipe.system].config(recipe, base.num_hidden_layers)
+    config.adopt(base)
+    config._attn_implementation = "sdpa"
+    model = MODELS[recipe.system](config)
+    if recipe.gradient_checkpointing:
+        set_checkpointing(model)
+    return model
+
+
+def estimate(
+    recipe: Recipe, gpu: str, gpus: int, tokens: float, price: float | None, context: int
+) -> dict[str, Any]:
+    """All figures, as JSON. `tokens`: to train on. `price`: of one GPU for an hour. `context`:
+    tokens of a text that is served.
+
+    Raises RecipeError for a system whose steps are not running text of fixed shape."""
+    if recipe.system not in SYSTEMS_KNOWN or recipe.on_pairs:
+        raise RecipeError(
+            f"system = {recipe.system}{' on pairs' * recipe.on_pairs}: need one of "
+            f"{', '.join(SYSTEMS_KNOWN)} on running text, whose steps have one shape. try: "
+            "system=online"
+        )
+    SYSTEMS[recipe.system].check(recipe, gpus)
+    base = base_config(recipe.base)
+    hardware = Hardware.of(gpu)
+    bf16 = precision(recipe) == "bf16" if gpu == "cpu" else recipe.precision != "fp32"
+    rows = recipe.batch_size // gpus // recipe.gradient_accumulation
+    shape = rows, recipe.sequence_length
+    loss = LOSSES.get(recipe.system, plain_loss)
+    made = []
+
+    def keep():
+        made[:] = [build(recipe, base)]
+        return made[0]
+
+    recorder = record(keep, loss, shape, bf16)
+    counts = parameters(made[0])
+    work = step(recipe, recorder, counts, hardware, gpus)
+    return {
+        "recipe": {"system": recipe.system, "base": recipe.base, "gpu": gpu, "gpus": gpus},
+        "hardware": vars(hardware),
+        "parameters": counts,
+        "memory": memory(recorder, counts, hardware, gpus),
+        "step": work,
+        "training": training(work, tokens, gpus, price),
+        "serving": serving(made[0], counts, hardware, context, 4 if gpu == "cpu" else 2),
+    }
+
+
+def parameters(model) -> dict[str, int]:
+    """How many numbers the base, LoRA and the new modules have."""
+    counts = {"base": 0, "lora": 0, "new": 0}
+    for name, p in model.named_parameters():
+        kind = "lora" if "lora_" in name else "base" if name.startswith("backbone.") else "new"
+        counts[kind] += p.numel()
+    return counts
+
+
+def memory(recorder: Recorder, counts: dict[str, int], hardware: Hardware, gpus: int) -> dict:
+    """Bytes on each GPU in training: fp32 weights, two moments and the gradients of what is
+    trained, and what lives at the worst moment of a step."""
+    trained = counts["lora"] + counts["new"]
+    weights = 4 * sum(counts.values())
+    adam = ADAM * trained
+    peak = recorder.peak + adam
+    # Loading holds the file's pages beside the weights.
+    peak = max(peak, 2 * 4 * counts["base"])
+    # A layer of shards that is whole for the moment is taken to fit into what is left.
+    sharded = peak - (weights - weights / gpus)
+    return {
+        "weights": weights,
+        "adam": adam,
+        "step": recorder.peak - weights,
+        "peak": peak,
+        "peak_sharded": round(sharded),
+        "fits": peak <= USED * hardware.memory,
+        "fits_sharded": sharded <= USED * hardware.memory,
+        "checkpoint": 4 * trained + adam,
+    }
+
+
+def step(
+    recipe: Recipe, recorder: Recorder, counts: dict[str, int], hardware: Hardware, gpus: int
+) -> dict[str, Any]:
+    """One optimizer step of all GPUs. `seconds_at_best`: nothing is lost; `seconds`: products run
+    at the share of the peak that large runs reach, of a CPU, which is measured, at all of it."""
+    parts = recipe.gradient_accumulation
+    operations = recorder.operations
+    flops = sum(x.flops for x in operations) * parts
+    trained = 4 * (counts["lora"] + counts["new"])
+    # Weight, gradient and moments are read, all but the gradient written.
+    adam = 7 * trained / hardware.bandwidth
+    best = hardware.seconds(operations) * parts + adam
+    usual = sum(x.flops / (hardware.bf16 if x.width == 2 else hardware.fp32) for x in operations)
+    compute = max(best, usual * parts / hardware.reached)
+    around = 2 * (gpus - 1) / gpus / hardware.exchange(gpus)  # of a ring: each byte, there and back
+    reduced = trained * around
+    # Sharded weights come twice: forward and backward.
+    gathered = around * 4 * sum(counts.values()) * parts
+    tokens = recipe.batch_size * recipe.sequence_length
+    return {
+        "tokens": tokens,
+        "flops": flops,
+        "bytes": sum(x.bytes for x in operations) * parts,
+        "operations": len(operations) * parts,
+        "seconds_at_best": best,
+        "seconds": compute + reduced,
+        "seconds_reducing": reduced,
+        "seconds_gathering": gathered,
+        "seconds_sharded": max(compute, gathered) + reduced,
+    }
+
+
+def training(work: dict, tokens: float, gpus: int, price: float | None) -> dict[str, Any]:
+    """All steps of a run. `cost` in the price's currency, None without a price."""
+    hours = tokens / work["tokens"] * work["seconds"] / 3600
+    return {
+        "tokens": tokens,
+        "steps": math.ceil(tokens / work["tokens"]),
+        "tokens_per_s": work["tokens"] / work["seconds"],
+        "hours": hours,
+        "gpu_hours": hours * gpus,
+        "cost": None if price is None else hours * gpus * price,
+    }
+
+
+def slots(config, length: int) -> list[tuple[int, int]]:
+    """(layers, keys of a row) of each slice at the end of a text of so many tokens."""
+    layers = config.text_config.num_hidden_layers
+    if not config.writes_concepts:
+        return [(layers - len(config.missing_layers), length)]
+    concepts = round(length * config.rate)
+    ring = min(config.max_tail, length - concepts)
+    shallow, middle, deep = config.split
+    seen = min((config.shallow_window or length) + 1, length)
+    both = config.segment == "both"
+    return [(shallow, seen), (middle, concepts + ring * both), (deep, concepts + ring)]
+
+
+def serving(
+    model, counts: dict[str, int], hardware: Hardware, context: int, width: int
+) -> dict[str, Any]:
+    """One GPU that decodes as many rows as fit at texts of `context` tokens, rows out of phase; and
+    the base beside it. `width`: bytes of a number; a shallow slice of 16 bits stays in 32."""
+    config, base = model.config, model.config.text_config
+    head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    key = 2 * head_dim * getattr(base, "num_key_value_heads", base.num_attention_heads)
+    layers = model.backbone.get_decoder().layers
+    layer = sum(p.numel() for n, p in layers.named_parameters() if "lora_" not in n) / len(layers)
+    head = base.vocab_size * base.hidden_size
+    rate = config.rate if config.writes_concepts else 1.0
+    whole = [(base.num_hidden_layers, context)]
+    sides = {"own": slots(config, context), "base": whole}
+    figures = {}
+    for name, parts in sides.items():
+        concepts = name == "own" and config.writes_concepts
+        widths = [4, width, width] if concepts else [width]
+        shares = [1.0, rate, 1.0] if concepts else [1.0]
+        cache = sum(n * s * key * w for (n, s), w in zip(parts, widths, strict=True))
+        weights = sum(n * layer * w for (n, _), w in zip(parts, widths, strict=True))
+        weights += width * (counts["new"] * concepts + head * (2 - base.tie_word_embeddings))
+        rows = max(0, math.floor((USED * hardware.memory - weights) / cache))
+        read = width * head
+        flops = 2.0 * rows * head
+        for (n, s), w, share in zip(parts, widths, shares, strict=True):
+            # A slice is read where any of the rows writes.
+            read += n * (layer * w * (1 - (1 - share) ** rows) + rows * share * s * key * w)
+            flops += n * rows * share * (2 * layer + 4 * s * head_dim * base.num_attention_heads)
+        peak = hardware.bf16 if width == 2 else hardware.fp32
+        seconds = max(read / hardware.bandwidth, flops / peak)
+        figures |= {
+            f"{name}_weights": weights,
+            f"{name}_cache_per_row": cache,
+            f"{name}_cache_per_token": cache / context,
+            f"{name}_rows": rows,
+            f"{name}_tokens_per_s": rows / seconds if rows else 0.0,
+        }
+    return {"context": context} | figures
