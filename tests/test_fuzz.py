@@ -30,7 +30,6 @@ from families import compressor_over, online_over, tiny_base
 from sememe.backbone import bases
 from sememe.backbone.base_files import _record, shapes_of
 from sememe.codes import Codes, compress, decompress
-from sememe.data import read_texts
 from sememe.errors import SememeError
 from sememe.evaluation.inputs import run_recipe
 from sememe.models.loading import load_model
@@ -38,6 +37,7 @@ from sememe.options import check_recipe, load_recipe
 from sememe.report.doctor import examine
 from sememe.report.files import read_run
 from sememe.report.page import write_report
+from sememe.texts import read_texts
 
 ROOM = 150e6
 """Bytes beside twice the file's: of the libraries, and of Python's objects for small files."""

@@ -18,7 +18,7 @@ LEVEL = {part: level for level, row in enumerate(ROWS) for part in re.findall(r"
 LEVEL |= {"__init__": len(ROWS), "__main__": len(ROWS)}
 HEAVY = {"torch", "transformers", "peft", "datasets"}
 LIGHT = """errors figures paths storage reading keys options report terminal arguments serving
-    cli_serve cli_benchmark"""
+    cli_serve cli_benchmark cli_tokenize"""
 """What starts without torch, so that `sememe --help` and `sememe report` are instant."""
 
 # The size of src/sememe in nodes of its syntax tree, which line breaks do not change. Whoever adds

@@ -14,6 +14,7 @@ import sememe
 from sememe import arguments
 from sememe.cli_benchmark import benchmark
 from sememe.cli_serve import serve
+from sememe.cli_tokenize import tokenize
 from sememe.errors import Interrupted, SememeError
 from sememe.locks import LOCK, only_user
 from sememe.terminal import (
@@ -137,6 +138,9 @@ def pull(
     folder = bases.pull(base)
     yield {"name": base, "folder": str(folder), "sha256": bases.fingerprint(folder)}
     say(f"{base} is at {folder}")
+
+
+command(tokenize)
 
 
 @command

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from sememe.backbone.bases import read_config, resolve
-from sememe.data import block_order, read_texts, token_blocks
+from sememe.data import heldout_blocks, training_rows
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
 from sememe.evaluation.plans import nll_figures, pair_figures
@@ -58,7 +58,7 @@ class Batches:
     examples: Any
     """`Blocks` or `PairExamples`."""
     heldout: Any
-    """(N, T) blocks or `PairTensors`."""
+    """`TextBlocks` or `PairTensors`."""
     calibration_NT: Tensor | None = None
     """Blocks of training text that new modules are started on; None where it trains on pairs."""
 
@@ -92,6 +92,8 @@ class System:
     measures = measures.TEXT
     lengthens = True
     """Whether a run can be trained on to more steps than it was begun with."""
+    takes_documents = True
+    """Whether rows of a batch may be of different lengths."""
     shifts_labels = True
     """Whether position t predicts label t + 1, as usual; a planner predicts label 0 as well."""
     refuses: tuple[str, ...] = ("distil", "pairs of data", "lora.rank = 0")
@@ -120,6 +122,11 @@ class System:
             raise RecipeError(
                 f"system = {self.name} cannot have {name}: need another system, or the recipe "
                 "without. try: docs/options.md"
+            )
+        if recipe.on_pairs and not isinstance(recipe.data.train, str):
+            raise RecipeError(
+                "data.train names several texts with their weights, and pairs are of one: need a "
+                "single one. try: data.train=FILE"
             )
         parts = processes * recipe.gradient_accumulation
         if recipe.batch_size % parts:
@@ -156,15 +163,19 @@ class System:
         base_config = read_config(folder).get_text_config()
         if recipe.on_pairs:
             return self.pair_batches(recipe, tokenizer, base_config, say)
-        length, batch = recipe.sequence_length, recipe.batch_size
+        length = recipe.sequence_length
         longest = longest_text(base_config, self.config_class.opens_with_bos)
         check_length(longest, length, "sequence_length=")
-        train, heldout = read_texts(recipe.data.train), read_texts(recipe.data.heldout)
-        train_NT = token_blocks(train, tokenizer, length, recipe.steps * batch * length)
-        heldout_NT = token_blocks(heldout, tokenizer, length, max(recipe.heldout_tokens, length))
-        ids_NT = train_NT[block_order(len(train_NT), recipe.steps, batch, recipe.seed)]
-        calibration_NT = ids_NT[: max(1, recipe.calibration_tokens // length)]
-        return Batches(Blocks(ids_NT, batch), heldout_NT, calibration_NT)
+        examples = Blocks(training_rows(recipe, tokenizer), recipe)
+        heldout = heldout_blocks(recipe.data.heldout, tokenizer, length, recipe.heldout_tokens)
+        ragged = examples.rows.ragged or heldout.counted_NT is not None
+        if ragged and (recipe.distil or not self.takes_documents):
+            raise RecipeError(
+                f"system = {self.name}{', distil' * (recipe.distil > 0)} cannot be trained on "
+                "documents or conversations row by row: need blocks of text. try: sememe tokenize "
+                "without --documents, or system=online without distil"
+            )
+        return Batches(examples, heldout, examples.first_blocks(recipe.calibration_tokens))
 
     def pair_batches(self, recipe: Recipe, tokenizer, base_config, say) -> Batches:
         """As many training pairs as the run can see, and held-out pairs of at least
@@ -193,7 +204,8 @@ class System:
 
     def heldout(self, run: Run) -> Figures:
         """Figures of the held-out set while training. The model is in eval mode."""
-        return heldout_figures(run.model, run.batches.heldout)
+        heldout = run.batches.heldout
+        return heldout_figures(run.model, heldout.ids_NT, heldout.counted_NT)
 
     def state(self, model: AdaptedModel) -> Figures:
         """What the schedule has set the model to, for the line of the log."""
@@ -252,6 +264,7 @@ class Compressor(Writing):
     a layer that is computed again in the backward pass would meet the other adapter."""
 
     name = "compressor"
+    takes_documents = False
     refuses = ("distil", "pairs of data", "pool", "gradient_checkpointing")
     measures = measures.COMPRESSOR
 
