@@ -58,7 +58,7 @@ def rendered(messages: list[Message], tokenizer, place: str) -> tuple[str, list[
     otherwise than the last one, so no rendering has to begin as that of fewer messages does."""
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     numbers = itertools.count()
-    marked = [
+    with_marks = [
         message | {"content": MARK.format(next(numbers))}
         if message["role"] == "assistant"
         else message
@@ -66,7 +66,7 @@ def rendered(messages: list[Message], tokenizer, place: str) -> tuple[str, list[
     ]
     try:
         text, between = (
-            tokenizer.apply_chat_template(x, tokenize=False) for x in (messages, marked)
+            tokenizer.apply_chat_template(x, tokenize=False) for x in (messages, with_marks)
         )
     except (TemplateError, TypeError, ValueError) as fault:
         raise DataError(

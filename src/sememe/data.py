@@ -59,7 +59,7 @@ def text_blocks(texts: list[str], tokenizer, length: int, limit: int = sys.maxsi
         torch.from_numpy(shard.read(name, 0, blocks * length)).view(blocks, -1)
         for name in ("tokens", "bytes")
     )
-    return TextBlocks(ids_NT, bytes_NT, shard.tokens.text.encode()[: int(bytes_NT.sum())])
+    return TextBlocks(ids_NT, bytes_NT, shard.text[: int(bytes_NT.sum())])
 
 
 def heldout_blocks(source: str, tokenizer, length: int, tokens: int) -> TextBlocks:
@@ -73,11 +73,12 @@ def heldout_blocks(source: str, tokenizer, length: int, tokens: int) -> TextBloc
         if total > tokens and first:
             break
         first.append(row.padded(length))
-    columns = (torch.from_numpy(np.stack(column)) for column in zip(*first, strict=True))
-    ids_NT, bytes_NT, counted_NT = columns
+    ids_NT, bytes_NT, counted_NT = (
+        torch.from_numpy(np.stack(arrays)) for arrays in zip(*first, strict=True)
+    )
     text = None
     if isinstance(rows, BlockRows) and rows.in_memory:
-        text = rows.shards.tokens.text.encode()[: int(bytes_NT.sum())]
+        text = rows.shards.text[: int(bytes_NT.sum())]
     return TextBlocks(ids_NT, bytes_NT, text, counted_NT if rows.ragged else None)
 
 

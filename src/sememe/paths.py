@@ -76,8 +76,8 @@ def source_sha256(source: str) -> str:
     name."""
     path, name, field = locate(source)
     if file := content_file(path):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256")
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256")
     else:
         digest = hashlib.sha256(name.encode("utf-8", "replace"))
     if path is None or path.suffix != ".txt":

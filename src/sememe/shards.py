@@ -39,7 +39,8 @@ from sememe.texts import (
     tokenise,
 )
 
-TEXT_BYTES = 32 << 20  # of a shard: what a process has in memory, and what a kill costs
+BATCH = 4  # pieces in the tokenizer at once, which takes many times their bytes
+TEXT_BYTES = 16 << 20  # of a shard: what a process has in memory, and what a kill costs
 NAME = "{:06d}.safetensors"
 FAULTS = (OSError, SafetensorError, ValueError, LookupError, TypeError)
 ABOUT = "about"  # the one entry of a shard's metadata: several have no fixed order
@@ -102,8 +103,8 @@ def tokenize(
             f"{', '.join(sources)}: no character other than white space, need some text. try: "
             "another file or another field"
         )
-    if kept := sum(shard.pop("there") for shard in shards):
-        say(f"{kept} of {len(shards)} shards were there, as they were written")
+    if before := sum(shard.pop("there") for shard in shards):
+        say(f"{before} of {len(shards)} shards were there, as they were written")
     manifest = {
         "files": {
             job.path.name: shard.pop("sha256") for job, shard in zip(jobs, shards, strict=True)
@@ -206,8 +207,8 @@ class TokenShards:
             if fault := storage.difference(path, wanted):
                 raise self._damaged(path, fault)
             self.checked.add(number)
-        with safe_open(path, "np") as opened:
-            return opened.get_tensor(name) if end is None else opened.get_slice(name)[start:end]
+        with safe_open(path, "np") as shard:
+            return shard.get_tensor(name) if end is None else shard.get_slice(name)[start:end]
 
 
 class TextShard(TokenShards):
@@ -217,11 +218,18 @@ class TextShard(TokenShards):
 
     def __init__(self, texts: list[str], tokenizer, limit: int = sys.maxsize):
         stream, eos = documents_of(texts), tokenizer.eos_token_id
-        self.tokens = tokenise(stream, encoder(tokenizer), eos, limit)
+        self.texts: list[str] = []
+        encode, add = encoder(tokenizer), self.texts.append
+        self.tokens = tokenise(stream, encode, eos, limit, encoded=add)
         self.sizes = self.ends = np.array([min(len(self.tokens.tokens), limit)])
         # The last eos of all stands between no texts.
         whole = len(self.tokens.tokens) <= limit and next(stream, None) is None
         self.eos = whole and eos is not None
+
+    @property
+    def text(self) -> bytes:
+        """What the tokens stand for, and perhaps a little more."""
+        return "".join(self.texts).encode()
 
     def part(self, number: int, name: str, start: int = 0, end: int | None = None) -> np.ndarray:
         return getattr(self.tokens, name)[start:end]
@@ -247,7 +255,7 @@ def _write(job: Job) -> dict[str, Any]:
     if entry := _entry(path, identity):
         return entry | {"there": True}
     encode, eos = _tokenizer
-    tokens = tokenise(part_documents(source, part), encode, eos)
+    tokens = tokenise(part_documents(source, part), encode, eos, batch=BATCH)
     arrays = {
         "tokens": _narrow(tokens.tokens, 256),
         "bytes": _narrow(tokens.bytes),
@@ -259,9 +267,9 @@ def _write(job: Job) -> dict[str, Any]:
     return _entry(path, identity) | {"there": False}
 
 
-def _narrow(array: np.ndarray, at_least: int = 0) -> np.ndarray:
-    """In the smallest unsigned type that holds it, and `at_least`."""
-    return array.astype(np.min_scalar_type(int(array.max(initial=at_least))))
+def _narrow(array: np.ndarray, limit: int = 0) -> np.ndarray:
+    """In the smallest unsigned type that holds it, and `limit`."""
+    return array.astype(np.min_scalar_type(int(array.max(initial=limit))))
 
 
 def _content(arrays: dict[str, np.ndarray]) -> str:

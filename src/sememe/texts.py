@@ -293,8 +293,8 @@ def _row_parts(path: Path, field: str, size: int) -> Iterator[Part]:
 
     about = pq.read_metadata(path)
     groups = [about.row_group(number) for number in range(about.num_row_groups)]
-    columns = [group.column(n) for group in groups for n in range(group.num_columns)]
-    total = sum(x.total_uncompressed_size for x in columns if x.path_in_schema == field)
+    chunks = [group.column(n) for group in groups for n in range(group.num_columns)]
+    total = sum(x.total_uncompressed_size for x in chunks if x.path_in_schema == field)
     step = max(1, about.num_rows * size // max(1, total))
     for start in range(0, about.num_rows, step):
         yield Part(start, min(start + step, about.num_rows), start + 1)
@@ -358,23 +358,28 @@ class Tokens(NamedTuple):
     """UTF-8 bytes of text that each stands for: 0 for the eos."""
     starts: np.ndarray
     """Where documents begin; one that goes on from an earlier part, at 0."""
-    text: str
 
 
 def tokenise(
-    stream: Iterator[tuple[str, bool]], encode: Callable, eos: int | None, limit: int = sys.maxsize
+    stream: Iterator[tuple[str, bool]],
+    encode: Callable,
+    eos: int | None,
+    limit: int = sys.maxsize,
+    batch: int = BATCH,
+    encoded: Callable[[str], Any] = bool,
 ) -> Tokens:
-    """Tokens of the pieces that `documents_of` gives; soon after `limit` tokens it stops."""
-    ids, counts, starts, texts = [], [], [], []
+    """Tokens of the pieces that `documents_of` gives; soon after `limit` tokens it stops. So many
+    pieces are in the tokenizer at once, and `encoded` is called with each that gave tokens."""
+    ids, counts, starts = [], [], []
     total, begins, after = 0, True, [] if eos is None else [eos]
-    while total < limit and (batch := list(itertools.islice(stream, BATCH))):
-        encodings = encode([piece for piece, _ in batch])
-        for (piece, last), encoding in zip(batch, encodings, strict=True):
+    while total < limit and (pieces := list(itertools.islice(stream, batch))):
+        encodings = encode([piece for piece, _ in pieces])
+        for (piece, last), encoding in zip(pieces, encodings, strict=True):
             if begins:
                 starts.append(total)
             begins, end = last, after * last
             if encoding.ids:
-                texts.append(piece)
+                encoded(piece)
                 counts.append(byte_counts(piece, encoding.offsets).astype(np.uint32))
             # Arrays one by one: a list of all ids would take several times their memory.
             ids.append(np.array(encoding.ids + end, np.uint32))
@@ -382,4 +387,4 @@ def tokenise(
             total += len(ids[-1])
     empty = np.zeros(0, np.uint32)
     joined = (np.concatenate([empty, *arrays]) for arrays in (ids, counts))
-    return Tokens(*joined, np.array(starts, np.uint32), "".join(texts))
+    return Tokens(*joined, np.array(starts, np.uint32))
