@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sememe.errors import DataError
+from sememe.errors import DataError, RecipeError
 from sememe.keys import Recipe
 from sememe.rows import BlockRows, Mixture, Ordered, rows_of
 from sememe.shards import TextShard
@@ -30,6 +30,11 @@ class TextBlocks:
 
     def __len__(self) -> int:
         return len(self.ids_NT)
+
+    @property
+    def measured(self) -> tuple[Tensor, Tensor | None]:
+        """The ids, and which of them are measured."""
+        return self.ids_NT, self.counted_NT
 
     def windows(self) -> list[bytes]:
         """The text of each block; one that is cut inside a character has a part of its bytes."""
@@ -93,13 +98,32 @@ def block_order(num_blocks: int, steps: int, batch: int, seed: int) -> Tensor:
     return torch.cat(orders)[: steps * batch]
 
 
-def training_rows(recipe: Recipe, tokenizer) -> Ordered | Mixture:
-    """The rows of running text that a recipe trains on, in their order. Raises DataError."""
+def rows_and_heldout(
+    recipe: Recipe, tokenizer, ragged: bool
+) -> tuple[Ordered | Mixture, TextBlocks]:
+    """The rows of running text that a recipe trains on, in their order, and those that it is
+    measured on.
+
+    Args:
+        ragged: whether the system takes rows of different lengths.
+
+    Raises:
+        DataError: missing, empty or too short text.
+        RecipeError: documents or conversations row by row, for a system that takes blocks."""
     train, length, seed = recipe.data.train, recipe.sequence_length, recipe.seed
     count = recipe.steps * recipe.batch_size
     weights = {train: 1.0} if isinstance(train, str) else train
     sources = [rows_of(source, tokenizer, length, count * length) for source in weights]
+    rows = Mixture(sources, list(weights.values()), seed)
     if len(sources) == 1 and isinstance(sources[0], BlockRows) and sources[0].in_memory:
         order_n = block_order(len(sources[0]), recipe.steps, recipe.batch_size, seed)
-        return Ordered(sources[0], order_n)
-    return Mixture(sources, list(weights.values()), seed)
+        rows = Ordered(sources[0], order_n)
+    heldout = heldout_blocks(recipe.data.heldout, tokenizer, length, recipe.heldout_tokens)
+    has_ragged = rows.ragged or heldout.counted_NT is not None
+    if has_ragged and (recipe.distil or not ragged):
+        raise RecipeError(
+            f"system = {recipe.system}{', distil' * (recipe.distil > 0)} cannot be trained on "
+            "documents or conversations row by row: need blocks of text. try: sememe tokenize "
+            "without --documents, or system=online without distil"
+        )
+    return rows, heldout

@@ -39,7 +39,6 @@ from sememe.texts import (
     tokenise,
 )
 
-BATCH = 4  # pieces in the tokenizer at once, which takes many times their bytes
 TEXT_BYTES = 16 << 20  # of a shard: what a process has in memory, and what a kill costs
 NAME = "{:06d}.safetensors"
 FAULTS = (OSError, SafetensorError, ValueError, LookupError, TypeError)
@@ -255,7 +254,7 @@ def _write(job: Job) -> dict[str, Any]:
     if entry := _entry(path, identity):
         return entry | {"there": True}
     encode, eos = _tokenizer
-    tokens = tokenise(part_documents(source, part), encode, eos, batch=BATCH)
+    tokens = tokenise(part_documents(source, part), encode, eos)
     arrays = {
         "tokens": _narrow(tokens.tokens, 256),
         "bytes": _narrow(tokens.bytes),

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from sememe.backbone.bases import read_config, resolve
-from sememe.data import heldout_blocks, training_rows
+from sememe.data import rows_and_heldout
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
 from sememe.evaluation.plans import nll_figures, pair_figures
@@ -116,17 +116,13 @@ class System:
             "pool": recipe.pool,
             "gradient_checkpointing": recipe.gradient_checkpointing,
             "pairs of data": recipe.on_pairs,
+            "pairs of several texts": recipe.on_pairs and not isinstance(recipe.data.train, str),
             "lora.rank = 0": recipe.lora.rank == 0,
         }
-        for name in filter(holds.get, self.refuses):
+        for name in filter(holds.get, ("pairs of several texts", *self.refuses)):
             raise RecipeError(
                 f"system = {self.name} cannot have {name}: need another system, or the recipe "
                 "without. try: docs/options.md"
-            )
-        if recipe.on_pairs and not isinstance(recipe.data.train, str):
-            raise RecipeError(
-                "data.train names several texts with their weights, and pairs are of one: need a "
-                "single one. try: data.train=FILE"
             )
         parts = processes * recipe.gradient_accumulation
         if recipe.batch_size % parts:
@@ -163,18 +159,10 @@ class System:
         base_config = read_config(folder).get_text_config()
         if recipe.on_pairs:
             return self.pair_batches(recipe, tokenizer, base_config, say)
-        length = recipe.sequence_length
         longest = longest_text(base_config, self.config_class.opens_with_bos)
-        check_length(longest, length, "sequence_length=")
-        examples = Blocks(training_rows(recipe, tokenizer), recipe)
-        heldout = heldout_blocks(recipe.data.heldout, tokenizer, length, recipe.heldout_tokens)
-        ragged = examples.rows.ragged or heldout.counted_NT is not None
-        if ragged and (recipe.distil or not self.takes_documents):
-            raise RecipeError(
-                f"system = {self.name}{', distil' * (recipe.distil > 0)} cannot be trained on "
-                "documents or conversations row by row: need blocks of text. try: sememe tokenize "
-                "without --documents, or system=online without distil"
-            )
+        check_length(longest, recipe.sequence_length, "sequence_length=")
+        rows, heldout = rows_and_heldout(recipe, tokenizer, self.takes_documents)
+        examples = Blocks(rows, recipe)
         return Batches(examples, heldout, examples.first_blocks(recipe.calibration_tokens))
 
     def pair_batches(self, recipe: Recipe, tokenizer, base_config, say) -> Batches:
@@ -204,8 +192,7 @@ class System:
 
     def heldout(self, run: Run) -> Figures:
         """Figures of the held-out set while training. The model is in eval mode."""
-        heldout = run.batches.heldout
-        return heldout_figures(run.model, heldout.ids_NT, heldout.counted_NT)
+        return heldout_figures(run.model, *run.batches.heldout.measured)
 
     def state(self, model: AdaptedModel) -> Figures:
         """What the schedule has set the model to, for the line of the log."""
