@@ -62,7 +62,7 @@ def tokenizer_sha256(tokenizer) -> str:
 
 
 def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def tokenize(
@@ -86,18 +86,18 @@ def tokenize(
     encoder(tokenizer)  # one that it cannot work with is refused before all work
     folder = usable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    serialised = tokenizer.backend_tokenizer.to_str()
-    run = partial(_in_processes, workers, (serialised, tokenizer.eos_token_id))
+    arguments = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+    run, model = partial(_in_processes, workers, arguments), _sha256(arguments)
     plans = run(partial(_plan, TEXT_BYTES), sources, "text")
     jobs: list[Job] = []
     for source, (sha256, parts) in zip(sources, plans, strict=True):
         for part in parts:
             path = folder / NAME.format(len(jobs))
-            jobs.append(Job(path, source, part, _sha256([sha256, part, serialised])))
+            jobs.append(Job(path, source, part, _sha256([sha256, part, model])))
     _refuse_others(folder, jobs)
     storage.remove_temporaries(folder)
     shards = run(_write, jobs, "shard")
-    if not shards:
+    if not any(shard["tokens"] for shard in shards):
         raise DataError(
             f"{', '.join(sources)}: no character other than white space, need some text. try: "
             "another file or another field"
