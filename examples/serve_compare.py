@@ -41,7 +41,6 @@ from serve_setup import (
     watched,
 )
 
-from sememe.data import read_texts
 from sememe.engine import Engine, Request
 from sememe.errors import SememeError
 from sememe.evaluation.serving import (
@@ -58,6 +57,7 @@ from sememe.evaluation.serving import (
 )
 from sememe.measure import Options, benchmark
 from sememe.models.loading import load_base, load_model, load_tokenizer, resolve
+from sememe.texts import read_texts
 
 Figures = dict[str, Any]
 BARS = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "S6", "S14")

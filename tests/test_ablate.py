@@ -93,7 +93,9 @@ def test_the_curve_begins_and_ends_with_what_evaluate_says(monkeypatch, settings
         return Subject("", model, byte_tokenizer(), {}, Options(**options))
 
     model, ids = tiny_online(**settings), text(4, 32)
-    monkeypatch.setattr(Subject, "heldout", lambda *_, **__: SimpleNamespace(ids_NT=ids))
+    monkeypatch.setattr(
+        Subject, "heldout", lambda *_, **__: SimpleNamespace(ids_NT=ids, counted_NT=None)
+    )
     monkeypatch.setattr(ablation, "SHARES", (0.0, 0.5, 1.0))
     curve = ablate_text(subject_of(model), "")
     blocks = TextBlocks(ids, torch.ones_like(ids), b"x" * ids.numel())

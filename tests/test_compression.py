@@ -14,9 +14,9 @@ import sememe as package
 from conftest import byte_tokenizer, sememe
 from families import compressor_over, move, tiny_online
 from sememe.codes import Codes, compress_file
-from sememe.data import encoder, token_windows
 from sememe.errors import CheckpointError, CodesError, DataError
 from sememe.models.compressor import model as compressor
+from sememe.texts import encoder, token_windows
 
 MIXED = "Ünïcode 👩‍👩‍👧 日本語 и кириллица\r\n\n  ends with space \U0001f600 "
 TEXTS = ["", "a", "😀", MIXED, "the cat sat on a mat and saw the dog. " * 2, " \n", "one"]

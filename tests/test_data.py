@@ -13,7 +13,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer
-from sememe import data
+from sememe import data, texts
 from sememe.errors import DataError
 from sememe.paths import source_sha256
 
@@ -49,15 +49,15 @@ def test_files_and_datasets_are_documents(tmp_path, monkeypatch):
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     Path("a.jsonl").write_text(f"\ufeff\n{lines}\n", encoding="utf-8")
     pq.write_table(pa.table({"text": ["one", "two"], "null": ["x", None]}), "a.parquet")
-    assert data.read_texts("a#b.txt") == ["Äpfel\n\nund Birnen\n"]
-    assert data.read_texts(str(tmp_path / "a.jsonl")) == ["one\u2028still one", ""]
-    assert data.read_texts("a.jsonl#response") == ["1", "2"]
-    assert data.read_texts("a.parquet") == data.read_texts("org/name#story") == ["one", "two"]
+    assert texts.read_texts("a#b.txt") == ["Äpfel\n\nund Birnen\n"]
+    assert texts.read_texts(str(tmp_path / "a.jsonl")) == ["one\u2028still one", ""]
+    assert texts.read_texts("a.jsonl#response") == ["1", "2"]
+    assert texts.read_texts("a.parquet") == texts.read_texts("org/name#story") == ["one", "two"]
     for source, number in (("a.parquet#null", 2), ("org/name#null", 1)):
         with pytest.raises(DataError, match=f"line {number} has no field 'null' of text"):
-            data.read_texts(source)
+            texts.read_texts(source)
     with pytest.raises(DataError, match=r"could not be loaded with datasets \(.*org/other.*try: "):
-        data.read_texts("org/other")
+        texts.read_texts("org/other")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_is_no_text_is_one_sentence(tmp_path, monkeypatch, name, content, m
         before = b'{"text": "fine"}\n\n' if "line 3" in match else b""
         Path(name).write_bytes(before + content)
     with pytest.raises(DataError, match=match):
-        data.read_texts(name)
+        texts.read_texts(name)
     assert len(source_sha256(name)) == 64
 
 
@@ -112,22 +112,22 @@ def test_blocks_are_the_stream_with_eos_between_documents(eos):
 def test_a_text_in_pieces_has_the_ids_of_the_whole(monkeypatch, chars):
     # No double spaces and no word over 13 characters, so that every piece ends before a lone space.
     text = "the quick brown fox, it jumps over 12 lazy dogs. And then two paragraphs with gaps " * 9
-    monkeypatch.setattr(data, "PIECE_CHARS", chars)
+    monkeypatch.setattr(texts, "PIECE_CHARS", chars)
     assert data.token_blocks([text], BYTE_LEVEL, 1).flatten().tolist() == BYTE_LEVEL.encode(text)
 
 
 @pytest.mark.parametrize("kind", ["byte level", "trimmed", "prefix"])
 def test_blocks_have_the_bytes_of_the_source(kind, monkeypatch):
     tokenizer = train(kind)
-    monkeypatch.setattr(data, "PIECE_CHARS", 30)
-    texts = [MIXED, " ", "x" * 99, MIXED * 3, " " * 99 + "z"]
-    source = "".join(text for text in texts if text.strip()).encode()
-    blocks = data.text_blocks(texts, tokenizer, 1)
+    monkeypatch.setattr(texts, "PIECE_CHARS", 30)
+    parts = [MIXED, " ", "x" * 99, MIXED * 3, " " * 99 + "z"]
+    source = "".join(text for text in parts if text.strip()).encode()
+    blocks = data.text_blocks(parts, tokenizer, 1)
     assert blocks.text == source == b"".join(blocks.windows())
     assert int(blocks.bytes_NT.sum()) == len(source) and int(blocks.bytes_NT.min()) >= 0
     eos = blocks.ids_NT == tokenizer.eos_token_id
     assert int(eos.sum()) == 3 and int(blocks.bytes_NT[eos].sum()) == 0
-    few = data.text_blocks(texts, tokenizer, 7, limit=50)
+    few = data.text_blocks(parts, tokenizer, 7, limit=50)
     for cut, whole in ((few.ids_NT, blocks.ids_NT), (few.bytes_NT, blocks.bytes_NT)):
         assert cut.flatten().tolist() == whole.flatten()[:49].tolist()
     assert source.startswith(few.text)
@@ -137,15 +137,15 @@ def test_blocks_have_the_bytes_of_the_source(kind, monkeypatch):
 
 
 def test_a_limit_stops_the_tokenizer_and_too_few_tokens_are_said(monkeypatch):
-    seen, count, have = [], data.byte_counts, len(BYTE_LEVEL.encode("lazy dogs"))
+    seen, count, have = [], texts.byte_counts, len(BYTE_LEVEL.encode("lazy dogs"))
     assert data.token_blocks(["lazy dogs"], BYTE_LEVEL, have).shape == (1, have)
     for length, limit in ((have + 1, 99), (4, 3)):
         with pytest.raises(DataError, match=rf"has \d+ tokens: need at least {length}"):
             data.token_blocks(["lazy dogs"], BYTE_LEVEL, length, limit)
-    monkeypatch.setattr(data, "PIECE_CHARS", 100)
-    monkeypatch.setattr(data, "byte_counts", lambda *args: seen.append(1) or count(*args))
+    monkeypatch.setattr(texts, "PIECE_CHARS", 100)
+    monkeypatch.setattr(texts, "byte_counts", lambda *args: seen.append(1) or count(*args))
     assert len(data.token_blocks([WORDS * 200], BYTE_LEVEL, 8, limit=50)) == 50 // 8
-    assert len(seen) <= data.BATCH
+    assert len(seen) <= texts.BATCH
 
 
 def test_order_is_a_new_shuffle_each_epoch_and_the_same_for_a_seed():

@@ -33,7 +33,6 @@ from sememe.backbone import bases, saved
 from sememe.backbone.base_files import _record, shapes_of
 from sememe.codes import Codes, compress, decompress
 from sememe.concepts.plan import PlanShape
-from sememe.data import read_texts
 from sememe.errors import SememeError
 from sememe.evaluation.inputs import run_recipe
 from sememe.models.loading import load_model
@@ -41,6 +40,7 @@ from sememe.options import check_recipe, load_recipe
 from sememe.report.doctor import examine
 from sememe.report.files import read_run
 from sememe.report.page import write_report
+from sememe.texts import read_texts
 from sememe.training.checkpoints import SEAL, last_checkpoint, seal
 from sememe.training.guard import Guard
 from sememe.training.plans import PLANS, PairExamples

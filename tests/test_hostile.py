@@ -15,12 +15,12 @@ from conftest import sememe
 from families import compressor_over
 from sememe.backbone import base_files, bases
 from sememe.codes import Codes, compress, decompress, trained_window
-from sememe.data import read_texts
 from sememe.errors import BaseError, CodesError, SememeError
 from sememe.models.loading import load_model
 from sememe.options import check_recipe, load_recipe
 from sememe.report.files import read_run
 from sememe.storage import write_manifest
+from sememe.texts import read_texts
 
 IDS = torch.randint(3, 250, (4, 24), generator=torch.Generator().manual_seed(0))
 TAG = "!!python/object/apply:os.system ['touch MARK']"

@@ -80,6 +80,9 @@ Recipe = argument(Path, "A recipe, see recipes/.")
 Overrides = argument(list[str], "Dotted keys of the recipe.", "[KEY=VALUE]...")
 Grid = argument(list[str], "Dotted keys; a value with commas stays whole in [].", "[KEY=A,B,C]...")
 TextFile = argument(str, "A text, as for ablate --data.", "TEXT")
+Sources = argument(
+    list[str], "Texts: .txt, .jsonl[#field], .parquet[#field], in this order.", "TEXT..."
+)
 Codes = argument(Path, "What sememe compress wrote.", "CODES")
 Run = argument(Path, "A run folder, finished or not.")
 Runs = argument(
@@ -105,6 +108,7 @@ OutCodes = option(Path, "A new file, as codes.json.", metavar="CODES")
 OutText = option(
     Path, "A new .jsonl, or text alone in any other. Default: the terminal.", metavar="TEXT"
 )
+OutShards = option(Path, "A new folder, or an unfinished one to go on with.", metavar="FOLDER")
 OutModel = option(Path, "A new folder.", metavar="DIR")
 WithBaselines = option(bool, "Train control, prune and window too, to compare with.", "--control")
 
@@ -201,6 +205,15 @@ Workers = option(
     min=1,
     max=64,
 )
+
+LocalWorkers = option(int, "Processes that share the work.", min=1, max=256)
+Documents = option(
+    bool,
+    "Train on it document by document, a row each and padded: attention, segments and the gate "
+    "restart with each. Else documents share rows.",
+    "--documents",
+)
+TokenizerOf = option(str, "A known base, a local folder, or a Hub id: whose tokenizer.")
 
 Prompt = option(str, "Text to go on from.")
 MaxNewTokens = option(int, "Tokens to write at most.", min=1)

@@ -16,6 +16,7 @@ from sememe import arguments
 from sememe.cli_benchmark import benchmark
 from sememe.cli_plan import plan
 from sememe.cli_serve import serve
+from sememe.cli_tokenize import tokenize
 from sememe.errors import Interrupted, SememeError
 from sememe.locks import LOCK, only_user
 from sememe.storage import FULL, unwritable
@@ -145,6 +146,9 @@ def pull(
     folder = bases.pull(base)
     yield {"name": base, "folder": str(folder), "sha256": bases.fingerprint(folder)}
     say(f"{base} is at {folder}")
+
+
+command(tokenize)
 
 
 @command

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, FailFast, FiniteFloat, ValidationErr
 
 from sememe import storage
 from sememe.concepts.dial import evaluating
-from sememe.data import check_text, encoder, read_texts, token_windows
 from sememe.errors import CheckpointError, CodesError
 from sememe.models import CompressorForCausalLM
 from sememe.models.compressor.model import ROWS_AT_ONCE, batches
@@ -31,6 +30,7 @@ from sememe.models.loading import (
 from sememe.options import read_recipe
 from sememe.paths import usable
 from sememe.reading import regular
+from sememe.texts import check_text, encoder, read_texts, token_windows
 from sememe.workers import Tensors, weights_sha256, work_in_parts
 
 tokens_of = attrgetter("tokens")

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from sememe import storage
-from sememe.data import check_text
 from sememe.detokenize import decode
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.figures import concept_name
 from sememe.models.loading import check_length, check_rate, load_model, longest_text
 from sememe.systems import system_of
 from sememe.terminal import ConceptStreamer, show_plan, write
+from sememe.texts import check_text
 
 EDIT = re.compile(r"\s*(\d+):(\d+)=(\d+)\s*")
 

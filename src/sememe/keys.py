@@ -42,9 +42,10 @@ class Options(BaseModel):
 class Data(Options):
     """Texts"""
 
-    train: str
-    """Text to train on: .txt, .jsonl, .parquet (a field may be named: `file.jsonl#body`), or a
-    datasets id."""
+    train: str | dict[str, PositiveFloat]
+    """Text to train on: .txt, .jsonl, .parquet (a field may be named: `file.jsonl#body`), a folder
+    of `sememe tokenize`, or a datasets id. Several with their shares of the tokens, whatever they
+    add up to: `{a.txt: 3, corpus: 1}`."""
     heldout: str
     """Text that is never trained on; measured during the run and by `sememe evaluate`."""
     fields: tuple[str, str] | None = None
@@ -58,6 +59,8 @@ class Data(Options):
     def _differ(self) -> "Data":
         if self.fields and (self.source_share or len(set(self.fields)) < 2):
             raise ValueError("need two fields of a row, or else source_share to cut each text")
+        if not self.train:
+            raise ValueError("train: need a text, or several with their weights")
         return self
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sememe.data import byte_counts, encoder, read_rows, read_texts
 from sememe.errors import DataError
 from sememe.keys import Data
 from sememe.options import checked
+from sememe.texts import byte_counts, encoder, read_rows, read_texts
 
 SOURCE_SHARE = 0.25
 IGNORED = -100

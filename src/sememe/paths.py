@@ -63,13 +63,21 @@ def locate(source: str) -> tuple[Path | None, str, str]:
     return existing(name), name, field
 
 
+def content_file(path: Path | None) -> Path | None:
+    """The file that tells what a source is: itself, or of a folder of token shards the manifest,
+    which has the hash of each; None where there is none."""
+    file = path / "manifest.json" if path is not None and path.is_dir() else path
+    return file if file is not None and file.is_file() else None
+
+
 def source_sha256(source: str) -> str:
     """What tells a source from others, under any name: the hash of a file's bytes and of the field
-    that is read; of a datasets id, that of its name."""
+    that is read; of a folder of token shards that of its manifest; of a datasets id, that of its
+    name."""
     path, name, field = locate(source)
-    if path is not None and path.is_file():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
+    if file := content_file(path):
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256")
     else:
         digest = hashlib.sha256(name.encode("utf-8", "replace"))
     if path is None or path.suffix != ".txt":

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from sememe.backbone.bases import read_config, resolve
-from sememe.data import block_order, read_texts, token_blocks
+from sememe.data import rows_and_heldout
 from sememe.errors import RecipeError
 from sememe.evaluation import measures
 from sememe.evaluation.plans import nll_figures, pair_figures
@@ -57,7 +57,7 @@ class Batches:
     examples: Any
     """`Blocks` or `PairExamples`."""
     heldout: Any
-    """(N, T) blocks or `PairTensors`."""
+    """`TextBlocks` or `PairTensors`."""
     calibration_NT: Tensor | None = None
     """Blocks of training text that new modules are started on; None where it trains on pairs."""
 
@@ -91,6 +91,8 @@ class System:
     measures = measures.TEXT
     lengthens = True
     """Whether a run can be trained on to more steps than it was begun with."""
+    takes_documents = True
+    """Whether rows of a batch may be of different lengths."""
     shifts_labels = True
     """Whether position t predicts label t + 1, as usual; a planner predicts label 0 as well."""
     refuses: tuple[str, ...] = ("distil", "pairs of data", "lora.rank = 0")
@@ -112,9 +114,10 @@ class System:
             "distil": recipe.distil > 0,
             "pool": recipe.pool,
             "pairs of data": recipe.on_pairs,
+            "pairs of several texts": recipe.on_pairs and not isinstance(recipe.data.train, str),
             "lora.rank = 0": recipe.lora.rank == 0,
         }
-        for name in filter(holds.get, self.refuses):
+        for name in filter(holds.get, ("pairs of several texts", *self.refuses)):
             raise RecipeError(
                 f"system = {self.name} cannot have {name}: need another system, or the recipe "
                 "without. try: docs/options.md"
@@ -154,15 +157,11 @@ class System:
         base_config = read_config(folder).get_text_config()
         if recipe.on_pairs:
             return self.pair_batches(recipe, tokenizer, base_config, say)
-        length, batch = recipe.sequence_length, recipe.batch_size
         longest = longest_text(base_config, self.config_class.opens_with_bos)
-        check_length(longest, length, "sequence_length=")
-        train, heldout = read_texts(recipe.data.train), read_texts(recipe.data.heldout)
-        train_NT = token_blocks(train, tokenizer, length, recipe.steps * batch * length)
-        heldout_NT = token_blocks(heldout, tokenizer, length, max(recipe.heldout_tokens, length))
-        ids_NT = train_NT[block_order(len(train_NT), recipe.steps, batch, recipe.seed)]
-        calibration_NT = ids_NT[: max(1, recipe.calibration_tokens // length)]
-        return Batches(Blocks(ids_NT, batch), heldout_NT, calibration_NT)
+        check_length(longest, recipe.sequence_length, "sequence_length=")
+        rows, heldout = rows_and_heldout(recipe, tokenizer, self.takes_documents)
+        examples = Blocks(rows, recipe)
+        return Batches(examples, heldout, examples.first_blocks(recipe.calibration_tokens))
 
     def pair_batches(self, recipe: Recipe, tokenizer, base_config, say) -> Batches:
         """As many training pairs as the run can see, and held-out pairs of at least
@@ -191,7 +190,7 @@ class System:
 
     def heldout(self, run: Run) -> Figures:
         """Figures of the held-out set while training. The model is in eval mode."""
-        return heldout_figures(run.model, run.batches.heldout)
+        return heldout_figures(run.model, *run.batches.heldout.measured)
 
     def state(self, model: AdaptedModel) -> Figures:
         """What the schedule has set the model to, for the line of the log."""
@@ -250,6 +249,7 @@ class Compressor(Writing):
     `pool`."""
 
     name = "compressor"
+    takes_documents = False
     refuses = ("distil", "pairs of data", "pool")
     measures = measures.COMPRESSOR
 

@@ -27,6 +27,7 @@ from sememe.concepts.readout import Readout, TailPool, WeightedSegment
 from sememe.concepts.segments import Chunk, Packing, packing
 
 NULL, UNQUANTISED = -1, -2  # in `concept_ids`, beside the ids 0 … K^G - 1
+PADDED = -3  # where figures are counted: no token
 
 
 class Memory(NamedTuple):

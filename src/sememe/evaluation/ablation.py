@@ -10,7 +10,7 @@ from sememe.concepts.ablation import ablate
 from sememe.concepts.plan import NULL
 from sememe.errors import CheckpointError
 from sememe.evaluation.plans import IGNORED, mean_nll, other_plans, plan_samples, target_nll
-from sememe.evaluation.quality import BATCH, realised_rate, token_nll
+from sememe.evaluation.quality import BATCH, mean, realised_rate, token_nll
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.models.planner.em import greedy_plans
@@ -60,18 +60,19 @@ def cost_curve(
 def ablate_text(subject: Subject, data: str) -> Figures:
     """`cost_curve` of a model with concepts on a text; the gate decides as before, so the same
     positions write. Of one seed, a larger share drops the same concepts and more."""
-    ids_NT = subject.heldout(data, min_rows=2).ids_NT
+    blocks = subject.heldout(data, min_rows=2)
+    ids_NT, counted = blocks.ids_NT, {"counted_NT": blocks.counted_NT}
     model, batch = subject.model, BATCH
     while len(ids_NT) % batch == 1:  # no batch of one row: `swap` takes the codes of the next one
         batch += 1
-    nll_NT, concepts_NT = token_nll(model, ids_NT, batch)
+    nll_NT, concepts_NT = token_nll(model, ids_NT, batch, **counted)
 
     def nll(kind: str, share: float, seed: int) -> float:
         spec = f"{kind}:{share}@{seed}" if kind == "drop" else f"{kind}@{seed}"
-        return float(token_nll(model, ids_NT, batch, ablation=spec)[0].mean())
+        return mean(token_nll(model, ids_NT, batch, **counted, ablation=spec)[0])
 
     return {
-        "tokens": nll_NT.numel(),
+        "tokens": int((~nll_NT.isnan()).sum()),
         "sequence_length": ids_NT.shape[1],
         "batch": batch,
         **realised_rate(concepts_NT, model.dial.rate),

@@ -3,7 +3,7 @@ codes are worth as a context."""
 
 from torch import Tensor
 
-from sememe.data import read_texts, token_blocks
+from sememe.data import token_blocks
 from sememe.errors import CheckpointError
 from sememe.evaluation.context import continuation, online_gap
 from sememe.evaluation.inputs import refuse_trained
@@ -11,6 +11,7 @@ from sememe.evaluation.reconstruction import bins_line, lossless, reconstruction
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.models.loading import check_rate, longest_text
+from sememe.texts import read_texts
 
 CONTEXT = 512  # tokens that a text goes on from, at most
 NEXT = 128  # tokens after them, at most

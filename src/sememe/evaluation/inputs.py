@@ -8,9 +8,9 @@ from pathlib import Path
 from sememe.errors import DataError, SememeError, reason
 from sememe.keys import Recipe
 from sememe.options import read_recipe
-from sememe.paths import existing, locate, source_sha256, usable
+from sememe.paths import content_file, existing, locate, source_sha256, usable
 from sememe.report.files import read_json
-from sememe.storage import check_manifest
+from sememe.storage import MANIFEST, check_manifest
 
 INPUTS = "inputs.json"
 TEXTS = ("train", "heldout")
@@ -45,15 +45,33 @@ def recorded(run: Path) -> dict:
     return read_json(run / INPUTS)
 
 
-def content(source: str) -> dict:
-    """What tells a text from others."""
-    return {"bytes": _size(source), "sha256": source_sha256(source)}
+def content(source: str | dict[str, float]) -> dict:
+    """What tells a text, or several with their weights, from others; `sources`: the hashes of all
+    that it is made of."""
+    if not isinstance(source, str):
+        parts = {name: content(name) for name in source}
+        weights = [(part["sha256"], source[name]) for name, part in parts.items()]
+        return {
+            "bytes": {name: part["bytes"] for name, part in parts.items()},
+            "sha256": hashlib.sha256(repr(weights).encode()).hexdigest(),
+            "sources": [sha256 for part in parts.values() for sha256 in hashes(part)],
+        }
+    about = {"bytes": _size(source), "sha256": source_sha256(source)}
+    path = locate(source)[0]
+    if path is None or not path.is_dir() or not content_file(path):
+        return about
+    return about | {"sources": [*read_json(path / MANIFEST).get("sources", {}).values()]}
+
+
+def hashes(text: dict) -> list[str]:
+    """Of a text's `content`: its own, and those of what it is made of."""
+    return [text["sha256"], *text.get("sources", ())]
 
 
 def _size(source: str) -> int | None:
     """Bytes of a text's file; None for a datasets id."""
-    path, *_ = locate(source)
-    return path and path.stat().st_size
+    file = content_file(locate(source)[0])
+    return file and file.stat().st_size
 
 
 def run_recipe(model: str | Path) -> dict:
@@ -78,14 +96,21 @@ def located(run: Path, data: dict) -> dict:
     run was trained, else where it would be had it moved together with the run. A file of another
     size is another project's text of the same name. As typed where it is nowhere."""
     inputs = recorded(run)
-    moved = {}
-    for name in TEXTS if inputs else ():
-        before = os.path.join(inputs["folder"], os.path.expanduser(data[name]))
+
+    def moved(source: str, size: int | None) -> str:
+        before = os.path.join(inputs["folder"], os.path.expanduser(source))
         beside = os.path.join(os.path.abspath(run), os.path.relpath(before, inputs["run"]))
-        sources = (data[name], before, os.path.normpath(beside))
-        there = (source for source in sources if _size(source) == inputs[name]["bytes"])
-        moved[name] = next(there, data[name])
-    return data | moved
+        there = (x for x in (source, before, os.path.normpath(beside)) if _size(x) == size)
+        return next(there, source)
+
+    new = {}
+    for name in TEXTS if inputs else ():
+        source, sizes = data[name], inputs[name]["bytes"]
+        if isinstance(source, str):
+            new[name] = moved(source, sizes)
+        else:
+            new[name] = {moved(text, sizes[text]): weight for text, weight in source.items()}
+    return data | new
 
 
 def refuse_trained(model: str | Path, data: str) -> None:
@@ -96,7 +121,7 @@ def refuse_trained(model: str | Path, data: str) -> None:
     if not recipe:
         return
     trained = recorded(usable(model)).get("train") or content(recipe["data"]["train"])
-    if source_sha256(data) == trained["sha256"]:
+    if {*hashes(content(data))}.intersection(hashes(trained)):
         raise DataError(
             f"{data} is what {model} was trained on: need held-out text. try: "
             f"{recipe['data']['heldout']}"

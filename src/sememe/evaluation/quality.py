@@ -15,7 +15,7 @@ from torch.distributions import Categorical
 from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.segments import tail_lengths
-from sememe.concepts.writer import NULL
+from sememe.concepts.writer import NULL, PADDED
 from sememe.data import TextBlocks
 from sememe.detokenize import pieces
 from sememe.errors import DataError
@@ -23,6 +23,7 @@ from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Options, Subject
 from sememe.models.losses import cross_entropy
 from sememe.progress import bar
+from sememe.rows import IGNORED
 from sememe.workers import Tensors, weights_sha256, work_in_parts
 
 BATCH = 4  # rows of a forward pass
@@ -38,21 +39,43 @@ def batched(job: Callable[[Tensor], tuple], rows_N: Tensor, batch: int = BATCH) 
     return [torch.cat([x.cpu() for x in column]) for column in zip(*parts, strict=True)]
 
 
-def token_nll(model, ids_NT: Tensor, batch: int = BATCH, **options) -> tuple[Tensor, Tensor | None]:
-    """Per-token NLL in nats (N, T-1), on the host, and the concept ids (N, T), None for a model
-    without concepts. `options`: of the forward, as `ablation`, which may be one across its rows."""
+def token_nll(
+    model, ids_NT: Tensor, batch: int = BATCH, counted_NT: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor | None]:
+    """Per-token NLL in nats (N, T-1), on the host, nan where there is no token or none that is
+    counted, and the concept ids (N, T), None for a model without concepts.
+
+    Args:
+        ids_NT: with -100 behind rows that are shorter.
+        options: of the forward, as `ablation`, which may be one across its rows."""
     if not options:  # then rows are on their own: long ones take memory for all of their logits
         batch = min(batch, max(1, TOKENS_AT_ONCE // ids_NT.shape[1]))
 
     def nll(ids_BT: Tensor) -> tuple[Tensor, ...]:
         ids_BT = ids_BT.to(model.device)
-        out = model(input_ids=ids_BT, use_cache=False, **options)
+        real_BT = ids_BT != IGNORED
+        mask = {} if real_BT.all() else {"attention_mask": real_BT.long()}
+        out = model(input_ids=ids_BT.clamp(min=0), use_cache=False, **mask, **options)
         nll_BT = cross_entropy(out.logits[:, :-1], ids_BT[:, 1:])
+        # What is no number of the model's stays infinite.
+        nll_BT = nll_BT.where(~nll_BT.isnan(), math.inf).where(real_BT[:, 1:], math.nan)
         concepts_BT = getattr(out, "concept_ids", None)
-        return (nll_BT,) if concepts_BT is None else (nll_BT, concepts_BT)
+        return (nll_BT,) if concepts_BT is None else (nll_BT, concepts_BT.where(real_BT, PADDED))
 
     nll_NT, *concepts = batched(nll, ids_NT, batch)
+    if counted_NT is not None:
+        nll_NT = nll_NT.masked_fill(~counted_NT[:, 1:], math.nan)
     return nll_NT, concepts[0] if concepts else None
+
+
+def mean(nll_NT: Tensor) -> float:
+    """Of what is a number."""
+    return float(nll_NT[~nll_NT.isnan()].mean())
+
+
+def is_written(ids: Tensor) -> Tensor:
+    """Whether there is a concept, with a code or the sink's."""
+    return (ids != NULL) & (ids != PADDED)
 
 
 @dataclass(frozen=True)
@@ -127,7 +150,7 @@ def rate_error(realised: float, target: float) -> float:
 
 
 def realised_rate(concepts_NT: Tensor, target: float) -> Figures:
-    rate = float((concepts_NT != NULL).float().mean())
+    rate = float(is_written(concepts_NT[concepts_NT != PADDED]).float().mean())
     error = rate_error(rate, target)
     return {"target_rate": target, "concept_rate": rate, "rate_error_percent": error}
 
@@ -152,9 +175,9 @@ def perplexity(counts_K: Tensor) -> float | None:
     return float(Categorical(counts_K.double()).perplexity()) if counts_K.any() else None
 
 
-def longest_tail(written_NT: Tensor) -> int:
-    """Longest run of normal tokens in any row."""
-    return int(tail_lengths(written_NT, torch.ones_like(written_NT)).max())
+def longest_tail(ids_NT: Tensor) -> int:
+    """Longest run of normal tokens in any row of concept ids."""
+    return int(tail_lengths(is_written(ids_NT), ids_NT != PADDED).max())
 
 
 def bucket_means(nll_NT: Tensor) -> list[float]:
@@ -197,14 +220,18 @@ def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = Non
     if control is not None:
         jobs["control"] = Reading(by_control=True)
     read = read_all(Reader(subject, control, [*jobs.values()]), ids_NT)
+    if (counted_NT := blocks.counted_NT) is not None:
+        read = [(nll_NT.where(counted_NT[:, 1:], math.nan), ids_NT) for nll_NT, ids_NT in read]
     readings = dict(zip(jobs, read, strict=True))
     own_NT, concepts_NT = readings["own"]
-    nll = {name: float(nll_NT.mean()) for name, (nll_NT, _) in readings.items()}
+    known_NT = ~own_NT.isnan()
+    nats, text_bytes = own_NT[known_NT].double().sum(), blocks.bytes_NT[:, 1:][known_NT].sum()
+    nll = {name: mean(nll_NT) for name, (nll_NT, _) in readings.items()}
     written = {} if concepts_NT is None else concept_figures(subject, blocks, own_NT, concepts_NT)
     figures = {
-        "tokens": own_NT.numel(),
+        "tokens": int(known_NT.sum()),
         "nll": finite(nll["own"]),
-        "bits_per_byte": float(own_NT.double().sum() / blocks.bytes_NT[:, 1:].sum()) / math.log(2),
+        "bits_per_byte": float(nats / text_bytes) / math.log(2),
         "boundary": getattr(model.config, "boundary", None),
         "nll_by_position": by_position(own_NT, readings.get("control", [None])[0]),
         "sequence_length": ids_NT.shape[1],
@@ -224,9 +251,9 @@ def evaluate(subject: Subject, blocks: TextBlocks, control: Subject | None = Non
 
 def proposal_nll(model, ids_NT: Tensor) -> list[float] | None:
     """NLL, over the whole vocabulary, of the token 1, 2, … places on under what a gate proposes
-    for it, at the same places; None for a gate that proposes nothing."""
+    for it, at the same places; None for a gate that proposes nothing, and for rows of documents."""
     proposals = getattr(model.writer.gate.boundary, "proposals", None)
-    if proposals is None:
+    if proposals is None or (ids_NT == IGNORED).any():
         return None
 
     def nll(ids_BT: Tensor) -> tuple[Tensor]:
@@ -257,20 +284,20 @@ def concept_figures(
 ) -> Figures:
     """Realised rate and use of the (N, T) concept ids of blocks, NLL where a concept was just
     written and in the tails, and the first texts in their segments."""
-    written_NT, model = concepts_NT != NULL, subject.model
-    just_NT = written_NT[:, :-1]
+    model = subject.model
+    just_NT = is_written(concepts_NT)[:, :-1]
     sizes = {key: getattr(model.config, key) for key in ("num_concepts", "codes_per_concept")}
     rate = realised_rate(concepts_NT, model.dial.rate)
     texts = zip(blocks.ids_NT[:SAMPLES], concepts_NT, strict=False)
     return {
         **rate,
         "compression_ratio": 1 / rate["concept_rate"],
-        "longest_tail": longest_tail(written_NT),
+        "longest_tail": longest_tail(concepts_NT),
         **code_use(count_digits(concepts_NT[concepts_NT >= 0], **sizes)),
         **sizes,
         "proposal_nll": proposal_nll(model, blocks.ids_NT),
-        "nll_at_concepts": float(nll_NT[just_NT].mean()),
-        "nll_in_tail": None if just_NT.all() else float(nll_NT[~just_NT].mean()),
+        "nll_at_concepts": mean(nll_NT[just_NT]),
+        "nll_in_tail": None if just_NT.all() else mean(nll_NT[~just_NT]),
         "samples": [sample(*text, subject.tokenizer) for text in texts],
     }
 
@@ -278,7 +305,9 @@ def concept_figures(
 def sample(ids_T: Tensor, concepts_T: Tensor, tokenizer) -> Figures:
     """One text as pieces (one per token, see `detokenize.pieces`) with the concept that each token
     wrote, if any."""
-    tokens = zip(pieces(tokenizer, ids_T.tolist()), concepts_T.tolist(), strict=True)
+    real_T = ids_T != IGNORED
+    concepts = concepts_T[real_T].tolist()
+    tokens = zip(pieces(tokenizer, ids_T[real_T].tolist()), concepts, strict=True)
     return {
         "pieces": [
             {

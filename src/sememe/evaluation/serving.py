@@ -20,11 +20,11 @@ from typing import Any
 import httpx
 import numpy as np
 
-from sememe.data import read_texts
 from sememe.errors import DataError, SememeError
 from sememe.evaluation.inputs import run_recipe
 from sememe.evaluation.results import Figures, of_rounds
 from sememe.progress import bar
+from sememe.texts import read_texts
 
 SAMPLE = 1000  # characters that tell how many of them a token has
 SHARES = {"median": 0.5, "p95": 0.95, "p99": 0.99}

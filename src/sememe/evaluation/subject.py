@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
-from sememe.data import TextBlocks, read_texts, text_blocks, token_blocks
+from sememe.data import TextBlocks, heldout_blocks
 from sememe.errors import CheckpointError, DataError, SememeError
 from sememe.evaluation.inputs import refuse_trained, run_recipe
 from sememe.models.loading import (
@@ -153,7 +153,7 @@ class Subject:
         if self.pairs_form:
             rows = self.pairs_form.load(data, self.tokenizer, min_tokens=tokens)
         else:
-            rows = text_blocks(read_texts(data), self.tokenizer, length, max(tokens, length))
+            rows = heldout_blocks(data, self.tokenizer, length, tokens)
         if len(rows) < min_rows:
             raise DataError(
                 f"{data} and --tokens {tokens} make a single block or pair: need at least two, to "
@@ -171,7 +171,7 @@ class Subject:
             torch.manual_seed(0)
             ids_BT = torch.randint(3, len(self.tokenizer), (batch, length))
         else:
-            ids_NT = token_blocks(read_texts(data), self.tokenizer, length, limit=length * batch)
+            ids_NT = heldout_blocks(data, self.tokenizer, length, length * batch).ids_NT
             ids_BT = ids_NT[row_B % len(ids_NT)]
         step = length // (12 * batch) * 6 + 1  # has no factor with the number of tokens between
         padding_B1 = (row_B * step % length)[:, None]

@@ -3,16 +3,27 @@ metrics.jsonl. Cheap and always on; what each figure means: docs/figures.md."""
 
 import re
 from collections import defaultdict
+from math import nan
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sememe.backbone.processes import gathered
 from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
-from sememe.concepts.writer import NULL
-from sememe.evaluation.quality import bucket_means, code_use, longest_tail, soft_hard, token_nll
+from sememe.concepts.writer import PADDED
+from sememe.evaluation.quality import (
+    bucket_means,
+    code_use,
+    is_written,
+    longest_tail,
+    mean,
+    soft_hard,
+    token_nll,
+)
 from sememe.evaluation.results import Figures
+from sememe.rows import IGNORED
 
 SMALL_BATCH = 512  # held-out tokens that codes are ablated on; one forward each
 USE = ("code_perplexity", "codes_used", "largest_code_share", "bits_per_concept")
@@ -36,20 +47,26 @@ class ConceptMeter:
 
     def read(self) -> Figures:
         """Figures since the last read, of all ranks where there are several."""
-        ids_NT = torch.cat(gathered([torch.cat(self.ids)]))
+        ids_NT = torch.cat(_as_wide(gathered([torch.cat(_as_wide(self.ids))])))
         self.ids = []
-        figures = written_figures(ids_NT) | {"longest_tail": longest_tail(ids_NT != NULL)}
+        figures = written_figures(ids_NT) | {"longest_tail": longest_tail(ids_NT)}
         use = code_use(count_digits(ids_NT[ids_NT >= 0], *self.shape))
         return figures | ({key: use[key] for key in USE} if use["codes_used"] else {})
+
+
+def _as_wide(parts: list[Tensor]) -> list[Tensor]:
+    """(N, T) ids of batches, filled up to the longest."""
+    length = max(ids_NT.shape[1] for ids_NT in parts)
+    return [F.pad(ids_NT, (0, length - ids_NT.shape[1]), value=PADDED) for ids_NT in parts]
 
 
 def written_figures(ids_NT: Tensor) -> Figures:
     """Realised rate, and the mean tail of a segment that a concept closed, where there is one. A
     row's first concept closes none, and its last tail is cut off by the end of the row."""
-    written_NT = ids_NT != NULL
+    written_NT = is_written(ids_NT)
     row_n, column_n = written_NT.nonzero(as_tuple=True)
     tails_n = (column_n.diff() - 1)[row_n.diff() == 0].double()
-    figures = {"rate": float(written_NT.double().mean())}
+    figures = {"rate": int(written_NT.sum()) / int((ids_NT != PADDED).sum())}
     return figures | ({"tail_mean": float(tails_n.mean())} if len(tails_n) else {})
 
 
@@ -63,12 +80,13 @@ def gradient_norms(model) -> Figures:
     return {part: float(torch.nn.utils.get_total_norm(x)) for part, x in gradients.items()}
 
 
-def heldout_figures(model, ids_NT: Tensor) -> Figures:
-    """NLL of (N, T) held-out blocks, the gate running free, and the concepts of a model that writes
-    some. What ablating the codes costs, and what the head is like, is measured on the first few
-    blocks, once codes are in use. `model` is in eval mode."""
-    nll_NT, concepts_NT = token_nll(model, ids_NT)
-    figures = {"heldout_nll": float(nll_NT.mean()), "heldout_nll_by_position": bucket_means(nll_NT)}
+def heldout_figures(model, ids_NT: Tensor, counted_NT: Tensor | None = None) -> Figures:
+    """NLL of (N, T) held-out rows, or of the tokens in them that are counted, the gate running
+    free, and the concepts of a model that writes some. What ablating the codes costs, and what the
+    head is like, is measured on the first few blocks, once codes are in use. `model` is in eval
+    mode."""
+    nll_NT, concepts_NT = token_nll(model, ids_NT, counted_NT=counted_NT)
+    figures = {"heldout_nll": mean(nll_NT), "heldout_nll_by_position": bucket_means(nll_NT)}
     if concepts_NT is None:
         return figures
     written = written_figures(concepts_NT)
@@ -77,11 +95,14 @@ def heldout_figures(model, ids_NT: Tensor) -> Figures:
         return figures
     length = min(ids_NT.shape[1], SMALL_BATCH)
     small_BT = ids_NT[: max(1, SMALL_BATCH // length), :length]
-    plain = float(nll_NT[: len(small_BT), : length - 1].mean())
+    plain_BT = nll_NT[: len(small_BT), : length - 1]
     for kind in ABLATIONS:
         nll_BT, _ = token_nll(model, small_BT, batch=len(small_BT), ablation=kind)
-        figures[f"delta_nll_{kind}"] = float(nll_BT.mean()) - plain
-    return figures | head_figures(model, small_BT)
+        figures[f"delta_nll_{kind}"] = mean(nll_BT.where(~plain_BT.isnan(), nan)) - mean(plain_BT)
+    padded = (small_BT == IGNORED).any()
+    return figures | head_figures(
+        model, small_BT[small_BT != IGNORED][None] if padded else small_BT
+    )
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ from sememe.backbone.calling import set_checkpointing
 from sememe.backbone.exact import narrow
 from sememe.backbone.processes import meet_on_this_machine
 from sememe.errors import CheckpointError, DataError, TrainingError
-from sememe.evaluation.inputs import INPUTS, record
+from sememe.evaluation.inputs import INPUTS, content, hashes, record
 from sememe.evaluation.results import put
 from sememe.locks import only_user
 from sememe.options import Recipe, load_recipe
-from sememe.paths import source_sha256, usable
+from sememe.paths import usable
 from sememe.report.files import COMMANDS, read_metrics
 from sememe.systems import SYSTEMS, Run
 from sememe.training.callbacks import Recorder, Seal, Shard, Stop
@@ -100,7 +100,8 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
     checkpoint = resume_point(folder / "checkpoints", say)
     system = SYSTEMS[recipe.system]
     system.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    if source_sha256(recipe.data.train) == source_sha256(recipe.data.heldout):
+    train, heldout = map(content, (recipe.data.train, recipe.data.heldout))
+    if {*hashes(train)}.intersection(hashes(heldout)):
         raise DataError(
             f"{recipe.data.heldout} holds the same bytes as {recipe.data.train}: need held-out "
             "text that is never trained on. try: another file for data.heldout"

@@ -18,7 +18,9 @@ from transformers import Trainer
 
 from sememe.backbone.adapters import without_lora
 from sememe.concepts.gate import RateGate
+from sememe.concepts.writer import PADDED
 from sememe.keys import Recipe
+from sememe.rows import IGNORED, Mixture, Ordered
 from sememe.training import state
 from sememe.training.checkpoints import step_of
 from sememe.training.meters import gradient_norms
@@ -49,25 +51,59 @@ def adamw(model: torch.nn.Module, recipe: Recipe) -> AdamW:
 
 
 class Blocks(Dataset):
-    """(N, T) token blocks as language-model examples, in a fixed order."""
+    """Rows of tokens as language-model examples, in the order of training."""
 
-    def __init__(self, ids_NT: Tensor, batch: int):
-        self.ids_NT = ids_NT
-        self.batch = batch
+    def __init__(self, rows: Ordered | Mixture, recipe: Recipe):
+        self.rows = rows
+        self.batch, self.steps = recipe.batch_size, recipe.steps
+        self.length = recipe.sequence_length
+        self.tokens_before = 0, 0
+        """Rows whose tokens were counted, and how many they are."""
 
     def __len__(self) -> int:
-        return len(self.ids_NT)
+        return self.steps * self.batch
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids_NT[i], "labels": self.ids_NT[i]}
+        row = self.rows[i]
+        if not self.rows.ragged:
+            ids_T = torch.from_numpy(row.ids)
+            return {"input_ids": ids_T, "labels": ids_T}
+        ids_T, _, counted_T = map(torch.from_numpy, row.padded(self.length))
+        return {
+            "input_ids": ids_T.clamp(min=0),
+            "attention_mask": (ids_T != IGNORED).long(),
+            "labels": ids_T.masked_fill(~counted_T, IGNORED),
+        }
 
     def tokens(self, step: int) -> int:
         """Tokens that the first `step` steps train on."""
-        return step * self.batch * self.ids_NT.shape[1]
+        end = step * self.batch
+        if not self.rows.ragged:
+            return end * self.length
+        first, total = self.tokens_before
+        total += sum(len(self.rows[i].ids) for i in range(first, end))
+        self.tokens_before = end, total
+        return total
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch as the model takes it."""
-        return inputs
+        """A batch as the model takes it: without what is padding in all rows."""
+        if not self.rows.ragged:
+            return inputs
+        length = int(inputs["attention_mask"].sum(1).max())
+        return {name: x_BT[:, :length] for name, x_BT in inputs.items()}
+
+    def first_blocks(self, tokens: int) -> Tensor:
+        """(N, T) blocks of about so many tokens, the first that are trained on, without padding."""
+        wanted = max(self.length, tokens - tokens % self.length)
+        rows, total = [], 0
+        for i in range(len(self)):
+            rows.append(torch.from_numpy(self.rows[i].ids))
+            total += len(rows[-1])
+            if total >= wanted:
+                break
+        length = min(self.length, total)
+        total = min(total, wanted) // length * length
+        return torch.cat(rows)[:total].view(-1, length)
 
 
 class ConceptTrainer(Trainer):
@@ -148,6 +184,9 @@ class ConceptTrainer(Trainer):
         loss, outputs = super().compute_loss(model, {**inputs}, True, num_items_in_batch)
         if (share := self.run.recipe.distil) > 0:
             loss = (1 - share) * loss + share * self._divergence(inputs, outputs.logits, loss)
+        if "attention_mask" in inputs and hasattr(outputs, "concept_ids"):
+            ids_BT, real_BT = outputs.concept_ids, inputs["attention_mask"] != 0
+            outputs.concept_ids = ids_BT.where(real_BT, PADDED)
         if self.run.meter is not None:
             self.run.meter.see(outputs, inputs["labels"])
         return loss
