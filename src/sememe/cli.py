@@ -19,7 +19,7 @@ from sememe.cli_serve import serve
 from sememe.cli_tokenize import tokenize
 from sememe.errors import Interrupted, SememeError
 from sememe.locks import LOCK, only_user
-from sememe.storage import FULL, unwritable
+from sememe.storage import unusable
 from sememe.terminal import (
     replace_unencodable,
     say,
@@ -57,14 +57,7 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:  # not of the operating system: a fault of the program
             raise
-        path = "the output" if error.filename is None else f"{error.filename!s:.200}"
-        message: Any = (
-            f"{path} cannot be used ({error.strerror}): need a path that can be read or written. "
-            "try: another path, or other permissions"
-        )
-        if error.errno in FULL:
-            message = unwritable(path, error)
-        _fail(f"error: {message}", 1)
+        _fail(f"error: {unusable(error)}", 1)
 
 
 def _fail(line: str, code: int) -> None:

@@ -86,6 +86,17 @@ def unwritable(
     )
 
 
+def unusable(fault: OSError) -> SememeError:
+    """The sentence for whatever path the operating system refused."""
+    path = "the output" if fault.filename is None else f"{fault.filename!s:.200}"
+    if fault.errno in FULL:
+        return unwritable(path, fault)
+    return SememeError(
+        f"{path} cannot be used ({fault.strerror}): need a path that can be read or written. "
+        "try: another path, or other permissions"
+    )
+
+
 @contextlib.contextmanager
 def writing(folder: Path, advice: str = "another folder") -> Iterator[None]:
     """A disk that is full, or cannot be written for another reason, is a SememeError, in whatever
