@@ -84,7 +84,7 @@ def has_conversations(source: str) -> bool:
     _, name, field = locate(source)
     lists = read_rows(name, (field,), convert=lambda row, *_: isinstance(row[field], list))
     with contextlib.suppress(LookupError, TypeError, DataError):
-        return any(next(lists, ("", ()))[1])
+        return not name.endswith(".txt") and any(next(lists, ("", ()))[1])
     return False
 
 
