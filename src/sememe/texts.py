@@ -21,10 +21,9 @@ import numpy as np
 from sememe.errors import DataError, reason
 from sememe.paths import locate, shown
 
-PIECE_CHARS = (
-    20_000  # a tokenizer that does not cut at words takes twice as long for ten times this
-)
-BATCH = 64  # pieces, which the tokenizer works on in parallel
+# A tokenizer that puts a space before each text has another token at every cut, so there are few.
+PIECE_CHARS = 200_000
+BATCH = 4  # pieces, which the tokenizer works on in parallel: each takes some 20 MB meanwhile
 READ = 1 << 20  # bytes of a file, or of the pages of a .parquet
 ROWS = 64  # of a .parquet, which may be long
 UTF8 = (0, 0x80, 0x800, 0x10000)  # code points from which on UTF-8 has a byte more
