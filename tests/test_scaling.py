@@ -113,7 +113,7 @@ def test_the_command_writes_what_a_run_takes(recipe, tmp_path):
 
 
 def test_parameters_are_those_of_the_real_model(base_folder, texts):
-    loaded = check_recipe(tiny_recipe(base_folder, texts))
+    loaded = check_recipe(tiny_recipe(base_folder, texts), "test")
     real = SYSTEMS["online"].build(loaded, base_folder)
     with torch.device("meta"):
         planned = scaling.build(loaded, scaling.base_config(loaded.base))

@@ -82,12 +82,15 @@ def estimate(
 
     recorder = record(keep, loss, shape, bf16)
     counts = parameters(made[0])
+    held = memory(recorder, counts, hardware, gpus)
     work = step(recipe, recorder, counts, hardware, gpus)
+    if not held["fits"]:
+        work["seconds"] = work["seconds_sharded"]
     return {
         "recipe": {"system": recipe.system, "base": recipe.base, "gpu": gpu, "gpus": gpus},
         "hardware": vars(hardware),
         "parameters": counts,
-        "memory": memory(recorder, counts, hardware, gpus),
+        "memory": held,
         "step": work,
         "training": training(work, tokens, gpus, price),
         "serving": serving(made[0], counts, hardware, context, 4 if gpu == "cpu" else 2),
@@ -110,8 +113,6 @@ def memory(recorder: Recorder, counts: dict[str, int], hardware: Hardware, gpus:
     weights = 4 * sum(counts.values())
     adam = ADAM * trained
     peak = recorder.peak + adam
-    # Loading holds the file's pages beside the weights.
-    peak = max(peak, 2 * 4 * counts["base"])
     # A layer of shards that is whole for the moment is taken to fit into what is left.
     sharded = peak - (weights - weights / gpus)
     return {
