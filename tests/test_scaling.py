@@ -98,7 +98,15 @@ def recipe(base_folder, texts, tmp_path):
 def test_the_command_writes_what_a_run_takes(recipe, tmp_path):
     figures = []
     for gpus, batch in ((1, 8), (8, 8), (8, 64)):
-        words = (f"batch_size={batch}", "--gpus", gpus, "--price", 2, "--json", tmp_path / "p.json")
+        words = (
+            f"batch_size={batch}",
+            "--gpus",
+            gpus,
+            "--hourly",
+            2,
+            "--json",
+            tmp_path / "p.json",
+        )
         assert "gpu_hours" in sememe("plan", recipe, *words)
         figures.append(json.loads((tmp_path / "p.json").read_text()))
     one, eight, large = figures
@@ -113,7 +121,7 @@ def test_the_command_writes_what_a_run_takes(recipe, tmp_path):
 
 
 def test_parameters_are_those_of_the_real_model(base_folder, texts):
-    loaded = check_recipe(tiny_recipe(base_folder, texts))
+    loaded = check_recipe(tiny_recipe(base_folder, texts), "test")
     real = SYSTEMS["online"].build(loaded, base_folder)
     with torch.device("meta"):
         planned = scaling.build(loaded, scaling.base_config(loaded.base))

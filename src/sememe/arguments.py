@@ -261,5 +261,5 @@ Drain = option(float, "Seconds that running requests have after Ctrl-C or SIGTER
 Gpu = option(str, "h100, h200, a100, rtx4090, or cpu: this machine, which is measured.")
 Gpus = option(int, "How many.", min=1)
 PlannedTokens = option(float, "Tokens to train on.", "--tokens", min=1)
-Price = option(float, "Of one GPU for an hour. Default: no cost.", min=0)
+Hourly = option(float, "Price of a GPU for an hour. Default: no cost.", min=0)
 Context = option(int, "Tokens of a text that is served.", min=16)

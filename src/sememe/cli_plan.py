@@ -12,7 +12,7 @@ OPTIONS = {
     "gpus": (arguments.Gpus, 1),
     "gpu": (arguments.Gpu, "h100"),
     "tokens": (arguments.PlannedTokens, 1e9),
-    "price": (arguments.Price, None),
+    "hourly": (arguments.Hourly, None),
     "context": (arguments.Context, 4096),
 }
 

@@ -25,7 +25,10 @@ MOMENTUM = 0.5
 FEEDBACK = 0.5
 # Of a batch at most, over all ranks: a million tell quantiles 0.1 % of probability apart.
 SCORES = 2**20
-BLOCK = 64
+# Tokens of a block, and those before it that its guess is made from: fastest of five pairs at 64
+# rows of 4,096 (docs/log.md).
+BLOCK = 96
+WARM = 24
 
 Rate = float | np.ndarray
 """Of all rows, or (B,)."""
@@ -158,11 +161,14 @@ class RateGate(nn.Module):
         # Tokens first, so that one of all blocks is one piece; the blocks of a text are in a row.
         score_tn, real_tn = (np.ascontiguousarray(x.reshape(-1, size).T) for x in (scores, real_BT))
         rule = [np.repeat(x, blocks) if np.ndim(x) else x for x in rule]
-        # At first as if as many concepts as are wanted came before a block, the last just there.
-        count_n = real_tn.sum(0).reshape(batch, blocks)
-        count_n = (begin[0][:, None] + count_n.cumsum(1) - count_n).ravel()
+        # What comes before a block is guessed from its last tokens alone: as if as many concepts as
+        # are wanted came before those, the last just there.
+        ends_n = begin[0].repeat(blocks) + real_tn.sum(0).reshape(batch, blocks).cumsum(1).ravel()
+        last = score_tn[-WARM:], real_tn[-WARM:]
+        count_n = ends_n - last[1].sum(0)
+        guess = np.stack([count_n, np.ceil(rule[0] * count_n), 0 * count_n])
         first = np.arange(batch * blocks) % blocks == 0
-        begin, begin_B = np.stack([count_n, np.ceil(rule[0] * count_n), 0 * count_n]), begin
+        begin, begin_B = np.roll(self._loop(*last, rule, guess)[1], 1, 1), begin
         begin[:, first] = begin_B
         written_tn, end, _ = self._loop(score_tn, real_tn, rule, begin)
         inner = np.flatnonzero(~first)
@@ -186,13 +192,16 @@ class RateGate(nn.Module):
         rate, threshold, gain, longest = rule
         tokens, concepts, tail = begin.copy()
         accumulates = self.boundary.accumulates
-        written_tn = np.empty(real_tn.shape, bool)
+        written_tn, level = np.empty(real_tn.shape, bool), np.empty(real_tn.shape[1])
         # Without padding no array has to be read to know it.
         real_tn = repeat(True, len(real_tn)) if real_tn.all() else real_tn
         for score, real, write in zip(score_tn, real_tn, written_tn, strict=True):
             if accumulates:  # not that of the sink
                 score = total = total + np.where(real & (tokens > 0), score, 0.0)
-            np.greater(score, threshold - gain * (rate * tokens - concepts), out=write)
+            level = np.multiply(rate, tokens, out=level)  # in place: three allocations less
+            level -= concepts
+            level *= gain
+            np.greater(score, np.subtract(threshold, level, out=level), out=write)
             tokens += real
             tail += real
             write |= tail > longest

@@ -55,9 +55,9 @@ def build(recipe: Recipe, base):
 
 
 def estimate(
-    recipe: Recipe, gpu: str, gpus: int, tokens: float, price: float | None, context: int
+    recipe: Recipe, gpu: str, gpus: int, tokens: float, hourly: float | None, context: int
 ) -> dict[str, Any]:
-    """All figures, as JSON. `tokens`: to train on. `price`: of one GPU for an hour. `context`:
+    """All figures, as JSON. `tokens`: to train on. `hourly`: price of one GPU for an hour. `context`:
     tokens of a text that is served.
 
     Raises RecipeError for a system whose steps are not running text of fixed shape."""
@@ -74,23 +74,26 @@ def estimate(
     rows = recipe.batch_size // gpus // recipe.gradient_accumulation
     shape = rows, recipe.sequence_length
     loss = LOSSES.get(recipe.system, plain_loss)
-    made = []
+    models = []
 
     def keep():
-        made[:] = [build(recipe, base)]
-        return made[0]
+        models[:] = [build(recipe, base)]
+        return models[0]
 
     recorder = record(keep, loss, shape, bf16)
-    counts = parameters(made[0])
+    counts = parameters(models[0])
+    held = memory(recorder, counts, hardware, gpus)
     work = step(recipe, recorder, counts, hardware, gpus)
+    if not held["fits"]:
+        work["seconds"] = work["seconds_sharded"]
     return {
         "recipe": {"system": recipe.system, "base": recipe.base, "gpu": gpu, "gpus": gpus},
         "hardware": vars(hardware),
         "parameters": counts,
-        "memory": memory(recorder, counts, hardware, gpus),
+        "memory": held,
         "step": work,
-        "training": training(work, tokens, gpus, price),
-        "serving": serving(made[0], counts, hardware, context, 4 if gpu == "cpu" else 2),
+        "training": training(work, tokens, gpus, hourly),
+        "serving": serving(models[0], counts, hardware, context, 4 if gpu == "cpu" else 2),
     }
 
 
@@ -110,8 +113,6 @@ def memory(recorder: Recorder, counts: dict[str, int], hardware: Hardware, gpus:
     weights = 4 * sum(counts.values())
     adam = ADAM * trained
     peak = recorder.peak + adam
-    # Loading holds the file's pages beside the weights.
-    peak = max(peak, 2 * 4 * counts["base"])
     # A layer of shards that is whole for the moment is taken to fit into what is left.
     sharded = peak - (weights - weights / gpus)
     return {
@@ -158,7 +159,7 @@ def step(
     }
 
 
-def training(work: dict, tokens: float, gpus: int, price: float | None) -> dict[str, Any]:
+def training(work: dict, tokens: float, gpus: int, hourly: float | None) -> dict[str, Any]:
     """All steps of a run. `cost` in the price's currency, None without a price."""
     hours = tokens / work["tokens"] * work["seconds"] / 3600
     return {
@@ -167,7 +168,7 @@ def training(work: dict, tokens: float, gpus: int, price: float | None) -> dict[
         "tokens_per_s": work["tokens"] / work["seconds"],
         "hours": hours,
         "gpu_hours": hours * gpus,
-        "cost": None if price is None else hours * gpus * price,
+        "cost": None if hourly is None else hours * gpus * hourly,
     }
 
 

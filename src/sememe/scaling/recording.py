@@ -71,17 +71,17 @@ def _bytes(x: Tensor) -> int:
 
 def materialise(model: nn.Module) -> None:
     """Gives a model of the meta device weights of the present mode's CPU; shared ones stay so."""
-    made: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, old in tensors.items():
                 if old is None:
                     continue
-                if id(old) not in made:
+                if id(old) not in copies:
                     new = torch.empty(old.shape, dtype=old.dtype)
                     is_parameter = isinstance(old, nn.Parameter)
-                    made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
-                tensors[name] = made[id(old)]
+                    copies[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+                tensors[name] = copies[id(old)]
 
 
 def record(
