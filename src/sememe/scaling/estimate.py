@@ -57,7 +57,7 @@ def build(recipe: Recipe, base):
 def estimate(
     recipe: Recipe, gpu: str, gpus: int, tokens: float, hourly: float | None, context: int
 ) -> dict[str, Any]:
-    """All figures, as JSON. `tokens`: to train on. `hourly`: price of one GPU for an hour. `context`:
+    """All figures, as JSON. `tokens`: to train on. `hourly`: of one GPU for an hour. `context`:
     tokens of a text that is served.
 
     Raises RecipeError for a system whose steps are not running text of fixed shape."""
