@@ -50,7 +50,7 @@ LIGHT = """errors figures paths storage reading keys options report terminal arg
 # token shards, written by several processes and read block by block, 4,600; mixtures by weight
 # 900; documents row by row, and figures over rows of different lengths, 1,700; conversations, of
 # which answers are learned, 800.
-NODES = 167_100
+NODES = 168_500
 FILE_LINES = 400
 FUNCTION_LINES, LONGER_FUNCTIONS = 50, 5
 PARAMETERS, FUNCTIONS_WITH_MORE = 8, 0

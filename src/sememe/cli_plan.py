@@ -22,7 +22,7 @@ def plan(recipe: arguments.Recipe, **options: Any) -> Iterator[dict[str, Any]]:
     cost, by the operations of a step that is recorded without being computed. Of the base its
     config.json is enough.
 
-    Example: `sememe plan recipes/qwen3-0.6b-online-r4.yaml --gpus 8 --gpu h100 --tokens 1e9`
+    Example: `sememe plan recipes/qwen3-0.6b-online.yaml --gpu h100 --tokens 1e9`
 
     On this machine, by a second of measuring it: `sememe plan recipes/demo.yaml --gpu cpu`"""
     from sememe.options import load_recipe

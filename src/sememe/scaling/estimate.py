@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from sememe.backbone.base_files import CONFIG
 from sememe.backbone.bases import KNOWN, resolve
 from sememe.backbone.calling import set_checkpointing
+from sememe.backbone.exact import narrow
 from sememe.errors import BaseError, RecipeError
 from sememe.keys import Recipe
 from sememe.models import MODELS
@@ -43,14 +44,17 @@ def base_config(base: str):
     return loaded.get_text_config()
 
 
-def build(recipe: Recipe, base):
-    """The recipe's model over a base of that configuration, on the present device."""
+def build(recipe: Recipe, base, bf16: bool = False):
+    """The recipe's model over a base of that configuration, on the present device, as it is trained
+    in bf16 or fp32."""
     config = SYSTEMS[recipe.system].config(recipe, base.num_hidden_layers)
     config.adopt(base)
     config._attn_implementation = "sdpa"
     model = MODELS[recipe.system](config)
     if recipe.gradient_checkpointing:
         set_checkpointing(model)
+    if bf16:
+        narrow(model.backbone)
     return model
 
 
@@ -77,13 +81,14 @@ def estimate(
     models = []
 
     def keep():
-        models[:] = [build(recipe, base)]
+        models[:] = [build(recipe, base, bf16)]
         return models[0]
 
     recorder = record(keep, loss, shape, bf16)
     counts = parameters(models[0])
-    held = memory(recorder, counts, hardware, gpus)
-    work = step(recipe, recorder, counts, hardware, gpus)
+    weights = sum(p.nbytes for p in models[0].parameters())
+    held = memory(recorder, counts, weights, hardware, gpus)
+    work = step(recipe, recorder, counts, weights, hardware, gpus)
     if not held["fits"]:
         work["seconds"] = work["seconds_sharded"]
     return {
@@ -106,11 +111,12 @@ def parameters(model) -> dict[str, int]:
     return counts
 
 
-def memory(recorder: Recorder, counts: dict[str, int], hardware: Hardware, gpus: int) -> dict:
-    """Bytes on each GPU in training: fp32 weights, two moments and the gradients of what is
+def memory(
+    recorder: Recorder, counts: dict[str, int], weights: int, hardware: Hardware, gpus: int
+) -> dict:
+    """Bytes on each GPU in training: the `weights`, two moments and the gradients of what is
     trained, and what lives at the worst moment of a step."""
     trained = counts["lora"] + counts["new"]
-    weights = 4 * sum(counts.values())
     adam = ADAM * trained
     peak = recorder.peak + adam
     # A layer of shards that is whole for the moment is taken to fit into what is left.
@@ -128,7 +134,12 @@ def memory(recorder: Recorder, counts: dict[str, int], hardware: Hardware, gpus:
 
 
 def step(
-    recipe: Recipe, recorder: Recorder, counts: dict[str, int], hardware: Hardware, gpus: int
+    recipe: Recipe,
+    recorder: Recorder,
+    counts: dict[str, int],
+    weights: int,
+    hardware: Hardware,
+    gpus: int,
 ) -> dict[str, Any]:
     """One optimizer step of all GPUs. `seconds_at_best`: nothing is lost; `seconds`: products run
     at the share of the peak that large runs reach, of a CPU, which is measured, at all of it."""
@@ -144,7 +155,7 @@ def step(
     around = 2 * (gpus - 1) / gpus / hardware.exchange(gpus)  # of a ring: each byte, there and back
     reduced = trained * around
     # Sharded weights come twice: forward and backward.
-    gathered = around * 4 * sum(counts.values()) * parts
+    gathered = around * weights * parts
     tokens = recipe.batch_size * recipe.sequence_length
     return {
         "tokens": tokens,

@@ -8,6 +8,7 @@ from sememe.backbone.split import split_rope
 from sememe.backbone.tails import TailKeys
 from sememe.concepts.segments import Chunk, Packing
 from sememe.concepts.writer import WriteDecision
+from sememe.models.losses import loss_and_logits
 
 
 def plain_loss(model, ids_BT: Tensor) -> Tensor:
@@ -37,8 +38,8 @@ def online_loss(model, ids_BT: Tensor) -> Tensor:
     masks = _mask(batch, length, length)
     first, last = shallow + middle, len(spine)
     d_BTD = spine.run(first, last, x_BTD, position_BT, chunk.rope, lambda _: masks)
-    logits_BTV = spine.logits(d_BTD)
-    return model.loss_function(logits_BTV, ids_BT, vocab_size=logits_BTV.shape[-1])
+    loss, _ = loss_and_logits(model, spine.decoder.norm(d_BTD), ids_BT)
+    return loss
 
 
 def _mask(batch: int, queries: int, keys: int) -> Tensor:

@@ -83,7 +83,8 @@ class Throughput:
     def __init__(self, run: Run, step: int):
         self.run = run
         self.seconds = 0.0
-        self.first_step = step
+        self.before = step, run.batches.examples.tokens(step)
+        """Steps and tokens up to the last line."""
 
     def begin(self) -> None:
         """A step."""
@@ -95,13 +96,14 @@ class Throughput:
 
     def read(self, step: int, rate: float | None, is_bf16: bool) -> Figures:
         """Up to `step`, at its realised rate."""
-        examples = self.run.batches.examples
-        tokens = examples.tokens(step) - examples.tokens(self.first_step)
-        rows = (step - self.first_step) * self.run.recipe.batch_size
-        if not (rows and self.seconds):
+        first, tokens_before = self.before
+        self.before = step, self.run.batches.examples.tokens(step)
+        tokens = self.before[1] - tokens_before
+        rows = (step - first) * self.run.recipe.batch_size
+        seconds, self.seconds = self.seconds, 0.0
+        if not (rows and seconds):
             return {}
-        speed = tokens / self.seconds
-        self.seconds, self.first_step = 0.0, step
+        speed = tokens / seconds
         figures = {"step_tokens_per_s": round(speed, 1)}
         config = self.run.model.config
         peak = torch.cuda.is_available() and peak_flops(torch.cuda.get_device_name())

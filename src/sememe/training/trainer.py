@@ -80,7 +80,7 @@ class Blocks(Dataset):
         end = step * self.batch
         if not self.rows.ragged:
             return end * self.length
-        first, total = self.tokens_before
+        first, total = self.tokens_before if end >= self.tokens_before[0] else (0, 0)
         total += sum(len(self.rows[i].ids) for i in range(first, end))
         self.tokens_before = end, total
         return total
