@@ -11,11 +11,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sememe.data import check_text, read_rows
 from sememe.errors import DataError, SememeError, reason
 from sememe.paths import locate
 from sememe.progress import bar
 from sememe.storage import replacing
+from sememe.texts import check_text, read_rows
 
 HELDOUT_BYTES = 2_000_000
 BYTES_PER_TOKEN = 5

@@ -99,7 +99,7 @@ def test_a_cached_search_is_the_plain_one_and_finds_likelier_texts():
         like = len(words), -1, -1
         x_nSD, offset_nS = x_BSD[row].expand(like), offset_BS[row].expand(like[:2])
         h_nSD = decompressor.states(embed_text(model, torch.tensor(words)), x_nSD, offset_nS)
-        logits_nSV, votes_nSV = decompressor.scores(h_nSD, x_nSD, offset_nS)
+        logits_nSV, votes_nSV = decompressor.scores(*decompressor.read(h_nSD, x_nSD, offset_nS))
         return logits_nSV.log_softmax(-1) + votes_nSV
 
     def search(row: int, width: int) -> tuple[float, list[int]]:

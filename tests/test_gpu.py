@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from conftest import metrics
-from sememe.data import read_texts
 from sememe.keys import split_layers
 from sememe.options import load_recipe
 from sememe.report.files import read_json
+from sememe.texts import read_texts
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {"qwen3-0.6b": 28, "qwen2.5-0.5b": 24}

@@ -116,7 +116,7 @@ def test_wrong_plans_are_refused(plan, match):
 
 @every_family
 def test_the_executor_sees_the_plan_and_the_text_so_far_and_never_the_source(family):
-    model, plan = tiny_planner(family, straight_through=True).train(), plans(3)
+    model, plan = tiny_planner(family, straight_through=True).eval(), plans(3)
     y, u = text(3, 9, seed=9), text(3, 8)
     a, *others = (
         model(x, plan_ids=plan, labels=y).logits for x in (u, text(3, 8, seed=5), text(3, 4))
