@@ -21,7 +21,7 @@ def tokenize(
 
     Example: `sememe tokenize data/*.parquet --base smollm2-135m --out corpus --workers 8`
 
-    Then: `sememe train recipes/smollm2-135m.yaml data.train=corpus --out runs/corpus`"""
+    Then: `sememe train recipes/smollm2-135m-online-r2.yaml data.train=corpus --out runs/corpus`"""
     with only_user(out), storage.writing(out, "free some space, and the same command"):
         from sememe.backbone.bases import load_tokenizer, resolve
         from sememe.shards import tokenize as write_shards
