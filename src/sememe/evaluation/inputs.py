@@ -108,8 +108,8 @@ def located(run: Path, data: dict) -> dict:
         source, sizes = data[name], inputs[name]["bytes"]
         if isinstance(source, str):
             new[name] = moved(source, sizes)
-        else:
-            new[name] = {moved(text, sizes[text]): weight for text, weight in source.items()}
+        elif isinstance(source, dict) and isinstance(sizes, dict):
+            new[name] = {moved(text, sizes.get(text)): weight for text, weight in source.items()}
     return data | new
 
 

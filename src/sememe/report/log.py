@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from sememe.figures import number
 from sememe.report.files import Run, dig
 
 PICKS = {
@@ -71,19 +72,19 @@ class Log:
         new = yaml.safe_load(word)
         if operator == "*":
             new = old and _scaled(old, new)
-            if key == "rate":
+            if key == "rate" and number(new):
                 new = min(new, 1.0)
             text = f"{key}={new}"
         return None if new == old else text
 
 
 def _scaled(value: Any, factor: float) -> Any:
-    """Whole numbers stay whole and at least 2."""
+    """Whole numbers stay whole and at least 2; what is no number stays as it is."""
     if isinstance(value, list):
         return [_scaled(x, factor) for x in value]
     if isinstance(value, int):
         return max(2, round(value * factor))
-    return float(f"{value * factor:.2g}")
+    return float(f"{value * factor:.2g}") if number(value) else value
 
 
 def _column(lines: Iterable[dict[str, Any]], key: str) -> list[float]:
