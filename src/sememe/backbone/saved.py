@@ -79,7 +79,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str, str]:
             if len(note) != 3 or note[0] != FORMAT:
                 raise ValueError(f"its metadata do not say {FORMAT}")
             return {name: file.get_tensor(name) for name in file.keys()}, *note[1:]  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} holds no saved cache ({reason(error)}): need a file that cache.save wrote. "
             f"{TRY}"

@@ -202,8 +202,7 @@ def serving(
     """One GPU that decodes as many rows as fit at texts of `context` tokens, rows out of phase; and
     the base beside it. `width`: bytes of a number; a shallow slice of 16 bits stays in 32."""
     config, base = model.config, model.config.text_config
-    head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
-    key = 2 * head_dim * getattr(base, "num_key_value_heads", base.num_attention_heads)
+    query, key = config.attention_widths()
     layers = model.backbone.get_decoder().layers
     layer = sum(p.numel() for n, p in layers.named_parameters() if "lora_" not in n) / len(layers)
     head = base.vocab_size * base.hidden_size
@@ -215,7 +214,7 @@ def serving(
         concepts = name == "own" and config.writes_concepts
         widths = [4, width, width] if concepts else [width]
         shares = [1.0, rate, 1.0] if concepts else [1.0]
-        cache = sum(n * s * key * w for (n, s), w in zip(parts, widths, strict=True))
+        cache = sum(n * s * 2 * key * w for (n, s), w in zip(parts, widths, strict=True))
         weights = sum(n * layer * w for (n, _), w in zip(parts, widths, strict=True))
         weights += width * (counts["new"] * concepts + head * (2 - base.tie_word_embeddings))
         rows = max(0, math.floor((USED * hardware.memory - weights) / cache))
@@ -223,8 +222,8 @@ def serving(
         flops = 2.0 * rows * head
         for (n, s), w, share in zip(parts, widths, shares, strict=True):
             # A slice is read where any of the rows writes.
-            read += n * (layer * w * (1 - (1 - share) ** rows) + rows * share * s * key * w)
-            flops += n * rows * share * (2 * layer + 4 * s * head_dim * base.num_attention_heads)
+            read += n * (layer * w * (1 - (1 - share) ** rows) + rows * share * s * 2 * key * w)
+            flops += n * rows * share * (2 * layer + 4 * s * query)
         peak = hardware.bf16 if width == 2 else hardware.fp32
         seconds = max(read / hardware.bandwidth, flops / peak)
         figures |= {

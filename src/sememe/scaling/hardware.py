@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from sememe.errors import SememeError
 from sememe.figures import read_toml
 from sememe.scaling.recording import Operation
+from sememe.training.throughput import peak_flops
 
 GPUS = read_toml(Path(__file__).with_suffix(".toml"))
 MACHINE = 8  # GPUs that share one machine's links
@@ -40,7 +41,8 @@ class Hardware:
             raise SememeError(
                 f"--gpu {name!r:.40}: need one of {', '.join(GPUS)} or cpu. try: --gpu h100"
             )
-        return cls(**GPUS[name])
+        figures = {**GPUS[name]}
+        return cls(bf16=peak_flops(figures.pop("torch")), **figures)
 
     def seconds(self, operations: list[Operation]) -> float:
         """Each takes as long as its products or its memory traffic, whichever is longer."""

@@ -113,13 +113,13 @@ class Recorder(TrainerCallback):
         if run.meter is not None:
             line |= run.meter.read()  # on every rank: it sums over them
         line |= run.system.state(model)
-        line |= self.throughput.read(self.step, line.get("rate"), args.bf16)
         if self.is_heldout_due:  # on every rank too: each may hold a part of the base
             model.eval()
             line |= run.system.heldout(run)
             model.train()
         if not state.is_world_process_zero:
             return
+        line |= self.throughput.read(self.step, line.get("rate"), args.bf16)
         self._write(self.step, line)
         self.bar.set_postfix(loss=line.get("loss"))
 
