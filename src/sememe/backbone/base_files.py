@@ -96,8 +96,8 @@ def check_sizes(folder: Path) -> int:
     limits = ((config, len(shapes), total), (inner, MAX_LAYERS, sys.maxsize))
     for part, layers, numbers in limits:
         for name, value in _sizes(part):
-            most = layers if "layer" in name else numbers
-            if value > most or (value < 0 and name.endswith("layers")):
+            limit = layers if "layer" in name else numbers
+            if value > limit or (value < 0 and name.endswith("layers")):
                 raise BaseError(
                     f"{folder / CONFIG} says {name} = {value}, but the weights beside it are "
                     f"{len(shapes)} tensors of {total} numbers: need a configuration of these "
