@@ -219,7 +219,7 @@ def test_metrics_are_what_was_done(compressor):
         client.post("/v1/sememe/compress", json={"text": ""})
         client.post("/v1/sememe/decompress", json=codes)
         value = service.metrics.value
-        assert service.metrics.outcomes() == {"ok": 2, "invalid": 1}
+        until(lambda: service.metrics.outcomes() == {"ok": 2, "invalid": 1})
         windows = [window for x in codes["documents"] for window in x["windows"]]
         assert len(windows) > 5
         assert value("sememe_prompt_tokens_total") == sum(x["tokens"] for x in windows)
