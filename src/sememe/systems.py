@@ -138,7 +138,8 @@ class System:
     def config(self, recipe: Recipe, layers: int) -> AdaptedConfig:
         """The configuration of the recipe's model over a base of so many layers."""
         lora = {f"lora_{key}": getattr(recipe.lora, key) for key in ("rank", "alpha", "dropout")}
-        return self.config_class(base=recipe.base, **lora, **self.options(recipe, layers))
+        base = {"base": recipe.base, "base_bits": recipe.base_bits}
+        return self.config_class(**base, **lora, **self.options(recipe, layers))
 
     def build(self, recipe: Recipe, folder: Path) -> AdaptedModel:
         """The untrained model over the base in `folder`: it computes what the base computes."""

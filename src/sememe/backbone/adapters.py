@@ -9,6 +9,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from sememe.backbone.bits import unpack
+
 
 def add_lora(base: nn.Module, config, name: str = "default", last: int | None = None) -> None:
     """Puts an adapter `name` into the layers of `base` before `last`, in place, as the `lora_` keys
@@ -67,7 +69,9 @@ def without_lora(base: nn.Module):
 
 @torch.no_grad()
 def merge_lora(base: nn.Module) -> None:
-    """Folds LoRA into the base's weights in place and takes the adapters out."""
+    """Folds LoRA into the base's weights in place and takes the adapters out. Weights of 8 or 4
+    bits are unpacked before: LoRA was trained on what they stand for."""
+    unpack(base)
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()

@@ -16,7 +16,7 @@ def cast(model: nn.Module, dtype: torch.dtype, exact: Iterable[nn.Module]) -> No
     """The base, LoRA and the bridge in a dtype; the modules in `exact` in fp32 at least."""
     stays = {id(p) for module in exact for p in module.parameters()}
     for name, p in model.named_parameters():
-        if name.startswith(("backbone.", "bridge.")):
+        if name.startswith(("backbone.", "bridge.")) and p.is_floating_point():
             p.data = p.data.to(wide(dtype) if id(p) in stays else dtype)
 
 
@@ -58,7 +58,7 @@ def narrow(base: nn.Module) -> None:
 
 def computed_in(module: nn.Module) -> torch.dtype:
     """That of its vectors: matrices may be held in fewer bits."""
-    return next(p.dtype for p in module.parameters() if p.dim() == 1)
+    return next(p.dtype for p in module.parameters() if p.dim() == 1 and p.is_floating_point())
 
 
 class ExactEmbedding(nn.Module):

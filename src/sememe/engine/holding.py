@@ -98,16 +98,22 @@ def measured_policy(model: OnlineForCausalLM) -> Policy:
     layers = model.spine.decoder.layers[:LAYERS]
     linears = [part for part in layers.modules() if isinstance(part, nn.Linear)]
     head = model.spine.base.get_output_embeddings()
-    layer = [seconds / len(layers) for seconds in _times(linears)]
-    return Policy(tuple(model.config.split), layer, _times([head]))
+    layer = [seconds / len(layers) for seconds in _times(linears, model.dtype)]
+    return Policy(tuple(model.config.split), layer, _times([head], model.dtype))
 
 
-def _times(linears: list[nn.Linear]) -> list[float]:
-    """The least of several times each, in seconds: others only add to it."""
+def _times(linears: list[nn.Linear], packed_dtype: torch.dtype) -> list[float]:
+    """The least of several times each, in seconds: others only add to it. `packed_dtype`: what
+    those of 8 or 4 bits compute in."""
+    weights = [part.weight for part in linears]
+    dtypes = [w.dtype if w.is_floating_point() else packed_dtype for w in weights]
     best = dict.fromkeys(ROWS, float("inf"))
     for _ in range(REPEATS):
         for rows in ROWS:
-            inputs = [part.weight.new_ones(rows, part.in_features) for part in linears]
+            inputs = [
+                part.weight.new_ones(rows, part.in_features, dtype=dtype)
+                for part, dtype in zip(linears, dtypes, strict=True)
+            ]
             _wait(linears[0].weight.device)
             start = time.perf_counter()
             for part, x in zip(linears, inputs, strict=True):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from sememe.backbone.adapters import add_lora, merge_lora
 from sememe.backbone.base_files import check_total, shapes_of
 from sememe.backbone.bases import base_of, fingerprint, load_base
+from sememe.backbone.bits import pack
 from sememe.backbone.calling import FORWARD, name_cache, parameters, refuse_unknown
 from sememe.backbone.exact import cast, computed_in, wide
 from sememe.backbone.split import self_check
@@ -196,6 +197,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
         # Checked before it is rounded: 16 bits alone make 1 % of difference in SmolLM2.
         backbone = load_base(folder, dtype=wide(dtype), attn_implementation=checked)
         cls.check_base(backbone, config)
+        pack(backbone, config.base_bits)
         backbone.set_attn_implementation(attention)
         config.adopt(backbone.config)
         config.base_sha256 = sha256
@@ -334,7 +336,8 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             )
         model = cls.from_base(config, dtype, attention, saved=folder)
         model.load_own_state(folder)
-        model.source_sha256 = f"{sha256}-{config.base_sha256}"
+        bits = f"-{config.base_bits}" if config.base_bits else ""
+        model.source_sha256 = f"{sha256}-{config.base_sha256}{bits}"
         model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.to(default_device() if device == "auto" else device).eval()
 
@@ -354,7 +357,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
                 "the model as it was saved. try: the run itself"
             )
         merge_lora(self.backbone)
-        self.config.base = self.config.base_sha256 = None
+        self.config.base = self.config.base_sha256 = self.config.base_bits = None
         self.config.lora_rank = 0
         return self
 

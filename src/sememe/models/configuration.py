@@ -35,6 +35,7 @@ class AdaptedConfig(PreTrainedConfig):
         text_config: configuration of the base, or its dict.
         base: known base, local folder or Hub id that the weights come from; None once merged.
         base_sha256: hash of the base's safetensors files; loading over another base is refused.
+        base_bits: of a weight of the base's layers, 8 or 4; None for those of its dtype.
         lora_rank, lora_alpha, lora_dropout: LoRA on all linears of the decoder layers; rank 0 for
             none.
         lora_first: first layer that has it."""
@@ -50,6 +51,7 @@ class AdaptedConfig(PreTrainedConfig):
     defaults = {
         "base": None,
         "base_sha256": None,
+        "base_bits": None,
         "lora_rank": 8,
         "lora_alpha": 16.0,
         "lora_dropout": 0.0,

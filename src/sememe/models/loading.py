@@ -46,7 +46,7 @@ def load_model(
     model: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, object]:
     """(model in eval mode, tokenizer). `merge` folds LoRA into the weights: the same function with
-    fewer matmuls.
+    fewer matmuls. Not into those of 8 or 4 bits, which would become large.
 
     Raises:
         CheckpointError: not a model, corrupt, or over another base.
@@ -55,7 +55,7 @@ def load_model(
     config = read_config(folder)
     load = _load_own if hasattr(config, "system") else load_base
     loaded = load(folder, dtype=dtype)
-    if merge and getattr(loaded, "foldable", False):
+    if merge and getattr(loaded, "foldable", False) and not loaded.config.base_bits:
         loaded.merged()
     return loaded.to(default_device()).eval(), load_tokenizer(tokenizer_folder(folder, config))
 

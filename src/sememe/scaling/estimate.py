@@ -7,10 +7,12 @@ decoding reads, and products that it makes. Weights are never loaded."""
 import math
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from sememe.backbone.base_files import CONFIG
 from sememe.backbone.bases import KNOWN, resolve
+from sememe.backbone.bits import pack
 from sememe.backbone.calling import set_checkpointing
 from sememe.backbone.exact import narrow
 from sememe.errors import BaseError, RecipeError
@@ -79,13 +81,16 @@ def estimate(
     shape = rows, recipe.sequence_length
     loss = LOSSES.get(recipe.system, plain_loss)
     models = []
+    with torch.device("meta"):
+        plain = build(recipe, base)  # packed weights would be too few numbers
+    counts = parameters(plain)
 
     def keep():
         models[:] = [build(recipe, base, bf16)]
+        pack(models[0].backbone, recipe.base_bits)
         return models[0]
 
     recorder = record(keep, loss, shape, bf16)
-    counts = parameters(models[0])
     weights = sum(p.nbytes for p in models[0].parameters())
     held = memory(recorder, counts, weights, hardware, gpus)
     work = step(recipe, recorder, counts, weights, hardware, gpus)
@@ -98,7 +103,7 @@ def estimate(
         "memory": held,
         "step": work,
         "training": training(work, tokens, gpus, hourly),
-        "serving": serving(models[0], counts, hardware, context, 4 if gpu == "cpu" else 2),
+        "serving": serving(plain, counts, hardware, context, 4 if gpu == "cpu" else 2),
     }
 
 

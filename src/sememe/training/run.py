@@ -17,10 +17,11 @@ from transformers import TrainingArguments
 
 from sememe import storage
 from sememe.backbone.bases import load_tokenizer, resolve
+from sememe.backbone.bits import library
 from sememe.backbone.calling import set_checkpointing
 from sememe.backbone.exact import narrow
 from sememe.backbone.processes import meet_on_this_machine
-from sememe.errors import CheckpointError, DataError, TrainingError
+from sememe.errors import CheckpointError, DataError, RecipeError, TrainingError
 from sememe.evaluation.inputs import INPUTS, content, hashes, record
 from sememe.evaluation.results import put
 from sememe.locks import only_user
@@ -69,8 +70,21 @@ def train(
         if (first or is_finished(folder)) and same_run(recipe, folder, say if force else None):
             say(f"{folder} is finished: nothing to train")
         else:
+            _check_bits(recipe, sharded)
             _run(_build(recipe, folder, say, show and first), first, sharded)
     return folder / "model"
+
+
+def _check_bits(recipe: Recipe, sharded: bool) -> None:
+    """Before texts are read, which may take long."""
+    if recipe.base_bits is None:
+        return
+    library()
+    if sharded:
+        raise RecipeError(
+            f"base_bits = {recipe.base_bits} with --sharded: need weights of 16 or 32 bits where "
+            "processes share them, packed ones are not cut into parts. try: without --sharded"
+        )
 
 
 def _run(run: Run, first: bool, sharded: bool) -> None:

@@ -1,0 +1,100 @@
+"""Frozen linears of a base's layers in 8 or 4 bits (QLoRA, arXiv 2305.14314), by the kernels of
+bitsandbytes.
+
+Not by its modules: `Linear8bitLt` rounds what goes into it as well, and `Linear4bit` repacks its
+weight when it is evaluated on a CPU, after which no gradient goes through it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sememe.backbone.exact import NarrowLinear, computed_in
+from sememe.errors import needs_extra
+
+BLOCK = 64
+"""Numbers that share a scale."""
+
+
+def library():
+    """Raises SememeError where bitsandbytes is not installed."""
+    with needs_extra("bitsandbytes"):
+        from bitsandbytes import functional
+    return functional
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ. W is unpacked again in the backward pass: kept until then, those of all layers would
+    take the memory that packing saves."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: "PackedLinear") -> Tensor:
+        ctx.linear = linear
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        return F.linear(x, linear.unpacked(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.linear.unpacked(gradient.dtype), None
+
+
+class PackedLinear(nn.Linear):
+    """A frozen linear of 8 or 4 bits a weight. It computes in the dtype of its input, or of
+    autocast."""
+
+    def pack(self, bits: int) -> None:
+        """From the weight of a plain linear, in place."""
+        if bits == 4:
+            packed, state = library().quantize_4bit(self.weight, blocksize=BLOCK, quant_type="nf4")
+        else:
+            levels = library().create_linear_map()
+            packed, state = library().quantize_blockwise(self.weight, levels, blocksize=BLOCK)
+        self.bits = bits
+        self.weight = _frozen(packed)
+        # As integers, which a cast of the model leaves alone; parameters, which DDP sends once.
+        self.scales = _frozen(state.absmax.view(torch.int32))
+        self.levels = _frozen(state.code.view(torch.int32))
+
+    def unpack(self, dtype: torch.dtype) -> None:
+        """To a plain linear, in place."""
+        self.weight = _frozen(self.unpacked(dtype))
+        del self.scales, self.levels
+        self.__class__ = nn.Linear
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """(out, in) weights."""
+        scales, levels = self.scales.view(torch.float32), self.levels.view(torch.float32)
+        shape = self.out_features, self.in_features
+        state = library().QuantState(scales, shape, levels, BLOCK, "nf4", dtype)
+        if self.bits == 4:
+            return library().dequantize_4bit(self.weight, state)
+        return library().dequantize_blockwise(self.weight, state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        return _Product.apply(x, self)
+
+
+def _frozen(x: Tensor) -> nn.Parameter:
+    return nn.Parameter(x.detach(), requires_grad=False)
+
+
+def pack(base: nn.Module, bits: int | None) -> None:
+    """Holds the linears of its layers in so many bits, in place; None: as they are. Embeddings and
+    lm_head stay whole. Raises SememeError where bitsandbytes is not installed."""
+    if bits is None:
+        return
+    for name, module in base.get_decoder().layers.named_modules():
+        if type(module) in (nn.Linear, NarrowLinear) and "lora_" not in name:
+            module.__class__ = PackedLinear  # in place, as `narrow` does it
+            module.pack(bits)
+
+
+def unpack(base: nn.Module) -> None:
+    """Makes packed linears plain ones of the same function."""
+    for layer in base.get_decoder().layers:
+        dtype = computed_in(layer)
+        for module in layer.modules():
+            if isinstance(module, PackedLinear):
+                module.unpack(dtype)
