@@ -133,7 +133,7 @@ def test_a_packed_base_trains_as_what_it_stands_for(extra, system, bf16):
 def test_a_run_is_saved_and_loaded_in_its_bits(extra, values, tmp_path, bits, system):
     lines = run(values | {"base_bits": bits, "system": system}, tmp_path / "r")
     assert lines[-1]["loss"] < lines[0]["loss"]
-    packed, tokenizer = load_model(tmp_path / "r")
+    packed, _ = load_model(tmp_path / "r")
     layers = packed.backbone.get_decoder().layers
     frozen = [m for n, m in layers.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n]
     assert frozen and all(isinstance(m, PackedLinear) and m.bits == bits for m in frozen)
@@ -178,9 +178,10 @@ def test_two_processes_train_as_one(extra, values, tmp_path):
 def test_what_uses_a_model_uses_a_packed_one(extra, values, tmp_path):
     run(values, tmp_path / "r")
     folder = tmp_path / "r"
-    sememe("evaluate", folder, "--max-tokens", 64)
-    assert json.loads((folder / "evaluate.json").read_text())["nll"] > 0
-    assert sememe("generate", folder, "the cat", "--max-new-tokens", 4)
+    sememe("evaluate", folder, "--tokens", 512)
+    assert json.loads((folder / "evaluate.json").read_text())["tokens"] > 0
+    sememe("generate", folder, "--prompt", "the cat", "--max-new-tokens", 4)
+    sememe("benchmark", folder, "--prompt-tokens", 32, "--new-tokens", 4, "--repeats", 1)
     model, _ = load_model(folder, dtype=torch.bfloat16)
     assert model(input_ids=text(1, 12)).logits.isfinite().all()
 
@@ -189,7 +190,7 @@ def test_a_plan_counts_fewer_bytes_and_no_fewer_numbers(extra, base_folder, text
     path = recipe_file(tiny_recipe(base_folder, texts), tmp_path)
     figures = []
     for options in ((), ("base_bits=4",)):
-        sememe("plan", path, *options, "--out", tmp_path / "plan.json")
+        sememe("plan", path, *options, "--json", tmp_path / "plan.json")
         figures.append(json.loads((tmp_path / "plan.json").read_text()))
     whole, packed = figures
     assert packed["parameters"] == whole["parameters"]

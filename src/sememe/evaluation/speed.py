@@ -165,7 +165,7 @@ def benchmark_training(subject: Subject, ids_BT: Tensor) -> Figures:
     concepts: time and memory. The optimizer's share is the same for both. Leaves the model as it
     was."""
     model = subject.model
-    keys = ("base", "lora_rank", "lora_alpha", "lora_dropout")
+    keys = ("base", "base_bits", "lora_rank", "lora_alpha", "lora_dropout")
     config = ControlConfig(**{key: getattr(model.config, key) for key in keys})
     control = ControlForCausalLM.from_base(config, model.dtype).to(model.device)
 
