@@ -17,7 +17,7 @@ from sememe.errors import needs_extra
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 BLOCK = 64
-"""Numbers that share a scale."""
+"""Weights that share a scale."""
 
 
 def library():
@@ -28,17 +28,17 @@ def library():
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ. W is unpacked again in the backward pass: kept until then, those of all layers would
-    take the memory that packing saves."""
+    """x Wᵀ + b. W is unpacked again in the backward pass: kept until then, those of all layers
+    would take the memory that packing saves."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, linear: "PackedLinear") -> Tensor:
+    def forward(ctx, x, linear):
         ctx.linear = linear
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
         return F.linear(x, linear.unpacked(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, gradient):
         return gradient @ ctx.linear.unpacked(gradient.dtype), None
 
 
@@ -48,31 +48,27 @@ class PackedLinear(nn.Linear):
 
     def pack(self, bits: int) -> None:
         """From the weight of a plain linear, in place."""
+        weight, functional = self.weight, library()
         if bits == 4:
-            packed, state = library().quantize_4bit(self.weight, blocksize=BLOCK, quant_type="nf4")
+            weight, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
         else:
-            levels = library().create_linear_map()
-            packed, state = library().quantize_blockwise(self.weight, levels, blocksize=BLOCK)
+            levels = functional.create_linear_map()
+            weight, state = functional.quantize_blockwise(weight, levels, blocksize=BLOCK)
         self.bits = bits
-        self.weight = _frozen(packed)
+        self.weight = _frozen(weight)
         # As integers, which a cast of the model leaves alone; parameters, which DDP sends once.
         self.scales = _frozen(state.absmax.view(torch.int32))
         self.levels = _frozen(state.code.view(torch.int32))
 
-    def unpack(self, dtype: torch.dtype) -> None:
-        """To a plain linear, in place."""
-        self.weight = _frozen(self.unpacked(dtype))
-        del self.scales, self.levels
-        self.__class__ = nn.Linear
-
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """(out, in) weights."""
+        functional = library()
         scales, levels = self.scales.view(torch.float32), self.levels.view(torch.float32)
         shape = self.out_features, self.in_features
-        state = library().QuantState(scales, shape, levels, BLOCK, "nf4", dtype)
+        state = functional.QuantState(scales, shape, levels, BLOCK, "nf4", dtype)
         if self.bits == 4:
-            return library().dequantize_4bit(self.weight, state)
-        return library().dequantize_blockwise(self.weight, state)
+            return functional.dequantize_4bit(self.weight, state)
+        return functional.dequantize_blockwise(self.weight, state)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -82,15 +78,13 @@ class PackedLinear(nn.Linear):
 
 
 def _frozen(x: Tensor) -> nn.Parameter:
-    return nn.Parameter(x.detach(), requires_grad=False)
+    return nn.Parameter(x, requires_grad=False)
 
 
 def pack(base: nn.Module, bits: int | None) -> None:
     """Holds the linears of its layers in so many bits, in place; None: as they are. Embeddings and
     lm_head stay whole. Raises SememeError where bitsandbytes is not installed."""
-    if bits is None:
-        return
-    for name, module in base.get_decoder().layers.named_modules():
+    for name, module in base.get_decoder().layers.named_modules() if bits else ():
         if type(module) in (nn.Linear, NarrowLinear) and "lora_" not in name:
             module.__class__ = PackedLinear  # in place, as `narrow` does it
             module.pack(bits)
@@ -102,4 +96,6 @@ def unpack(base: nn.Module) -> None:
         dtype = computed_in(layer)
         for module in layer.modules():
             if isinstance(module, PackedLinear):
-                module.unpack(dtype)
+                module.weight = _frozen(module.unpacked(dtype))
+                del module.scales, module.levels
+                module.__class__ = nn.Linear

@@ -102,17 +102,15 @@ def measured_policy(model: OnlineForCausalLM) -> Policy:
     return Policy(tuple(model.config.split), layer, _times([head], model.dtype))
 
 
-def _times(linears: list[nn.Linear], packed_dtype: torch.dtype) -> list[float]:
-    """The least of several times each, in seconds: others only add to it. `packed_dtype`: what
-    those of 8 or 4 bits compute in."""
-    weights = [part.weight for part in linears]
-    dtypes = [w.dtype if w.is_floating_point() else packed_dtype for w in weights]
+def _times(linears: list[nn.Linear], packed: torch.dtype) -> list[float]:
+    """The least of several times each, in seconds: others only add to it. `packed`: what linears of
+    8 or 4 bits compute in."""
     best = dict.fromkeys(ROWS, float("inf"))
     for _ in range(REPEATS):
         for rows in ROWS:
             inputs = [
-                part.weight.new_ones(rows, part.in_features, dtype=dtype)
-                for part, dtype in zip(linears, dtypes, strict=True)
+                weight.new_ones(rows, n, dtype=None if weight.is_floating_point() else packed)
+                for weight, n in ((part.weight, part.in_features) for part in linears)
             ]
             _wait(linears[0].weight.device)
             start = time.perf_counter()

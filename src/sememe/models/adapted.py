@@ -336,8 +336,7 @@ class AdaptedModel(PreTrainedModel, GenerationMixin):
             )
         model = cls.from_base(config, dtype, attention, saved=folder)
         model.load_own_state(folder)
-        bits = f"-{config.base_bits}" if config.base_bits else ""
-        model.source_sha256 = f"{sha256}-{config.base_sha256}{bits}"
+        model.source_sha256 = f"{sha256}-{config.base_sha256}"
         model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.to(default_device() if device == "auto" else device).eval()
 
