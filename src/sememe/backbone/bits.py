@@ -48,7 +48,7 @@ class PackedLinear(nn.Linear):
 
     def pack(self, bits: int) -> None:
         """From the weight of a plain linear, in place."""
-        weight, functional = self.weight, library()
+        weight, functional = self.weight.data, library()
         if bits == 4:
             weight, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
         else:
