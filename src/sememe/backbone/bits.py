@@ -4,17 +4,12 @@ bitsandbytes.
 Not by its modules: `Linear8bitLt` rounds what goes into it as well, and `Linear4bit` repacks its
 weight when it is evaluated on a CPU, after which no gradient goes through it."""
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sememe.backbone.exact import NarrowLinear, computed_in
 from sememe.errors import needs_extra
-
-# When it is imported, by us or by peft, it warns of a kernel for CPUs that only its modules use.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 BLOCK = 64
 """Weights that share a scale."""

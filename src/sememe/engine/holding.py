@@ -102,15 +102,17 @@ def measured_policy(model: OnlineForCausalLM) -> Policy:
     return Policy(tuple(model.config.split), layer, _times([head], model.dtype))
 
 
-def _times(linears: list[nn.Linear], packed: torch.dtype) -> list[float]:
-    """The least of several times each, in seconds: others only add to it. `packed`: what linears of
-    8 or 4 bits compute in."""
+def _times(linears: list[nn.Linear], dtype: torch.dtype) -> list[float]:
+    """The least of several times each, in seconds: others only add to it. `dtype`: what the
+    model computes in, and linears of 8 or 4 bits with it."""
     best = dict.fromkeys(ROWS, float("inf"))
     for _ in range(REPEATS):
         for rows in ROWS:
             inputs = [
-                weight.new_ones(rows, n, dtype=None if weight.is_floating_point() else packed)
-                for weight, n in ((part.weight, part.in_features) for part in linears)
+                part.weight.new_ones(
+                    rows, part.in_features, dtype=torch.promote_types(part.weight.dtype, dtype)
+                )
+                for part in linears
             ]
             _wait(linears[0].weight.device)
             start = time.perf_counter()

@@ -70,21 +70,13 @@ def train(
         if (first or is_finished(folder)) and same_run(recipe, folder, say if force else None):
             say(f"{folder} is finished: nothing to train")
         else:
-            _check_bits(recipe, sharded)
+            if recipe.base_bits and sharded:
+                raise RecipeError(
+                    f"base_bits = {recipe.base_bits} with --sharded: need weights of 16 or 32 "
+                    "bits, packed ones are not cut into parts. try: without --sharded"
+                )
             _run(_build(recipe, folder, say, show and first), first, sharded)
     return folder / "model"
-
-
-def _check_bits(recipe: Recipe, sharded: bool) -> None:
-    """Before texts are read, which may take long."""
-    if recipe.base_bits is None:
-        return
-    library()
-    if sharded:
-        raise RecipeError(
-            f"base_bits = {recipe.base_bits} with --sharded: need weights of 16 or 32 bits where "
-            "processes share them, packed ones are not cut into parts. try: without --sharded"
-        )
 
 
 def _run(run: Run, first: bool, sharded: bool) -> None:
@@ -120,6 +112,8 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
             f"{recipe.data.heldout} holds the same bytes as {recipe.data.train}: need held-out "
             "text that is never trained on. try: another file for data.heldout"
         )
+    if recipe.base_bits:
+        library()  # before texts are read, which may take long
     base = resolve(recipe.base)
     tokenizer = load_tokenizer(base)
     batches = system.batches(recipe, tokenizer, base, say)
