@@ -303,8 +303,8 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     """`auto`: bf16 where the hardware has it, GPU or CPU. Frozen weights are then held in it too;
     LoRA and new modules stay in fp32."""
     base_bits: Literal[8, 4] | None = None
-    """Bits of a frozen weight of the base's layers, by the extra `bitsandbytes`, in training and in
-    use; embeddings and lm_head stay whole. None: as `precision` has it."""
+    """Bits of a frozen weight of the base's layers, in training and in use; 4 want the extra
+    `bitsandbytes`. Embeddings and lm_head stay whole. None: as `precision` has it."""
     gradient_checkpointing: bool = False
     """Layers are computed again in the backward pass, which takes less memory and more time."""
     heldout_every: PositiveInt = 50

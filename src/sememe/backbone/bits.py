@@ -1,5 +1,5 @@
-"""Frozen linears of a base's layers in 8 or 4 bits (QLoRA, arXiv 2305.14314), by the kernels of
-bitsandbytes.
+"""Frozen linears of a base's layers in 8 or 4 bits (QLoRA, arXiv 2305.14314): int8 with a scale for
+each row, or NF4 by the kernels of bitsandbytes.
 
 Not by its modules: `Linear8bitLt` rounds what goes into it as well, and `Linear4bit` repacks its
 weight when it is evaluated on a CPU, after which no gradient goes through it."""
@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sememe.backbone.exact import NarrowLinear, computed_in
+from sememe.backbone.exact import computed_in
 from sememe.errors import needs_extra
 
 BLOCK = 64
-"""Weights that share a scale."""
+"""Weights of 4 bits that share a scale."""
 
 
 def library():
@@ -43,27 +43,25 @@ class PackedLinear(nn.Linear):
 
     def pack(self, bits: int) -> None:
         """From the weight of a plain linear, in place."""
-        weight, functional = self.weight.data, library()
+        weight = self.weight.data.float()
         if bits == 4:
-            weight, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+            weight, state = library().quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+            scales = state.absmax
         else:
-            levels = functional.create_linear_map()
-            weight, state = functional.quantize_blockwise(weight, levels, blocksize=BLOCK)
-        self.bits = bits
+            scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+            weight = (weight / scales).round().to(torch.int8)
         self.weight = _frozen(weight)
-        # As integers, which a cast of the model leaves alone; parameters, which DDP sends once.
-        self.scales = _frozen(state.absmax.view(torch.int32))
-        self.levels = _frozen(state.code.view(torch.int32))
+        # As integers, which a cast of the model leaves alone; a parameter, which DDP sends once.
+        self.scales = _frozen(scales.view(torch.int32))
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """(out, in) weights."""
-        functional = library()
-        scales, levels = self.scales.view(torch.float32), self.levels.view(torch.float32)
+        scales = self.scales.view(torch.float32)
+        if self.weight.dtype == torch.int8:
+            return self.weight.to(dtype) * scales.to(dtype)
         shape = self.out_features, self.in_features
-        state = functional.QuantState(scales, shape, levels, BLOCK, "nf4", dtype)
-        if self.bits == 4:
-            return functional.dequantize_4bit(self.weight, state)
-        return functional.dequantize_blockwise(self.weight, state)
+        state = library().QuantState(scales, shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
+        return library().dequantize_4bit(self.weight, state)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -78,9 +76,10 @@ def _frozen(x: Tensor) -> nn.Parameter:
 
 def pack(base: nn.Module, bits: int | None) -> None:
     """Holds the linears of its layers in so many bits, in place; None: as they are. Embeddings and
-    lm_head stay whole. Raises SememeError where bitsandbytes is not installed."""
+    lm_head stay whole. Raises SememeError where 4 bits want bitsandbytes, and it is not
+    installed."""
     for name, module in base.get_decoder().layers.named_modules() if bits else ():
-        if type(module) in (nn.Linear, NarrowLinear) and "lora_" not in name:
+        if isinstance(module, nn.Linear) and "lora_" not in name:
             module.__class__ = PackedLinear  # in place, as `narrow` does it
             module.pack(bits)
 
@@ -92,5 +91,5 @@ def unpack(base: nn.Module) -> None:
         for module in layer.modules():
             if isinstance(module, PackedLinear):
                 module.weight = _frozen(module.unpacked(dtype))
-                del module.scales, module.levels
+                del module.scales
                 module.__class__ = nn.Linear

@@ -112,7 +112,7 @@ def _build(recipe: Recipe, folder: Path, say: Callable[[str], None], show: bool)
             f"{recipe.data.heldout} holds the same bytes as {recipe.data.train}: need held-out "
             "text that is never trained on. try: another file for data.heldout"
         )
-    if recipe.base_bits:
+    if recipe.base_bits == 4:
         library()  # before texts are read, which may take long
     base = resolve(recipe.base)
     tokenizer = load_tokenizer(base)
