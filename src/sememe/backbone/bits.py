@@ -58,7 +58,7 @@ class PackedLinear(nn.Linear):
         """(out, in) weights."""
         scales = self.scales.view(torch.float32)
         if self.weight.dtype == torch.int8:
-            return self.weight.to(dtype) * scales.to(dtype)
+            return (self.weight * scales).to(dtype)
         shape = self.out_features, self.in_features
         state = library().QuantState(scales, shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
         return library().dequantize_4bit(self.weight, state)
