@@ -59,9 +59,10 @@ class PackedLinear(nn.Linear):
         scales = self.scales.view(torch.float32)
         if self.weight.dtype == torch.int8:
             return (self.weight * scales).to(dtype)
-        shape = self.out_features, self.in_features
+        # A block a row: the CPU kernel takes wrong scales where rows are no whole blocks.
+        shape = len(scales), BLOCK
         state = library().QuantState(scales, shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
-        return library().dequantize_4bit(self.weight, state)
+        return library().dequantize_4bit(self.weight, state).view(self.out_features, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -76,10 +77,11 @@ def _frozen(x: Tensor) -> nn.Parameter:
 
 def pack(base: nn.Module, bits: int | None) -> None:
     """Holds the linears of its layers in so many bits, in place; None: as they are. Embeddings and
-    lm_head stay whole. Raises SememeError where 4 bits want bitsandbytes, and it is not
-    installed."""
+    lm_head stay whole, and what is no number of whole blocks. Raises SememeError where 4 bits want
+    bitsandbytes, and it is not installed."""
     for name, module in base.get_decoder().layers.named_modules() if bits else ():
-        if isinstance(module, nn.Linear) and "lora_" not in name:
+        is_base = isinstance(module, nn.Linear) and "lora_" not in name
+        if is_base and module.weight.numel() % BLOCK == 0:
             module.__class__ = PackedLinear  # in place, as `narrow` does it
             module.pack(bits)
 
