@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -70,19 +69,17 @@ def linear(inside: int, outside: int, bits: int) -> tuple[PackedLinear, torch.Te
 
 
 @both
-@pytest.mark.parametrize("inside, outside", [(256, 128), (96, 24), (37, 4), (5, 7)])
+@pytest.mark.parametrize("inside, outside", [(256, 128), (96, 24), (37, 64), (4, 16)])
 def test_weights_are_near_what_they_were(bits, inside, outside):
     """Half the widest step of a scale's levels at most: those of 8 bits are 1 / 127 apart, the
     outermost ones of NF4 0.304."""
     packed, weight_OI = linear(inside, outside, bits)
     n, size = weight_OI.numel(), {8: inside, 4: BLOCK}[bits]
-    numbers_BS = F.pad(weight_OI.flatten(), (0, -n % size)).unflatten(0, (-1, size))
-    limit_n = (
-        numbers_BS.abs().amax(1).repeat_interleave(size)[:n] * {8: 1 / 127, 4: 0.304}[bits] / 2
-    )
+    numbers_BS = weight_OI.view(-1, size)
+    limit_n = numbers_BS.abs().amax(1).repeat_interleave(size) * {8: 1 / 127, 4: 0.304}[bits] / 2
     error_n = (packed.unpacked(torch.float32) - weight_OI).abs().flatten()
     assert (error_n <= 1.001 * limit_n).all() and error_n.max() > 0.1 * limit_n.max()
-    assert packed.weight.nbytes == (n if bits == 8 else numbers_BS.numel() // 2)
+    assert packed.weight.nbytes == n * bits // 8
     assert packed.scales.nbytes == 4 * len(numbers_BS)
 
 
