@@ -48,8 +48,8 @@ class Data(Options):
     add up to: `{a.txt: 3, corpus: 1}`."""
     heldout: str | list[str]
     """Text that is never trained on; measured during the run and by `sememe evaluate`. Several, as
-    `[wiki.txt, novel.txt]`, are also measured one by one; other commands take the first by
-    default."""
+    `[wiki.txt, novel.txt]`, are measured one by one as well; `ablate`, `reconstruct` and sweeps
+    take the first."""
     fields: tuple[str, str] | None = None
     """Fields of a row that are the source and the target of a pair, as `[instruction, response]`; a
     `planner` and its `control` train on pairs."""
@@ -62,7 +62,7 @@ class Data(Options):
         if self.fields and (self.source_share or len(set(self.fields)) < 2):
             raise ValueError("need two fields of a row, or else source_share to cut each text")
         if not (self.train and self.heldout):
-            raise ValueError("train and heldout: need a text, or several, to train with weights")
+            raise ValueError("train and heldout: need a text, or several, in each")
         return self
 
 
