@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from conftest import byte_tokenizer, ctrl_c, metrics, run, sememe
 from sememe.data import heldout_blocks
@@ -132,6 +133,18 @@ def test_commands_take_the_held_out_texts_of_a_run(trained, names):
     images = re.findall(r"base64,([^\"]+)", write_report(trained).read_text())
     drawn = b"".join(map(base64.b64decode, images))
     assert b"heldout.txt" in drawn and b"other.txt" in drawn
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_what_is_no_text_in_the_recipe_of_a_run_is_one_sentence(values, names, tmp_path, several):
+    folder = tmp_path / "r"
+    values["data"]["heldout"] = names if several else names[0]
+    run(values, folder)
+    (folder / "manifest.json").unlink()
+    for heldout in (5, None, [5], {"a": 1}):
+        values["data"]["heldout"] = heldout
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+        assert re.search(r"need .* try: |should be .* try: ", sememe("evaluate", folder, code=1))
 
 
 def test_a_moved_run_finds_them(values, names, tmp_path, monkeypatch):

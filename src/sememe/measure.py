@@ -7,6 +7,8 @@ from sememe.errors import CheckpointError, SememeError
 from sememe.evaluation.measures import REFUSED
 from sememe.evaluation.results import CONTRACT, Figures, keep
 from sememe.evaluation.subject import Options, Subject
+from sememe.keys import Data
+from sememe.options import checked
 from sememe.paths import names_of
 from sememe.systems import system_of
 
@@ -103,7 +105,7 @@ def _heldout(subject: Subject) -> list[str]:
             f"got no --data, and {subject.name} is no run with held-out text of its own: need a "
             "text. try: --data data/heldout.txt"
         )
-    return names_of(subject.recipe["data"]["heldout"])
+    return names_of(checked(Data, subject.recipe["data"]).heldout)
 
 
 def _keep(subject: Subject, command: str, figures: Figures) -> Figures:
