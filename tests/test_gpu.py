@@ -148,7 +148,7 @@ REAL |= {"sememe": f'exec {sys.executable} -m sememe "$@"'}
 REAL |= {"torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}
 
 
-@pytest.mark.reliability
+@pytest.mark.gpu
 def test_all_of_it_on_a_tiny_qwen(script, tmp_path):
     """And on the first steps of the one in QWEN_DIR, where that is named."""
     bases = {"tiny": 3000} | ({os.environ["QWEN_DIR"]: 2048} if "QWEN_DIR" in os.environ else {})
@@ -164,7 +164,7 @@ def test_all_of_it_on_a_tiny_qwen(script, tmp_path):
         assert again.count("nothing to train") == 3
 
 
-@pytest.mark.reliability
+@pytest.mark.gpu
 def test_the_slurm_script_trains_in_two_processes(script, tmp_path, recipe_values):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(recipe_values))

@@ -78,24 +78,29 @@ def test_what_was_killed_goes_on_and_is_the_same(corpus, tmp_path):
 
 
 @pytest.mark.reliability
-def test_kill_9_at_any_moment(corpus, tmp_path):
+def test_kill_9_at_any_moment(corpus, tmp_path, monkeypatch):
+    """With none, some and more shards there; what is there in the end is what one process wrote."""
     (tmp_path / "big.txt").write_text(WORDS * 100_000)
-    base = tmp_path / "base"
+    base, out = tmp_path / "base", tmp_path / "out"
+    tiny_base(vocab_size=512).save_pretrained(base)
     BYTE_LEVEL.save_pretrained(base)
-    words = f"-m sememe tokenize big.txt --base {base} --out out --workers 2".split()
     script = "import sememe.shards as s; s.TEXT_BYTES = 1 << 18; import sememe.cli as c; c.main()"
     (tmp_path / "run.py").write_text(f"if __name__ == '__main__':\n    {script}\n")
-    for pause in (2, 4, 5, 60):
-        command = subprocess.Popen([sys.executable, "run.py", *words[2:]], cwd=tmp_path)
-        try:
-            assert command.wait(pause) == 0
+    words = f"run.py tokenize big.txt --base {base} --out {out} --workers 2".split()
+    for there in (-1, 2, 9, None):
+        command = subprocess.Popen([sys.executable, *words], cwd=tmp_path)
+        if there is None:
+            assert command.wait() == 0
             break
-        except subprocess.TimeoutExpired:
-            command.send_signal(signal.SIGKILL)
-            command.wait()
-            time.sleep(0.5)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert not any(name.endswith(".tmp") for name in names) and "manifest.json" in names
+        while len([*out.glob("*.safetensors")]) <= there:
+            assert command.poll() is None
+            time.sleep(0.01)
+        command.send_signal(signal.SIGKILL)
+        command.wait()
+        time.sleep(0.5)  # its processes see that it is gone
+    monkeypatch.setattr(shards, "TEXT_BYTES", 1 << 18)
+    one = write(["big.txt"], tmp_path / "one")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == one and len(one) == 22
 
 
 def test_faults_are_one_sentence(corpus, tmp_path):
