@@ -70,7 +70,7 @@ class Bars:
         self.folder = options.out.with_suffix("")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.text = "\n\n".join(read_texts(options.data))
-        self.training = read_texts(options.train)
+        self.training = options.train
         self.quick = options.quick
         self.repeats = 1 if options.quick else options.repeats
 

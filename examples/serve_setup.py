@@ -16,7 +16,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from sememe.data import token_blocks
+from sememe.data import heldout_blocks
 from sememe.errors import SememeError
 from sememe.evaluation.serving import Call, Load, Seen, ask, client_of, round_of
 from sememe.keys import split_layers
@@ -26,7 +26,7 @@ from sememe.models.loading import load_tokenizer, resolve
 # ---- models ----
 
 
-def untrained(base: str, folder: Path, texts: list[str]) -> str:
+def untrained(base: str, folder: Path, source: str) -> str:
     """An online model over a base, its codes and gate started on text: R = 4, of 30 layers 4/22/4,
     else as its recipes split it."""
     tokenizer = load_tokenizer(resolve(base))
@@ -36,7 +36,7 @@ def untrained(base: str, folder: Path, texts: list[str]) -> str:
         base=base, split=split, rate=0.25, boundary="null", max_tail=16, lora_rank=0
     )
     model = OnlineForCausalLM.from_base(config)
-    ids_NT = token_blocks(texts, tokenizer, 256, 16 * 256)
+    ids_NT = heldout_blocks(source, tokenizer, 256, 16 * 256).ids_NT
     model.start_frame(ids_NT)
     model.start_codes(ids_NT)
     model.save_pretrained(folder)

@@ -13,7 +13,7 @@ import yaml
 from conftest import byte_tokenizer, sememe
 from families import online_over, text, tiny_online
 from sememe.concepts.ablation import ablate
-from sememe.data import TextBlocks, token_blocks
+from sememe.data import TextBlocks, heldout_blocks
 from sememe.errors import CheckpointError
 from sememe.evaluation import ablation
 from sememe.evaluation.ablation import KINDS, ablate_text
@@ -119,7 +119,7 @@ def test_the_curve_begins_and_ends_with_what_evaluate_says(monkeypatch, settings
 def run(tmp_path_factory, base_folder, texts):
     """A run folder as `train` leaves it, without the training."""
     folder, tokenizer = tmp_path_factory.mktemp("runs") / "r", byte_tokenizer()
-    blocks = token_blocks([texts[0].read_text()], tokenizer, 32, limit=1024)
+    blocks = heldout_blocks(str(texts[0]), tokenizer, 32, 1024).ids_NT
     for saved in (online_over(base_folder, blocks, rate=0.5, max_tail=6), tokenizer):
         saved.save_pretrained(folder / "model")
     data = {"train": str(texts[0]), "heldout": str(texts[1])}

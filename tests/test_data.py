@@ -40,6 +40,12 @@ def train(kind="byte level", eos="<eos>"):
 BYTE_LEVEL = train()
 
 
+def blocks_of(documents: list[str], folder: Path, *options) -> data.TextBlocks:
+    path = folder / "documents.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    return data.heldout_blocks(str(path), *options)
+
+
 def test_files_and_datasets_are_documents(tmp_path, monkeypatch):
     hub = {"org/name": datasets.Dataset.from_dict({"story": ["one", "two"]})}
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split: hub[source])
@@ -98,53 +104,55 @@ def test_a_source_is_told_by_its_content_and_field(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("eos", ["<eos>", None])
-def test_blocks_are_the_stream_with_eos_between_documents(eos):
+def test_blocks_are_the_stream_with_eos_between_documents(eos, tmp_path):
     tokenizer = train(eos=eos)
     between = [] if eos is None else [tokenizer.eos_token_id]
     stream = [*tokenizer.encode("the quick fox"), *between, *tokenizer.encode("lazy dogs")]
     for length in (1, 3):
-        blocks = data.token_blocks(["the quick fox", " \n", "", "lazy dogs"], tokenizer, length)
+        documents = ["the quick fox", " \n", "", "lazy dogs"]
+        blocks = blocks_of(documents, tmp_path, tokenizer, length, 99).ids_NT
         starts = range(0, len(stream) - length + 1, length)
         assert blocks.tolist() == [stream[start : start + length] for start in starts]
 
 
 @pytest.mark.parametrize("chars", [14, 20, 64])
-def test_a_text_in_pieces_has_the_ids_of_the_whole(monkeypatch, chars):
+def test_a_text_in_pieces_has_the_ids_of_the_whole(monkeypatch, tmp_path, chars):
     # No double spaces and no word over 13 characters, so that every piece ends before a lone space.
     text = "the quick brown fox, it jumps over 12 lazy dogs. And then two paragraphs with gaps " * 9
     monkeypatch.setattr(texts, "PIECE_CHARS", chars)
-    assert data.token_blocks([text], BYTE_LEVEL, 1).flatten().tolist() == BYTE_LEVEL.encode(text)
+    ids_N1 = blocks_of([text], tmp_path, BYTE_LEVEL, 1, 9999).ids_NT
+    assert ids_N1.flatten().tolist() == BYTE_LEVEL.encode(text)
 
 
 @pytest.mark.parametrize("kind", ["byte level", "trimmed", "prefix"])
-def test_blocks_have_the_bytes_of_the_source(kind, monkeypatch):
+def test_blocks_have_the_bytes_of_the_source(kind, monkeypatch, tmp_path):
     tokenizer = train(kind)
     monkeypatch.setattr(texts, "PIECE_CHARS", 30)
     parts = [MIXED, " ", "x" * 99, MIXED * 3, " " * 99 + "z"]
     source = "".join(text for text in parts if text.strip()).encode()
-    blocks = data.text_blocks(parts, tokenizer, 1)
+    blocks = blocks_of(parts, tmp_path, tokenizer, 1, 9999)
     assert blocks.text == source == b"".join(blocks.windows())
     assert int(blocks.bytes_NT.sum()) == len(source) and int(blocks.bytes_NT.min()) >= 0
     eos = blocks.ids_NT == tokenizer.eos_token_id
     assert int(eos.sum()) == 3 and int(blocks.bytes_NT[eos].sum()) == 0
-    few = data.text_blocks(parts, tokenizer, 7, limit=50)
+    few = blocks_of(parts, tmp_path, tokenizer, 7, 50)
     for cut, whole in ((few.ids_NT, blocks.ids_NT), (few.bytes_NT, blocks.bytes_NT)):
         assert cut.flatten().tolist() == whole.flatten()[:49].tolist()
     assert source.startswith(few.text)
     assert [len(window) for window in few.windows()] == few.bytes_NT.sum(1).tolist()
-    cut = data.text_blocks([MIXED], byte_tokenizer(), 5)  # one token a byte, inside of characters
+    # One token a byte, inside of characters.
+    cut = blocks_of([MIXED], tmp_path, byte_tokenizer(), 5, 9999)
     assert set(cut.bytes_NT.flatten().tolist()) == {1} and cut.windows()[1] == MIXED.encode()[5:10]
 
 
-def test_a_limit_stops_the_tokenizer_and_too_few_tokens_are_said(monkeypatch):
+def test_a_limit_stops_the_tokenizer_and_too_few_tokens_are_said(monkeypatch, tmp_path):
     seen, count, have = [], texts.byte_counts, len(BYTE_LEVEL.encode("lazy dogs"))
-    assert data.token_blocks(["lazy dogs"], BYTE_LEVEL, have).shape == (1, have)
-    for length, limit in ((have + 1, 99), (4, 3)):
-        with pytest.raises(DataError, match=rf"has \d+ tokens: need at least {length}"):
-            data.token_blocks(["lazy dogs"], BYTE_LEVEL, length, limit)
+    assert blocks_of(["lazy dogs"], tmp_path, BYTE_LEVEL, have, 99).ids_NT.shape == (1, have)
+    with pytest.raises(DataError, match=rf"has {have} tokens: need at least {have + 1}"):
+        blocks_of(["lazy dogs"], tmp_path, BYTE_LEVEL, have + 1, 99)
     monkeypatch.setattr(texts, "PIECE_CHARS", 100)
     monkeypatch.setattr(texts, "byte_counts", lambda *args: seen.append(1) or count(*args))
-    assert len(data.token_blocks([WORDS * 200], BYTE_LEVEL, 8, limit=50)) == 50 // 8
+    assert len(blocks_of([WORDS * 200], tmp_path, BYTE_LEVEL, 8, 50)) == 50 // 8
     assert len(seen) <= texts.BATCH
 
 

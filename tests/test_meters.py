@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from conftest import run
 from families import text, tiny_base, tiny_online
+from sememe.data import TextBlocks
 from sememe.evaluation.quality import BUCKET
 from sememe.models import ControlConfig, ControlForCausalLM
 from sememe.models.online import NULL
@@ -98,12 +99,16 @@ def test_gradient_norms_are_those_of_the_modules():
         assert norm == pytest.approx(float(flat.norm()), rel=1e-5) and norm > 0
 
 
+def blocks(ids: torch.Tensor) -> TextBlocks:
+    return TextBlocks(ids, torch.ones_like(ids), None)
+
+
 def test_heldout_figures_are_the_naive_ones(monkeypatch):
     """T = 100 gives two buckets, and ablations are measured on two blocks of the four, compared
     with the same tokens unablated; 1e-4 is float32 in another order of sums (5e-6 seen)."""
     model, ids = tiny_online(max_position_embeddings=128), text(4, 100)
     monkeypatch.setattr(meters, "SMALL_BATCH", 200)
-    found = heldout_figures(model, ids)
+    found = heldout_figures(model, blocks(ids))
 
     @torch.no_grad()
     def nll(rows: int, kind: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,11 +165,11 @@ def test_head_figures_are_the_naive_ones(settings):
 def test_codes_are_not_measured_before_there_are_any():
     model = tiny_online()
     model.dial.quantise = 0.0
-    assert set(heldout_figures(model, text())) == set(HELDOUT.split())
+    assert set(heldout_figures(model, blocks(text()))) == set(HELDOUT.split())
     base = tiny_base()
     config = ControlConfig(text_config=base.config, base="tiny", lora_rank=4)
     control = ControlForCausalLM(config, base).eval()
-    assert set(heldout_figures(control, text())) == set(HELDOUT.split()[:2])
+    assert set(heldout_figures(control, blocks(text()))) == set(HELDOUT.split()[:2])
     sinks_only = tiny_online(boundary="fixed", rate=0.03, max_tail=60)
     assert head_figures(sinks_only, text()) == {}, "no coded concept: no figure"
 
@@ -174,7 +179,7 @@ def test_looking_changes_nothing():
     model = tiny_online(gumbel=1.0, concept_dropout=0.5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    heldout_figures(model, text())
+    heldout_figures(model, blocks(text()))
     assert torch.equal(torch.get_rng_state(), random) and not model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from conftest import byte_tokenizer, sememe
 from families import compressor_over, online_over, stepwise, tiny_base
 from sememe.concepts.writer import NULL
-from sememe.data import TextBlocks, token_blocks
+from sememe.data import TextBlocks, heldout_blocks
 from sememe.evaluation import reconstruction
 from sememe.evaluation.compressor import continuation_blocks
 from sememe.evaluation.context import continuation, model_nll, online_gap, online_nll
@@ -34,12 +34,12 @@ CONTEXT = 64
 
 @pytest.fixture(scope="module")
 def blocks(texts):
-    return token_blocks([texts[0].read_text()], TOKENIZER, 32, limit=1024)
+    return heldout_blocks(str(texts[0]), TOKENIZER, 32, 1024).ids_NT
 
 
 @pytest.fixture(scope="module")
 def ids(texts):
-    return token_blocks([texts[1].read_text()], TOKENIZER, CONTEXT + 16, limit=1000)
+    return heldout_blocks(str(texts[1]), TOKENIZER, CONTEXT + 16, 1000).ids_NT
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,8 @@ def test_reconstruct_prints_keeps_and_is_drawn(saved, tmp_path):
     for word in ("token_accuracy", "curve", "zstd", "its concepts"):
         assert word in printed, word
     assert "Online against offline" in write_report(run).read_text()
-    row, ids = figures["coders"][-1], token_blocks([saved["HELD"].read_text()], TOKENIZER, 32, 160)
+    row = figures["coders"][-1]
+    ids = heldout_blocks(str(saved["HELD"]), TOKENIZER, 32, 160).ids_NT
     bins, _ = load_model(saved["BINS"])
     assert row["name"] == "bins" and row["bits_per_token"] == pytest.approx(4, abs=0.3)
     back = bins.decompress(bins.compress(ids))

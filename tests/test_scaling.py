@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import sememe, tiny_recipe
 from families import tiny_online
+from sememe.backbone.bases import read_config
 from sememe.backbone.calling import CACHE
 from sememe.models.control import ControlForCausalLM
 from sememe.options import check_recipe
 from sememe.scaling import estimate as scaling
-from sememe.scaling.estimate import parameters, slots
+from sememe.scaling.estimate import parameters
 from sememe.scaling.hardware import Hardware
 from sememe.scaling.recording import record
 from sememe.scaling.steps import online_loss, plain_loss
@@ -73,14 +74,14 @@ def test_the_peak_is_what_lives_at_the_worst_moment():
 
 
 @pytest.mark.parametrize("changes", [{}, {"segment": "deep"}, {"shallow_window": 8}])
-def test_slots_are_those_of_the_cache(changes):
+def test_slices_have_the_keys_of_the_cache(changes):
     model = tiny_online(boundary="fixed", rate=0.25, **changes)
     ids_BT = torch.randint(3, 90, (1, 64))
     with torch.no_grad():
         cache = model(input_ids=ids_BT, use_cache=True)[CACHE]
-    expected = [n for _, n in slots(model.config, 64)]
-    assert [part.used() for part in cache.slices] == expected
-    base, layers = model.config.text_config, [n for n, _ in slots(model.config, 64)]
+    layers, expected, _ = zip(*model.config.slices(64), strict=True)
+    assert [part.used() for part in cache.slices] == [*expected]
+    base = model.config.text_config
     key = 2 * base.num_key_value_heads * base.hidden_size // base.num_attention_heads
     # The last slot takes what is not kept.
     held = sum(n * (part.capacity + 1) for n, part in zip(layers, cache.slices, strict=True))
@@ -124,7 +125,7 @@ def test_parameters_are_those_of_the_real_model(base_folder, texts):
     loaded = check_recipe(tiny_recipe(base_folder, texts), "test")
     real = SYSTEMS["online"].build(loaded, base_folder)
     with torch.device("meta"):
-        planned = scaling.build(loaded, scaling.base_config(loaded.base))
+        planned = scaling.build(loaded, read_config(base_folder).get_text_config())
     assert parameters(planned) == parameters(real)
     assert sum(parameters(real).values()) == sum(p.numel() for p in real.parameters())
 
@@ -132,10 +133,32 @@ def test_parameters_are_those_of_the_real_model(base_folder, texts):
 def test_what_cannot_be_planned_is_one_sentence(recipe, tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "nothing"}')
+    (tmp_path / "empty").mkdir()
     for words, said in (
         (("--gpu", "h900"), "need one of h100"),
         (("system=prune", "leave_out=1"), "need one of online"),
         (("batch_size=4", "--gpus", 3), "does not divide"),
-        ((f"base={tmp_path / 'odd'}",), "need the configuration of a decoder"),
+        ((f"base={tmp_path / 'odd'}",), "need intact files of a decoder"),
+        ((f"base={tmp_path / 'empty'}",), "has no config.json"),
     ):
         assert said in sememe("plan", recipe, *words, code=1)
+
+
+def test_of_a_base_its_configuration_is_enough(recipe, base_folder, tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((base_folder / "config.json").read_bytes())
+    figures = []
+    for base in (base_folder, folder):
+        sememe("plan", recipe, f"base={base}", "--json", tmp_path / "p.json")
+        figures.append(json.loads((tmp_path / "p.json").read_text()))
+    assert figures[0]["parameters"] == figures[1]["parameters"]
+    assert "no *.safetensors" in sememe("train", recipe, f"base={folder}", code=1)
+
+
+def test_a_window_serves_from_its_own_cache(recipe, tmp_path):
+    """Of all layers, for as many tokens as it sees and the first one."""
+    words = ("system=window", "shallow_window=20", "--context", 64)
+    sememe("plan", recipe, *words, "--json", tmp_path / "p.json")
+    serving = json.loads((tmp_path / "p.json").read_text())["serving"]
+    assert serving["own_cache_per_row"] / serving["base_cache_per_row"] == 21 / 64

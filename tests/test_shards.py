@@ -19,7 +19,7 @@ import torch
 from conftest import byte_tokenizer, ctrl_c, run, sememe
 from families import tiny_base, tiny_online
 from sememe import chats, rows, shards, texts
-from sememe.data import heldout_blocks, token_blocks
+from sememe.data import heldout_blocks
 from sememe.errors import DataError, Interrupted, RecipeError, SememeError
 from sememe.models import ControlConfig, ControlForCausalLM
 from sememe.options import check_recipe
@@ -51,7 +51,8 @@ def test_shards_are_the_tokens_of_the_texts_for_any_number_of_workers(corpus, tm
     assert one == two and len(one) > 12
     stream = shards.TokenShards(tmp_path / "1", BYTE_LEVEL)
     whole = [text for source in corpus[:3] for text in texts.read_texts(source)]
-    expected = token_blocks(whole, BYTE_LEVEL, 1).flatten()
+    at_once = shards.TextShard(whole, BYTE_LEVEL)
+    expected = at_once.read("tokens", 0, len(at_once))
     assert stream.read("tokens", 0, len(stream)).tolist() == expected.tolist()
     source = "".join(text for text in whole if text.strip()).encode()
     assert stream.read("bytes", 0, len(stream)).sum() == len(source)

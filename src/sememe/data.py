@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sememe.errors import DataError, RecipeError
+from sememe.errors import RecipeError
 from sememe.keys import Recipe
-from sememe.rows import BlockRows, Mixture, Ordered, rows_of
-from sememe.shards import TextShard
+from sememe.paths import names_of
+from sememe.rows import BlockRows, Mixture, Ordered, Row, Rows, rows_of
 
 
 @dataclass(frozen=True)
 class TextBlocks:
-    """Blocks of token ids, and the bytes of the source that they stand for."""
+    """Blocks of token ids, and the bytes of their sources that they stand for."""
 
     ids_NT: Tensor
     bytes_NT: Tensor
     """UTF-8 bytes of text that each token stands for: 0 for the eos between documents."""
     text: bytes | None
-    """Of all blocks, one after the other; None where there are tokens alone."""
+    """Of all blocks, one after the other; None where there are tokens alone, or several sources."""
     counted_NT: Tensor | None = None
     """Which tokens are measured; None: all."""
+    counts: dict[str, int] | None = None
+    """How many of the blocks are of each source, in their order; None where there is one."""
 
     def __len__(self) -> int:
         return len(self.ids_NT)
-
-    @property
-    def measured(self) -> tuple[Tensor, Tensor | None]:
-        """The ids, and which of them are measured."""
-        return self.ids_NT, self.counted_NT
 
     def windows(self) -> list[bytes]:
         """The text of each block; one that is cut inside a character has a part of its bytes."""
@@ -42,49 +38,35 @@ class TextBlocks:
         return [self.text[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def token_blocks(texts: list[str], tokenizer, length: int, limit: int = sys.maxsize) -> Tensor:
-    """(N, length) long: the `text_blocks` without the bytes that they stand for."""
-    return text_blocks(texts, tokenizer, length, limit).ids_NT
-
-
-def text_blocks(texts: list[str], tokenizer, length: int, limit: int = sys.maxsize) -> TextBlocks:
-    """The texts as one stream of at most `limit` tokens, cut into full blocks.
-
-    The tokenizer's eos, if it has one, stands between texts; blank texts and the remainder are
-    dropped. Tokenising stops soon after `limit`. Raises DataError when there is not one full
-    block."""
-    shard = TextShard(texts, tokenizer, limit)
-    blocks = len(shard) // length
-    if not blocks:
-        raise DataError(
-            f"the text has {len(shard)} tokens: need at least {length}, one block. "
-            "try: more text or shorter blocks"
-        )
-    ids_NT, bytes_NT = (
-        torch.from_numpy(shard.read(name, 0, blocks * length)).view(blocks, -1)
-        for name in ("tokens", "bytes")
+def heldout_blocks(source: str | list[str], tokenizer, length: int, tokens: int) -> TextBlocks:
+    """About the first `tokens` tokens of a source, or of several, an equal share and at least a row
+    of each, in rows of at most `length`; those that are shorter are filled up with -100. Raises
+    DataError."""
+    names = names_of(source)
+    tokens = max(tokens // len(names), length)
+    sources = [rows_of(name, tokenizer, length, tokens) for name in names]
+    parts = [_first(rows, length, tokens) for rows in sources]
+    ids_NT, bytes_NT, counted_NT = (
+        torch.from_numpy(np.stack(arrays)) for arrays in zip(*itertools.chain(*parts), strict=True)
     )
-    return TextBlocks(ids_NT, bytes_NT, shard.text[: int(bytes_NT.sum())])
+    counted_NT = counted_NT if any(rows.ragged for rows in sources) else None
+    text = counts = None
+    if not isinstance(source, str):
+        counts = dict(zip(names, map(len, parts), strict=True))
+    elif isinstance(sources[0], BlockRows) and sources[0].in_memory:
+        text = sources[0].shards.text[: int(bytes_NT.sum())]
+    return TextBlocks(ids_NT, bytes_NT, text, counted_NT, counts)
 
 
-def heldout_blocks(source: str, tokenizer, length: int, tokens: int) -> TextBlocks:
-    """About the first `tokens` tokens of a source, in rows of at most `length`; those that are
-    shorter are filled up with -100. Raises DataError."""
-    tokens = max(tokens, length)
-    rows = rows_of(source, tokenizer, length, tokens)
+def _first(rows: Rows, length: int, tokens: int) -> list[Row]:
+    """About so many tokens of them, and at least one row, all filled up to `length`."""
     first, total = [], 0
     for row in (rows[n] for n in range(len(rows))):
         total += len(row.ids)
         if total > tokens and first:
             break
         first.append(row.padded(length))
-    ids_NT, bytes_NT, counted_NT = (
-        torch.from_numpy(np.stack(arrays)) for arrays in zip(*first, strict=True)
-    )
-    text = None
-    if isinstance(rows, BlockRows) and rows.in_memory:
-        text = rows.shards.text[: int(bytes_NT.sum())]
-    return TextBlocks(ids_NT, bytes_NT, text, counted_NT if rows.ragged else None)
+    return first
 
 
 def block_order(num_blocks: int, steps: int, batch: int, seed: int) -> Tensor:

@@ -46,8 +46,10 @@ class Data(Options):
     """Text to train on: .txt, .jsonl, .parquet (a field may be named: `file.jsonl#body`), a folder
     of `sememe tokenize`, or a datasets id. Several with their shares of the tokens, whatever they
     add up to: `{a.txt: 3, corpus: 1}`."""
-    heldout: str
-    """Text that is never trained on; measured during the run and by `sememe evaluate`."""
+    heldout: str | list[str]
+    """Text that is never trained on; measured during the run and by `sememe evaluate`. Several, as
+    `[wiki.txt, novel.txt]`, are measured one by one as well; `ablate`, `reconstruct` and sweeps
+    take the first."""
     fields: tuple[str, str] | None = None
     """Fields of a row that are the source and the target of a pair, as `[instruction, response]`; a
     `planner` and its `control` train on pairs."""
@@ -59,8 +61,8 @@ class Data(Options):
     def _differ(self) -> "Data":
         if self.fields and (self.source_share or len(set(self.fields)) < 2):
             raise ValueError("need two fields of a row, or else source_share to cut each text")
-        if not self.train:
-            raise ValueError("train: need a text, or several with their weights")
+        if not (self.train and self.heldout):
+            raise ValueError("train and heldout: need a text, or several, in each")
         return self
 
 
@@ -310,7 +312,7 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     heldout_every: PositiveInt = 50
     """Steps between figures of the held-out text."""
     heldout_tokens: int = Field(2048, ge=8)
-    """How much of it."""
+    """How much of it; several texts have equal shares, and a row at least."""
     save_every: PositiveInt = 50
     """Steps between checkpoints; the last two are kept."""
     calibration_tokens: int = Field(32768, ge=64)

@@ -7,6 +7,9 @@ from sememe.errors import CheckpointError, SememeError
 from sememe.evaluation.measures import REFUSED
 from sememe.evaluation.results import CONTRACT, Figures, keep
 from sememe.evaluation.subject import Options, Subject
+from sememe.keys import Data
+from sememe.options import checked
+from sememe.paths import names_of
 from sememe.systems import system_of
 
 __all__ = ["Options", "ablate", "benchmark", "evaluate", "reconstruct"]
@@ -20,7 +23,7 @@ def evaluate(
     control: str | None = None,
     options: Options = DEFAULTS,
 ) -> Figures:
-    """Held-out figures of a saved model, of a run on its own held-out text by default; kept as
+    """Held-out figures of a saved model, of a run on its own held-out texts by default; kept as
     RUN/evaluate.json. Several texts are measured one by one: the figures are those of the first,
     and `by_data` has a line for each.
 
@@ -36,7 +39,7 @@ def evaluate(
             f"{control} is a planner: need a control, which sees the source. try: its recipe with "
             "system=control"
         )
-    names = [data] if isinstance(data, str) else data or [_heldout(subject)]
+    names = names_of(data or _heldout(subject))
     heldout = {str(name): subject.heldout(name) for name in names}
     system = system_of(subject.model.config)
     about = {"system": system.name, "control": control, "tokens_asked": options.tokens}
@@ -59,7 +62,7 @@ def ablate(model: str, data: str | None = None, options: Options = DEFAULTS) -> 
     """What the concepts of a saved model are worth; kept as RUN/ablate.json. Raises as
     `evaluate`."""
     subject = Subject.load(model, options)
-    data = data or _heldout(subject)
+    data = data or _heldout(subject)[0]
     figures = _measured("ablate", subject, data)
     return _keep(subject, "ablate", {"data": str(data)} | figures)
 
@@ -81,7 +84,7 @@ def reconstruct(model: str, data: str | None = None, options: Options = DEFAULTS
     """How much of a text comes back from the ids of a saved compressor, and what they are worth as
     a context; kept as RUN/reconstruct.json. Raises as `evaluate`."""
     subject = Subject.load(model, options)
-    data = data or _heldout(subject)
+    data = data or _heldout(subject)[0]
     figures = _measured("reconstruct", subject, data)
     about = {"data": str(data), "tokens_asked": options.tokens}
     return _keep(subject, "reconstruct", about | figures)
@@ -95,14 +98,14 @@ def _measured(command: str, subject: Subject, *inputs) -> Figures:
     return measures[command](subject, *inputs)
 
 
-def _heldout(subject: Subject) -> str:
-    """The held-out text of a run. Raises SememeError for anything else than a run."""
+def _heldout(subject: Subject) -> list[str]:
+    """The held-out texts of a run. Raises SememeError for anything else than a run."""
     if not subject.recipe:
         raise SememeError(
             f"got no --data, and {subject.name} is no run with held-out text of its own: need a "
             "text. try: --data data/heldout.txt"
         )
-    return subject.recipe["data"]["heldout"]
+    return names_of(checked(Data, subject.recipe["data"]).heldout)
 
 
 def _keep(subject: Subject, command: str, figures: Figures) -> Figures:

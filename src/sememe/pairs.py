@@ -17,10 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from sememe.errors import DataError
 from sememe.keys import Data
 from sememe.options import checked
+from sememe.rows import IGNORED
 from sememe.texts import byte_counts, encoder, read_rows, read_texts
 
 SOURCE_SHARE = 0.25
-IGNORED = -100
 FILLED = 0.85  # of the tokens that a pair may have, so that few pieces of a text are cut
 SAMPLE_CHARS = 20_000  # of a text, to estimate the characters per token
 

@@ -52,6 +52,11 @@ def shown(name: str | Path) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text)} characters)"
 
 
+def names_of(sources: str | list[str]) -> list[str]:
+    """One source, or several, each once."""
+    return [sources] if isinstance(sources, str) else [*dict.fromkeys(sources)]
+
+
 def locate(source: str) -> tuple[Path | None, str, str]:
     """The file that a source names (None where there is none), its name and the field, `text`
     where none is named: `file.jsonl#response` names one, but a file may have a # in its own

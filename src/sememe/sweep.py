@@ -16,7 +16,7 @@ from sememe.evaluation.results import CONTRACT, put, reusable
 from sememe.figures import figure
 from sememe.measure import Options, evaluate
 from sememe.options import Recipe, check_recipe, load_recipe
-from sememe.paths import usable
+from sememe.paths import names_of, usable
 from sememe.report.files import last_values, read_metrics
 from sememe.systems import SYSTEMS
 from sememe.training.resume import is_finished
@@ -124,7 +124,7 @@ def plan(path: Path, grid: Grid, varied: list[str], control: bool) -> list[tuple
             run = baseline(recipe, name, changes)
             changed = words | {key: str(value) for key, value in changes.items()}
             entry = _entry(name, changed, [*varied, *changes])
-            entry |= {"seed": run.seed, "data": run.data.heldout}
+            entry |= {"seed": run.seed, "data": names_of(run.data.heldout)[0]}
             if "seed" in varied:
                 entry["name"] += f"_seed-{run.seed}"
             if "boundary" not in SYSTEMS[name].unread:

@@ -110,11 +110,12 @@ class System:
 
     def check(self, recipe: Recipe, processes: int) -> None:
         """Raises RecipeError where the recipe cannot be trained in so many processes."""
+        texts = recipe.data.train, recipe.data.heldout
         holds = {
             "distil": recipe.distil > 0,
             "pool": recipe.pool,
             "pairs of data": recipe.on_pairs,
-            "pairs of several texts": recipe.on_pairs and not isinstance(recipe.data.train, str),
+            "pairs of several texts": recipe.on_pairs and {*map(type, texts)} != {str},
             "lora.rank = 0": recipe.lora.rank == 0,
         }
         for name in filter(holds.get, ("pairs of several texts", *self.refuses)):
@@ -191,7 +192,7 @@ class System:
 
     def heldout(self, run: Run) -> Figures:
         """Figures of the held-out set while training. The model is in eval mode."""
-        return heldout_figures(run.model, *run.batches.heldout.measured)
+        return heldout_figures(run.model, run.batches.heldout)
 
     def state(self, model: AdaptedModel) -> Figures:
         """What the schedule has set the model to, for the line of the log."""
@@ -246,8 +247,7 @@ class Online(Writing):
 
 
 class Compressor(Writing):
-    """Text → concepts → text. A code stands for all tokens of its segment anyway, without
-    `pool`."""
+    """Text → concepts → text. A code stands for all tokens of its segment without `pool`."""
 
     name = "compressor"
     takes_documents = False
@@ -383,7 +383,8 @@ class Window(Control):
         # As many tokens as the caches of `online` have rows for at the end of a sequence; the first
         # token, which is always seen, takes one of them.
         named = {key: getattr(recipe, key) for key in self.reads}
-        online = OnlineConfig(**named | {"split": split_layers(recipe.split, layers)})
+        base = {"model_type": "llama", "num_hidden_layers": layers}
+        online = OnlineConfig(base, **named | {"split": split_layers(recipe.split, layers)})
         rows = online.cache_share(recipe.sequence_length) * recipe.sequence_length
         return {"window": recipe.shallow_window or max(1, round(rows) - 1)}
 

@@ -47,7 +47,7 @@ def check_files(folder: Path) -> None:
 def refuse_pickles(folder: Path) -> None:
     """Raises UnsafeError where the weights in `folder` are pickles alone."""
     pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
-    if pickles and not _weights(folder):
+    if pickles and not weights_of(folder):
         raise UnsafeError(
             f"{folder} has its weights in {pickles[0]}, which may hold any program and would run "
             "it: need *.safetensors. try: a base that comes with them"
@@ -88,7 +88,7 @@ def check_sizes(folder: Path) -> int:
     config.json speaks of more or larger layers than these can be: all of them would be built before
     anything is missing."""
     _check_index(folder)
-    shapes = [shape for path in _weights(folder) for shape in shapes_of(path).values()]
+    shapes = [shape for path in weights_of(folder) for shape in shapes_of(path).values()]
     total = sum(map(math.prod, shapes))
     config, inner = read_object(folder / CONFIG), None
     if config.get("base") is not None:  # adapters: what is in them is built as the base's own file
@@ -120,7 +120,7 @@ def _check_index(folder: Path) -> None:
     """Raises BaseError where the index of the weights names others than those beside it."""
     for path in folder.glob("*.safetensors.index.json"):
         names = {*map(str, dict(read_object(path)["weight_map"]).values())}
-        if others := sorted(names - {beside.name for beside in _weights(folder)}):
+        if others := sorted(names - {beside.name for beside in weights_of(folder)}):
             outside = any(Path(name).name != name for name in others)
             raise (UnsafeError if outside else BaseError)(
                 f"{path} names {shown(others[0])}, which is not beside it: need the weights that "
@@ -128,7 +128,7 @@ def _check_index(folder: Path) -> None:
             )
 
 
-def _weights(folder: Path) -> list[Path]:
+def weights_of(folder: Path) -> list[Path]:
     return sorted(folder.glob(WEIGHTS))
 
 

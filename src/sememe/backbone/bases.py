@@ -34,6 +34,7 @@ from sememe.backbone.base_files import (
     hashes,
     hold,
     refuse_pickles,
+    weights_of,
 )
 from sememe.errors import BaseError, SememeError, UnsafeError, reason
 from sememe.paths import existing, home, shown
@@ -94,11 +95,12 @@ def _say(line: str) -> None:
 # A base by its name
 
 
-def resolve(base: str) -> Path:
+def resolve(base: str, weights: bool = True) -> Path:
     """The local folder of a base: a known name (pulled when missing), a folder, or a Hub id
     'org/name'.
 
-    Raises BaseError when there is no such base, or when it has no safetensors weights."""
+    Raises BaseError when there is no such base, or when it has no safetensors, where `weights` are
+    wanted of it."""
     if base in KNOWN:
         return pull(base)
     path = existing(base) if base else None  # Path('') is the current folder
@@ -109,8 +111,9 @@ def resolve(base: str) -> Path:
             f"base {shown(base)!r} is neither a known base, nor a local folder, nor a Hub id like "
             f"'org/name': {NEED_KNOWN}, or base=/path/to/folder"
         )
-    refuse_pickles(path)
-    if not (path / CONFIG).is_file() or not _weights(path):
+    if weights:
+        refuse_pickles(path)
+    if not (path / CONFIG).is_file() or (weights and not weights_of(path)):
         raise BaseError(
             f"{path} has no config.json or no *.safetensors: need a base in the Hugging Face "
             "layout. try: a known base, or convert this one with save_pretrained"
@@ -142,17 +145,13 @@ def _from_hub(repo: str) -> Path:
         ) from fault
 
 
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
 # A base that is here
 
 
 def fingerprint(folder: Path) -> str:
     """The sha256 of a base's weights: of the lines `sha256sum *.safetensors` prints, so a shell can
     check it."""
-    names = {path.name for path in _weights(folder)}
+    names = {path.name for path in weights_of(folder)}
     with _loading(f"base {folder}"):
         check_files(folder)
         check_sizes(folder)
@@ -161,12 +160,15 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a base or saved model, of sizes that its weights can have."""
+def read_config(folder: Path, weights: bool = True) -> PreTrainedConfig:
+    """The configuration of a base or saved model, of sizes that its `weights` can have; without
+    them that of one whose weights are not read at all."""
     with _loading(f"configuration of {folder}"):
-        check_files(folder)
+        if weights:
+            check_files(folder)
         check_manifest(folder, CONFIG, required=False)
-        check_sizes(folder)
+        if weights:
+            check_sizes(folder)
         return _config(folder)
 
 

@@ -3,7 +3,7 @@ codes are worth as a context."""
 
 from torch import Tensor
 
-from sememe.data import token_blocks
+from sememe.data import heldout_blocks
 from sememe.errors import CheckpointError
 from sememe.evaluation.context import continuation, online_gap
 from sememe.evaluation.inputs import refuse_trained
@@ -11,6 +11,7 @@ from sememe.evaluation.reconstruction import bins_line, lossless, reconstruction
 from sememe.evaluation.results import Figures
 from sememe.evaluation.subject import Subject
 from sememe.models.loading import check_rate, longest_text
+from sememe.shards import TextShard
 from sememe.texts import read_texts
 
 CONTEXT = 512  # tokens that a text goes on from, at most
@@ -45,14 +46,13 @@ def evaluate_compressor(subject: Subject, data: str) -> Figures:
 def continuation_blocks(subject: Subject, data: str) -> tuple[Tensor, int]:
     """Blocks of a context and what follows it, and how long the context is: the longest up to 512
     tokens that text and positions allow."""
-    texts, tokenizer = read_texts(data), subject.tokenizer
-    tokens = token_blocks(texts, tokenizer, 1, limit=CONTEXT + NEXT).numel()
+    tokens = len(TextShard(read_texts(data), subject.tokenizer, CONTEXT + NEXT))
     room = min(tokens, longest_text(subject.model.config))
     # A power of two, with as many tokens after it, or NEXT.
     context = 2 ** (min(CONTEXT, max(1, room // 2, room - NEXT)).bit_length() - 1)
     length = context + min(NEXT, context)
-    limit = max(subject.options.tokens, length)
-    return token_blocks(texts, tokenizer, length, limit=limit), context
+    blocks = heldout_blocks(data, subject.tokenizer, length, subject.options.tokens)
+    return blocks.ids_NT, context
 
 
 def bins_model(subject: Subject, data: str):

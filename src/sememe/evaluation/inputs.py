@@ -45,9 +45,11 @@ def recorded(run: Path) -> dict:
     return read_json(run / INPUTS)
 
 
-def content(source: str | dict[str, float]) -> dict:
+def content(source: str | list[str] | dict[str, float]) -> dict:
     """What tells a text, or several with their weights, from others; `sources`: the hashes of all
     that it is made of."""
+    if isinstance(source, list):
+        source = dict.fromkeys(source, 1.0)
     if not isinstance(source, str):
         parts = {name: content(name) for name in source}
         weights = [(part["sha256"], source[name]) for name, part in parts.items()]
@@ -108,8 +110,10 @@ def located(run: Path, data: dict) -> dict:
         source, sizes = data[name], inputs[name]["bytes"]
         if isinstance(source, str):
             new[name] = moved(source, sizes)
-        elif isinstance(source, dict) and isinstance(sizes, dict):
-            new[name] = {moved(text, sizes.get(text)): weight for text, weight in source.items()}
+        elif isinstance(sizes, dict):
+            now = [moved(text, sizes.get(text)) for text in source]
+            weighted = isinstance(source, dict)
+            new[name] = dict(zip(now, source.values(), strict=True)) if weighted else now
     return data | new
 
 

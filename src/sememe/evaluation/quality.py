@@ -275,7 +275,7 @@ def shares(config, length: int, rate: float | None) -> Figures:
     """Of the base's compute and cache, at a realised rate and at the end of so many tokens."""
     if not hasattr(config, "layer_share"):
         return {"layer_share": 1.0, "cache_share": 1.0}
-    cache = config.cache_share(length, rate) if hasattr(config, "cache_share") else None
+    cache = config.cache_share(length, rate) if hasattr(config, "slices") else None
     return {"layer_share": config.layer_share(rate), "cache_share": cache}
 
 

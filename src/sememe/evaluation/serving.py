@@ -23,6 +23,7 @@ import numpy as np
 from sememe.errors import DataError, SememeError
 from sememe.evaluation.inputs import run_recipe
 from sememe.evaluation.results import Figures, of_rounds
+from sememe.paths import names_of
 from sememe.progress import bar
 from sememe.texts import read_texts
 
@@ -213,7 +214,7 @@ async def characters_per_token(url: str, text: str, load: Load) -> float:
 
 
 def text_of(targets: Sequence[str], data: str | None) -> str:
-    """What prompts are cut from: `data`, else the held-out text of the first run."""
+    """What prompts are cut from: `data`, else the held-out texts of the first run."""
     runs = filter(None, map(run_recipe, filter(is_model, targets)))
     data = data or next((recipe["data"]["heldout"] for recipe in runs), None)
     if data is None:
@@ -221,7 +222,7 @@ def text_of(targets: Sequence[str], data: str | None) -> str:
             "got no --data, and no run with held-out text of its own: need a text to cut prompts "
             "from. try: --data data/heldout.txt"
         )
-    return "\n\n".join(read_texts(data))
+    return "\n\n".join(text for name in names_of(data) for text in read_texts(name))
 
 
 # ---- who is asked ----

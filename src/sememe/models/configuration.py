@@ -93,6 +93,12 @@ class AdaptedConfig(PreTrainedConfig):
         head_dim = getattr(base, "head_dim", None) or base.hidden_size // heads
         return head_dim * heads, head_dim * (getattr(base, "num_key_value_heads", None) or heads)
 
+    def cache_share(self, length: int, rate: float | None = None) -> float:
+        """Keys and values at the end of a text of so many tokens over the base's, of a system that
+        says what its `slices` are."""
+        held = sum(layers * keys for layers, keys, _ in self.slices(length, rate))
+        return held / (self.text_config.num_hidden_layers * length)
+
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
 
@@ -142,14 +148,16 @@ class OnlineConfig(ConceptConfig):
         query, keys = self.attention_widths()
         return 2 * keys / (2 * keys + 2 * query + 3 * self.text_config.intermediate_size)
 
-    def cache_share(self, length: int, rate: float | None = None) -> float:
-        """Keys and values at the end of a text of so many tokens over the base's, at a realised
-        rate."""
+    def slices(self, length: float, rate: float | None = None) -> list[tuple]:
+        """(layers, the keys that each needs, the share of tokens that run it) at the end of a text
+        of so many tokens, at a realised rate."""
         rate = rate or self.rate
         shallow, middle, deep = self.split
-        seen = min((self.shallow_window or length) + 1, length) / length
-        tails = min(self.max_tail / length, 1 - rate) * (deep + middle * (self.segment == "both"))
-        return (shallow * seen + (middle + deep) * rate + tails) / sum(self.split)
+        concepts = length * rate
+        tails = min(self.max_tail, length - concepts)
+        seen = min((self.shallow_window or length) + 1, length)
+        beside = concepts + tails * (self.segment == "both")
+        return [(shallow, seen, 1), (middle, beside, rate), (deep, concepts + tails, 1)]
 
     def check(self) -> None:
         """Raises RecipeError where a value does not fit the others, or the base."""
@@ -280,9 +288,10 @@ class ControlConfig(AdaptedConfig):
         """Layer applications per token over the base's."""
         return 1 - len(self.missing_layers) / self.text_config.num_hidden_layers
 
-    def cache_share(self, length: int, rate: float | None = None) -> float:
-        """Keys and values that the end of a text of so many tokens needs, over the base's."""
-        return self.layer_share() * (min(self.window + 1, length) / length if self.window else 1)
+    def slices(self, length: float, rate: float | None = None) -> list[tuple]:
+        """As those of an online model: all layers that are left, for every token."""
+        layers = self.text_config.num_hidden_layers - len(self.missing_layers)
+        return [(layers, min((self.window or length) + 1, length), 1)]
 
 
 def sink_id(text_config) -> int:

@@ -3,12 +3,14 @@
 import base64
 import io
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from sememe.figures import figure, number
-from sememe.report.files import Run
+from sememe.report.files import Run, last_values
 
 MAX_POINTS = 400
 """Of a curve: a plot of 374 units width shows no more."""
@@ -68,8 +70,16 @@ def training_plot(
     """A plot of page.toml: figures of the first run over its training, and `beside` of the
     others."""
     curves = [(figure(key).title, _over_training(runs[0], key), {}) for key in figures]
+    curves += _by_source(runs[0], f"{beside}_by_source")
     curves += [(run.name, _over_training(run, beside), {}) for run in runs[1:]]
     return draw(curves, "tokens", y, title, caption)
+
+
+def _by_source(run: Run, key: str) -> list[Curve]:
+    """A figure of each of several texts, where the run has it."""
+    flat = replace(run, lines=[line | line.get(key, {}) for line in run.lines])
+    names = last_values(run.lines).get(key, {})
+    return [(Path(x).name, _over_training(flat, x), {"linestyle": ":"}) for x in names]
 
 
 def _over_training(run: Run, key: str) -> Points:

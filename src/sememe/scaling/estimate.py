@@ -8,17 +8,14 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from sememe.backbone.base_files import CONFIG
-from sememe.backbone.bases import KNOWN, resolve
+from sememe.backbone.bases import read_config, resolve
 from sememe.backbone.bits import pack
 from sememe.backbone.calling import set_checkpointing
 from sememe.backbone.exact import narrow
-from sememe.errors import BaseError, RecipeError
+from sememe.errors import RecipeError
 from sememe.keys import Recipe
 from sememe.models import MODELS
-from sememe.paths import existing
 from sememe.scaling.hardware import Hardware
 from sememe.scaling.recording import Recorder, record
 from sememe.scaling.steps import online_loss, plain_loss
@@ -29,21 +26,6 @@ SYSTEMS_KNOWN = ("online", "control", "skip", "window")
 LOSSES = {"online": online_loss}
 ADAM = 8  # bytes of its two fp32 moments of a weight
 USED = 0.9  # of a GPU's memory; the rest is its context and what the allocator cannot use
-
-
-def base_config(base: str):
-    """That of a base of which no more than its config.json need be there."""
-    folder = existing(base) if base not in KNOWN else None
-    if folder is None or not (folder / CONFIG).is_file():
-        folder = resolve(base)
-    try:
-        loaded = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseError(
-            f"{folder / CONFIG} cannot be read ({error!s:.200}): need the configuration of a "
-            "decoder that transformers knows. try: another base"
-        ) from error
-    return loaded.get_text_config()
 
 
 def build(recipe: Recipe, base, bf16: bool = False):
@@ -74,7 +56,8 @@ def estimate(
             "system=online"
         )
     SYSTEMS[recipe.system].check(recipe, gpus)
-    base = base_config(recipe.base)
+    folder = resolve(recipe.base, weights=False)
+    base = read_config(folder, weights=False).get_text_config()
     hardware = Hardware.of(gpu)
     bf16 = precision(recipe) == "bf16" if gpu == "cpu" else recipe.precision != "fp32"
     rows = recipe.batch_size // gpus // recipe.gradient_accumulation
@@ -188,19 +171,6 @@ def training(work: dict, tokens: float, gpus: int, hourly: float | None) -> dict
     }
 
 
-def slots(config, length: int) -> list[tuple[int, int]]:
-    """(layers, keys of a row) of each slice at the end of a text of so many tokens."""
-    layers = config.text_config.num_hidden_layers
-    if not config.writes_concepts:
-        return [(layers - len(config.missing_layers), length)]
-    concepts = round(length * config.rate)
-    ring = min(config.max_tail, length - concepts)
-    shallow, middle, deep = config.split
-    seen = min((config.shallow_window or length) + 1, length)
-    both = config.segment == "both"
-    return [(shallow, seen), (middle, concepts + ring * both), (deep, concepts + ring)]
-
-
 def serving(
     model, counts: dict[str, int], hardware: Hardware, context: int, width: int
 ) -> dict[str, Any]:
@@ -211,21 +181,19 @@ def serving(
     layers = model.backbone.get_decoder().layers
     layer = sum(p.numel() for n, p in layers.named_parameters() if "lora_" not in n) / len(layers)
     head = base.vocab_size * base.hidden_size
-    rate = config.rate if config.writes_concepts else 1.0
-    whole = [(base.num_hidden_layers, context)]
-    sides = {"own": slots(config, context), "base": whole}
+    own = [(n, round(keys), share) for n, keys, share in config.slices(context)]
+    sides = {"own": own, "base": [(base.num_hidden_layers, context, 1)]}
     figures = {}
     for name, parts in sides.items():
         concepts = name == "own" and config.writes_concepts
         widths = [4, width, width] if concepts else [width]
-        shares = [1.0, rate, 1.0] if concepts else [1.0]
-        cache = sum(n * s * 2 * key * w for (n, s), w in zip(parts, widths, strict=True))
-        weights = sum(n * layer * w for (n, _), w in zip(parts, widths, strict=True))
+        cache = sum(n * s * 2 * key * w for (n, s, _), w in zip(parts, widths, strict=True))
+        weights = sum(n * layer * w for (n, *_), w in zip(parts, widths, strict=True))
         weights += width * (counts["new"] * concepts + head * (2 - base.tie_word_embeddings))
         rows = max(0, math.floor((USED * hardware.memory - weights) / cache))
         read = width * head
         flops = 2.0 * rows * head
-        for (n, s), w, share in zip(parts, widths, shares, strict=True):
+        for (n, s, share), w in zip(parts, widths, strict=True):
             # A slice is read where any of the rows writes.
             read += n * (layer * w * (1 - (1 - share) ** rows) + rows * share * s * 2 * key * w)
             flops += n * rows * share * (2 * layer + 4 * s * query)

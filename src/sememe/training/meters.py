@@ -13,6 +13,7 @@ from sememe.backbone.processes import gathered
 from sememe.concepts.ablation import ABLATIONS
 from sememe.concepts.codebook import count_digits
 from sememe.concepts.writer import PADDED
+from sememe.data import TextBlocks
 from sememe.evaluation.quality import (
     bucket_means,
     code_use,
@@ -80,13 +81,17 @@ def gradient_norms(model) -> Figures:
     return {part: float(torch.nn.utils.get_total_norm(x)) for part, x in gradients.items()}
 
 
-def heldout_figures(model, ids_NT: Tensor, counted_NT: Tensor | None = None) -> Figures:
-    """NLL of (N, T) held-out rows, or of the tokens in them that are counted, the gate running
-    free, and the concepts of a model that writes some. What ablating the codes costs, and what the
-    head is like, is measured on the first few blocks, once codes are in use. `model` is in eval
-    mode."""
-    nll_NT, concepts_NT = token_nll(model, ids_NT, counted_NT=counted_NT)
+def heldout_figures(model, blocks: TextBlocks) -> Figures:
+    """NLL of held-out blocks, or of the tokens in them that are counted, the gate running free, and
+    the concepts of a model that writes some. Of several sources it is the mean over the tokens of
+    all, and that of each stands beside it. What ablating the codes costs, and what the head is
+    like, is measured on the first few blocks, once codes are in use. `model` is in eval mode."""
+    ids_NT = blocks.ids_NT
+    nll_NT, concepts_NT = token_nll(model, ids_NT, counted_NT=blocks.counted_NT)
     figures = {"heldout_nll": mean(nll_NT), "heldout_nll_by_position": bucket_means(nll_NT)}
+    if counts := blocks.counts:
+        means = map(mean, nll_NT.split([*counts.values()]))
+        figures["heldout_nll_by_source"] = dict(zip(counts, means, strict=True))
     if concepts_NT is None:
         return figures
     written = written_figures(concepts_NT)

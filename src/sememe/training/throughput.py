@@ -61,18 +61,11 @@ def training_flops(config: AdaptedConfig, length: float, rate: float | None = No
 
 
 def _keys_seen(config: AdaptedConfig, length: float, rate: float | None) -> float:
-    """Keys that the queries of a token see, on average over a text, summed over all layers."""
-    window = getattr(config, "shallow_window", None) or getattr(config, "window", None)
-    before = min(length / 2, window or length)
-    if config.system != "online":
-        return config.text_config.num_hidden_layers * config.layer_share(rate) * before
-    shallow, middle, deep = config.split
-    rate = rate or config.rate
-    concepts = rate * length / 2
-    tails = config.max_tail * (config.segment == "both")
-    return (
-        shallow * before + middle * rate * (concepts + tails) + deep * (concepts + config.max_tail)
-    )
+    """Keys that the queries of a token see, on average over a text, as in its middle, summed over
+    all layers."""
+    if not hasattr(config, "slices"):
+        return config.text_config.num_hidden_layers * config.layer_share(rate) * length / 2
+    return sum(n * keys * share for n, keys, share in config.slices(length / 2, rate))
 
 
 class Throughput:
