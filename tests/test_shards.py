@@ -75,6 +75,9 @@ def test_what_was_killed_goes_on_and_is_the_same(corpus, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     assert said == [f"3 of {len(whole) - 1} shards were there, as they were written"]
     assert (out / "000003.safetensors").stat().st_mtime_ns == kept
+    (out / "000000.safetensors").unlink()  # of a finished folder
+    shards.tokenize(corpus, BYTE_LEVEL, out, say=said.append)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 
 
 @pytest.mark.reliability

@@ -124,7 +124,7 @@ def _refuse_others(folder: Path, jobs: list[Job]) -> None:
     for path in sorted(folder.glob("[!.]*")):
         known = path.name in identities
         about = _about(path).get("part") if known else None
-        finished = path.name == storage.MANIFEST and (folder / NAME.format(0)).is_file()
+        finished = path.name == storage.MANIFEST and any(job.path.is_file() for job in jobs)
         # A damaged shard says nothing of itself: it is written again.
         if not finished and (not known or about not in (None, identities[path.name])):
             raise SememeError(
