@@ -21,7 +21,7 @@ from sememe.progress import bar
 
 Tensors = dict[str, Tensor]
 Work = Callable[[Tensors], Tensors]
-BLOCKS = 16  # of parts, for each process: one that is killed looks its block through again
+BLOCKS = 64  # of parts, for each process: the last block of all keeps one process busy, the others wait
 
 
 class Worker:
