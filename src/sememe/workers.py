@@ -21,7 +21,7 @@ from sememe.progress import bar
 
 Tensors = dict[str, Tensor]
 Work = Callable[[Tensors], Tensors]
-BLOCKS = 64  # of parts, for each process: the last block of all keeps one process busy, the others wait
+BLOCKS = 64  # of parts, for each process: while one has its last block, the others wait
 
 
 class Worker:
