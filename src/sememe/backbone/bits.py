@@ -88,10 +88,9 @@ def pack(base: nn.Module, bits: int | None) -> None:
 
 def unpack(base: nn.Module) -> None:
     """Makes packed linears plain ones of the same function."""
-    for layer in base.get_decoder().layers:
-        dtype = computed_in(layer)
-        for module in layer.modules():
-            if isinstance(module, PackedLinear):
-                module.weight = _frozen(module.unpacked(dtype))
-                del module.scales
-                module.__class__ = nn.Linear
+    dtype = computed_in(base)
+    for module in base.get_decoder().layers.modules():
+        if isinstance(module, PackedLinear):
+            module.weight = _frozen(module.unpacked(dtype))
+            del module.scales
+            module.__class__ = nn.Linear
