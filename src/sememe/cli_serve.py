@@ -46,8 +46,11 @@ def serve(model: arguments.Model, **options: Any) -> Iterator[dict[str, Any]]:
         if number == 1:
             from sememe.serving.run import serve as run
         else:
+            from sememe.models.loading import model_folder
             from sememe.serving import ray
 
+            # Looked at here too: Ray may not say why its processes do not start.
+            model_folder(model)
             run = functools.partial(ray.serve, number=number)
     # Request by request a line without its text; what uvicorn says about itself is left out.
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)

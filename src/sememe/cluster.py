@@ -21,8 +21,6 @@ SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Nor may other users of this machine, or other machines, run code in it.
     "RAY_AUTH_MODE": "token",
-    # Its own errors go to the terminal too, and are of its insides; ours are raised.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     # Each line that a process prints, as it is.
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
