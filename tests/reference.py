@@ -180,7 +180,7 @@ def segment_middle(model, h, concepts, written) -> list[Tensor]:
     first, middle, _ = model.config.split
     places = range(len(written))
     rule = naive_rule(written, model.config.max_tail)
-    bridged = [tail_state(model, state, None) for state in h]
+    bridged = [straight_state(model, state) for state in h]
     c = {j: concepts[j] for j in places if written[j]}
     for n in range(middle):
         x = [c[j] if written[j] else h[j] + n / middle * (bridged[j] - h[j]) for j in places]
@@ -205,6 +205,16 @@ def quantised(model, state_D: Tensor, word_F: Tensor) -> tuple[int, Tensor]:
         left = left - hard.detach()
         written_id += digit * config.num_concepts**g
     return written_id, code
+
+
+def straight_state(model, h_D: Tensor) -> Tensor:
+    """Where a normal token's shallow state is taken to go in the middle slice: what the linear map
+    of the bridge makes of it alone."""
+    if not model.config.bridge:
+        return h_D
+    bridge = model.bridge
+    x_D = (h_D - bridge.shallow_mean) / bridge.shallow_scale
+    return h_D + bridge.scale * bridge.shallow(x_D)
 
 
 def tail_state(model, h_D: Tensor, last_D: Tensor | None) -> Tensor:

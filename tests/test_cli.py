@@ -77,8 +77,12 @@ def test_evaluate_gives_the_contract(runs, texts):
     sizes = {name: p.numel() for name, p in model.backbone.model.layers[1].named_parameters()}
     all_of_it = sum(size for name, size in sizes.items() if "proj" in name)
     seen = sum(size for name, size in sizes.items() if "k_proj" in name or "v_proj" in name)
-    share = (1 - rate) * seen / all_of_it  # of tails that concepts see in the middle slice
-    assert result["layer_share"] == pytest.approx((2 + 2 * (rate + share)) / 4)
+    bridge = sum(p.numel() for p in model.bridge.parameters() if p.dim() == 2)
+    bridge += model.bridge.shallow.weight.numel()  # on the way through the middle slice
+    tail = 2 * seen + bridge
+    assert result["layer_share"] == pytest.approx(
+        (2 + 2 * rate + (1 - rate) * tail / all_of_it) / 4
+    )
     sememe("evaluate", runs / "r-control", *words)
     alone = json.loads((runs / "e.json").read_text())
     assert alone["concept_rate"] is None and alone["layer_share"] == 1.0

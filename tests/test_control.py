@@ -55,7 +55,8 @@ CACHED = [(family, each) for family in ("llama", "qwen3", "olmo2") for each in S
 def test_cached_is_parallel_and_padding_is_not_seen(family, settings):
     model, ids = control(family=family, **settings), text(1, 14)
     for bridge in model.bridge:
-        bridge.shallow.weight.normal_(std=0.1)
+        for p in bridge.parameters():
+            p.normal_(std=0.1)
     want = model(ids).logits
     cache, parts = None, []
     for start, end in ((0, 5), (5, 6), (6, 9), (9, 14)):
@@ -101,7 +102,10 @@ def test_pruned_is_the_loop_without_those_layers_and_with_maps_instead(family):
     base, ids = tiny_base(family, num_hidden_layers=5), text(2, 12)
     model = pruned(tiny_base(family, num_hidden_layers=5), [4, 1])
     shares = model.start_bridge(text(64, 24, seed=3))
-    assert model.config.left_out == [1, 4] and (model.config.layer_share() == 0.6)
+    weights = [p.numel() for p in base.model.layers[0].parameters() if p.dim() == 2]
+    of_map = sum(p.numel() for p in model.bridge[0].parameters() if p.dim() == 2) / sum(weights)
+    assert model.config.left_out == [1, 4]
+    assert model.config.layer_share() == pytest.approx((3 + 2 * of_map) / 5)
     assert list(shares) == ["map over layers 1 explains", "map over layers 4 explains"]
     assert all(0.05 < share < 1 for share in shares.values())
     position = torch.arange(12).expand(2, 12)
@@ -113,8 +117,10 @@ def test_pruned_is_the_loop_without_those_layers_and_with_maps_instead(family):
     maps = dict(zip((1, 4), model.bridge, strict=True))
     for number, layer in enumerate(base.model.layers):
         if number in maps:
-            linear, x = maps[number].shallow, (h - maps[number].shallow_mean)
-            mapped = h + maps[number].scale * linear(x / maps[number].shallow_scale)
+            gap_map = maps[number]
+            x = (h - gap_map.shallow_mean) / gap_map.shallow_scale
+            units = torch.nn.functional.gelu(gap_map.hidden.up(x))
+            mapped = h + gap_map.scale * (gap_map.shallow(x) + gap_map.hidden.down(units))
             h = torch.cat([h[:, :1], mapped[:, 1:]], 1)
         else:
             h = layer(h, attention_mask=seen, position_ids=position, position_embeddings=rope)
@@ -143,7 +149,7 @@ def test_a_scan_says_what_pruning_costs_and_leaves_out_what_does_nothing():
     assert chosen == sorted([3, min(costs, key=costs.get)])
     model = pruned(base, chosen)
     for bridge, gap in zip(model.bridge, runs(chosen), strict=True):
-        bridge.load_state_dict(scan.map_over(gap).state_dict())
+        bridge.load_state_dict(scan.map_over(gap).state_dict(), strict=False)  # it has no units
     loss = model(scan.ids_BT, labels=scan.ids_BT).loss
     assert scan.loss(chosen) == pytest.approx(float(loss), abs=1e-4)
 
@@ -168,11 +174,11 @@ def test_a_run_is_resumed_with_the_layers_of_its_scan(recipe_values, tmp_path, m
     models = [load_model(tmp_path / name)[0] for name in ("whole", "r")]
     (one, two), ids = models, text(1, 12)
     assert one.config.left_out == two.config.left_out and len(one.config.left_out) == 2
-    assert one.config.system == "prune" and one.config.layer_share() == 0.5
+    assert one.config.system == "prune" and one.config.cache_share(8) == 0.5
     assert torch.equal(one(ids).logits, two(ids).logits)
     figures = benchmark(str(tmp_path / "r"), 32, options=Options(new_tokens=4, repeats=1, batch=2))
     assert figures["cache_reduction"] == 2 and figures["realised_rate"] is None
-    assert 1.5 < figures["ceiling_decode_speedup"] < 2
+    assert 1.1 < figures["ceiling_decode_speedup"] < 2
     with pytest.raises(RecipeError, match="system: prune: need leave_out"):
         run(recipe_values | {"system": "prune"}, tmp_path / "none")
 

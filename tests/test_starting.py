@@ -53,7 +53,7 @@ def test_least_squares_finds_a_linear_map():
     assert anchor.start(embedding[:300], target[:300])["anchor_explains"] > 0.99
     torch.testing.assert_close(anchor(embedding[300:]), target[300:], atol=0.3, rtol=0.1)
 
-    target, bridge, shrunk = x @ a + last @ b + 2, TailBridge(8), TailBridge(8)
+    target, bridge, shrunk = x @ a + last @ b + 2, TailBridge(8, 2), TailBridge(8, 0)
     torch.testing.assert_close(bridge(x, last), x)  # zero at birth
     assert bridge.start(x[:400], last[:400], target[:400], penalty=1e-9) > 0.99999
     torch.testing.assert_close(bridge(x, last), target, atol=1e-2, rtol=1e-3)

@@ -4,14 +4,15 @@ deep slice with.
 A tail position skips the middle slice, so the deep slice meets a state that it has never seen. The
 bridge adds what a linear map can say about the missing part, from the position's own shallow state
 and from the last concept's middle state (H-Net's up-sampling, arXiv 2507.07955 §2.2, with weights).
-It starts at zero, and `start` puts it at the least squares fit to the base's own states: a
-closed-form local distillation that costs one pass over a few thousand tokens. Where every position
-writes a concept it is not used, so the identity at birth stands."""
+It starts at zero, and `start` fits it to the base's own states: a
+local distillation from the base, which costs one pass over the calibration text. Where every
+position writes a concept it is not used, so the identity at birth stands."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sememe.concepts.fit import explained, linear_fit, set_frame
+from sememe.concepts.fit import explained, hidden_units, linear_fit, set_frame
 from sememe.concepts.writer import WriteDecision
 
 
@@ -29,25 +30,32 @@ class NoBridge(nn.Module):
         return h_BnD
 
     def tails(
-        self, h_BTD: Tensor, c_BCD: Tensor, decision: WriteDecision, last_BD: Tensor
+        self,
+        h_BTD: Tensor,
+        c_BCD: Tensor,
+        decision: WriteDecision,
+        last_BD: Tensor,
+        everywhere: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """(B, T, D) states that each position has as one of a tail, and (B, D) the last concept's
-        for the next chunk. `last_BD`: that of the chunk before."""
+        for the next chunk. `last_BD`: that of the chunk before. Unless `everywhere`, positions that
+        write a concept may keep what they have."""
         return h_BTD, last_BD
 
 
 class TailBridge(NoBridge):
-    """`h + scale · (x W + y V + b)` with x, y the normalised shallow state and last concept's
-    middle state."""
+    """`h + scale · (x W + y V + b + gelu([x ; y] U + a) Z)` with x, y the normalised shallow state
+    and last concept's middle state, and `hidden` units for each of their coordinates."""
 
     fitted = True
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
         self.shallow = nn.Linear(width, width)
         self.concept = nn.Linear(width, width, bias=False)
         for p in self.parameters():
             nn.init.zeros_(p)
+        self.hidden = hidden_units(2 * width, width, hidden)
         for name in ("shallow_mean", "concept_mean"):
             self.register_buffer(name, torch.zeros(width))
         for name in ("shallow_scale", "concept_scale", "scale"):
@@ -57,7 +65,8 @@ class TailBridge(NoBridge):
         """(B, T, D). `last_BTD` is the middle state of the last concept; `concept_mean` stands for
         "none but the sink", whose state is an attention sink's and says nothing about the text."""
         x, y = (part.to(h_BTD.dtype) for part in self._normalised(h_BTD, last_BTD))
-        return h_BTD + (self.shallow(x) + self.concept(y)) * self.scale.to(h_BTD.dtype)
+        missing = self.shallow(x) + self.concept(y) + self.hidden(torch.cat([x, y], -1))
+        return h_BTD + missing * self.scale.to(h_BTD.dtype)
 
     def _normalised(self, h: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         return (
@@ -69,29 +78,45 @@ class TailBridge(NoBridge):
         return self.concept_mean.expand_as(like_BD)
 
     def alone(self, h_BnD: Tensor) -> Tensor:
-        return self(h_BnD, self.concept_mean.to(h_BnD.dtype))
+        """By the linear map of their own state: it was as good, and is a fifth of the price."""
+        x, _ = self._normalised(h_BnD, self.concept_mean)
+        return h_BnD + self.shallow(x.to(h_BnD.dtype)) * self.scale.to(h_BnD.dtype)
 
-    def tails(self, h_BTD, c_BCD, decision, last_BD):
+    def tails(self, h_BTD, c_BCD, decision, last_BD, everywhere=True):
         sink_BC1 = (decision.pack.valid_BC & ~decision.coded_BC).unsqueeze(-1)
         c_BCD = torch.where(sink_BC1, self.concept_mean.to(c_BCD.dtype), c_BCD)
         before_BTD, last_BD = decision.pack.before(c_BCD, last_BD)
-        return self(h_BTD, before_BTD), last_BD.detach()
+        if everywhere:
+            return self(h_BTD, before_BTD), last_BD.detach()
+        # Which ones is known on the host already: nothing waits for a GPU.
+        tail_n = torch.from_numpy(np.flatnonzero(~decision.written)).to(h_BTD.device)
+        h_nD, before_nD = (x_BTD.flatten(0, 1)[tail_n] for x_BTD in (h_BTD, before_BTD))
+        flat_nD = h_BTD.flatten(0, 1).index_copy(0, tail_n, self(h_nD, before_nD))
+        return flat_nD.view_as(h_BTD), last_BD.detach()
 
     @torch.no_grad()
     def start(
         self, h_ND: Tensor, last_ND: Tensor, target_ND: Tensor, penalty: float = 0.01
     ) -> float:
-        """Least squares with a ridge: what is missing, `target - h`, from (N, D) states. Returns
-        the share explained of the variance of `target`. `penalty`: of the mean variance of a
-        normalised coordinate; N may be below 2 D."""
+        """Least squares with a ridge: what is missing, `target - h`, from (N, D) states; then the
+        hidden units. Returns the share explained of the variance of `target`. `penalty`: of the
+        mean variance of a normalised coordinate; N may be below 2 D."""
         missing_ND = target_ND - h_ND
         set_frame(torch.zeros_like(h_ND[0]), self.scale, missing_ND)
         set_frame(self.shallow_mean, self.shallow_scale, h_ND)
         set_frame(self.concept_mean, self.concept_scale, last_ND)
-        x_N2 = torch.cat(self._normalised(h_ND, last_ND), 1)
-        weight_2D, bias_D, left_ND = linear_fit(x_N2, missing_ND / self.scale, penalty)
+        x_N2, missing_ND = torch.cat(self._normalised(h_ND, last_ND), 1), missing_ND / self.scale
+        weight_2D, bias_D, left_ND = linear_fit(x_N2, missing_ND, penalty)
         shallow_DD, concept_DD = weight_2D.chunk(2)
         self.shallow.weight.copy_(shallow_DD.T)
         self.concept.weight.copy_(concept_DD.T)
         self.shallow.bias.copy_(bias_D)
-        return explained(left_ND * self.scale, target_ND)
+
+        def linear(x_n2: Tensor) -> Tensor:
+            x_nD, y_nD = x_n2.chunk(2, -1)
+            return self.shallow(x_nD) + self.concept(y_nD)
+
+        weights = *self.shallow.parameters(), self.concept.weight
+        gone = self.hidden.start(x_N2, missing_ND, linear, weights)
+        left = 1 - explained(left_ND * self.scale, target_ND)
+        return 1 - left * (1 - gone)

@@ -1,8 +1,16 @@
-"""Linear fits that start new modules from a base's own states: (N, F) features, (N, M) targets →
+"""Fits that start new modules from a base's own states: (N, F) features, (N, M) targets →
 weights."""
 
+from collections.abc import Callable, Iterable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+LOOKS = 10  # of a descent at the rows held out
+HIDDEN = 2  # hidden units for each coordinate of a state (docs/log.md)
+EPOCHS, ROWS, LEARNING_RATE = 8, 256, 2e-3  # of their start
 
 
 def linear_fit(x_NF: Tensor, y_NM: Tensor, penalty: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,3 +47,83 @@ def set_frame(mean_D: Tensor, scale: Tensor, x_ND: Tensor) -> None:
     """Sets them to the mean of states and to their deviation from it, of all coordinates."""
     mean_D.copy_(x_ND.float().mean(0))
     scale.copy_((x_ND.float() - mean_D).square().mean().sqrt().clamp(min=1e-6))
+
+
+def descend(
+    weights: Iterable[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    rows: int,
+    batch: int,
+    steps: int,
+    rate: float,
+    what: str,
+) -> float:
+    """Adam on `loss(row_n)`, at a rate that falls to zero. An eighth of the rows is held out, and
+    the weights that do best on them stay, those at first among them: calibration text is small, and
+    is soon known by heart (docs/log.md). Returns the share of the first loss that is gone then."""
+    weights, generator = list(weights), torch.Generator().manual_seed(0)
+    order_N = torch.randperm(rows, generator=generator)
+    held_n, rows_n = order_N[: max(1, rows // 8)], order_N[rows // 8 :]
+    optimizer, losses, best = torch.optim.Adam(weights, rate), [], []
+    # None: no bar where stderr is a pipe.
+    for step in tqdm(range(steps + 1), what, disable=None, leave=False):
+        if step % max(1, steps // LOOKS) == 0 or step == steps:
+            with torch.no_grad():
+                losses.append(float(loss(held_n)))
+                if losses[-1] == min(losses):
+                    best = [w.detach().clone() for w in weights]
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / max(1, steps))
+        with torch.enable_grad():
+            loss(rows_n[torch.randint(len(rows_n), (batch,), generator=generator)]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        for weight, value in zip(weights, best, strict=True):
+            weight.copy_(value)
+    return 1 - min(losses) / losses[0] if losses[0] else 0.0
+
+
+class NoUnits(nn.Module):
+    """A map that is linear."""
+
+    def forward(self, x: Tensor) -> float:
+        return 0.0
+
+    def start(self, x_NF: Tensor, y_NM: Tensor, linear: Callable, weights: Iterable) -> float:
+        return 0.0
+
+
+class HiddenUnits(NoUnits):
+    """`gelu(x U + a) Z` beside a linear map of x: (…, inputs) → (…, width)."""
+
+    def __init__(self, inputs: int, width: int, hidden: int):
+        super().__init__()
+        self.up = nn.Linear(inputs, hidden)
+        self.down = nn.Linear(hidden, width, bias=False)
+        for p in self.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+    @torch.no_grad()
+    def start(self, x_NF: Tensor, y_NM: Tensor, linear: Callable, weights: Iterable) -> float:
+        """Descent from what the `linear` map of x leaves of y, together with its `weights`. Returns
+        what share of those squares is gone, on states held out."""
+        generator = torch.Generator().manual_seed(0)
+        # The spread of nn.Linear's own draw. `down` is zero: all of it begins as the linear map.
+        drawn = torch.rand(self.up.weight.shape, generator=generator) * 2 - 1
+        self.up.weight.copy_(drawn * self.up.in_features**-0.5)
+
+        def loss(row_n: Tensor) -> Tensor:
+            x_nF = x_NF[row_n]
+            return F.mse_loss(linear(x_nF) + self(x_nF), y_NM[row_n])
+
+        steps = EPOCHS * len(x_NF) // ROWS
+        every = [*weights, *self.parameters()]
+        return descend(every, loss, len(x_NF), ROWS, steps, LEARNING_RATE, "hidden units")
+
+
+def hidden_units(inputs: int, width: int, hidden: int) -> NoUnits:
+    """So many for each coordinate of a state; none for 0."""
+    return HiddenUnits(inputs, width, hidden * width) if hidden else NoUnits()

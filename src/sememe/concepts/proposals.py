@@ -11,11 +11,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sememe.concepts.fit import descend
+
 OFFSETS = 3
 WORDS = 1024
 RANK = 64
-STEPS, ROWS, LEARNING_RATE = 300, 8, 2e-3  # of the distillation, at most
-EVERY = 20  # steps between two looks at the texts held out
+STEPS, ROWS, LEARNING_RATE = 300, 8, 2e-3  # of the distillation
 
 
 class Proposals(nn.Module):
@@ -62,9 +63,7 @@ class Proposals(nn.Module):
 
     def start(self, x_NTf: Tensor, p_NTW: Tensor) -> None:
         """Distils what the base expects after each token, into the head that is as many tokens
-        early: cross entropy, from the mean distribution on. Stops where an eighth of the text, held
-        out, gets worse: a calibration text is small, and heads learn it by heart
-        (docs/log.md)."""
+        early: cross entropy, from the mean distribution on."""
         generator = torch.Generator().manual_seed(0)
         scale_f = x_NTf.flatten(0, 1).std(0).clamp(min=1e-6)  # Adam's steps know no units
         buffers = self.down, self.up, self.bias
@@ -73,7 +72,7 @@ class Proposals(nn.Module):
         weights[1] *= 0.1
         unigram_W = p_NTW.mean((0, 1)).clamp(min=1e-6).log()
         weights.append(unigram_W.expand_as(self.bias).clone())
-        optimizer = torch.optim.Adam([w.requires_grad_() for w in weights], LEARNING_RATE)
+        weights = [w.requires_grad_() for w in weights]
 
         def loss(row_n: Tensor) -> Tensor:
             log_p = log_probs(x_NTf[row_n].flatten(0, 1) / scale_f, *weights)
@@ -84,20 +83,9 @@ class Proposals(nn.Module):
                 for j, log_p_nTW in offsets
             )
 
-        order_N, lowest = torch.randperm(len(x_NTf), generator=generator), torch.inf
-        held_n, rows_n = order_N[: max(1, len(order_N) // 8)], order_N[len(order_N) // 8 :]
-        for step in range(STEPS + 1):
-            if step % EVERY == 0:
-                if (held_loss := float(loss(held_n))) > lowest:
-                    break
-                lowest = held_loss
-                for buffer, weight in zip(buffers, weights, strict=True):
-                    buffer.copy_(weight)
-            drawn_n = torch.randint(len(rows_n), (ROWS,), generator=generator)
-            with torch.enable_grad():
-                loss(rows_n[drawn_n]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(weights, loss, len(x_NTf), ROWS, STEPS, LEARNING_RATE, "proposals")
+        for buffer, weight in zip(buffers, weights, strict=True):
+            buffer.copy_(weight.detach())
         self.down.div_(scale_f.unsqueeze(1))
 
 

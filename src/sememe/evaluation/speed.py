@@ -22,7 +22,6 @@ from sememe.evaluation.subject import Options, Subject
 from sememe.models.configuration import ControlConfig
 from sememe.models.control import ControlForCausalLM
 from sememe.models.loading import check_length, longest_text
-from sememe.models.pruning import runs
 from sememe.progress import bar
 
 ROWS = 4  # of the ragged batch that is timed beside a single prompt
@@ -92,15 +91,12 @@ def ceiling_decode(base: nn.Module, config, rate: float | None) -> float:
     multiply-accumulates per token of the weights; attention and overheads left out."""
     layers, lm_head = base.get_decoder().layers, base.lm_head.weight.numel()
     macs = sum(p.numel() for p in layers.parameters())
-    width = config.text_config.hidden_size
-    if rate is None:
-        own = width**2 * len(runs(config.missing_layers)) * config.bridge
-    else:
+    own = 0
+    if rate is not None:
+        width = config.text_config.hidden_size
         # A joint head scores all codes at every token: its first stage is the gate too.
         lookups = config.codes_per_concept * rate + (1 - rate) * (config.head == "joint")
-        own = config.num_concepts * width * lookups + 2 * width**2 * config.bridge
-        if config.segment == "both":
-            own += width**2 * config.bridge * (1 - rate)
+        own = config.num_concepts * width * lookups
         if config.boundary == "entropy":
             own += OFFSETS * RANK * (2 * width + WORDS)
     return (macs + lm_head) / (config.layer_share(rate) * macs + lm_head + own)

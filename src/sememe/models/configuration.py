@@ -4,6 +4,7 @@ need."""
 from transformers import AutoConfig, PreTrainedConfig
 
 from sememe.concepts.boundary import BOUNDARIES
+from sememe.concepts.fit import HIDDEN
 from sememe.concepts.plan import PlanShape
 from sememe.errors import CheckpointError, RecipeError
 from sememe.keys import (
@@ -93,6 +94,10 @@ class AdaptedConfig(PreTrainedConfig):
         head_dim = getattr(base, "head_dim", None) or base.hidden_size // heads
         return head_dim * heads, head_dim * (getattr(base, "num_key_value_heads", None) or heads)
 
+    def layer_rows(self) -> int:
+        """Rows of weights in a layer of the base, each as long as a state is wide."""
+        return 2 * sum(self.attention_widths()) + 3 * self.text_config.intermediate_size
+
     def cache_share(self, length: int, rate: float | None = None) -> float:
         """Keys and values at the end of a text of so many tokens over the base's, of a system that
         says what its `slices` are."""
@@ -125,28 +130,30 @@ class OnlineConfig(ConceptConfig):
 
     Args:
         prefill_chunk: tokens that a cached forward takes at a time, so that no mask grows with
-            their square; 0 for all."""
+            their square; 0 for all.
+        bridge_hidden: hidden units of the bridge for each coordinate of a state."""
 
     model_type = "sememe-online"
     system = "online"
     options = OnlineOptions
     names = {key: key for key in OnlineOptions.model_fields}
-    defaults = ConceptConfig.defaults | {"prefill_chunk": 1024}
+    defaults = ConceptConfig.defaults | {"prefill_chunk": 1024, "bridge_hidden": HIDDEN}
     __init__ = ConceptConfig.__init__
-    before = {"segment": "none"}
+    before = {"segment": "none", "bridge_hidden": 0}
 
     def layer_share(self, rate: float | None = None) -> float:
-        """Layer applications per token over the base's, at a realised rate. Keys and values of the
-        tails that concepts see in the middle slice count by their share of a layer's weights."""
+        """Layer applications per token over the base's, at a realised rate. The bridge, and keys
+        and values of the tails that concepts see in the middle slice, count by their share of a
+        layer's weights."""
         rate = rate or self.rate
         shallow, middle, deep = self.split
-        seen = (1 - rate) * self._keys_share() if self.segment == "both" else 0.0
-        return (shallow + middle * (rate + seen) + deep) / sum(self.split)
-
-    def _keys_share(self) -> float:
-        """What of a layer makes keys and values."""
-        query, keys = self.attention_widths()
-        return 2 * keys / (2 * keys + 2 * query + 3 * self.text_config.intermediate_size)
+        sees_tails = self.segment == "both"
+        _, keys = self.attention_widths()
+        of_bridge = 2 + 3 * self.bridge_hidden + sees_tails
+        of_tail = middle * 2 * keys * sees_tails
+        of_tail += of_bridge * self.bridge * self.text_config.hidden_size
+        layers = shallow + middle * rate + deep + (1 - rate) * of_tail / self.layer_rows()
+        return layers / sum(self.split)
 
     def slices(self, length: float, rate: float | None = None) -> list[tuple]:
         """(layers, the keys that each needs, the share of tokens that run it) at the end of a text
@@ -260,7 +267,8 @@ class ControlConfig(AdaptedConfig):
     Args:
         skipped: [first, last) of the middle slice, which `skip` leaves out; empty for the others.
         left_out: layers that `prune` leaves out; empty for the others.
-        bridge: a linear map in each gap (`models/pruning.py`).
+        bridge: a map in each gap (`models/pruning.py`).
+        bridge_hidden: its hidden units for each coordinate of a state.
         window: tokens that a token sees in every layer, itself among them and the first one beside
             them; None for all."""
 
@@ -269,9 +277,11 @@ class ControlConfig(AdaptedConfig):
         "skipped": (),
         "left_out": (),
         "bridge": False,
+        "bridge_hidden": HIDDEN,
         "window": None,
     }
     __init__ = AdaptedConfig.__init__
+    before = {"bridge_hidden": 0}
 
     @property
     def system(self) -> str:
@@ -285,8 +295,12 @@ class ControlConfig(AdaptedConfig):
         return [*self.left_out, *range(*self.skipped or (0,))]
 
     def layer_share(self, rate: float | None = None) -> float:
-        """Layer applications per token over the base's."""
-        return 1 - len(self.missing_layers) / self.text_config.num_hidden_layers
+        """Layer applications per token over the base's; the maps in the gaps count by their share
+        of a layer's weights."""
+        missing = self.missing_layers
+        gaps = sum(layer - 1 not in missing for layer in missing) * self.bridge
+        of_map = (1 + 2 * self.bridge_hidden) * self.text_config.hidden_size / self.layer_rows()
+        return 1 - (len(missing) - gaps * of_map) / self.text_config.num_hidden_layers
 
     def slices(self, length: float, rate: float | None = None) -> list[tuple]:
         """As those of an online model: all layers that are left, for every token."""

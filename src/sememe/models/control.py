@@ -13,7 +13,6 @@ from sememe.concepts.masks import Lane, Lanes
 from sememe.errors import RecipeError
 from sememe.models.adapted import AdaptedModel
 from sememe.models.configuration import ControlConfig
-from sememe.models.fitting import fitted_blocks
 from sememe.models.losses import loss_and_logits, too_many_logits
 from sememe.models.pruning import GapMap, Scan, entering, removable, runs, show
 
@@ -34,7 +33,7 @@ class SkippedLayer(nn.Module):
 
 class ControlForCausalLM(AdaptedModel):
     """The same base and LoRA without concepts; with `config.left_out` (or `skipped`), without those
-    layers too, and with `config.bridge` a linear map in each gap: the strongest baseline without
+    layers too, and with `config.bridge` a map in each gap: the strongest baseline without
     concepts at that compute. With `config.window` every layer sees the last tokens and the first
     one alone (StreamingLLM, arXiv 2309.17453): the one at that cache.
 
@@ -87,8 +86,8 @@ class ControlForCausalLM(AdaptedModel):
 
     def _leave_out(self, missing: Collection[int]) -> None:
         layers, gaps = list(self._whole[0]), runs(missing)
-        width = self.config.text_config.hidden_size
-        self.bridge = nn.ModuleList(GapMap(width) for _ in gaps if self.config.bridge)
+        sizes = self.config.text_config.hidden_size, self.config.bridge_hidden
+        self.bridge = nn.ModuleList(GapMap(*sizes) for _ in gaps if self.config.bridge)
         for number, (first, last) in enumerate(gaps):
             for index in range(first, last):
                 maps = self.bridge if index == first else ()
@@ -97,12 +96,13 @@ class ControlForCausalLM(AdaptedModel):
 
     @torch.no_grad()
     def start_bridge(self, ids_NT: Tensor) -> dict[str, float]:
-        """Least squares from the states that enter each gap, of (N, T) blocks of text, to those
-        that the base's own layers made of them."""
+        """Fits from the states that enter each gap, of (N, T) blocks of text, to those that the
+        base's own layers made of them."""
         decoder, gaps = self.backbone.get_decoder(), runs(self.config.missing_layers)
         pruned, decoder.layers = decoder.layers, self._whole[0].to(self.device)
-        blocks_NT = fitted_blocks(ids_NT).to(self.device)
-        states = entering(self.backbone, blocks_NT, {edge for gap in gaps for edge in gap})
+        states = entering(
+            self.backbone, ids_NT.to(self.device), {edge for gap in gaps for edge in gap}
+        )
         decoder.layers = pruned
         return {
             f"map over layers {show(range(*gap))} explains": bridge.start(*map(states.get, gap))

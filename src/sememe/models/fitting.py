@@ -10,12 +10,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sememe.models.adapted import AdaptedModel
 
-FITTED_TOKENS = 16384  # at most, that a boundary or a bridge is fitted on
+FITTED_TOKENS = 16384  # at most, that a boundary or a compressor's map is fitted on
 TOKENS_AT_ONCE = 4096  # whose logits are held
 
 
 def fitted_blocks(ids_NT: Tensor) -> Tensor:
-    """The first few blocks, which a boundary or a bridge is fitted on."""
+    """The first few blocks, which are enough for these."""
     return ids_NT[: max(1, FITTED_TOKENS // ids_NT.shape[1])]
 
 

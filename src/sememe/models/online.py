@@ -38,7 +38,6 @@ from sememe.models.configuration import OnlineConfig
 from sememe.models.fitting import boundary_targets
 from sememe.models.losses import loss_and_logits
 
-BRIDGE_TOKENS = 16384  # at most, that the bridge is started from
 TOKENS_AT_ONCE = 1024  # of the texts that the model is started from
 
 
@@ -76,7 +75,7 @@ class OnlineForCausalLM(AdaptedModel):
         self.dial = Dial(config.rate, config.quantise)
         self.spine = Spine(self.backbone)
         self.writer = ConceptWriter(config, width, self.dial)
-        self.bridge = TailBridge(width) if config.bridge else NoBridge()
+        self.bridge = TailBridge(width, config.bridge_hidden) if config.bridge else NoBridge()
         self.exact_embedding = ExactEmbedding()
         self.finish()
 
@@ -178,7 +177,9 @@ class OnlineForCausalLM(AdaptedModel):
         closed, tails = self._tails(h_BTD, chunk, decision, cache)
         c_BCD = self._middle(e_BCD, chunk, decision, cache, closed)
 
-        tail_BTD, last_BD = self.bridge.tails(h_BTD, c_BCD, decision, cache.last_concept_BD)
+        teaches = self.training and self.writer.gate.boundary.learned  # by both of a place's states
+        last_BD = cache.last_concept_BD
+        tail_BTD, last_BD = self.bridge.tails(h_BTD, c_BCD, decision, last_BD, everywhere=teaches)
         if self.training:
             c_BCD = self._teach_gate(c_BCD, tail_BTD, decision)
         x_BTD = decision.pack.unpack(c_BCD, tail_BTD)
@@ -363,12 +364,11 @@ class OnlineForCausalLM(AdaptedModel):
                 yield inner(h_BTD).float(), inner(text.embed_BTD)
 
     def _start_bridge(self, ids_NT: Tensor) -> dict[str, float]:
-        """Least squares from the shallow states and last concepts of tail positions to the states
-        that the base itself would enter the deep slice with. Concepts are continuous here; LoRA is
-        still zero, so the base is the teacher."""
+        """A fit from the shallow states and last concepts of tail positions to the states that the
+        base itself would enter the deep slice with. Concepts are continuous here; LoRA is still
+        zero, so the base is the teacher."""
         parts = []
-        blocks_NT = ids_NT[: max(1, BRIDGE_TOKENS // ids_NT.shape[1])]
-        for text, h_BTD in self._shallow_batches(blocks_NT):
+        for text, h_BTD in self._shallow_batches(ids_NT):
             cache = self.new_cache(len(h_BTD), keeps=False)
             decision = self.writer.decide(h_BTD, text)
             written_BT = decision.written_BT

@@ -1,4 +1,4 @@
-"""Layers that are left out of a base for every token, the linear map in each gap, and the scan that
+"""Layers that are left out of a base for every token, the map in each gap, and the scan that
 chooses them: (N, T) blocks of text → layers."""
 
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sememe.backbone.split import Spine
-from sememe.concepts.fit import explained, linear_fit, set_frame
+from sememe.concepts.fit import explained, hidden_units, linear_fit, set_frame
 from sememe.concepts.masks import Lane, Lanes
 from sememe.errors import RecipeError
 from sememe.models.losses import cross_entropy
@@ -52,35 +52,41 @@ def show(layers: Collection[int]) -> str:
 
 
 class GapMap(nn.Module):
-    """In the place of a gap: `h + scale · (x W + b)` with x the normalised state. The first token
-    of a text, an attention sink, stays as it is."""
+    """In the place of a gap: `h + scale · (x W + b + gelu(x U + a) Z)` with x the normalised state,
+    and `hidden` units for each of its coordinates. The first token of a text, an attention sink,
+    stays as it is."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
         self.shallow = nn.Linear(width, width)
         for p in self.parameters():
             nn.init.zeros_(p)
+        self.hidden = hidden_units(width, width, hidden)
         self.register_buffer("shallow_mean", torch.zeros(width))
         for name in ("shallow_scale", "scale"):
             self.register_buffer(name, torch.ones(()))
 
     def forward(self, h_BTD: Tensor, position_BT: Tensor) -> Tensor:
         x_BTD = ((h_BTD.float() - self.shallow_mean) / self.shallow_scale).to(h_BTD.dtype)
-        mapped_BTD = h_BTD + self.shallow(x_BTD) * self.scale.to(h_BTD.dtype)
+        missing_BTD = self.shallow(x_BTD) + self.hidden(x_BTD)
+        mapped_BTD = h_BTD + missing_BTD * self.scale.to(h_BTD.dtype)
         return mapped_BTD.where((position_BT != 0).unsqueeze(-1), h_BTD)
 
     @torch.no_grad()
     def start(self, h_ND: Tensor, target_ND: Tensor, penalty: float = 0.005) -> float:
         """Least squares with a ridge (`linear_fit`) from (N, D) states to what the layers made of
-        them. Returns the share explained of the variance of `target`."""
+        them, then the hidden units. Returns the share explained of the variance of `target`."""
         missing_ND = target_ND - h_ND
         set_frame(torch.zeros_like(h_ND[0]), self.scale, missing_ND)
         set_frame(self.shallow_mean, self.shallow_scale, h_ND)
         x_ND = (h_ND.float() - self.shallow_mean) / self.shallow_scale
-        weight_DD, bias_D, left_ND = linear_fit(x_ND, missing_ND / self.scale, penalty)
+        missing_ND = missing_ND / self.scale
+        weight_DD, bias_D, left_ND = linear_fit(x_ND, missing_ND, penalty)
         self.shallow.weight.copy_(weight_DD.T)
         self.shallow.bias.copy_(bias_D)
-        return explained(left_ND * self.scale, target_ND)
+        gone = self.hidden.start(x_ND, missing_ND, self.shallow, self.shallow.parameters())
+        left = 1 - explained(left_ND * self.scale, target_ND)
+        return 1 - left * (1 - gone)
 
 
 class Text:
@@ -137,7 +143,7 @@ class Scan:
 
     def map_over(self, gap: Gap) -> GapMap:
         if gap not in self.maps:
-            self.maps[gap] = GapMap(self.text.embed_BTD.shape[-1]).to(self.ids_BT.device)
+            self.maps[gap] = GapMap(self.text.embed_BTD.shape[-1], 0).to(self.ids_BT.device)
             self.maps[gap].start(*map(self.fitted.get, gap))
         return self.maps[gap]
 

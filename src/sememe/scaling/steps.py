@@ -1,6 +1,7 @@
 """The forward pass of each system with shapes that depend on no number: what an online model would
 write, it takes to be as many concepts in each text as its rate says."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,8 @@ def online_loss(model, ids_BT: Tensor) -> Tensor:
     e_BCD = _written(writer, decision)
     c_BCD = _middle(model, e_BCD, h_BTD)
     last_BD = model.bridge.first(writer.memory(batch).last_BD)
-    tail_BTD, _ = model.bridge.tails(h_BTD, c_BCD, decision, last_BD)
+    both = writer.gate.boundary.learned
+    tail_BTD, _ = model.bridge.tails(h_BTD, c_BCD, decision, last_BD, everywhere=both)
     c_BCD = model._teach_gate(c_BCD, tail_BTD, decision)
     x_BTD = decision.pack.unpack(c_BCD, tail_BTD)
     masks = _mask(batch, length, length)
@@ -58,7 +60,8 @@ def _decision(writer, h_BTD: Tensor, chunk: Chunk) -> WriteDecision:
         h_BTD, chunk, pack, written_BT, score_BT, memory.open_segment, writer.codes
     )
     valid_BC = pack.valid_BC
-    return WriteDecision(None, written_BT, pack, valid_BC, h_BCD, token_BCF, score_BT)
+    written = np.tile(np.arange(length) < count, (batch, 1))
+    return WriteDecision(written, written_BT, pack, valid_BC, h_BCD, token_BCF, score_BT)
 
 
 def _written(writer, decision: WriteDecision) -> Tensor:
