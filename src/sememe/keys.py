@@ -72,7 +72,7 @@ class Task(Options):
     system: Literal["online", "compressor", "planner", "control", "skip", "window", "prune"]
     """`online`; `compressor` (text → concepts → text); `planner` (source → plan → text); or a
     baseline on the same batches: `control` (same LoRA, no concepts), `prune` (without some layers,
-    a linear map in each gap), `skip` (that without the middle slice), `window` (the last tokens and
+    a map in each gap), `skip` (that without the middle slice), `window` (the last tokens and
     the first one are all it sees)."""
     base: str
     """Known base (`sememe pull` lists them), local folder, or Hub id."""
@@ -167,8 +167,8 @@ class OnlineOptions(Concepts):
     cache stops growing. Of `window`: in every layer; none: as many as the caches of `rate` and
     `split` have room for at the end of a sequence."""
     bridge: bool = True
-    """Tail states get a linear guess of what the middle slice would have added, started by least
-    squares; `skip` too."""
+    """Tail states get a guess of what the middle slice would have added, by a map with hidden units
+    that starts as it fits the base's own states; `skip` too."""
     anchor: bool = False
     """A concept starts from a linear map of the embedding of the token that writes it; the codes
     say the rest."""
@@ -293,7 +293,7 @@ class Recipe(OnlineOptions, CompressorOptions, Task):
     learning_rate: PositiveFloat = 1e-3
     """Of LoRA; warmed up over the first 5 % of the steps, then cosine to 10 %."""
     concept_learning_rate: PositiveFloat = 1e-3
-    """Of all new modules."""
+    """Of all new modules. Codes that fit move little: 1e-4 is best for `online` (docs/log.md)."""
     distil: Share = 0.0
     """Share of the loss that is KL to the frozen base's next-token distribution instead of cross
     entropy; `online`."""
