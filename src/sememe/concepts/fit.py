@@ -18,8 +18,8 @@ def linear_fit(x_NF: Tensor, y_NM: Tensor, penalty: float = 0.01) -> tuple[Tenso
 
     `penalty`: in units of the features' mean variance, so that N may be below F.
     """
-    x_NF, y_NM = x_NF.double(), y_NM.double()
-    x_F, y_M = x_NF.mean(0), y_NM.mean(0)
+    # In fp64 by promotion, without a copy in between: these are the largest tensors of a start.
+    x_F, y_M = (x.mean(0, dtype=torch.float64) for x in (x_NF, y_NM))
     x_NF, y_NM = x_NF - x_F, y_NM - y_M
     gram_FF = x_NF.T @ x_NF
     gram_FF.diagonal().add_(penalty * gram_FF.diagonal().mean())
