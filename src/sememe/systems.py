@@ -360,7 +360,7 @@ class Prune(Control):
         config = SYSTEMS[recipe.system].config(recipe, base.num_hidden_layers)
         config.adopt(base)
         config.check()
-        less = base.num_hidden_layers - sum(n * share for n, _, share in config.slices(1))
+        less = round(sum(n * (1 - share) for n, _, share in config.slices(1)), 6)
         return [{"leave_out": n} for n in sorted({math.ceil(less), math.floor(less)} - {0})]
 
     def start(self, run: Run) -> Figures:

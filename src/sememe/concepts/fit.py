@@ -64,7 +64,8 @@ def descend(
     weights, generator = list(weights), torch.Generator().manual_seed(0)
     order_N = torch.randperm(rows, generator=generator)
     held_n, rows_n = order_N[: max(1, rows // 8)], order_N[rows // 8 :]
-    optimizer, losses, best = torch.optim.Adam(weights, rate), [], []
+    optimizer, losses = torch.optim.Adam(weights, rate), []
+    best = [w.detach().clone() for w in weights]
     # None: no bar where stderr is a pipe.
     for step in tqdm(range(steps + 1), what, disable=None, leave=False):
         if step % max(1, steps // LOOKS) == 0 or step == steps:
