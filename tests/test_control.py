@@ -119,8 +119,8 @@ def test_pruned_is_the_loop_without_those_layers_and_with_maps_instead(family):
         if number in maps:
             gap_map = maps[number]
             x = (h - gap_map.shallow_mean) / gap_map.shallow_scale
-            units = torch.nn.functional.gelu(gap_map.hidden.up(x))
-            mapped = h + gap_map.scale * (gap_map.shallow(x) + gap_map.hidden.down(units))
+            units = torch.nn.functional.gelu(x @ gap_map.hidden.up.T + gap_map.hidden.bias)
+            mapped = h + gap_map.scale * (gap_map.shallow(x) + units @ gap_map.hidden.down.T)
             h = torch.cat([h[:, :1], mapped[:, 1:]], 1)
         else:
             h = layer(h, attention_mask=seen, position_ids=position, position_embeddings=rope)
@@ -178,7 +178,7 @@ def test_a_run_is_resumed_with_the_layers_of_its_scan(recipe_values, tmp_path, m
     assert torch.equal(one(ids).logits, two(ids).logits)
     figures = benchmark(str(tmp_path / "r"), 32, options=Options(new_tokens=4, repeats=1, batch=2))
     assert figures["cache_reduction"] == 2 and figures["realised_rate"] is None
-    assert 1.1 < figures["ceiling_decode_speedup"] < 2
+    assert 1.1 < figures["ceiling_decode_speedup"] < 1.25
     with pytest.raises(RecipeError, match="system: prune: need leave_out"):
         run(recipe_values | {"system": "prune"}, tmp_path / "none")
 

@@ -103,8 +103,7 @@ def test_chat_whole_and_streamed(client):
     whole = client.post("/v1/chat/completions", json=fields).json()
     message = whole["choices"][0]["message"]
     content = whole["choices"][0]["logprobs"]["content"]
-    assert message["role"] == "assistant"
-    assert 2 < len(content) == whole["usage"]["completion_tokens"] <= 9
+    assert message["role"] == "assistant" and len(content) == 9
     assert all(len(entry["top_logprobs"]) == 3 for entry in content)
     assert content[0]["top_logprobs"][0]["token"] == content[0]["token"]
     body = fields | {"stream": True, "stream_options": {"include_usage": True}}

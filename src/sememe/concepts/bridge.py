@@ -65,7 +65,7 @@ class TailBridge(NoBridge):
         """(B, T, D). `last_BTD` is the middle state of the last concept; `concept_mean` stands for
         "none but the sink", whose state is an attention sink's and says nothing about the text."""
         x, y = (part.to(h_BTD.dtype) for part in self._normalised(h_BTD, last_BTD))
-        missing = self.shallow(x) + self.concept(y) + self.hidden(torch.cat([x, y], -1))
+        missing = self.shallow(x) + self.concept(y) + self.hidden(x, y)
         return h_BTD + missing * self.scale.to(h_BTD.dtype)
 
     def _normalised(self, h: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def descend(
 class NoUnits(nn.Module):
     """A map that is linear."""
 
-    def forward(self, x: Tensor) -> float:
+    def forward(self, *parts: Tensor) -> float:
         return 0.0
 
     def start(self, x_NF: Tensor, y_NM: Tensor, linear: Callable, weights: Iterable) -> float:
@@ -95,17 +95,18 @@ class NoUnits(nn.Module):
 
 
 class HiddenUnits(NoUnits):
-    """`gelu(x U + a) Z` beside a linear map of x: (…, inputs) → (…, width)."""
+    """`gelu(x U + a) Z` beside a linear map of x, given in parts: (…, inputs) → (…, width)."""
 
     def __init__(self, inputs: int, width: int, hidden: int):
         super().__init__()
-        self.up = nn.Linear(inputs, hidden)
-        self.down = nn.Linear(hidden, width, bias=False)
-        for p in self.parameters():
-            nn.init.zeros_(p)
+        # No nn.Linear: it would draw numbers, and with them move every draw that follows.
+        self.up = nn.Parameter(torch.zeros(hidden, inputs))
+        self.bias = nn.Parameter(torch.zeros(hidden))
+        self.down = nn.Parameter(torch.zeros(width, hidden))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+    def forward(self, *parts: Tensor) -> Tensor:
+        units = F.gelu(F.linear(torch.cat(parts, -1), self.up, self.bias))
+        return F.linear(units, self.down)
 
     @torch.no_grad()
     def start(self, x_NF: Tensor, y_NM: Tensor, linear: Callable, weights: Iterable) -> float:
@@ -113,8 +114,8 @@ class HiddenUnits(NoUnits):
         what share of those squares is gone, on states held out."""
         generator = torch.Generator().manual_seed(0)
         # The spread of nn.Linear's own draw. `down` is zero: all of it begins as the linear map.
-        drawn = torch.rand(self.up.weight.shape, generator=generator) * 2 - 1
-        self.up.weight.copy_(drawn * self.up.in_features**-0.5)
+        drawn = torch.rand(self.up.shape, generator=generator) * 2 - 1
+        self.up.copy_(drawn * self.up.shape[1] ** -0.5)
 
         def loss(row_n: Tensor) -> Tensor:
             x_nF = x_NF[row_n]
