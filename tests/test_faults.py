@@ -21,6 +21,7 @@ from sememe import locks
 from sememe.errors import CheckpointError, Diverged, Interrupted, RecipeError, SememeError
 from sememe.keys import Recipe
 from sememe.options import check_recipe
+from sememe.training import callbacks
 from sememe.training.checkpoints import last_checkpoint
 from sememe.training.guard import Guard
 from sememe.training.run import train
@@ -333,6 +334,22 @@ def test_a_signal_leaves_a_run_that_resumes(recipe_values, tmp_path, number, cod
     assert process.returncode == code, said[-2000:]
     assert "the same command goes on from there" in said and "Traceback" not in said
     assert last_checkpoint(tmp_path / "r" / "checkpoints") is not None
+
+
+def test_a_signal_while_the_processes_ask_each_other_is_not_lost(
+    recipe_values, tmp_path, monkeypatch
+):
+    real, seen = callbacks.gathered, []
+
+    def gathered(parts):
+        seen.append(parts)
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(parts)
+
+    monkeypatch.setattr(callbacks, "gathered", gathered)
+    with pytest.raises(Interrupted, match="stopped at step 3 of 8"):
+        run(recipe_values, tmp_path / "r")
 
 
 @pytest.mark.parametrize(

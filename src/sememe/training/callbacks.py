@@ -157,9 +157,11 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         # All processes end with the same step: one alone would wait for the others in the next.
-        self.requested = max(gathered([self.requested]))
-        if self.requested and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
+        # A signal that comes in the meantime is not written over: it ends the next step.
+        if requested := max(gathered([self.requested])):
+            self.requested = requested
+            if state.global_step < state.max_steps:
+                control.should_save = control.should_training_stop = True
 
     def interruption(self, done: int, steps: int) -> Interrupted:
         """What ends a run that was stopped after `done` of its steps."""
