@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sememe.concepts.fit import explained, hidden_units, linear_fit, set_frame
+from sememe.concepts.fit import fit_residual, hidden_units, set_frame
 from sememe.concepts.writer import WriteDecision
 
 
@@ -99,25 +99,10 @@ class TailBridge(NoBridge):
     def start(
         self, h_ND: Tensor, last_ND: Tensor, target_ND: Tensor, penalty: float = 0.01
     ) -> float:
-        """Least squares with a ridge: what is missing, `target - h`, from (N, D) states; then the
-        hidden units. Returns the share explained of the variance of `target`. `penalty`: of the
-        mean variance of a normalised coordinate; N may be below 2 D."""
-        missing_ND = target_ND - h_ND
-        set_frame(torch.zeros_like(h_ND[0]), self.scale, missing_ND)
+        """By `fit_residual`, from (N, D) states. Returns the share explained of the variance of
+        `target`. `penalty`: of the mean variance of a normalised coordinate; N may be below 2 D."""
         set_frame(self.shallow_mean, self.shallow_scale, h_ND)
         set_frame(self.concept_mean, self.concept_scale, last_ND)
-        x_N2, missing_ND = torch.cat(self._normalised(h_ND, last_ND), 1), missing_ND / self.scale
-        weight_2D, bias_D, left_ND = linear_fit(x_N2, missing_ND, penalty)
-        shallow_DD, concept_DD = weight_2D.chunk(2)
-        self.shallow.weight.copy_(shallow_DD.T)
-        self.concept.weight.copy_(concept_DD.T)
-        self.shallow.bias.copy_(bias_D)
-
-        def linear(x_n2: Tensor) -> Tensor:
-            x_nD, y_nD = x_n2.chunk(2, -1)
-            return self.shallow(x_nD) + self.concept(y_nD)
-
-        weights = *self.shallow.parameters(), self.concept.weight
-        gone = self.hidden.start(x_N2, missing_ND, linear, weights)
-        left = 1 - explained(left_ND * self.scale, target_ND)
-        return 1 - left * (1 - gone)
+        x_N2 = torch.cat(self._normalised(h_ND, last_ND), 1)
+        linears = self.shallow, self.concept
+        return fit_residual(linears, self.hidden, x_N2, h_ND, target_ND, self.scale, penalty)

@@ -1,7 +1,7 @@
 """Fits that start new modules from a base's own states: (N, F) features, (N, M) targets →
 weights."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -129,3 +129,34 @@ class HiddenUnits(NoUnits):
 def hidden_units(inputs: int, width: int, hidden: int) -> NoUnits:
     """So many for each coordinate of a state; none for 0."""
     return HiddenUnits(inputs, width, hidden * width) if hidden else NoUnits()
+
+
+@torch.no_grad()
+def fit_residual(
+    linears: Sequence[nn.Linear],
+    units: NoUnits,
+    x_NF: Tensor,
+    h_NM: Tensor,
+    target_NM: Tensor,
+    scale: Tensor,
+    penalty: float,
+) -> float:
+    """Sets `h + scale · (Σ linear(x) + units(x))` to the target: least squares with a ridge, then
+    the units by descent. x comes in as many parts as there are linear maps. Returns the share
+    explained of the variance of the target."""
+    missing_NM = target_NM - h_NM
+    set_frame(torch.zeros_like(h_NM[0]), scale, missing_NM)
+    missing_NM = missing_NM / scale
+    weight_FM, bias_M, left_NM = linear_fit(x_NF, missing_NM, penalty)
+    for map_, part_FM in zip(linears, weight_FM.chunk(len(linears)), strict=True):
+        map_.weight.copy_(part_FM.T)
+    linears[0].bias.copy_(bias_M)
+
+    def linear(x_nF: Tensor) -> Tensor:
+        parts = x_nF.chunk(len(linears), -1)
+        return sum(map_(part) for map_, part in zip(linears, parts, strict=True))
+
+    weights = [weight for map_ in linears for weight in map_.parameters()]
+    gone = units.start(x_NF, missing_NM, linear, weights)
+    left = 1 - explained(left_NM * scale, target_NM)
+    return 1 - left * (1 - gone)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sememe.backbone.split import Spine
-from sememe.concepts.fit import explained, hidden_units, linear_fit, set_frame
+from sememe.concepts.fit import fit_residual, hidden_units, set_frame
 from sememe.concepts.masks import Lane, Lanes
 from sememe.errors import RecipeError
 from sememe.models.losses import cross_entropy
@@ -74,19 +74,12 @@ class GapMap(nn.Module):
 
     @torch.no_grad()
     def start(self, h_ND: Tensor, target_ND: Tensor, penalty: float = 0.005) -> float:
-        """Least squares with a ridge (`linear_fit`) from (N, D) states to what the layers made of
-        them, then the hidden units. Returns the share explained of the variance of `target`."""
-        missing_ND = target_ND - h_ND
-        set_frame(torch.zeros_like(h_ND[0]), self.scale, missing_ND)
+        """By `fit_residual`, from (N, D) states to what the layers made of them. Returns the share
+        explained of the variance of `target`."""
         set_frame(self.shallow_mean, self.shallow_scale, h_ND)
         x_ND = (h_ND.float() - self.shallow_mean) / self.shallow_scale
-        missing_ND = missing_ND / self.scale
-        weight_DD, bias_D, left_ND = linear_fit(x_ND, missing_ND, penalty)
-        self.shallow.weight.copy_(weight_DD.T)
-        self.shallow.bias.copy_(bias_D)
-        gone = self.hidden.start(x_ND, missing_ND, self.shallow, self.shallow.parameters())
-        left = 1 - explained(left_ND * self.scale, target_ND)
-        return 1 - left * (1 - gone)
+        linears = [self.shallow]
+        return fit_residual(linears, self.hidden, x_ND, h_ND, target_ND, self.scale, penalty)
 
 
 class Text:
