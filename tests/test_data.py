@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import byte_tokenizer
 from sememe import data, texts
 from sememe.errors import DataError
+from sememe.options import check_recipe
 from sememe.paths import source_sha256
 
 WORDS = "the quick brown fox, it jumps over 12 lazy dogs.\nAnd:\n\nparagraphs  with   gaps 3.\n"
@@ -164,3 +165,19 @@ def test_order_is_a_new_shuffle_each_epoch_and_the_same_for_a_seed():
     assert not torch.equal(order, data.block_order(10, 8, 3, seed=6))
     assert torch.equal(order, data.block_order(10, 20, 3, seed=5)[:24]), "a longer run begins alike"
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_text_that_goes_on_behind_the_run_is_said(recipe_values, tmp_path):
+    said, long = [], tmp_path / "long.txt"
+    long.write_text(WORDS * 100)
+    recipe_values |= {"steps": 4, "batch_size": 2, "sequence_length": 32}
+    for train_on in (str(long), {str(long): 1, recipe_values["data"]["heldout"]: 1}):
+        recipe_values["data"] |= {"train": train_on}
+        data.rows_and_heldout(
+            check_recipe(recipe_values, "test"), byte_tokenizer(), False, said.append
+        )
+    recipe_values |= {"steps": 4000}
+    data.rows_and_heldout(check_recipe(recipe_values, "test"), byte_tokenizer(), False, said.append)
+    first, *_ = said
+    assert first.startswith(f"{long}: only its first 256 tokens are trained on")
+    assert [line.split(":")[0] for line in said].count(str(long)) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,13 +82,14 @@ def block_order(num_blocks: int, steps: int, batch: int, seed: int) -> Tensor:
 
 
 def rows_and_heldout(
-    recipe: Recipe, tokenizer, ragged: bool
+    recipe: Recipe, tokenizer, ragged: bool, say: Callable[[str], None]
 ) -> tuple[Ordered | Mixture, TextBlocks]:
     """The rows of running text that a recipe trains on, in their order, and those that it is
     measured on.
 
     Args:
         ragged: whether the system takes rows of different lengths.
+        say: is told which texts go on behind what the run can see.
 
     Raises:
         DataError: missing, empty or too short text.
@@ -96,6 +98,12 @@ def rows_and_heldout(
     count = recipe.steps * recipe.batch_size
     weights = {train: 1.0} if isinstance(train, str) else train
     sources = [rows_of(source, tokenizer, length, count * length) for source in weights]
+    for source, rows in zip(weights, sources, strict=True):
+        if isinstance(rows, BlockRows) and rows.in_memory and not rows.shards.whole:
+            say(
+                f"{source}: only its first {len(rows.shards):,} tokens are trained on. try: sememe "
+                "tokenize, whose folder is drawn from all over, where the text is not mixed"
+            )
     rows = Mixture(sources, list(weights.values()), seed)
     if len(sources) == 1 and isinstance(sources[0], BlockRows) and sources[0].in_memory:
         order_n = block_order(len(sources[0]), recipe.steps, recipe.batch_size, seed)

@@ -44,8 +44,9 @@ class Data(Options):
 
     train: str | dict[str, PositiveFloat]
     """Text to train on: .txt, .jsonl, .parquet (a field may be named: `file.jsonl#body`), a folder
-    of `sememe tokenize`, or a datasets id. Several with their shares of the tokens, whatever they
-    add up to: `{a.txt: 3, corpus: 1}`."""
+    of `sememe tokenize`, or a datasets id. Of a text only as many tokens are read as the run can
+    see, its first; a folder is drawn from all over. Several with their shares of the tokens,
+    whatever they add up to: `{a.txt: 3, corpus: 1}`."""
     heldout: str | list[str]
     """Text that is never trained on; measured during the run and by `sememe evaluate`. Several, as
     `[wiki.txt, novel.txt]`, are measured one by one as well; `ablate`, `reconstruct` and sweeps

@@ -222,8 +222,8 @@ class TextShard(TokenShards):
         self.tokens = tokenise(stream, encode, eos, limit, encoded=add)
         self.sizes = self.ends = np.array([min(len(self.tokens.tokens), limit)])
         # The last eos of all stands between no texts.
-        whole = len(self.tokens.tokens) <= limit and next(stream, None) is None
-        self.eos = whole and eos is not None
+        self.whole = len(self.tokens.tokens) <= limit and next(stream, None) is None
+        self.eos = self.whole and eos is not None
 
     @property
     def text(self) -> bytes:

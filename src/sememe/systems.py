@@ -161,7 +161,7 @@ class System:
             return self.pair_batches(recipe, tokenizer, base_config, say)
         longest = longest_text(base_config, self.config_class.opens_with_bos)
         check_length(longest, recipe.sequence_length, "sequence_length=")
-        rows, heldout = rows_and_heldout(recipe, tokenizer, self.takes_documents)
+        rows, heldout = rows_and_heldout(recipe, tokenizer, self.takes_documents, say)
         examples = Blocks(rows, recipe)
         return Batches(examples, heldout, examples.first_blocks(recipe.calibration_tokens))
 
