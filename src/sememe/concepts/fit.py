@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 LOOKS = 10  # of a descent at the rows held out
-HIDDEN = 2  # hidden units for each coordinate of a state (docs/log.md)
+HIDDEN = 1  # hidden unit for each coordinate of a state (docs/log.md)
 EPOCHS, ROWS, LEARNING_RATE = 8, 256, 2e-3  # of their start
 
 
