@@ -125,16 +125,16 @@ def test_sweep_trains_measures_and_compares(done):
             difference = kept["nll"] - figures["control"]["nll"]
             assert kept["delta_nll_control"] == pytest.approx(difference, abs=1e-5)
     # Of four layers a token takes part in so many, and concepts in the others; keys and values,
-    # 2 / 15 of a layer, are made of tails in two, and the bridge is 9 matrices of that size, the
-    # map of a gap 5. Of a block of 32, 6 normal tokens are cached.
+    # 2 / 15 of a layer, are made of tails in two, and the bridge is 6 matrices of that size, the
+    # map of a gap 3. Of a block of 32, 6 normal tokens are cached.
     tails = {
-        "layer_share": lambda rate: (4 + 9 * 2) / 15 * (1 - rate),
+        "layer_share": lambda rate: (4 + 6 * 2) / 15 * (1 - rate),
         "cache_share": lambda rate: 3 * 6 / 32,
     }
     for key, window, layers in (("layer_share", 1, 2), ("cache_share", 0.75, 1)):
         share = {name: each[key] for name, each in figures.items()}
         baselines = [share[name] for name in ("control", *PRUNED.split(), "window_rate-0.5")]
-        maps = 5 * 2 / 15 / 4 * (key == "layer_share")  # of two layers apart two are left out
+        maps = 3 * 2 / 15 / 4 * (key == "layer_share")  # of two layers apart two are left out
         assert baselines == pytest.approx([1.0, 0.75 + maps, 0.5 + 2 * maps, window])
         for name in models.split():
             rate = figures[name]["concept_rate"]
