@@ -78,8 +78,8 @@ class TailBridge(NoBridge):
         return self.concept_mean.expand_as(like_BD)
 
     def alone(self, h_BnD: Tensor) -> Tensor:
-        """By the linear map of their own state: with the hidden units it is five times the price,
-        for 0.015 nats (docs/log.md)."""
+        """By the linear map of their own state: two hidden units a coordinate made it five times
+        the price, for 0.015 nats (docs/log.md)."""
         x, _ = self._normalised(h_BnD, self.concept_mean)
         return h_BnD + self.shallow(x.to(h_BnD.dtype)) * self.scale.to(h_BnD.dtype)
 
