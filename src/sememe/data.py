@@ -102,7 +102,7 @@ def rows_and_heldout(
         if isinstance(rows, BlockRows) and rows.in_memory and not rows.shards.whole:
             say(
                 f"{source}: only its first {len(rows.shards):,} tokens are trained on. try: sememe "
-                "tokenize, whose folder is drawn from all over, where the text is not mixed"
+                "tokenize, whose folder is drawn from all over: few long documents teach little"
             )
     rows = Mixture(sources, list(weights.values()), seed)
     if len(sources) == 1 and isinstance(sources[0], BlockRows) and sources[0].in_memory:
